@@ -1,0 +1,46 @@
+"""edgetune: private, on-device fine-tuning of small LLaMA adapters.
+
+>>> from edgetune import Session
+>>> session = Session.load("demo")
+>>> session.generate("The tomatoes").text  # doctest: +SKIP
+
+Importing this package is cheap: torch is loaded by the first name that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# `runtime/` and `export/` install as edgetune.runtime and edgetune.export. In a clone they lie beside this folder, and
+# Python run from the clone's root finds this folder first: then it is the clone's own floors that must be used.
+_clone = Path(__file__).resolve().parent.parent
+if (_clone / "runtime" / "nf4.py").is_file() and str(_clone) not in __path__:
+    __path__.append(str(_clone))
+
+if TYPE_CHECKING:
+    from edgetune.config import TrainConfig
+    from edgetune.runtime.errors import EdgetuneError
+    from edgetune.session import Session
+    from edgetune.train import train
+
+_HOMES = {
+    "EdgetuneError": "edgetune.runtime.errors",
+    "Session": "edgetune.session",
+    "TrainConfig": "edgetune.config",
+    "train": "edgetune.train",
+}
+__all__ = ["EdgetuneError", "Session", "TrainConfig", "__version__", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,142 @@
+"""Chats in JSON lines become Documents with turns: Guanaco's text, messages, or ShareGPT's conversations.
+
+    {"text": "### Human: How deep? ### Assistant: Two inches."}            Guanaco (QLoRA's OASST1)
+    {"messages": [{"role": "user", "content": "How deep?"}, ...]}          OpenAI's and Hugging Face's
+    {"conversations": [{"from": "human", "value": "How deep?"}, ...]}      ShareGPT
+
+A {"text": ...} without turns is a plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from edgetune.documents.document import Document, Reason, Skipped, Turn
+from edgetune.documents.text import clean_lines
+
+MAX_LINE_BYTES = 4 << 20
+MAX_TURNS = 1000
+_LINES_TOLD = 20
+_MARKER = re.compile(r"\s*### (Human|Assistant):[ \t]?")
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+_GUANACO_NAMES = {"user": "### Human: ", "assistant": "### Assistant: ", "system": ""}
+
+
+def read_chats(file: BinaryIO, path: str) -> tuple[list[Document], list[Skipped]]:
+    """The documents of a JSON-lines file, and its lines that could not be read, counted by reason."""
+    documents: list[Document] = []
+    bad: dict[Reason, list[int]] = {}
+    for number, line in bounded_lines(file):
+        if line is None:
+            bad.setdefault(Reason.LONG_LINE, []).append(number)
+            continue
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError):  # RecursionError: nested deeper than any chat
+            bad.setdefault(Reason.BAD_LINE, []).append(number)
+            continue
+        document = read_record(record, f"{path}#{number}")
+        if document is None:
+            bad.setdefault(Reason.NOT_A_CHAT, []).append(number)
+        else:
+            documents.append(document)
+    skipped = [Skipped(path, reason, len(lines), tuple(lines[:_LINES_TOLD])) for reason, lines in bad.items()]
+    return documents, skipped
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Each line with its number from 1; None in place of a line over the limit, which is passed over piece by piece."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+        yield number, None
+
+
+def read_record(record: Any, path: str) -> Document | None:
+    """The document in one parsed line, or None."""
+    if not isinstance(record, dict):
+        return None
+    if isinstance(record.get("text"), str):
+        return from_text(clean(record["text"]), path)
+    for key, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
+        messages = record.get(key)
+        if isinstance(messages, list) and 0 < len(messages) <= MAX_TURNS:
+            turns = tidy([read_message(message, role_key, text_key) for message in messages])
+            return Document.of(path, guanaco_text(turns), turns) if turns else None
+    return None
+
+
+def from_text(text: str, path: str) -> Document | None:
+    """Guanaco's form if the text begins with a turn's marker, else a plain text; None if there is nothing in it."""
+    if not text.strip():
+        return None
+    pieces = _MARKER.split(text)  # before, name, text, name, text, ...
+    if len(pieces) == 1 or pieces[0].strip():
+        return Document.of(path, text)
+    if len(pieces) // 2 > MAX_TURNS:
+        return None
+    names, texts = pieces[1::2], pieces[2::2]
+    turns = tidy(
+        [Turn(_ROLES[name.lower()], text.strip()) for name, text in zip(names, texts, strict=True)]
+    )
+    return Document.of(path, text, turns) if turns else None
+
+
+def read_message(message: Any, role_key: str, text_key: str) -> Turn | None:
+    """A turn of a message whose content is a string, or a list of text parts; None if it is anything else."""
+    if not isinstance(message, dict):
+        return None
+    role, content = message.get(role_key), message.get(text_key)
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(parts) if len(parts) == len(content) and all(isinstance(p, str) for p in parts) else None
+    if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
+        return None
+    return Turn(_ROLES[role], clean(content).strip())
+
+
+def tidy(turns: list[Turn | None]) -> tuple[Turn, ...] | None:
+    """A conversation that every template accepts: alternating turns that begin with the user's; None if nothing is answered.
+
+    Empty turns go, neighbours of one role become one, an assistant's greeting before any question goes.
+    """
+    tidied: list[Turn] = []
+    for turn in turns:
+        if turn is None:
+            return None  # one unreadable message would change what the others answer
+        if not turn.text or (turn.role == "assistant" and not any(old.role == "user" for old in tidied)):
+            continue
+        if tidied and tidied[-1].role == turn.role:
+            tidied[-1] = Turn(turn.role, f"{tidied[-1].text}\n\n{turn.text}")
+        else:
+            tidied.append(turn)
+    return tuple(tidied) if any(turn.role == "assistant" for turn in tidied) else None
+
+
+def guanaco_text(turns: tuple[Turn, ...] | None) -> str:
+    """A conversation in Guanaco's form, as QLoRA trained it."""
+    return " ".join(_GUANACO_NAMES[turn.role] + turn.text for turn in turns or ())
+
+
+def clean(text: str) -> str:
+    """JSON can spell what no text holds: NUL and halves of surrogate pairs."""
+    return clean_lines(re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")))

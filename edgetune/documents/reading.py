@@ -1,0 +1,82 @@
+"""Reading what the walk found: bytes to Documents, each text once, every failure a counted skip."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from io import BytesIO
+
+from edgetune.documents.chats import read_chats
+from edgetune.documents.document import Document, Reading, Reason, Skipped
+from edgetune.documents.text import NotText, decode, without_front_matter
+from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, Found, Walk, walk
+from edgetune.runtime.errors import DataError
+
+MAX_FILE_BYTES = 256 << 20
+_MARKDOWN = (".md", ".markdown")
+
+
+def read_notes(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Reading:
+    """Read every note and chat under `paths` (folders or files), but for what the `exclude` globs match.
+
+    Raises DataError if a path does not exist or nothing readable was found.
+    """
+    found = walk(paths, exclude)
+    documents: list[Document] = []
+    skipped = list(found.skipped)
+    encodings: Counter[str] = Counter()
+    digests: set[str] = set()
+    for file in found.found.values():
+        read, failed, encoding = read_file(file)
+        skipped += failed
+        if encoding:
+            encodings[encoding] += 1
+        for document in read:
+            if document.digest in digests:
+                skipped.append(Skipped(document.path, Reason.DUPLICATE))
+            else:
+                digests.add(document.digest)
+                documents.append(document)
+    unused = tuple(exclude.pattern for exclude in found.excludes if not exclude.used)
+    reading = Reading(documents, skipped, found.entries, dict(encodings.most_common()), unused)
+    if not documents:
+        raise DataError(nothing_found(paths, reading, found))
+    return reading
+
+
+def read_file(found: Found) -> tuple[list[Document], list[Skipped], str]:
+    """The documents of one file, what of it was skipped, and its encoding ("" for a file that gave nothing)."""
+    try:
+        with open(found.file, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError:
+        return [], [Skipped(found.path, Reason.UNREADABLE)], ""
+    if len(data) > MAX_FILE_BYTES:
+        return [], [Skipped(found.path, Reason.TOO_LARGE)], ""
+    if found.file.suffix.lower() in CHAT_SUFFIXES:
+        documents, skipped = read_chats(BytesIO(data), found.path)
+        if not documents and not skipped:
+            skipped = [Skipped(found.path, Reason.EMPTY)]
+        return documents, skipped, "utf-8" if documents else ""
+    try:
+        text, encoding = decode(data)
+    except NotText as problem:
+        return [], [Skipped(found.path, problem.reason)], ""
+    if found.file.suffix.lower() in _MARKDOWN:
+        text = without_front_matter(text)
+    if not text.strip():
+        return [], [Skipped(found.path, Reason.EMPTY)], ""
+    return [Document.of(found.path, text)], [], encoding
+
+
+def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, found: Walk) -> str:
+    """The sentence for paths in which there is nothing to learn."""
+    named = ", ".join(os.fspath(path) for path in paths)
+    if not reading.skipped:
+        return f"The folder {named} is empty: expected {KINDS}; put some there, or name another folder: edgetune train notes/"
+    counts = ", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items())
+    return (
+        f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; "
+        "name another folder or file: edgetune train notes/"
+    )

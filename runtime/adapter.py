@@ -1,0 +1,193 @@
+"""LoRA adapters on a model and on disk, in PEFT's layout.
+
+On disk: adapter_config.json, adapter_model.safetensors with `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`
+(r, in) and `.lora_B.weight` (out, r), and edgetune.json (base digest, data digests, configuration, metrics; no path, host
+name or note text). PEFT opens such a folder as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.errors import AdapterError, UsageError
+from edgetune.runtime.files import atomic_folder, atomic_write
+from edgetune.runtime.lora import Linear, LoraLinear
+from edgetune.runtime.model import Llama, hf_linear_name
+
+CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
+_MAX_JSON = 8 << 20
+_KEY = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight"
+)
+# What PEFT writes that changes the function computed, with the only value that we honour.
+_PLAIN = {
+    "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "layers_to_transform": None, "trainable_token_indices": None, "lora_bias": False,
+    "layer_replication": None, "exclude_modules": None, "target_parameters": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter apart from any model. `tensors[layer, linear, "A" | "B"]` are f32; `about` is edgetune.json."""
+
+    config: LoraConfig
+    tensors: dict[tuple[int, str, str], Tensor]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def attach_new(model: Llama, config: LoraConfig, seed: int) -> None:
+    """Put a fresh adapter on every target linear: A random from `seed`, B zero, so that nothing changes yet."""
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.blocks:
+        for name in config.targets:
+            base = _bare(getattr(block, name))
+            setattr(block, name, LoraLinear.from_base(base, config, generator))
+
+
+def attach(model: Llama, adapter: Adapter) -> None:
+    """Put a stored adapter on the model, replacing any that is there.
+
+    Raises AdapterError that names every tensor which does not fit, and leaves the model as it was.
+    """
+    linears = {(layer, name): _bare(module) for layer, block in enumerate(model.blocks) for name, module in block.linears().items()}
+    wanted = {(layer, name) for layer, name, _ in adapter.tensors}
+    problems = []
+    for layer, name in sorted(wanted):
+        a, b = (adapter.tensors.get((layer, name, part)) for part in "AB")
+        linear = linears.get((layer, name))
+        where = f"layer {layer} {name}"
+        if linear is None:
+            problems.append(f"{where}: the model has no such linear")
+        elif a is None or b is None:
+            problems.append(f"{where}: lora_{'A' if a is None else 'B'} is missing")
+        elif a.shape != (adapter.config.rank, linear.in_features) or b.shape != (linear.out_features, adapter.config.rank):
+            problems.append(
+                f"{where}: lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected "
+                f"{(adapter.config.rank, linear.in_features)} and {(linear.out_features, adapter.config.rank)}"
+            )
+    problems += [
+        f"layer {layer} {name}: no tensors" for layer, name in sorted(linears) if name in adapter.config.targets and (layer, name) not in wanted
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {shown}.")
+    detach(model)
+    for layer, name in sorted(wanted):
+        a, b = (adapter.tensors[layer, name, part].to(model.device, torch.float32).clone() for part in "AB")
+        linear = LoraLinear(linears[layer, name], a, b, adapter.config.scale, adapter.config.dropout)
+        setattr(model.blocks[layer], name, linear)
+
+
+def detach(model: Llama) -> None:
+    """Leave the bare base."""
+    for block in model.blocks:
+        for name, linear in block.linears().items():
+            setattr(block, name, _bare(linear))
+
+
+def snapshot(model: Llama, config: LoraConfig, about: dict[str, Any] | None = None) -> Adapter:
+    """The model's adapter as it stands now, copied."""
+    tensors = {
+        (layer, name, part): getattr(linear, f"lora_{part}").detach().cpu().clone()
+        for layer, block in enumerate(model.blocks)
+        for name, linear in block.linears().items()
+        if isinstance(linear, LoraLinear)
+        for part in "AB"
+    }
+    return Adapter(config, tensors, about or {})
+
+
+def parameters(model: Llama) -> list[torch.nn.Parameter]:
+    """The trained tensors, lora_A and lora_B of each linear in layer order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save(adapter: Adapter, folder: Path, base_name: str) -> None:
+    """Write `adapter` as a PEFT folder, atomically and private (0700, files 0600)."""
+    config = adapter.config
+    peft = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": config.rank,
+        "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(config.targets),
+        "use_rslora": config.rslora, "inference_mode": True, "init_lora_weights": True, **_PLAIN,
+    }  # fmt: skip
+    tensors = {
+        f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor.contiguous()
+        for (layer, name, part), tensor in sorted(adapter.tensors.items())
+    }
+    with atomic_folder(folder) as temporary:
+        atomic_write(temporary / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")
+        atomic_write(temporary / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        atomic_write(temporary / EDGETUNE_FILE, json.dumps(adapter.about, indent=2, sort_keys=True) + "\n")
+
+
+def load(folder: Path) -> Adapter:
+    """Read a PEFT LoRA folder, whoever wrote it.
+
+    Raises AdapterError for a folder that is none, is damaged, or holds what LoRA alone cannot express.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"No adapter at {folder}: found no {CONFIG_FILE}; type `edgetune adapters list` or give a PEFT folder.")
+    peft = _read_json(folder / CONFIG_FILE)
+    config = _lora_config(peft, folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"The adapter at {folder} has no {WEIGHTS_FILE}; save it again with safetensors (pickled .bin files are not opened).")
+    tensors, unknown = {}, []
+    try:
+        with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                match = _KEY.fullmatch(key)
+                if match is None or match[2] not in LINEARS:
+                    unknown.append(key)
+                    continue
+                tensors[int(match[1]), match[2], match[3]] = file.get_tensor(key).float()
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy the adapter again.") from error
+    if unknown or not tensors:
+        raise AdapterError(f"The adapter at {folder} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: {unknown[:1]}).")
+    if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise AdapterError(f"The adapter at {folder} holds inf or NaN; train it again.")
+    about = _read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
+    return Adapter(config, tensors, about)
+
+
+def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
+    if peft.get("peft_type") != "LORA":
+        raise AdapterError(f"The adapter at {folder} is of type {peft.get('peft_type')!r}; expected LORA.")
+    odd = [name for name, plain in _PLAIN.items() if peft.get(name) not in (plain, None, [], {})]
+    if odd:
+        raise AdapterError(f"The adapter at {folder} uses {', '.join(odd)}, which edgetune does not honour; expected plain LoRA.")
+    targets = peft.get("target_modules")
+    if not isinstance(targets, list):
+        raise AdapterError(f"The adapter at {folder} names its target_modules by {targets!r}; expected a list of linears.")
+    names = tuple(sorted({str(target).rsplit(".", 1)[-1] for target in targets}))
+    try:
+        return LoraConfig(int(peft["r"]), float(peft["lora_alpha"]), float(peft.get("lora_dropout") or 0.0), names, bool(peft.get("use_rslora")))
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise AdapterError(f"{path} is larger than {_MAX_JSON >> 20} MB; expected a short JSON file.")
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is no readable JSON; copy the adapter again.") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path} holds no JSON object; copy the adapter again.")
+    return value
+
+
+def _bare(linear: Linear | LoraLinear) -> Linear:
+    return linear.base if isinstance(linear, LoraLinear) else linear

@@ -1,0 +1,162 @@
+"""Compiles the C++ kernels: one shared library with a plain C ABI, `_kernels.so` (`_kernels.dll`), beside this file.
+
+setuptools loads `BuildKernels` straight from this file (pyproject.toml names it), so nothing of edgetune is imported here.
+The kernels are optional: without a working compiler the install succeeds, says so once, and plain torch serves.
+`python runtime/backends/cpu/build.py` compiles into this folder, for whoever works on the kernels in a clone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from setuptools import Distribution, Extension
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+NAME = "edgetune.runtime.backends.cpu._kernels"
+FOLDER = Path(__file__).resolve().parent
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
+
+# Instruction set -> flags of gcc and clang, flags of MSVC. dispatch.cpp knows the same names.
+X86 = {
+    "avx2": (_AVX2, ("/arch:AVX2",)),
+    "avx512": (_AVX512, ("/arch:AVX512",)),
+    "avx512_bf16": (_AVX512_BF16, ("/arch:AVX512",)),
+}
+ARM: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "neon": ((), ()),
+    "neon_i8mm": (("-march=armv8.2-a+bf16+i8mm+dotprod+fp16",), ()),
+}
+# -ffp-contract=off: dequantisation is defined without fused operations; kernels that want one say `fma`.
+# -fopenmp-simd: vectorise where the source says so. No -fopenmp: threads come from the OpenMP runtime torch has loaded.
+UNIX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd "
+    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wno-unknown-pragmas -Wno-unused-function"
+).split()
+MSVC_FLAGS = "/std:c++17 /O2 /fp:precise /EHs-c- /GR- /Zc:threadSafeInit- /openmp:experimental".split()
+
+
+def machine_isas() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The instruction sets beyond `scalar` that this kind of processor may have."""
+    machine = platform.machine().lower()
+    if sys.maxsize < 2**32:  # the kernels that use intrinsics expect 64 bits
+        return {}
+    if machine in ("x86_64", "amd64"):
+        return X86
+    if machine in ("aarch64", "arm64"):
+        return ARM
+    return {}
+
+
+class BuildKernels(build_ext):
+    """build_ext with flags of its own for every file; a kernel library that cannot be built is left out with one warning."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """It is no Python extension: no ABI tag in its name."""
+        return os.path.join(*fullname.split(".")) + (".dll" if os.name == "nt" else ".so")
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None beside those that dispatch.cpp marks (in particular no PyInit_)."""
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link, or warn."""
+        try:
+            self._build(ext)
+        except (BaseError, OSError, ValueError) as error:
+            self._leave_out(ext, str(error))
+
+    def run(self) -> None:
+        """build_ext looks for the compiler before any extension's turn: on Windows that alone can fail."""
+        try:
+            super().run()
+        except (BaseError, OSError) as error:
+            for ext in self.extensions:
+                self._leave_out(ext, str(error))
+
+    def _leave_out(self, ext: Extension, reason: str) -> None:
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        reason = " ".join(reason.split()).rstrip(".") or "no reason given"
+        warnings.warn(
+            f"edgetune's C++ kernels were not built ({reason}); plain torch serves instead, several times slower: install a "
+            "C++ compiler and reinstall.",
+            stacklevel=2,
+        )
+
+    def _build(self, ext: Extension) -> None:
+        folder = Path(ext.sources[0]).parent
+        msvc = self.compiler.compiler_type == "msvc"
+        if sys.platform == "darwin":  # a universal Python asks for two architectures, whose flags exclude each other
+            for command in ("compiler_so", "compiler_so_cxx", "linker_so", "linker_so_cxx"):
+                if getattr(self.compiler, command, None):
+                    setattr(self.compiler, command, one_architecture(getattr(self.compiler, command)))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = {
+                isa: pool.submit(self._compile, folder / f"isa_{isa}.cpp", list(flags[1] if msvc else flags[0]))
+                for isa, flags in machine_isas().items()
+            }
+            scalar = pool.submit(self._compile, folder / "isa_scalar.cpp", [])
+            objects, left_out = scalar.result(), []
+            for isa, job in jobs.items():
+                try:
+                    objects += job.result()
+                except BaseError:  # a compiler older than the instruction set
+                    left_out.append(f"{'/D' if msvc else '-D'}ET_NO_{isa.upper()}")
+        objects += self._compile(folder / "dispatch.cpp", left_out)
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self.compiler.link_shared_object(objects, target, build_temp=self.build_temp)
+
+    def _compile(self, source: Path, flags: list[str]) -> list[str]:
+        common = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS
+        return list(
+            self.compiler.compile(
+                [str(source)], output_dir=self.build_temp, extra_postargs=[*common, *flags], depends=inputs(source.parent)
+            )
+        )
+
+
+def one_architecture(command: list[str]) -> list[str]:
+    """A compiler's command line with this machine's -arch for all of those in it."""
+    text = " ".join(command)
+    return [*re.sub(r"-arch \S+", "", text).split(), "-arch", platform.machine()]
+
+
+def inputs(folder: Path) -> list[str]:
+    """Files whose change makes every object stale."""
+    return [str(path) for path in sorted([*folder.glob("*.inl"), *folder.glob("*.h")])]
+
+
+def build_in_place(folder: Path = FOLDER) -> Path:
+    """Compile the library into `folder`; raises what the compiler raised."""
+    extension = Extension(NAME, [str(FOLDER / "dispatch.cpp")])
+    with tempfile.TemporaryDirectory() as temporary:
+        command: Any = BuildKernels(Distribution({"name": "edgetune", "ext_modules": [extension]}))
+        command.build_lib, command.build_temp = os.path.join(temporary, "lib"), os.path.join(temporary, "temp")
+        command.force = True
+        command.ensure_finalized()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            command.run()
+        built = Path(command.get_ext_fullpath(NAME))
+        target = folder / built.name
+        # renamed over the old one, never written into it: a running Python may have it mapped
+        fresh = target.with_name(target.name + ".new")
+        fresh.write_bytes(built.read_bytes())
+        os.replace(fresh, target)
+    return target
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{build_in_place()}\n")

@@ -1,0 +1,2 @@
+// (the decode engineer's)
+#define ET_DECODE_KERNELS(X)

@@ -1,0 +1,209 @@
+// The library's outside: which instruction sets this build holds and this machine runs, the kernels of each, the thread team.
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define ET_X86 1
+#if defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define ET_ARM 1
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
+
+namespace edgetune {
+
+// ---- what the processor and its operating system offer ----
+
+#ifdef ET_X86
+static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4]) {
+#if defined(_MSC_VER)
+    int registers[4];
+    __cpuidex(registers, int(leaf), int(subleaf));
+    for (int i = 0; i < 4; i++) out[i] = uint32_t(registers[i]);
+#else
+    __cpuid_count(leaf, subleaf, out[0], out[1], out[2], out[3]);
+#endif
+}
+
+static bool bits(uint32_t word, uint32_t mask) { return (word & mask) == mask; }
+
+// The operating system must save the wide registers too: XCR0 says which it does.
+static uint64_t saved_registers() {
+    uint32_t r[4];
+    cpuid(1, 0, r);
+    if (!bits(r[2], 1u << 27)) return 0;  // OSXSAVE
+#if defined(_MSC_VER)
+    return _xgetbv(0);
+#else
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t(high) << 32) | low;
+#endif
+}
+
+static uint32_t leaf7(int subleaf, int which) {
+    uint32_t r[4];
+    cpuid(0, 0, r);
+    if (r[0] < 7) return 0;
+    cpuid(7, 0, r);
+    if (subleaf > 0 && r[0] < uint32_t(subleaf)) return 0;
+    if (subleaf > 0) cpuid(7, uint32_t(subleaf), r);
+    return r[which];
+}
+
+static bool has_avx2() {
+    uint32_t r[4];
+    cpuid(1, 0, r);
+    uint32_t wanted = (1u << 12) | (1u << 28) | (1u << 29);  // FMA, AVX, F16C
+    return bits(r[2], wanted) && (saved_registers() & 0x6) == 0x6 && bits(leaf7(0, 1), 1u << 5);
+}
+static bool has_avx512() {
+    uint32_t wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+    return has_avx2() && (saved_registers() & 0xe6) == 0xe6 && bits(leaf7(0, 1), wanted);
+}
+static bool has_avx512_bf16() {
+    uint32_t wanted = (1u << 1) | (1u << 11);  // VBMI, VNNI
+    return has_avx512() && bits(leaf7(0, 2), wanted) && bits(leaf7(1, 0), 1u << 5);
+}
+#endif
+
+#ifdef ET_ARM
+static bool has_neon() { return true; }  // part of the 64-bit architecture
+static bool has_neon_i8mm() {
+#if defined(__linux__)
+    unsigned long wanted = (1ul << 13) | (1ul << 14);  // HWCAP2_I8MM, HWCAP2_BF16
+    return (getauxval(AT_HWCAP2) & wanted) == wanted;
+#elif defined(__APPLE__)
+    int i8mm = 0, bf16 = 0;
+    size_t size = sizeof(int);
+    sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0);
+    size = sizeof(int);
+    sysctlbyname("hw.optional.arm.FEAT_BF16", &bf16, &size, nullptr, 0);
+    return i8mm && bf16;
+#else
+    return false;
+#endif
+}
+#endif
+
+static bool always() { return true; }
+
+namespace scalar { extern const Kernel table[]; }
+#ifdef ET_X86
+namespace avx2 { extern const Kernel table[]; }
+namespace avx512 { extern const Kernel table[]; }
+namespace avx512_bf16 { extern const Kernel table[]; }
+#endif
+#ifdef ET_ARM
+namespace neon { extern const Kernel table[]; }
+namespace neon_i8mm { extern const Kernel table[]; }
+#endif
+
+// Best first. build.py leaves out (ET_NO_...) what the compiler could not compile.
+static const Isa isas[] = {
+#ifdef ET_X86
+#ifndef ET_NO_AVX512_BF16
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::table},
+#endif
+#ifndef ET_NO_AVX512
+    {"avx512", has_avx512, avx512::table},
+#endif
+#ifndef ET_NO_AVX2
+    {"avx2", has_avx2, avx2::table},
+#endif
+#endif
+#ifdef ET_ARM
+#ifndef ET_NO_NEON_I8MM
+    {"neon_i8mm", has_neon_i8mm, neon_i8mm::table},
+#endif
+#ifndef ET_NO_NEON
+    {"neon", has_neon, neon::table},
+#endif
+#endif
+    {"scalar", always, scalar::table},
+};
+
+// ---- the thread team: torch's own OpenMP runtime, found by library.py ----
+
+typedef void (*Parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
+typedef int (*Number)();
+typedef void (*Barrier)();
+static Parallel gomp_parallel;
+static Number omp_thread_num, omp_num_threads;
+static Barrier gomp_barrier;
+
+struct Job {
+    Task task;
+    void* argument;
+};
+
+static void member(void* data) {
+    const Job* job = static_cast<const Job*>(data);
+    job->task(job->argument, omp_thread_num(), omp_num_threads());
+}
+
+void parallel(int threads, Task task, void* argument) {
+    if (threads <= 1 || !gomp_parallel) {
+        task(argument, 0, 1);
+        return;
+    }
+    Job job = {task, argument};
+    gomp_parallel(member, &job, unsigned(threads), 0);
+}
+
+void barrier() {
+    if (gomp_barrier) gomp_barrier();
+}
+
+}  // namespace edgetune
+
+using namespace edgetune;
+
+ET_EXPORT int et_abi() { return ET_ABI; }
+
+// The name of the index-th instruction set of this build, best first; null past the last.
+ET_EXPORT const char* et_isa_name(int index) {
+    return index >= 0 && index < int(sizeof isas / sizeof isas[0]) ? isas[index].name : nullptr;
+}
+
+ET_EXPORT int et_isa_supported(int index) { return et_isa_name(index) && isas[index].supported(); }
+
+// The kernel of that name for that instruction set; null where there is none.
+ET_EXPORT void* et_kernel(int index, const char* name) {
+    if (!et_isa_supported(index)) return nullptr;
+    for (const Kernel* kernel = isas[index].kernels; kernel->name; kernel++)
+        if (!strcmp(kernel->name, name)) return reinterpret_cast<void*>(kernel->function);
+    return nullptr;
+}
+
+// GOMP_parallel, GOMP_barrier, omp_get_thread_num and omp_get_num_threads of the runtime that torch has loaded (libgomp,
+// libomp and libiomp5 all export them). Linking none of our own is what keeps a process at one OpenMP runtime.
+ET_EXPORT void et_set_openmp(void* parallel_function, void* barrier_function, void* thread_num, void* num_threads) {
+    gomp_parallel = reinterpret_cast<Parallel>(parallel_function);
+    gomp_barrier = reinterpret_cast<Barrier>(barrier_function);
+    omp_thread_num = reinterpret_cast<Number>(thread_num);
+    omp_num_threads = reinterpret_cast<Number>(num_threads);
+}
+
+struct Count {
+    int members;
+};
+
+static void count_member(void* argument, int index, int count) {
+    if (index == 0) static_cast<Count*>(argument)->members = count;
+}
+
+// How many threads a kernel asking for `threads` really gets.
+ET_EXPORT int et_team_size(int threads) {
+    Count count = {0};
+    parallel(threads, count_member, &count);
+    return count.members;
+}

@@ -1,0 +1,1 @@
+#define ET_ELEMENTWISE_KERNELS(X)

@@ -1,0 +1,286 @@
+// How blocks of 64 packed weights meet activations in registers, for each instruction set with a way of its own.
+//
+// A form says: BLOCKS, the blocks a step takes; SCALED, whether activations carry a scale a block (int8), by which absmax is
+// multiplied for every token; Table, the 16 values as the form looks them up; Sum, an accumulator register; and
+//     prepare(cols, x)                       x.x, fp32 (cols), into the form's own layout
+//     load(table, packed, left, weights)     the packed bytes of a step, of which `left` blocks are there
+//     dot(weights, x, block, scale, sum)     sum + scale * (weights . activations of that block), for each block of the step
+//     group(x, block, absmax, sum)           what GROUP blocks need beside (int8: the table's offset is taken back here)
+// The loops are in matvec.inl, and also which form serves which `compute`.
+
+constexpr int64_t BLOCK = 64;  // weights that share one absmax, wherever a form is used
+constexpr int64_t GROUP = 16;  // blocks whose absmax is expanded together
+
+// One token's activations. A form fills values; scale and correction, (blocks) padded to GROUP, are int8's.
+struct Activations {
+    const float* x;
+    void* values;
+    float* scale;
+    float* correction;
+};
+
+// fp32, everywhere: 64 weights are expanded (dequant.inl) to the stack and multiplied by activations in their own order.
+struct FloatForm {
+    static constexpr int BLOCKS = 1;
+    static constexpr bool SCALED = false;
+    typedef float Sum;
+    struct Table : Products<float> {
+        ET_MEMBER explicit Table(const float* codes) : Products<float>(codes, 1.0f) {}
+    };
+    struct Weights {
+        float values[BLOCK];
+    };
+
+    static void prepare(int64_t, const Activations&) {}
+    static ET_MEMBER Sum zero() { return 0.0f; }
+    static ET_MEMBER float total(Sum sum) { return sum; }
+    static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t, Weights& weights) {
+        table.expand64(packed, weights.values);
+    }
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+        const float* values = x.x + block * BLOCK;
+        float product = 0;
+        ET_SIMD_SUM(product)
+        for (int64_t i = 0; i < BLOCK; i++) product = fma(weights.values[i], values[i], product);
+        return fma(product, *scale, sum);
+    }
+    static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
+};
+
+#if defined(ET_USE_AVX512_BF16)
+
+// bf16: 32 packed bytes in 16-bit lanes are looked up among 32 values (the 16 twice, so that neither nibble needs a mask:
+// a lookup reads 5 bits); activations lie as 32 even, then 32 odd ones, as the high and the low nibbles do.
+struct Bf16Form {
+    static constexpr int BLOCKS = 1;
+    static constexpr bool SCALED = false;
+    typedef __m512 Sum;
+    struct Table {
+        __m512i values;
+        ET_MEMBER explicit Table(const float* codes) {
+            values = round16(_mm512_loadu_ps(codes), static_cast<const Bf16*>(nullptr));
+        }
+    };
+    struct Weights {
+        __m512bh even, odd;
+    };
+
+    static void prepare(int64_t cols, const Activations& x) {
+        const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+        Bf16* out = static_cast<Bf16*>(x.values);
+        for (int64_t i = 0; i < cols; i += BLOCK) {
+            __m512 a = _mm512_loadu_ps(x.x + i), b = _mm512_loadu_ps(x.x + i + 16);
+            __m512 c = _mm512_loadu_ps(x.x + i + 32), d = _mm512_loadu_ps(x.x + i + 48);
+            __m512bh even = _mm512_cvtne2ps_pbh(_mm512_permutex2var_ps(c, first, d), _mm512_permutex2var_ps(a, first, b));
+            __m512bh odd = _mm512_cvtne2ps_pbh(_mm512_permutex2var_ps(c, second, d), _mm512_permutex2var_ps(a, second, b));
+            _mm512_storeu_si512(out + i, (__m512i)even);
+            _mm512_storeu_si512(out + i + 32, (__m512i)odd);
+        }
+    }
+    static ET_MEMBER Sum zero() { return _mm512_setzero_ps(); }
+    static ET_MEMBER float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t, Weights& weights) {
+        __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+        weights.even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.values);
+        weights.odd = (__m512bh)_mm512_permutexvar_epi16(words, table.values);
+    }
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+        const Bf16* values = static_cast<const Bf16*>(x.values) + block * BLOCK;
+        Sum product = _mm512_dpbf16_ps(zero(), weights.even, (__m512bh)_mm512_loadu_si512(values));
+        product = _mm512_dpbf16_ps(product, weights.odd, (__m512bh)_mm512_loadu_si512(values + 32));
+        return _mm512_fmadd_ps(product, _mm512_set1_ps(*scale), sum);
+    }
+    static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
+};
+
+#endif
+
+// ---- int8: weights are looked up as bytes, activations quantised per block of 64 ----
+
+// The table's largest value as an integer. Not 127: at 124.1 NF4's values fall nearest to integers, and the error of the
+// rounded table over normally distributed weights is 4.7e-3 instead of 5.9e-3.
+constexpr float BYTE_SCALE = 124.1f;
+
+ET_INLINE int byte_of(float code) { return int(code * BYTE_SCALE + (code < 0 ? -0.5f : 0.5f)); }
+
+// x = scale * integers in -127..127, a scale a block; evens, then odds of each step of `step` blocks, in bytes.
+// correction: `offset` * scale * the block's sum, for tables whose bytes lie that much too high.
+ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step, float offset) {
+    const int64_t blocks = cols / BLOCK, padded = (blocks + GROUP - 1) / GROUP * GROUP;
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+    for (int64_t block = 0; block < padded; block++) {
+        int8_t* even = static_cast<int8_t*>(x.values) + (block - block % step) * BLOCK + block % step * 32;
+        int8_t* odd = even + step * 32;
+        x.scale[block] = x.correction[block] = 0;
+        if (block >= blocks) {
+            if (block % step) memset(even, 0, 32), memset(odd, 0, 32);
+            continue;
+        }
+        const float* values = x.x + block * BLOCK;
+        float largest[16] = {};
+        for (int i = 0; i < BLOCK; i += 16) {
+            ET_SIMD
+            for (int j = 0; j < 16; j++) {
+                float magnitude = from_bits(to_bits(values[i + j]) & 0x7fffffff);
+                largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+            }
+        }
+        float top = 0;
+        for (int j = 0; j < 16; j++) top = largest[j] > top ? largest[j] : top;
+        const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+        float sum = 0;
+        ET_SIMD_SUM(sum)
+        for (int i = 0; i < 32; i++) {
+            float a = values[2 * i] * inverse + shift - shift, b = values[2 * i + 1] * inverse + shift - shift;
+            even[i] = int8_t(a);
+            odd[i] = int8_t(b);
+            sum += a + b;
+        }
+        x.scale[block] = top / (127.0f * BYTE_SCALE);
+        x.correction[block] = sum * x.scale[block] * offset;
+    }
+}
+
+#if defined(ET_USE_AVX512_BF16)
+
+// 64 packed bytes, two blocks, a step. Bytes are unsigned (vpdpbusd), 128 too high; activations signed.
+struct Int8Form {
+    static constexpr int BLOCKS = 2;
+    static constexpr bool SCALED = true;
+    typedef __m512 Sum;
+    struct Table {
+        __m512i values;
+        ET_MEMBER explicit Table(const float* codes) {
+            uint8_t bytes[64];
+            for (int i = 0; i < 64; i++) bytes[i] = uint8_t(byte_of(codes[i & 15]) + 128);
+            values = _mm512_loadu_si512(bytes);
+        }
+    };
+    struct Weights {
+        __m512i even, odd;
+    };
+
+    static void prepare(int64_t cols, const Activations& x) { quantize_activations(cols, x, BLOCKS, -128.0f); }
+    static ET_MEMBER Sum zero() { return _mm512_setzero_ps(); }
+    static ET_MEMBER float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t left, Weights& weights) {
+        __m512i bytes = left > 1 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0f, packed);
+        weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // reads 6 bits of an index
+        weights.odd = _mm512_permutexvar_epi8(bytes, table.values);
+    }
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        __m512i product = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.even, _mm512_loadu_si512(values));
+        product = _mm512_dpbusd_epi32(product, weights.odd, _mm512_loadu_si512(values + 64));
+        __m512 scales = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scale[0]), 0xff00, _mm_load_ss(scale + 1));
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scales, sum);
+    }
+    static ET_MEMBER Sum group(const Activations& x, int64_t block, const float* absmax, Sum sum) {
+        return _mm512_fmadd_ps(_mm512_load_ps(absmax), _mm512_loadu_ps(x.correction + block), sum);
+    }
+};
+
+#elif defined(ET_USE_AVX2)
+
+// 32 packed bytes, one block, a step. maddubs takes one unsigned side: |weight|, the sign moved to the activation.
+struct Int8Form {
+    static constexpr int BLOCKS = 1;
+    static constexpr bool SCALED = true;
+    typedef __m256 Sum;
+    struct Table {
+        __m256i values;
+        ET_MEMBER explicit Table(const float* codes) {
+            int8_t bytes[16];
+            for (int i = 0; i < 16; i++) bytes[i] = int8_t(byte_of(codes[i]));
+            values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        }
+    };
+    struct Weights {
+        __m256i even, odd;
+    };
+
+    static void prepare(int64_t cols, const Activations& x) { quantize_activations(cols, x, BLOCKS, 0.0f); }
+    static ET_MEMBER Sum zero() { return _mm256_setzero_ps(); }
+    static ET_MEMBER float total(Sum sum) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+    static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t, Weights& weights) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+        weights.even = _mm256_shuffle_epi8(table.values, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+        weights.odd = _mm256_shuffle_epi8(table.values, _mm256_and_si256(bytes, nibble));
+    }
+    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {  // 16-bit sums of pairs: at most 2 * 127 * 124
+        __m256i signed_values = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), weights);
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
+    }
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const __m256i ones = _mm256_set1_epi16(1);
+        __m256i even = _mm256_madd_epi16(multiply(weights.even, values), ones);
+        __m256i odd = _mm256_madd_epi16(multiply(weights.odd, values + 32), ones);
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), _mm256_set1_ps(*scale), sum);
+    }
+    static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
+};
+
+#elif defined(ET_USE_NEON)
+
+// 32 packed bytes, one block, a step; the dot-product instruction where it is there.
+struct Int8Form {
+    static constexpr int BLOCKS = 1;
+    static constexpr bool SCALED = true;
+    typedef float32x4_t Sum;
+    struct Table {
+        int8x16_t values;
+        ET_MEMBER explicit Table(const float* codes) {
+            int8_t bytes[16];
+            for (int i = 0; i < 16; i++) bytes[i] = int8_t(byte_of(codes[i]));
+            values = vld1q_s8(bytes);
+        }
+    };
+    struct Weights {
+        int8x16_t even[2], odd[2];
+    };
+
+    static void prepare(int64_t cols, const Activations& x) { quantize_activations(cols, x, BLOCKS, 0.0f); }
+    static ET_MEMBER Sum zero() { return vdupq_n_f32(0); }
+    static ET_MEMBER float total(Sum sum) { return vaddvq_f32(sum); }
+    static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t, Weights& weights) {
+        for (int i = 0; i < 2; i++) {
+            uint8x16_t bytes = vld1q_u8(packed + 16 * i);
+            weights.even[i] = vqtbl1q_s8(table.values, vshrq_n_u8(bytes, 4));
+            weights.odd[i] = vqtbl1q_s8(table.values, vandq_u8(bytes, vdupq_n_u8(15)));
+        }
+    }
+    static ET_MEMBER int32x4_t multiply(int32x4_t sum, int8x16_t weights, const int8_t* values) {
+        int8x16_t x = vld1q_s8(values);
+#if defined(ET_USE_NEON_I8MM)
+        return vdotq_s32(sum, weights, x);
+#else
+        sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(weights), vget_low_s8(x)));
+        return vpadalq_s16(sum, vmull_s8(vget_high_s8(weights), vget_high_s8(x)));
+#endif
+    }
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        int32x4_t product = vdupq_n_s32(0);
+        for (int i = 0; i < 2; i++) {
+            product = multiply(product, weights.even[i], values + 16 * i);
+            product = multiply(product, weights.odd[i], values + 32 + 16 * i);
+        }
+        return vfmaq_n_f32(sum, vcvtq_f32_s32(product), *scale);
+    }
+    static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
+};
+
+#else
+typedef FloatForm Int8Form;
+#endif
+
+#if !defined(ET_USE_AVX512_BF16)
+typedef FloatForm Bf16Form;
+#endif

@@ -1,0 +1,100 @@
+// What every file of the library shares: element types, the thread team, and the table through which Python finds a kernel.
+//
+// The library is plain C to the outside (no Python.h, no C++ names): `et_kernel(isa, name)` gives a function pointer, and
+// library.py calls it through ctypes. Everything else is hidden.
+//
+// One translation unit an instruction set (isa_*.cpp) includes kernels.inl with its own flags. Two units must never share an
+// inline function, or the linker would keep the AVX-512 copy of it for everybody: hence no STL anywhere in the kernels,
+// everything in them sits in a namespace of the unit's own, and what stands in this header is `static`.
+//
+// To add a kernel: write `static void name(...)` in one of the .inl files, add `X(name)` to that file's ET_..._KERNELS list,
+// declare its signature in Python (library.declare), and raise ET_ABI here and library.ABI there when a signature changes.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ET_ABI 1
+
+#if defined(_MSC_VER)
+#define ET_EXPORT extern "C" __declspec(dllexport)
+#define ET_SIMD __pragma(loop(ivdep))
+#define ET_SIMD_SUM(variables)
+#define ET_INLINE static __forceinline
+#define ET_MEMBER __forceinline
+#else
+#define ET_EXPORT extern "C" __attribute__((visibility("default")))
+#define ET_PRAGMA(text) _Pragma(#text)
+#define ET_SIMD ET_PRAGMA(omp simd)                                        // iterations are independent: vectorise
+#define ET_SIMD_SUM(variables) ET_PRAGMA(omp simd reduction(+ : variables))  // the same, and these sums may be reordered
+#define ET_INLINE static inline __attribute__((always_inline))
+#define ET_MEMBER inline __attribute__((always_inline))
+#endif
+
+namespace edgetune {
+
+struct Kernel {
+    const char* name;
+    void (*function)();
+};
+
+struct Isa {
+    const char* name;
+    bool (*supported)();
+    const Kernel* kernels;  // ends with a null name
+};
+
+// Runs task(argument, index, count) for every index < count on `threads` threads of the OpenMP runtime that torch uses
+// (count may be smaller than threads: the runtime decides). Tasks may meet at barrier(). With one thread: a plain call.
+typedef void (*Task)(void* argument, int index, int count);
+void parallel(int threads, Task task, void* argument);
+void barrier();
+
+}  // namespace edgetune
+
+namespace {
+
+struct Range {
+    int64_t begin, end;
+};
+
+// The index-th of `count` contiguous shares of n items, cut at multiples of `grain`.
+inline Range share(int64_t n, int64_t grain, int index, int count) {
+    int64_t pieces = (n + grain - 1) / grain;
+    int64_t begin = pieces * index / count * grain, end = pieces * (index + 1) / count * grain;
+    return {begin < n ? begin : n, end < n ? end : n};
+}
+
+template <class Body>
+struct Shares {
+    int64_t n, grain;
+    const Body* body;
+};
+
+template <class Body>
+void run_share(void* argument, int index, int count) {
+    const Shares<Body>* shares = static_cast<const Shares<Body>*>(argument);
+    Range range = share(shares->n, shares->grain, index, count);
+    if (range.begin < range.end) (*shares->body)(range.begin, range.end);
+}
+
+// body(begin, end) over [0, n), one contiguous share a thread, cut at multiples of grain.
+template <class Body>
+void parallel_for(int threads, int64_t n, int64_t grain, const Body& body) {
+    if (threads <= 1 || n <= grain) {
+        if (n > 0) body(int64_t(0), n);
+        return;
+    }
+    int64_t pieces = (n + grain - 1) / grain;
+    Shares<Body> shares = {n, grain, &body};
+    edgetune::parallel(pieces < threads ? int(pieces) : threads, run_share<Body>, &shares);
+}
+
+struct Bf16 {
+    uint16_t bits;
+};
+struct F16 {
+    uint16_t bits;
+};
+
+}  // namespace

@@ -1,0 +1,29 @@
+// All kernels of one instruction set: isa_*.cpp defines ET_ISA (the namespace) and includes this with its own compiler flags.
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(ET_USE_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace edgetune {
+namespace ET_ISA {
+namespace {
+#include "numbers.inl"
+
+#include "dequant.inl"
+#include "elementwise.inl"
+#include "softmax.inl"
+#include "matvec.inl"
+#include "decode.inl"
+}  // namespace
+
+#define X(kernel) {#kernel, reinterpret_cast<void (*)()>(&kernel)},
+extern const Kernel table[];
+const Kernel table[] = {
+    ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_SOFTMAX_KERNELS(X) ET_MATVEC_KERNELS(X) ET_DECODE_KERNELS(X)
+    {nullptr, nullptr}};
+#undef X
+}  // namespace ET_ISA
+}  // namespace edgetune

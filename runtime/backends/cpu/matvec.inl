@@ -1,0 +1,211 @@
+// y (n, rows) = x (n <= 8, cols) @ W^T for a frozen linear layer: the product behind every generated token.
+//
+// A token reads each weight once, so this is bound by memory: packed codes become values in registers and are multiplied at
+// once (forms.inl), the 8-bit absmax is expanded 16 blocks at a time, and one dequantised register serves all n tokens.
+// A linear with neither 64 to a block nor 64 | cols has blocks that cross rows, and is expanded row by row instead.
+#include "forms.inl"
+
+enum Kind : int64_t { NF4 = 0, DENSE_BF16 = 1, DENSE_F32 = 2 };
+enum Compute : int64_t { COMPUTE_F32 = 0, COMPUTE_BF16 = 1, COMPUTE_INT8 = 2 };
+
+constexpr int MAX_TOKENS = 8;
+constexpr int64_t PANEL = 32;  // rows of lora_B that lie together, and the grain in which threads share rows
+
+// A frozen linear with its adapter; decode.py's `Linear` mirrors it field by field.
+struct Linear {
+    int64_t kind, rows, cols;
+    const void* weight;  // packed codes (ceil(rows * cols / 2)), or bf16 or fp32 (rows, cols)
+    const float* codes;  // (16,)
+    Absmax absmax;
+    int64_t block_size;
+    const float* bias;  // (rows,) or null
+    int64_t rank;       // 0: no adapter
+    const Bf16* lora_A;  // (rank, cols), times alpha / rank
+    const Bf16* lora_B;  // (ceil(rows / PANEL), rank, PANEL): whole cache lines for a range of rows; padded with zeros
+};
+
+static bool has_form(const Linear& w) { return w.kind == NF4 && w.block_size == BLOCK && w.cols % BLOCK == 0; }
+
+static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+ET_INLINE float dot(const T* a, const float* b, int64_t count) {
+    float sum = 0;
+    ET_SIMD_SUM(sum)
+    for (int64_t i = 0; i < count; i++) sum = fma(load(a + i), b[i], sum);
+    return sum;
+}
+
+// ---- activations ----
+
+// Bytes that one token of `cols` activations takes when laid out: bf16 values (int8 needs less), scales and corrections.
+static int64_t activation_bytes(int64_t cols) {
+    int64_t blocks = round_up(cols / BLOCK + 1, GROUP);
+    return blocks * BLOCK * 2 + blocks * 4 * 2;
+}
+
+// x (n, cols) laid out for `form` in `space` (n * activation_bytes(cols), aligned to 64) -> tokens[MAX_TOKENS]; those past n
+// repeat the last, so that a kernel for 4 tokens can serve 3.
+template <class Form>
+void lay_out(const float* x, int n, int64_t cols, uint8_t* space, Activations* tokens) {
+    int64_t blocks = round_up(cols / BLOCK + 1, GROUP);
+    for (int t = 0; t < n; t++, space += activation_bytes(cols)) {
+        float* scale = reinterpret_cast<float*>(space + blocks * BLOCK * 2);
+        tokens[t] = {x + t * cols, space, scale, scale + blocks};
+        Form::prepare(cols, tokens[t]);
+    }
+    for (int t = n; t < MAX_TOKENS; t++) tokens[t] = tokens[n - 1];
+}
+
+static void lay_out(int64_t compute, const float* x, int n, int64_t cols, uint8_t* space, Activations* tokens) {
+    if (compute == COMPUTE_INT8 && cols % BLOCK == 0) lay_out<Int8Form>(x, n, cols, space, tokens);
+    else if (compute == COMPUTE_BF16 && cols % BLOCK == 0) lay_out<Bf16Form>(x, n, cols, space, tokens);
+    else lay_out<FloatForm>(x, n, cols, space, tokens);
+}
+
+// ---- NF4 in whole blocks ----
+
+#if defined(_MSC_VER)
+#define ET_PREFETCH(p)
+#else
+#define ET_PREFETCH(p) __builtin_prefetch(p)
+#endif
+constexpr int64_t PREFETCH = 4096;  // bytes ahead: about a step of four rows
+
+// The absmax of `count` <= GROUP blocks from `first` on -> out (GROUP,), 0 beyond count.
+ET_INLINE void expand_absmax(const Absmax& absmax, int64_t first, int64_t count, float* out) {
+#if defined(ET_USE_AVX512)
+    if (absmax.codes && absmax.shift >= 4) {  // so at most two nested absmax among them
+        __mmask16 there = __mmask16((1u << count) - 1);
+        __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, absmax.codes + first));
+        int64_t segment = first >> absmax.shift, left = ((segment + 1) << absmax.shift) - first;
+        __m512 nested = _mm512_set1_ps(absmax.nested[segment]);
+        if (left < count)
+            nested = _mm512_mask_mov_ps(nested, __mmask16(~0u << left), _mm512_set1_ps(absmax.nested[segment + 1]));
+        __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(code, absmax.table, 4), nested);
+        _mm512_store_ps(out, _mm512_maskz_add_ps(there, product, _mm512_set1_ps(absmax.offset)));
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < GROUP; i++) out[i] = i < count ? absmax.at(first + i) : 0.0f;
+}
+
+// R rows from `row` on, N tokens, of which the first n are stored at y[token * stride + row].
+template <class Form, int R, int N>
+ET_INLINE void form_rows(const Linear& w, const typename Form::Table& table, const Activations* x, int n, float* y,
+                         int64_t stride, int64_t row) {
+    constexpr int S = Form::SCALED ? N : 1;
+    const int64_t blocks = w.cols / BLOCK, row_bytes = w.cols / 2;
+    const uint8_t* packed = static_cast<const uint8_t*>(w.weight) + row * row_bytes;
+    alignas(64) float scale[R][S][GROUP];
+    typename Form::Sum sum[R][N];
+    for (int j = 0; j < R; j++)
+        for (int t = 0; t < N; t++) sum[j][t] = Form::zero();
+    for (int64_t first = 0; first < blocks; first += GROUP) {
+        const int64_t count = blocks - first < GROUP ? blocks - first : GROUP;
+        for (int j = 0; j < R; j++) {
+            alignas(64) float absmax[GROUP];
+            expand_absmax(w.absmax, (row + j) * blocks + first, count, absmax);
+            for (int t = 0; t < N; t++) sum[j][t] = Form::group(x[t], first, absmax, sum[j][t]);
+            for (int s = 0; s < S; s++) {
+                ET_SIMD
+                for (int64_t i = 0; i < GROUP; i++) scale[j][s][i] = Form::SCALED ? absmax[i] * x[s].scale[first + i] : absmax[i];
+            }
+        }
+        for (int64_t b = 0; b < count; b += Form::BLOCKS) {
+            for (int j = 0; j < R; j++) {
+                const uint8_t* p = packed + j * row_bytes + (first + b) * (BLOCK / 2);
+                ET_PREFETCH(p + PREFETCH);
+                typename Form::Weights weights;
+                Form::load(table, p, count - b, weights);
+                for (int t = 0; t < N; t++)
+                    sum[j][t] = Form::dot(weights, x[t], first + b, &scale[j][Form::SCALED ? t : 0][b], sum[j][t]);
+            }
+        }
+    }
+    for (int j = 0; j < R; j++)
+        for (int t = 0; t < N && t < n; t++) y[t * stride + row + j] = Form::total(sum[j][t]);
+}
+
+template <class Form, int R, int N>
+void form_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+    const typename Form::Table table(w.codes);
+    for (; begin + R <= end; begin += R) form_rows<Form, R, N>(w, table, x, n, y, stride, begin);
+    for (; begin < end; begin++) form_rows<Form, 1, N>(w, table, x, n, y, stride, begin);
+}
+
+template <class Form>
+void form_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+    if (n == 1) form_range<Form, 4, 1>(w, x, n, y, stride, begin, end);
+    else if (n == 2) form_range<Form, 4, 2>(w, x, n, y, stride, begin, end);
+    else if (n <= 4) form_range<Form, 2, 4>(w, x, n, y, stride, begin, end);
+    else form_range<Form, 2, 8>(w, x, n, y, stride, begin, end);
+}
+
+// ---- everything else: blocks that cross rows, other block sizes, dense weights ----
+
+static void crossing_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+    constexpr int64_t PIECE = 512;
+    const uint8_t* packed = static_cast<const uint8_t*>(w.weight);
+    float values[PIECE];
+    for (int64_t row = begin; row < end; row++) {
+        float sums[MAX_TOKENS] = {};
+        for (int64_t column = 0; column < w.cols; column += PIECE) {
+            const int64_t count = w.cols - column < PIECE ? w.cols - column : PIECE, flat = row * w.cols + column;
+            dequantize_range(packed, w.codes, w.absmax, w.block_size, flat, flat + count, values);
+            for (int t = 0; t < n; t++) sums[t] += dot(values, x[t].x + column, count);
+        }
+        for (int t = 0; t < n; t++) y[t * stride + row] = sums[t];
+    }
+}
+
+// Four rows at a time, so that four sums are in flight.
+template <class T>
+void dense_range(const T* weight, int64_t cols, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
+                 int64_t end) {
+    for (; begin + 4 <= end; begin += 4) {
+        const T *a = weight + begin * cols, *b = a + cols, *c = b + cols, *d = c + cols;
+        for (int t = 0; t < n; t++) {
+            const float* values = x[t].x;
+            float sum_a = 0, sum_b = 0, sum_c = 0, sum_d = 0;
+            ET_SIMD_SUM(sum_a, sum_b, sum_c, sum_d)
+            for (int64_t i = 0; i < cols; i++) {
+                sum_a = fma(load(a + i), values[i], sum_a);
+                sum_b = fma(load(b + i), values[i], sum_b);
+                sum_c = fma(load(c + i), values[i], sum_c);
+                sum_d = fma(load(d + i), values[i], sum_d);
+            }
+            float* out = y + t * stride + begin;
+            out[0] = sum_a, out[1] = sum_b, out[2] = sum_c, out[3] = sum_d;
+        }
+    }
+    for (; begin < end; begin++)
+        for (int t = 0; t < n; t++) y[t * stride + begin] = dot(weight + begin * cols, x[t].x, cols);
+}
+
+// Rows [begin, end) of x W^T -> y[token * stride + row]; x laid out by lay_out for the same `compute`.
+static void product_range(const Linear& w, int64_t compute, const Activations* x, int n, float* y, int64_t stride,
+                          int64_t begin, int64_t end) {
+    if (w.kind == DENSE_BF16) dense_range(static_cast<const Bf16*>(w.weight), w.cols, x, n, y, stride, begin, end);
+    else if (w.kind == DENSE_F32) dense_range(static_cast<const float*>(w.weight), w.cols, x, n, y, stride, begin, end);
+    else if (!has_form(w)) crossing_range(w, x, n, y, stride, begin, end);
+    else if (compute == COMPUTE_INT8) form_range<Int8Form>(w, x, n, y, stride, begin, end);
+    else if (compute == COMPUTE_BF16) form_range<Bf16Form>(w, x, n, y, stride, begin, end);
+    else form_range<FloatForm>(w, x, n, y, stride, begin, end);
+}
+
+// y (n, w.rows) = x (n, w.cols) W^T + bias; space: n * matvec_space(w.cols) bytes, aligned to 64.
+static void matvec(const Linear* w, int64_t compute, const float* x, int64_t n, float* y, uint8_t* space, int threads) {
+    Activations tokens[MAX_TOKENS];
+    lay_out(compute, x, int(n), w->cols, space, tokens);
+    parallel_for(threads, w->rows, PANEL, [=, &tokens](int64_t begin, int64_t end) {
+        product_range(*w, compute, tokens, int(n), y, w->rows, begin, end);
+        for (int64_t t = 0; t < n && w->bias; t++)
+            for (int64_t row = begin; row < end; row++) y[t * w->rows + row] += w->bias[row];
+    });
+}
+
+// Bytes of `space` that a token of `cols` activations takes.
+static int64_t matvec_space(int64_t cols) { return activation_bytes(cols); }
+
+#define ET_MATVEC_KERNELS(X) X(matvec) X(matvec_space)

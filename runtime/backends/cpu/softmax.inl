@@ -1,0 +1,1 @@
+#define ET_SOFTMAX_KERNELS(X)

@@ -1,0 +1,94 @@
+"""Prefill, decode, sample: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime import ops
+from edgetune.runtime.model import KVCache
+from edgetune.runtime.runner import Runner
+
+PREFILL_TOKENS = 512
+"""Prompt tokens run at once: enough to keep the matrix units busy, few enough to bound memory."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the likeliest token; top_p keeps the smallest set of tokens with that much probability."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int | None = None
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id from logits (V,). Nucleus sampling: Holtzman et al. 2019, arXiv 1904.09751."""
+    logits = logits.float()
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    ordered, ids = probabilities.sort(descending=True, stable=True)
+    outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the first token is always inside
+    ordered = ordered.masked_fill(outside, 0.0).cpu()
+    return int(ids[int(torch.multinomial(ordered, 1, generator=generator))])
+
+
+class Generator:
+    """Continues one sequence: holds its KV cache, so that a chat's next turn pays for its new tokens only."""
+
+    def __init__(self, runner: Runner, max_length: int) -> None:
+        self.runner, model = runner, runner.model
+        self.cache = KVCache(model.config, max_length, model.dtype, model.device)
+        self.tokens: list[int] = []
+        self._step = ops.decoder(model, self.cache)
+
+    def prefill(self, input_ids: Sequence[int]) -> Tensor:
+        """Run a prompt, reusing the part that the cache already holds -> logits (V,) after its last token."""
+        shared = self._shared_prefix(input_ids)
+        self.cache.length, self.tokens = shared, list(input_ids)
+        for start in range(shared, len(input_ids), PREFILL_TOKENS):
+            ids = torch.tensor(input_ids[start : start + PREFILL_TOKENS], device=self.runner.model.device)
+            end = start + len(ids)
+            h = self.runner.infer(ids, torch.arange(start, end, device=ids.device), [(0, len(ids), 0, end)], self.cache)
+        return self.runner.model.logits(h[-1:])[0]
+
+    def _shared_prefix(self, input_ids: Sequence[int]) -> int:
+        """Tokens of the cache that this prompt repeats; at least its last token is always run."""
+        shared = 0
+        for old, new in zip(self.tokens[: self.cache.length], input_ids[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        return shared
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Sequence[int], max_tokens: int, sampling: Sampling, stop_ids: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """Yield up to `max_tokens` new ids; a stop id ends the sequence and is not yielded."""
+        generator = torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        max_tokens = min(max_tokens, self.cache.max_length - len(input_ids))
+        logits = self.prefill(input_ids)
+        for number in range(max_tokens):
+            token = sample(logits, sampling, generator)
+            if token in stop_ids:
+                return
+            yield token
+            self.tokens.append(token)
+            if number + 1 < max_tokens:
+                logits = self._step(token) if self._step else self._plain_step(token)
+
+    def _plain_step(self, token: int) -> Tensor:
+        """One token through the blocks, in torch -> logits (V,)."""
+        at = self.cache.length
+        ids, position = (torch.tensor([value], device=self.runner.model.device) for value in (token, at))
+        h = self.runner.infer(ids, position, [(0, 1, 0, at + 1)], self.cache)
+        return self.runner.model.logits(h)[0]

@@ -1,0 +1,218 @@
+"""Linears, their LoRA adapters, and the one product that training is made of.
+
+A linear sees tensors, never pages. `project` runs several linears that share an input as one node of autograd: it takes
+the input before its norm (or before SwiGLU) and saves only that, since the elementwise part is cheap to do again. The
+backward needs the packed weight alone, dequantised once more into a panel that all linears share.
+
+Shapes: x (N, in), W (out, in), lora_A (r, in), lora_B (out, r); y = x W^T + scale * dropout(x) A^T B^T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.runtime import nf4, ops
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.nf4 import QuantizedTensor
+
+Weight = Tensor | QuantizedTensor
+
+
+class Linear(nn.Module):
+    """A frozen linear: weight (out, in), dense or NF4, and bias (out,) or None."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear and its adapter: base, lora_A (r, in) f32, lora_B (out, r) f32, both trained."""
+
+    def __init__(self, base: Linear, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.scale, self.dropout = scale, dropout
+        self.out_features, self.in_features = base.out_features, base.in_features
+
+    @classmethod
+    def from_base(cls, base: Linear, config: LoraConfig, generator: torch.Generator) -> LoraLinear:
+        """A fresh adapter that changes nothing yet: A kaiming-uniform(a=√5), that is U(-1/√in, 1/√in), and B zero."""
+        device = base.weight.device
+        bound = 1.0 / math.sqrt(base.in_features)
+        a = torch.empty(config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(base.out_features, config.rank)
+        return cls(base, a.to(device), b.to(device), config.scale, config.dropout)
+
+    def merge(self, dtype: torch.dtype) -> Linear:
+        """The adapted weight W + scale * B A as a dense linear, summed in fp32."""
+        weight = self.base.weight
+        dense = nf4.dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.float()
+        return Linear((dense + self.scale * (self.lora_B.detach() @ self.lora_A.detach())).to(dtype), self.base.bias)
+
+
+AnyLinear = Linear | LoraLinear
+
+
+class Prologue(Protocol):
+    """The elementwise part between a block's hidden state and a product: done again in backward, not saved."""
+
+    def forward(self, h: Tensor) -> Tensor: ...
+
+    def backward(self, dx: Tensor, h: Tensor) -> Tensor: ...
+
+
+class Identity:
+    """x = h."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h
+
+    def backward(self, dx: Tensor, h: Tensor) -> Tensor:
+        return dx
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x = rms_norm(h)."""
+
+    weight: Tensor
+    eps: float
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ops.rms_norm(h, self.weight, self.eps)
+
+    def backward(self, dx: Tensor, h: Tensor) -> Tensor:
+        return ops.rms_norm_backward(dx, h, self.weight, self.eps)
+
+
+class SwiGlu:
+    """x = silu(gate) * up, of h = (gate | up)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ops.swiglu(h)
+
+    def backward(self, dx: Tensor, h: Tensor) -> Tensor:
+        return ops.swiglu_backward(dx, h)
+
+
+class Panel:
+    """One buffer that NF4 weights are dequantised into, layer after layer: (out, in) in the compute dtype."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def dense(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """The weight as (out, in) `dtype`; an NF4 one is valid until the next call."""
+        if isinstance(weight, Tensor):
+            return weight.to(dtype)
+        n = weight.numel
+        if self._buffer.numel() < n or self._buffer.dtype != dtype or self._buffer.device != weight.device:
+            self._buffer = torch.empty(n, dtype=dtype, device=weight.device)
+        return ops.dequantize(weight, dtype, self._buffer[:n].view(weight.shape))
+
+
+@dataclass(frozen=True)
+class ProjectPlan:
+    """How the products of a step are done: shared panel, dropout key, what is saved, whether the values are needed."""
+
+    panel: Panel
+    dropout_key: int | None = None
+    """32 bits of (seed, step, layer); None: no dropout (evaluation)."""
+    save_input: bool = False
+    """Keep the prologue's output too, instead of computing it again in backward."""
+    values: bool = True
+    """False in a recomputation whose result nobody reads: only what the backward needs is made."""
+
+    def numbered(self, first: int) -> ProjectPlan:
+        """The same plan with dropout keys of its own for the linears from number `first` of the layer."""
+        return self if self.dropout_key is None else replace(self, dropout_key=self.dropout_key + first)
+
+
+def project(h: Tensor, prologue: Prologue, linears: Sequence[AnyLinear], plan: ProjectPlan) -> Tensor:
+    """Products of prologue(h) with each linear, side by side: h (N, in) -> (N, sum of out_features)."""
+    adapters = [p for linear in linears if isinstance(linear, LoraLinear) for p in (linear.lora_A, linear.lora_B)]
+    if torch.is_grad_enabled():
+        return _Project.apply(h, prologue, tuple(linears), plan, *adapters)
+    return _forward(prologue.forward(h), linears, plan, None)
+
+
+def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan, reduced: list[Tensor] | None) -> Tensor:
+    """The products; `reduced` collects dropout(x) A^T (N, r) of each adapter for the backward."""
+    y = x.new_empty(x.shape[0], sum(linear.out_features for linear in linears))
+    column = 0
+    for number, linear in enumerate(linears):
+        part = y[:, column : column + linear.out_features]
+        column += linear.out_features
+        base = linear.base if isinstance(linear, LoraLinear) else linear
+        if plan.values:
+            torch.mm(x, plan.panel.dense(base.weight, x.dtype).T, out=part)
+            if base.bias is not None:
+                part += base.bias
+        if isinstance(linear, LoraLinear):
+            xa = _dropped(x, linear, plan, number) @ linear.lora_A.detach().to(x.dtype).T
+            if plan.values:
+                part.addmm_(xa, linear.lora_B.detach().to(x.dtype).T, alpha=linear.scale)
+            if reduced is not None:
+                reduced.append(xa)
+    return y
+
+
+def _dropped(x: Tensor, linear: LoraLinear, plan: ProjectPlan, number: int) -> Tensor:
+    if plan.dropout_key is None or linear.dropout == 0.0:
+        return x
+    return ops.dropout(x, linear.dropout, plan.dropout_key + number)
+
+
+class _Project(torch.autograd.Function):
+    """project() with its hand-written backward: gradients of h and of the adapters, none of frozen weights."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan, *_: Tensor) -> Tensor:
+        reduced: list[Tensor] = []
+        x = prologue.forward(h)
+        y = _forward(x, linears, plan, reduced)
+        ctx.prologue, ctx.linears, ctx.plan = prologue, linears, plan
+        ctx.save_for_backward(h, *([x] if plan.save_input else []), *reduced)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        linears, plan = ctx.linears, ctx.plan
+        h, *rest = ctx.saved_tensors
+        x = rest.pop(0) if plan.save_input else ctx.prologue.forward(h)
+        dx: Tensor | None = None
+        gradients: list[Tensor] = []
+        column = 0
+        for number, linear in enumerate(linears):
+            part = dy[:, column : column + linear.out_features]
+            column += linear.out_features
+            base = linear.base if isinstance(linear, LoraLinear) else linear
+            weight = plan.panel.dense(base.weight, dy.dtype)
+            dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
+            if isinstance(linear, LoraLinear):
+                gradients += _adapter_gradients(part, x, rest.pop(0), linear, plan, number, dx)
+        return ctx.prologue.backward(dx, h), None, None, None, *gradients
+
+
+def _adapter_gradients(
+    dy: Tensor, x: Tensor, xa: Tensor, linear: LoraLinear, plan: ProjectPlan, number: int, dx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dA (r, in) and dB (out, r) in f32; adds the adapter's share to dx (N, in)."""
+    a, b = linear.lora_A.detach().to(x.dtype), linear.lora_B.detach().to(x.dtype)
+    dxa = dy @ b  # (N, r)
+    da = dxa.T @ _dropped(x, linear, plan, number)
+    db = dy.T @ xa
+    if plan.dropout_key is None or linear.dropout == 0.0:
+        dx.addmm_(dxa, a, alpha=linear.scale)
+    else:
+        dx += _dropped(dxa @ a * linear.scale, linear, plan, number)
+    return da.float() * linear.scale, db.float() * linear.scale

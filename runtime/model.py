@@ -1,0 +1,202 @@
+"""Llama: one decoder for LLaMA 1-3.2, TinyLlama, SmolLM2, Mistral, Qwen2/2.5 and Qwen3.
+
+The shape legend of the whole engine:
+
+    N   tokens in a packed row (documents side by side, no padding)      D   hidden_size
+    H   query heads          KV  key/value heads          hd  head_dim   F   intermediate_size
+    V   vocabulary           M   keys a query may meet (N, or the cache's length)      r   LoRA rank
+
+A row holds one or many documents; `segments` say which token belongs to which, and positions restart in each. Every
+weight but the adapters' is frozen. A block is forward(h, ctx) -> h; runner.py alone loops over blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgetune.runtime import ops
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
+from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
+
+
+class KVCache:
+    """Keys and values of one sequence: for each layer k, v (KV, max_length, hd); the first `length` are filled."""
+
+    def __init__(self, config: LlamaConfig, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_kv_heads, max_length, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.max_length, self.length = max_length, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (N, KV, hd) after the filled part -> all keys and values as (M, KV, hd) views.
+
+        `length` itself moves on once all layers have appended: see Runner.infer.
+        """
+        end = self.length + k.shape[0]
+        if end > self.max_length:
+            raise ValueError(f"the KV cache holds {self.max_length} tokens; {end} were to be stored")
+        self.k[layer][:, self.length : end] = k.transpose(0, 1)
+        self.v[layer][:, self.length : end] = v.transpose(0, 1)
+        return self.k[layer][:, :end].transpose(0, 1), self.v[layer][:, :end].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a block needs beside its hidden state."""
+
+    cos: Tensor  # (N, hd/2) f32
+    sin: Tensor
+    segments: Sequence[Segment]
+    plan: ProjectPlan
+    cache: KVCache | None = None
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Angles a position, f64 (hd/2,). RoFormer (arXiv 2104.09864); the llama3 scaling as Llama 3.1's release has it."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    frequencies = 1.0 / (torch.tensor(config.theta, dtype=torch.float64) ** exponents)
+    if config.kind == "linear":
+        return frequencies / config.factor
+    if config.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        low, high = config.low_freq_factor, config.high_freq_factor
+        smooth = ((config.original_max_positions / wavelengths - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth) * frequencies / config.factor + smooth * frequencies
+    return frequencies
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int, tensors: dict[str, Weight]) -> None:
+        """`tensors` by Hugging Face's names inside a layer, e.g. "self_attn.q_proj.weight"."""
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.attn_norm, self.mlp_norm = tensors["input_layernorm.weight"], tensors["post_attention_layernorm.weight"]
+        self.q_norm = tensors["self_attn.q_norm.weight"] if config.qk_norm else None
+        self.k_norm = tensors["self_attn.k_norm.weight"] if config.qk_norm else None
+        for name in LINEARS:
+            path = hf_linear_name(name)
+            self.add_module(name, Linear(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")))  # type: ignore[arg-type]
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+
+    def linears(self) -> dict[str, AnyLinear]:
+        """The seven linears by name."""
+        return {name: getattr(self, name) for name in LINEARS}
+
+    def forward(self, h: Tensor, ctx: Context) -> Tensor:
+        """h (N, D) -> (N, D)."""
+        plan, eps = ctx.plan, self.config.rms_norm_eps
+        inner = replace(plan, values=True)  # a recomputing block needs every product but its last
+        qkv = project(h, Norm(self.attn_norm, eps), (self.q_proj, self.k_proj, self.v_proj), inner)
+        h = h + project(self.attend(qkv, ctx), Identity(), (self.o_proj,), inner.numbered(3))
+        gate_up = project(h, Norm(self.mlp_norm, eps), (self.gate_proj, self.up_proj), inner.numbered(4))
+        return h + project(gate_up, SwiGlu(), (self.down_proj,), plan.numbered(6))
+
+    def attend(self, qkv: Tensor, ctx: Context) -> Tensor:
+        """qkv (N, (H + 2 KV) hd), which is used up -> attention's output (N, H hd)."""
+        if torch.is_grad_enabled():
+            return _Attend.apply(qkv, self, ctx)
+        q, k, v = self.split_heads(qkv)
+        q, k = self.rotate(q, k, ctx)
+        if ctx.cache is not None:
+            k, v = ctx.cache.append(self.layer, k, v)
+        return ops.attention_forward(q, k, v, ctx.segments, self.window, self.scale)[0].flatten(1)
+
+    @property
+    def window(self) -> int | None:
+        return self.config.windows[self.layer]
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, (H + 2 KV) hd) -> views q (N, H, hd), k and v (N, KV, hd)."""
+        heads, kv = self.config.num_heads, self.config.num_kv_heads
+        return qkv.view(qkv.shape[0], heads + 2 * kv, self.config.head_dim).split((heads, kv, kv), dim=1)  # type: ignore[return-value]
+
+    def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Norm of each head where the model has one, then RoPE; in place where there is no norm."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm)
+        return ops.rope_(q, ctx.cos, ctx.sin), ops.rope_(k, ctx.cos, ctx.sin)
+
+    def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return ops.rms_norm(x.reshape(-1, x.shape[2]), weight, self.config.rms_norm_eps).view(x.shape)
+
+    def head_norm_backward(self, dx: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the per-head norm's input, (N, heads, hd)."""
+        flat = dx.reshape(-1, x.shape[2]), x.reshape(-1, x.shape[2])
+        return ops.rms_norm_backward(*flat, weight, self.config.rms_norm_eps).view(x.shape)
+
+
+class _Attend(torch.autograd.Function):
+    """Per-head norm, RoPE and attention with their backward; the qkv buffer itself is rotated and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, block: Block, context: Context) -> Tensor:
+        q, k, v = block.split_heads(qkv.detach())
+        raw = (q, k) if block.q_norm is not None else ()
+        q, k = block.rotate(q, k, context)
+        o, lse = ops.attention_forward(q, k, v, context.segments, block.window, block.scale)
+        ctx.block, ctx.context = block, context
+        ctx.save_for_backward(q, k, v, o, lse, *raw)
+        return o.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        block, context = ctx.block, ctx.context
+        q, k, v, o, lse, *raw = ctx.saved_tensors
+        gradient = do.new_empty(do.shape[0], (q.shape[1] + 2 * k.shape[1]) * q.shape[2])
+        dq, dk, dv = block.split_heads(gradient)
+        ops.attention_backward(
+            do.view(q.shape), q, k, v, o, lse, context.segments, block.window, block.scale, dq, dk, dv
+        )
+        ops.rope_(dq, context.cos, context.sin, inverse=True)
+        ops.rope_(dk, context.cos, context.sin, inverse=True)
+        if raw:
+            dq.copy_(block.head_norm_backward(dq, raw[0], block.q_norm))
+            dk.copy_(block.head_norm_backward(dk, raw[1], block.k_norm))
+        return gradient, None, None
+
+
+class Llama(nn.Module):
+    """Embedding, blocks, final norm and head. `embedding` and `head` are (V, D); tied models share one tensor."""
+
+    def __init__(self, config: LlamaConfig, embedding: Weight, blocks: list[Block], norm: Tensor, head: Weight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embedding, self.norm, self.head = embedding, norm, head
+        self.blocks = nn.ModuleList(blocks)
+        self.frequencies = rope_frequencies(config.rope, config.head_dim).to(norm.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.device
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids (N,) -> h (N, D) in the compute dtype."""
+        return nn.functional.embedding(input_ids, self.embedding).to(self.dtype)  # type: ignore[arg-type]
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (N,) -> cos, sin (N, hd/2) f32; the angle itself in f64, since far positions are large."""
+        angles = positions.to(torch.float64).unsqueeze(1) * self.frequencies
+        return angles.cos().float(), angles.sin().float()
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Last block's h (N, D) -> logits (N, V) in the compute dtype."""
+        return ops.rms_norm(h, self.norm, self.config.rms_norm_eps) @ self.dense_head().T
+
+    def dense_head(self) -> Tensor:
+        """The head (V, D) in the compute dtype."""
+        return self.head if isinstance(self.head, Tensor) else ops.dequantize(self.head, self.dtype)
+
+
+def hf_linear_name(name: str) -> str:
+    """"q_proj" -> "self_attn.q_proj", "up_proj" -> "mlp.up_proj"."""
+    return f"self_attn.{name}" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else f"mlp.{name}"

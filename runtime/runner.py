@@ -1,0 +1,122 @@
+"""Sole owner of the loop over blocks: forward, and in backward recompute by policy, differentiate, release.
+
+Paging, activation offload and copy streams will meet here and nowhere else. Each block is a small autograd graph of its
+own, so that what it saved is freed as soon as its gradients are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime.attention import Segment, packed_segments
+from edgetune.runtime.lora import Panel, ProjectPlan
+from edgetune.runtime.loss import chunked_cross_entropy, token_nats
+from edgetune.runtime.model import Block, Context, KVCache, Llama
+
+
+class Recompute(StrEnum):
+    """What the backward computes again instead of finding it saved. FLOPs a token of N weights: 4N, 4N, 5.5N."""
+
+    NONE = "none"  # nothing
+    SELECTIVE = "selective"  # norms and SwiGLU products: elementwise, so nearly free
+    FULL = "full"  # everything but the block's input; its last product, whose value nobody reads, is left out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row of N tokens. `weights` (N,) f32: each token's share of the loss, 0 where it is context only."""
+
+    input_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    bounds: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One block's forward, kept for its backward: the graph's ends, or the input alone when it is to be run again."""
+
+    block: Block
+    entered: Tensor
+    left: Tensor | None
+
+
+class Runner:
+    """Runs a model's blocks. One runner a model: it owns the panel that weights are dequantised into."""
+
+    def __init__(self, model: Llama, recompute: Recompute = Recompute.FULL, loss_rows: int = 256) -> None:
+        self.model, self.recompute, self.loss_rows = model, recompute, loss_rows
+        self.panel = Panel()
+
+    def train(self, row: Row, dropout_key: int | None = None) -> Tensor:
+        """Forward and backward of one packed row: adds to each adapter's .grad, returns the weighted loss (), f32.
+
+        `dropout_key` (32 bits of seed, step and micro-batch) makes dropout a function of itself; None is none.
+        """
+        ctx = self._context(row.positions, packed_segments(row.bounds), None)
+        h, passes = self.model.embed(row.input_ids), []
+        for block in self.model.blocks:
+            passes.append(self._enter(block, h, self._of_layer(ctx, block, dropout_key)))
+            h = passes[-1][1]
+        loss, dh = chunked_cross_entropy(self.model, h, row.targets, row.weights, self.loss_rows)
+        del h
+        while passes:
+            done, _ = passes.pop()
+            dh = self._leave(done, dh, self._of_layer(ctx, done.block, dropout_key))
+        return loss
+
+    @torch.no_grad()
+    def score(self, row: Row) -> Tensor:
+        """Nats (N,) f32 of each token whose weight is not 0; 0 elsewhere."""
+        h = self.infer(row.input_ids, row.positions, packed_segments(row.bounds), None)
+        return token_nats(self.model, h, row.targets, row.weights, self.loss_rows)
+
+    @torch.no_grad()
+    def infer(self, input_ids: Tensor, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Tensor:
+        """Last block's h (N, D), storing keys and values in `cache` where given."""
+        ctx = self._context(positions, segments, cache)
+        h = self.model.embed(input_ids)
+        for block in self.model.blocks:
+            h = block(h, ctx)
+        if cache is not None:
+            cache.length += len(input_ids)
+        return h
+
+    def _context(self, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Context:
+        cos, sin = self.model.rope(positions)
+        plan = ProjectPlan(self.panel, save_input=self.recompute is Recompute.NONE)
+        return Context(cos, sin, segments, plan, cache)
+
+    @staticmethod
+    def _of_layer(ctx: Context, block: Block, dropout_key: int | None) -> Context:
+        """The context with this layer's own dropout keys: seven linears, eight keys a layer."""
+        if dropout_key is None:
+            return ctx
+        key = (dropout_key * 0x9E3779B1 + block.layer * 8) & 0xFFFFFFFF
+        return replace(ctx, plan=replace(ctx.plan, dropout_key=key))
+
+    def _enter(self, block: Block, h: Tensor, ctx: Context) -> tuple[_Pass, Tensor]:
+        if self.recompute is Recompute.FULL:
+            with torch.no_grad():
+                return _Pass(block, h, None), block(h, ctx)
+        entered = h.detach().requires_grad_()
+        with torch.enable_grad():
+            left = block(entered, ctx)
+        return _Pass(block, entered, left), left.detach()
+
+    def _leave(self, done: _Pass, dh: Tensor, ctx: Context) -> Tensor:
+        """Gradient of the block's input; the adapters' gradients are added on the way."""
+        entered, left = done.entered, done.left
+        if left is None:
+            entered = entered.detach().requires_grad_()
+            with torch.enable_grad():
+                left = done.block(entered, replace(ctx, plan=replace(ctx.plan, values=False)))
+        torch.autograd.backward(left, dh)
+        assert entered.grad is not None
+        return entered.grad

@@ -1,0 +1,276 @@
+"""The safetensors format: files mapped for reading, checked before they are believed, and written one tensor at a time.
+
+A file is 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors
+without holes. The safetensors library neither aligns tensors nor streams them, which mapping and paging need, so both
+are done here: a file of ours starts every tensor at a multiple of 64 bytes by padding the header with spaces (as the
+format allows) and by putting tensors whose size is no multiple of 64 last. Format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
+
+ALIGNMENT = 64  # a cache line, and an AVX-512 register
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before its values: enough to write a header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor in a file: its bytes are file[start : start + nbytes]."""
+
+    start: int
+
+
+class SafetensorsFile:
+    """A read-only mapping of one file. Its tensors are views of the mapping: they live on disk until touched.
+
+    Writing to such a tensor ends the process: clone it first.
+    """
+
+    def __init__(
+        self, path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str], mapping: mmap.mmap
+    ) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.metadata = metadata
+        self.mapping = mapping
+        with warnings.catch_warnings():  # torch warns that the buffer is not writable, which is the point
+            warnings.simplefilter("ignore", UserWarning)
+            self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    @classmethod
+    def open(cls, path: Path | str) -> SafetensorsFile:
+        """Check the whole header, then map the file.
+
+        Raises ModelError, naming the file and the fault, for anything that the format does not allow.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                header, data, size = _read_header(path, file)
+                tensors, metadata = _check_header(path, header, data, size)
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelError(
+                f"{path} cannot be read: {error.strerror}; check that it is there and yours to read."
+            ) from error
+        return cls(path, tensors, metadata, mapping)
+
+    def tensor(self, name: str, alignment: int = 1) -> Tensor:
+        """A view of the mapping, or a copy where the file does not have it at a multiple of `alignment` bytes."""
+        stored = self.tensors[name]
+        if stored.nbytes == 0:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        raw = self._bytes[stored.start : stored.start + stored.nbytes]
+        if raw.data_ptr() % max(alignment, stored.dtype.itemsize):
+            raw = raw.clone()
+        return raw.view(stored.dtype).view(stored.shape)
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a tensor, uncopied."""
+        stored = self.tensors[name]
+        return memoryview(self.mapping)[stored.start : stored.start + stored.nbytes]
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
+    """The JSON header, where the tensors begin, and the size of the file."""
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise ModelError(f"{path} is truncated: {size:,} bytes, too few for a safetensors header; copy it again.")
+    count = int.from_bytes(file.read(8), "little")
+    if count > MAX_HEADER:
+        raise ModelError(f"{path} is not a safetensors file: its header would take {count:,} bytes; copy it again.")
+    if count > size - 8:
+        raise ModelError(
+            f"{path} is truncated: {size:,} bytes where its header alone takes {count + 8:,}; copy it again."
+        )
+    try:
+        header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{path} is not a safetensors file: its header is not the JSON expected; copy it again."
+        ) from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} is not a safetensors file: its header is no JSON object; copy it again.")
+    return header, 8 + count, size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
+def _check_header(
+    path: Path, header: dict[str, Any], data: int, size: int
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Names to places in the file, and the metadata; every byte from `data` on belongs to exactly one tensor."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(f"{path} is damaged: its metadata is not text by name; copy it again.")
+    tensors = [_check_entry(path, name, entry, data) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
+    position = data
+    for tensor in tensors:
+        if tensor.start != position:
+            fault = "overlaps another tensor" if tensor.start < position else "follows unused bytes"
+            raise ModelError(f"{path} is damaged: tensor {tensor.name!r} {fault}; copy it again.")
+        position += tensor.nbytes
+    if position > size:
+        raise ModelError(f"{path} is truncated: {size:,} bytes where its header promises {position:,}; copy it again.")
+    if position < size:
+        raise ModelError(f"{path} is damaged: {size:,} bytes where its header promises {position:,}; copy it again.")
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _check_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    """One tensor's entry of the header, whose offsets count from `data`."""
+
+    def whole_numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ModelError(f"{path} is damaged: tensor {name!r} lacks a dtype, a shape or its offsets; copy it again.")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise ModelError(
+            f"{path} holds tensor {name!r} of dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}."
+        )
+    if not (whole_numbers(entry["shape"]) and whole_numbers(entry["data_offsets"]) and len(entry["data_offsets"]) == 2):
+        raise ModelError(
+            f"{path} is damaged: the shape or offsets of tensor {name!r} are not whole numbers; copy it again."
+        )
+    start, stop = entry["data_offsets"]
+    tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + start)
+    if stop - start != tensor.nbytes:
+        raise ModelError(
+            f"{path} is damaged: tensor {name!r} of shape {list(tensor.shape)} takes {tensor.nbytes:,} bytes, "
+            f"but its offsets span {stop - start:,}; copy it again."
+        )
+    return tensor
+
+
+def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The order in which tensors start at multiples of 64 bytes: those whose size is no such multiple come last.
+
+    Among these the most even come first, so that each starts at a multiple of its own dtype's size.
+    """
+
+    def oddness(spec: TensorSpec) -> int:
+        return -min(ALIGNMENT, spec.nbytes & -spec.nbytes) if spec.nbytes else 0
+
+    return sorted(specs, key=oddness)  # stable: layers stay in order
+
+
+class SafetensorsWriter:
+    """Write a file tensor by tensor, in the order of `specs`; it appears under its name only when whole.
+
+    >>> with SafetensorsWriter(path, specs) as writer:  # doctest: +SKIP
+    ...     for spec in specs:
+    ...         writer.write(spec.name, make(spec))
+
+    Raises ResourceError when the disk is full; nothing is left behind then, nor when the block raises.
+    """
+
+    def __init__(self, path: Path | str, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        self.path = Path(path)
+        self._specs = list(specs)
+        self._written = 0
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        position = 0
+        for spec in self._specs:
+            if spec.name in header:
+                raise ValueError(f"tensor {spec.name!r} stands twice")
+            offsets = [position, position + spec.nbytes]
+            header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            position += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        self._header = len(text).to_bytes(8, "little") + text
+        self.nbytes = len(self._header) + position
+
+    def __enter__(self) -> SafetensorsWriter:
+        with explain_full_disk(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE), "wb")
+            self._put(self._header)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor, which must be the one that `specs` names."""
+        spec = self._specs[self._written]
+        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+            raise ValueError(f"expected {spec}, got {name!r} {tensor.dtype} {tuple(tensor.shape)}")
+        self._put(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._written += 1
+
+    def _put(self, data: bytes | memoryview) -> None:
+        with explain_full_disk(self.path):
+            self._file.write(data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and self._written < len(self._specs):
+                raise ValueError(f"{len(self._specs) - self._written} tensors of {self.path.name} were never written")
+            with explain_full_disk(self.path):
+                if error is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    os.replace(self._temporary, self.path)
+                    sync_folder(self.path.parent)
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)

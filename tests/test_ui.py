@@ -1,0 +1,166 @@
+"""The terminal: nothing a model writes can move it, and three renderers tell the same run."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import unicodedata
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from edgetune import ui
+from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
+
+
+def run_of(steps: int, seconds_per_step: float = 1.0, heldout: bool = True) -> Iterator[Event]:
+    """A made-up run with everything in it that can happen."""
+    yield Started(
+        run="r1", model="demo", device="cpu", backend="cpu", plan={"steps": steps}, documents=48, heldout_documents=2,
+        heldout_paths=("a.md", "b.md"), tokens=30_000, trainable_parameters=500_000, parameters=16_000_000,
+    )  # fmt: skip
+    yield Evaluated(step=0, bits_per_byte=1.732, tokens=900, seconds=0.3)
+    yield Sampled(when="before", prompt="a secret of the notes", text="the\x1b[31m boat")
+    for step in range(1, steps + 1):
+        yield Stepped(
+            step=step, loss=4 - step / steps, learning_rate=1e-3, gradient_norm=0.5, tokens=512,
+            tokens_per_second=2310.4, memory_bytes=312_000_000, seconds=step * seconds_per_step,
+        )  # fmt: skip
+    yield Skipped(step=steps, reason="gradient not finite")
+    yield Evaluated(step=steps, bits_per_byte=1.558, tokens=900, seconds=0.3)
+    yield Finished(
+        adapter="notes-1", steps=steps, tokens=512 * steps, tokens_per_second=2310.4,
+        heldout_bits_per_byte_before=1.732 if heldout else None, heldout_bits_per_byte_after=1.558 if heldout else None,
+        peak_memory_bytes=412_000_000, device="cpu", seconds=steps * seconds_per_step, best_step=steps, skipped_steps=1,
+        report="/home/x/report.html",
+    )  # fmt: skip
+
+
+def plain(events: Iterator[Event]) -> list[str]:
+    file = io.StringIO()
+    with ui.renderer(file=file) as renderer:
+        for event in events:
+            renderer.show(event)
+    return file.getvalue().splitlines()
+
+
+@given(st.text(st.characters()))
+@example("\x1b]0;title\x07\x1b[2J\x9b31m\r\x00\x7f\u202eevil\u2066\u2028")
+def test_no_control_character_survives_sanitize(text: str) -> None:
+    shown = ui.sanitize(text)
+    kinds = {unicodedata.category(char) for char in shown if char not in "\n\t"}
+    assert not kinds & {"Cc", "Cs", "Zl", "Zp"}
+    assert not {unicodedata.bidirectional(char) for char in shown} & {
+        "LRE",
+        "RLE",
+        "LRO",
+        "RLO",
+        "PDF",
+        "LRI",
+        "RLI",
+        "PDI",
+    }
+    shown.encode()
+
+
+@given(st.text(), st.text())
+def test_sanitize_is_the_same_in_a_stream_cut_anywhere(a: str, b: str) -> None:
+    assert ui.sanitize(a + b) == ui.sanitize(a) + ui.sanitize(b)
+
+
+def test_sanitize_shows_what_it_disarms_and_leaves_honest_text_alone() -> None:
+    honest = "naïve café\n\t– 日本語 עברית 👩‍🌾 [red]not markup[/red]"
+    assert ui.sanitize(honest) == honest
+    assert ui.sanitize("\x1b[2Jgone") == "␛[2Jgone"
+    assert ui.sanitize("line\r\nline") == "line\nline"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (31_400_000, "31.4 MB"), (999_600_000, "1.00 GB"),
+     (412e6, "412 MB"), (2e15, "2000 TB")],
+)  # fmt: skip
+def test_bytes_for_people(count: float, text: str) -> None:
+    assert ui.human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.42, "0.4 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min"),
+     (97_300, "1 d 3 h"), (math.nan, "?"), (-1, "?")],
+)  # fmt: skip
+def test_time_for_people(seconds: float, text: str) -> None:
+    assert ui.human_time(seconds) == text
+
+
+def test_json_lines_are_every_event_but_the_private_ones() -> None:
+    file = io.StringIO()
+    with ui.renderer(json=True, file=file) as renderer:
+        for event in run_of(3):
+            renderer.show(event)
+    records = [json.loads(text) for text in file.getvalue().splitlines()]
+    assert [record["event"] for record in records] == [event.kind for event in run_of(3) if not event.private]
+    assert records[-1]["heldout_bits_per_byte_after"] == 1.558
+    assert "secret" not in file.getvalue()
+
+
+def test_plain_lines_are_few_however_long_the_run() -> None:
+    fast, night = plain(run_of(1000, 0.01)), plain(run_of(50_000, 0.6))
+    assert len([text for text in fast if text.startswith("step") and "/1000" in text]) == 10
+    assert len(night) < 120
+
+
+def test_plain_lines_tell_the_whole_run() -> None:
+    lines = plain(run_of(10))
+    text = "\n".join(lines)
+    assert lines[0].startswith("demo on cpu: 48 documents, 2 of them held out, 30,000 tokens")
+    assert "step 5/10, 2,310 tok/s, loss 3.500, held-out 1.732 bits/byte, 312 MB, 5.0 s left" in lines
+    assert "Held-out notes: 1.732 to 1.558 bits per byte (10.0% fewer), best at step 10" in lines
+    assert "412 MB at most" in text
+    assert "Report: /home/x/report.html" in lines
+    assert "secret" not in text
+    assert "\x1b" not in text
+
+
+def test_without_held_out_notes_no_improvement_is_claimed() -> None:
+    text = "\n".join(plain(run_of(3, heldout=False)))
+    assert "Nothing was held out" in text
+    assert "fewer" not in text
+
+
+def test_the_live_bar_shows_all_figures_in_a_terminal_of_80_columns() -> None:
+    file = io.StringIO()
+    with ui.Live(file, Console(file=file, force_terminal=True, width=80, color_system=None)) as live:
+        for event in run_of(4):
+            live.show(event)
+            if isinstance(event, Stepped) and event.step == 3:
+                live._live.refresh()
+                shown = file.getvalue()
+    for figure in ("3/4", "2,310 tok/s", "loss 3.250", "held-out 1.732", "312 MB", "1.0 s left"):
+        assert figure in shown
+    assert "Held-out notes: 1.732 to 1.558" in file.getvalue()
+
+
+def test_the_live_bar_gives_the_terminal_back_after_an_exception() -> None:
+    file = io.StringIO()
+
+    def interrupted() -> None:
+        with ui.Live(file, Console(file=file, force_terminal=True, width=80)) as live:
+            live.show(next(run_of(4)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
+
+
+def test_a_hostile_name_of_an_adapter_is_disarmed() -> None:
+    *events, last = run_of(2)
+    record = last.as_dict() | {"adapter": "x\x1b[2J\nfake line"}
+    del record["event"]
+    lines = plain(iter([*events, Finished(**record)]))
+    assert "Adapter: x␛[2J fake line" in lines
