@@ -124,6 +124,7 @@ class Finished(Event):
     best_step: int = 0
     skipped_steps: int = 0
     report: str | None = None
+    promoted: bool = True  # whether it became the current adapter: not where the held-out notes read worse with it
     cut: str | None = None  # why the run ended before its plan did: "deadline", "interrupted"
 
 

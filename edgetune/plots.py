@@ -120,8 +120,8 @@ def thin_list(values: Sequence[float]) -> Sequence[float]:
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose low and high."""
-    if not high > low:
-        low, high = (low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat curve lies in the middle
+        low, high = (low - abs(low) / 20, high + abs(high) / 20) if high else (0.0, 1.0)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * 0.999)

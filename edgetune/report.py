@@ -105,7 +105,7 @@ def _head(run: Run) -> str:
     if run.before is None or run.after is None:
         title = "Nothing was held out, so nothing was proved" if finished else "Training"
     elif run.after < run.before:
-        title = f"{1 - run.after / run.before:.1%} fewer bits for notes it never saw"
+        title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits for notes it never saw"
     else:
         title = "No better on notes it never saw"
     about = ""
@@ -144,7 +144,7 @@ def _tiles(run: Run) -> str:
             ("Peak memory", human_bytes(finished.peak_memory_bytes), "weights in use included"),
         ]
     cells = "".join(
-        f"<div{' class="score"' if '→' in value else ''}><dt>{_text(name)}</dt>"
+        f'<div class="{"score" if "→" in value else "fact"}"><dt>{_text(name)}</dt>'
         f'<dd>{_text(value)}</dd><dd class="note">{_text(note)}</dd></div>'
         for name, value, note in tiles
     )
@@ -281,21 +281,25 @@ def _score(before: float | None, after: float | None) -> str:
 def _evaluations(run: Run) -> str:
     if len(run.evaluated) < 2:
         return ""
-    first, *later = run.evaluated
-    rows = "".join(
-        f"<tr{' class="kept"' if event is run.best else ''}>"
-        f'<td class="number">{"kept: " if event is run.best else ""}{event.step:,}</td>'
-        f'<td class="number">{event.bits_per_byte:.4f}</td><td class="number">{change}</td>'
-        f'<td class="number">{2**event.bits_per_byte:.3f}</td></tr>'
-        for event in run.evaluated
-        for change in [f"{event.bits_per_byte / first.bits_per_byte - 1:+.1%}" if event in later else "–"]
-    )
+    rows = "".join(_reading(event, run.evaluated[0], event is run.best) for event in run.evaluated)
     table = (
         "<table><caption>Every reading of the held-out notes; the kept one is marked</caption><thead><tr>"
         '<th scope="col">Step</th><th scope="col">Bits per byte</th><th scope="col">Against the first</th>'
         f'<th scope="col">Perplexity per byte</th></tr></thead><tbody>{rows}</tbody></table>'
     )
     return f"<section>{_folded(f'{len(run.evaluated)} readings', table, len(run.evaluated))}</section>"
+
+
+def _reading(event: Evaluated, first: Evaluated, kept: bool) -> str:
+    change = "–" if event is first else f"{_ratio(event.bits_per_byte, first.bits_per_byte) - 1:+.1%}"
+    step = f"kept: {event.step:,}" if kept else f"{event.step:,}"
+    cells = (step, f"{event.bits_per_byte:.4f}", change, f"{2**event.bits_per_byte:.3f}")
+    row = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+    return f'<tr class="kept">{row}</tr>' if kept else f"<tr>{row}</tr>"
+
+
+def _ratio(new: float, old: float) -> float:
+    return new / old if old else 1.0
 
 
 def _heldout(run: Run) -> str:

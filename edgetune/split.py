@@ -1,4 +1,4 @@
-"""Which documents are held out: a pure function of their digests, so that a note stays on its side from night to night."""
+"""Which documents are held out: a pure function of their digests, so a note stays on its side night after night."""
 
 from __future__ import annotations
 

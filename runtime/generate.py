@@ -84,10 +84,13 @@ class Generator:
             yield token
             self.tokens.append(token)
             if number + 1 < max_tokens:
-                logits = self._step(token) if self._step else self._plain_step(token)
+                logits = self.step(token)
 
-    def _plain_step(self, token: int) -> Tensor:
-        """One token through the blocks, in torch -> logits (V,)."""
+    @torch.no_grad()
+    def step(self, token: int) -> Tensor:
+        """Run one more token -> logits (V,); by the back end's own step where it has one."""
+        if self._step is not None:
+            return self._step(token)
         at = self.cache.length
         ids, position = (torch.tensor([value], device=self.runner.model.device) for value in (token, at))
         h = self.runner.infer(ids, position, [(0, 1, 0, at + 1)], self.cache)

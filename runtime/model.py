@@ -179,6 +179,12 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.norm.device
 
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in another dtype from now on; quantised weights stay as they are."""
+        self.dtype = dtype
+        if isinstance(self.head, Tensor):
+            self.head = self.head.to(dtype)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (N,) -> h (N, D) in the compute dtype."""
         return nn.functional.embedding(input_ids, self.embedding).to(self.dtype)  # type: ignore[arg-type]

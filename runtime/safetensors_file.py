@@ -28,6 +28,7 @@ from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
 
 ALIGNMENT = 64  # a cache line, and an AVX-512 register
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_SLICE = 4 << 20  # values written at a time
 
 DTYPES = {
     "F64": torch.float64,
@@ -116,6 +117,14 @@ class SafetensorsFile:
         stored = self.tensors[name]
         return memoryview(self.mapping)[stored.start : stored.start + stored.nbytes]
 
+    def release(self, name: str) -> None:
+        """Let the system drop a tensor's pages from memory; they are read again when touched. Linux and macOS."""
+        stored, page = self.tensors[name], mmap.PAGESIZE
+        first = -(-stored.start // page) * page
+        whole = (stored.start + stored.nbytes) // page * page - first
+        if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED, first, whole)
+
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     """The JSON header, where the tensors begin, and the size of the file."""
@@ -202,7 +211,7 @@ def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """
 
     def oddness(spec: TensorSpec) -> int:
-        return -min(ALIGNMENT, spec.nbytes & -spec.nbytes) if spec.nbytes else 0
+        return -min(ALIGNMENT, spec.nbytes & -spec.nbytes) if spec.nbytes else -ALIGNMENT
 
     return sorted(specs, key=oddness)  # stable: layers stay in order
 
@@ -243,11 +252,14 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, which must be the one that `specs` names."""
+        """Append the next tensor, which must be the one that `specs` names; converted to its dtype by and by."""
         spec = self._specs[self._written]
-        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-            raise ValueError(f"expected {spec}, got {name!r} {tensor.dtype} {tuple(tensor.shape)}")
-        self._put(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
+            raise ValueError(f"expected {spec}, got {name!r} of shape {tuple(tensor.shape)}")
+        flat = tensor.detach().reshape(-1)
+        for start in range(0, flat.numel(), _SLICE):
+            values = flat[start : start + _SLICE].to("cpu", spec.dtype)
+            self._put(values.view(torch.uint8).numpy().data)
         self._written += 1
 
     def _put(self, data: bytes | memoryview) -> None:

@@ -1,4 +1,4 @@
-"""A folder of notes and chats becomes Documents: walked in a stable order, decoded, deduplicated, every skip accounted for."""
+"""A folder of notes and chats becomes Documents: in a stable order, each text once, every skip accounted for."""
 
 from edgetune.documents.document import Document, Reading, Reason, Skipped, Turn
 from edgetune.documents.reading import MAX_FILE_BYTES, read_notes

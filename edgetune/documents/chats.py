@@ -20,7 +20,7 @@ from edgetune.documents.text import clean_lines
 MAX_LINE_BYTES = 4 << 20
 MAX_TURNS = 1000
 _LINES_TOLD = 20
-_MARKER = re.compile(r"\s*### (Human|Assistant):[ \t]?")
+_MARKER = re.compile(r"### (Human|Assistant):")
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -95,27 +95,26 @@ def from_text(text: str, path: str) -> Document | None:
     if len(pieces) // 2 > MAX_TURNS:
         return None
     names, texts = pieces[1::2], pieces[2::2]
-    turns = tidy(
-        [Turn(_ROLES[name.lower()], text.strip()) for name, text in zip(names, texts, strict=True)]
-    )
+    turns = tidy([Turn(_ROLES[name.lower()], text.strip()) for name, text in zip(names, texts, strict=True)])
     return Document.of(path, text, turns) if turns else None
 
 
 def read_message(message: Any, role_key: str, text_key: str) -> Turn | None:
-    """A turn of a message whose content is a string, or a list of text parts; None if it is anything else."""
+    """A turn of a message whose content is a string, or a list of parts with text; None for anything else."""
     if not isinstance(message, dict):
         return None
     role, content = message.get(role_key), message.get(text_key)
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        content = "".join(parts) if len(parts) == len(content) and all(isinstance(p, str) for p in parts) else None
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(content) else None
     if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
         return None
     return Turn(_ROLES[role], clean(content).strip())
 
 
 def tidy(turns: list[Turn | None]) -> tuple[Turn, ...] | None:
-    """A conversation that every template accepts: alternating turns that begin with the user's; None if nothing is answered.
+    """A conversation that every template accepts, of alternating turns from a user's on; None if nothing is answered.
 
     Empty turns go, neighbours of one role become one, an assistant's greeting before any question goes.
     """

@@ -74,7 +74,7 @@ def text_digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was not read. In a chat file `count` lines share the reason, and `lines` numbers the first of them."""
+    """Something that was not read. In a chat file `count` lines share the reason; `lines` numbers the first of them."""
 
     path: str
     reason: Reason
@@ -114,7 +114,7 @@ class Reading:
         return dict(counts.most_common())
 
     def as_dict(self, list_paths: bool = True) -> dict[str, Any]:
-        """The reading for --json: counts, and with `list_paths` each document's and each skipped thing's path; no text."""
+        """The reading for --json: counts, and with `list_paths` the paths of what was read and skipped; no text."""
         told: dict[str, Any] = {
             "files": self.files,
             "documents": len(self.documents),

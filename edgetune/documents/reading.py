@@ -74,7 +74,7 @@ def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, fou
     """The sentence for paths in which there is nothing to learn."""
     named = ", ".join(os.fspath(path) for path in paths)
     if not reading.skipped:
-        return f"The folder {named} is empty: expected {KINDS}; put some there, or name another folder: edgetune train notes/"
+        return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some: edgetune train notes/"
     counts = ", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items())
     return (
         f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; "

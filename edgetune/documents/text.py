@@ -1,4 +1,4 @@
-"""The bytes of a note become its text: encoding, line ends, front matter. No parser here can be made slow or large by a note."""
+"""The bytes of a note become its text: encoding, line ends, front matter. No note can make this slow or large."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _decode_without_utf8(data: bytes) -> tuple[str, str]:
     high = len(data.translate(None, _ASCII))
     damaged = data.decode("utf-8", "replace")
     bad = damaged.count("\ufffd")
-    # A good character beyond ASCII takes two bytes or more, of which chance makes few out of another encoding.
-    if (high - bad) > 4 * bad:
+    # In other encodings few bytes beyond ASCII happen to form UTF-8's sequences of two and more.
+    if high - bad >= 2 * bad:
         return damaged, "utf-8 (damaged)"
     letters = len(data.translate(None, _NOT_LETTERS))
     if 10 * high > 4 * letters:  # in Western languages most letters are ASCII
@@ -81,6 +81,7 @@ def clean_lines(text: str) -> str:
 # (dates, ids, layouts) is bookkeeping that a model would only learn to invent, so it goes.
 
 _FRONT_CHARS = 1 << 16
+_LINE_CHARS = 400
 _SCALAR_MARKS = {"", "|", ">", "|-", ">-", "|+", ">+"}
 _YAML_LINE = re.compile(r"\s|#|- |-$|[^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:(\s|$)|$")
 _TOML_LINE = re.compile(r"\s|#|\[|\]|[A-Za-z0-9_\-.\"']{1,100}\s*=|$")
@@ -104,7 +105,7 @@ def without_front_matter(text: str) -> str:
     if lines[0].strip() != fence or close is None or not all(shape.match(line) for line in lines[1:close]):
         return text
     body = text[sum(len(line) + 1 for line in lines[: close + 1]) :].lstrip("\n")
-    title, tags = title_and_tags(lines[1:close], fence)
+    title, tags = title_and_tags([line[:_LINE_CHARS] for line in lines[1:close]], fence)
     head = ""
     if title and body.split("\n", 1)[0].strip("# \t").casefold() != title.casefold():
         head += f"# {title}\n\n"

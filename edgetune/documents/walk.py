@@ -1,4 +1,4 @@
-"""Finding the notes: a walk that follows no link, descends into nothing hidden and does not depend on the file system's order."""
+"""Finding the notes: a walk that follows no link, enters nothing hidden and has an order of its own."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Walk:
         self.found[path] = Found(path, self.known_as(path))
 
     def excluded(self, root: Path, path: Path) -> bool:
-        # No short cut: each pattern must learn whether it is of use.
-        return any([exclude.matches(root, path) for exclude in self.excludes])
+        matched = [exclude.matches(root, path) for exclude in self.excludes]  # no short cut: each notes if it is of use
+        return any(matched)
 
 
 def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Walk:
@@ -83,7 +83,7 @@ def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -
 
 
 def common_folder(roots: list[Path]) -> Path:
-    """The folder that paths are told relative to: the one folder given, or the closest that holds all that were given."""
+    """What paths are told relative to: the one folder given, or the closest that holds all that were given."""
     folders = [root if root.is_dir() else root.parent for root in roots]
     try:
         return Path(os.path.commonpath(folders))
@@ -137,7 +137,7 @@ def look_at(entry: os.DirEntry[str], root: Path, real_root: Path, state: Walk) -
 
 
 def judge_link(path: Path, real_root: Path) -> Reason:
-    """Links are never followed, so no loop can catch the walk: what they name inside the folder is read where it lies."""
+    """Links are never followed, so no loop can catch the walk; what one names in the folder is read where it lies."""
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
@@ -149,7 +149,7 @@ class Exclude:
     """One --exclude pattern.
 
     Without a slash it is matched against each file's and folder's name; with one, against the end of the path, counted
-    from the given folder's own name (`drafts/*`, `notes/drafts/`, `**/private/**`); absolute patterns against the whole.
+    from the given folder's own name (`drafts/*`, `notes/drafts/`, `**/private/**`); an absolute one, the whole.
     A folder that matches is left out with everything in it. Case counts, on every system alike.
     """
 
@@ -180,7 +180,7 @@ class Exclude:
 
 
 def match_parts(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Match a split path against a split pattern; `**` stands for any number of folders, and at the end for what is in one."""
+    """Match a split path against a split pattern; `**` is any number of folders, at the end all that is in them."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

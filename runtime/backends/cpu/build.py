@@ -19,9 +19,10 @@ from typing import Any
 
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
 NAME = "edgetune.runtime.backends.cpu._kernels"
+FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError, ValueError)  # of a compiler, or for want of one
 FOLDER = Path(__file__).resolve().parent
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -42,7 +43,7 @@ ARM: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # -fopenmp-simd: vectorise where the source says so. No -fopenmp: threads come from the OpenMP runtime torch has loaded.
 UNIX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd "
-    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wno-unknown-pragmas -Wno-unused-function"
+    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wno-unused-function -Wno-uninitialized -Wno-maybe-uninitialized"
 ).split()
 MSVC_FLAGS = "/std:c++17 /O2 /fp:precise /EHs-c- /GR- /Zc:threadSafeInit- /openmp:experimental".split()
 
@@ -74,14 +75,14 @@ class BuildKernels(build_ext):
         """Compile and link, or warn."""
         try:
             self._build(ext)
-        except (BaseError, OSError, ValueError) as error:
+        except FAILURES as error:
             self._leave_out(ext, str(error))
 
     def run(self) -> None:
         """build_ext looks for the compiler before any extension's turn: on Windows that alone can fail."""
         try:
             super().run()
-        except (BaseError, OSError) as error:
+        except FAILURES as error:
             for ext in self.extensions:
                 self._leave_out(ext, str(error))
 
@@ -111,12 +112,12 @@ class BuildKernels(build_ext):
             for isa, job in jobs.items():
                 try:
                     objects += job.result()
-                except BaseError:  # a compiler older than the instruction set
+                except FAILURES:  # a compiler older than the instruction set
                     left_out.append(f"{'/D' if msvc else '-D'}ET_NO_{isa.upper()}")
         objects += self._compile(folder / "dispatch.cpp", left_out)
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        self.compiler.link_shared_object(objects, target, build_temp=self.build_temp)
+        self.compiler.link_shared_object(objects, target, libraries=[] if msvc else ["m"], build_temp=self.build_temp)
 
     def _compile(self, source: Path, flags: list[str]) -> list[str]:
         common = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS

@@ -1,2 +1,316 @@
-// (the decode engineer's)
-#define ET_DECODE_KERNELS(X)
+// A transformer block for a few new tokens of one sequence, and all blocks, final norm and head, as one call.
+//
+// One team of threads walks through a block's phases together and meets at a barrier where a phase reads what another wrote.
+// Rows of every product are shared out the same way each time, and no sum is split between threads: results do not depend on
+// how many there are. Norms and the layout of activations are small, so each thread does them for itself rather than meet.
+//
+// Shapes: n <= 8 tokens, D hidden, F ffn, H query and KV key/value heads of hd; h (n, D) fp32, updated in place.
+
+// decode.py's `Shape`, `Block`, `Job` mirror these field by field.
+struct Shape {
+    int64_t hidden, ffn, heads, kv_heads, head_dim, max_length;
+    int64_t cache_bf16;  // else fp32
+    int64_t compute;
+    float eps, scale;    // of the norms; of attention's scores
+    const float *cosines, *sines;  // (max_length, hd/2)
+};
+
+struct Block {
+    Linear q, k, v, o, gate, up, down;
+    const float *attn_norm, *mlp_norm;  // (D,)
+    const float *q_norm, *k_norm;       // (hd,) or null
+    void *keys, *values;                // (KV, max_length, hd)
+    int64_t window;                     // 0: sees all
+};
+
+struct Job {
+    const Shape* shape;
+    const Block* blocks;
+    int64_t block_count;
+    const float* norm;   // (D,) or null: no final norm and head
+    const Linear* head;
+    float* logits;       // (n, V)
+    float* h;
+    int64_t n, position; // of the first new token
+    uint8_t* space;      // decode_space bytes, aligned to 64
+    int64_t space_own;   // bytes of it that each thread has
+};
+
+constexpr int64_t LINE = 64;
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Cuts fp32 arrays off a piece of memory; with no memory, measures.
+struct Cutter {
+    uint8_t* at;
+    int64_t used;
+    float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * 4)); }
+    uint8_t* bytes(int64_t count) {
+        uint8_t* piece = at + used;
+        used += round_up(count, LINE);
+        return piece;
+    }
+};
+
+// What the team shares between phases.
+struct Shared {
+    float *qkv, *attended, *gate_up, *active, *out;
+    float* rotated[3];  // x A^T (n, rank) of up to three linears
+    int64_t used;
+    Shared(const Shape& s, int64_t n, int64_t rank, uint8_t* space) {
+        Cutter cut = {space, 0};
+        qkv = cut.floats(n * (s.heads + 2 * s.kv_heads) * s.head_dim);
+        attended = cut.floats(n * s.heads * s.head_dim);
+        gate_up = cut.floats(n * 2 * s.ffn);
+        active = cut.floats(n * s.ffn);
+        out = cut.floats(n * s.hidden);
+        for (float*& part : rotated) part = cut.floats(n * rank);
+        used = cut.used;
+    }
+};
+
+// What each thread has for itself.
+struct Own {
+    float *normed, *scores;
+    uint8_t* activations;
+    int64_t used;
+    Own(const Shape& s, int64_t n, uint8_t* space) {
+        Cutter cut = {space, 0};
+        normed = cut.floats(n * s.hidden);
+        scores = cut.floats(s.heads / s.kv_heads * s.max_length);
+        activations = cut.bytes(n * activation_bytes(larger(larger(s.hidden, s.ffn), s.heads * s.head_dim)));
+        used = cut.used;
+    }
+};
+
+static int64_t largest_rank(const Block* blocks, int64_t count) {
+    int64_t rank = 0;
+    for (int64_t i = 0; i < count; i++)
+        for (const Linear* w = &blocks[i].q; w <= &blocks[i].down; w++) rank = larger(rank, w->rank);
+    return rank;
+}
+
+// bytes[0]: of the whole space for n tokens and that many threads; bytes[1]: of a thread's own part of it.
+static void decode_space(const Shape* shape, const Block* blocks, int64_t block_count, int64_t n, int64_t threads,
+                         int64_t* bytes) {
+    bytes[1] = Own(*shape, n, nullptr).used;
+    bytes[0] = threads * bytes[1] + Shared(*shape, n, largest_rank(blocks, block_count), nullptr).used;
+}
+
+// One thread's view of the work on one block.
+struct Worker {
+    const Job& job;
+    const Shape& s;
+    int index, count;
+    Shared shared;
+    Own own;
+    Activations tokens[MAX_TOKENS];
+
+    Worker(const Job& job, int64_t rank, int index, int count, int threads)
+        : job(job), s(*job.shape), index(index), count(count),
+          shared(s, job.n, rank, job.space + threads * job.space_own), own(s, job.n, job.space + index * job.space_own) {}
+
+    int n() const { return int(job.n); }
+    void meet() const {
+        if (count > 1) edgetune::barrier();
+    }
+    Range mine(int64_t items, int64_t grain) const { return share(items, grain, index, count); }
+
+    // y[i] (n, stride) = x W_i^T + bias + x A_i^T B_i^T for this thread's rows of `linears` linears that share x, which
+    // `tokens` holds.
+    void project(const Linear* const* w, int linears, float* const* y, int64_t stride) {
+        bool adapted = false;
+        for (int i = 0; i < linears; i++) {
+            if (!w[i]->rank) continue;
+            adapted = true;
+            Range rows = mine(w[i]->rank, 4);
+            dense_range(w[i]->lora_A, w[i]->cols, tokens, n(), shared.rotated[i], w[i]->rank, rows.begin, rows.end);
+        }
+        if (adapted) meet();
+        for (int i = 0; i < linears; i++) {
+            Range rows = mine(w[i]->rows, PANEL);
+            product_range(*w[i], s.compute, tokens, n(), y[i], stride, rows.begin, rows.end);
+            for (int64_t t = 0; t < n(); t++) add_rest(*w[i], shared.rotated[i] + t * w[i]->rank, y[i] + t * stride, rows);
+        }
+    }
+
+    // y[rows] += bias + B xa, a panel of B's rows at a time.
+    static void add_rest(const Linear& w, const float* xa, float* y, Range rows) {
+        if (w.bias) each(rows.end - rows.begin, [&](int64_t i, auto part) {
+            put(y + rows.begin + i, get(y + rows.begin + i, part) + get(w.bias + rows.begin + i, part), part);
+        });
+        for (int64_t row = rows.begin; row < rows.end && w.rank; row += PANEL) {
+            const int64_t there = rows.end - row < PANEL ? rows.end - row : PANEL;
+            const Bf16* b = w.lora_B + row * w.rank;
+            each(there, [&](int64_t i, auto part) {
+                Floats total = get(y + row + i, part);
+                for (int64_t k = 0; k < w.rank; k++) total = fused(get(b + k * PANEL + i), all(xa[k]), total);
+                put(y + row + i, total, part);
+            });
+        }
+    }
+
+    // h += y W^T, for this thread's rows; x (n, w.cols) was written by the whole team.
+    void add_product(const Linear& w, const float* x) {
+        lay_out(s.compute, x, n(), w.cols, own.activations, tokens);
+        const Linear* linear = &w;
+        project(&linear, 1, &shared.out, s.hidden);
+        Range rows = mine(s.hidden, PANEL);
+        for (int64_t t = 0; t < n(); t++) {
+            float* h = job.h + t * s.hidden + rows.begin;
+            const float* y = shared.out + t * s.hidden + rows.begin;
+            each(rows.end - rows.begin, [&](int64_t i, auto part) { put(h + i, get(h + i, part) + get(y + i, part), part); });
+        }
+        meet();
+    }
+
+    void normalise(const float* weight, int64_t cols) {
+        rms_norm(job.h, cols, weight, s.eps, job.n, cols, own.normed, cols, 1);
+        lay_out(s.compute, own.normed, n(), cols, own.activations, tokens);
+    }
+
+    // ---- attention ----
+
+    template <class T>
+    T* cached(void* cache, int64_t kv_head, int64_t position) const {
+        return static_cast<T*>(cache) + (kv_head * s.max_length + position) * s.head_dim;
+    }
+
+    // Norm and rotation of q and k, in place; k and v into the cache.
+    template <class T>
+    void rotate_and_store(const Block& block) {
+        const int64_t heads = s.heads + 2 * s.kv_heads, hd = s.head_dim, half = hd / 2;
+        Range items = mine(job.n * heads, 1);
+        for (int64_t item = items.begin; item < items.end; item++) {
+            const int64_t head = item % heads, position = job.position + item / heads;
+            float* x = shared.qkv + item * hd;
+            const bool query = head < s.heads, key = !query && head < s.heads + s.kv_heads;
+            if (query || key) {
+                const float* weight = query ? block.q_norm : block.k_norm;
+                if (weight) rms_norm(x, hd, weight, s.eps, 1, hd, x, hd, 1);
+                rope(x, hd, hd, s.cosines + position * half, s.sines + position * half, 0, 1, 1, half, 1);
+            }
+            if (query) continue;
+            T* cache = key ? cached<T>(block.keys, head - s.heads, position)
+                           : cached<T>(block.values, head - s.heads - s.kv_heads, position);
+            each(hd, [&](int64_t i, auto part) { put(cache + i, get(x + i, part), part); });
+        }
+        meet();
+    }
+
+    // Query heads [first, first + group) of one token, which share a key/value head.
+    template <class T>
+    void attend(const Block& block, int64_t token, int64_t first, int64_t group) {
+        const int64_t hd = s.head_dim, end = job.position + token + 1, kv_head = first / (s.heads / s.kv_heads);
+        const int64_t begin = block.window && end > block.window ? end - block.window : 0, seen = end - begin;
+        const float* q = shared.qkv + (token * (s.heads + 2 * s.kv_heads) + first) * hd;
+        float* out = shared.attended + (token * s.heads + first) * hd;
+        const T *keys = cached<T>(block.keys, kv_head, begin), *values = cached<T>(block.values, kv_head, begin);
+        for (int64_t g = 0; g < group; g++) {
+            float* scores = own.scores + g * seen;
+            const Activations query = {q + g * hd, nullptr, nullptr, nullptr};
+            dense_range(keys, hd, &query, 1, scores, seen, 0, seen);
+            softmax(scores, seen);
+            weighted_sum(scores, values, seen, out + g * hd);
+        }
+    }
+
+    void softmax(float* scores, int64_t seen) const {
+        Floats most = all(from_bits(0xff800000)), total = {};
+        each(seen, [&](int64_t i, auto part) { most = larger(most, get(scores + i, part, from_bits(0xff800000))); });
+        const float top = largest(most);
+        each(seen, [&](int64_t i, auto part) {
+            Floats weight = exponential((get(scores + i, part, from_bits(0xff800000)) - top) * s.scale);
+            total = total + weight;
+            put(scores + i, weight, part);
+        });
+        const float inverse = 1.0f / sum(total);
+        each(seen, [&](int64_t i, auto part) { put(scores + i, get(scores + i, part) * inverse, part); });
+    }
+
+    // out (hd,) = sum over j of weights[j] * values[j], four keys at a time.
+    template <class T>
+    void weighted_sum(const float* weights, const T* values, int64_t seen, float* out) const {
+        const int64_t hd = s.head_dim;
+        memset(out, 0, size_t(hd) * 4);
+        int64_t j = 0;
+        for (; j + 4 <= seen; j += 4) {
+            const T* v = values + j * hd;
+            const float* w = weights + j;
+            each(hd, [&](int64_t i, auto part) {
+                Floats total = fused(get(v + i, part), all(w[0]), get(out + i, part));
+                total = fused(get(v + hd + i, part), all(w[1]), total);
+                total = fused(get(v + 2 * hd + i, part), all(w[2]), total);
+                put(out + i, fused(get(v + 3 * hd + i, part), all(w[3]), total), part);
+            });
+        }
+        for (; j < seen; j++)
+            each(hd, [&](int64_t i, auto part) {
+                put(out + i, fused(get(values + j * hd + i, part), all(weights[j]), get(out + i, part)), part);
+            });
+    }
+
+    // Heads that share keys go to one thread, unless there are more threads than such groups.
+    template <class T>
+    void attend_all(const Block& block) {
+        const int64_t group = job.n * s.kv_heads >= count ? s.heads / s.kv_heads : 1, groups = s.heads / group;
+        Range items = mine(job.n * groups, 1);
+        for (int64_t item = items.begin; item < items.end; item++)
+            attend<T>(block, item / groups, item % groups * group, group);
+        meet();
+    }
+
+    // ---- the block ----
+
+    void run(const Block& block) {
+        normalise(block.attn_norm, s.hidden);
+        const int64_t hd = s.head_dim, stride = (s.heads + 2 * s.kv_heads) * hd;
+        const Linear* qkv[3] = {&block.q, &block.k, &block.v};
+        float* to[3] = {shared.qkv, shared.qkv + s.heads * hd, shared.qkv + (s.heads + s.kv_heads) * hd};
+        project(qkv, 3, to, stride);
+        meet();
+        if (s.cache_bf16) {
+            rotate_and_store<Bf16>(block);
+            attend_all<Bf16>(block);
+        } else {
+            rotate_and_store<float>(block);
+            attend_all<float>(block);
+        }
+        add_product(block.o, shared.attended);
+        normalise(block.mlp_norm, s.hidden);
+        const Linear* gate_up[2] = {&block.gate, &block.up};
+        float* halves[2] = {shared.gate_up, shared.gate_up + s.ffn};
+        project(gate_up, 2, halves, 2 * s.ffn);
+        Range mine_of_ffn = mine(s.ffn, PANEL);
+        swiglu(shared.gate_up + mine_of_ffn.begin, 2 * s.ffn, shared.gate_up + s.ffn + mine_of_ffn.begin, 2 * s.ffn, job.n,
+               mine_of_ffn.end - mine_of_ffn.begin, shared.active + mine_of_ffn.begin, s.ffn, 1);
+        meet();
+        add_product(block.down, shared.active);
+    }
+
+    void run_head() {
+        normalise(job.norm, s.hidden);
+        project(&job.head, 1, const_cast<float* const*>(&job.logits), job.head->rows);
+    }
+};
+
+struct Team {
+    const Job* job;
+    int64_t rank;
+    int threads;
+};
+
+static void run_worker(void* argument, int index, int count) {
+    const Team& team = *static_cast<const Team*>(argument);
+    Worker worker(*team.job, team.rank, index, count, team.threads);
+    for (int64_t i = 0; i < team.job->block_count; i++) worker.run(team.job->blocks[i]);
+    if (team.job->norm) worker.run_head();
+}
+
+// All of the job's blocks, one after another, then final norm and head where given.
+static void decode(const Job* job, int threads) {
+    Team team = {job, largest_rank(job->blocks, job->block_count), threads};
+    edgetune::parallel(threads, run_worker, &team);
+}
+
+#define ET_DECODE_KERNELS(X) X(decode) X(decode_space)

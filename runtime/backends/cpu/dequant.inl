@@ -19,7 +19,7 @@ struct Absmax {
     }
 };
 
-// ---- Products<T>: the 16 rounded products of a block, and the lookup of 64 weights (32 packed bytes) among them ----
+// ---- Products<T>: the 16 rounded products of a block, and the lookup of 32 weights (16 packed bytes) among them ----
 
 #if defined(ET_USE_AVX512)
 
@@ -51,9 +51,8 @@ struct Products {  // T of 16 bits
     ET_MEMBER Products(const float* codes, float absmax) {
         values = round16(_mm512_mul_ps(_mm512_loadu_ps(codes), _mm512_set1_ps(absmax)), static_cast<const T*>(nullptr));
     }
-    ET_MEMBER void expand64(const uint8_t* packed, T* out) const {
+    ET_MEMBER void expand32(const uint8_t* packed, T* out) const {
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(spread(packed), values));
-        _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(spread(packed + 16), values));
     }
 };
 
@@ -63,8 +62,8 @@ struct Products<float> {
     ET_MEMBER Products(const float* codes, float absmax) {
         values = _mm512_mul_ps(_mm512_loadu_ps(codes), _mm512_set1_ps(absmax));
     }
-    ET_MEMBER void expand64(const uint8_t* packed, float* out) const {
-        for (int i = 0; i < 4; i++) {
+    ET_MEMBER void expand32(const uint8_t* packed, float* out) const {
+        for (int i = 0; i < 2; i++) {
             // 8 bytes -> 16 lanes: each byte twice, shifted right by 4 in the even lane; the lookup reads 4 bits
             __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * i));
             __m512i lanes = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes));
@@ -136,12 +135,10 @@ struct Products {
             planes[plane] = load_bytes(bytes[plane]);
         }
     }
-    ET_MEMBER void expand64(const uint8_t* packed, T* out) const {
-        for (int i = 0; i < 2; i++) {
-            Bytes both = load_bytes(packed + 16 * i), high = high_nibbles(both), low = low_nibbles(both);
-            write_planes(planes, zip_low(high, low), out + 32 * i);
-            write_planes(planes, zip_high(high, low), out + 32 * i + 16);
-        }
+    ET_MEMBER void expand32(const uint8_t* packed, T* out) const {
+        Bytes both = load_bytes(packed), high = high_nibbles(both), low = low_nibbles(both);
+        write_planes(planes, zip_low(high, low), out);
+        write_planes(planes, zip_high(high, low), out + 16);
     }
 };
 
@@ -153,8 +150,8 @@ struct Products {
     ET_MEMBER Products(const float* codes, float absmax) {
         for (int i = 0; i < 16; i++) store(values + i, codes[i] * absmax);
     }
-    ET_MEMBER void expand64(const uint8_t* packed, T* out) const {
-        for (int i = 0; i < 32; i++) {
+    ET_MEMBER void expand32(const uint8_t* packed, T* out) const {
+        for (int i = 0; i < 16; i++) {
             out[2 * i] = values[packed[i] >> 4];
             out[2 * i + 1] = values[packed[i] & 15];
         }
@@ -163,7 +160,7 @@ struct Products {
 
 #endif
 
-// Weights [begin, end) of one block: the ragged ends that expand64 does not reach. packed holds weight 0 in its first byte's
+// Weights [begin, end) of one block: the ragged ends that expand32 does not reach. packed holds weight 0 in its first byte's
 // high nibble; out receives weight `begin` first.
 template <class T>
 void expand_some(const float* codes, float absmax, const uint8_t* packed, int64_t begin, int64_t end, T* out) {
@@ -182,9 +179,9 @@ void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, 
         int64_t stop = (block + 1) * block_size;
         if (stop > end) stop = end;
         float scale = absmax.at(block);
-        if (!(i & 1) && stop - i >= 64) {
+        if (!(i & 1) && stop - i >= 32) {
             Products<T> products(codes, scale);
-            for (; stop - i >= 64; i += 64) products.expand64(packed + (i >> 1), out + (i - begin));
+            for (; stop - i >= 32; i += 32) products.expand32(packed + (i >> 1), out + (i - begin));
         }
         expand_some(codes, scale, packed, i, stop, out + (i - begin));
         i = stop;

@@ -1,1 +1,201 @@
-#define ET_ELEMENTWISE_KERNELS(X)
+// Row by row and element by element: RMS norm, SwiGLU, rotary positions, dropout, cross-entropy, with their backwards.
+//
+// bf16 is read into fp32, computed, and rounded once. Rows are shared out among threads and no sum crosses a row, so results
+// do not depend on the number of threads. Every output may be the very input it replaces (same address, same strides);
+// strides count elements, and the last dimension is contiguous.
+
+// ---- RMS norm: h (N, D) / sqrt(mean h^2 + eps) * weight (D,) ----
+
+template <class T, class W>
+void rms_norm(const T* h, int64_t h_stride, const W* weight, float eps, int64_t rows, int64_t width, T* out, int64_t out_stride,
+              int threads) {
+    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* x = h + row * h_stride;
+            T* y = out + row * out_stride;
+            Floats squares = {};
+            each(width, [&](int64_t i, auto part) {
+                Floats value = get(x + i, part);
+                squares = fused(value, value, squares);
+            });
+            float scale = 1.0f / square_root(sum(squares) / float(width) + eps);
+            each(width, [&](int64_t i, auto part) { put(y + i, get(x + i, part) * scale * get(weight + i, part), part); });
+        }
+    });
+}
+
+// dh = r (w dx - x mean(w dx x)), x = h r the normed row, r its reciprocal root mean square
+template <class T, class W>
+void rms_norm_backward(const T* dx, int64_t dx_stride, const T* h, int64_t h_stride, const W* weight, float eps, int64_t rows,
+                       int64_t width, T* out, int64_t out_stride, int threads) {
+    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T *x = h + row * h_stride, *d = dx + row * dx_stride;
+            T* y = out + row * out_stride;
+            Floats squares = {}, dots = {};
+            each(width, [&](int64_t i, auto part) {
+                Floats value = get(x + i, part);
+                squares = fused(value, value, squares);
+                dots = fused(get(d + i, part) * get(weight + i, part), value, dots);
+            });
+            float scale = 1.0f / square_root(sum(squares) / float(width) + eps);
+            float pull = sum(dots) * scale * scale / float(width);
+            each(width, [&](int64_t i, auto part) {
+                put(y + i, (get(d + i, part) * get(weight + i, part) - get(x + i, part) * pull) * scale, part);
+            });
+        }
+    });
+}
+
+// ---- SwiGLU: silu(gate) * up, (N, F) each ----
+
+template <class T>
+void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows, int64_t width, T* out,
+            int64_t out_stride, int threads) {
+    parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T *g = gate + row * gate_stride, *u = up + row * up_stride;
+            T* y = out + row * out_stride;
+            each(width, [&](int64_t i, auto part) {
+                Floats x = get(g + i, part);
+                put(y + i, x * sigmoid(x) * get(u + i, part), part);
+            });
+        }
+    });
+}
+
+template <class T>
+void swiglu_backward(const T* dact, int64_t dact_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
+                     int64_t rows, int64_t width, T* dgate, int64_t dgate_stride, T* dup, int64_t dup_stride, int threads) {
+    parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T *d = dact + row * dact_stride, *g = gate + row * gate_stride, *u = up + row * up_stride;
+            T *dg = dgate + row * dgate_stride, *du = dup + row * dup_stride;
+            each(width, [&](int64_t i, auto part) {
+                Floats x = get(g + i, part), upper = get(u + i, part), grad = get(d + i, part), s = sigmoid(x);
+                put(dg + i, grad * upper * s * (1.0f + x * (1.0f - s)), part);
+                put(du + i, grad * x * s, part);
+            });
+        }
+    });
+}
+
+// ---- rotary positions: x (N, heads, hd) in place, pairing i with i + hd/2; cos, sin (N, hd/2) ----
+
+template <class T>
+void rope(T* x, int64_t row_stride, int64_t head_stride, const float* cosines, const float* sines, int inverse, int64_t rows,
+          int64_t heads, int64_t half, int threads) {
+    float sign = inverse ? -1.0f : 1.0f;
+    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const float *c = cosines + row * half, *s = sines + row * half;
+            for (int64_t head = 0; head < heads; head++) {
+                T *first = x + row * row_stride + head * head_stride, *second = first + half;
+                each(half, [&](int64_t i, auto part) {
+                    Floats a = get(first + i, part), b = get(second + i, part);
+                    Floats cosine = get(c + i, part), sine = get(s + i, part) * sign;
+                    put(first + i, a * cosine - b * sine, part);
+                    put(second + i, b * cosine + a * sine, part);
+                });
+            }
+        }
+    });
+}
+
+// ---- dropout: element i is kept where hash(i ^ seed) >= threshold, as reference.py has it ----
+
+template <class Word>
+ET_INLINE Word hash32(Word x) {  // lowbias32 (Wellons 2018)
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+template <class T>
+void dropout(const T* x, int64_t x_stride, uint64_t key, uint64_t threshold, float scale, int64_t rows, int64_t width, T* out,
+             int threads) {
+    uint32_t seed = hash32(uint32_t(key)), least = uint32_t(threshold), indices[LANES];
+    for (uint32_t i = 0; i < LANES; i++) indices[i] = i;
+    Words lanes = read_as<Words>(indices);
+    parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* from = x + row * x_stride;
+            T* to = out + row * width;
+            each(width, [&](int64_t i, auto part) {
+                Words hash = hash32((lanes + uint32_t(row * width + i)) ^ seed);
+                put(to + i, get(from + i, part) * scale * (hash >= least ? all(1.0f) : all(0.0f)), part);
+            });
+        }
+    });
+}
+
+// ---- cross-entropy: logits (R, V) become weight * (softmax - one at the target); losses (R,) in nats ----
+
+template <class T>
+ET_INLINE float largest(const T* x, int64_t width) {
+    const float lowest = from_bits(0xff800000);
+    Floats most = all(lowest);
+    each(width, [&](int64_t i, auto part) { most = larger(get(x + i, part, lowest), most); });
+    return largest(most);
+}
+
+template <class T>
+void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const float* weights, int64_t rows, int64_t width,
+                   float* losses, int threads) {
+    parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            T* x = logits + row * stride;
+            const float most = largest(x, width), at_target = load(x + targets[row]), weight = weights[row];
+            Floats sums = {};
+            each(width, [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(0xff800000)) - most); });
+            const float total = sum(sums), part_of = weight / total;
+            each(width, [&](int64_t i, auto part) { put(x + i, exponential(get(x + i, part) - most) * part_of, part); });
+            float probability = expf(at_target - most) / total;
+            store(x + targets[row], (probability - 1.0f) * weight);
+            losses[row] = most + logf(total) - at_target;
+        }
+    });
+}
+
+// ---- what Python sees: one name a type ----
+
+#define ET_FOR_TYPE(suffix, T)                                                                                                \
+    void swiglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {     \
+        swiglu(g, gs, u, us, n, f, o, os, t);                                                                                 \
+    }                                                                                                                         \
+    void swiglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,          \
+                                  int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                 \
+        swiglu_backward(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                      \
+    }                                                                                                                         \
+    void rope_##suffix(T* x, int64_t rs, int64_t hs, const float* c, const float* s, int inverse, int64_t n, int64_t heads,   \
+                       int64_t half, int t) {                                                                                 \
+        rope(x, rs, hs, c, s, inverse, n, heads, half, t);                                                                    \
+    }                                                                                                                         \
+    void dropout_##suffix(const T* x, int64_t xs, uint64_t key, uint64_t least, float scale, int64_t n, int64_t d, T* o,      \
+                          int t) {                                                                                            \
+        dropout(x, xs, key, least, scale, n, d, o, t);                                                                        \
+    }                                                                                                                         \
+    void cross_entropy_##suffix(T* x, int64_t xs, const int64_t* targets, const float* w, int64_t r, int64_t v, float* losses, \
+                                int t) {                                                                                      \
+        cross_entropy(x, xs, targets, w, r, v, losses, t);                                                                    \
+    }
+#define ET_FOR_TYPES(suffix, T, W)                                                                                         \
+    void rms_norm_##suffix(const T* h, int64_t hs, const W* w, float eps, int64_t n, int64_t d, T* o, int64_t os, int t) { \
+        rms_norm(h, hs, w, eps, n, d, o, os, t);                                                                           \
+    }                                                                                                                      \
+    void rms_norm_backward_##suffix(const T* dx, int64_t ds, const T* h, int64_t hs, const W* w, float eps, int64_t n,     \
+                                    int64_t d, T* o, int64_t os, int t) {                                                  \
+        rms_norm_backward(dx, ds, h, hs, w, eps, n, d, o, os, t);                                                          \
+    }
+ET_FOR_TYPE(bf16, Bf16)
+ET_FOR_TYPE(f32, float)
+ET_FOR_TYPES(bf16_bf16, Bf16, Bf16)
+ET_FOR_TYPES(bf16_f32, Bf16, float)
+ET_FOR_TYPES(f32_bf16, float, Bf16)
+ET_FOR_TYPES(f32_f32, float, float)
+
+#define ET_ELEMENTWISE_KERNELS(X)                                                                                              \
+    X(swiglu_bf16) X(swiglu_f32) X(swiglu_backward_bf16) X(swiglu_backward_f32) X(rope_bf16) X(rope_f32) X(dropout_bf16)       \
+    X(dropout_f32) X(cross_entropy_bf16) X(cross_entropy_f32) X(rms_norm_bf16_bf16) X(rms_norm_bf16_f32) X(rms_norm_f32_bf16)  \
+    X(rms_norm_f32_f32) X(rms_norm_backward_bf16_bf16) X(rms_norm_backward_bf16_f32) X(rms_norm_backward_f32_bf16)             \
+    X(rms_norm_backward_f32_f32)

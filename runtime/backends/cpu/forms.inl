@@ -23,26 +23,26 @@ struct Activations {
 struct FloatForm {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = false;
-    typedef float Sum;
+    typedef Floats Sum;
     struct Table : Products<float> {
         ET_MEMBER explicit Table(const float* codes) : Products<float>(codes, 1.0f) {}
     };
     struct Weights {
-        float values[BLOCK];
+        alignas(64) float values[BLOCK];
     };
 
     static void prepare(int64_t, const Activations&) {}
-    static ET_MEMBER Sum zero() { return 0.0f; }
-    static ET_MEMBER float total(Sum sum) { return sum; }
+    static ET_MEMBER Sum zero() { return Floats{}; }
+    static ET_MEMBER float total(Sum all) { return sum(all); }
     static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t, Weights& weights) {
-        table.expand64(packed, weights.values);
+        table.expand32(packed, weights.values);
+        table.expand32(packed + 16, weights.values + 32);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
         const float* values = x.x + block * BLOCK;
-        float product = 0;
-        ET_SIMD_SUM(product)
-        for (int64_t i = 0; i < BLOCK; i++) product = fma(weights.values[i], values[i], product);
-        return fma(product, *scale, sum);
+        Floats product = {};
+        for (int64_t i = 0; i < BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
+        return fused(product, all(*scale), sum);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
 };
@@ -118,16 +118,10 @@ ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step
             continue;
         }
         const float* values = x.x + block * BLOCK;
-        float largest[16] = {};
-        for (int i = 0; i < BLOCK; i += 16) {
-            ET_SIMD
-            for (int j = 0; j < 16; j++) {
-                float magnitude = from_bits(to_bits(values[i + j]) & 0x7fffffff);
-                largest[j] = magnitude > largest[j] ? magnitude : largest[j];
-            }
-        }
-        float top = 0;
-        for (int j = 0; j < 16; j++) top = largest[j] > top ? largest[j] : top;
+        Floats magnitudes = {};
+        for (int64_t i = 0; i < BLOCK; i += LANES)
+            magnitudes = larger(magnitudes, as_floats(as_words(get(values + i)) & 0x7fffffff));
+        const float top = largest(magnitudes);
         const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
         float sum = 0;
         ET_SIMD_SUM(sum)

@@ -10,6 +10,7 @@
 // To add a kernel: write `static void name(...)` in one of the .inl files, add `X(name)` to that file's ET_..._KERNELS list,
 // declare its signature in Python (library.declare), and raise ET_ABI here and library.ABI there when a signature changes.
 #pragma once
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,14 +20,16 @@
 #if defined(_MSC_VER)
 #define ET_EXPORT extern "C" __declspec(dllexport)
 #define ET_SIMD __pragma(loop(ivdep))
-#define ET_SIMD_SUM(variables)
+#define ET_SIMD_SUM(...)
+#define ET_SIMD_MAX(...)
 #define ET_INLINE static __forceinline
 #define ET_MEMBER __forceinline
 #else
 #define ET_EXPORT extern "C" __attribute__((visibility("default")))
 #define ET_PRAGMA(text) _Pragma(#text)
 #define ET_SIMD ET_PRAGMA(omp simd)                                        // iterations are independent: vectorise
-#define ET_SIMD_SUM(variables) ET_PRAGMA(omp simd reduction(+ : variables))  // the same, and these sums may be reordered
+#define ET_SIMD_SUM(...) ET_PRAGMA(omp simd reduction(+ : __VA_ARGS__))    // the same, and these sums may be reordered
+#define ET_SIMD_MAX(...) ET_PRAGMA(omp simd reduction(max : __VA_ARGS__))
 #define ET_INLINE static inline __attribute__((always_inline))
 #define ET_MEMBER inline __attribute__((always_inline))
 #endif

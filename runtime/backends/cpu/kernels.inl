@@ -11,6 +11,7 @@ namespace edgetune {
 namespace ET_ISA {
 namespace {
 #include "numbers.inl"
+#include "lanes.inl"
 
 #include "dequant.inl"
 #include "elementwise.inl"

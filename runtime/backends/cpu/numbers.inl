@@ -1,4 +1,4 @@
-// Numbers: bf16 and fp16 to and from fp32, fused multiply-add where the machine has it, exp. All of it vectorises in loops.
+// Numbers: bf16 and fp16 to and from fp32, fused multiply-add where the machine has it, one at a time. All of it vectorises in loops.
 
 ET_INLINE float from_bits(uint32_t bits) {
     float value;
@@ -21,7 +21,7 @@ ET_INLINE void store(float* p, float value) { *p = value; }
 ET_INLINE void store(Bf16* p, float value) {
     uint32_t bits = to_bits(value);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    p->bits = uint16_t(value == value ? rounded : 0x7fc0);
+    p->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
 // To nearest, ties to even, with subnormals: adding 2^-1 scaled constants lets the adder do the rounding.
@@ -42,26 +42,6 @@ ET_INLINE float fma(float a, float b, float c) {
 #else
     return a * b + c;
 #endif
-}
-
-// e^x to about one unit in the last place; 0 below -87.3, infinity already above 88.37 (not 88.72), NaN for NaN.
-// x = n ln2 + r with |r| <= ln2/2; e^r by a polynomial (Cephes' expf), 2^n by adding n to the exponent.
-ET_INLINE float exponential(float x) {
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
-    float sum = fma(x, 1.44269504f, shift);
-    float n = sum - shift;
-    float r = fma(n, -0.693359375f, x);
-    r = fma(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = fma(p, r, 1.3981999507e-3f);
-    p = fma(p, r, 8.3334519073e-3f);
-    p = fma(p, r, 4.1665795894e-2f);
-    p = fma(p, r, 1.6666665459e-1f);
-    p = fma(p, r, 5.0000001201e-1f);
-    p = fma(p, r * r, r) + 1.0f;
-    float y = from_bits(to_bits(p) + (to_bits(sum) << 23));
-    y = x < -87.33654f ? 0.0f : y;
-    return x <= 88.37626f ? y : x + from_bits(0x7f800000);
 }
 
 ET_INLINE float square_root(float x) {

@@ -1,0 +1,53 @@
+"""A conversation: history, and the same question answered by base and adapter side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgetune.session import Session
+
+
+class Chat:
+    """Turns of one conversation with a Session."""
+
+    def __init__(self, session: Session, max_tokens: int, temperature: float, seed: int | None = None) -> None:
+        self.session, self.max_tokens, self.temperature, self.seed = session, max_tokens, temperature, seed
+        self.messages: list[dict[str, str]] = []
+
+    def say(self, text: str) -> Iterator[str]:
+        """Add the user's turn and yield the answer in pieces; the answer joins the history when it is whole.
+
+        Turns that no longer fit the model's context are dropped from the front, in pairs.
+        """
+        self.messages.append({"role": "user", "content": text})
+        self._make_room()
+        answer = []
+        for piece in self._answer():
+            answer.append(piece)
+            yield piece
+        self.messages.append({"role": "assistant", "content": "".join(answer).strip()})
+
+    def compare(self, text: str) -> tuple[str, str]:
+        """The bare base's and the adapter's answers to the same next turn; the history stays as it was."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            self._make_room()
+            self.session.use_adapter(False)
+            base = "".join(self._answer())
+            self.session.use_adapter(True)
+            return base, "".join(self._answer())
+        finally:
+            self.session.use_adapter(True)
+            self.messages.pop()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages.clear()
+
+    def _answer(self) -> Iterator[str]:
+        return self.session.chat(self.messages, self.max_tokens, self.temperature, self.seed)
+
+    def _make_room(self) -> None:
+        limit = self.session.model.config.max_positions - self.max_tokens
+        while len(self.messages) > 1 and len(self.session.tokenizer.encode_chat(self.messages)) > limit:
+            del self.messages[:2]

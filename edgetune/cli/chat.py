@@ -1,0 +1,89 @@
+"""edgetune chat."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from edgetune.cli.generate import introduce, show
+from edgetune.cli.options import (
+    adapter_option,
+    device_option,
+    json_option,
+    max_tokens_option,
+    model_option,
+    print_json,
+    say,
+    seed_option,
+    temperature_option,
+)
+from edgetune.ui import sanitize
+
+if TYPE_CHECKING:
+    from edgetune.chat import Chat
+
+HELP = "/compare QUESTION answers with and without the adapter, /reset forgets the conversation, /quit leaves."
+
+
+@click.command("chat")
+@model_option
+@adapter_option
+@device_option
+@max_tokens_option
+@temperature_option
+@seed_option
+@json_option
+def chat_command(
+    model: str | None, adapter: str | None, device: str, max_tokens: int, temperature: float, seed: int | None, as_json: bool
+) -> None:
+    """Talk with the model, a line a turn. /help lists what else can be typed.
+
+    With --json each line answered is an object: {"user", "assistant"}, or {"user", "base", "adapter"} for /compare.
+    """
+    from edgetune.chat import Chat
+    from edgetune.session import Session
+
+    session = Session.load(model, adapter, device)
+    introduce(session.model_name, session.adapter_name)
+    chat = Chat(session, max_tokens, temperature, seed)
+    if sys.stdin.isatty():
+        say(HELP)
+    while (text := _next_line()) is not None:
+        if text == "/quit":
+            return
+        if text == "/help":
+            say(HELP)
+        elif text == "/reset":
+            chat.reset()
+        elif text.startswith("/compare"):
+            _compare(chat, text.removeprefix("/compare").strip(), as_json)
+        elif text.startswith("/"):
+            say(f"Unknown command {sanitize(text.split()[0])}. {HELP}")
+        elif text and as_json:
+            print_json({"user": text, "assistant": "".join(chat.say(text)).strip()})
+        elif text:
+            show(chat.say(text))
+
+
+def _next_line() -> str | None:
+    """The user's next line without its ends; None at the end of input."""
+    if sys.stdin.isatty():
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _compare(chat: Chat, question: str, as_json: bool) -> None:
+    if not question:
+        say("Type /compare and a question.")
+        return
+    base, adapted = chat.compare(question)
+    if as_json:
+        print_json({"user": question, "base": base.strip(), "adapter": adapted.strip()})
+        return
+    click.echo(f"base:    {sanitize(base.strip())}\nadapter: {sanitize(adapted.strip())}")

@@ -1,0 +1,31 @@
+"""edgetune eval."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json
+from edgetune.ui import human_bytes, one_line
+
+
+@click.command("eval")
+@click.argument("texts", nargs=-1, required=True)
+@model_option
+@adapter_option
+@device_option
+@json_option
+def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, as_json: bool) -> None:
+    """Bits per byte of TEXTS (files and folders of notes): the fewer, the better the model knows them."""
+    from edgetune.evaluate import evaluate
+
+    result = evaluate(texts, model, adapter, device)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    click.echo(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
+    click.echo(
+        f"{result.bits_per_byte:.4f} bits/byte, perplexity {result.perplexity:.2f} a token, "
+        f"over {result.documents} documents, {result.tokens:,} tokens, {human_bytes(result.bytes)}."
+    )

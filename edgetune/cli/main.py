@@ -1,0 +1,83 @@
+"""`edgetune`: finds the command, and turns an expected failure into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+import edgetune
+from edgetune.runtime.errors import EdgetuneError
+from edgetune.runtime.files import explain_full_disk
+from edgetune.state import home
+from edgetune.ui import sanitize
+
+COMMANDS = {
+    "train": "edgetune.cli.train",
+    "generate": "edgetune.cli.generate",
+    "ask": "edgetune.cli.generate",
+    "chat": "edgetune.cli.chat",
+    "eval": "edgetune.cli.evaluate",
+    "models": "edgetune.cli.models",
+    "quantize": "edgetune.cli.models",
+    "bench": "edgetune.cli.bench",
+    "doctor": "edgetune.cli.doctor",
+}
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """Imports a command's module when it is called, so that `--help` does not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(COMMANDS[name]), f"{name}_command")
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(edgetune.__version__, prog_name="edgetune")
+def cli() -> None:
+    """Fine-tune a small LLaMA on your own notes, on your own machine. Nothing leaves it.
+
+    Start with: edgetune train notes/ then: edgetune chat
+    """
+
+
+@contextmanager
+def _plain_failures() -> Iterator[None]:
+    """Expected failures become a sentence on standard error and exit 1; Ctrl-C exits 130; a closed pipe is no failure."""
+    try:
+        with explain_full_disk(home()):
+            yield
+    except EdgetuneError as error:
+        print(f"edgetune: {sanitize(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("edgetune: interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main() -> None:
+    """Entry point of the `edgetune` command."""
+    logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
+    with _plain_failures():
+        cli.main(standalone_mode=True)
+
+
+if __name__ == "__main__":
+    main()

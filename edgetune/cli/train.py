@@ -1,0 +1,103 @@
+"""edgetune train."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import click
+
+from edgetune.cli.options import device_option, json_option, print_json
+from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
+from edgetune.events import Finished
+from edgetune.runtime.config import LINEARS
+from edgetune.ui import human_bytes, one_line, renderer
+
+_SHOWN = 20
+
+
+@click.command("train")
+@click.argument("notes", nargs=-1)
+@click.option("--model", metavar="M", help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.")
+@device_option
+@click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own.")
+@click.option("--steps", type=int, metavar="N", help="Optimizer steps.")
+@click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3.")
+@click.option("--minutes", type=float, metavar="N", help="Stop after this long, at a step.")
+@click.option("--until", metavar="HH:MM", help="Stop at this time of day, at a step.")
+@click.option("--memory", metavar="2GB", help="Choose settings that stay within this. Default: most of what is free.")
+@click.option("--rank", type=int, metavar="R", help="Rank of the adapter. Default: 16.")
+@click.option("--alpha", type=float, metavar="A", help="Scale of the adapter is alpha/rank. Default: 16.")
+@click.option("--dropout", type=float, metavar="P", help="LoRA dropout. Default: 0.05.")
+@click.option("--targets", metavar="LIST", help=f"Linears to adapt, by commas. Default: {','.join(LINEARS)}.")
+@click.option("--rslora", is_flag=True, default=None, help="Scale by alpha/sqrt(rank).")
+@click.option("--lr", type=float, metavar="X", help="Peak learning rate. Default: 2e-4, more for small models.")
+@click.option("--seq-len", type=int, metavar="T", help="Tokens a sequence; longer notes are split. Default: 512.")
+@click.option("--batch-tokens", type=int, metavar="N", help="Tokens a step. Default: 2048.")
+@click.option("--seed", type=int, metavar="S", help="Seed of everything random. Default: 0.")
+@click.option("--recipe", type=click.Choice(RECIPES), help="How notes are read. Default: notes.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be repeated.")
+@click.option("--from", "from_adapter", metavar="A", help="Continue from this adapter.")
+@click.option("--recompute", type=click.Choice(RECOMPUTE), help="Trade speed for memory. Default: the fastest that fits.")
+@click.option("--compute", type=click.Choice(COMPUTE), help="Number format of the products. Default: bf16 where it is fast.")
+@click.option("--dry-run", is_flag=True, help="Show what would be read and what skipped, and why; train nothing.")
+@json_option
+def train_command(dry_run: bool, as_json: bool, targets: str | None, **flags: Any) -> None:
+    """Train an adapter on NOTES: folders and files of Markdown, text, rst, org, or chats in JSON lines."""
+    if flags["device"] == "auto":
+        flags.pop("device")
+    config = train_config({**flags, "targets": tuple(targets.split(",")) if targets is not None else None})
+    if dry_run:
+        _show_reading(config, as_json)
+    else:
+        _run(config, as_json)
+
+
+def _run(config: TrainConfig, as_json: bool) -> None:
+    from edgetune.train import train
+
+    stop = threading.Event()
+    previous = _stop_on_signals(stop)
+    try:
+        with renderer(as_json) as ui:
+            for event in train(config, stop):
+                ui.show(event)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if isinstance(event, Finished) and event.cut == "interrupted":
+        sys.exit(130)
+
+
+def _stop_on_signals(stop: threading.Event) -> dict[signal.Signals, Any]:
+    """Ctrl-C and SIGTERM end the run at the next step with what it has; a second one ends it at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _show_reading(config: TrainConfig, as_json: bool) -> None:
+    from edgetune.prepare import read
+
+    reading, parted = read(config)
+    if as_json:
+        held_out = [document.path for document in parted.held_out]
+        print_json({**reading.as_dict(), "heldout_documents": len(held_out), "heldout_paths": held_out})
+        return
+    click.echo(f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text; {len(parted.held_out)} would be held out:")
+    for document in parted.held_out:
+        click.echo(f"  {one_line(document.path)}")
+    click.echo("Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing"))
+    for skip in reading.skipped[:_SHOWN]:
+        click.echo(f"  {one_line(skip.path)}: {skip.reason.value}")
+    if len(reading.skipped) > _SHOWN:
+        click.echo(f"  and {len(reading.skipped) - _SHOWN} more; --json names all")
+    for pattern in reading.unused_excludes:
+        click.echo(f"--exclude {one_line(pattern)} matched nothing.")

@@ -1,0 +1,68 @@
+"""Held-out bits per byte: what a model makes of text it has not seen, in a unit that no tokenizer flatters."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune import registry
+from edgetune.batches import Batch, BitsPerByte, bits_per_byte, evaluation_batches
+from edgetune.config import DataConfig
+from edgetune.documents import read_notes
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.runner import Row, Runner
+from edgetune.session import load_base
+from edgetune.tokens import TokenStore, tokenize
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`edgetune eval`'s answer; perplexity is a token's, so it compares only models of one tokenizer."""
+
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    bytes: int
+    documents: int
+    model: str
+    adapter: str
+
+
+def as_row(batch: Batch, total: float = 1.0) -> Row:
+    """A packed batch for the runner, each trained token weighing 1/total."""
+    return Row(batch.input_ids, batch.targets, batch.loss_mask / total, batch.positions, batch.segments)
+
+
+def evaluate_store(runner: Runner, store: TokenStore, seq_len: int, batch_tokens: int) -> BitsPerByte:
+    """Score every text token of a token store once, with the adapter that is on the model now."""
+    scored = [(batch, runner.score(as_row(batch))) for batch in evaluation_batches(store, seq_len, batch_tokens)]
+    return bits_per_byte(store, scored)
+
+
+def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None = None, device: str = "auto") -> Evaluation:
+    """Bits per byte of a model on notes: files and folders, every document in them.
+
+    adapter: a folder, a name, "none", or None for the current one. Raises EdgetuneError's children.
+    """
+    reading = read_notes(texts)
+    loaded = load_base(model, device)
+    path = registry.find(adapter, loaded.checkpoint.digest)
+    if path is not None:
+        adapters.attach(loaded.model, registry.load_for(path, loaded.checkpoint.digest))
+    settings = DataConfig()
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
+        store = tokenize(reading.documents, loaded.tokenizer, Path(folder) / "tokens")
+        result = evaluate_store(Runner(loaded.model), store, settings.seq_len, settings.batch_tokens)
+    nats = result.bits_per_byte * math.log(2) * result.bytes
+    return Evaluation(
+        bits_per_byte=result.bits_per_byte,
+        perplexity=math.exp(min(nats / max(result.tokens, 1), 700.0)),
+        tokens=result.tokens,
+        bytes=result.bytes,
+        documents=len(store.documents),
+        model=loaded.choice.name,
+        adapter=registry.NONE if path is None else path.name,
+    )

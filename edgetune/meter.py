@@ -1,0 +1,73 @@
+"""The highest memory a piece of work held: anonymous memory plus the resident pages of its weight files."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from edgetune.runtime.device import process_memory
+
+INTERVAL = 0.1
+
+
+def anonymous_memory() -> int:
+    """Bytes that belong to no file. Linux tells; elsewhere the whole resident size stands in for it, which is more."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return process_memory()
+
+
+def resident_pages(files: Sequence[Path]) -> int:
+    """Bytes of the named files that this process has mapped and in memory; 0 where the system does not tell."""
+    if sys.platform != "linux":
+        return 0
+    names = {str(file.resolve()) for file in files}
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
+        if line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024 if inside else 0
+        elif "-" in line.split(" ", 1)[0]:
+            inside = line.split(maxsplit=5)[-1] in names
+    return resident
+
+
+class MemoryMeter:
+    """Samples anonymous memory ten times a second on a thread of its own; weight pages are counted on `read`."""
+
+    def __init__(self, weight_files: Sequence[Path] = ()) -> None:
+        self._files = tuple(weight_files)
+        self._peak_anonymous = self._peak_pages = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory meter", daemon=True)
+
+    def __enter__(self) -> MemoryMeter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self._peak_anonymous = max(self._peak_anonymous, anonymous_memory())
+            if self._stop.wait(INTERVAL):
+                return
+
+    @property
+    def now(self) -> int:
+        """Anonymous memory now, plus the weight pages last counted."""
+        current = anonymous_memory()
+        self._peak_anonymous = max(self._peak_anonymous, current)
+        return current + self._peak_pages
+
+    def peak(self) -> int:
+        """The highest so far."""
+        self._peak_pages = max(self._peak_pages, resident_pages(self._files))
+        self._peak_anonymous = max(self._peak_anonymous, anonymous_memory())
+        return self._peak_anonymous + self._peak_pages

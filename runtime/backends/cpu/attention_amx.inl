@@ -1,0 +1,55 @@
+// AMX: 16 x 16 sums from bf16 tiles 32 deep in one instruction. attention_tiles.inl's forms are its operands.
+
+struct TileShapes {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+// A thread's tile registers are set up before its first product and given back after its last.
+ET_INLINE void products_begin() {
+    TileShapes shapes = {};
+    shapes.palette = 1;
+    for (int i = 0; i < 8; i++) shapes.row_bytes[i] = 64, shapes.rows[i] = 16;
+    _tile_loadconfig(&shapes);
+}
+ET_INLINE void products_end() { _tile_release(); }
+
+#if defined(_MSC_VER)
+#define ET_MEMORY_BARRIER() _ReadWriteBarrier()
+#else
+#define ET_MEMORY_BARRIER() __asm__ volatile("" ::: "memory")  // gcc does not know that a tile load reads memory
+#endif
+
+static void multiply_squares(float* c, int64_t ldc, const Bf16* left, int64_t left_step, const Bf16* right, int64_t right_step,
+                             int64_t n, bool add) {
+    const int64_t stride = ldc * 4;
+    float* lower = c + 16 * ldc;
+    ET_MEMORY_BARRIER();
+    if (add) {
+        _tile_loadd(0, c, stride);
+        _tile_loadd(1, c + 16, stride);
+        _tile_loadd(2, lower, stride);
+        _tile_loadd(3, lower + 16, stride);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t s = 0; s < n; s++, left += left_step, right += right_step) {
+        _tile_loadd(6, right, 64);
+        _tile_loadd(4, left, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, left + 512, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + 16, stride);
+    _tile_stored(2, lower, stride);
+    _tile_stored(3, lower + 16, stride);
+    ET_MEMORY_BARRIER();
+}

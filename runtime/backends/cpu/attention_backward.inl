@@ -1,0 +1,203 @@
+// attention.inl's backward: P is computed again from the log-sum-exp. A task is some heads of one key head of one part, from
+// the first query to the last; it owns dq of its columns and a share of dk and dv, which are added up at the end in order.
+
+template <class T, class E>
+struct Backward : Work<E> {
+    struct Own {  // a thread's scratch
+        E *packed, *q, *q_right, *dout, *dout_right, *p, *ds, *ds_right;
+        float *scores, *dp, *dq, *lse, *delta;
+        Sight* sights;
+    };
+    int64_t width, chunks;  // heads a task; tasks a key head
+    float *dk, *dv;         // (chunks, KV, squares, 32, depth * 32)
+    char* own_base;
+    int64_t own_bytes;
+
+    Own own(Arena arena, int64_t* bytes = nullptr) const {
+        constexpr int64_t n = BACK_COLUMN_SQUARES, m = BACK_KEY_SQUARES * n * SQUARE;
+        int64_t head = this->depth * SQUARE;
+        Own o;
+        o.packed = arena.template take<E>(head);
+        o.q = arena.template take<E>(n * head), o.q_right = arena.template take<E>(n * head);
+        o.dout = arena.template take<E>(n * head), o.dout_right = arena.template take<E>(n * head);
+        o.p = arena.template take<E>(m), o.ds = arena.template take<E>(m), o.ds_right = arena.template take<E>(m);
+        o.scores = arena.template take<float>(SQUARE), o.dp = arena.template take<float>(SQUARE);
+        o.dq = arena.template take<float>(n * head);
+        o.lse = arena.template take<float>(n * SIDE), o.delta = arena.template take<float>(n * SIDE);
+        o.sights = arena.template take<Sight>(n);
+        if (bytes) *bytes = arena.used;
+        return o;
+    }
+
+    void plan(Attention& call, Arena& arena) {
+        this->begin(call, arena);
+        int64_t total = 0, longest = 1;
+        for (int64_t i = 0; i < call.segment_count; i++) {
+            int64_t n = call.segments[4 * i + 1] - call.segments[4 * i];
+            total += n, longest = n > longest ? n : longest;
+        }
+        // a function of shapes alone: the sums must not depend on how many threads there are
+        int64_t wanted = ceil_div(BACK_TASKS, call.kv_heads * (total / longest > 0 ? total / longest : 1));
+        width = ceil_div(this->groups, wanted < this->groups ? wanted : this->groups);
+        chunks = ceil_div(this->groups, width);
+        for (int64_t i = 0; i < call.segment_count; i++) {
+            const int64_t* s = call.segments + 4 * i;
+            if (s[3] > s[2]) this->add(s, ceil_div(s[3] - s[2], SIDE), chunks * call.kv_heads);
+        }
+        int64_t numbers = this->squares * call.kv_heads * this->depth * SQUARE;
+        this->keys = arena.take<E>(numbers), this->values = arena.take<E>(numbers), this->keys_turned = arena.take<E>(numbers);
+        dk = arena.take<float>(numbers * chunks), dv = arena.take<float>(numbers * chunks);
+        own({nullptr, 0}, &own_bytes);
+        own_base = arena.take<char>(own_bytes * call.threads);
+    }
+
+    void pack(const Part& part, int64_t kv, int64_t square, const Own& o) const {
+        const Attention& call = *this->call;
+        int64_t first = (square - part.squares_before) * SIDE;
+        E* keys = this->packed(this->keys, kv, square);
+        pack_keys<T>(call.v, part, kv, first, call.size, this->packed(this->values, kv, square));
+        pack_keys<T>(call.k, part, kv, first, call.size, keys);
+        turn_squares(keys, o.packed, this->depth);
+        transpose_squares(o.packed, this->packed(this->keys_turned, kv, square), this->depth);
+    }
+
+    // 32 columns: q and do packed for both products they stand in, their log-sum-exp (log2) and delta = sum(do * o).
+    void prepare(const Part& part, int64_t head, int64_t heads, int64_t first, int64_t columns, int64_t c, const Own& o) const {
+        const Attention& call = *this->call;
+        const int64_t depth = this->depth, place = c * depth * SQUARE;
+        T *q[SIDE], *dout[SIDE], *out[SIDE];
+        column_rows<T>(call.q, part, head, heads, first, columns, q);
+        column_rows<T>(call.dout, part, head, heads, first, columns, dout);
+        column_rows<T>(call.o, part, head, heads, first, columns, out);
+        pack_rows(q, call.size, o.packed);
+        transpose_squares(o.packed, o.q + place, depth);
+        turn_squares(o.packed, o.q_right + place, depth);
+        pack_rows(dout, call.size, o.packed);
+        transpose_squares(o.packed, o.dout + place, depth);
+        turn_squares(o.packed, o.dout_right + place, depth);
+        for (int64_t x = 0; x < SIDE; x++) {
+            float sum = 0, lse = 1e30f;  // past the end: no probability
+            if (q[x]) {
+                const T *a = dout[x], *b = out[x];
+                int64_t size = call.size, column = first + x;
+                ET_SIMD_SUM(sum)
+                for (int64_t d = 0; d < size; d++) sum += load(a + d) * load(b + d);
+                lse = LOG2_E * call.lse[(head + column % heads) * call.queries + part.query + column / heads];
+            }
+            o.delta[c * SIDE + x] = sum, o.lse[c * SIDE + x] = lse;
+        }
+    }
+
+    void task(const Part& part, int64_t kv, int64_t chunk, const Own& o) const {
+        const Attention& call = *this->call;
+        const int64_t numbers = this->depth * SQUARE;
+        const int64_t share = ((chunk * call.kv_heads + kv) * this->squares + part.squares_before) * numbers;
+        const int64_t left = this->groups - chunk * width, heads = left < width ? left : width;
+        const int64_t head = kv * this->groups + chunk * width, columns = part.queries * heads;
+        memset(dk + share, 0, ceil_div(part.keys, SIDE) * numbers * 4);
+        memset(dv + share, 0, ceil_div(part.keys, SIDE) * numbers * 4);
+        for (int64_t first = 0; first < columns; first += BACK_COLUMN_SQUARES * SIDE) {
+            int64_t n = ceil_div(columns - first, SIDE), near[BACK_COLUMN_SQUARES], far[BACK_COLUMN_SQUARES];
+            if (n > BACK_COLUMN_SQUARES) n = BACK_COLUMN_SQUARES;
+            for (int64_t c = 0; c < n; c++) {
+                this->look(part, first + c * SIDE, columns, heads, o.sights[c], near[c], far[c]);
+                prepare(part, head, heads, first + c * SIDE, columns, c, o);
+            }
+            memset(o.dq, 0, n * numbers * 4);
+            int64_t end = far[n - 1] / SIDE + 1;
+            for (int64_t square = (this->limit(near[0]) + 1) / SIDE; square < end; square += BACK_KEY_SQUARES)
+                meet(part, kv, square, end - square < BACK_KEY_SQUARES ? end - square : BACK_KEY_SQUARES, n, near, far, share, o);
+            float factor[SIDE];
+            for (int64_t x = 0; x < SIDE; x++) factor[x] = call.scale;
+            for (int64_t c = 0; c < n; c++) {
+                T* rows[SIDE];
+                int64_t here = first + c * SIDE;
+                column_rows<T>(call.dq, part, head, heads, here, columns, rows);
+                unpack_columns(o.dq + c * numbers, factor, rows, columns - here < SIDE ? columns - here : SIDE, call.size);
+            }
+        }
+    }
+
+    // m squares of keys from `square` on against n squares of columns.
+    void meet(const Part& part, int64_t kv, int64_t square, int64_t m, int64_t n, const int64_t* near, const int64_t* far,
+              int64_t share, const Own& o) const {
+        const int64_t depth = this->depth, numbers = depth * SQUARE, line = depth * SIDE;
+        const E* values = this->packed(this->values, kv, part.squares_before + square);
+        const E* keys = this->packed(this->keys, kv, part.squares_before + square);
+        const E* turned = this->packed(this->keys_turned, kv, part.squares_before + square);
+        const float factor = this->call->scale * LOG2_E;
+        Range seen[BACK_COLUMN_SQUARES];  // of key squares, for each column square
+        for (int64_t c = 0; c < n; c++) seen[c] = {m, 0};
+        for (int64_t i = 0; i < m; i++) {
+            int64_t key = (square + i) * SIDE, from = n, to = 0;
+            for (int64_t c = 0; c < n; c++) {
+                if (key > far[c] || key + SIDE - 1 <= this->limit(near[c])) continue;
+                if (c < from) from = c;
+                if (i < seen[c].begin) seen[c].begin = i;
+                to = c + 1, seen[c].end = i + 1;
+                multiply_squares(o.scores, SIDE, keys + i * numbers, SQUARE, o.q + c * numbers, SQUARE, depth, false);
+                multiply_squares(o.dp, SIDE, values + i * numbers, SQUARE, o.dout + c * numbers, SQUARE, depth, false);
+                if (this->hides(key, near[c], far[c])) hide(o.scores, o.sights[c], key);
+                int64_t place = (i * BACK_COLUMN_SQUARES + c) * SQUARE;
+                Gradients<E> out = {o.p + place, o.ds + place, o.ds_right + place};
+                score_gradients(o.scores, o.dp, factor, o.lse + c * SIDE, o.delta + c * SIDE, out);
+            }
+            if (from >= to) continue;
+            const int64_t row = share + (square + i) * numbers, place = (i * BACK_COLUMN_SQUARES + from) * SQUARE;
+            for (int64_t d = 0; d < depth; d++) {
+                const int64_t right = from * numbers + d * SQUARE;
+                multiply_squares(dv + row + d * SIDE, line, o.p + place, SQUARE, o.dout_right + right, numbers, to - from, true);
+                multiply_squares(dk + row + d * SIDE, line, o.ds + place, SQUARE, o.q_right + right, numbers, to - from, true);
+            }
+        }
+        for (int64_t c = 0; c < n; c++)
+            for (int64_t d = 0; d < depth && seen[c].begin < seen[c].end; d++)
+                multiply_squares(o.dq + c * numbers + d * SQUARE, SIDE, turned + seen[c].begin * numbers + d * SQUARE, numbers,
+                                 o.ds_right + (seen[c].begin * BACK_COLUMN_SQUARES + c) * SQUARE, BACK_COLUMN_SQUARES * SQUARE,
+                                 seen[c].end - seen[c].begin, true);
+    }
+
+    // The shares of one square of keys, added up in order and written.
+    void add_up(const float* shares, const Rows& rows, const Part& part, int64_t kv, int64_t square, float factor) const {
+        const Attention& call = *this->call;
+        const int64_t line = this->depth * SIDE, step = call.kv_heads * this->squares * this->depth * SQUARE;
+        const int64_t first = (square - part.squares_before) * SIDE;
+        const float* from = shares + (kv * this->squares + square) * this->depth * SQUARE;
+        for (int64_t x = 0; x < SIDE && first + x < part.keys; x++, from += line) {
+            T* to = at<T>(rows, part.key + first + x, kv);
+            for (int64_t d = 0; d < call.size; d += 16) {
+                float sums[16];
+                memcpy(sums, from + d, 64);
+                for (int64_t chunk = 1; chunk < chunks; chunk++) {
+                    const float* more = from + chunk * step + d;
+                    ET_SIMD
+                    for (int64_t i = 0; i < 16; i++) sums[i] += more[i];
+                }
+                int64_t n = call.size - d < 16 ? call.size - d : 16;
+                for (int64_t i = 0; i < n; i++) store(to + d + i, sums[i] * factor);
+            }
+        }
+    }
+
+    static void member(void* argument, int index, int) {
+        const Backward& work = *static_cast<Backward*>(argument);
+        const int64_t heads = work.call->kv_heads, squares = work.squares * heads;
+        Own o = work.own({work.own_base + index * work.own_bytes, 0});
+        for (int64_t i; (i = take_task(work.counters)) < squares;)
+            work.pack(work.part_of_square(i / heads), i % heads, i / heads, o);
+        edgetune::barrier();
+        products_begin();
+        for (int64_t i; (i = take_task(work.counters + 1)) < work.tasks;) {
+            const Part& part = work.part_of_task(i);
+            int64_t task = i - part.tasks_before;
+            work.task(part, task / work.chunks, task % work.chunks, o);
+        }
+        products_end();
+        edgetune::barrier();
+        for (int64_t i; (i = take_task(work.counters + 2)) < squares;) {
+            const Part& part = work.part_of_square(i / heads);
+            work.add_up(work.dk, work.call->dk, part, i % heads, i / heads, work.call->scale);
+            work.add_up(work.dv, work.call->dv, part, i % heads, i / heads, 1.0f);
+        }
+    }
+};

@@ -1,0 +1,140 @@
+// The element-wise middle of attention.inl: scores to probabilities and their gradients, 32 columns (queries) at a time.
+// Scores are S^T (keys x queries), so that everything a query has (maximum, sum, log-sum-exp) is a lane, never a row.
+
+constexpr float HIDDEN = -3e38f;   // the score of a key that a query may not see
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+
+// log x for a positive normal x, to about one unit in the last place; NaN for NaN.
+ET_INLINE float natural_log(float x) {
+    uint32_t bits = to_bits(x) - 0x3f3504f3;  // sqrt(1/2)
+    float m = from_bits((bits & 0x7fffff) + 0x3f3504f3), exponent = float(int32_t(bits) >> 23);
+    float s = (m - 1.0f) / (m + 1.0f), t = s * s;  // log m = 2 atanh s
+    float series = fma(fma(fma(t, 1.0f / 9, 1.0f / 7), t, 1.0f / 5), t, 1.0f / 3);
+    return x == x ? fma(exponent, LN_2, fma(2.0f * s * t, series, 2.0f * s)) : x;
+}
+
+// What each of 32 queries may see: keys in (low, high], as floats (exact: there are far fewer than 2^24 keys).
+struct Sight {
+    float low[SIDE], high[SIDE];
+};
+
+// Hide what the queries may not see in a square of scores, whose first key is `key`.
+ET_INLINE void hide(float* scores, const Sight& sight, int64_t key) {
+    for (int64_t x = 0; x < SIDE; x += WIDTH) {
+        Lanes low = lanes(sight.low + x), high = lanes(sight.high + x);
+        for (int64_t k = 0; k < SIDE; k++)
+            put(scores + k * SIDE + x,
+                between(lanes(scores + k * SIDE + x), lanes_of(float(key + k)), low, high, lanes_of(HIDDEN)));
+    }
+}
+
+// The running softmax of 32 queries, in units of log2: probabilities are 2^(score * factor - top).
+struct Softmax {
+    float top[SIDE], sum[SIDE];
+};
+
+// Take `squares` of scores in: raise `top` where they outgrow it. True: alpha holds what older sums must be multiplied by.
+// `top` may lag behind the true maximum by up to 2^8, which fp32 bears, and most rescaling never happens.
+ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Softmax& state, float* alpha) {
+    float seen[SIDE];
+    bool outgrown = false;
+    for (int64_t x = 0; x < SIDE; x += WIDTH) {
+        Lanes most[4];
+        for (int64_t i = 0; i < 4; i++) most[i] = lanes(scores + i * SIDE + x);
+        for (int64_t k = 4; k < squares * SIDE; k += 4)
+            for (int64_t i = 0; i < 4; i++) most[i] = larger(most[i], lanes(scores + (k + i) * SIDE + x));
+        Lanes all = times(larger(larger(most[0], most[1]), larger(most[2], most[3])), lanes_of(factor));
+        put(seen + x, all);
+        outgrown |= any_larger(all, plus(lanes(state.top + x), lanes_of(8.0f)));
+    }
+    if (!outgrown) return false;
+    for (int64_t x = 0; x < SIDE; x += WIDTH) {
+        Lanes before = lanes(state.top + x), now = larger(before, lanes(seen + x));
+        Lanes change = power_of_two<float>(minus(before, now));
+        put(state.top + x, now);
+        put(alpha + x, change);
+        put(state.sum + x, times(lanes(state.sum + x), change));
+    }
+    return true;
+}
+
+// Scores (squares of keys x 32) -> probabilities in right form (depth = keys), added to the sums.
+template <class E>
+static void probabilities(const float* scores, int64_t squares, float factor, Softmax& state, E* p);
+
+template <>
+void probabilities<float>(const float* scores, int64_t squares, float factor, Softmax& state, float* p) {
+    for (int64_t x = 0; x < SIDE; x += WIDTH) {
+        Lanes sum = lanes(state.sum + x), top = minus(lanes_of(0.0f), lanes(state.top + x)), scale = lanes_of(factor);
+        for (int64_t k = 0; k < squares * SIDE; k++) {
+            Lanes e = power_of_two<float>(madd(lanes(scores + k * SIDE + x), scale, top));
+            sum = plus(sum, e);
+            put(p + k / SIDE * SQUARE + (x / 16 * 2 + k % SIDE / 16) * 256 + k % 16 * 16 + x % 16, e);
+        }
+        put(state.sum + x, sum);
+    }
+}
+
+// One square of the backward: scores and dP (keys x 32) -> P and dS = P (dP - delta), in the forms their products want.
+template <class E>
+struct Gradients {
+    E* p;         // left form, rows = keys
+    E* ds;        // left form, rows = keys
+    E* ds_right;  // right form, depth = keys
+};
+
+ET_INLINE void score_gradients(const float* scores, const float* dp, float factor, const float* lse, const float* delta,
+                               const Gradients<float>& out) {
+    for (int64_t x = 0; x < SIDE; x += WIDTH) {
+        Lanes log_sum = minus(lanes_of(0.0f), lanes(lse + x)), mean = lanes(delta + x), scale = lanes_of(factor);
+        for (int64_t k = 0; k < SIDE; k++) {
+            Lanes p = power_of_two<float>(madd(lanes(scores + k * SIDE + x), scale, log_sum));
+            Lanes ds = times(p, minus(lanes(dp + k * SIDE + x), mean));
+            int64_t left = (k / 16 * 2 + x / 16) * 256 + k % 16 * 16 + x % 16;
+            put(out.p + left, p);
+            put(out.ds + left, ds);
+            put(out.ds_right + (x / 16 * 2 + k / 16) * 256 + k % 16 * 16 + x % 16, ds);
+        }
+    }
+}
+
+#if defined(ET_USE_AVX512_BF16)
+ET_INLINE __m512i narrow(Lanes first, Lanes second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+
+template <>
+void probabilities<Bf16>(const float* scores, int64_t squares, float factor, Softmax& state, Bf16* p) {
+    Lanes scale = lanes_of(factor), zero = lanes_of(0.0f);
+    Lanes top0 = minus(zero, lanes(state.top)), top1 = minus(zero, lanes(state.top + 16));
+    Lanes sum0 = lanes(state.sum), sum1 = lanes(state.sum + 16), more0 = zero, more1 = zero;
+    for (int64_t k = 0; k < squares * SIDE; k += 2) {
+        const float* row = scores + k * SIDE;
+        Lanes even0 = power_of_two<Bf16>(madd(lanes(row), scale, top0));
+        Lanes even1 = power_of_two<Bf16>(madd(lanes(row + 16), scale, top1));
+        Lanes odd0 = power_of_two<Bf16>(madd(lanes(row + 32), scale, top0));
+        Lanes odd1 = power_of_two<Bf16>(madd(lanes(row + 48), scale, top1));
+        sum0 = plus(sum0, even0), sum1 = plus(sum1, even1), more0 = plus(more0, odd0), more1 = plus(more1, odd1);
+        Bf16* to = p + k / SIDE * SQUARE + k % SIDE * 16;
+        zip(narrow(even0, even1), narrow(odd0, odd1), to, to + 512);
+    }
+    put(state.sum, plus(sum0, more0));
+    put(state.sum + 16, plus(sum1, more1));
+}
+
+ET_INLINE void score_gradients(const float* scores, const float* dp, float factor, const float* lse, const float* delta,
+                               const Gradients<Bf16>& out) {
+    Lanes scale = lanes_of(factor), zero = lanes_of(0.0f);
+    Lanes log0 = minus(zero, lanes(lse)), log1 = minus(zero, lanes(lse + 16)), mean0 = lanes(delta), mean1 = lanes(delta + 16);
+    for (int64_t k = 0; k < SIDE; k += 2) {
+        __m512i ds[2];
+        for (int64_t i = 0; i < 2; i++) {
+            const float *row = scores + (k + i) * SIDE, *gradient = dp + (k + i) * SIDE;
+            Lanes p0 = power_of_two<Bf16>(madd(lanes(row), scale, log0));
+            Lanes p1 = power_of_two<Bf16>(madd(lanes(row + 16), scale, log1));
+            ds[i] = narrow(times(p0, minus(lanes(gradient), mean0)), times(p1, minus(lanes(gradient + 16), mean1)));
+            _mm512_storeu_si512(out.p + (k + i) * 32, narrow(p0, p1));
+            _mm512_storeu_si512(out.ds + (k + i) * 32, ds[i]);
+        }
+        zip(ds[0], ds[1], out.ds_right + k * 16, out.ds_right + 512 + k * 16);
+    }
+}
+#endif

@@ -1,0 +1,141 @@
+// A register of fp32 numbers, in the compiler's own vector types: one text for every instruction set, and no luck needed as
+// with loops left to the vectoriser. 16 lanes with AVX-512, 8 with AVX2, 4 with NEON and SSE, 1 for a compiler without.
+
+#if defined(ET_USE_AVX512)
+constexpr int LANES = 16;
+#elif defined(ET_USE_AVX2)
+constexpr int LANES = 8;
+#elif defined(__GNUC__)
+constexpr int LANES = 4;
+#else
+constexpr int LANES = 1;
+#endif
+
+#if defined(__GNUC__)
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+ET_INLINE Words widen(Halves x) { return __builtin_convertvector(x, Words); }
+ET_INLINE Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
+ET_INLINE Words as_words(Floats x) { return (Words)x; }
+ET_INLINE Floats as_floats(Words x) { return (Floats)x; }
+ET_INLINE Floats all(float x) { return x - Floats{}; }
+ET_INLINE Words all(uint32_t x) { return x - Words{}; }
+#else
+typedef float Floats;
+typedef uint32_t Words;
+typedef uint16_t Halves;
+ET_INLINE Words widen(Halves x) { return x; }
+ET_INLINE Halves narrow(Words x) { return Halves(x); }
+ET_INLINE Words as_words(Floats x) { return to_bits(x); }
+ET_INLINE Floats as_floats(Words x) { return from_bits(x); }
+ET_INLINE Floats all(float x) { return x; }
+ET_INLINE Words all(uint32_t x) { return x; }
+#endif
+
+template <class To, class From>
+ET_INLINE To read_as(const From* p) {
+    To value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
+ET_INLINE Floats get(const float* p) { return read_as<Floats>(p); }
+ET_INLINE Floats get(const Bf16* p) { return as_floats(widen(read_as<Halves>(p)) << 16); }
+
+ET_INLINE void put(float* p, Floats value) { memcpy(p, &value, sizeof value); }
+ET_INLINE void put(Bf16* p, Floats value) {  // to nearest, ties to even; a NaN stays one
+#if defined(ET_USE_AVX512_BF16) && defined(__GNUC__)
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)value);  // subnormals (below 1.2e-38) become 0 here, and only here
+#else
+    Words bits = as_words(value);
+    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Halves halves = narrow((bits & 0x7fffffff) > 0x7f800000 ? all(0x7fc0u) : rounded);
+#endif
+    memcpy(static_cast<void*>(p), &halves, sizeof halves);
+}
+
+// a * b + c, fused where there is an instruction for it
+ET_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(ET_USE_AVX512)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(ET_USE_AVX2) && defined(__GNUC__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(ET_USE_NEON) && defined(__GNUC__)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+ET_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+ET_INLINE float lane(const Floats& x, int i) { return reinterpret_cast<const float*>(&x)[i]; }
+
+ET_INLINE float sum(Floats x) {
+    float parts[LANES];
+    put(parts, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+}
+
+ET_INLINE float largest(Floats x) {
+    float most = from_bits(0xff800000), parts[LANES];
+    put(parts, x);
+    for (float part : parts) most = part > most ? part : most;
+    return most;
+}
+
+// ---- rows: all full registers of a row, then what is left ----
+
+struct Full {};
+struct Some {
+    int64_t count;  // fewer than LANES
+};
+
+template <class T>
+ET_INLINE Floats get(const T* p, Full, float = 0) { return get(p); }
+template <class T>
+ET_INLINE Floats get(const T* p, Some some, float fill = 0) {  // `fill` in the lanes beyond the row
+    float values[LANES];
+    for (int64_t i = 0; i < LANES; i++) values[i] = i < some.count ? load(p + i) : fill;
+    return get(values);
+}
+template <class T>
+ET_INLINE void put(T* p, Floats value, Full) { put(p, value); }
+template <class T>
+ET_INLINE void put(T* p, Floats value, Some some) {
+    T values[LANES];
+    put(values, value);
+    memcpy(static_cast<void*>(p), values, size_t(some.count) * sizeof(T));
+}
+
+// body(i, part) for each register of a row of n: part is what get and put take.
+template <class Body>
+ET_INLINE void each(int64_t n, const Body& body) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) body(i, Full());
+    if (i < n) body(i, Some{n - i});
+}
+
+// e^x to about one unit in the last place; 0 below -87.3, e^88.37 (2.4e38) for all above, NaN for NaN.
+// x = n ln2 + r with |r| <= ln2/2; e^r by a polynomial (Cephes' expf), 2^n by adding n to the exponent.
+ET_INLINE Floats exponential(Floats x) {
+    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
+    Floats bounded = x > 88.37626f ? all(88.37626f) : x;
+    Floats total = fused(bounded, all(1.44269504f), shift);
+    Floats n = total - shift;
+    Floats r = fused(n, all(-0.693359375f), bounded);
+    r = fused(n, all(2.12194440e-4f), r);
+    Floats p = fused(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+    p = fused(p, r, all(8.3334519073e-3f));
+    p = fused(p, r, all(4.1665795894e-2f));
+    p = fused(p, r, all(1.6666665459e-1f));
+    p = fused(p, r, all(5.0000001201e-1f));
+    p = fused(p, r * r, r) + 1.0f;
+    Floats y = as_floats(as_words(p) + (as_words(total) << 23));
+    return x < -87.33654f ? all(0.0f) : y;
+}
+
+ET_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }

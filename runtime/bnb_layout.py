@@ -1,0 +1,145 @@
+"""How bitsandbytes lays a 4-bit weight out in a checkpoint: codes under the weight's own name, scales beside them.
+
+    NAME                                   u8 (ceil(n/2), 1)
+    NAME.absmax                            u8 (nb,) codes when doubly quantised, else f32 (nb,)
+    NAME.quant_map                         f32 (16,)
+    NAME.nested_absmax, .nested_quant_map  f32 (ceil(nb/256),), f32 (256,)
+    NAME.quant_state.bitsandbytes__nf4     the bytes of a JSON: quant_type, blocksize, dtype, shape, nested_*
+
+Source: bitsandbytes.functional.QuantState.as_dict and from_dict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime import nf4
+from edgetune.runtime.nf4 import FLOATS, NESTED_BLOCK_SIZE, NestedAbsmax, QuantizedTensor, QuantState
+from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor, TensorSpec
+
+STATE_PREFIX = ".quant_state.bitsandbytes__"
+PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+STATE_BYTES = 256  # our JSON is padded with spaces to this, a multiple of 64; a longer one is no number we write
+_MAX_STATE_BYTES = 1 << 16
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What the JSON of a stored weight says."""
+
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nested_block_size: int | None = None
+    nested_offset: float = 0.0
+
+
+def parse_state(raw: bytes | memoryview) -> StoredState:
+    """Read the JSON of a weight. Raises ValueError saying what is wrong, for a message that names the tensor."""
+    if len(raw) > _MAX_STATE_BYTES:
+        raise ValueError(f"its quant_state takes {len(raw):,} bytes")
+    try:
+        fields = json.loads(bytes(raw).decode())
+        quant_type, block_size = fields["quant_type"], fields["blocksize"]
+        dtype, shape = fields["dtype"], fields["shape"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError("its quant_state is not the JSON expected") from error
+    if quant_type != "nf4":
+        raise ValueError(f"its data type is {quant_type!r}, and edgetune reads 'nf4' alone")
+    if block_size not in nf4.BLOCK_SIZES or dtype not in _DTYPES:
+        raise ValueError(f"its blocks of {block_size!r} and dtype {dtype!r} are not bitsandbytes'")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise ValueError(f"its shape {shape!r} is none")
+    nested, offset = fields.get("nested_blocksize"), fields.get("nested_offset", 0.0)
+    if nested not in (None, NESTED_BLOCK_SIZE) or type(offset) not in (int, float) or not math.isfinite(offset):
+        raise ValueError(f"its nested blocks of {nested!r} with offset {offset!r} are not bitsandbytes'")
+    return StoredState(quant_type, block_size, _DTYPES[dtype], tuple(shape), nested, float(offset))
+
+
+def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) -> list[str]:
+    """What contradicts `state` among the stored tensors of the weight `name`: sizes and presence only."""
+    n = math.prod(state.shape)
+    blocks = -(-n // state.block_size)
+    wanted = {"": (n + 1) // 2, ".quant_map": 16}  # bytes of the codes, values of the others
+    nested = state.nested_block_size
+    wanted[".absmax"] = blocks
+    if nested is not None:
+        wanted |= {".nested_absmax": -(-blocks // nested), ".nested_quant_map": 256}
+    faults = []
+    for suffix, count in wanted.items():
+        tensor = stored.get(name + suffix)
+        if tensor is None:
+            faults.append(f"{name}{suffix} is missing")
+        elif (tensor.nbytes if suffix == "" else math.prod(tensor.shape)) != count:
+            faults.append(f"{name}{suffix} has shape {list(tensor.shape)}, too few or many for {list(state.shape)}")
+        elif suffix == ".absmax" and (tensor.dtype == torch.uint8) != (nested is not None):
+            faults.append(f"{name}.absmax is {tensor.dtype}, which contradicts its quant_state")
+        elif suffix in (".quant_map", ".nested_absmax", ".nested_quant_map") and tensor.dtype != torch.float32:
+            faults.append(f"{name}{suffix} is {tensor.dtype}; expected float32")
+    return faults
+
+
+def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -> QuantizedTensor:
+    """The weight from its parts; `get(tensor name, alignment)` hands out mapped tensors.
+
+    Raises ValueError when its table is not NF4's.
+    """
+    if not torch.equal(get(f"{name}.quant_map", 4), nf4.NF4_TABLE):
+        raise ValueError(f"the table of {name} is not NF4's")
+    packed = get(name, ALIGNMENT).view(torch.uint8).view(-1, 1)
+    absmax, nested = get(f"{name}.absmax", ALIGNMENT), None
+    if state.nested_block_size is None:
+        absmax = absmax.float()  # some versions of bitsandbytes save bf16 after running on a CPU
+    else:
+        scales, table = get(f"{name}.nested_absmax", 4), get(f"{name}.nested_quant_map", 4)
+        nested = NestedAbsmax(scales, table, state.nested_offset, state.nested_block_size)
+    return QuantizedTensor(packed, QuantState(absmax, state.shape, state.dtype, state.block_size, "nf4", nested))
+
+
+def weight_specs(name: str, shape: tuple[int, ...], block_size: int, double_quant: bool) -> list[TensorSpec]:
+    """The tensors that a quantised weight of this shape becomes."""
+    n = math.prod(shape)
+    blocks = -(-n // block_size)
+    specs = [TensorSpec(name, torch.uint8, ((n + 1) // 2, 1))]
+    if double_quant:
+        specs += [
+            TensorSpec(f"{name}.absmax", torch.uint8, (blocks,)),
+            TensorSpec(f"{name}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
+            TensorSpec(f"{name}.nested_quant_map", torch.float32, (256,)),
+        ]
+    else:
+        specs.append(TensorSpec(f"{name}.absmax", torch.float32, (blocks,)))
+    specs.append(TensorSpec(f"{name}.quant_map", torch.float32, (16,)))
+    specs.append(TensorSpec(f"{name}{STATE_PREFIX}nf4", torch.uint8, (STATE_BYTES,)))
+    return specs
+
+
+def weight_tensors(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+    """The values of `weight_specs`."""
+    state = quantized.state
+    fields: dict[str, Any] = {
+        "quant_type": state.quant_type,
+        "blocksize": state.block_size,
+        "dtype": str(state.dtype).removeprefix("torch."),
+        "shape": list(state.shape),
+    }
+    tensors = {name: quantized.packed, f"{name}.absmax": state.absmax, f"{name}.quant_map": nf4.NF4_TABLE}
+    if state.nested is not None:
+        fields |= {
+            "nested_blocksize": state.nested.block_size,
+            "nested_dtype": "float32",
+            "nested_offset": state.nested.offset,
+        }
+        tensors |= {f"{name}.nested_absmax": state.nested.absmax, f"{name}.nested_quant_map": nf4.dynamic_map()}
+    text = json.dumps(fields).encode().ljust(STATE_BYTES)
+    tensors[f"{name}{STATE_PREFIX}nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return tensors

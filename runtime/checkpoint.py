@@ -1,0 +1,304 @@
+"""Hugging Face model folders, opened without being read: config checked, every tensor located, weights mapped.
+
+fp32, fp16 and bf16 folders of one or many safetensors files, and bitsandbytes' 4-bit NF4 folders. What is missing,
+unknown or contradicts config.json is collected and raised once. Pickled weights are never opened: they can run code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime import bnb_layout, nf4
+from edgetune.runtime.config import LlamaConfig, QuantConfig
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
+from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")  # old LLaMA; a tied head
+_MAX_JSON = 64 << 20
+_SHOWN = 12  # mismatches named in one message
+_SAMPLES, _SAMPLE_BYTES = 4, 1024
+
+
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of one layer, by its Hugging Face name inside the layer, in the order of its use."""
+    d, hd, linears = config.hidden_size, config.head_dim, config.linear_shapes()
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        shapes[f"self_attn.{name}.weight"] = linears[name]
+        if config.o_bias if name == "o_proj" else config.qkv_bias:
+            shapes[f"self_attn.{name}.bias"] = linears[name][:1]
+    if config.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
+    shapes["post_attention_layernorm.weight"] = (d,)
+    return shapes | {f"mlp.{name}.weight": linears[name] for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def model_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a model of this config has, layer by layer."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block_shapes(config).items()}
+    shapes[FINAL_NORM] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear of a block: what NF4 and LoRA are for."""
+    return name.endswith("_proj.weight")
+
+
+class Checkpoint:
+    """An opened model folder. Tensors are read-only views of mapped files; clone before writing to one."""
+
+    def __init__(self, folder: Path, hf_config: dict[str, Any], files: list[SafetensorsFile]) -> None:
+        self.folder = folder
+        self.hf_config = hf_config
+        self.config = LlamaConfig.from_hf(hf_config)
+        self.files = [file.path for file in files]
+        self._where = {name: file for file in files for name in file.tensors}
+        self._states: dict[str, bnb_layout.StoredState] = {}
+        self.stored: dict[str, StoredTensor] = {name: file.tensors[name] for name, file in self._where.items()}
+        """Every tensor of the files by its full name, 4-bit weights in their parts."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(tensor.nbytes for tensor in self.stored.values())
+
+    @property
+    def quant(self) -> QuantConfig | None:
+        """How the linears are quantised; None for a folder that is not."""
+        if not self._states:
+            return None
+        state = next(iter(self._states.values()))
+        return QuantConfig(state.quant_type, state.block_size, state.nested_block_size is not None)
+
+    def tensor(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor by its full Hugging Face name, dense or 4-bit, mapped."""
+        state = self._states.get(name)
+        if state is None:
+            return self._mapped(name)
+        try:
+            return bnb_layout.assemble(name, state, self._mapped)
+        except ValueError as error:
+            raise ModelError(f"{self.folder} cannot be used: {error}; copy the model folder again.") from error
+
+    def dense(self, name: str) -> Tensor:
+        """A tensor as a plain one, mapped where it is stored so: the embedding, a norm, a head (which may be 4-bit)."""
+        tensor = self.tensor(name)
+        return tensor if isinstance(tensor, Tensor) else nf4.dequantize(tensor)
+
+    def block_tensors(self, layer: int) -> dict[str, Tensor | QuantizedTensor]:
+        """All tensors of a layer by their names inside it: 'self_attn.q_proj.weight', 'input_layernorm.weight', …"""
+        return {name: self.tensor(f"model.layers.{layer}.{name}") for name in block_shapes(self.config)}
+
+    def release(self, name: str) -> None:
+        """Let the system drop the pages of a tensor and its 4-bit parts from memory; a touch brings them back."""
+        for part in [name, *(name + suffix for suffix in bnb_layout.PARTS)]:
+            if part in self._where:
+                self._where[part].release(part)
+
+    def _mapped(self, name: str, alignment: int = 1) -> Tensor:
+        return self._where[name].tensor(name, alignment)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What base this is: sha256 over the shape of the model and, of each tensor, its name, shape and samples.
+
+        Four evenly spread kibibytes of each tensor are read, so that opening stays fast; two trained models never
+        agree in them. It does not notice a flipped bit elsewhere, and does not depend on how files are sharded.
+        """
+        config, digest = self.config, hashlib.sha256()
+        numbers = (config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, config.windows)
+        rope = config.rope
+        scaling = (rope.theta, rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor)
+        digest.update(repr((config.model_type, *numbers, *scaling, rope.original_max_positions)).encode())
+        wanted = model_shapes(config)
+        for name in sorted(self._where):
+            if not _IGNORED.fullmatch(name) or name in wanted:
+                file, stored = self._where[name], self._where[name].tensors[name]
+                digest.update(repr((name, str(stored.dtype), stored.shape)).encode())
+                raw = file.raw(name)
+                last = max(0, len(raw) - _SAMPLE_BYTES)
+                for sample in range(_SAMPLES):
+                    start = last * sample // (_SAMPLES - 1)
+                    digest.update(raw[start : start + _SAMPLE_BYTES])
+        return digest.hexdigest()
+
+    def _find_states(self) -> list[str]:
+        """Read the JSON of each 4-bit weight; returns what is wrong with them."""
+        faults, stored = [], self.stored
+        for key in stored:
+            name, found, _ = key.partition(bnb_layout.STATE_PREFIX)
+            if not found:
+                continue
+            try:
+                state = bnb_layout.parse_state(self._where[key].raw(key))
+            except ValueError as error:
+                faults.append(f"{name} cannot be used, since {error}")
+                continue
+            self._states[name] = state
+            faults += bnb_layout.check_parts(name, state, stored)
+        return faults
+
+    def _compare(self) -> list[str]:
+        """What is missing, unknown or of another shape than config.json says."""
+        wanted, stored, faults = model_shapes(self.config), self.stored, []
+        for name, shape in wanted.items():
+            if name not in stored:
+                faults.append(f"{name} is missing")
+                continue
+            state, tensor = self._states.get(name), stored[name]
+            found = tensor.shape if state is None else state.shape
+            if f"{name}.absmax" in stored and state is None:
+                continue  # a 4-bit weight whose JSON is at fault: already said
+            if found != shape:
+                faults.append(f"{name} has shape {list(found)} where config.json says {list(shape)}")
+            elif state is None and tensor.dtype not in FLOATS:
+                faults.append(f"{name} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
+            elif state is not None and not (is_linear(name) or name == HEAD):
+                faults.append(f"{name} is quantised, which edgetune reads for linears only")
+        for name in stored:
+            owner = name.partition(bnb_layout.STATE_PREFIX)[0]
+            if owner == name:
+                owner = next((name.removesuffix(part) for part in bnb_layout.PARTS if name.endswith(part)), name)
+            if owner not in wanted and not _IGNORED.fullmatch(owner):
+                faults.append(f"{name} is unknown")
+        return faults + self._compare_tied_head(stored)
+
+    def _compare_tied_head(self, stored: dict[str, StoredTensor]) -> list[str]:
+        """A tied model may store its head once more, if it is the embedding."""
+        if not self.config.tie_embeddings or HEAD not in stored or EMBEDDING not in stored:
+            return []
+        if HEAD not in self._states and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
+            return []
+        return [f"{HEAD} differs from {EMBEDDING} where config.json says tie_word_embeddings"]
+
+
+def open_model(folder: Path | str) -> Checkpoint:
+    """Open a Hugging Face folder. Reads headers only; weights are mapped when asked for.
+
+    Raises ModelError, naming the folder and every fault at once.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"There is no model folder {folder}; type `edgetune models` to see what is on this machine.")
+    hf_config = read_config(folder)
+    paths, promised = _weight_files(folder)
+    files, faults = [], []
+    for path in paths:
+        try:
+            files.append(SafetensorsFile.open(path))
+        except ModelError as error:
+            faults.append(str(error).rstrip(".").removesuffix("; copy it again"))
+    if not faults:
+        faults = _promises(files, promised)
+        checkpoint = Checkpoint(folder, hf_config, files)
+        faults += checkpoint._find_states() + checkpoint._compare()
+        if not faults:
+            return checkpoint
+    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    raise ModelError(
+        f"{folder} is not the model that its config.json describes: {'; '.join(faults[:_SHOWN])}{more}. "
+        "Copy or download the folder again, or use another: `edgetune models`."
+    )
+
+
+def _promises(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
+    """What the index says and the files do not hold, or hold twice."""
+    holders: dict[str, list[str]] = {}
+    for file in files:
+        for name in file.tensors:
+            holders.setdefault(name, []).append(file.path.name)
+    faults = [f"{name} stands in {' and '.join(found)}" for name, found in holders.items() if len(found) > 1]
+    lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
+    return faults + lost
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder. Raises ModelError for anything else."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ModelError(f"{path} takes {path.stat().st_size:,} bytes, too many for a model's JSON; copy it again.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is yours to read.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON; copy it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; copy it again.")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands, refused where its weights are in a form that edgetune does not read."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` beside `--model`.")
+        raise ModelError(
+            f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them)."
+        )
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "bitsandbytes")
+        if method != "bitsandbytes" or quantization.get("load_in_8bit"):
+            kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else method
+            raise ModelError(
+                f"{folder} is quantised with {kind}; edgetune reads bitsandbytes 4-bit, bf16, fp16 and fp32: "
+                "use the model's unquantised folder."
+            )
+        if quantization.get("bnb_4bit_quant_type", "nf4") == "fp4":
+            raise ModelError(
+                f"{folder} is quantised to FP4 and edgetune runs NF4; type `edgetune quantize SRC DEST` on its "
+                "unquantised folder."
+            )
+    return config
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a folder, and what its index promises: {tensor: file name}."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS], {}
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    promised = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
+        raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
+    names = sorted(set(promised.values()))
+    outside = [name for name in names if not re.fullmatch(r"[\w.,+-]+\.safetensors", name) or name.startswith(".")]
+    if outside:
+        raise ModelError(f"{folder / INDEX} names {outside[0]!r}; expected safetensors files of its own folder.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of {len(names)} weight files ({', '.join(missing[:_SHOWN])}); "
+            "copy or download them again."
+        )
+    return [folder / name for name in names], promised
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        return ModelError(f"{folder} has a config.json but no {WEIGHTS}; copy or download the folder again.")
+    return ModelError(
+        f"{folder} holds pickled weights ({pickles[0]}), which can run code when opened; if you trust them, convert "
+        'once: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained({str(folder) + '-safetensors'!r})\""
+    )

@@ -1,0 +1,254 @@
+"""A Hugging Face folder to a 4-bit one: NF4 linears in bitsandbytes' layout, everything else bf16, a tensor at a time.
+
+The work is done in a hidden folder beside the destination, shard by shard; each shard appears there only when whole,
+and the folder takes the destination's name only when complete. A run that was cut is continued by the same call, and
+what it leaves is byte for byte what one uncut run leaves, at any number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime import bnb_layout, nf4
+from edgetune.runtime.checkpoint import INDEX, WEIGHTS, Checkpoint, is_linear, model_shapes, open_model
+from edgetune.runtime.errors import ModelError, ResourceError, UsageError
+from edgetune.runtime.files import atomic_write, explain_full_disk, sync_folder
+from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec, aligned_order
+
+SHARD_BYTES = 512 << 20  # the most that a killed run has to do again; a layer is never split
+_LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
+
+# What else a folder needs to be a model: tokenizer, chat template, generation settings, licence.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+Progress = Callable[[int, int], None]
+"""Called with (parameters done, parameters in all) after each tensor."""
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What was made; bytes count weights alone."""
+
+    folder: Path
+    parameters: int
+    source_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How each tensor of the source is to be stored."""
+
+    checkpoint: Checkpoint
+    shapes: dict[str, tuple[int, ...]]
+    block_size: int
+    double_quant: bool
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        if is_linear(name):
+            return bnb_layout.weight_specs(name, self.shapes[name], self.block_size, self.double_quant)
+        return [TensorSpec(name, torch.bfloat16, self.shapes[name])]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        weight = self.checkpoint.dense(name)
+        if not is_linear(name):
+            return {name: weight}
+        try:
+            quantized = nf4.quantize(weight, "nf4", self.block_size, double_quant=False)
+            if self.double_quant:
+                with _one_thread():
+                    quantized = nf4.double_quantize(quantized)
+        except ValueError as error:
+            raise ModelError(f"{name} of {self.checkpoint.folder} cannot be quantised: {error}.") from error
+        quantized = replace(quantized, state=replace(quantized.state, dtype=torch.bfloat16))
+        return bnb_layout.weight_tensors(name, quantized)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def quantize_folder(
+    src: Path | str,
+    dest: Path | str,
+    *,
+    double_quant: bool = True,
+    block_size: int = 64,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> QuantizeResult:
+    """Quantise the linears of the model in `src` to NF4 (QLoRA §3) into a folder that transformers opens too.
+
+    Raises ModelError for a source that is unreadable, already quantised or not finite, UsageError when `dest` is
+    there, ResourceError when the disk is or becomes full. What was finished by then is used by the next call.
+    """
+    src, dest = Path(src), Path(dest)
+    if block_size not in nf4.BLOCK_SIZES:
+        raise UsageError(f"The block size is {block_size}; expected one of {', '.join(map(str, nf4.BLOCK_SIZES))}.")
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UsageError(f"{dest} is already there; name a folder that is not, or delete it first.")
+    checkpoint = open_model(src)
+    if checkpoint.quant is not None:
+        raise ModelError(
+            f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from."
+        )
+    recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), block_size, double_quant)
+    shards = _plan(recipe, shard_bytes)
+    with explain_full_disk(dest):
+        partial = _partial_folder(checkpoint, dest, [block_size, double_quant, shard_bytes])
+        _check_space(partial, dest, recipe, shards)
+        _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
+        _write_companions(src, partial, recipe, shards)
+        _publish(partial, dest)
+    parameters = sum(map(math.prod, recipe.shapes.values()))
+    size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
+    return QuantizeResult(dest, parameters, checkpoint.nbytes, size)
+
+
+def _plan(recipe: _Recipe, shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of the tensors in it: whole layers, in order, at most `shard_bytes` a file where one fits."""
+    groups: list[list[str]] = []
+    group_bytes = 0
+    units: dict[str, list[str]] = {}
+    for name in recipe.shapes:
+        parts = name.split(".")
+        units.setdefault(parts[2] if parts[1] == "layers" else name, []).append(name)
+    for names in units.values():
+        size = sum(spec.nbytes for name in names for spec in recipe.specs(name))
+        if not groups or group_bytes + size > shard_bytes:
+            groups.append([])
+            group_bytes = 0
+        groups[-1] += names
+        group_bytes += size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> Path:
+    """The hidden folder of exactly this work: same source files, same settings. Those of other work are removed."""
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    work = json.dumps([_LAYOUT, checkpoint.digest, checkpoint.hf_config, stats, settings], sort_keys=True)
+    name = f".{dest.name}.partial-{hashlib.sha256(work.encode()).hexdigest()[:16]}"
+    for other in dest.parent.glob(f".{dest.name}.partial-*"):
+        if other.name != name:
+            shutil.rmtree(other, ignore_errors=True)
+    partial = dest.parent / name
+    partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return partial
+
+
+def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
+    """Refuse before an hour's work what cannot end well."""
+    missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
+    needed = sum(spec.nbytes for name in missing for spec in recipe.specs(name)) + (16 << 20)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise ResourceError(
+            f"The disk has {free / 1e9:.2f} GB free where {dest} takes {needed / 1e9:.2f} GB more; free some space and "
+            "type the same command again."
+        )
+
+
+def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], progress: Progress) -> None:
+    done, total = 0, sum(map(math.prod, recipe.shapes.values()))
+    for file, names in shards.items():
+        specs = aligned_order(spec for name in names for spec in recipe.specs(name))
+        if _is_whole(partial / file, specs):
+            done += sum(math.prod(recipe.shapes[name]) for name in names)
+            progress(done, total)
+            continue
+        waiting: dict[str, Tensor] = {}  # made before their turn: the few whose size is no multiple of 64
+        queue = list(reversed(specs))
+        with SafetensorsWriter(partial / file, specs, {"format": "pt"}) as writer:
+            for name in names:
+                waiting |= recipe.tensors(name)
+                while queue and queue[-1].name in waiting:
+                    spec = queue.pop()
+                    writer.write(spec.name, waiting.pop(spec.name))
+                recipe.checkpoint.release(name)
+                done += math.prod(recipe.shapes[name])
+                progress(done, total)
+
+
+def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
+    """Whether an earlier run finished this shard. Only whole files have their name, but a user may have touched one."""
+    if not path.exists():
+        return False
+    try:
+        tensors = SafetensorsFile.open(path).tensors.values()
+    except ModelError:
+        return False
+    return [(t.name, t.dtype, t.shape) for t in tensors] == [(s.name, s.dtype, s.shape) for s in specs]
+
+
+def _write_companions(src: Path, partial: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
+    """config.json, the index of the shards, and the files of `src` that a model needs beside its weights."""
+    for pattern in _COMPANIONS:
+        for file in sorted(src.glob(pattern)):
+            if file.is_file():
+                atomic_write(partial / file.name, file.read_bytes())
+    config = {key: value for key, value in recipe.checkpoint.hf_config.items() if key != "dtype"}
+    config |= {"torch_dtype": "bfloat16", "quantization_config": _quantization_config(recipe)}
+    atomic_write(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    if len(shards) > 1:
+        weight_map = {
+            spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)
+        }
+        size = sum(spec.nbytes for names in shards.values() for name in names for spec in recipe.specs(name))
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        atomic_write(partial / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _quantization_config(recipe: _Recipe) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig writes."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": recipe.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def _publish(partial: Path, dest: Path) -> None:
+    """The one moment at which `dest` appears."""
+    for leftover in partial.glob(".*"):  # a killed writer's temporary file
+        leftover.unlink()
+    if dest.exists():
+        dest.rmdir()  # empty, as checked at the start
+    partial.rename(dest)
+    sync_folder(dest.parent)

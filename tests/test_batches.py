@@ -1,0 +1,223 @@
+"""Packing: each token trained once an epoch, each byte scored once, no window across documents, by (seed, step)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgetune.batches import Packer, bits_per_byte, cut_windows, deal, evaluation_batches, random_words
+from edgetune.runtime.errors import DataError, UsageError
+from edgetune.tokens import CONTEXT, STOP, TEXT, StoredDocument, TokenStore
+
+
+def make_store(marks: list[list[int]]) -> TokenStore:
+    """Documents of the given marks; a token's id is its place in the store, so that a batch tells its origin."""
+    documents, start = [], 0
+    for number, document in enumerate(marks):
+        documents.append(StoredDocument(f"{number}.md", f"{number:064x}", start, len(document), document.count(TEXT)))
+        start += len(document)
+    flat = [mark for document in marks for mark in document]
+    return TokenStore(np.arange(start, dtype=np.int32), np.array(flat, dtype=np.uint8), tuple(documents))
+
+
+def notes(*sizes: int) -> TokenStore:
+    return make_store([[CONTEXT, *[TEXT] * size, STOP] for size in sizes])
+
+
+@st.composite
+def stores(draw) -> TokenStore:
+    """Notes and chats, short and long, with at least one trained token."""
+    sizes = draw(st.lists(st.integers(0, 90), min_size=1, max_size=25))
+    marks = []
+    for size in sizes:
+        if draw(st.booleans()):
+            marks.append([CONTEXT, *[TEXT] * size, STOP])
+        else:
+            marks.append(
+                [CONTEXT, *draw(st.lists(st.sampled_from([CONTEXT, TEXT, STOP]), min_size=size, max_size=size))]
+            )
+    marks.append([CONTEXT, TEXT, STOP])
+    return make_store(marks)
+
+
+lengths = st.tuples(st.integers(2, 40), st.integers(0, 80), st.integers(0, 39)).map(
+    lambda t: (t[0], t[0] + t[1], t[2] % t[0])
+)
+
+
+def document_of(store: TokenStore) -> np.ndarray:
+    return np.repeat(np.arange(len(store.documents)), [document.tokens for document in store.documents])
+
+
+def trained_targets(batches) -> list[int]:
+    return sorted(chain_targets(batches, lambda batch: batch.loss_mask > 0))
+
+
+def chain_targets(batches, chosen) -> list[int]:
+    return [target for batch in batches for target in batch.targets[chosen(batch)].tolist()]
+
+
+def check_row(batch, store: TokenStore, seq_len: int, most: int) -> None:
+    """What holds of every row: shapes, dtypes, segments that partition it, positions that restart, no crossing."""
+    owner = document_of(store)
+    assert batch.tokens <= most
+    assert batch.input_ids.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.float32
+    assert set(batch.loss_mask.tolist()) <= {0.0, 1.0}
+    begins, ends = zip(*batch.segments, strict=True)
+    assert (begins[0], ends[-1]) == (0, batch.tokens)
+    assert begins[1:] == ends[:-1]
+    for (begin, end), document in zip(batch.segments, batch.documents, strict=True):
+        assert 1 <= end - begin <= seq_len
+        assert batch.positions[begin:end].tolist() == list(range(end - begin))
+        assert {*owner[batch.input_ids[begin:end].numpy()], *owner[batch.targets[begin:end].numpy()]} == {document}
+        assert torch.equal(batch.targets[begin:end], batch.input_ids[begin:end] + 1)
+        assert batch.loss_mask[begin:end].any()
+
+
+@given(stores(), lengths, st.integers(0, 2**70), st.integers(0, 3))
+def test_an_epoch_trains_every_token_exactly_once(store, shape, seed, epoch):
+    seq_len, batch_tokens, overlap = shape
+    packer = Packer(store, seq_len, batch_tokens, seed, overlap)
+    steps = range(epoch * packer.steps_per_epoch, (epoch + 1) * packer.steps_per_epoch)
+    batches = [packer.batch(step) for step in steps]
+    for batch in batches:
+        check_row(batch, store, seq_len, batch_tokens)
+    assert trained_targets(batches) == np.flatnonzero(store.trained).tolist()
+    assert sum(batch.trained for batch in batches) == store.trained_tokens
+    assert sum(batch.tokens for batch in batches) == packer.tokens_per_epoch
+
+
+@given(stores(), lengths, st.integers(1, 90), st.data())
+def test_micro_batches_are_the_steps_windows(store, shape, micro_tokens, data):
+    seq_len, batch_tokens, overlap = shape
+    packer = Packer(store, seq_len, batch_tokens, 1, overlap)
+    step = data.draw(st.integers(0, 2 * packer.steps_per_epoch))
+    whole, micro = packer.batch(step), packer.micro_batches(step, micro_tokens)
+    longest = max(end - begin for begin, end in whole.segments)
+    for batch in micro:
+        check_row(batch, store, seq_len, max(micro_tokens, longest))
+    assert trained_targets(micro) == trained_targets([whole])
+    assert sum(batch.trained for batch in micro) == whole.trained
+
+
+@given(stores(), lengths)
+def test_evaluation_scores_every_text_token_once_and_in_order(store, shape):
+    seq_len, batch_tokens, overlap = shape
+    batches = list(evaluation_batches(store, seq_len, batch_tokens, overlap))
+    scored = chain_targets(batches, lambda batch: batch.loss_mask > 0)
+    assert scored == np.flatnonzero(store.trained == TEXT).tolist()
+    assert all(batch.tokens <= batch_tokens for batch in batches)
+
+
+@given(stores(), lengths)
+def test_a_later_window_sees_its_overlap_first(store, shape):
+    seq_len, _, overlap = shape
+    windows = cut_windows(store, seq_len, overlap)
+    begins = [document.start for document in store.documents]
+    for start, context, document in zip(windows.start, windows.context, windows.document, strict=True):
+        assert context == (0 if start == begins[document] else overlap)
+
+
+def equal(left, right) -> bool:
+    return left.segments == right.segments and all(
+        torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("input_ids", "targets", "loss_mask", "positions")
+    )
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=10), st.integers(0, 1000))
+def test_a_step_does_not_depend_on_the_calls_before_it(steps, seed):
+    store = notes(*range(1, 60))
+    used = Packer(store, 16, 64, seed)
+    for step in steps:
+        used.batch(step)
+    for step in steps:
+        fresh = Packer(store, 16, 64, seed)
+        assert equal(used.batch(step), fresh.batch(step))
+        assert all(map(equal, used.micro_batches(step, 20), fresh.micro_batches(step, 20)))
+
+
+def test_epochs_and_seeds_differ():
+    store = notes(*range(1, 60))
+    packer, other = Packer(store, 16, 64, 0), Packer(store, 16, 64, 1)
+    steps = packer.steps_per_epoch
+    assert not equal(packer.batch(0), packer.batch(steps))
+    assert not equal(packer.batch(0), other.batch(0))
+
+
+def test_random_words_are_philoxs_own():
+    # Frozen: a numpy that gave others would change what an interrupted run trains next.
+    assert random_words(7, 3, 1, 3).tolist() == [3845544696532098304, 9931676275916508706, 5599683423530089621]
+    assert random_words(-1, 0, 0, 1).tolist() == random_words(2**64 - 1, 0, 0, 1).tolist()
+
+
+def test_rows_are_full_and_alike_on_note_like_lengths():
+    sizes = np.random.default_rng(0).lognormal(5.5, 0.6, 2000).astype(int) + 20
+    packer = Packer(notes(*sizes.tolist()), 512, 2048, 0)
+    assert packer.fill > 0.95
+    for epoch in range(3):
+        held = [int(packer.windows.length[row].sum()) for row in packer.plan(epoch)]
+        assert max(held) <= 2048
+        assert min(held) > 0.9 * 2048
+
+
+def test_rows_hold_what_hardly_fits():
+    packer = Packer(notes(*[33] * 50), 64, 64, 0)  # two would need 68 tokens
+    assert packer.steps_per_epoch == 50
+    assert Packer(notes(5), 64, 1000, 0).steps_per_epoch == 1
+
+
+def test_deal_says_when_a_row_overflows():
+    assert deal(np.array([3, 3, 3]), np.arange(3), 2, 5) is None
+    assert deal(np.array([3, 3, 3]), np.arange(3), 2, 6) == [[0, 2], [1]]
+
+
+def test_a_question_that_nobody_answers_is_not_computed():
+    store = make_store([[CONTEXT] * 10 + [TEXT] * 3 + [STOP] + [CONTEXT] * 30])
+    windows = cut_windows(store, 16, 4)
+    assert (windows.start.tolist(), windows.length.tolist()) == ([0], [13])
+
+
+def test_accumulated_gradients_are_those_of_the_whole_row():
+    store = notes(*range(3, 40))
+    packer = Packer(store, 16, 128, 0)
+    weight = torch.randn(store.tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def mean_loss(batches):
+        total = sum(batch.trained for batch in batches)
+        return sum(float((weight[batch.targets] * batch.loss_mask).sum()) / total for batch in batches)
+
+    for step in range(packer.steps_per_epoch):
+        assert mean_loss(packer.micro_batches(step, 32)) == pytest.approx(mean_loss([packer.batch(step)]), rel=1e-12)
+
+
+def test_bits_per_byte_by_document_and_in_all():
+    store = notes(50, 5, 20)
+    batches = list(evaluation_batches(store, 16, 32))
+    # A model that loses exactly d+1 bits on each token of document d.
+    scored = [(batch, (torch.tensor(document_of(store))[batch.targets] + 1.0) * math.log(2)) for batch in batches]
+    result = bits_per_byte(store, iter(scored))
+    assert result.per_document == pytest.approx((1.0, 2.0, 3.0), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx((50 + 10 + 60) / 75, rel=1e-6)
+    assert (result.tokens, result.bytes) == (75, 75)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "batch_tokens", "overlap", "said"),
+    [(1, 8, 0, "--seq-len 512"), (64, 32, None, "--batch-tokens 64"), (64, 64, 64, "overlap of 64")],
+)
+def test_lengths_that_cannot_be_honoured(seq_len, batch_tokens, overlap, said):
+    with pytest.raises(UsageError, match=said):
+        Packer(notes(5), seq_len, batch_tokens, 0, overlap)
+
+
+def test_nothing_trained_is_said():
+    with pytest.raises(DataError, match="Nothing to train on"):
+        Packer(make_store([[CONTEXT] * 5]), 8, 8, 0)

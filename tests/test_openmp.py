@@ -1,0 +1,85 @@
+"""The kernels and torch share one OpenMP runtime, and torch's number of threads rules both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = """
+import os
+import torch
+from edgetune.runtime.backends import cpu
+from edgetune.runtime.backends.cpu import library
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+x = torch.ones(512, 512, dtype=torch.bfloat16)
+"""
+
+
+def run(code: str, **environment: str) -> list[str]:
+    """Lines that the code prints in a fresh Python."""
+    result = subprocess.run(
+        [sys.executable, "-c", SETUP + code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")[:-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime_is_mapped_after_torch_and_kernels_ran() -> None:
+    code = """
+torch.set_num_threads(2)
+x @ x
+cpu.swiglu(x, x)
+print(*sorted(set(library._mapped())), sep="\\n")
+"""
+    assert len(run(code)) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kernels_use_the_threads_that_torch_has_and_start_none() -> None:
+    code = """
+torch.set_num_threads(3)
+x.float() @ x.float()
+torch.exp(torch.ones(1 << 20))
+before = tasks()
+cpu.swiglu(x, x)
+print(before, tasks(), library.team_size(torch.get_num_threads()))
+"""
+    before, after, team = run(code)[0].split()
+    assert before == after
+    assert team == "3"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_set_num_threads_of_one_is_obeyed() -> None:
+    code = """
+torch.set_num_threads(1)
+before = tasks()
+cpu.swiglu(x, x)
+print(before, tasks(), library.team_size(torch.get_num_threads()))
+"""
+    before, after, team = run(code)[0].split()
+    assert before == after
+    assert team == "1"
+
+
+def test_kernels_run_on_one_thread_where_no_openmp_runtime_is_found() -> None:
+    code = """
+library._openmp = lambda: None
+library.library.cache_clear()
+import ctypes
+library.library().et_set_openmp(None, None, None, None)
+torch.set_num_threads(2)
+print(library.team_size(2), bool(torch.equal(cpu.swiglu(x, x), cpu.swiglu(x, x))))
+"""
+    assert run(code) == ["1 True"]

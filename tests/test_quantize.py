@@ -1,0 +1,257 @@
+"""`quantize_folder`: what we write, transformers and bitsandbytes open; a cut run ends as an uncut one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edgetune.runtime import nf4
+from edgetune.runtime import quantize as quantizing
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import ModelError, ResourceError, UsageError
+from edgetune.runtime.quantize import quantize_folder
+
+transformers = pytest.importorskip("transformers")
+
+
+def make_model(**changes):
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes)))
+
+
+@pytest.fixture
+def source(tmp_path):
+    make_model().save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"a tokenizer")
+    (tmp_path / "source" / "training_args.bin").write_bytes(b"a pickle")
+    return tmp_path / "source"
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+def kill_after(tensors):
+    """A progress callback that ends the run once so many tensors are done."""
+    count = iter(range(1, 1000))
+
+    def progress(done, total):
+        if next(count) == tensors:
+            raise Killed
+
+    return progress
+
+
+# ---- the oracles
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_transformers_with_bitsandbytes_opens_ours_and_gives_the_logits_of_our_weights(source, tmp_path, double_quant):
+    pytest.importorskip("bitsandbytes")
+    quantize_folder(source, tmp_path / "four", double_quant=double_quant, shard_bytes=40_000)
+    assert (tmp_path / "four" / "model.safetensors.index.json").exists()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "four", device_map="cpu")
+    assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    compute_in_fp32(theirs)
+    ours, checkpoint = make_model(), open_model(tmp_path / "four")
+    for name, parameter in ours.named_parameters():
+        parameter.data = checkpoint.dense(name).float()
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        expected = ours(ids).logits
+        exact = theirs.train()(ids).logits  # in training mode bitsandbytes dequantises and multiplies in fp32
+        rounded = theirs.eval()(ids).logits  # else its kernel for this CPU may round activations and absmax to bf16
+    assert expected.std() > 0.05
+    assert (expected - exact).abs().max() < 1e-5
+    assert (expected - rounded).abs().max() < 0.01
+
+
+def compute_in_fp32(model):
+    """transformers loads the dense parameters of a 4-bit model as bf16, whatever dtype is asked for."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+
+
+def test_weights_are_the_specifications_own(source, tmp_path):
+    quantize_folder(source, tmp_path / "four", block_size=128)
+    original, checkpoint = load_file(source / "model.safetensors"), open_model(tmp_path / "four")
+    assert checkpoint.quant.block_size == 128
+    for name, weight in original.items():
+        stored = checkpoint.tensor(name)
+        if name.endswith("_proj.weight"):
+            expected = nf4.dequantize(nf4.quantize(weight, block_size=128), torch.float32)
+            assert torch.equal(nf4.dequantize(stored, torch.float32), expected)
+            assert stored.state.dtype == torch.bfloat16
+        else:
+            assert torch.equal(stored, weight.bfloat16())
+
+
+def test_a_folder_that_bitsandbytes_wrote_opens_and_dequantises_equal(source, tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    checkpoint = open_model(tmp_path / "theirs")
+    for layer, block in enumerate(model.model.layers):
+        ours = checkpoint.block_tensors(layer)
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"):
+            weight = block.get_submodule(name).weight
+            theirs = functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert torch.equal(nf4.dequantize(ours[f"{name}.weight"]), theirs)
+
+
+# ---- the folder
+
+
+def test_every_tensor_starts_at_64_bytes_in_the_order_of_use_but_for_short_ones_at_the_end(source, tmp_path):
+    quantize_folder(source, tmp_path / "four")
+    stored = open_model(tmp_path / "four").stored.values()
+    starts = {tensor.name: tensor.start for tensor in stored}
+    odd = [tensor.name for tensor in stored if tensor.nbytes % 64]
+    assert {name.rpartition(".")[2] for name in odd} <= {"nested_absmax", "absmax"}
+    end_of_even = max(starts[name] for name in starts if name not in odd)
+    for tensor in stored:
+        assert tensor.start > end_of_even if tensor.name in odd else tensor.start % 64 == 0
+        assert tensor.start % tensor.dtype.itemsize == 0
+    layers = [
+        starts[f"model.layers.{layer}.{name}.weight"]
+        for layer in range(3)
+        for name in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    assert layers == sorted(layers)
+
+
+def test_tokenizer_travels_and_pickles_do_not(source, tmp_path):
+    result = quantize_folder(source, tmp_path / "four")
+    names = set(content(result.folder))
+    assert {"config.json", "model.safetensors", "tokenizer.model", "generation_config.json"} == names
+    assert result.folder.stat().st_mode & 0o777 == 0o700
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert result.bytes == (result.folder / "model.safetensors").stat().st_size
+    assert result.parameters == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 24, "intermediate_size": 33}, {"tie_word_embeddings": True}])
+def test_odd_sizes_and_tied_heads(tmp_path, changes):
+    model = make_model(**changes)
+    model.save_pretrained(tmp_path / "source")
+    quantize_folder(tmp_path / "source", tmp_path / "four")
+    checkpoint = open_model(tmp_path / "four")
+    name = "model.layers.1.mlp.down_proj.weight"
+    expected = nf4.dequantize(nf4.quantize(model.state_dict()[name]), torch.float32)
+    assert torch.equal(nf4.dequantize(checkpoint.tensor(name), torch.float32), expected)
+    assert ("lm_head.weight" in checkpoint.stored) == ("tie_word_embeddings" not in changes)
+
+
+def test_progress_ends_at_the_whole(source, tmp_path):
+    seen = []
+    result = quantize_folder(source, tmp_path / "four", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (result.parameters, result.parameters)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+# ---- cut, full, wrong
+
+
+@pytest.mark.parametrize("tensors", [1, 14, 30])
+def test_a_killed_run_is_continued_and_ends_byte_identical(source, tmp_path, tensors, monkeypatch):
+    whole = content(quantize_folder(source, tmp_path / "whole", shard_bytes=40_000).folder)
+    dest = tmp_path / "cut"
+    with pytest.raises(Killed):
+        quantize_folder(source, dest, shard_bytes=40_000, progress=kill_after(tensors))
+    assert not dest.exists()
+    made = []
+    quantize = nf4.quantize
+    monkeypatch.setattr(nf4, "quantize", lambda *arguments, **named: made.append(1) or quantize(*arguments, **named))
+    quantize_folder(source, dest, shard_bytes=40_000)
+    assert content(dest) == whole
+    assert len(made) == {1: 21, 14: 14, 30: 0}[tensors]  # seven linears a layer; finished shards are not made again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "source", "whole"]
+
+
+def test_a_partial_folder_of_another_source_is_not_used(source, tmp_path):
+    with pytest.raises(Killed):
+        quantize_folder(source, tmp_path / "four", shard_bytes=40_000, progress=kill_after(25))
+    tensors = {name: tensor * 2 for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors")
+    quantize_folder(source, tmp_path / "four", shard_bytes=40_000)
+    quantize_folder(source, tmp_path / "fresh", shard_bytes=40_000)
+    assert content(tmp_path / "four") == content(tmp_path / "fresh")
+
+
+def test_a_full_disk_is_told_before_and_during_and_the_work_is_kept(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        with pytest.raises(ResourceError, match=r"0\.00 GB free where .* takes 0\.02 GB more"):
+            quantize_folder(source, tmp_path / "four", shard_bytes=40_000)
+
+    written = []
+
+    def refuse_late(self, name, tensor):
+        written.append(name)
+        if len(written) > 60:
+            raise OSError(28, "No space left on device")
+        return write(self, name, tensor)
+
+    write = quantizing.SafetensorsWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing.SafetensorsWriter, "write", refuse_late)
+        with pytest.raises(ResourceError, match="disk is full"):
+            quantize_folder(source, tmp_path / "four", shard_bytes=40_000)
+    assert not (tmp_path / "four").exists()
+    written.clear()
+    quantize_folder(source, tmp_path / "four", shard_bytes=40_000)
+    quantize_folder(source, tmp_path / "fresh", shard_bytes=40_000)
+    assert content(tmp_path / "four") == content(tmp_path / "fresh")
+
+
+def test_what_is_4bit_already_is_refused(source, tmp_path):
+    quantize_folder(source, tmp_path / "four")
+    with pytest.raises(ModelError, match="is 4-bit already"):
+        quantize_folder(tmp_path / "four", tmp_path / "again")
+
+
+def test_a_destination_that_is_there_is_not_overwritten(source, tmp_path):
+    with pytest.raises(UsageError, match="is already there"):
+        quantize_folder(source, source)
+    (tmp_path / "empty").mkdir()
+    quantize_folder(source, tmp_path / "empty")
+    with pytest.raises(UsageError, match="The block size is 48"):
+        quantize_folder(source, tmp_path / "other", block_size=48)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of .* cannot be quantised.*inf or NaN"
+    ):
+        quantize_folder(source, tmp_path / "four")
+    assert not (tmp_path / "four").exists()
