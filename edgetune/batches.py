@@ -142,9 +142,7 @@ class Packer:
     gradient, a row of leftovers would count as much as a full one.
     """
 
-    def __init__(
-        self, store: TokenStore, seq_len: int, batch_tokens: int, seed: int, overlap: int | None = None
-    ) -> None:
+    def __init__(self, store: TokenStore, seq_len: int, batch_tokens: int, seed: int, overlap: int | None = None) -> None:
         overlap = default_overlap(seq_len) if overlap is None else overlap
         check_settings(seq_len, batch_tokens, overlap)
         self.store = store
@@ -249,14 +247,10 @@ def check_settings(seq_len: int, batch_tokens: int, overlap: int) -> None:
             f"type --batch-tokens {seq_len} or --seq-len {batch_tokens}."
         )
     if not 0 <= overlap < seq_len:
-        raise UsageError(
-            f"An overlap of {overlap} was given: expected at least 0 and less than the {seq_len} of a window."
-        )
+        raise UsageError(f"An overlap of {overlap} was given: expected at least 0 and less than the {seq_len} of a window.")
 
 
-def evaluation_batches(
-    store: TokenStore, seq_len: int, batch_tokens: int, overlap: int | None = None
-) -> Iterator[Batch]:
+def evaluation_batches(store: TokenStore, seq_len: int, batch_tokens: int, overlap: int | None = None) -> Iterator[Batch]:
     """Rows that score every text token of the store once, in its order; starts and ends are not scored.
 
     `overlap` defaults to half a window, so that what is scored has seen at least half a window of its document, unless

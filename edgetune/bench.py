@@ -20,6 +20,7 @@ from edgetune.runtime import nf4
 from edgetune.runtime.config import LlamaConfig, LoraConfig, RopeConfig
 from edgetune.runtime.device import compute_dtype, cpu_name, trim_memory
 from edgetune.runtime.generate import Generator
+from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
 from edgetune.runtime.runner import Recompute, Row, Runner
@@ -27,7 +28,19 @@ from edgetune.runtime.runner import Recompute, Row, Runner
 SHAPES = {
     "demo": LlamaConfig("llama", 384, 1024, 8, 6, 2, 64, 8192, 1024, 1e-5, tie_embeddings=True, windows=(None,) * 8),
     "smollm2-135m": LlamaConfig(
-        "llama", 576, 1536, 30, 9, 3, 64, 49152, 8192, 1e-5, RopeConfig(100000.0), tie_embeddings=True, windows=(None,) * 30
+        "llama",
+        576,
+        1536,
+        30,
+        9,
+        3,
+        64,
+        49152,
+        8192,
+        1e-5,
+        RopeConfig(100000.0),
+        tie_embeddings=True,
+        windows=(None,) * 30,
     ),
     "tinyllama-1.1b": LlamaConfig("llama", 2048, 5632, 22, 32, 4, 64, 32000, 2048, 1e-5, windows=(None,) * 22),
 }
@@ -136,7 +149,9 @@ def linear_flops(config: LlamaConfig, recompute: Recompute) -> float:
     return 4 * config.linear_parameters + again + 4 * config.vocab_size * config.hidden_size
 
 
-def train_speed(model: Llama, recompute: Recompute, tokens: int, peak_gflops: float, repeats: int, files: Sequence[Path] = ()) -> TrainSpeed:
+def train_speed(
+    model: Llama, recompute: Recompute, tokens: int, peak_gflops: float, repeats: int, files: Sequence[Path] = ()
+) -> TrainSpeed:
     """Forward, backward and AdamW of one row of `tokens`, r16 on all linears."""
     adapters.attach_new(model, LORA, 0)
     trim_memory()
@@ -188,8 +203,8 @@ def decode_tokens_per_second(model: Llama, tokens: int = 48) -> float:
 
 def decode_bytes(model: Llama) -> int:
     """Bytes that writing one token must read: every linear, the head."""
-    linears = sum(linear.weight.nbytes for block in model.blocks for linear in block.linears().values())
-    return linears + model.head.nbytes
+    weights = [linear.weight for block in model.blocks for linear in block.linears().values() if isinstance(linear, Linear)]
+    return sum(weight.nbytes for weight in weights) + model.head.nbytes
 
 
 def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) -> Bench:
@@ -197,7 +212,10 @@ def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) ->
     device = torch.device("cpu")
     dtype = compute_dtype(device)
     config = SHAPES[shape]
-    peaks = {str(kind).removeprefix("torch."): gemm_gflops(kind, gemm_shapes(config, tokens)) for kind in (torch.bfloat16, torch.float32)}
+    peaks = {
+        str(kind).removeprefix("torch."): gemm_gflops(kind, gemm_shapes(config, tokens))
+        for kind in (torch.bfloat16, torch.float32)
+    }
     peak = peaks[str(dtype).removeprefix("torch.")]
     read = read_gb_per_second()
     trim_memory()

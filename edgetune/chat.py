@@ -49,5 +49,5 @@ class Chat:
 
     def _make_room(self) -> None:
         limit = self.session.model.config.max_positions - self.max_tokens
-        while len(self.messages) > 1 and len(self.session.tokenizer.encode_chat(self.messages)) > limit:
+        while len(self.messages) > 1 and len(self.session.chat_ids(self.messages)) > limit:
             del self.messages[:2]

@@ -58,7 +58,9 @@ class TrainConfig:
     device: str = "auto"
     out: str | None = None
     steps: int | None = None
-    epochs: float | None = None  # 3 where nothing else limits the run: notes are few, and the best adapter is kept, not the last
+    epochs: float | None = (
+        None  # 3 where nothing else limits the run: notes are few, and the best adapter is kept, not the last
+    )
     minutes: float | None = None
     until: str | None = None
     memory: str | None = None
@@ -140,7 +142,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_bytes(text: str) -> int:
-    """"2GB" -> 2,000,000,000; "1.5GiB" and plain numbers of bytes too. Raises UsageError."""
+    """ "2GB" -> 2,000,000,000; "1.5GiB" and plain numbers of bytes too. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise UsageError(f"The memory is {text!r}; expected a size such as 2GB or 900MB.")

@@ -35,7 +35,10 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Started(Event):
-    """The plan, written before step 1 (and again by a run that is continued)."""
+    """The plan, written before step 1 (and again by a run that is continued).
+
+    `documents` and `tokens` are those trained on; the held-out ones are counted apart.
+    """
 
     kind: ClassVar[str] = "started"
     run: str
@@ -53,7 +56,10 @@ class Started(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated(Event):
-    """A reading of the held-out documents with the adapter as it stands after `step` steps (0: the bare base)."""
+    """A reading of the held-out documents with the adapter as it stands after `step` steps (0: the bare base).
+
+    `seconds` is what the reading took.
+    """
 
     kind: ClassVar[str] = "evaluated"
     step: int

@@ -66,7 +66,7 @@ def chart(
         parts.append(_dot(place(marked[0]), 6, f"{marked[1]}, step {marked[0][0]:g}: {show(marked[0][1])}", "ring"))
     end = _finite(main.points)[-1]
     x, y = place(end)
-    parts.append(f'<text class="end" x="{x + 7:.1f}" y="{y + 4:.1f}">{_text(show(end[1]))}</text>')
+    parts.append(f'<text class="end" x="{x + 10:.1f}" y="{y + 4:.1f}">{_text(show(end[1]))}</text>')
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{name}-title {name}-desc">'
         f'<title id="{name}-title">{_text(title)}</title>'

@@ -13,7 +13,7 @@ import torch
 
 from edgetune import registry
 from edgetune.batches import Packer
-from edgetune.config import TrainConfig, parse_bytes
+from edgetune.config import TrainConfig, expand, parse_bytes
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
@@ -27,7 +27,7 @@ from edgetune.runtime.ops import backend_for
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Loaded, load_base
 from edgetune.split import Split, split
-from edgetune.tokens import TokenStore, TrainOn, tokenize
+from edgetune.tokens import ChatFormat, TokenStore, TrainOn, tokenize
 
 DEFAULT_EPOCHS = 3.0
 PLAN_FILE = "plan.json"
@@ -94,6 +94,8 @@ def read(config: TrainConfig) -> tuple[Reading, Split]:
 
 def prepare(config: TrainConfig, folder: Path) -> Prepared:
     """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, write the plan."""
+    if config.out is not None:
+        adapters.refuse_foreign(expand(config.out))
     _, parted = read(config)
     loaded = load_base(config.model, config.device)
     _use_compute_dtype(config, loaded)
@@ -139,11 +141,13 @@ def _use_compute_dtype(config: TrainConfig, loaded: Loaded) -> None:
 
 
 def _tokenize(config: TrainConfig, parted: Split, loaded: Loaded, folder: Path) -> tuple[TokenStore, TokenStore | None]:
-    train_on: TrainOn = "all" if config.data.recipe == "raw" else "assistant"
-    store = tokenize(parted.train, loaded.tokenizer, folder / "tokens", train_on)
+    raw = config.data.recipe == "raw"  # the whole conversation in Guanaco's form: the QLoRA paper's own
+    train_on: TrainOn = "all" if raw else "assistant"
+    chat_format: ChatFormat = "guanaco" if raw else "auto"
+    store = tokenize(parted.train, loaded.tokenizer, folder / "tokens", train_on, chat_format)
     if not parted.held_out:
         return store, None
-    return store, tokenize(parted.held_out, loaded.tokenizer, folder / "held-out", train_on)
+    return store, tokenize(parted.held_out, loaded.tokenizer, folder / "held-out", train_on, chat_format)
 
 
 def _attach(config: TrainConfig, loaded: Loaded) -> LoraConfig:
@@ -168,12 +172,17 @@ def _fit(config: TrainConfig, lora: LoraConfig, loaded: Loaded) -> tuple[Recompu
     memory = parse_bytes(config.memory) if config.memory else int(_SHARE_OF_FREE_MEMORY * available_memory()) + process_memory()
     wanted = list(Recompute) if config.recompute == "auto" else [Recompute(config.recompute)]
     chosen = budget.choose(
-        model.config, lora, loaded.checkpoint.nbytes, data.batch_tokens, data.seq_len, model.dtype.itemsize, memory, wanted
+        model.config,
+        lora,
+        loaded.checkpoint.nbytes,
+        data.batch_tokens,
+        data.seq_len,
+        model.dtype.itemsize,
+        memory,
+        wanted,
     )
     if chosen is None:
-        least = budget.parts(
-            model.config, lora, loaded.checkpoint.nbytes, data.seq_len, wanted[-1], model.dtype.itemsize
-        ).total
+        least = budget.parts(model.config, lora, loaded.checkpoint.nbytes, data.seq_len, wanted[-1], model.dtype.itemsize).total
         raise ResourceError(
             f"Training needs {least / 1e9:.2f} GB and may use {memory / 1e9:.2f} GB; "
             f"type --memory {least / 1e9 + 0.01:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model."

@@ -76,7 +76,9 @@ def find(name: str | None, base: str) -> Path | None:
     kept = adapters_folder(base) / name
     if "/" not in name and "\\" not in name and kept.is_dir():
         return kept
-    raise AdapterError(f"No adapter {name!r}: it is neither a folder nor one of this base's; type --adapter none for the bare base.")
+    raise AdapterError(
+        f"No adapter {name!r}: it is neither a folder nor one of this base's; type --adapter none for the bare base."
+    )
 
 
 def load_for(path: Path, base: str) -> Adapter:

@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import hashlib
 import html
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,15 +109,16 @@ def _head(run: Run) -> str:
         title = "No better on notes it never saw"
     about = ""
     if started:
-        about = (
-            f"{started.model} learned from {_count(started.documents - started.heldout_documents, 'document')} on "
-            f"{started.device}, and was judged by {_count(started.heldout_documents, 'other')} kept apart from them."
-        )
+        about = f"{started.model} learned from {_count(started.documents, 'document')} on {started.device}"
+        judges = _count(started.heldout_documents, "other")
+        about += f", and was judged by {judges} kept apart from them." if started.heldout_documents else "."
     badges = []
     if finished is None:
         badges.append("not finished")
     elif finished.cut:
         badges.append(f"cut short: {finished.cut}")
+    if finished is not None and not finished.promoted:
+        badges.append("kept aside: not the current adapter")
     if run.skipped:
         badges.append(f"{_count(len(run.skipped), 'step')} skipped")
     marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in badges)
@@ -133,9 +133,7 @@ def _tiles(run: Run) -> str:
     finished = run.finished
     tiles = []
     if run.before is not None and run.after is not None:
-        tiles.append(
-            ("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", "less is better; kept: the best")
-        )
+        tiles.append(("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", "less is better; kept: the best"))
     if finished:
         tiles += [
             ("Trained", f"{finished.tokens:,}", f"tokens in {_count(finished.steps, 'step')}"),
@@ -196,7 +194,7 @@ def _plots(run: Run) -> str:
             "rate",
             "Learning rate",
             "as planned",
-            chart("rate", "Learning rate by step", [rate], "{:.3g}".format, from_zero=True),
+            chart("rate", "Learning rate by step", [rate], "{:.2g}".format, from_zero=True),
         ),
     ]
     shown = "".join(figures)
@@ -241,9 +239,9 @@ def _facts(run: Run) -> str:
             ("Device", f"{started.device} ({started.backend})"),
             (
                 "Documents",
-                f"{started.documents - started.heldout_documents:,} trained, {started.heldout_documents:,} held out",
+                f"{started.documents:,} trained, {started.heldout_documents:,} held out",
             ),
-            ("Tokens in the documents", f"{started.tokens:,}"),
+            ("Tokens an epoch", f"{started.tokens:,}"),
             ("Parameters trained", f"{started.trainable_parameters:,} of {started.parameters:,}"),
         ]
     if finished:
@@ -316,7 +314,7 @@ def _heldout(run: Run) -> str:
 
 
 def _plan(run: Run) -> str:
-    plan = run.started.plan if run.started else {}
+    plan = _flat(run.started.plan) if run.started else {}
     rows = "".join(
         f'<tr><th scope="row"><code>{_text(str(key))}</code></th><td>{_text(_setting(value))}</td></tr>'
         for key, value in plan.items()
@@ -327,6 +325,15 @@ def _plan(run: Run) -> str:
     return f'<section><h2>The plan</h2><table class="plan">{caption}<tbody>{rows}</tbody></table></section>'
 
 
+def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A plan's sections as dotted names."""
+    rows: dict[str, Any] = {}
+    for key, value in plan.items():
+        name = f"{prefix}{key}"
+        rows |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return rows
+
+
 def _setting(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
@@ -334,7 +341,7 @@ def _setting(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list | tuple):
         return ", ".join(_setting(item) for item in value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+    return str(value)
 
 
 def _folded(summary: str, body: str, size: int) -> str:

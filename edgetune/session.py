@@ -97,19 +97,29 @@ class Session:
         """Continue a text. The same seed gives the same words on the same machine."""
         return self._complete(self.prompt_ids(prompt), max_tokens, Sampling(temperature, seed=seed))
 
-    def stream(self, prompt: str, max_tokens: int = MAX_TOKENS, temperature: float = 0.7, seed: int | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str, max_tokens: int = MAX_TOKENS, temperature: float = 0.7, seed: int | None = None
+    ) -> Iterator[str]:
         """The same, in pieces of whole characters as they come."""
         yield from self._stream(self.prompt_ids(prompt), max_tokens, Sampling(temperature, seed=seed))
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int = MAX_TOKENS, temperature: float = 0.7, seed: int | None = None
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = 0.7,
+        seed: int | None = None,
     ) -> Iterator[str]:
         """Answer a conversation of {"role", "content"} messages, in pieces as they come.
 
         Raises TokenizerError for a model without a chat template.
         """
-        ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
-        yield from self._stream(ids, max_tokens, Sampling(temperature, seed=seed))
+        yield from self._stream(self.chat_ids(messages), max_tokens, Sampling(temperature, seed=seed))
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as it was trained on: the template's tokens, behind the start token where it has none."""
+        ids, bos = self.tokenizer.encode_chat(messages, add_generation_prompt=True), self.tokenizer.bos_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """A text to continue, as a document begins."""
@@ -122,7 +132,7 @@ class Session:
 
     def _stream(self, ids: list[int], max_tokens: int, sampling: Sampling, clock: _Clock | None = None) -> Iterator[str]:
         generator = self._room_for(len(ids), max_tokens)
-        decoder = self.tokenizer.stream_decoder()
+        decoder = self.tokenizer.stream_decoder(continuing=True)
         for token in generator.generate(ids, max_tokens, sampling, self.tokenizer.eos_ids):
             if clock is not None:
                 clock.tick()

@@ -143,9 +143,7 @@ def tokenize(
 
 def private_file(path: Path) -> BinaryIO:
     """A new file that its owner alone can read."""
-    return os.fdopen(
-        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "wb"
-    )
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "wb")
 
 
 # Notes. A text is encoded whole, as it was when the base model learned; only a very long one goes in pieces, so that no

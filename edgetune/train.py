@@ -20,6 +20,7 @@ import torch
 import edgetune
 from edgetune import registry
 from edgetune.config import TrainConfig, expand, seconds_until
+from edgetune.documents import Document
 from edgetune.evaluate import as_row, evaluate_store
 from edgetune.events import Evaluated, Event, EventLog, Finished, Sampled, Saved, Skipped, Started, Stepped, read_events
 from edgetune.meter import MemoryMeter
@@ -37,7 +38,8 @@ from edgetune.state import home, private_folder
 LOG_FILE, REPORT_FILE = "events.jsonl", "report.html"
 MOST_SKIPPED = 5
 """Non-finite steps in a row after which a run ends: more of them never came back."""
-_SAMPLES, _PROMPT_TOKENS, _SAMPLE_TOKENS = 3, 16, 80
+_SAMPLES, _SAMPLE_TOKENS = 3, 80
+_PROMPT_FROM, _PROMPT_CHARS = 4000, 60
 
 
 def train(config: TrainConfig, stop: threading.Event | None = None) -> Iterator[Event]:
@@ -60,7 +62,7 @@ def train(config: TrainConfig, stop: threading.Event | None = None) -> Iterator[
     finally:
         for name in ("tokens", "held-out"):  # a person's words are kept no longer than the run
             shutil.rmtree(folder / name, ignore_errors=True)
-        if not any(folder.iterdir()):
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
@@ -70,6 +72,13 @@ def learning_rate(plan: Plan, step: int, final: float) -> float:
         return plan.learning_rate * (step + 1) / plan.warmup_steps
     done = (step - plan.warmup_steps) / max(plan.steps - plan.warmup_steps, 1)
     return plan.learning_rate * (1 - (1 - final) * done)
+
+
+def beginning(document: Document) -> str:
+    """The first words of a note's first paragraph, its heading and tags left out: a prompt that invites the note's voice."""
+    lines = (line.strip() for line in document.text[:_PROMPT_FROM].splitlines())
+    body = next((line for line in lines if line and not line.startswith(("#", "Tags:"))), document.text[:_PROMPT_CHARS])
+    return body if len(body) <= _PROMPT_CHARS else body[:_PROMPT_CHARS].rsplit(" ", 1)[0]
 
 
 def _deadline(config: TrainConfig) -> float | None:
@@ -202,18 +211,14 @@ class _Run:
 
     def _samples(self, when: str) -> Iterator[Event]:
         """What the model writes after the beginnings of some notes, held out where there are any."""
-        store = self.prepared.held_out or self.prepared.packer.store
-        tokenizer = self.prepared.loaded.tokenizer
-        starts = len(tokenizer.start_ids)
-        length = starts + _PROMPT_TOKENS + _SAMPLE_TOKENS
-        generator = Generator(self.runner, min(length, self.model.config.max_positions))
-        for document in store.documents[:_SAMPLES]:
-            size = min(_PROMPT_TOKENS + starts, document.tokens - 1)
-            prompt = [int(token) for token in store.ids[document.start : document.start + size]]
-            written = generator.generate(prompt, _SAMPLE_TOKENS, Sampling(seed=self.config.data.seed), tokenizer.eos_ids)
-            text = tokenizer.decode(prompt + list(written))
-            beginning = tokenizer.decode(prompt)
-            yield Sampled(when, beginning, text.removeprefix(beginning))
+        tokenizer, parted = self.prepared.loaded.tokenizer, self.prepared.parted
+        sampling = Sampling(seed=self.config.data.seed)
+        for document in (parted.held_out or parted.train)[:_SAMPLES]:
+            prompt = beginning(document)
+            ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)]
+            generator = Generator(self.runner, min(len(ids) + _SAMPLE_TOKENS, self.model.config.max_positions))
+            written = generator.generate(ids, _SAMPLE_TOKENS, sampling, tokenizer.eos_ids)
+            yield Sampled(when, prompt, tokenizer.decode(written, continuing=True))
 
     def _finish(self, cut: str | None) -> Iterator[Event]:
         score, best_step, best = self.best or (None, self.steps, adapters.snapshot(self.model, self.prepared.lora))
@@ -253,7 +258,9 @@ class _Run:
             "heldout_bits_per_byte_after": score,
             "best_step": best_step,
             "steps": self.plan.steps,
-            "settings": {name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")},
+            "settings": {
+                name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")
+            },
         }
 
     def _save(self, adapter: Adapter, promoted: bool) -> Path:

@@ -107,19 +107,19 @@ class Progress:
             shown.append(f"held-out {self.heldout:.3f} bits/byte")
         if self.last is not None:
             shown.append(human_bytes(self.last.memory_bytes))
-        if self.skipped:
-            shown.append(f"{self.skipped} skipped")
         if self.seconds_left is not None:
             shown.append(f"{human_time(self.seconds_left)} left")
+        if self.skipped:
+            shown.append(f"{self.skipped} skipped")
         return shown
 
 
 def started_line(event: Started) -> str:
     """The first line of a run: what learns what, and where."""
-    kept = f", {event.heldout_documents} of them held out" if event.heldout_documents else ""
+    kept = f" and {event.heldout_documents} held out" if event.heldout_documents else ""
     return (
         f"{one_line(event.model)} on {one_line(event.device)}: {event.documents} documents{kept}, "
-        f"{event.tokens:,} tokens; training {event.trainable_parameters:,} of {event.parameters:,} parameters"
+        f"{event.tokens:,} tokens an epoch; training {event.trainable_parameters:,} of {event.parameters:,} parameters"
     )
 
 
@@ -128,12 +128,8 @@ def finished_lines(event: Finished) -> list[str]:
     before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
     lines = []
     if before is not None and after is not None:
-        change = (
-            f"{abs(1 - after / before):.1%} {'fewer' if after <= before else 'more'}" if before > 0 else "no change"
-        )
-        lines.append(
-            f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}"
-        )
+        change = f"{abs(1 - after / before):.1%} {'fewer' if after <= before else 'more'}" if before > 0 else "no change"
+        lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}")
     else:
         lines.append("Nothing was held out, so nothing tells whether the adapter learned or only memorised")
     lines.append(
@@ -141,10 +137,11 @@ def finished_lines(event: Finished) -> list[str]:
         f"({event.tokens_per_second:,.0f} tok/s), {human_bytes(event.peak_memory_bytes)} at most"
     )
     if event.skipped_steps:
-        lines.append(f"{event.skipped_steps} steps were skipped: their loss or gradient was not finite")
+        lines.append(f"Steps skipped, their loss or gradient not being finite: {event.skipped_steps:,}")
     if event.cut:
         lines.append(f"Cut short: {one_line(event.cut)}")
-    lines.append(f"Adapter: {one_line(event.adapter)}")
+    aside = "" if event.promoted else " (kept aside: it does not become the current one)"
+    lines.append(f"Adapter: {one_line(event.adapter)}{aside}")
     if event.report:
         lines.append(f"Report: {one_line(event.report)}")
     return lines

@@ -25,10 +25,9 @@ from edgetune.runtime.lora import Linear, LoraLinear
 from edgetune.runtime.model import Llama, hf_linear_name
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
+_OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
 _MAX_JSON = 8 << 20
-_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight"
-)
+_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
 # What PEFT writes that changes the function computed, with the only value that we honour.
 _PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
@@ -60,7 +59,9 @@ def attach(model: Llama, adapter: Adapter) -> None:
 
     Raises AdapterError that names every tensor which does not fit, and leaves the model as it was.
     """
-    linears = {(layer, name): _bare(module) for layer, block in enumerate(model.blocks) for name, module in block.linears().items()}
+    linears = {
+        (layer, name): _bare(module) for layer, block in enumerate(model.blocks) for name, module in block.linears().items()
+    }
     wanted = {(layer, name) for layer, name, _ in adapter.tensors}
     problems = []
     for layer, name in sorted(wanted):
@@ -71,13 +72,18 @@ def attach(model: Llama, adapter: Adapter) -> None:
             problems.append(f"{where}: the model has no such linear")
         elif a is None or b is None:
             problems.append(f"{where}: lora_{'A' if a is None else 'B'} is missing")
-        elif a.shape != (adapter.config.rank, linear.in_features) or b.shape != (linear.out_features, adapter.config.rank):
+        elif a.shape != (adapter.config.rank, linear.in_features) or b.shape != (
+            linear.out_features,
+            adapter.config.rank,
+        ):
             problems.append(
                 f"{where}: lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected "
                 f"{(adapter.config.rank, linear.in_features)} and {(linear.out_features, adapter.config.rank)}"
             )
     problems += [
-        f"layer {layer} {name}: no tensors" for layer, name in sorted(linears) if name in adapter.config.targets and (layer, name) not in wanted
+        f"layer {layer} {name}: no tensors"
+        for layer, name in sorted(linears)
+        if name in adapter.config.targets and (layer, name) not in wanted
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -85,8 +91,8 @@ def attach(model: Llama, adapter: Adapter) -> None:
     detach(model)
     for layer, name in sorted(wanted):
         a, b = (adapter.tensors[layer, name, part].to(model.device, torch.float32).clone() for part in "AB")
-        linear = LoraLinear(linears[layer, name], a, b, adapter.config.scale, adapter.config.dropout)
-        setattr(model.blocks[layer], name, linear)
+        adapted = LoraLinear(linears[layer, name], a, b, adapter.config.scale, adapter.config.dropout)
+        setattr(model.blocks[layer], name, adapted)
 
 
 def detach(model: Llama) -> None:
@@ -114,7 +120,11 @@ def parameters(model: Llama) -> list[torch.nn.Parameter]:
 
 
 def save(adapter: Adapter, folder: Path, base_name: str) -> None:
-    """Write `adapter` as a PEFT folder, atomically and private (0700, files 0600)."""
+    """Write `adapter` as a PEFT folder, atomically and private (0700, files 0600); an adapter there is replaced.
+
+    Raises AdapterError, and writes nothing, where `folder` holds anything else.
+    """
+    refuse_foreign(folder)
     config = adapter.config
     peft = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": config.rank,
@@ -131,17 +141,32 @@ def save(adapter: Adapter, folder: Path, base_name: str) -> None:
         atomic_write(temporary / EDGETUNE_FILE, json.dumps(adapter.about, indent=2, sort_keys=True) + "\n")
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise AdapterError unless `folder` is free, empty, or an adapter: nobody's files are ever replaced by one."""
+    if not folder.exists():
+        return
+    strangers = [folder] if not folder.is_dir() else [path for path in folder.iterdir() if path.name not in _OWN_FILES]
+    if strangers:
+        raise AdapterError(
+            f"{folder} is there already and is no adapter of edgetune's (found {strangers[0].name}); name another --out folder."
+        )
+
+
 def load(folder: Path) -> Adapter:
     """Read a PEFT LoRA folder, whoever wrote it.
 
     Raises AdapterError for a folder that is none, is damaged, or holds what LoRA alone cannot express.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise AdapterError(f"No adapter at {folder}: found no {CONFIG_FILE}; type `edgetune adapters list` or give a PEFT folder.")
+        raise AdapterError(
+            f"No adapter at {folder}: found no {CONFIG_FILE}, expected a PEFT folder; type --adapter none for the bare base."
+        )
     peft = _read_json(folder / CONFIG_FILE)
     config = _lora_config(peft, folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"The adapter at {folder} has no {WEIGHTS_FILE}; save it again with safetensors (pickled .bin files are not opened).")
+        raise AdapterError(
+            f"The adapter at {folder} has no {WEIGHTS_FILE}; save it with safetensors (pickled .bin files are not opened)."
+        )
     tensors, unknown = {}, []
     try:
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
@@ -154,7 +179,9 @@ def load(folder: Path) -> Adapter:
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy the adapter again.") from error
     if unknown or not tensors:
-        raise AdapterError(f"The adapter at {folder} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: {unknown[:1]}).")
+        raise AdapterError(
+            f"The adapter at {folder} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: {unknown[:1]})."
+        )
     if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise AdapterError(f"The adapter at {folder} holds inf or NaN; train it again.")
     about = _read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
@@ -166,13 +193,22 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
         raise AdapterError(f"The adapter at {folder} is of type {peft.get('peft_type')!r}; expected LORA.")
     odd = [name for name, plain in _PLAIN.items() if peft.get(name) not in (plain, None, [], {})]
     if odd:
-        raise AdapterError(f"The adapter at {folder} uses {', '.join(odd)}, which edgetune does not honour; expected plain LoRA.")
+        raise AdapterError(
+            f"The adapter at {folder} uses {', '.join(odd)}, which edgetune does not honour; expected plain LoRA."
+        )
     targets = peft.get("target_modules")
     if not isinstance(targets, list):
         raise AdapterError(f"The adapter at {folder} names its target_modules by {targets!r}; expected a list of linears.")
-    names = tuple(sorted({str(target).rsplit(".", 1)[-1] for target in targets}))
+    found = {str(target).rsplit(".", 1)[-1] for target in targets}
+    names = (*(name for name in LINEARS if name in found), *sorted(found - set(LINEARS)))
     try:
-        return LoraConfig(int(peft["r"]), float(peft["lora_alpha"]), float(peft.get("lora_dropout") or 0.0), names, bool(peft.get("use_rslora")))
+        return LoraConfig(
+            int(peft["r"]),
+            float(peft["lora_alpha"]),
+            float(peft.get("lora_dropout") or 0.0),
+            names,
+            bool(peft.get("use_rslora")),
+        )
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
 

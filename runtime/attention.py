@@ -62,7 +62,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """-> o (N, H, hd) in q's dtype, lse (H, N) f32."""
     groups = q.shape[1] // k.shape[1]
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    out, lse = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
+    )
     for segment in segments:
         for tile in _tiles(segment, window):
             row, row_end, key, key_end, _ = tile

@@ -81,11 +81,20 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
             faults.append(f"{name}{suffix} is missing")
         elif (tensor.nbytes if suffix == "" else math.prod(tensor.shape)) != count:
             faults.append(f"{name}{suffix} has shape {list(tensor.shape)}, too few or many for {list(state.shape)}")
+        elif suffix == ".absmax" and tensor.shape not in ((blocks,), _turned_shape(state)):
+            faults.append(f"{name}.absmax has shape {list(tensor.shape)}; expected [{blocks}]")
         elif suffix == ".absmax" and (tensor.dtype == torch.uint8) != (nested is not None):
             faults.append(f"{name}.absmax is {tensor.dtype}, which contradicts its quant_state")
         elif suffix in (".quant_map", ".nested_absmax", ".nested_quant_map") and tensor.dtype != torch.float32:
             faults.append(f"{name}{suffix} is {tensor.dtype}; expected float32")
     return faults
+
+
+def _turned_shape(state: StoredState) -> tuple[int, ...]:
+    """bitsandbytes 0.50 rearranges weights for AVX-512 when a model runs on a CPU. When saving it turns everything back
+    but the absmax of weights that are not doubly quantised: that stays (in / block_size, out), in bf16.
+    """
+    return (state.shape[-1] // state.block_size, state.shape[0])
 
 
 def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -> QuantizedTensor:
@@ -98,7 +107,7 @@ def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -
     packed = get(name, ALIGNMENT).view(torch.uint8).view(-1, 1)
     absmax, nested = get(f"{name}.absmax", ALIGNMENT), None
     if state.nested_block_size is None:
-        absmax = absmax.float()  # some versions of bitsandbytes save bf16 after running on a CPU
+        absmax = (absmax.T if absmax.ndim == 2 else absmax).reshape(-1).float()  # see _turned_shape
     else:
         scales, table = get(f"{name}.nested_absmax", 4), get(f"{name}.nested_quant_map", 4)
         nested = NestedAbsmax(scales, table, state.nested_offset, state.nested_block_size)

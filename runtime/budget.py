@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.runner import Recompute
+from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
-LOSS_ROWS = 256
 TORCH_BYTES = 150_000_000
 """Anonymous memory of a process that has imported torch (146 MB measured on Linux, CPU build)."""
 

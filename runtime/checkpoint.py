@@ -250,9 +250,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` beside `--model`.")
-        raise ModelError(
-            f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them)."
-        )
+        raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):

@@ -25,18 +25,76 @@ ARCHITECTURES = {
 
 # Keys of config.json that change no logit: bookkeeping, initialisation, generation and training settings.
 _BOOKKEEPING = frozenset(
-    """architectures model_type torch_dtype dtype transformers_version initializer_range use_cache pad_token_id
-    bos_token_id eos_token_id _name_or_path name_or_path quantization_config id2label label2id num_labels problem_type
-    is_encoder_decoder is_decoder pretraining_tp output_attentions output_hidden_states return_dict chunk_size_feed_forward
-    task_specific_params finetuning_task tokenizer_class prefix decoder_start_token_id is_llama_config use_bfloat16
-    _attn_implementation_autoset _attn_implementation attn_implementation unsloth_fixed unsloth_version license
-    rope_interleaved transformers.js_config cross_attention_hidden_size add_cross_attention tie_encoder_decoder
-    max_window_layers use_sliding_window layer_types sliding_window""".split()
+    [
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "initializer_range",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "_name_or_path",
+        "name_or_path",
+        "quantization_config",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "is_encoder_decoder",
+        "is_decoder",
+        "pretraining_tp",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "task_specific_params",
+        "finetuning_task",
+        "tokenizer_class",
+        "prefix",
+        "decoder_start_token_id",
+        "is_llama_config",
+        "use_bfloat16",
+        "_attn_implementation_autoset",
+        "_attn_implementation",
+        "attn_implementation",
+        "unsloth_fixed",
+        "unsloth_version",
+        "license",
+        "rope_interleaved",
+        "transformers.js_config",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "max_window_layers",
+        "use_sliding_window",
+        "layer_types",
+        "sliding_window",
+    ]
 )
 _HONOURED = frozenset(
-    """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
-    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings attention_bias mlp_bias
-    hidden_act attention_dropout partial_rotary_factor""".split()
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "hidden_act",
+        "attention_dropout",
+        "partial_rotary_factor",
+    ]
 )
 
 
@@ -170,7 +228,12 @@ class LlamaConfig:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each linear of a block."""
-        d, f, q, kv = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d, f, q, kv = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
         return {
             "q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q),
             "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f),

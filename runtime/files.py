@@ -24,7 +24,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"The disk is full: could not write {path}; nothing already saved was lost. Free some space and run the same command again."
+                f"The disk is full: could not write {path}; nothing already saved was lost. "
+                "Free some space and run the same command again."
             ) from error
         raise
 

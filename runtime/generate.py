@@ -14,6 +14,8 @@ from edgetune.runtime.runner import Runner
 
 PREFILL_TOKENS = 512
 """Prompt tokens run at once: enough to keep the matrix units busy, few enough to bound memory."""
+PREFILL_MULTIPLE = 64
+"""Shorter stretches are padded to a multiple of this, for the reason of runner.ROW_MULTIPLE."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,18 @@ class Generator:
         shared = self._shared_prefix(input_ids)
         self.cache.length, self.tokens = shared, list(input_ids)
         for start in range(shared, len(input_ids), PREFILL_TOKENS):
-            ids = torch.tensor(input_ids[start : start + PREFILL_TOKENS], device=self.runner.model.device)
-            end = start + len(ids)
-            h = self.runner.infer(ids, torch.arange(start, end, device=ids.device), [(0, len(ids), 0, end)], self.cache)
-        return self.runner.model.logits(h[-1:])[0]
+            last = self._prefill_stretch(input_ids[start : start + PREFILL_TOKENS], start)
+        return self.runner.model.logits(last)[0]
+
+    def _prefill_stretch(self, ids: Sequence[int], start: int) -> Tensor:
+        """Run some tokens of a prompt from position `start` -> h (1, D) of the last. What pads them is overwritten later."""
+        pad = min(-len(ids) % PREFILL_MULTIPLE, self.cache.max_length - start - len(ids))
+        count, end = len(ids) + pad, start + len(ids) + pad
+        tokens = torch.tensor([*ids, *[0] * pad], device=self.runner.model.device)
+        positions = torch.arange(start, end, device=tokens.device)
+        h = self.runner.infer(tokens, positions, [(0, count, 0, end)], self.cache)
+        self.cache.length = start + len(ids)
+        return h[len(ids) - 1 : len(ids)]
 
     def _shared_prefix(self, input_ids: Sequence[int]) -> int:
         """Tokens of the cache that this prompt repeats; at least its last token is always run."""

@@ -31,7 +31,9 @@ def load_llama(
     config = checkpoint.config
     blocks = []
     for layer in range(config.num_layers):
-        tensors = {name: _placed(name, weight, dtype, device, quant) for name, weight in checkpoint.block_tensors(layer).items()}
+        tensors = {
+            name: _placed(name, weight, dtype, device, quant) for name, weight in checkpoint.block_tensors(layer).items()
+        }
         blocks.append(Block(config, layer, tensors))
         progress(layer + 1, config.num_layers)
     embedding = checkpoint.dense(EMBEDDING).to(device)

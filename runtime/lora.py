@@ -176,7 +176,9 @@ class _Project(torch.autograd.Function):
     """project() with its hand-written backward: gradients of h and of the adapters, none of frozen weights."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan, *_: Tensor
+    ) -> Tensor:
         reduced: list[Tensor] = []
         x = prologue.forward(h)
         y = _forward(x, linears, plan, reduced)

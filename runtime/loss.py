@@ -1,9 +1,12 @@
 """Cross-entropy in chunks over the trained rows only, the hidden gradient computed on the way.
 
-Never more than `chunk` rows of logits (chunk, V) exist; rows that carry no loss never meet the head.
+Never more than `chunk` rows of logits (chunk, V) exist, and rows that carry no loss never meet the head. The last chunk
+is filled up with rows of no weight, so that every product has one shape (see runner.ROW_MULTIPLE).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,30 +21,30 @@ def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, weights: Ten
 
     targets (N,) int64; weights (N,) f32, 0 for tokens that are context only.
     """
-    rows = weights.nonzero().squeeze(1)
-    every = len(rows) == len(h)
-    kept = h if every else h[rows]
     head = model.dense_head()
-    x = ops.rms_norm(kept, model.norm, model.config.rms_norm_eps)
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
-    dx = torch.empty_like(x)
-    for start in range(0, len(rows), chunk):
-        part, at = slice(start, start + chunk), rows[start : start + chunk]
-        logits = x[part] @ head.T
-        loss += (ops.cross_entropy_(logits, targets[at], weights[at]) * weights[at]).sum()
-        torch.mm(logits, head, out=dx[part])
-    gradient = ops.rms_norm_backward(dx, kept, model.norm, model.config.rms_norm_eps)
-    return loss, gradient if every else torch.zeros_like(h).index_copy_(0, rows, gradient)
+    dx = torch.zeros_like(h)
+    for rows, count, logits in _chunks(model, head, h, weights, chunk):
+        weight = weights[rows]
+        weight[count:] = 0
+        loss += (ops.cross_entropy_(logits, targets[rows], weight) * weight).sum()
+        dx[rows[:count]] = (logits @ head)[:count]
+    return loss, ops.rms_norm_backward(dx, h, model.norm, model.config.rms_norm_eps)
 
 
 @torch.no_grad()
 def token_nats(model: Llama, h: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
     """Nats (N,) f32 of each target whose weight is not 0, and 0 elsewhere; h (N, D) is the last block's output."""
-    rows = weights.nonzero().squeeze(1)
-    head = model.dense_head()
     nats = torch.zeros(len(h), dtype=torch.float32, device=h.device)
-    for start in range(0, len(rows), chunk):
-        at = rows[start : start + chunk]
-        logits = ops.rms_norm(h[at], model.norm, model.config.rms_norm_eps) @ head.T
-        nats[at] = ops.cross_entropy_(logits, targets[at], torch.ones_like(weights[at]))
+    for rows, count, logits in _chunks(model, model.dense_head(), h, weights, chunk):
+        nats[rows[:count]] = ops.cross_entropy_(logits, targets[rows], torch.ones_like(weights[rows]))[:count]
     return nats
+
+
+def _chunks(model: Llama, head: Tensor, h: Tensor, weights: Tensor, chunk: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """(rows (chunk,), how many of them count, logits (chunk, V)) over the rows whose weight is not 0."""
+    trained = weights.nonzero().squeeze(1)
+    for rows in trained.split(chunk):
+        count = len(rows)
+        rows = torch.nn.functional.pad(rows, (0, chunk - count))
+        yield rows, count, ops.rms_norm(h[rows], model.norm, model.config.rms_norm_eps) @ head.T

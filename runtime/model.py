@@ -76,16 +76,28 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 class Block(nn.Module):
     """One transformer layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
 
+    attn_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    q_proj: AnyLinear
+    k_proj: AnyLinear
+    v_proj: AnyLinear
+    o_proj: AnyLinear
+    gate_proj: AnyLinear
+    up_proj: AnyLinear
+    down_proj: AnyLinear
+
     def __init__(self, config: LlamaConfig, layer: int, tensors: dict[str, Weight]) -> None:
         """`tensors` by Hugging Face's names inside a layer, e.g. "self_attn.q_proj.weight"."""
         super().__init__()
         self.config, self.layer = config, layer
-        self.attn_norm, self.mlp_norm = tensors["input_layernorm.weight"], tensors["post_attention_layernorm.weight"]
-        self.q_norm = tensors["self_attn.q_norm.weight"] if config.qk_norm else None
-        self.k_norm = tensors["self_attn.k_norm.weight"] if config.qk_norm else None
+        dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        self.attn_norm, self.mlp_norm = dense["input_layernorm.weight"], dense["post_attention_layernorm.weight"]
+        self.q_norm, self.k_norm = dense.get("self_attn.q_norm.weight"), dense.get("self_attn.k_norm.weight")
         for name in LINEARS:
             path = hf_linear_name(name)
-            self.add_module(name, Linear(tensors[f"{path}.weight"], tensors.get(f"{path}.bias")))  # type: ignore[arg-type]
+            self.add_module(name, Linear(tensors[f"{path}.weight"], dense.get(f"{path}.bias")))
         self.scale = 1.0 / math.sqrt(config.head_dim)
 
     def linears(self) -> dict[str, AnyLinear]:
@@ -118,7 +130,7 @@ class Block(nn.Module):
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, (H + 2 KV) hd) -> views q (N, H, hd), k and v (N, KV, hd)."""
         heads, kv = self.config.num_heads, self.config.num_kv_heads
-        return qkv.view(qkv.shape[0], heads + 2 * kv, self.config.head_dim).split((heads, kv, kv), dim=1)  # type: ignore[return-value]
+        return qkv.view(qkv.shape[0], heads + 2 * kv, self.config.head_dim).split((heads, kv, kv), dim=1)
 
     def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Norm of each head where the model has one, then RoPE; in place where there is no norm."""
@@ -154,9 +166,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, o, lse, *raw = ctx.saved_tensors
         gradient = do.new_empty(do.shape[0], (q.shape[1] + 2 * k.shape[1]) * q.shape[2])
         dq, dk, dv = block.split_heads(gradient)
-        ops.attention_backward(
-            do.view(q.shape), q, k, v, o, lse, context.segments, block.window, block.scale, dq, dk, dv
-        )
+        ops.attention_backward(do.view(q.shape), q, k, v, o, lse, context.segments, block.window, block.scale, dq, dk, dv)
         ops.rope_(dq, context.cos, context.sin, inverse=True)
         ops.rope_(dk, context.cos, context.sin, inverse=True)
         if raw:
@@ -168,11 +178,21 @@ class _Attend(torch.autograd.Function):
 class Llama(nn.Module):
     """Embedding, blocks, final norm and head. `embedding` and `head` are (V, D); tied models share one tensor."""
 
-    def __init__(self, config: LlamaConfig, embedding: Weight, blocks: list[Block], norm: Tensor, head: Weight, dtype: torch.dtype) -> None:
+    blocks: Sequence[Block]
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        embedding: Weight,
+        blocks: list[Block],
+        norm: Tensor,
+        head: Weight,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embedding, self.norm, self.head = embedding, norm, head
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.frequencies = rope_frequencies(config.rope, config.head_dim).to(norm.device)
 
     @property
@@ -204,5 +224,5 @@ class Llama(nn.Module):
 
 
 def hf_linear_name(name: str) -> str:
-    """"q_proj" -> "self_attn.q_proj", "up_proj" -> "mlp.up_proj"."""
+    """ "q_proj" -> "self_attn.q_proj", "up_proj" -> "mlp.up_proj"."""
     return f"self_attn.{name}" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else f"mlp.{name}"

@@ -170,9 +170,7 @@ def _absmax_and_ratio(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return absmax, ratio
 
 
-def quantize(
-    weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
-) -> QuantizedTensor:
+def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
     """Quantise a weight of any shape to 4 bits, a mebi of values at a time.
 
     Raises ValueError for a dtype other than fp32, bf16 and fp16, an unknown type or block size, an empty weight, and

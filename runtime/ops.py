@@ -44,6 +44,15 @@ def _best(device_type: str) -> ModuleType:
     return _load("reference")
 
 
+def kernels_missing() -> str | None:
+    """Why the C++ kernels do not serve on this machine; None where they do."""
+    try:
+        _load("cpu")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def backend_for(device: torch.device) -> ModuleType:
     """The back end that runs ops on `device` now."""
     return _load(_forced[-1]) if _forced else _best(device.type)
@@ -69,14 +78,24 @@ def _check(condition: bool, message: str, *values: Any) -> None:
 
 
 def _check_matrix(x: Tensor, name: str) -> None:
-    _check(x.dim() == 2 and x.dtype in COMPUTE_DTYPES, "{} is {} {}; expected (N, D) f32 or bf16", name, tuple(x.shape), x.dtype)
+    _check(
+        x.dim() == 2 and x.dtype in COMPUTE_DTYPES,
+        "{} is {} {}; expected (N, D) f32 or bf16",
+        name,
+        tuple(x.shape),
+        x.dtype,
+    )
     _check(x.stride(1) == 1 or x.shape[1] == 1, "{} is not contiguous along its last dimension", name)
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The dense weight (out_features, in_features) in f32, bf16 or f16; written into `out` where given."""
     if out is not None:
-        _check(tuple(out.shape) == quantized.shape and out.dtype == dtype and out.is_contiguous(), "out does not fit {}", quantized.shape)
+        _check(
+            tuple(out.shape) == quantized.shape and out.dtype == dtype and out.is_contiguous(),
+            "out does not fit {}",
+            quantized.shape,
+        )
     return backend_for(quantized.device).dequantize(quantized, dtype, out)
 
 
@@ -133,7 +152,12 @@ def dropout(x: Tensor, p: float, key: int) -> Tensor:
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Losses (R,) f32 in nats; logits (R, V) become the gradient of sum(weights * losses)."""
     _check_matrix(logits, "logits")
-    _check(targets.shape == weights.shape == logits.shape[:1], "targets is {}; logits {}", tuple(targets.shape), tuple(logits.shape))
+    _check(
+        targets.shape == weights.shape == logits.shape[:1],
+        "targets is {}; logits {}",
+        tuple(targets.shape),
+        tuple(logits.shape),
+    )
     return backend_for(logits.device).cross_entropy_(logits, targets, weights)
 
 
@@ -147,7 +171,12 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q (N, H, hd), k and v (M, KV, hd) -> o (N, H, hd), lse (H, N) f32; see attention.py."""
-    _check(k.shape == v.shape and q.shape[2] == k.shape[2] and q.shape[1] % k.shape[1] == 0, "q is {}; k {}", q.shape, k.shape)
+    _check(
+        k.shape == v.shape and q.shape[2] == k.shape[2] and q.shape[1] % k.shape[1] == 0,
+        "q is {}; k {}",
+        q.shape,
+        k.shape,
+    )
     module = _attention(q.device)
     run = module.forward if module is tiled else module.attention_forward
     return run(q, k, v, segments, window, scale)

@@ -27,9 +27,7 @@ def read_limited(path: Path, limit: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise TokenizerError(
-            f"{path} cannot be read ({error.strerror}); check the folder and its permissions."
-        ) from None
+        raise TokenizerError(f"{path} cannot be read ({error.strerror}); check the folder and its permissions.") from None
     if len(data) > limit:
         raise TokenizerError(
             f"{path} is larger than {limit >> 20} MiB, which no known model's is; copy it again from its publisher."
@@ -153,9 +151,7 @@ def _declared(config: dict[str, Any], older: dict[str, Any], added: dict[str, An
     """Added tokens of the configuration files, each spelling once, those with an id first and by id."""
     seen: set[str] = set()
     decoder = config.get("added_tokens_decoder")
-    with_ids = [
-        (int(id), value) for id, value in (decoder if isinstance(decoder, dict) else {}).items() if id.isdecimal()
-    ]
+    with_ids = [(int(id), value) for id, value in (decoder if isinstance(decoder, dict) else {}).items() if id.isdecimal()]
     with_ids += [(id, spelling) for spelling, id in added.items() if type(id) is int and id >= 0]
     extra: list[Any] = []
     for source in (config, older):
@@ -268,9 +264,7 @@ class JsonPieces:
             return False, steps[0].get("prepend_scheme", "always") != "never"
         spaces = {"pattern": {"String": "▁"}, "content": " "}
         plain = all(step.items() >= spaces.items() for step in steps if step.get("type") == "Replace")
-        strips = [
-            (step.get("content"), step.get("start"), step.get("stop")) for step in steps if step["type"] == "Strip"
-        ]
+        strips = [(step.get("content"), step.get("start"), step.get("stop")) for step in steps if step["type"] == "Strip"]
         if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in kinds and plain:
             if not strips or strips == [(" ", 1, 0)]:
                 return False, bool(strips)
@@ -324,9 +318,7 @@ class SentencePieces:
     same ids, and none after a control token, the model is opened with that step off and the space is put by us.
     """
 
-    _NO_PREFIX = (
-        b"\x1a\x02\x18\x00"  # appended to the protobuf it merges as normalizer_spec { add_dummy_prefix: false }
-    )
+    _NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to the protobuf it merges as normalizer_spec { add_dummy_prefix: false }
 
     def __init__(self, path: Path, names: SpecialNames) -> None:
         import sentencepiece
@@ -363,9 +355,7 @@ class SentencePieces:
             if id is None or not 0 <= id < self._count + (1 << 16):
                 continue
             special = token.special or token.spelling in added or names.is_control(token.spelling)
-            added[token.spelling] = AddedToken(
-                token.spelling, id, special, token.lstrip, token.rstrip, token.single_word
-            )
+            added[token.spelling] = AddedToken(token.spelling, id, special, token.lstrip, token.rstrip, token.single_word)
         for name, id in ("bos_token", sp.bos_id()), ("eos_token", sp.eos_id()), ("unk_token", sp.unk_id()):
             if id >= 0:
                 names.spelled.setdefault(name, sp.id_to_piece(id))

@@ -119,9 +119,7 @@ def quantize_folder(
         raise UsageError(f"{dest} is already there; name a folder that is not, or delete it first.")
     checkpoint = open_model(src)
     if checkpoint.quant is not None:
-        raise ModelError(
-            f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from."
-        )
+        raise ModelError(f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from.")
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), block_size, double_quant)
     shards = _plan(recipe, shard_bytes)
     with explain_full_disk(dest):
@@ -222,9 +220,7 @@ def _write_companions(src: Path, partial: Path, recipe: _Recipe, shards: dict[st
     config |= {"torch_dtype": "bfloat16", "quantization_config": _quantization_config(recipe)}
     atomic_write(partial / "config.json", json.dumps(config, indent=2) + "\n")
     if len(shards) > 1:
-        weight_map = {
-            spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)
-        }
+        weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
         size = sum(spec.nbytes for names in shards.values() for name in names for spec in recipe.specs(name))
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         atomic_write(partial / INDEX, json.dumps(index, indent=2) + "\n")

@@ -38,6 +38,25 @@ class Row:
     bounds: Sequence[tuple[int, int]]
 
 
+LOSS_ROWS = 256
+"""Rows of logits that exist at once."""
+ROW_MULTIPLE = 256
+"""Rows are padded to a multiple of this: oneDNN compiles and keeps code for every shape it meets, so that rows of every
+length would cost a compilation a step and let memory creep."""
+
+
+def padded(row: Row) -> Row:
+    """The row with tokens of no weight behind it, in a segment of their own."""
+    n, pad = len(row.input_ids), -len(row.input_ids) % ROW_MULTIPLE
+    if pad == 0:
+        return row
+    ids, targets, weights, positions = (
+        torch.nn.functional.pad(tensor, (0, pad)) for tensor in (row.input_ids, row.targets, row.weights, row.positions)
+    )
+    positions[n:] = torch.arange(pad, device=positions.device)
+    return Row(ids, targets, weights, positions, [*row.bounds, (n, n + pad)])
+
+
 @dataclass(frozen=True)
 class _Pass:
     """One block's forward, kept for its backward: the graph's ends, or the input alone when it is to be run again."""
@@ -50,7 +69,7 @@ class _Pass:
 class Runner:
     """Runs a model's blocks. One runner a model: it owns the panel that weights are dequantised into."""
 
-    def __init__(self, model: Llama, recompute: Recompute = Recompute.FULL, loss_rows: int = 256) -> None:
+    def __init__(self, model: Llama, recompute: Recompute = Recompute.FULL, loss_rows: int = LOSS_ROWS) -> None:
         self.model, self.recompute, self.loss_rows = model, recompute, loss_rows
         self.panel = Panel()
 
@@ -59,6 +78,7 @@ class Runner:
 
         `dropout_key` (32 bits of seed, step and micro-batch) makes dropout a function of itself; None is none.
         """
+        row = padded(row)
         ctx = self._context(row.positions, packed_segments(row.bounds), None)
         h, passes = self.model.embed(row.input_ids), []
         for block in self.model.blocks:
@@ -74,8 +94,9 @@ class Runner:
     @torch.no_grad()
     def score(self, row: Row) -> Tensor:
         """Nats (N,) f32 of each token whose weight is not 0; 0 elsewhere."""
+        n, row = len(row.input_ids), padded(row)
         h = self.infer(row.input_ids, row.positions, packed_segments(row.bounds), None)
-        return token_nats(self.model, h, row.targets, row.weights, self.loss_rows)
+        return token_nats(self.model, h, row.targets, row.weights, self.loss_rows)[:n]
 
     @torch.no_grad()
     def infer(self, input_ids: Tensor, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Tensor:

@@ -73,9 +73,7 @@ class SafetensorsFile:
     Writing to such a tensor ends the process: clone it first.
     """
 
-    def __init__(
-        self, path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str], mapping: mmap.mmap
-    ) -> None:
+    def __init__(self, path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str], mapping: mmap.mmap) -> None:
         self.path = path
         self.tensors = tensors
         self.metadata = metadata
@@ -97,9 +95,7 @@ class SafetensorsFile:
                 tensors, metadata = _check_header(path, header, data, size)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelError(
-                f"{path} cannot be read: {error.strerror}; check that it is there and yours to read."
-            ) from error
+            raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is there and yours to read.") from error
         return cls(path, tensors, metadata, mapping)
 
     def tensor(self, name: str, alignment: int = 1) -> Tensor:
@@ -135,15 +131,11 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     if count > MAX_HEADER:
         raise ModelError(f"{path} is not a safetensors file: its header would take {count:,} bytes; copy it again.")
     if count > size - 8:
-        raise ModelError(
-            f"{path} is truncated: {size:,} bytes where its header alone takes {count + 8:,}; copy it again."
-        )
+        raise ModelError(f"{path} is truncated: {size:,} bytes where its header alone takes {count + 8:,}; copy it again.")
     try:
         header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{path} is not a safetensors file: its header is not the JSON expected; copy it again."
-        ) from error
+        raise ModelError(f"{path} is not a safetensors file: its header is not the JSON expected; copy it again.") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path} is not a safetensors file: its header is no JSON object; copy it again.")
     return header, 8 + count, size
@@ -156,9 +148,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _check_header(
-    path: Path, header: dict[str, Any], data: int, size: int
-) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def _check_header(path: Path, header: dict[str, Any], data: int, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Names to places in the file, and the metadata; every byte from `data` on belongs to exactly one tensor."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -187,13 +177,9 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ModelError(f"{path} is damaged: tensor {name!r} lacks a dtype, a shape or its offsets; copy it again.")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ModelError(
-            f"{path} holds tensor {name!r} of dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}."
-        )
+        raise ModelError(f"{path} holds tensor {name!r} of dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}.")
     if not (whole_numbers(entry["shape"]) and whole_numbers(entry["data_offsets"]) and len(entry["data_offsets"]) == 2):
-        raise ModelError(
-            f"{path} is damaged: the shape or offsets of tensor {name!r} are not whole numbers; copy it again."
-        )
+        raise ModelError(f"{path} is damaged: the shape or offsets of tensor {name!r} are not whole numbers; copy it again.")
     start, stop = entry["data_offsets"]
     tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + start)
     if stop - start != tensor.nbytes:
@@ -266,9 +252,7 @@ class SafetensorsWriter:
         with explain_full_disk(self.path):
             self._file.write(data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if error is None and self._written < len(self._specs):
                 raise ValueError(f"{len(self._specs) - self._written} tensors of {self.path.name} were never written")

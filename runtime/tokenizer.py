@@ -69,7 +69,7 @@ class Tokenizer:
         """Open the tokenizer of a model folder. Raises TokenizerError, one sentence, for anything unusable."""
         folder = Path(folder)
         config = read_config(folder / "tokenizer_config.json")
-        template = _read_template(folder, config)
+        template = read_template(folder, config)
         names = SpecialNames.read(folder, config, template[0] if template else "")
         pieces: Pieces
         if (folder / "tokenizer.json").is_file():
@@ -106,22 +106,21 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # half a surrogate pair, from a broken JSON file or file name
             text = text.encode("utf-8", "replace").decode()
-        ids: list[int] = []
-        whole = first
-        for part in _stretches(text):
-            ids += self._pieces.encode(part, first)
-            first = False
+        ids = self._encode_parts(_stretches(text), first)
         if self._never.isdisjoint(ids):
             return ids
         # A vocabulary may hold a control token's spelling as a piece of text: cut the spelling after its first sign.
         cuts = [match.start() + 1 for match in self._spelled.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids = [id for n, part in enumerate(parts) for id in self._pieces.encode(part, whole and n == 0)]
+        ids = self._encode_parts(parts, first)
         if not self._never.isdisjoint(ids):
             raise TokenizerError(
                 f"The tokenizer in {self._folder} turns ordinary text into control tokens; take it from its publisher."
             )
         return ids
+
+    def _encode_parts(self, parts: Iterable[str], first: bool) -> list[int]:
+        return [id for n, part in enumerate(parts) for id in self._pieces.encode(part, first and n == 0)]
 
     # --- ids -> text --------------------------------------------------------------------------------------------------
 
@@ -159,9 +158,7 @@ class Tokenizer:
                 f"{self._folder} has no chat template; use an instruction-tuned model, or `edgetune generate`."
             )
         source, where = self._template_source
-        return ChatTemplate(
-            source, where, {name: token for name, token in self._names.spelled.items() if token is not None}
-        )
+        return ChatTemplate(source, where, {name: token for name, token in self._names.spelled.items() if token is not None})
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's template writes it; messages are {"role": ..., "content": ...}."""
@@ -254,9 +251,7 @@ class _Marker:
         if not body:
             return text
         start = len(text) - len(text.lstrip())
-        tails = [
-            n for token in self._special for n in range(1, min(len(token), len(body) + 1)) if body.endswith(token[:n])
-        ]
+        tails = [n for token in self._special for n in range(1, min(len(token), len(body) + 1)) if body.endswith(token[:n])]
         if tails:
             text = self._cut(text, start + len(body) - max(tails) + 1)
         if any(body.startswith(token[-n:]) for token in self._special for n in range(1, len(token))):
@@ -264,13 +259,17 @@ class _Marker:
         return text
 
 
-def _read_template(folder: Path, config: dict[str, Any]) -> tuple[str, str] | None:
-    """(source, file) of the chat template, or None; chat_template.jinja wins, as in transformers."""
+def read_template(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str] | None:
+    """(source, file) of a model folder's chat template, or None; chat_template.jinja wins, as in transformers.
+
+    `config` is tokenizer_config.json's content, read where it is not given. Raises TokenizerError.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_limited(path, CONFIG_BYTES).decode("utf-8", "replace"), str(path)
+    config = read_config(folder / "tokenizer_config.json") if config is None else config
     found = config.get("chat_template")
     if isinstance(found, list):  # named templates: the one called "default", or the only one
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
         found = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
     return (found, str(folder / "tokenizer_config.json")) if isinstance(found, str) and found else None

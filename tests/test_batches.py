@@ -38,16 +38,12 @@ def stores(draw) -> TokenStore:
         if draw(st.booleans()):
             marks.append([CONTEXT, *[TEXT] * size, STOP])
         else:
-            marks.append(
-                [CONTEXT, *draw(st.lists(st.sampled_from([CONTEXT, TEXT, STOP]), min_size=size, max_size=size))]
-            )
+            marks.append([CONTEXT, *draw(st.lists(st.sampled_from([CONTEXT, TEXT, STOP]), min_size=size, max_size=size))])
     marks.append([CONTEXT, TEXT, STOP])
     return make_store(marks)
 
 
-lengths = st.tuples(st.integers(2, 40), st.integers(0, 80), st.integers(0, 39)).map(
-    lambda t: (t[0], t[0] + t[1], t[2] % t[0])
-)
+lengths = st.tuples(st.integers(2, 40), st.integers(0, 80), st.integers(0, 39)).map(lambda t: (t[0], t[0] + t[1], t[2] % t[0]))
 
 
 def document_of(store: TokenStore) -> np.ndarray:
@@ -126,8 +122,7 @@ def test_a_later_window_sees_its_overlap_first(store, shape):
 
 def equal(left, right) -> bool:
     return left.segments == right.segments and all(
-        torch.equal(getattr(left, name), getattr(right, name))
-        for name in ("input_ids", "targets", "loss_mask", "positions")
+        torch.equal(getattr(left, name), getattr(right, name)) for name in ("input_ids", "targets", "loss_mask", "positions")
     )
 
 
@@ -150,6 +145,8 @@ def test_epochs_and_seeds_differ():
     steps = packer.steps_per_epoch
     assert not equal(packer.batch(0), packer.batch(steps))
     assert not equal(packer.batch(0), other.batch(0))
+    rows = [{frozenset(row) for row in packer.plan(epoch)} for epoch in (0, 1)]
+    assert rows[0] != rows[1]  # other neighbours, not only another order
 
 
 def test_random_words_are_philoxs_own():

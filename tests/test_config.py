@@ -32,7 +32,15 @@ PLAIN: dict[str, Any] = {"model_type": "llama", **tiny.COMMON, "num_hidden_layer
         ({"hidden_size": 0}, "hidden_size"),
         ({"vocab_size": "many"}, "wrong type"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "layer_types": ["chunked_attention"] * 2}, "layer_types"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["chunked_attention"] * 2,
+            },
+            "layer_types",
+        ),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(change: dict[str, Any], named: str) -> None:
@@ -61,7 +69,15 @@ def test_parameters_are_counted() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"rank": 0}, {"rank": -1}, {"alpha": float("nan")}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ("lm_head",)}, {"targets": ()}],
+    [
+        {"rank": 0},
+        {"rank": -1},
+        {"alpha": float("nan")},
+        {"alpha": 0.0},
+        {"dropout": 1.0},
+        {"targets": ("lm_head",)},
+        {"targets": ()},
+    ],
 )
 def test_an_impossible_adapter_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -18,7 +18,7 @@ from edgetune.runtime import nf4
 from edgetune.runtime.backends import reference
 from edgetune.runtime.errors import UsageError
 
-cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
+cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="no C++ kernels were built")
 library = sys.modules["edgetune.runtime.backends.cpu.library"]
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,7 +26,7 @@ COMPUTE = [BF16, F32]
 WIDTHS = [1, 3, 16, 31, 64, 100, 257, 2048]
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "neon_i8mm", "neon", "scalar"])
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "neon_i8mm", "neon", "scalar"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param not in cpu.isas():
         pytest.skip(f"this machine has no {request.param}")
@@ -51,7 +51,9 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 32), (7, 33), (5, 100), (64, 64), (13, 257), (70, 1031)])
-def test_dequantize_gives_the_specifications_bits(isa: str, shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
+def test_dequantize_gives_the_specifications_bits(
+    isa: str, shape: tuple[int, int], double_quant: bool, dtype: torch.dtype
+) -> None:
     for block_size in (32, 64, 256):
         quantized = nf4.quantize(normal(*shape), block_size=block_size, double_quant=double_quant)
         assert torch.equal(cpu.dequantize(quantized, dtype), nf4.dequantize(quantized, dtype))
@@ -204,7 +206,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append((cpu.rms_norm(h, weight, 1e-5), cpu.swiglu(h, h), cpu.dropout(h, 0.3, 1), cpu.dequantize(quantized, BF16)))
+            elements = cpu.rms_norm(h, weight, 1e-5), cpu.swiglu(h, h), cpu.dropout(h, 0.3, 1)
+            results.append((*elements, cpu.dequantize(quantized, BF16)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -212,13 +215,14 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"EDGETUNE_CPU_ISA asks for 'sse9', and this machine has .*scalar"), cpu.force_isa("sse9"):
+    said = r"EDGETUNE_CPU_ISA asks for 'sse9', and this machine has .*scalar"
+    with pytest.raises(UsageError, match=said), cpu.force_isa("sse9"):
         pass
 
 
 def test_the_environment_chooses_the_instruction_set() -> None:
     code = "from edgetune.runtime.backends import cpu; print(cpu.selected_isa())"
-    for wanted in cpu.isas():
+    for wanted in (cpu.isas()[0], "scalar"):
         result = run_python(code, EDGETUNE_CPU_ISA=wanted)
         assert result.stdout.strip() == wanted, result.stderr
     result = run_python(code, EDGETUNE_CPU_ISA="sse9")
@@ -227,9 +231,9 @@ def test_the_environment_chooses_the_instruction_set() -> None:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parent.parent
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=root, capture_output=True, text=True, timeout=120
-    )
+    env = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=120)
 
 
 # ---- wrong calls are refused before a pointer crosses ----
@@ -240,7 +244,7 @@ WRONG = {
     "a transposed input": lambda: cpu.swiglu(normal(4, 2).T, normal(4, 2).T),
     "two dtypes": lambda: cpu.swiglu(normal(2, 4), normal(2, 4, dtype=BF16)),
     "an output too small": lambda: cpu.swiglu(normal(2, 4), normal(2, 4), out=normal(2, 3)),
-    "an output whose rows overlap": lambda: cpu.swiglu(normal(2, 4), normal(2, 4), out=normal(8).as_strided((2, 4), (1, 1))),
+    "an output whose rows overlap": lambda: cpu.swiglu(normal(2, 4), normal(2, 4), out=normal(1, 4).expand(2, 4)),
     "another device": lambda: cpu.swiglu(normal(2, 4).to("meta"), normal(2, 4).to("meta")),
     "heads of odd size": lambda: cpu.rope_(normal(2, 1, 3), normal(2, 1), normal(2, 1)),
     "positions for other rows": lambda: cpu.rope_(normal(2, 1, 4), normal(3, 2), normal(3, 2)),
@@ -272,17 +276,17 @@ def test_a_wrong_call_is_refused(name: str) -> None:
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI", -1)
     with pytest.raises(library.KernelsMissing, match="expects -1: reinstall"):
-        library.library.__wrapped__()
+        library.load.__wrapped__()
 
 
 def test_a_library_that_was_not_built_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_FOLDER", tmp_path)
     with pytest.raises(ImportError, match="install a C\\+\\+ compiler and reinstall"):
-        library.library.__wrapped__()
+        library.load.__wrapped__()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="CC is not how Windows chooses its compiler")
-def test_an_install_without_a_compiler_succeeds_and_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_install_without_a_compiler_succeeds_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setuptools = pytest.importorskip("setuptools")
     source = Path(__file__).resolve().parent.parent / "runtime" / "backends" / "cpu"
     spec = importlib.util.spec_from_file_location("build_kernels", source / "build.py")
@@ -297,6 +301,7 @@ def test_an_install_without_a_compiler_succeeds_and_says_so_once(monkeypatch: py
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         command.run()
-    assert [str(warning.message) for warning in said if "plain torch serves instead" in str(warning.message)]
-    assert sum("kernels were not built" in str(warning.message) for warning in said) == 1
+    messages = [str(warning.message) for warning in said if "kernels were not built" in str(warning.message)]
+    assert len(messages) == 1
+    assert messages[0].endswith("plain torch serves instead, several times slower: install a C++ compiler and reinstall.")
     assert not list(tmp_path.rglob("_kernels*"))

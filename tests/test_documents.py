@@ -358,6 +358,12 @@ def test_front_matter_never_loses_what_stands_below_it(middle):
         assert without_front_matter(f"{fence}\n{middle}\n{fence}\nthe body").endswith("the body")
 
 
+def test_front_matter_can_be_kept_as_it_stands(tmp_path):
+    put(tmp_path, "a.md", "---\ntitle: x\n---\nbody")
+    assert read_notes([tmp_path], keep_front_matter=True).documents[0].text == "---\ntitle: x\n---\nbody"
+    assert read_notes([tmp_path]).documents[0].text == "# x\n\nbody"
+
+
 def test_front_matter_is_markdowns_alone(tmp_path):
     put(tmp_path, "a.txt", "---\ntitle: x\n---\nbody")
     assert read_notes([tmp_path]).documents[0].text.startswith("---")

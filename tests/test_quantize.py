@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import edgetune
 from edgetune.runtime import nf4
 from edgetune.runtime import quantize as quantizing
 from edgetune.runtime.checkpoint import open_model
@@ -72,11 +74,12 @@ def test_transformers_with_bitsandbytes_opens_ours_and_gives_the_logits_of_our_w
     compute_in_fp32(theirs)
     ours, checkpoint = make_model(), open_model(tmp_path / "four")
     for name, parameter in ours.named_parameters():
-        parameter.data = checkpoint.dense(name).float()
+        tensor = checkpoint.tensor(name)
+        parameter.data = tensor.float() if isinstance(tensor, torch.Tensor) else nf4.dequantize(tensor, torch.float32)
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         expected = ours(ids).logits
-        exact = theirs.train()(ids).logits  # in training mode bitsandbytes dequantises and multiplies in fp32
+        exact = theirs.train()(ids).logits  # in training mode bitsandbytes dequantises to fp32 and multiplies
         rounded = theirs.eval()(ids).logits  # else its kernel for this CPU may round activations and absmax to bf16
     assert expected.std() > 0.05
     assert (expected - exact).abs().max() < 1e-5
@@ -107,22 +110,47 @@ def test_weights_are_the_specifications_own(source, tmp_path):
             assert torch.equal(stored, weight.bfloat16())
 
 
-def test_a_folder_that_bitsandbytes_wrote_opens_and_dequantises_equal(source, tmp_path):
-    functional = pytest.importorskip("bitsandbytes.functional")
+def load_4bit(folder, double_quant):
+    pytest.importorskip("bitsandbytes")
     settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=torch.bfloat16, device_map="cpu"
     )
+
+
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_folder_that_bitsandbytes_wrote_opens_and_dequantises_equal(source, tmp_path, double_quant):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = load_4bit(source, double_quant)
     model.save_pretrained(tmp_path / "theirs")
     checkpoint = open_model(tmp_path / "theirs")
+    assert checkpoint.quant.double_quant == double_quant
     for layer, block in enumerate(model.model.layers):
         ours = checkpoint.block_tensors(layer)
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"):
+        for name in LINEARS:
             weight = block.get_submodule(name).weight
             theirs = functional.dequantize_4bit(weight.data, weight.quant_state)
             assert torch.equal(nf4.dequantize(ours[f"{name}.weight"]), theirs)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_folder_that_bitsandbytes_saved_after_running_it_opens_but_for_its_rounded_absmax(source, tmp_path, double_quant):
+    """Where the CPU has AVX-512 BF16 it saves absmax rounded to bf16, and turned when not doubly quantised."""
+    model = load_4bit(source, double_quant).eval()
+    with torch.no_grad():
+        model(torch.arange(4)[None])
+    model.save_pretrained(tmp_path / "theirs")
+    checkpoint, original = open_model(tmp_path / "theirs"), load_file(source / "model.safetensors")
+    for name in LINEARS:
+        weight = original[f"model.layers.2.{name}.weight"].bfloat16()
+        expected = nf4.dequantize(nf4.quantize(weight, double_quant=double_quant), torch.float32)
+        ours = nf4.dequantize(checkpoint.tensor(f"model.layers.2.{name}.weight"), torch.float32)
+        assert torch.allclose(ours, expected, rtol=0.03)
 
 
 # ---- the folder
@@ -139,9 +167,7 @@ def test_every_tensor_starts_at_64_bytes_in_the_order_of_use_but_for_short_ones_
         assert tensor.start > end_of_even if tensor.name in odd else tensor.start % 64 == 0
         assert tensor.start % tensor.dtype.itemsize == 0
     layers = [
-        starts[f"model.layers.{layer}.{name}.weight"]
-        for layer in range(3)
-        for name in ("self_attn.q_proj", "mlp.down_proj")
+        starts[f"model.layers.{layer}.{name}.weight"] for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")
     ]
     assert layers == sorted(layers)
 
@@ -250,8 +276,23 @@ def test_weights_that_are_not_finite_are_refused_by_name(source, tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][5, 5] = torch.nan
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(
-        ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of .* cannot be quantised.*inf or NaN"
-    ):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of .* cannot be quantised.*inf or NaN"):
         quantize_folder(source, tmp_path / "four")
     assert not (tmp_path / "four").exists()
+
+
+# ---- the model that ships
+
+
+def test_the_demo_is_a_4bit_folder_of_at_most_13_megabytes_with_card_and_tokenizer():
+    demo = Path(edgetune.__file__).parent / "demo"
+    files = [file for file in demo.iterdir() if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 13_000_000
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"} <= {
+        file.name for file in files
+    }
+    checkpoint = open_model(demo)
+    assert checkpoint.quant.double_quant
+    assert checkpoint.config.parameters + 17 * 384 == 15_735_168  # the norms beside
+    weight = nf4.dequantize(checkpoint.tensor("model.layers.7.mlp.down_proj.weight"), torch.float32)
+    assert 0.01 < weight.std() < 1

@@ -171,8 +171,7 @@ def test_guanacos_recipe_trains_the_whole_conversation_as_it_stands(tmp_path):
 def test_a_template_trains_answers_and_their_ends(tmp_path):
     store = tokenize([chat("q1", "a1", "q2", "a2", "bye", system="S")], Templated(), tmp_path / "store")
     assert spell(store.ids) == (
-        "<s><role>system\nS<end>\n<role>user\nq1<end>\n<role>assistant\na1<end>\n"
-        "<role>user\nq2<end>\n<role>assistant\na2<end>"
+        "<s><role>system\nS<end>\n<role>user\nq1<end>\n<role>assistant\na1<end>\n<role>user\nq2<end>\n<role>assistant\na2<end>"
     )
     assert marked(store, TEXT) == "a1a2"
     assert marked(store, STOP) == "<end><end>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -117,7 +118,7 @@ def test_plain_lines_are_few_however_long_the_run() -> None:
 def test_plain_lines_tell_the_whole_run() -> None:
     lines = plain(run_of(10))
     text = "\n".join(lines)
-    assert lines[0].startswith("demo on cpu: 48 documents, 2 of them held out, 30,000 tokens")
+    assert lines[0].startswith("demo on cpu: 48 documents and 2 held out, 30,000 tokens an epoch")
     assert "step 5/10, 2,310 tok/s, loss 3.500, held-out 1.732 bits/byte, 312 MB, 5.0 s left" in lines
     assert "Held-out notes: 1.732 to 1.558 bits per byte (10.0% fewer), best at step 10" in lines
     assert "412 MB at most" in text
@@ -158,9 +159,17 @@ def test_the_live_bar_gives_the_terminal_back_after_an_exception() -> None:
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")
 
 
+def test_an_adapter_that_made_things_worse_is_said_to_be_kept_aside() -> None:
+    *events, last = run_of(2)
+    assert isinstance(last, Finished)
+    worse = dataclasses.replace(last, heldout_bits_per_byte_after=1.905, promoted=False)
+    text = "\n".join(plain(iter([*events, worse])))
+    assert "1.732 to 1.905 bits per byte (10.0% more)" in text
+    assert "Adapter: notes-1 (kept aside" in text
+
+
 def test_a_hostile_name_of_an_adapter_is_disarmed() -> None:
     *events, last = run_of(2)
-    record = last.as_dict() | {"adapter": "x\x1b[2J\nfake line"}
-    del record["event"]
-    lines = plain(iter([*events, Finished(**record)]))
+    assert isinstance(last, Finished)
+    lines = plain(iter([*events, dataclasses.replace(last, adapter="x\x1b[2J\nfake line")]))
     assert "Adapter: x␛[2J fake line" in lines

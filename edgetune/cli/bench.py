@@ -11,8 +11,16 @@ SHAPES = ("demo", "smollm2-135m", "tinyllama-1.1b")
 
 
 @click.command("bench")
-@click.option("--shape", type=click.Choice(SHAPES), default="tinyllama-1.1b", show_default=True, help="Whose shape the model has.")
-@click.option("--tokens", type=click.IntRange(16, 8192), default=512, show_default=True, help="Tokens a training step and a prompt.")
+@click.option(
+    "--shape", type=click.Choice(SHAPES), default="tinyllama-1.1b", show_default=True, help="Whose shape the model has."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(16, 8192),
+    default=512,
+    show_default=True,
+    help="Tokens a training step and a prompt.",
+)
 @click.option("--repeats", type=click.IntRange(1, 100), default=5, show_default=True, help="Runs that a median is taken of.")
 @json_option
 def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
@@ -23,7 +31,9 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
     if as_json:
         print_json(result.as_dict())
         return
-    click.echo(f"{result.machine}, {result.threads} threads; {shape}, {result.parameters / 1e9:.2f}B parameters, {result.dtype}")
+    click.echo(
+        f"{result.machine}, {result.threads} threads; {shape}, {result.parameters / 1e9:.2f}B parameters, {result.dtype}"
+    )
     for name, gflops in result.gemm_gflops_by_dtype.items():
         click.echo(f"  matrix product {name:<9} {gflops:10,.0f} GFLOP/s")
     click.echo(f"  memory read              {result.read_gb_per_second:10.1f} GB/s")
@@ -33,4 +43,6 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
             f"{human_bytes(speed.peak_memory_bytes)}"
         )
     click.echo(f"  read a prompt            {result.prefill_tokens_per_second:10,.1f} tok/s")
-    click.echo(f"  write                    {result.decode_tokens_per_second:10,.1f} tok/s, {result.decode_bandwidth_share:.0%} of memory's speed")
+    click.echo(
+        f"  write                    {result.decode_tokens_per_second:10,.1f} tok/s, {result.decode_bandwidth_share:.0%} of memory's speed"
+    )

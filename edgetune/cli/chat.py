@@ -36,7 +36,13 @@ HELP = "/compare QUESTION answers with and without the adapter, /reset forgets t
 @seed_option
 @json_option
 def chat_command(
-    model: str | None, adapter: str | None, device: str, max_tokens: int, temperature: float, seed: int | None, as_json: bool
+    model: str | None,
+    adapter: str | None,
+    device: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
 ) -> None:
     """Talk with the model, a line a turn. /help lists what else can be typed.
 

@@ -33,7 +33,14 @@ from edgetune.ui import sanitize
 @seed_option
 @json_option
 def generate_command(
-    prompt: str, model: str | None, adapter: str | None, device: str, max_tokens: int, temperature: float, seed: int | None, as_json: bool
+    prompt: str,
+    model: str | None,
+    adapter: str | None,
+    device: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
 ) -> None:
     """Continue PROMPT; - reads it from standard input."""
     from edgetune.session import Session
@@ -62,7 +69,14 @@ def generate_command(
 @seed_option
 @json_option
 def ask_command(
-    question: str, model: str | None, adapter: str | None, device: str, max_tokens: int, temperature: float, seed: int | None, as_json: bool
+    question: str,
+    model: str | None,
+    adapter: str | None,
+    device: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
 ) -> None:
     """Answer QUESTION by the model's chat template; - reads it from standard input."""
     from edgetune.session import Session
@@ -74,7 +88,14 @@ def ask_command(
         show(pieces)
         return
     start = time.perf_counter()
-    print_json({"text": "".join(pieces), "seconds": time.perf_counter() - start, "model": session.model_name, "adapter": session.adapter_name})
+    print_json(
+        {
+            "text": "".join(pieces),
+            "seconds": time.perf_counter() - start,
+            "model": session.model_name,
+            "adapter": session.adapter_name,
+        }
+    )
 
 
 def _read_prompt(prompt: str) -> str:

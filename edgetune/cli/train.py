@@ -21,7 +21,11 @@ _SHOWN = 20
 
 @click.command("train")
 @click.argument("notes", nargs=-1)
-@click.option("--model", metavar="M", help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.")
+@click.option(
+    "--model",
+    metavar="M",
+    help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
+)
 @device_option
 @click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own.")
 @click.option("--steps", type=int, metavar="N", help="Optimizer steps.")
@@ -91,10 +95,14 @@ def _show_reading(config: TrainConfig, as_json: bool) -> None:
         held_out = [document.path for document in parted.held_out]
         print_json({**reading.as_dict(), "heldout_documents": len(held_out), "heldout_paths": held_out})
         return
-    click.echo(f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text; {len(parted.held_out)} would be held out:")
+    click.echo(
+        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text; {len(parted.held_out)} would be held out:"
+    )
     for document in parted.held_out:
         click.echo(f"  {one_line(document.path)}")
-    click.echo("Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing"))
+    click.echo(
+        "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
+    )
     for skip in reading.skipped[:_SHOWN]:
         click.echo(f"  {one_line(skip.path)}: {skip.reason.value}")
     if len(reading.skipped) > _SHOWN:

@@ -17,8 +17,12 @@ MAX_FILE_BYTES = 256 << 20
 _MARKDOWN = (".md", ".markdown")
 
 
-def read_notes(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Reading:
+def read_notes(
+    paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = (), keep_front_matter: bool = False
+) -> Reading:
     """Read every note and chat under `paths` (folders or files), but for what the `exclude` globs match.
+
+    Front matter is reduced to title and tags, or kept as it stands (`keep_front_matter`).
 
     Raises DataError if a path does not exist or nothing readable was found.
     """
@@ -28,7 +32,7 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] =
     encodings: Counter[str] = Counter()
     digests: set[str] = set()
     for file in found.found.values():
-        read, failed, encoding = read_file(file)
+        read, failed, encoding = read_file(file, keep_front_matter)
         skipped += failed
         if encoding:
             encodings[encoding] += 1
@@ -45,7 +49,7 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] =
     return reading
 
 
-def read_file(found: Found) -> tuple[list[Document], list[Skipped], str]:
+def read_file(found: Found, keep_front_matter: bool = False) -> tuple[list[Document], list[Skipped], str]:
     """The documents of one file, what of it was skipped, and its encoding ("" for a file that gave nothing)."""
     try:
         with open(found.file, "rb") as file:
@@ -63,7 +67,7 @@ def read_file(found: Found) -> tuple[list[Document], list[Skipped], str]:
         text, encoding = decode(data)
     except NotText as problem:
         return [], [Skipped(found.path, problem.reason)], ""
-    if found.file.suffix.lower() in _MARKDOWN:
+    if found.file.suffix.lower() in _MARKDOWN and not keep_front_matter:
         text = without_front_matter(text)
     if not text.strip():
         return [], [Skipped(found.path, Reason.EMPTY)], ""

@@ -115,10 +115,12 @@ def look_at(entry: os.DirEntry[str], root: Path, real_root: Path, state: Walk) -
     """Judge one directory entry; true for a folder to descend into."""
     path = Path(entry.path)
     state.entries += 1
-    about = entry.stat(follow_symlinks=False)
-    if entry.name.startswith(".") or getattr(about, "st_file_attributes", 0) & getattr(
-        stat, "FILE_ATTRIBUTE_HIDDEN", 0
-    ):
+    try:
+        about = entry.stat(follow_symlinks=False)
+    except OSError:  # gone since it was listed: no reason to lose its neighbours
+        state.skip(path, Reason.UNREADABLE)
+        return False
+    if entry.name.startswith(".") or getattr(about, "st_file_attributes", 0) & getattr(stat, "FILE_ATTRIBUTE_HIDDEN", 0):
         state.skip(path, Reason.HIDDEN)
     elif state.excluded(root, path):
         state.skip(path, Reason.EXCLUDED)

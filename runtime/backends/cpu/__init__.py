@@ -12,16 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime.backends.cpu.library import KernelsMissing, force_isa, isas, kernel, library, selected_isa
+from edgetune.runtime.backends.cpu.attention import attention_backward, attention_forward
+from edgetune.runtime.backends.cpu.decode import decoder, matvec
+from edgetune.runtime.backends.cpu.library import KernelsMissing, force_isa, isas, kernel, load, selected_isa
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
-__all__ = ["KernelsMissing", "force_isa", "isas", "selected_isa"]
+__all__ = [
+    "KernelsMissing",
+    "attention_backward",
+    "attention_forward",
+    "cross_entropy_",
+    "decoder",
+    "dequantize",
+    "dequantize_rows",
+    "dropout",
+    "force_isa",
+    "isas",
+    "matvec",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope_",
+    "selected_isa",
+    "swiglu",
+    "swiglu_backward",
+]
 
 NAME = "cpu"
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16"}
 _COMPUTE = (torch.bfloat16, torch.float32)
 
-library()
+load()
 selected_isa()
 
 
@@ -53,7 +73,8 @@ def _check_output(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 def _matrix(x: Tensor, name: str) -> tuple[tuple[int, int], torch.dtype, str]:
     """Shape, dtype and the kernels' suffix of a matrix in bf16 or f32."""
-    _require(x.dim() == 2 and x.dtype in _COMPUTE, "{} is {} {}; expected a matrix in bf16 or f32", name, tuple(x.shape), x.dtype)
+    fits = x.dim() == 2 and x.dtype in _COMPUTE
+    _require(fits, "{} is {} {}; expected a matrix in bf16 or f32", name, tuple(x.shape), x.dtype)
     return (x.shape[0], x.shape[1]), x.dtype, _SUFFIX[x.dtype]
 
 
@@ -61,7 +82,7 @@ def _matrix(x: Tensor, name: str) -> tuple[tuple[int, int], torch.dtype, str]:
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The dense weight (out_features, in_features) in bf16, f32 or f16, bit for bit nf4.dequantize's; into `out` where given."""
+    """The dense weight (out_features, in_features) in bf16, f32 or f16: nf4.dequantize's bits; into `out` if given."""
     if out is None:
         out = torch.empty(quantized.shape, dtype=dtype)
     _require(out.is_contiguous(), "out is not contiguous")
@@ -70,7 +91,9 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | Non
     return out
 
 
-def dequantize_rows(quantized: QuantizedTensor, dtype: torch.dtype, begin: int, end: int, out: Tensor | None = None) -> Tensor:
+def dequantize_rows(
+    quantized: QuantizedTensor, dtype: torch.dtype, begin: int, end: int, out: Tensor | None = None
+) -> Tensor:
     """Rows [begin, end) of the dense weight, (end - begin, in_features); into `out` where given."""
     rows, width = quantized.shape
     _require(0 <= begin <= end <= rows, "rows {} to {} are not within 0 to {}", begin, end, rows)
@@ -86,7 +109,8 @@ def _dequantize(quantized: QuantizedTensor, dtype: torch.dtype, first: int, coun
     state, nested = quantized.state, quantized.state.nested
     numbers = quantized.numel
     packed = _check_whole(quantized.packed, "packed", ((numbers + 1) // 2, 1), torch.uint8)
-    _require(state.block_size >= 2 and state.block_size % 2 == 0, "block_size is {}; expected an even number", state.block_size)
+    even = state.block_size >= 2 and state.block_size % 2 == 0
+    _require(even, "block_size is {}; expected an even number", state.block_size)
     blocks = -(-numbers // state.block_size)
     plain, codes, table, scales, offset, shift = 0, 0, 0, 0, 0.0, 0
     if nested is None:
@@ -134,7 +158,7 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float, out: Te
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, (N, F) each; gate and up may be halves of one (N, 2F); into `out` (gate or up itself is allowed)."""
+    """silu(gate) * up, (N, F) each, perhaps halves of one (N, 2F); into `out` (gate or up itself is allowed)."""
     shape, dtype, suffix = _matrix(gate, "gate")
     out = torch.empty(shape, dtype=dtype) if out is None else out
     kernel(f"swiglu_{suffix}", "plplllpli")(
@@ -153,7 +177,8 @@ def swiglu_backward(
     dup = torch.empty(shape, dtype=dtype) if dup is None else dup
     kernel(f"swiglu_backward_{suffix}", "plplplllplpli")(
         _check(dact, "dact", shape, dtype), dact.stride(0), _check(gate, "gate", shape, dtype), gate.stride(0),
-        _check(up, "up", shape, dtype), up.stride(0), *shape, _check_output(dgate, "dgate", shape, dtype), dgate.stride(0),
+        _check(up, "up", shape, dtype), up.stride(0), *shape,
+        _check_output(dgate, "dgate", shape, dtype), dgate.stride(0),
         _check_output(dup, "dup", shape, dtype), dup.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return dgate, dup
@@ -161,24 +186,21 @@ def swiglu_backward(
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotate x (N, heads, hd) in place by cos, sin f32 (N, hd/2), pairing i with i + hd/2; `inverse` rotates back."""
-    pointer, strides = _heads(x, "x")
+    _require(x.dim() == 3 and x.dtype in _COMPUTE, "x is {} {}; expected (N, heads, hd)", tuple(x.shape), x.dtype)
     rows, heads, size = x.shape
+    strides = (x.stride(0), x.stride(1))
     _require(size % 2 == 0, "x has heads of {}; expected an even number", size)
     # rows and heads may lie in any order, as long as no two of them overlap
     small, large = sorted(((strides[0], rows), (strides[1], heads)))
     apart = (small[1] <= 1 or small[0] >= size) and (large[1] <= 1 or large[0] >= small[0] * (small[1] - 1) + size)
     _require(apart, "x has heads that overlap")
     kernel(f"rope_{_SUFFIX[x.dtype]}", "pllppillli")(
-        pointer, *strides, _check_whole(cos, "cos", (rows, size // 2), torch.float32),
-        _check_whole(sin, "sin", (rows, size // 2), torch.float32), inverse, rows, heads, size // 2, torch.get_num_threads(),
+        _check(x, "x", (rows, heads, size), x.dtype), *strides,
+        _check_whole(cos, "cos", (rows, size // 2), torch.float32),
+        _check_whole(sin, "sin", (rows, size // 2), torch.float32), inverse, rows, heads, size // 2,
+        torch.get_num_threads(),
     )  # fmt: skip
     return x
-
-
-def _heads(x: Tensor, name: str) -> tuple[int, tuple[int, int]]:
-    """Address and (row, head) strides of (N, heads, hd) in bf16 or f32."""
-    _require(x.dim() == 3 and x.dtype in _COMPUTE, "{} is {} {}; expected (N, heads, hd) in bf16 or f32", name, tuple(x.shape), x.dtype)
-    return _check(x, name, tuple(x.shape), x.dtype), (x.stride(0), x.stride(1))
 
 
 def dropout(x: Tensor, p: float, key: int) -> Tensor:
@@ -187,8 +209,8 @@ def dropout(x: Tensor, p: float, key: int) -> Tensor:
     _require(0.0 <= p < 1.0, "p is {}; expected 0 up to, but not, 1", p)
     out = torch.empty(shape, dtype=dtype)
     kernel(f"dropout_{suffix}", "pluufllpi")(
-        _check(x, "x", shape, dtype), x.stride(0), key & 0xFFFFFFFF, int(p * 2**32), 1.0 / (1.0 - p), *shape, out.data_ptr(),
-        torch.get_num_threads(),
+        _check(x, "x", shape, dtype), x.stride(0), key & 0xFFFFFFFF, int(p * 2**32), 1.0 / (1.0 - p), *shape,
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -204,63 +226,10 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     if rows == 0:
         return losses
     least, most = (int(bound) for bound in targets.aminmax())
-    _require(0 <= least and most < width, "targets lie between {} and {}; expected 0 to {}", least, most, width - 1)
+    _require(least >= 0 and most < width, "targets lie between {} and {}; expected 0 to {}", least, most, width - 1)
     kernel(f"cross_entropy_{suffix}", "plppllpi")(
-        _check_output(logits, "logits", shape, dtype), logits.stride(0), _check_whole(targets, "targets", (rows,), torch.int64),
+        _check_output(logits, "logits", shape, dtype), logits.stride(0),
+        _check_whole(targets, "targets", (rows,), torch.int64),
         _check_whole(weights, "weights", (rows,), torch.float32), rows, width, losses.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return losses
-
-
-# ---- attention's softmax, a tile of scores at a time ----
-
-
-def softmax_tile_(scores: Tensor, rows: int, first: int, window: int | None, scale: float) -> Tensor:
-    """scores (KV, G * rows, keys) bf16 or f32, unscaled, become probabilities in place -> lse (KV, G * rows) f32.
-
-    G query heads are stacked over one key head: row r is the tile's query r % rows, which sees keys up to
-    first + r % rows (positions in this tile), and of these the last `window`. Hidden ones get 0; a row that sees nothing
-    has lse -inf.
-    """
-    pointer, shape = _scores(scores, "scores", rows)
-    lse = torch.empty(shape[:2], dtype=torch.float32)
-    kernel(f"softmax_tile_{_SUFFIX[scores.dtype]}", "pllllllfpi")(
-        pointer, shape[0], shape[1], rows, shape[2], first, window or 0, scale, lse.data_ptr(), torch.get_num_threads()
-    )
-    return lse
-
-
-def softmax_backward_tile_(
-    scores: Tensor, dp: Tensor, lse: Tensor, delta: Tensor, rows: int, first: int, window: int | None, scale: float
-) -> None:
-    """In place: scores become the probabilities P once more, and dp becomes dS = P (dp - delta) scale.
-
-    scores and dp (KV, G * rows, keys), as given to softmax_tile_; lse and delta (KV, G * rows) f32.
-    """
-    pointer, shape = _scores(scores, "scores", rows)
-    gradient, _ = _scores(dp, "dp", rows)
-    _require(dp.shape == scores.shape and dp.dtype == scores.dtype, "dp is {} {}; scores {}", tuple(dp.shape), dp.dtype, shape)
-    kernel(f"softmax_backward_tile_{_SUFFIX[scores.dtype]}", "ppllllllfppi")(
-        pointer, gradient, shape[0], shape[1], rows, shape[2], first, window or 0, scale,
-        _check_whole(lse, "lse", shape[:2], torch.float32), _check_whole(delta, "delta", shape[:2], torch.float32),
-        torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _scores(scores: Tensor, name: str, rows: int) -> tuple[int, tuple[int, int, int]]:
-    _require(scores.dim() == 3 and scores.dtype in _COMPUTE, "{} is {} {}; expected (KV, G * rows, keys) in bf16 or f32", name, tuple(scores.shape), scores.dtype)
-    _require(rows >= 1 and scores.shape[1] % rows == 0, "{} has {} rows; expected a multiple of {}", name, scores.shape[1], rows)
-    shape = (scores.shape[0], scores.shape[1], scores.shape[2])
-    return _check_whole(scores, name, shape, scores.dtype), shape
-
-
-def head_dots(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (N, heads, hd) -> (heads, N) f32: the dot product of each pair of heads; attention's delta, of do and o."""
-    (first, strides), (second, other) = _heads(a, "a"), _heads(b, "b")
-    _require(a.shape == b.shape and a.dtype == b.dtype, "a is {} {}; b {} {}", tuple(a.shape), a.dtype, tuple(b.shape), b.dtype)
-    rows, heads, size = a.shape
-    out = torch.empty(heads, rows, dtype=torch.float32)
-    kernel(f"head_dots_{_SUFFIX[a.dtype]}", "pllplllllpi")(
-        first, *strides, second, *other, rows, heads, size, out.data_ptr(), torch.get_num_threads()
-    )
-    return out

@@ -7,6 +7,7 @@ refused like any other tensor's.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -48,7 +49,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """q (N, H, hd), k and v (M, KV, hd), f32 or bf16 -> o (N, H, hd), lse (H, N) f32.
 
-    Rows outside every segment are left as they were allocated. Raises ValueError for arguments that do not fit together.
+    Rows outside every segment are left as they were allocated. Raises ValueError for arguments that do not fit.
     """
     _check_tensors(q, k, v)
     _check_segments(q.shape[0], k.shape[0], segments)
@@ -130,16 +131,15 @@ def _check_tensors(
     heads, size, kv_heads = q.shape[1], q.shape[2], k.shape[1]
     if not 1 <= size <= MAX_HEAD_DIM or k.shape[2] != size or kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"q is {tuple(q.shape)} and k {tuple(k.shape)}; expected one head size up to {MAX_HEAD_DIM} and a number of "
-            "query heads that key heads divide"
+            f"q is {tuple(q.shape)} and k {tuple(k.shape)}; expected one head size, up to {MAX_HEAD_DIM}, and a number "
+            "of query heads that key heads divide"
         )
     queries, keys = {"q": q, **(like_q or {})}, {"k": k, "v": v, **(like_k or {})}
     for shape, tensors in ((q.shape, queries), (k.shape, keys)):
         for name, tensor in tensors.items():
             if tensor.shape != shape or tensor.dtype != q.dtype or tensor.device.type != "cpu":
-                raise ValueError(
-                    f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; expected {tuple(shape)} {q.dtype} on cpu"
-                )
+                found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                raise ValueError(f"{name} is {found}; expected {tuple(shape)} {q.dtype} on cpu")
             if tensor.stride(2) != 1 and size > 1:
                 raise ValueError(f"{name} is not contiguous along its last dimension")
 
@@ -147,17 +147,18 @@ def _check_tensors(
 def _check_segments(queries: int, keys: int, segments: Sequence[Segment]) -> None:
     for segment in segments:
         q_start, q_end, k_start, k_end = segment
-        if not (0 <= q_start <= q_end <= queries and 0 <= k_start <= k_end <= keys and q_end - q_start <= k_end - k_start):
+        inside = 0 <= q_start <= q_end <= queries and 0 <= k_start <= k_end <= keys
+        if not inside or q_end - q_start > k_end - k_start:
             raise ValueError(
-                f"segment {tuple(segment)} does not fit {queries} queries and {keys} keys: expected (q_start, q_end, k_start, "
-                "k_end) with a key for every query"
+                f"segment {tuple(segment)} does not fit {queries} queries and {keys} keys; expected (q_start, q_end, "
+                "k_start, k_end) with a key for every query"
             )
 
 
 def _covered(segments: Sequence[Segment], begin: int) -> int:
     """Rows that segments cover, of queries (begin 0) or keys (begin 2). Raises ValueError where two share one."""
     ranges = sorted((segment[begin], segment[begin + 1]) for segment in segments if segment[begin] < segment[begin + 1])
-    for before, after in zip(ranges, ranges[1:], strict=False):
+    for before, after in itertools.pairwise(ranges):
         if after[0] < before[1]:
-            raise ValueError(f"segments share rows: {before} and {after}; expected each row's gradient to belong to one")
+            raise ValueError(f"segments share rows, {before} and {after}; expected every row in one segment at most")
     return sum(end - start for start, end in ranges)

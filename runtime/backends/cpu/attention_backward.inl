@@ -105,8 +105,10 @@ struct Backward : Work<E> {
             }
             memset(o.dq, 0, n * numbers * 4);
             int64_t end = far[n - 1] / SIDE + 1;
-            for (int64_t square = (this->limit(near[0]) + 1) / SIDE; square < end; square += BACK_KEY_SQUARES)
-                meet(part, kv, square, end - square < BACK_KEY_SQUARES ? end - square : BACK_KEY_SQUARES, n, near, far, share, o);
+            for (int64_t square = (this->limit(near[0]) + 1) / SIDE; square < end; square += BACK_KEY_SQUARES) {
+                int64_t m = end - square < BACK_KEY_SQUARES ? end - square : BACK_KEY_SQUARES;
+                meet(part, kv, square, m, n, near, far, share, o);
+            }
             float factor[SIDE];
             for (int64_t x = 0; x < SIDE; x++) factor[x] = call.scale;
             for (int64_t c = 0; c < n; c++) {
@@ -146,8 +148,9 @@ struct Backward : Work<E> {
             const int64_t row = share + (square + i) * numbers, place = (i * BACK_COLUMN_SQUARES + from) * SQUARE;
             for (int64_t d = 0; d < depth; d++) {
                 const int64_t right = from * numbers + d * SQUARE;
-                multiply_squares(dv + row + d * SIDE, line, o.p + place, SQUARE, o.dout_right + right, numbers, to - from, true);
-                multiply_squares(dk + row + d * SIDE, line, o.ds + place, SQUARE, o.q_right + right, numbers, to - from, true);
+                float *dv_here = dv + row + d * SIDE, *dk_here = dk + row + d * SIDE;
+                multiply_squares(dv_here, line, o.p + place, SQUARE, o.dout_right + right, numbers, to - from, true);
+                multiply_squares(dk_here, line, o.ds + place, SQUARE, o.q_right + right, numbers, to - from, true);
             }
         }
         for (int64_t c = 0; c < n; c++)

@@ -63,7 +63,8 @@ struct Forward : Work<E> {
                 keys = this->packed(this->keys, kv, part.squares_before + square);
                 values = this->packed(this->values, kv, part.squares_before + square);
             } else {
-                for (int64_t i = 0; i < n; i++) pack(part, kv, square + i, o, o.keys + i * depth * SQUARE, o.values + i * depth * SQUARE);
+                for (int64_t i = 0, place = 0; i < n; i++, place += depth * SQUARE)
+                    pack(part, kv, square + i, o, o.keys + place, o.values + place);
             }
             for (int64_t i = 0; i < n; i++) {
                 float* scores = o.scores + i * SQUARE;
@@ -73,8 +74,8 @@ struct Forward : Work<E> {
             float alpha[SIDE];
             if (raise_top(o.scores, n, factor, state, alpha) && square > begin)
                 for (int64_t d = 0; d < depth * SIDE; d++)
-                    for (int64_t x = 0; x < SIDE; x += WIDTH)
-                        put(o.out + d * SIDE + x, times(lanes(o.out + d * SIDE + x), lanes(alpha + x)));
+                    for (int64_t x = 0; x < SIDE; x += LANES)
+                        put(o.out + d * SIDE + x, get(o.out + d * SIDE + x) * get(alpha + x));
             probabilities<E>(o.scores, n, factor, state, o.p);
             for (int64_t d = 0; d < depth; d++)
                 multiply_squares(o.out + d * SQUARE, SIDE, values + d * SQUARE, depth * SQUARE, o.p, SQUARE, n, square > begin);

@@ -20,11 +20,13 @@ struct Sight {
 
 // Hide what the queries may not see in a square of scores, whose first key is `key`.
 ET_INLINE void hide(float* scores, const Sight& sight, int64_t key) {
-    for (int64_t x = 0; x < SIDE; x += WIDTH) {
-        Lanes low = lanes(sight.low + x), high = lanes(sight.high + x);
-        for (int64_t k = 0; k < SIDE; k++)
-            put(scores + k * SIDE + x,
-                between(lanes(scores + k * SIDE + x), lanes_of(float(key + k)), low, high, lanes_of(HIDDEN)));
+    for (int64_t x = 0; x < SIDE; x += LANES) {
+        Floats low = get(sight.low + x), high = get(sight.high + x);
+        for (int64_t k = 0; k < SIDE; k++) {
+            float* score = scores + k * SIDE + x;
+            Floats here = all(float(key + k));
+            put(score, (here > low) & (here <= high) ? get(score) : all(HIDDEN));
+        }
     }
 }
 
@@ -33,27 +35,37 @@ struct Softmax {
     float top[SIDE], sum[SIDE];
 };
 
+// `top` may lag behind the true maximum by SLACK, which fp32 bears, and most rescaling never happens.
+constexpr float SLACK = 8.0f;
+
+ET_INLINE bool any_positive(Floats x) {
+#if defined(ET_USE_AVX512)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_GT_OQ) != 0;
+#else
+    return largest(x) > 0.0f;
+#endif
+}
+
 // Take `squares` of scores in: raise `top` where they outgrow it. True: alpha holds what older sums must be multiplied by.
-// `top` may lag behind the true maximum by up to 2^8, which fp32 bears, and most rescaling never happens.
 ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Softmax& state, float* alpha) {
     float seen[SIDE];
     bool outgrown = false;
-    for (int64_t x = 0; x < SIDE; x += WIDTH) {
-        Lanes most[4];
-        for (int64_t i = 0; i < 4; i++) most[i] = lanes(scores + i * SIDE + x);
+    for (int64_t x = 0; x < SIDE; x += LANES) {
+        Floats most[4];
+        for (int64_t i = 0; i < 4; i++) most[i] = get(scores + i * SIDE + x);
         for (int64_t k = 4; k < squares * SIDE; k += 4)
-            for (int64_t i = 0; i < 4; i++) most[i] = larger(most[i], lanes(scores + (k + i) * SIDE + x));
-        Lanes all = times(larger(larger(most[0], most[1]), larger(most[2], most[3])), lanes_of(factor));
-        put(seen + x, all);
-        outgrown |= any_larger(all, plus(lanes(state.top + x), lanes_of(8.0f)));
+            for (int64_t i = 0; i < 4; i++) most[i] = larger(most[i], get(scores + (k + i) * SIDE + x));
+        Floats peak = larger(larger(most[0], most[1]), larger(most[2], most[3])) * factor;
+        put(seen + x, peak);
+        outgrown |= any_positive(peak - get(state.top + x) - SLACK);
     }
     if (!outgrown) return false;
-    for (int64_t x = 0; x < SIDE; x += WIDTH) {
-        Lanes before = lanes(state.top + x), now = larger(before, lanes(seen + x));
-        Lanes change = power_of_two<float>(minus(before, now));
+    for (int64_t x = 0; x < SIDE; x += LANES) {
+        Floats before = get(state.top + x), now = larger(before, get(seen + x));
+        Floats change = power_of_two<float>(before - now);
         put(state.top + x, now);
         put(alpha + x, change);
-        put(state.sum + x, times(lanes(state.sum + x), change));
+        put(state.sum + x, get(state.sum + x) * change);
     }
     return true;
 }
@@ -64,11 +76,11 @@ static void probabilities(const float* scores, int64_t squares, float factor, So
 
 template <>
 void probabilities<float>(const float* scores, int64_t squares, float factor, Softmax& state, float* p) {
-    for (int64_t x = 0; x < SIDE; x += WIDTH) {
-        Lanes sum = lanes(state.sum + x), top = minus(lanes_of(0.0f), lanes(state.top + x)), scale = lanes_of(factor);
+    for (int64_t x = 0; x < SIDE; x += LANES) {
+        Floats sum = get(state.sum + x), top = -get(state.top + x), scale = all(factor);
         for (int64_t k = 0; k < squares * SIDE; k++) {
-            Lanes e = power_of_two<float>(madd(lanes(scores + k * SIDE + x), scale, top));
-            sum = plus(sum, e);
+            Floats e = power_of_two<float>(fused(get(scores + k * SIDE + x), scale, top));
+            sum += e;
             put(p + k / SIDE * SQUARE + (x / 16 * 2 + k % SIDE / 16) * 256 + k % 16 * 16 + x % 16, e);
         }
         put(state.sum + x, sum);
@@ -85,11 +97,11 @@ struct Gradients {
 
 ET_INLINE void score_gradients(const float* scores, const float* dp, float factor, const float* lse, const float* delta,
                                const Gradients<float>& out) {
-    for (int64_t x = 0; x < SIDE; x += WIDTH) {
-        Lanes log_sum = minus(lanes_of(0.0f), lanes(lse + x)), mean = lanes(delta + x), scale = lanes_of(factor);
+    for (int64_t x = 0; x < SIDE; x += LANES) {
+        Floats log_sum = -get(lse + x), mean = get(delta + x), scale = all(factor);
         for (int64_t k = 0; k < SIDE; k++) {
-            Lanes p = power_of_two<float>(madd(lanes(scores + k * SIDE + x), scale, log_sum));
-            Lanes ds = times(p, minus(lanes(dp + k * SIDE + x), mean));
+            Floats p = power_of_two<float>(fused(get(scores + k * SIDE + x), scale, log_sum));
+            Floats ds = p * (get(dp + k * SIDE + x) - mean);
             int64_t left = (k / 16 * 2 + x / 16) * 256 + k % 16 * 16 + x % 16;
             put(out.p + left, p);
             put(out.ds + left, ds);
@@ -99,38 +111,36 @@ ET_INLINE void score_gradients(const float* scores, const float* dp, float facto
 }
 
 #if defined(ET_USE_AVX512_BF16)
-ET_INLINE __m512i narrow(Lanes first, Lanes second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
+ET_INLINE __m512i narrow(Floats first, Floats second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 
 template <>
 void probabilities<Bf16>(const float* scores, int64_t squares, float factor, Softmax& state, Bf16* p) {
-    Lanes scale = lanes_of(factor), zero = lanes_of(0.0f);
-    Lanes top0 = minus(zero, lanes(state.top)), top1 = minus(zero, lanes(state.top + 16));
-    Lanes sum0 = lanes(state.sum), sum1 = lanes(state.sum + 16), more0 = zero, more1 = zero;
+    Floats scale = all(factor), top0 = -get(state.top), top1 = -get(state.top + 16);
+    Floats sum0 = get(state.sum), sum1 = get(state.sum + 16), more0 = all(0.0f), more1 = more0;
     for (int64_t k = 0; k < squares * SIDE; k += 2) {
         const float* row = scores + k * SIDE;
-        Lanes even0 = power_of_two<Bf16>(madd(lanes(row), scale, top0));
-        Lanes even1 = power_of_two<Bf16>(madd(lanes(row + 16), scale, top1));
-        Lanes odd0 = power_of_two<Bf16>(madd(lanes(row + 32), scale, top0));
-        Lanes odd1 = power_of_two<Bf16>(madd(lanes(row + 48), scale, top1));
-        sum0 = plus(sum0, even0), sum1 = plus(sum1, even1), more0 = plus(more0, odd0), more1 = plus(more1, odd1);
+        Floats even0 = power_of_two<Bf16>(fused(get(row), scale, top0));
+        Floats even1 = power_of_two<Bf16>(fused(get(row + 16), scale, top1));
+        Floats odd0 = power_of_two<Bf16>(fused(get(row + 32), scale, top0));
+        Floats odd1 = power_of_two<Bf16>(fused(get(row + 48), scale, top1));
+        sum0 += even0, sum1 += even1, more0 += odd0, more1 += odd1;
         Bf16* to = p + k / SIDE * SQUARE + k % SIDE * 16;
         zip(narrow(even0, even1), narrow(odd0, odd1), to, to + 512);
     }
-    put(state.sum, plus(sum0, more0));
-    put(state.sum + 16, plus(sum1, more1));
+    put(state.sum, sum0 + more0);
+    put(state.sum + 16, sum1 + more1);
 }
 
 ET_INLINE void score_gradients(const float* scores, const float* dp, float factor, const float* lse, const float* delta,
                                const Gradients<Bf16>& out) {
-    Lanes scale = lanes_of(factor), zero = lanes_of(0.0f);
-    Lanes log0 = minus(zero, lanes(lse)), log1 = minus(zero, lanes(lse + 16)), mean0 = lanes(delta), mean1 = lanes(delta + 16);
+    Floats scale = all(factor), mean0 = get(delta), mean1 = get(delta + 16), log0 = -get(lse), log1 = -get(lse + 16);
     for (int64_t k = 0; k < SIDE; k += 2) {
         __m512i ds[2];
         for (int64_t i = 0; i < 2; i++) {
             const float *row = scores + (k + i) * SIDE, *gradient = dp + (k + i) * SIDE;
-            Lanes p0 = power_of_two<Bf16>(madd(lanes(row), scale, log0));
-            Lanes p1 = power_of_two<Bf16>(madd(lanes(row + 16), scale, log1));
-            ds[i] = narrow(times(p0, minus(lanes(gradient), mean0)), times(p1, minus(lanes(gradient + 16), mean1)));
+            Floats p0 = power_of_two<Bf16>(fused(get(row), scale, log0));
+            Floats p1 = power_of_two<Bf16>(fused(get(row + 16), scale, log1));
+            ds[i] = narrow(p0 * (get(gradient) - mean0), p1 * (get(gradient + 16) - mean1));
             _mm512_storeu_si512(out.p + (k + i) * 32, narrow(p0, p1));
             _mm512_storeu_si512(out.ds + (k + i) * 32, ds[i]);
         }

@@ -20,118 +20,55 @@ struct Form {  // E is what a product takes: float, or Bf16 where the machine mu
     }
 };
 
-// ---- Lanes: the machine's fp32 register ----
+// ---- 2^x ----
 
 #if defined(ET_USE_AVX512)
-typedef __m512 Lanes;
-ET_INLINE Lanes lanes(const float* p) { return _mm512_loadu_ps(p); }
-ET_INLINE Lanes lanes_of(float x) { return _mm512_set1_ps(x); }
-ET_INLINE void put(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
-ET_INLINE Lanes plus(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-ET_INLINE Lanes minus(Lanes a, Lanes b) { return _mm512_sub_ps(a, b); }
-ET_INLINE Lanes times(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
-ET_INLINE Lanes madd(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-ET_INLINE Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
-ET_INLINE bool any_larger(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
-// x where low < key <= high, else `other`.
-ET_INLINE Lanes between(Lanes x, Lanes key, Lanes low, Lanes high, Lanes other) {
-    __mmask16 seen = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(key, low, _CMP_GT_OQ), key, high, _CMP_LE_OQ);
-    return _mm512_mask_mov_ps(other, seen, x);
-}
-ET_INLINE Lanes fraction(Lanes x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF); }
-ET_INLINE Lanes scaled(Lanes p, Lanes, Lanes x) { return _mm512_scalef_ps(p, x); }  // p * 2^floor(x)
-#elif defined(ET_USE_AVX2)
-typedef __m256 Lanes;
-ET_INLINE Lanes lanes(const float* p) { return _mm256_loadu_ps(p); }
-ET_INLINE Lanes lanes_of(float x) { return _mm256_set1_ps(x); }
-ET_INLINE void put(float* p, Lanes x) { _mm256_storeu_ps(p, x); }
-ET_INLINE Lanes plus(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
-ET_INLINE Lanes minus(Lanes a, Lanes b) { return _mm256_sub_ps(a, b); }
-ET_INLINE Lanes times(Lanes a, Lanes b) { return _mm256_mul_ps(a, b); }
-ET_INLINE Lanes madd(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
-ET_INLINE Lanes larger(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
-ET_INLINE bool any_larger(Lanes a, Lanes b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
-ET_INLINE Lanes between(Lanes x, Lanes key, Lanes low, Lanes high, Lanes other) {
-    Lanes seen = _mm256_and_ps(_mm256_cmp_ps(key, low, _CMP_GT_OQ), _mm256_cmp_ps(key, high, _CMP_LE_OQ));
-    return _mm256_blendv_ps(other, x, seen);
-}
-ET_INLINE Lanes fraction(Lanes x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
-ET_INLINE Lanes scaled(Lanes p, Lanes f, Lanes x) {
-    __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_sub_ps(x, f)), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(n, 23)));
-}
-#elif defined(ET_USE_NEON)
-typedef float32x4_t Lanes;
-ET_INLINE Lanes lanes(const float* p) { return vld1q_f32(p); }
-ET_INLINE Lanes lanes_of(float x) { return vdupq_n_f32(x); }
-ET_INLINE void put(float* p, Lanes x) { vst1q_f32(p, x); }
-ET_INLINE Lanes plus(Lanes a, Lanes b) { return vaddq_f32(a, b); }
-ET_INLINE Lanes minus(Lanes a, Lanes b) { return vsubq_f32(a, b); }
-ET_INLINE Lanes times(Lanes a, Lanes b) { return vmulq_f32(a, b); }
-ET_INLINE Lanes madd(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
-ET_INLINE Lanes larger(Lanes a, Lanes b) { return vmaxq_f32(a, b); }
-ET_INLINE bool any_larger(Lanes a, Lanes b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
-ET_INLINE Lanes between(Lanes x, Lanes key, Lanes low, Lanes high, Lanes other) {
-    return vbslq_f32(vandq_u32(vcgtq_f32(key, low), vcleq_f32(key, high)), x, other);
-}
-ET_INLINE Lanes fraction(Lanes x) { return vsubq_f32(x, vrndmq_f32(x)); }
-ET_INLINE Lanes scaled(Lanes p, Lanes f, Lanes x) {
-    int32x4_t n = vaddq_s32(vcvtq_s32_f32(vsubq_f32(x, f)), vdupq_n_s32(127));
-    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(n, 23)));
-}
+ET_INLINE Floats fraction(Floats x) { return (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); }
+ET_INLINE Floats scaled(Floats p, Floats, Floats x) { return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x); }
 #else
-typedef float Lanes;
-ET_INLINE Lanes lanes(const float* p) { return *p; }
-ET_INLINE Lanes lanes_of(float x) { return x; }
-ET_INLINE void put(float* p, Lanes x) { *p = x; }
-ET_INLINE Lanes plus(Lanes a, Lanes b) { return a + b; }
-ET_INLINE Lanes minus(Lanes a, Lanes b) { return a - b; }
-ET_INLINE Lanes times(Lanes a, Lanes b) { return a * b; }
-ET_INLINE Lanes madd(Lanes a, Lanes b, Lanes c) { return fma(a, b, c); }
-ET_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
-ET_INLINE bool any_larger(Lanes a, Lanes b) { return a > b; }
-ET_INLINE Lanes between(Lanes x, Lanes key, Lanes low, Lanes high, Lanes other) { return key > low && key <= high ? x : other; }
-ET_INLINE Lanes fraction(Lanes x) {
-    float whole = float(int32_t(x));
-    return x - (whole > x ? whole - 1.0f : whole);
+ET_INLINE Floats floor_of(Floats x) {  // of small numbers
+    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
+    Floats n = (x + shift) - shift;
+    return n > x ? n - 1.0f : n;
 }
-ET_INLINE Lanes scaled(Lanes p, Lanes f, Lanes x) { return p * from_bits(uint32_t(int32_t(x - f) + 127) << 23); }
+ET_INLINE Floats fraction(Floats x) { return x - floor_of(x); }
+ET_INLINE Floats scaled(Floats p, Floats f, Floats x) {  // p * 2^floor(x), 0 for -127
+    return p * as_floats((as_words((x - f) + 12582912.0f) << 23) + (127u << 23));
+}
 #endif
 
-constexpr int64_t WIDTH = sizeof(Lanes) / sizeof(float);
-
-// 2^x for x <= 127, nothing (0 or 2^-126) far below; relative error 2e-7, or 3e-6 where the result becomes bf16 anyway.
+// 2^x for x <= 127, 0 far below; relative error 2e-7, or 3e-6 where the result becomes bf16 anyway.
 template <class E>
-ET_INLINE Lanes power_of_two(Lanes x) {
+ET_INLINE Floats power_of_two(Floats x) {
 #if !defined(ET_USE_AVX512)
-    x = larger(lanes_of(-126.0f), x);
+    x = larger(all(-127.0f), x);
 #endif
-    Lanes f = fraction(x), p;
+    Floats f = fraction(x), p;
     if (sizeof(E) == 2) {
-        p = madd(lanes_of(1.35341678e-2f), f, lanes_of(5.20114601e-2f));
-        p = madd(p, f, lanes_of(2.41442755e-1f));
-        p = madd(p, f, lanes_of(6.93003833e-1f));
-        p = madd(p, f, lanes_of(1.00000262f));
+        p = fused(all(1.35341678e-2f), f, all(5.20114601e-2f));
+        p = fused(p, f, all(2.41442755e-1f));
+        p = fused(p, f, all(6.93003833e-1f));
+        p = fused(p, f, all(1.00000262f));
     } else {
-        p = madd(lanes_of(1.87757669e-3f), f, lanes_of(8.98933969e-3f));
-        p = madd(p, f, lanes_of(5.58263175e-2f));
-        p = madd(p, f, lanes_of(2.40153611e-1f));
-        p = madd(p, f, lanes_of(6.93153083e-1f));
-        p = madd(p, f, lanes_of(9.99999940e-1f));
+        p = fused(all(1.87757669e-3f), f, all(8.98933969e-3f));
+        p = fused(p, f, all(5.58263175e-2f));
+        p = fused(p, f, all(2.40153611e-1f));
+        p = fused(p, f, all(6.93153083e-1f));
+        p = fused(p, f, all(9.99999940e-1f));
     }
     return scaled(p, f, x);
 }
 
 // ---- products ----
 
-ET_INLINE Lanes multiply_word(const float* word, const float* row, Lanes sum) {
-    return madd(lanes_of(*word), lanes(row), sum);
+ET_INLINE Floats multiply_word(const float* word, const float* row, Floats sum) {
+    return fused(all(*word), get(row), sum);
 }
 #if defined(ET_USE_AVX512_BF16)
-ET_INLINE Lanes multiply_word(const Bf16* word, const Bf16* row, Lanes sum) {  // two neighbours along the depth at once
+ET_INLINE Floats multiply_word(const Bf16* word, const Bf16* row, Floats sum) {  // two neighbours along the depth at once
     int32_t pair;
     memcpy(&pair, word, 4);
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(row), (__m512bh)_mm512_set1_epi32(pair));
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(row), (__m512bh)_mm512_set1_epi32(pair));
 }
 #endif
 
@@ -146,13 +83,13 @@ template <class E>
 static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_step, const E* right, int64_t right_step,
                              int64_t n, bool add) {
     typedef Form<E> F;
-    constexpr int64_t rows = STRIP_ROWS, each = 16 / WIDTH, columns = STRIP_BLOCKS * each, pair = F::depth / 16;
+    constexpr int64_t rows = STRIP_ROWS, each = 16 / LANES, columns = STRIP_BLOCKS * each, pair = F::depth / 16;
     for (int64_t block = 0; block < 2; block += STRIP_BLOCKS)
         for (int64_t row = 0; row < SIDE; row += rows) {
-            Lanes sums[rows][columns];
+            Floats sums[rows][columns];
             float* corner = c + row * ldc + block * 16;
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t x = 0; x < columns; x++) sums[r][x] = add ? lanes(corner + r * ldc + x * WIDTH) : lanes_of(0.0f);
+                for (int64_t x = 0; x < columns; x++) sums[r][x] = add ? get(corner + r * ldc + x * LANES) : all(0.0f);
             for (int64_t s = 0; s < n; s++)
                 for (int64_t t = 0; t < F::deep; t++) {
                     const E* words = left + s * left_step + (row / 16 * F::deep + t) * F::tile + row % 16 * F::depth;
@@ -162,10 +99,10 @@ static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_
                             for (int64_t x = 0; x < columns; x++)
                                 sums[r][x] = multiply_word(
                                     words + r * F::depth + w * pair,
-                                    tile + x / each * F::deep * F::tile + w * F::depth + x % each * WIDTH * pair, sums[r][x]);
+                                    tile + x / each * F::deep * F::tile + w * F::depth + x % each * LANES * pair, sums[r][x]);
                 }
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t x = 0; x < columns; x++) put(corner + r * ldc + x * WIDTH, sums[r][x]);
+                for (int64_t x = 0; x < columns; x++) put(corner + r * ldc + x * LANES, sums[r][x]);
         }
 }
 
@@ -264,8 +201,7 @@ static void unpack_columns(const float* x, const float* factor, T* const* rows, 
                 T* to = rows[column + c] + d;
                 float f = factor[column + c];
                 if (n == 16) {
-                    ET_SIMD
-                    for (int64_t i = 0; i < 16; i++) store(to + i, block[16 * c + i] * f);
+                    for (int64_t i = 0; i < 16; i += LANES) put(to + i, get(block + 16 * c + i) * f);
                 } else {
                     for (int64_t i = 0; i < n; i++) store(to + i, block[16 * c + i] * f);
                 }

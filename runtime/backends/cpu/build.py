@@ -1,7 +1,7 @@
 """Compiles the C++ kernels: one shared library with a plain C ABI, `_kernels.so` (`_kernels.dll`), beside this file.
 
-setuptools loads `BuildKernels` straight from this file (pyproject.toml names it), so nothing of edgetune is imported here.
-The kernels are optional: without a working compiler the install succeeds, says so once, and plain torch serves.
+setuptools loads `BuildKernels` straight from this file (pyproject.toml names it), so nothing of edgetune is imported
+here. The kernels are optional: without a working compiler the install succeeds, says so once, and torch serves.
 `python runtime/backends/cpu/build.py` compiles into this folder, for whoever works on the kernels in a clone.
 """
 
@@ -22,33 +22,37 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
 NAME = "edgetune.runtime.backends.cpu._kernels"
-FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError, ValueError)  # of a compiler, or for want of one
+FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError, ValueError)  # of a compiler, or of none
 FOLDER = Path(__file__).resolve().parent
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
+_AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 
 # Instruction set -> flags of gcc and clang, flags of MSVC. dispatch.cpp knows the same names.
-X86 = {
+Flags = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+X86: Flags = {
     "avx2": (_AVX2, ("/arch:AVX2",)),
     "avx512": (_AVX512, ("/arch:AVX512",)),
     "avx512_bf16": (_AVX512_BF16, ("/arch:AVX512",)),
+    "amx": (_AMX, ("/arch:AVX512",)),
 }
-ARM: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+ARM: Flags = {
     "neon": ((), ()),
     "neon_i8mm": (("-march=armv8.2-a+bf16+i8mm+dotprod+fp16",), ()),
 }
 # -ffp-contract=off: dequantisation is defined without fused operations; kernels that want one say `fma`.
 # -fopenmp-simd: vectorise where the source says so. No -fopenmp: threads come from the OpenMP runtime torch has loaded.
 UNIX_FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd "
-    "-fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wno-unused-function -Wno-uninitialized -Wno-maybe-uninitialized"
-).split()
-MSVC_FLAGS = "/std:c++17 /O2 /fp:precise /EHs-c- /GR- /Zc:threadSafeInit- /openmp:experimental".split()
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
+    *("-Wall", "-Wno-unused-function", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
+MSVC_FLAGS = ("/std:c++17", "/O2", "/fp:precise", "/EHs-c-", "/GR-", "/Zc:threadSafeInit-", "/openmp:experimental")
 
 
-def machine_isas() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+def machine_isas() -> Flags:
     """The instruction sets beyond `scalar` that this kind of processor may have."""
     machine = platform.machine().lower()
     if sys.maxsize < 2**32:  # the kernels that use intrinsics expect 64 bits
@@ -61,7 +65,7 @@ def machine_isas() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
 
 
 class BuildKernels(build_ext):
-    """build_ext with flags of its own for every file; a kernel library that cannot be built is left out with one warning."""
+    """build_ext with flags of its own for every file; a library that cannot be built is left out with one warning."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """It is no Python extension: no ABI tag in its name."""
@@ -70,6 +74,14 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """None beside those that dispatch.cpp marks (in particular no PyInit_)."""
         return []
+
+    def get_outputs(self) -> list[str]:
+        """What was built: a strict editable install links all that is listed."""
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """The same, each with its place in the source tree."""
+        return {built: source for built, source in super().get_output_mapping().items() if os.path.exists(built)}
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link, or warn."""
@@ -90,8 +102,8 @@ class BuildKernels(build_ext):
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         reason = " ".join(reason.split()).rstrip(".") or "no reason given"
         warnings.warn(
-            f"edgetune's C++ kernels were not built ({reason}); plain torch serves instead, several times slower: install a "
-            "C++ compiler and reinstall.",
+            f"edgetune's C++ kernels were not built ({reason}); plain torch serves instead, several times slower: "
+            "install a C++ compiler and reinstall.",
             stacklevel=2,
         )
 
@@ -121,11 +133,13 @@ class BuildKernels(build_ext):
 
     def _compile(self, source: Path, flags: list[str]) -> list[str]:
         common = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS
-        return list(
-            self.compiler.compile(
-                [str(source)], output_dir=self.build_temp, extra_postargs=[*common, *flags], depends=inputs(source.parent)
-            )
+        made = self.compiler.compile(
+            [str(source)],
+            output_dir=self.build_temp,
+            extra_postargs=[*common, *flags],
+            depends=inputs(source.parent),
         )
+        return list(made)
 
 
 def one_architecture(command: list[str]) -> list[str]:

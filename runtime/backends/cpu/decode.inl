@@ -37,6 +37,7 @@ struct Job {
 };
 
 constexpr int64_t LINE = 64;
+constexpr int64_t TILE = 16;  // keys or values brought to fp32 at a time; a multiple of LANES
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -71,13 +72,14 @@ struct Shared {
 
 // What each thread has for itself.
 struct Own {
-    float *normed, *scores;
+    float *normed, *scores, *tile;
     uint8_t* activations;
     int64_t used;
     Own(const Shape& s, int64_t n, uint8_t* space) {
         Cutter cut = {space, 0};
         normed = cut.floats(n * s.hidden);
-        scores = cut.floats(s.heads / s.kv_heads * s.max_length);
+        scores = cut.floats(s.heads / s.kv_heads * round_up(s.max_length, TILE));
+        tile = cut.floats(TILE * s.head_dim);
         activations = cut.bytes(n * activation_bytes(larger(larger(s.hidden, s.ffn), s.heads * s.head_dim)));
         used = cut.used;
     }
@@ -97,23 +99,83 @@ static void decode_space(const Shape* shape, const Block* blocks, int64_t block_
     bytes[0] = threads * bytes[1] + Shared(*shape, n, largest_rank(blocks, block_count), nullptr).used;
 }
 
+// ---- a tile of keys or values, fp32 (TILE, hd); what lies beyond its `count` rows is of no account ----
+
+ET_INLINE const float* as_f32(const float* rows, int64_t count, int64_t hd, float* space) {
+    if (count == TILE) return rows;  // a short tile is copied, so that reading a whole one stays inside memory
+    memcpy(space, rows, size_t(count * hd) * 4);
+    return space;
+}
+ET_INLINE const float* as_f32(const Bf16* rows, int64_t count, int64_t hd, float* space) {
+    each(count * hd, [&](int64_t i, auto part) { put(space + i, get(rows + i, part), part); });
+    return space;
+}
+
+// Lane i: the sum of x[i]; x is used up. Neighbours are folded into each other's place, then pairs, fours and so on.
+template <int STEP>
+ET_INLINE void fold(Floats* x) {
+    if constexpr (STEP < LANES) {
+        for (int i = 0; i < LANES; i += 2 * STEP) {
+            Words straight, crossed;
+            for (int l = 0; l < LANES; l++) {
+                straight[l] = uint32_t(l & STEP ? LANES + l : l);
+                crossed[l] = uint32_t(l & STEP ? LANES + l - STEP : l + STEP);
+            }
+            x[i] = __builtin_shuffle(x[i], x[i + STEP], straight) + __builtin_shuffle(x[i], x[i + STEP], crossed);
+        }
+        fold<2 * STEP>(x);
+    }
+}
+
+// scores (TILE,) = q . keys
+static void score_tile(const float* q, const float* keys, int64_t hd, float* scores) {
+    for (int64_t j = 0; j < TILE; j += LANES) {
+        Floats sums[LANES] = {};
+        each(hd, [&](int64_t i, auto part) {
+            const Floats x = get(q + i, part);
+            for (int64_t k = 0; k < LANES; k++) sums[k] = fused(get(keys + (j + k) * hd + i, part), x, sums[k]);
+        });
+        fold<1>(sums);
+        put(scores + j, sums[0]);
+    }
+}
+
+// out (hd,) += weights . values
+static void add_tile(const float* weights, const float* values, int64_t count, int64_t hd, float* out) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= hd; i += 4 * LANES) {  // four sums in flight
+        Floats a = get(out + i), b = get(out + i + LANES), c = get(out + i + 2 * LANES), d = get(out + i + 3 * LANES);
+        for (int64_t j = 0; j < count; j++) {
+            const float* v = values + j * hd + i;
+            Floats weight = all(weights[j]);
+            a = fused(get(v), weight, a), b = fused(get(v + LANES), weight, b);
+            c = fused(get(v + 2 * LANES), weight, c), d = fused(get(v + 3 * LANES), weight, d);
+        }
+        put(out + i, a), put(out + i + LANES, b), put(out + i + 2 * LANES, c), put(out + i + 3 * LANES, d);
+    }
+    each(hd - i, [&](int64_t k, auto part) {
+        Floats total = get(out + i + k, part);
+        for (int64_t j = 0; j < count; j++) total = fused(get(values + j * hd + i + k, part), all(weights[j]), total);
+        put(out + i + k, total, part);
+    });
+}
+
 // One thread's view of the work on one block.
 struct Worker {
     const Job& job;
     const Shape& s;
+    Meeting* meeting;
     int index, count;
     Shared shared;
     Own own;
     Activations tokens[MAX_TOKENS];
 
-    Worker(const Job& job, int64_t rank, int index, int count, int threads)
-        : job(job), s(*job.shape), index(index), count(count),
+    Worker(const Job& job, int64_t rank, Meeting* meeting, int index, int count, int threads)
+        : job(job), s(*job.shape), meeting(meeting), index(index), count(count),
           shared(s, job.n, rank, job.space + threads * job.space_own), own(s, job.n, job.space + index * job.space_own) {}
 
     int n() const { return int(job.n); }
-    void meet() const {
-        if (count > 1) edgetune::barrier();
-    }
+    void meet() const { edgetune::meet(meeting, count); }
     Range mine(int64_t items, int64_t grain) const { return share(items, grain, index, count); }
 
     // y[i] (n, stride) = x W_i^T + bias + x A_i^T B_i^T for this thread's rows of `linears` linears that share x, which
@@ -124,24 +186,33 @@ struct Worker {
             if (!w[i]->rank) continue;
             adapted = true;
             Range rows = mine(w[i]->rank, 4);
-            dense_range(w[i]->lora_A, w[i]->cols, tokens, n(), shared.rotated[i], w[i]->rank, rows.begin, rows.end);
+            dense_range(w[i]->lora_kind, w[i]->lora_A, w[i]->cols, tokens, n(), shared.rotated[i], w[i]->rank, rows.begin, rows.end);
         }
         if (adapted) meet();
         for (int i = 0; i < linears; i++) {
             Range rows = mine(w[i]->rows, PANEL);
             product_range(*w[i], s.compute, tokens, n(), y[i], stride, rows.begin, rows.end);
-            for (int64_t t = 0; t < n(); t++) add_rest(*w[i], shared.rotated[i] + t * w[i]->rank, y[i] + t * stride, rows);
+            for (int64_t t = 0; t < n(); t++) {
+                const float* xa = shared.rotated[i] + t * w[i]->rank;
+                if (w[i]->bias) add(w[i]->bias, y[i] + t * stride, rows);
+                if (w[i]->lora_kind == DENSE_BF16) add_adapter<Bf16>(*w[i], xa, y[i] + t * stride, rows);
+                else add_adapter<float>(*w[i], xa, y[i] + t * stride, rows);
+            }
         }
     }
 
-    // y[rows] += bias + B xa, a panel of B's rows at a time.
-    static void add_rest(const Linear& w, const float* xa, float* y, Range rows) {
-        if (w.bias) each(rows.end - rows.begin, [&](int64_t i, auto part) {
-            put(y + rows.begin + i, get(y + rows.begin + i, part) + get(w.bias + rows.begin + i, part), part);
+    static void add(const float* x, float* y, Range rows) {
+        each(rows.end - rows.begin, [&](int64_t i, auto part) {
+            put(y + rows.begin + i, get(y + rows.begin + i, part) + get(x + rows.begin + i, part), part);
         });
+    }
+
+    // y[rows] += B xa, a panel of B's rows at a time.
+    template <class T>
+    static void add_adapter(const Linear& w, const float* xa, float* y, Range rows) {
         for (int64_t row = rows.begin; row < rows.end && w.rank; row += PANEL) {
             const int64_t there = rows.end - row < PANEL ? rows.end - row : PANEL;
-            const Bf16* b = w.lora_B + row * w.rank;
+            const T* b = static_cast<const T*>(w.lora_B) + row * w.rank;
             each(there, [&](int64_t i, auto part) {
                 Floats total = get(y + row + i, part);
                 for (int64_t k = 0; k < w.rank; k++) total = fused(get(b + k * PANEL + i), all(xa[k]), total);
@@ -156,11 +227,7 @@ struct Worker {
         const Linear* linear = &w;
         project(&linear, 1, &shared.out, s.hidden);
         Range rows = mine(s.hidden, PANEL);
-        for (int64_t t = 0; t < n(); t++) {
-            float* h = job.h + t * s.hidden + rows.begin;
-            const float* y = shared.out + t * s.hidden + rows.begin;
-            each(rows.end - rows.begin, [&](int64_t i, auto part) { put(h + i, get(h + i, part) + get(y + i, part), part); });
-        }
+        for (int64_t t = 0; t < n(); t++) add(shared.out + t * s.hidden, job.h + t * s.hidden, rows);
         meet();
     }
 
@@ -198,7 +265,8 @@ struct Worker {
         meet();
     }
 
-    // Query heads [first, first + group) of one token, which share a key/value head.
+    // Query heads [first, first + group) of one token, which share a key/value head: each tile of keys and of values is
+    // brought to fp32 once for all of them.
     template <class T>
     void attend(const Block& block, int64_t token, int64_t first, int64_t group) {
         const int64_t hd = s.head_dim, end = job.position + token + 1, kv_head = first / (s.heads / s.kv_heads);
@@ -206,48 +274,33 @@ struct Worker {
         const float* q = shared.qkv + (token * (s.heads + 2 * s.kv_heads) + first) * hd;
         float* out = shared.attended + (token * s.heads + first) * hd;
         const T *keys = cached<T>(block.keys, kv_head, begin), *values = cached<T>(block.values, kv_head, begin);
-        for (int64_t g = 0; g < group; g++) {
-            float* scores = own.scores + g * seen;
-            const Activations query = {q + g * hd, nullptr, nullptr, nullptr};
-            dense_range(keys, hd, &query, 1, scores, seen, 0, seen);
-            softmax(scores, seen);
-            weighted_sum(scores, values, seen, out + g * hd);
+        const int64_t stride = round_up(seen, TILE);
+        for (int64_t j = 0; j < seen; j += TILE) {
+            const int64_t count = seen - j < TILE ? seen - j : TILE;
+            const float* tile = as_f32(keys + j * hd, count, hd, own.tile);
+            for (int64_t g = 0; g < group; g++) score_tile(q + g * hd, tile, hd, own.scores + g * stride + j);
+        }
+        for (int64_t g = 0; g < group; g++) softmax(own.scores + g * stride, seen);
+        memset(out, 0, size_t(group * hd) * 4);
+        for (int64_t j = 0; j < seen; j += TILE) {
+            const int64_t count = seen - j < TILE ? seen - j : TILE;
+            const float* tile = as_f32(values + j * hd, count, hd, own.tile);
+            for (int64_t g = 0; g < group; g++) add_tile(own.scores + g * stride + j, tile, count, hd, out + g * hd);
         }
     }
 
     void softmax(float* scores, int64_t seen) const {
-        Floats most = all(from_bits(0xff800000)), total = {};
-        each(seen, [&](int64_t i, auto part) { most = larger(most, get(scores + i, part, from_bits(0xff800000))); });
+        const float lowest = from_bits(0xff800000);
+        Floats most = all(lowest), total = {};
+        each(seen, [&](int64_t i, auto part) { most = larger(most, get(scores + i, part, lowest)); });
         const float top = largest(most);
         each(seen, [&](int64_t i, auto part) {
-            Floats weight = exponential((get(scores + i, part, from_bits(0xff800000)) - top) * s.scale);
+            Floats weight = exponential((get(scores + i, part, lowest) - top) * s.scale);
             total = total + weight;
             put(scores + i, weight, part);
         });
         const float inverse = 1.0f / sum(total);
         each(seen, [&](int64_t i, auto part) { put(scores + i, get(scores + i, part) * inverse, part); });
-    }
-
-    // out (hd,) = sum over j of weights[j] * values[j], four keys at a time.
-    template <class T>
-    void weighted_sum(const float* weights, const T* values, int64_t seen, float* out) const {
-        const int64_t hd = s.head_dim;
-        memset(out, 0, size_t(hd) * 4);
-        int64_t j = 0;
-        for (; j + 4 <= seen; j += 4) {
-            const T* v = values + j * hd;
-            const float* w = weights + j;
-            each(hd, [&](int64_t i, auto part) {
-                Floats total = fused(get(v + i, part), all(w[0]), get(out + i, part));
-                total = fused(get(v + hd + i, part), all(w[1]), total);
-                total = fused(get(v + 2 * hd + i, part), all(w[2]), total);
-                put(out + i, fused(get(v + 3 * hd + i, part), all(w[3]), total), part);
-            });
-        }
-        for (; j < seen; j++)
-            each(hd, [&](int64_t i, auto part) {
-                put(out + i, fused(get(values + j * hd + i, part), all(weights[j]), get(out + i, part)), part);
-            });
     }
 
     // Heads that share keys go to one thread, unless there are more threads than such groups.
@@ -298,18 +351,19 @@ struct Team {
     const Job* job;
     int64_t rank;
     int threads;
+    Meeting meeting;
 };
 
 static void run_worker(void* argument, int index, int count) {
-    const Team& team = *static_cast<const Team*>(argument);
-    Worker worker(*team.job, team.rank, index, count, team.threads);
+    Team& team = *static_cast<Team*>(argument);
+    Worker worker(*team.job, team.rank, &team.meeting, index, count, team.threads);
     for (int64_t i = 0; i < team.job->block_count; i++) worker.run(team.job->blocks[i]);
     if (team.job->norm) worker.run_head();
 }
 
 // All of the job's blocks, one after another, then final norm and head where given.
 static void decode(const Job* job, int threads) {
-    Team team = {job, largest_rank(job->blocks, job->block_count), threads};
+    Team team = {job, largest_rank(job->blocks, job->block_count), threads, {0, 0}};
     edgetune::parallel(threads, run_worker, &team);
 }
 

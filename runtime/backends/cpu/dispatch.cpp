@@ -9,6 +9,14 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define ET_ARM 1
 #if defined(__linux__)
@@ -16,6 +24,14 @@
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
+#endif
+
+#if defined(_WIN32)
+extern "C" __declspec(dllimport) int __stdcall SwitchToThread(void);
+static void give_way() { SwitchToThread(); }
+#else
+#include <sched.h>
+static void give_way() { sched_yield(); }
 #endif
 
 namespace edgetune {
@@ -73,6 +89,19 @@ static bool has_avx512_bf16() {
     uint32_t wanted = (1u << 1) | (1u << 11);  // VBMI, VNNI
     return has_avx512() && bits(leaf7(0, 2), wanted) && bits(leaf7(1, 0), 1u << 5);
 }
+
+// Linux wants to be asked once a process, since tiles make a thread's saved state 8 KiB larger.
+static bool has_amx() {
+    uint32_t wanted = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+    if (!has_avx512_bf16() || (saved_registers() & 0x60000) != 0x60000 || !bits(leaf7(0, 3), wanted)) return false;
+#if defined(__linux__)
+    const int request_permission = 0x1023, tile_data = 18;
+    static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
 #endif
 
 #ifdef ET_ARM
@@ -101,6 +130,7 @@ namespace scalar { extern const Kernel table[]; }
 namespace avx2 { extern const Kernel table[]; }
 namespace avx512 { extern const Kernel table[]; }
 namespace avx512_bf16 { extern const Kernel table[]; }
+namespace amx { extern const Kernel table[]; }
 #endif
 #ifdef ET_ARM
 namespace neon { extern const Kernel table[]; }
@@ -110,6 +140,9 @@ namespace neon_i8mm { extern const Kernel table[]; }
 // Best first. build.py leaves out (ET_NO_...) what the compiler could not compile.
 static const Isa isas[] = {
 #ifdef ET_X86
+#ifndef ET_NO_AMX
+    {"amx", has_amx, amx::table},
+#endif
 #ifndef ET_NO_AVX512_BF16
     {"avx512_bf16", has_avx512_bf16, avx512_bf16::table},
 #endif
@@ -163,6 +196,35 @@ void barrier() {
     if (gomp_barrier) gomp_barrier();
 }
 
+#if defined(__GNUC__)
+static void rest() {
+#if defined(ET_X86)
+    __builtin_ia32_pause();
+#elif defined(ET_ARM)
+    __asm__ volatile("yield");
+#endif
+}
+
+void meet(Meeting* meeting, int count) {
+    if (count <= 1) return;
+    constexpr int SPINS = 1000;  // some ten microseconds: more than threads differ by when each has its processor
+    int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == count) {
+        __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&meeting->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; spins++) {
+        if (spins < SPINS) rest();
+        else give_way();
+    }
+}
+#else
+void meet(Meeting*, int count) {
+    if (count > 1) barrier();
+}
+#endif
+
 }  // namespace edgetune
 
 using namespace edgetune;
@@ -176,11 +238,14 @@ ET_EXPORT const char* et_isa_name(int index) {
 
 ET_EXPORT int et_isa_supported(int index) { return et_isa_name(index) && isas[index].supported(); }
 
-// The kernel of that name for that instruction set; null where there is none.
+// The kernel of that name for that instruction set, or the next best one's that has it; null where there is none.
 ET_EXPORT void* et_kernel(int index, const char* name) {
     if (!et_isa_supported(index)) return nullptr;
-    for (const Kernel* kernel = isas[index].kernels; kernel->name; kernel++)
-        if (!strcmp(kernel->name, name)) return reinterpret_cast<void*>(kernel->function);
+    for (; et_isa_name(index); index++) {
+        if (!isas[index].supported()) continue;
+        for (const Kernel* kernel = isas[index].kernels; kernel->name; kernel++)
+            if (!strcmp(kernel->name, name)) return reinterpret_cast<void*>(kernel->function);
+    }
     return nullptr;
 }
 

@@ -53,6 +53,13 @@ typedef void (*Task)(void* argument, int index, int count);
 void parallel(int threads, Task task, void* argument);
 void barrier();
 
+// A barrier that gives its processor away when the others keep it waiting, for tasks that meet a hundred times in some
+// milliseconds: OpenMP's spins on for a while, so that on a busy machine threads wait for each other more than they work.
+struct Meeting {
+    int arrived, round;  // both 0 at first
+};
+void meet(Meeting* meeting, int count);
+
 }  // namespace edgetune
 
 namespace {

@@ -13,18 +13,25 @@ namespace {
 #include "numbers.inl"
 #include "lanes.inl"
 
+#include "attention.inl"
+#if !defined(ET_USE_AMX)
 #include "dequant.inl"
 #include "elementwise.inl"
-#include "softmax.inl"
 #include "matvec.inl"
 #include "decode.inl"
+#endif
 }  // namespace
 
+#if defined(ET_USE_AMX)  // et_kernel finds the others among avx512_bf16's
+#define ET_KERNELS(X) ET_ATTENTION_KERNELS(X)
+#else
+#define ET_KERNELS(X)                                                                                               \
+    ET_ATTENTION_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) \
+    ET_DECODE_KERNELS(X)
+#endif
 #define X(kernel) {#kernel, reinterpret_cast<void (*)()>(&kernel)},
 extern const Kernel table[];
-const Kernel table[] = {
-    ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_SOFTMAX_KERNELS(X) ET_MATVEC_KERNELS(X) ET_DECODE_KERNELS(X)
-    {nullptr, nullptr}};
+const Kernel table[] = {ET_KERNELS(X){nullptr, nullptr}};
 #undef X
 }  // namespace ET_ISA
 }  // namespace edgetune

@@ -39,12 +39,12 @@ class KernelsMissing(ImportError):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """The library, loaded once. Raises KernelsMissing."""
-    path = _FOLDER / ("_kernels.dll" if os.name == "nt" else "_kernels.so")
-    if not path.is_file():
+    path = _find()
+    if path is None:
         raise KernelsMissing(
-            f"no C++ kernels were built at {path}: install a C++ compiler and reinstall edgetune, or in a clone type "
+            f"no C++ kernels were built at {_FOLDER}: install a C++ compiler and reinstall edgetune, or in a clone type "
             f"`python runtime/backends/cpu/build.py`."
         )
     try:
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
         raise KernelsMissing(f"the C++ kernels cannot be loaded ({error}): reinstall edgetune.") from error
     found = loaded.et_abi()
     if found != ABI:
-        raise KernelsMissing(f"the C++ kernels at {path} have ABI {found}, and this version expects {ABI}: reinstall edgetune.")
+        raise KernelsMissing(f"the C++ kernels at {path} have ABI {found}, and this expects {ABI}: reinstall edgetune.")
     loaded.et_isa_name.restype = ctypes.c_char_p
     loaded.et_kernel.restype = ctypes.c_void_p
     loaded.et_kernel.argtypes = [ctypes.c_int, ctypes.c_char_p]
@@ -65,8 +65,15 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def _find() -> Path | None:
+    """The library beside this file; else, when Python runs in a clone's root, the one that an install has built."""
+    name = "_kernels.dll" if os.name == "nt" else "_kernels.so"
+    installed = (Path(entry) / "edgetune" / "runtime" / "backends" / "cpu" for entry in sys.path if entry)
+    return next((folder / name for folder in (_FOLDER, *installed) if (folder / name).is_file()), None)
+
+
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP runtime in this process; never loads one. None: kernels run on one thread (MSVC's builds have their own)."""
+    """The OpenMP runtime in this process; never loads one. None: kernels run on one thread (always on Windows)."""
     if os.name == "nt":
         return None
     folder = Path(torch.__file__).parent
@@ -94,7 +101,7 @@ def _mapped() -> list[str]:
 
 def _names() -> list[str]:
     """Instruction sets of this build, best first; the index is the library's."""
-    loaded, names = library(), []
+    loaded, names = load(), list[str]()
     while (name := loaded.et_isa_name(len(names))) is not None:
         names.append(name.decode())
     return names
@@ -103,16 +110,19 @@ def _names() -> list[str]:
 @functools.cache
 def isas() -> tuple[str, ...]:
     """Instruction sets that this build holds and this machine runs, best first."""
-    return tuple(name for index, name in enumerate(_names()) if library().et_isa_supported(index))
+    return tuple(name for index, name in enumerate(_names()) if load().et_isa_supported(index))
 
 
 def selected_isa() -> str:
-    """The instruction set in use: force_isa's, else EDGETUNE_CPU_ISA's, else the best. Raises UsageError for one that is not there."""
+    """The instruction set in use: force_isa's, else EDGETUNE_CPU_ISA's, else the best. UsageError: it is not there."""
     wanted = _forced[-1] if _forced else os.environ.get(VARIABLE, "")
     if not wanted:
         return isas()[0]
     if wanted not in isas():
-        raise UsageError(f"{VARIABLE} asks for {wanted!r}, and this machine has {', '.join(isas())}: choose one of these or unset it.")
+        have = ", ".join(isas())
+        raise UsageError(
+            f"{VARIABLE} asks for {wanted!r}, and this machine has {have}: choose one of these or unset it."
+        )
     return wanted
 
 
@@ -132,13 +142,13 @@ def force_isa(name: str) -> Iterator[None]:
 def kernel(name: str, signature: str) -> Callable[..., None]:
     """The kernel of that name for the instruction set in use.
 
-    signature: a letter an argument, as in `_TYPES` (p pointer, i int, l int64, u uint64, f float), the same at every call.
+    signature: a letter an argument, as in `_TYPES` (p pointer, i int, l int64, u uint64, f float), always the same.
     """
     function = _functions.get(name)
     if function is None:
-        address = library().et_kernel(_names().index(selected_isa()), name.encode())
+        address = load().et_kernel(_names().index(selected_isa()), name.encode())
         if not address:
-            raise KernelsMissing(f"the C++ kernels lack {name}, so they are older than this source: reinstall edgetune.")
+            raise KernelsMissing(f"the C++ kernels lack {name}, being older than this source: reinstall edgetune.")
         prototype: Any = ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in signature))
         function = _functions[name] = prototype(address)
     return function
@@ -146,4 +156,4 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
 
 def team_size(threads: int) -> int:
     """How many threads a kernel that asks for `threads` gets."""
-    return int(library().et_team_size(threads))
+    return int(load().et_team_size(threads))

@@ -19,9 +19,10 @@ struct Linear {
     Absmax absmax;
     int64_t block_size;
     const float* bias;  // (rows,) or null
-    int64_t rank;       // 0: no adapter
-    const Bf16* lora_A;  // (rank, cols), times alpha / rank
-    const Bf16* lora_B;  // (ceil(rows / PANEL), rank, PANEL): whole cache lines for a range of rows; padded with zeros
+    int64_t rank;        // 0: no adapter
+    int64_t lora_kind;   // DENSE_BF16 or DENSE_F32
+    const void* lora_A;  // (rank, cols), times alpha / rank
+    const void* lora_B;  // (ceil(rows / PANEL), rank, PANEL): whole cache lines for a range of rows; padded with zeros
 };
 
 static bool has_form(const Linear& w) { return w.kind == NF4 && w.block_size == BLOCK && w.cols % BLOCK == 0; }
@@ -185,11 +186,16 @@ void dense_range(const T* weight, int64_t cols, const Activations* x, int n, flo
         for (int t = 0; t < n; t++) y[t * stride + begin] = dot(weight + begin * cols, x[t].x, cols);
 }
 
+static void dense_range(int64_t kind, const void* weight, int64_t cols, const Activations* x, int n, float* y, int64_t stride,
+                        int64_t begin, int64_t end) {
+    if (kind == DENSE_BF16) dense_range(static_cast<const Bf16*>(weight), cols, x, n, y, stride, begin, end);
+    else dense_range(static_cast<const float*>(weight), cols, x, n, y, stride, begin, end);
+}
+
 // Rows [begin, end) of x W^T -> y[token * stride + row]; x laid out by lay_out for the same `compute`.
 static void product_range(const Linear& w, int64_t compute, const Activations* x, int n, float* y, int64_t stride,
                           int64_t begin, int64_t end) {
-    if (w.kind == DENSE_BF16) dense_range(static_cast<const Bf16*>(w.weight), w.cols, x, n, y, stride, begin, end);
-    else if (w.kind == DENSE_F32) dense_range(static_cast<const float*>(w.weight), w.cols, x, n, y, stride, begin, end);
+    if (w.kind != NF4) dense_range(w.kind, w.weight, w.cols, x, n, y, stride, begin, end);
     else if (!has_form(w)) crossing_range(w, x, n, y, stride, begin, end);
     else if (compute == COMPUTE_INT8) form_range<Int8Form>(w, x, n, y, stride, begin, end);
     else if (compute == COMPUTE_BF16) form_range<Bf16Form>(w, x, n, y, stride, begin, end);

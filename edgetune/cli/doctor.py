@@ -1,0 +1,26 @@
+"""edgetune doctor."""
+
+from __future__ import annotations
+
+import click
+
+from edgetune.cli.options import json_option, print_json
+from edgetune.ui import human_bytes
+
+
+@click.command("doctor")
+@json_option
+def doctor_command(as_json: bool) -> None:
+    """Say what this installation can do on this machine, and what is amiss."""
+    from edgetune.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if name == "problems":
+            continue
+        shown = human_bytes(value) if name.endswith("_bytes") else value
+        click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<18} {shown}")
+    click.echo("\n".join(found["problems"]) or "All is well.")

@@ -1,0 +1,76 @@
+"""edgetune models and edgetune quantize: what is on this machine, and how to make it 4-bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from edgetune.cli.options import json_option, print_json
+from edgetune.ui import human_bytes, one_line
+
+
+@click.command("models")
+@click.argument("folder", required=False, type=click.Path())
+@json_option
+def models_command(folder: str | None, as_json: bool) -> None:
+    """List base models on this machine (or below FOLDER): Hugging Face cache, LM Studio, Ollama, MLX. Nothing is fetched."""
+    from edgetune.models import NOTHING_FOUND, scan
+
+    found = scan(folder)
+    if as_json:
+        print_json({"models": [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]})
+        return
+    for model in found:
+        click.echo(f"{model.status:<8} {one_line(model.name)}")
+        size = f"{model.parameters / 1e9:.2f}B parameters, " if model.parameters else ""
+        template = "chat template" if model.template else "no chat template"
+        fits = "fits" if model.fits else "does not fit in memory"
+        click.echo(
+            f"         {model.source}, {size}{human_bytes(model.bytes)}, {model.quantisation or 'unknown format'}, {template}, {fits}"
+        )
+        if model.reason:
+            click.echo(f"         {one_line(model.reason)}")
+    if not any(model.status != "no" and model.name != "demo" for model in found):
+        click.echo(NOTHING_FOUND)
+
+
+@click.command("quantize")
+@click.argument("src", type=click.Path())
+@click.argument("dest", type=click.Path())
+@click.option("--single-quant", is_flag=True, help="Keep the scales in fp32 (4.5 bits a weight instead of 4.127).")
+@json_option
+def quantize_command(src: str, dest: str, single_quant: bool, as_json: bool) -> None:
+    """Write the Hugging Face folder SRC as a 4-bit NF4 folder DEST, which transformers opens too.
+
+    A killed run is continued by the same command.
+    """
+    from edgetune.models import resolve
+    from edgetune.runtime.quantize import quantize_folder
+
+    progress = None
+    if sys.stderr.isatty() and not as_json:
+        progress = _Progress()
+    result = quantize_folder(resolve(src).path, Path(dest).expanduser(), double_quant=not single_quant, progress=progress)
+    if as_json:
+        print_json({**dataclasses.asdict(result), "folder": str(result.folder)})
+        return
+    click.echo(
+        f"{one_line(str(result.folder))}: {result.parameters / 1e6:,.1f}M parameters, {human_bytes(result.source_bytes)} -> "
+        f"{human_bytes(result.bytes)}. Use it: edgetune train --model {one_line(dest)} notes/"
+    )
+
+
+class _Progress:
+    """A percentage on standard error."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = done * 100 // max(total, 1)
+        if percent != self._shown:
+            self._shown = percent
+            click.echo(f"\r{percent:3} %" + ("\n" if done >= total else ""), nl=False, err=True)

@@ -1,0 +1,47 @@
+"""What this installation can do on this machine, and what is amiss: the first thing to send with a question."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edgetune
+from edgetune.prepare import backend_name
+from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16
+from edgetune.runtime.ops import kernels_missing
+from edgetune.state import home
+
+
+def examine() -> dict[str, Any]:
+    """The facts, JSON-ready. `problems` are sentences; none means that all is well."""
+    cpu = torch.device("cpu")
+    missing = kernels_missing()
+    package = Path(edgetune.__file__).resolve().parent
+    problems = []
+    if missing:
+        problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {missing}")
+    if not os.access(home(), os.W_OK):
+        problems.append("The state folder cannot be written to; set EDGETUNE_HOME to one that can.")
+    return {
+        "edgetune": edgetune.__version__,
+        "package": "clone" if (package.parent / "runtime").is_dir() else "site-packages",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": missing is None,
+        "backend": backend_name(cpu),
+        "dtype": str(compute_dtype(cpu)).removeprefix("torch."),
+        "fast_bf16": has_fast_bf16(),
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "memory_available_bytes": available_memory(),
+        "home_is_private": sys.platform == "win32" or home().stat().st_mode & 0o077 == 0,
+        "problems": problems,
+    }

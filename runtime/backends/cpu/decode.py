@@ -1,0 +1,275 @@
+"""Decoding on the CPU: fused NF4 products for a few tokens, and a `Decoder` that runs a whole step in one call.
+
+A token of decoding reads every weight once, so it costs what memory bandwidth costs, if nothing is added: the kernels read
+packed weights where they lie, and Python builds the structs that point at them once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime.backends.cpu.library import kernel
+from edgetune.runtime.lora import AnyLinear, Linear, LoraLinear
+from edgetune.runtime.model import KVCache, Llama
+from edgetune.runtime.nf4 import QuantizedTensor, code_table
+
+MAX_TOKENS = 8
+COMPUTE = {"f32": 0, "bf16": 1, "int8": 2}
+"""How NF4 products are computed: exact but for fp32 sums; weights and activations in bf16 (where the machine multiplies
+bf16, else f32); weights and activations in 8 bits, a scale for each 64 (error of a product about 8e-3)."""
+
+_PANEL = 32  # matvec.inl's PANEL
+_KIND = {torch.bfloat16: 1, torch.float32: 2}  # matvec.inl's Kind; 0 is NF4
+_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Absmax(ctypes.Structure):
+    _fields_ = [("plain", _pointer), ("codes", _pointer), ("table", _pointer), ("nested", _pointer), ("offset", _float), ("shift", _int)]  # fmt: skip
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        ("kind", _int), ("rows", _int), ("cols", _int), ("weight", _pointer), ("codes", _pointer), ("absmax", _Absmax),
+        ("block_size", _int), ("bias", _pointer), ("rank", _int), ("lora_kind", _int), ("lora_A", _pointer), ("lora_B", _pointer),
+    ]  # fmt: skip
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, _int) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "max_length", "cache_bf16", "compute")),
+        ("eps", _float), ("scale", _float), ("cosines", _pointer), ("sines", _pointer),
+    ]  # fmt: skip
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _pointer) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        ("window", _int),
+    ]  # fmt: skip
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("shape", _pointer), ("blocks", _pointer), ("block_count", _int), ("norm", _pointer), ("head", _pointer),
+        ("logits", _pointer), ("h", _pointer), ("n", _int), ("position", _int), ("space", _pointer), ("space_own", _int),
+    ]  # fmt: skip
+
+
+def _require(condition: bool, message: str, *values: Any) -> None:
+    if not condition:
+        raise ValueError(message.format(*values))
+
+
+def _address(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Address of a contiguous CPU tensor of exactly this shape and dtype."""
+    found = (tuple(x.shape), x.dtype, x.device.type)
+    _require(found == (tuple(shape), dtype, "cpu"), "{} is {} {} on {}; expected {} {} on cpu", name, *found, tuple(shape), dtype)
+    _require(x.is_contiguous(), "{} is not contiguous", name)
+    return x.data_ptr()
+
+
+def _aligned(size: int) -> Tensor:
+    """u8 (size,), not initialised, at a multiple of 64 bytes."""
+    whole = torch.empty(size + 64, dtype=torch.uint8)
+    return whole[-whole.data_ptr() % 64 :][:size]
+
+
+# ---- structs that point into our tensors ----
+
+
+def _weight(weight: Tensor | QuantizedTensor, name: str) -> _Linear:
+    """The struct of a weight (out, in) without bias and adapter; it points into the weight's own tensors."""
+    _require(len(weight.shape) == 2, "{} is {}; expected a matrix", name, tuple(weight.shape))
+    rows, cols = weight.shape
+    if isinstance(weight, QuantizedTensor):
+        return _quantized(weight, rows, cols, name)
+    _require(weight.dtype in _KIND, "{} is {}; expected bf16, f32 or NF4", name, weight.dtype)
+    return _Linear(kind=_KIND[weight.dtype], rows=rows, cols=cols, weight=_address(weight, name, (rows, cols), weight.dtype))
+
+
+def _quantized(weight: QuantizedTensor, rows: int, cols: int, name: str) -> _Linear:
+    state, nested = weight.state, weight.state.nested
+    _require(state.block_size >= 2 and state.block_size % 2 == 0, "{} has blocks of {}; expected an even number", name, state.block_size)
+    packed = _address(weight.packed, f"{name}'s codes", ((rows * cols + 1) // 2, 1), torch.uint8)
+    count = -(-rows * cols // state.block_size)
+    if nested is None:
+        absmax = _Absmax(plain=_address(state.absmax, f"{name}'s absmax", (count,), torch.float32))
+    else:
+        shift = nested.block_size.bit_length() - 1
+        _require(nested.block_size == 1 << shift, "{} has nested blocks of {}; expected a power of two", name, nested.block_size)
+        absmax = _Absmax(
+            codes=_address(state.absmax, f"{name}'s absmax", (count,), torch.uint8),
+            table=_address(nested.table, f"{name}'s nested table", (256,), torch.float32),
+            nested=_address(nested.absmax, f"{name}'s nested absmax", (-(-count // nested.block_size),), torch.float32),
+            offset=nested.offset,
+            shift=shift,
+        )
+    codes = code_table(state.quant_type)  # cached: it lives as long as the process
+    return _Linear(kind=0, rows=rows, cols=cols, weight=packed, codes=codes.data_ptr(), absmax=absmax, block_size=state.block_size)
+
+
+def _panels(b: Tensor) -> Tensor:
+    """lora_B (out, r) -> (ceil(out / 32), r, 32), so that 32 rows' parts of a column lie together; zeros beyond out."""
+    out, rank = b.shape
+    padded = torch.nn.functional.pad(b, (0, 0, 0, -out % _PANEL))
+    return padded.view(-1, _PANEL, rank).transpose(1, 2).contiguous()
+
+
+class Decoder:
+    """One sequence's decoding: all blocks, final norm and head in one call of the kernels.
+
+    It points into the model's weights and the cache's tensors, which it keeps alive, and holds copies of the adapters (in
+    the model's dtype) and norms as they are now: after an adapter has changed, make a new one.
+    """
+
+    def __init__(self, model: Llama, cache: KVCache, compute: str | None = None) -> None:
+        """compute: of `COMPUTE`; None takes f32 for an f32 model and int8 otherwise. Raises ValueError for what the kernels cannot run."""
+        config = model.config
+        self.model, self.cache = model, cache
+        self._dtype = model.dtype if model.dtype in _KIND else torch.float32
+        self.compute = compute or ("f32" if self._dtype == torch.float32 else "int8")
+        _require(self.compute in COMPUTE, "compute {!r} is none of {}", self.compute, ", ".join(COMPUTE))
+        self._kept: list[Any] = [model, cache]
+        cos, sin = model.rope(torch.arange(cache.max_length))
+        half = (cache.max_length, config.head_dim // 2)
+        kind = cache.k[0].dtype
+        _require(kind in _KIND, "the KV cache is {}; expected bf16 or f32", kind)
+        self._shape = _Shape(
+            config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
+            cache.max_length, int(kind == torch.bfloat16), COMPUTE[self.compute], config.rms_norm_eps,
+            config.head_dim**-0.5, self._keep(cos, "cos", half), self._keep(sin, "sin", half),
+        )  # fmt: skip
+        self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(model.blocks)))
+        self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
+        self._head = self._linear(Linear(model.head), "head", config.vocab_size, config.hidden_size)
+        self._space, self._space_for = torch.empty(0), (0, 0)
+        self._own = 0
+
+    def _keep(self, x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        """Address of a tensor that lives as long as the decoder."""
+        x = x.detach().contiguous()
+        self._kept.append(x)
+        return _address(x, name, shape, dtype)
+
+    def _linear(self, linear: AnyLinear, name: str, rows: int, cols: int) -> _Linear:
+        base = linear.base if isinstance(linear, LoraLinear) else linear
+        _require(tuple(base.weight.shape) == (rows, cols), "{} is {}; expected {}", name, tuple(base.weight.shape), (rows, cols))
+        self._kept.append(base.weight)
+        struct = _weight(base.weight, name)
+        if base.bias is not None:
+            struct.bias = self._keep(base.bias.float(), f"{name}'s bias", (rows,))
+        if isinstance(linear, LoraLinear):
+            a, b = (linear.lora_A.detach() * linear.scale).to(self._dtype), linear.lora_B.detach().to(self._dtype)
+            struct.rank, struct.lora_kind = a.shape[0], _KIND[self._dtype]
+            _require(b.shape == (rows, a.shape[0]), "{}'s lora_B is {}; expected {}", name, tuple(b.shape), (rows, a.shape[0]))
+            struct.lora_A = self._keep(a, f"{name}'s lora_A", (struct.rank, cols), self._dtype)
+            struct.lora_B = self._keep(_panels(b), f"{name}'s lora_B", (-(-rows // _PANEL), struct.rank, _PANEL), self._dtype)
+        return struct
+
+    def _block(self, block: Any, layer: int) -> _Block:
+        c = self.model.config
+        d, q, kv, f, name = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size, f"layer {layer}'s "
+        cache_shape, cache_dtype = (c.num_kv_heads, self.cache.max_length, c.head_dim), self.cache.k[0].dtype
+        head_norms = {
+            key: self._keep(weight.float(), name + key, (c.head_dim,))
+            for key, weight in (("q_norm", block.q_norm), ("k_norm", block.k_norm))
+            if weight is not None
+        }
+        return _Block(
+            self._linear(block.q_proj, name + "q_proj", q, d),
+            self._linear(block.k_proj, name + "k_proj", kv, d),
+            self._linear(block.v_proj, name + "v_proj", kv, d),
+            self._linear(block.o_proj, name + "o_proj", d, q),
+            self._linear(block.gate_proj, name + "gate_proj", f, d),
+            self._linear(block.up_proj, name + "up_proj", f, d),
+            self._linear(block.down_proj, name + "down_proj", d, f),
+            attn_norm=self._keep(block.attn_norm.float(), name + "attn_norm", (d,)),
+            mlp_norm=self._keep(block.mlp_norm.float(), name + "mlp_norm", (d,)),
+            keys=_address(self.cache.k[layer], name + "keys", cache_shape, cache_dtype),
+            values=_address(self.cache.v[layer], name + "values", cache_shape, cache_dtype),
+            window=block.window or 0,
+            **head_norms,
+        )
+
+    # ---- running ----
+
+    def __call__(self, token: int) -> Tensor:
+        """The token after those in the cache -> logits (V,) f32; the cache grows by one."""
+        h = self.model.embed(torch.tensor([token])).float()
+        logits = self.run(h, self.cache.length)
+        self.cache.length += 1
+        return logits[0]
+
+    def run(self, h: Tensor, position: int) -> Tensor:
+        """h (n <= 8, D) f32, embedded tokens, becomes the last block's output in place -> logits (n, V) f32.
+
+        Their keys and values go into the cache from `position` on; the cache's `length` is the caller's.
+        """
+        logits = torch.empty(h.shape[0], self._head.rows)
+        self._decode(h, position, self._blocks, len(self._blocks), logits)
+        return logits
+
+    def run_block(self, layer: int, h: Tensor, position: int) -> None:
+        """One block alone: h (n <= 8, D) f32, in place."""
+        self._decode(h, position, self._blocks[layer], 1, None)
+
+    def _decode(self, h: Tensor, position: int, blocks: Any, count: int, logits: Tensor | None) -> None:
+        n, threads = h.shape[0], torch.get_num_threads()
+        _require(1 <= n <= MAX_TOKENS, "h has {} tokens; expected 1 to {}", n, MAX_TOKENS)
+        _require(
+            position >= 0 and position + n <= self.cache.max_length,
+            "{} tokens at {} do not fit a KV cache of {}", n, position, self.cache.max_length,
+        )  # fmt: skip
+        self._reserve(n, threads)
+        job = _Job(
+            ctypes.addressof(self._shape), ctypes.addressof(blocks), count, self._norm if logits is not None else None,
+            ctypes.addressof(self._head), logits.data_ptr() if logits is not None else None,
+            _address(h, "h", (n, self._shape.hidden), torch.float32), n, position, self._space.data_ptr(), self._own,
+        )  # fmt: skip
+        kernel("decode", "pi")(ctypes.addressof(job), threads)
+
+    def _reserve(self, n: int, threads: int) -> None:
+        """Working memory for n tokens and that many threads, kept from step to step."""
+        if self._space_for == (n, threads):
+            return
+        sizes = (ctypes.c_int64 * 2)()
+        kernel("decode_space", "pplllp")(
+            ctypes.addressof(self._shape), ctypes.addressof(self._blocks), len(self._blocks), n, threads, ctypes.addressof(sizes)
+        )
+        self._space, self._own, self._space_for = _aligned(sizes[0]), sizes[1], (n, threads)
+
+
+def decoder(model: Llama, cache: KVCache) -> Decoder | None:
+    """`step(token) -> logits (V,)` for this model and cache; None where the kernels cannot run it (fp16 weights)."""
+    try:
+        return Decoder(model, cache)
+    except ValueError:
+        return None
+
+
+def matvec(x: Tensor, quantized: QuantizedTensor, compute: str | None = None) -> Tensor:
+    """x (n, in) bf16 or f32 -> x W^T (n, out) in x's dtype, 8 rows at a time.
+
+    compute: of `COMPUTE`; None takes f32 for f32 and bf16 for bf16.
+    """
+    _require(x.dim() == 2 and x.dtype in _KIND and x.device.type == "cpu", "x is {} {} on {}; expected (n, in) bf16 or f32 on cpu", tuple(x.shape), x.dtype, x.device)
+    _require(x.shape[1] == quantized.shape[1], "x has {} features; the weight takes {}", x.shape[1], quantized.shape[1])
+    how = COMPUTE[compute or ("f32" if x.dtype == torch.float32 else "bf16")]
+    weight = _weight(quantized, "the weight")
+    activations = x.detach().float().contiguous()
+    y = torch.empty(x.shape[0], weight.rows)
+    size = ctypes.c_int64()
+    kernel("matvec_space", "lp")(weight.cols, ctypes.addressof(size))
+    space = _aligned(min(len(x), MAX_TOKENS) * size.value)
+    for start in range(0, len(x), MAX_TOKENS):
+        rows = activations[start : start + MAX_TOKENS]
+        kernel("matvec", "plplppi")(
+            ctypes.addressof(weight), how, rows.data_ptr(), len(rows), y[start:].data_ptr(), space.data_ptr(), torch.get_num_threads()
+        )
+    return y.to(x.dtype)

@@ -1,0 +1,357 @@
+"""`edgetune models`: an answer for each find, whatever lies there; and the model that a user's words stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from edgetune import models
+from edgetune.models import DEMO, Found, ModelChoice, resolve, scan
+from edgetune.runtime.checkpoint import model_shapes
+from edgetune.runtime.config import LlamaConfig
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.quantize import quantize_folder
+
+PLENTY = 10**12
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, template: bool = True, **changes: Any) -> Path:
+    """A whole model folder, with random weights."""
+    config = {**CONFIG, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = model_shapes(LlamaConfig.from_hf(config))
+    save_file({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text("{}")
+    if template:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    return folder
+
+
+def cached(home: Path, id: str, revision: str = "0123456789abcdef", hub: str = ".cache/huggingface/hub") -> Path:
+    """The snapshot folder of a model in the Hugging Face cache, with refs/main pointing to it."""
+    entry = home / hub / ("models--" + id.replace("/", "--"))
+    (entry / "refs").mkdir(parents=True, exist_ok=True)
+    (entry / "refs" / "main").write_text(revision)
+    return entry / "snapshots" / revision
+
+
+def ollama(home: Path, name: str, model: bool = True, root: str = ".ollama/models", **about: Any) -> None:
+    """A model as `ollama pull` leaves it."""
+    digests = [hashlib.sha256(f"{name} {kind}".encode()).hexdigest() for kind in ("weights", "settings")]
+    blobs = home / root / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    (blobs / f"sha256-{digests[0]}").write_bytes(b"GGUF" + bytes(100))
+    (blobs / f"sha256-{digests[1]}").write_text(json.dumps(about))
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digests[0]}", "size": 1_321_082_688},
+        {"mediaType": "application/vnd.ollama.image.template", "digest": f"sha256:{digests[1]}", "size": 5},
+    ]
+    path = home / root / "manifests" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {"digest": f"sha256:{digests[1]}"}
+    path.write_text(json.dumps({"config": config, "layers": layers if model else []}))
+
+
+def only(finds: list[Found]) -> Found:
+    assert len(finds) == 1, finds
+    return finds[0]
+
+
+def test_a_cached_model_is_ready(home: Path) -> None:
+    folder = make_model(cached(home, "Tiny/Llama-Chat"))
+    found = only(scan(memory=PLENTY))
+    assert (found.name, found.path, found.source) == ("Tiny/Llama-Chat", folder, "Hugging Face")
+    assert (found.status, found.fits, found.reason, found.template) == ("ready", True, "", True)
+    assert (found.quantisation, found.architecture) == ("bf16", "LlamaForCausalLM")
+    assert found.parameters == LlamaConfig.from_hf(CONFIG).parameters
+    assert found.bytes == pytest.approx(2 * found.parameters, rel=0.02)
+
+
+def test_a_four_bit_folder_is_ready(home: Path) -> None:
+    make_model(home / "dense", torch.float32)
+    quantize_folder(home / "dense", home / "models" / "small")
+    found = only(scan(home / "models", memory=PLENTY))
+    assert (found.status, found.quantisation) == ("ready", "nf4 double")
+    assert found.name == str(home / "models" / "small")
+
+
+def test_each_quantisation_is_named(home: Path) -> None:
+    for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        make_model(home / "models" / name, dtype)
+    assert {found.name.rpartition(os.sep)[2]: found.quantisation for found in scan(home / "models", memory=PLENTY)} == {
+        "fp32": "fp32",
+        "fp16": "fp16",
+        "bf16": "bf16",
+    }
+
+
+def test_a_large_dense_folder_comes_with_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(cached(home, "Large/Llama"))
+    monkeypatch.setattr(models, "CONVERT_BYTES", 1000)
+    found = only(scan(memory=PLENTY))
+    assert found.status == "convert"
+    assert "edgetune quantize Large/Llama DEST" in found.reason
+    assert resolve("Large/Llama").name == "Large/Llama"  # named, it is used all the same
+
+
+def test_a_model_that_does_not_fit_says_what_it_needs(home: Path) -> None:
+    make_model(cached(home, "Tiny/Llama"))
+    found = only(scan(memory=1_000_000))
+    assert (found.status, found.fits) == ("ready", False)
+    assert "GB" in found.reason
+    assert resolve(memory=1_000_000).is_demo
+
+
+def test_the_cache_is_where_the_environment_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(cached(home, "A/One", hub="elsewhere/hub"))
+    make_model(cached(home, "B/Two", hub="third"))
+    assert scan() == []
+    monkeypatch.setenv("HF_HOME", str(home / "elsewhere"))
+    assert only(scan()).name == "A/One"
+    monkeypatch.setenv("HF_HUB_CACHE", str(home / "third"))
+    assert only(scan()).name == "B/Two"
+
+
+def test_the_revision_is_the_one_refs_main_names(home: Path) -> None:
+    make_model(cached(home, "Tiny/Llama", "b" * 40))
+    wanted = make_model(cached(home, "Tiny/Llama", "a" * 40))
+    assert only(scan()).path == wanted
+    wanted.parent.parent.joinpath("refs", "main").write_text("../../../../etc")
+    assert only(scan()).path.parent == wanted.parent
+
+
+def test_a_snapshot_of_links_into_blobs_is_read(home: Path) -> None:
+    """huggingface_hub keeps the files in blobs/ and links to them."""
+    snapshot = make_model(cached(home, "Tiny/Llama"))
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    assert only(scan(memory=PLENTY)).status == "ready"
+
+
+def test_ollama_models_are_named_as_ollama_names_them(home: Path) -> None:
+    about = {"file_type": "Q4_K_M", "model_family": "llama"}
+    ollama(home, "registry.ollama.ai/library/llama3.2/1b", **about)
+    found = only(scan())
+    assert (found.name, found.source, found.status) == ("llama3.2:1b", "Ollama", "no")
+    assert (found.quantisation, found.architecture, found.template) == ("Q4_K_M", "llama", True)
+    assert found.bytes == 1_321_082_688
+    assert "GGUF" in found.reason
+
+
+def test_ollama_names_other_people_and_places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ollama(home, "registry.ollama.ai/someone/model/latest", root="o")
+    ollama(home, "hf.co/bartowski/Llama-GGUF/Q8_0", root="o")
+    ollama(home, "registry.ollama.ai/library/empty/latest", model=False, root="o")
+    assert scan() == []
+    monkeypatch.setenv("OLLAMA_MODELS", str(home / "o"))
+    finds = {found.name: found for found in scan()}
+    assert set(finds) == {"hf.co/bartowski/Llama-GGUF:Q8_0", "someone/model:latest", "empty:latest"}
+    assert "names no model" in finds["empty:latest"].reason
+
+
+def test_lm_studio_holds_gguf_and_mlx(home: Path) -> None:
+    first = home / ".lmstudio" / "models" / "bartowski" / "Llama-3.2-1B-GGUF"
+    first.mkdir(parents=True)
+    (first / "Llama-3.2-1B-Q4_K_M.gguf").write_bytes(bytes(10))
+    (first / "mmproj-f16.gguf").write_bytes(bytes(10))
+    old = home / ".cache" / "lm-studio" / "models" / "x" / "split"
+    old.mkdir(parents=True)
+    for part in (1, 2):
+        (old / f"m-0000{part}-of-00002.gguf").write_bytes(bytes(10))
+    mlx = make_model(home / ".lmstudio" / "models" / "mlx-community" / "Llama-4bit")
+    (mlx / "config.json").write_text(json.dumps({**CONFIG, "quantization": {"bits": 4, "group_size": 64}}))
+    finds = {found.name: found for found in scan(memory=PLENTY)}
+    assert set(finds) == {"bartowski/Llama-3.2-1B-GGUF", "x/split", "mlx-community/Llama-4bit"}
+    assert {found.status for found in finds.values()} == {"no"}
+    assert {found.source for found in finds.values()} == {"LM Studio"}
+    assert finds["bartowski/Llama-3.2-1B-GGUF"].quantisation == "Q4_K_M"
+    assert finds["mlx-community/Llama-4bit"].quantisation == "MLX 4-bit"
+    assert "MLX" in finds["mlx-community/Llama-4bit"].reason
+
+
+def break_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def break_truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def break_shapes(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "intermediate_size": 128}))
+
+
+def break_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+
+
+def break_method(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def break_json(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def break_types(folder: Path) -> None:
+    odd = {"model_type": ["llama"], "architectures": {"a": 1}, "quantization": [], "hidden_size": "x"}
+    (folder / "config.json").write_text(json.dumps(odd))
+
+
+def break_numbers(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": -1, "num_attention_heads": 0}))
+
+
+def break_size(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"x": "a" * (models.MAX_JSON + 1)}))
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+BREAKS = {name.removeprefix("break_"): value for name, value in list(globals().items()) if name.startswith("break_")}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_a_find_that_cannot_be_used_says_why(how: str, home: Path) -> None:
+    folder = make_model(cached(home, "Tiny/Broken"))
+    BREAKS[how](folder)
+    make_model(cached(home, "Tiny/Whole"))
+    whole, broken = scan(memory=PLENTY)
+    assert (whole.name, whole.status) == ("Tiny/Whole", "ready")
+    assert (broken.name, broken.status, broken.fits) == ("Tiny/Broken", "no", False)
+    assert broken.reason
+    assert broken.reason.isprintable()
+    with pytest.raises(ModelError) as caught:
+        resolve("Tiny/Broken")
+    assert str(caught.value) == broken.reason
+
+
+def test_hostile_entries_are_no_crash(home: Path) -> None:
+    hub = home / ".cache" / "huggingface" / "hub"
+    hub.mkdir(parents=True)
+    (hub / "models--file").write_text("not a folder")
+    (hub / "models--loop").mkdir()
+    (hub / "models--loop" / "snapshots").symlink_to("snapshots")
+    (hub / "models----").mkdir()
+    snapshot = cached(home, "Bad/\x1b[31mName")
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").mkdir()
+    (snapshot / "model.gguf").write_bytes(b"")
+    manifests = home / ".ollama" / "models" / "manifests" / "registry.ollama.ai" / "library" / "m"
+    manifests.mkdir(parents=True)
+    hostile = ["", "[]", '{"layers": 5}', '{"layers": [5, {"mediaType": 3, "digest": ["x"]}]}', "[" * 50_000]
+    hostile.append(json.dumps({"layers": [{"mediaType": "a.model", "digest": "sha256:../../../etc/passwd", "size": -1}]}))
+    for number, content in enumerate(hostile):
+        (manifests / str(number)).write_text(content)
+    finds = scan()
+    assert len(finds) == 1 + len(hostile)
+    assert {found.status for found in finds} == {"no"}
+    assert all(found.name.isprintable() and found.reason.isprintable() for found in finds)
+
+
+def test_nothing_is_written_and_an_empty_home_has_nothing(home: Path) -> None:
+    assert scan() == []
+    assert list(home.iterdir()) == []
+    assert "hf download" in models.NOTHING_FOUND
+    assert "never downloads" in models.NOTHING_FOUND
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_model_the_demo_answers(home: Path) -> None:
+    for name in (None, DEMO):
+        choice = resolve(name)
+        assert (choice.name, choice.is_demo, choice.path.name) == ("demo", True, "demo")
+        assert choice.path.parent.name == "edgetune"
+
+
+def test_the_best_is_the_largest_ready_model_that_fits(home: Path) -> None:
+    make_model(cached(home, "A/Small"))
+    make_model(cached(home, "A/Large"), intermediate_size=192)
+    make_model(cached(home, "A/Plain"), intermediate_size=192, template=False)
+    assert resolve(memory=PLENTY) == ModelChoice(cached(home, "A/Large"), "A/Large", False)
+
+
+def test_a_name_leads_back_to_its_model(home: Path) -> None:
+    folder = make_model(cached(home, "Tiny/Llama-Chat"))
+    for name in ("Tiny/Llama-Chat", "tiny/llama-chat", "Llama-Chat"):
+        choice = resolve(name)
+        assert (choice.path, choice.name) == (folder, "Tiny/Llama-Chat")
+        assert resolve(choice.name) == choice
+
+
+def test_a_folder_leads_back_to_itself_from_anywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(home / "here" / "model")
+    monkeypatch.chdir(home / "here")
+    choice = resolve("model")
+    monkeypatch.chdir(home)
+    assert resolve(choice.name) == choice
+    assert choice.path == folder.resolve()
+    assert resolve("~/here/model").path == folder.resolve()
+
+
+def test_a_cache_entry_named_by_its_folder_is_its_snapshot(home: Path) -> None:
+    snapshot = make_model(cached(home, "Tiny/Llama"))
+    assert resolve(str(snapshot.parent.parent)).path == snapshot.resolve()
+
+
+def test_gguf_and_mlx_are_refused_by_name_and_by_path(home: Path) -> None:
+    ollama(home, "registry.ollama.ai/library/llama3.2/latest", file_type="Q4_K_M")
+    gguf = home / "x" / "model-Q8_0.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    mlx = make_model(home / "mlx")
+    (mlx / "config.json").write_text(json.dumps({**CONFIG, "quantization": {"bits": 4, "group_size": 64}}))
+    for name in ("llama3.2", "llama3.2:latest", str(gguf), str(gguf.parent)):
+        with pytest.raises(ModelError, match="GGUF"):
+            resolve(name)
+    with pytest.raises(ModelError, match="MLX"):
+        resolve(str(mlx))
+
+
+def test_a_name_that_is_not_here_says_where_it_looked(home: Path) -> None:
+    (home / "file.txt").write_text("")
+    with pytest.raises(ModelError, match=r"no model 'nobody/nothing'.*edgetune models.*never downloads"):
+        resolve("nobody/nothing")
+    with pytest.raises(ModelError, match="is a file"):
+        resolve(str(home / "file.txt"))

@@ -1,0 +1,256 @@
+"""Training on notes with the built-in model: it learns, it repeats itself to the bit, it keeps the best, it loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import edgetune
+from edgetune import registry
+from edgetune.config import DataConfig, TrainConfig
+from edgetune.evaluate import evaluate
+from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
+from edgetune.prepare import prepare, read
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError
+from edgetune.runtime.lora import LoraLinear
+from edgetune.session import Session, load_base
+from edgetune.train import learning_rate, train
+
+BEANS = ["broad beans", "runner beans", "peas", "leeks", "chard", "kale", "onions", "garlic", "radishes", "beetroot"]
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """Forty short notes of one kind: enough for some to be held out, and quickly learnt."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(40):
+        plant, other = BEANS[number % 10], BEANS[(number * 7 + 3) % 10]
+        (folder / f"{number:02}.md").write_text(
+            f"# Allotment log {number}\n\nToday Marra and I watered the {plant} behind the tarred shed. "
+            f"The {other} want netting before the jackdaws find them. Marra says the {plant} are early this year.\n"
+        )
+    return folder
+
+
+def config(notes: Path, **changes: object) -> TrainConfig:
+    data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=256)
+    return TrainConfig(**{"data": data, "model": "demo", "steps": 6, "rank": 4, **changes})  # type: ignore[arg-type]
+
+
+def finished(events: list[Event]) -> Finished:
+    assert isinstance(events[-1], Finished)
+    return events[-1]
+
+
+def adapter_bytes(folder: str) -> bytes:
+    return (Path(folder) / adapters.WEIGHTS_FILE).read_bytes()
+
+
+def test_a_run_learns_and_tells_what_it_did(notes: Path) -> None:
+    events = list(train(config(notes, steps=12)))
+    end = finished(events)
+    assert end.heldout_bits_per_byte_after < 0.8 * end.heldout_bits_per_byte_before
+    assert end.steps == 12
+    assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, 13))
+    assert end.tokens == sum(event.tokens for event in events if isinstance(event, Stepped))
+    assert end.peak_memory_bytes > 100_000_000
+    started = events[0]
+    assert isinstance(started, Started)
+    assert 1 <= started.heldout_documents <= 4
+    assert len(started.heldout_paths) == started.heldout_documents
+    prompts = {when: [e.prompt for e in events if isinstance(e, Sampled) and e.when == when] for when in ("before", "after")}
+    assert prompts["before"] == prompts["after"] != []
+    report = Path(end.report)
+    assert report.stat().st_mode & 0o077 == 0
+    assert started.heldout_paths[0] in report.read_text()
+    assert not (report.parent / "tokens").exists()
+    assert not (report.parent / "held-out").exists()
+
+
+def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -> None:
+    end = finished(list(train(config(notes))))
+    session = Session.load()
+    assert session.adapter_name == Path(end.adapter).name
+    assert session.model_name == "demo"
+    held_out = list(read(config(notes))[1].held_out)
+    result = evaluate([str(notes / document.path) for document in held_out])
+    assert result.adapter == session.adapter_name
+    # The same documents in other windows: equal but for where bf16 rounds.
+    assert result.bits_per_byte == pytest.approx(end.heldout_bits_per_byte_after, rel=0.01)
+    base = evaluate([str(notes)], adapter="none")
+    assert base.adapter == "none"
+    assert base.bits_per_byte > result.bits_per_byte
+
+
+def test_the_same_run_twice_gives_the_same_bytes(notes: Path, tmp_path: Path) -> None:
+    ends = [finished(list(train(config(notes, out=str(tmp_path / name))))) for name in ("a", "b")]
+    assert adapter_bytes(ends[0].adapter) == adapter_bytes(ends[1].adapter)
+    other = finished(list(train(config(notes, data=dataclasses.replace(config(notes).data, seed=1)))))
+    assert adapter_bytes(other.adapter) != adapter_bytes(ends[0].adapter)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_recomputation_does_not_change_the_adapter(notes: Path, recompute: str) -> None:
+    full = finished(list(train(config(notes, recompute="full", steps=3))))
+    other = finished(list(train(config(notes, recompute=recompute, steps=3))))
+    assert adapter_bytes(full.adapter) == adapter_bytes(other.adapter)
+
+
+def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: Path) -> None:
+    """Gradient accumulation over short rows is the long row's step, whatever the rows' lengths."""
+    losses = []
+    for rows in (64, 256):
+        prepared = prepare(config(notes, compute="fp32", dropout=0.0), tmp_path / str(rows))
+        batches = prepared.packer.micro_batches(0, rows)
+        trained = sum(batch.trained for batch in batches)
+        from edgetune.evaluate import as_row
+
+        losses.append(sum(float(prepared.runner.train(as_row(batch, trained))) for batch in batches))
+        losses.append(float(torch.stack([p.grad.norm() for p in adapters.parameters(prepared.loaded.model)]).norm()))
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[3], rel=1e-4)
+
+
+def test_one_batch_can_be_learnt_by_heart(notes: Path) -> None:
+    few = notes.parent / "few"
+    few.mkdir()
+    (few / "a.md").write_text((notes / "00.md").read_text())
+    events = list(train(config(few, steps=60, dropout=0.0, rank=16)))
+    losses = [event.loss for event in events if isinstance(event, Stepped)]
+    assert losses[-1] < 0.3 < 2.0 < losses[0]
+    assert finished(events).heldout_bits_per_byte_before is None
+
+
+def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading that turns upward: the adapter of the lowest one is what is saved."""
+    from edgetune import train as module
+
+    readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
+    kept: list[torch.Tensor] = []
+
+    def reading(self: module._Run) -> Evaluated:
+        linear = self.model.blocks[0].q_proj
+        assert isinstance(linear, LoraLinear)
+        kept.append(linear.lora_A.detach().clone())
+        return Evaluated(self.steps, next(readings), 1, 0.0)
+
+    monkeypatch.setattr(module._Run, "_evaluate", reading)
+    end = finished(list(train(config(notes, steps=6, evaluations=6))))
+    assert end.best_step == 2
+    assert end.heldout_bits_per_byte_after == 1.0
+    assert torch.equal(adapters.load(Path(end.adapter)).tensors[0, "q_proj", "A"], kept[2])
+
+
+def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune import train as module
+
+    readings = iter([1.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(module._Run, "_evaluate", lambda self: Evaluated(self.steps, next(readings), 1, 0.0))
+    end = finished(list(train(config(notes, steps=3, evaluations=3))))
+    assert not end.promoted
+    assert (Path(end.adapter) / adapters.CONFIG_FILE).is_file()
+    assert registry.get_current() is None
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.runtime.runner import Runner
+
+    original, calls = Runner.train, []
+
+    def sometimes_nan(self: Runner, row: object, key: int | None = None) -> torch.Tensor:
+        calls.append(1)
+        loss = original(self, row, key)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) == 2 else loss
+
+    monkeypatch.setattr(Runner, "train", sometimes_nan)
+    events = list(train(config(notes, data=dataclasses.replace(config(notes).data, batch_tokens=256), steps=4)))
+    assert [event.step for event in events if isinstance(event, Skipped)] == [2]
+    assert finished(events).skipped_steps == 1
+    weights = adapters.load(Path(finished(events).adapter)).tensors.values()
+    assert all(torch.isfinite(tensor).all() for tensor in weights)
+
+
+def test_steps_that_stay_not_finite_end_the_run(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.runtime.runner import Runner
+
+    monkeypatch.setattr(Runner, "train", lambda self, row, key=None: torch.tensor(float("inf")))
+    with pytest.raises(TrainingError, match=r"5 steps in a row.*--lr"):
+        list(train(config(notes, steps=20)))
+    assert registry.get_current() is None
+
+
+def test_an_interrupted_run_keeps_what_it_has(notes: Path) -> None:
+    stop, events = threading.Event(), []
+    for event in train(config(notes, steps=50), stop):
+        events.append(event)
+        if isinstance(event, Stepped) and event.step == 3:
+            stop.set()
+    end = finished(events)
+    assert (end.cut, end.steps) == ("interrupted", 3)
+    assert registry.get_current().adapter == Path(end.adapter).resolve()
+
+
+def test_a_deadline_cuts_at_a_step(notes: Path) -> None:
+    end = finished(list(train(config(notes, steps=100000, minutes=0.02))))
+    assert end.cut == "deadline"
+    assert 1 <= end.steps < 100000
+
+
+def test_training_goes_on_from_an_adapter(notes: Path) -> None:
+    first = finished(list(train(config(notes, steps=8))))
+    second = finished(list(train(config(notes, steps=8, from_adapter=first.adapter))))
+    assert second.heldout_bits_per_byte_before == pytest.approx(first.heldout_bits_per_byte_after, rel=1e-3)
+    assert second.heldout_bits_per_byte_after < first.heldout_bits_per_byte_after
+
+
+def test_edgetune_json_names_base_and_data_and_no_path(notes: Path) -> None:
+    end = finished(list(train(config(notes, steps=2, out=str(notes.parent / "out")))))
+    about = json.loads((Path(end.adapter) / adapters.EDGETUNE_FILE).read_text())
+    assert about["base"] == load_base("demo").checkpoint.digest
+    assert about["edgetune"] == edgetune.__version__
+    assert str(notes) not in json.dumps(about)
+    assert len(about["data"]) == 64
+
+
+def test_too_little_memory_is_refused_before_the_first_step(notes: Path) -> None:
+    with pytest.raises(ResourceError, match=r"needs .* GB and may use .*--memory"):
+        list(train(config(notes, memory="100MB")))
+
+
+def test_an_out_folder_with_other_files_is_refused_before_training(notes: Path) -> None:
+    (notes / "keep.txt").write_text("mine")
+    with pytest.raises(AdapterError):
+        list(train(config(notes, out=str(notes))))
+    assert (notes / "keep.txt").read_text() == "mine"
+
+
+def test_a_failed_run_leaves_no_tokens_behind(notes: Path, private_home: Path) -> None:
+    with pytest.raises(DataError):
+        list(train(config(notes / "nowhere")))
+    with pytest.raises(ResourceError):
+        list(train(config(notes, memory="100MB")))
+    left = list(private_home.rglob("*.bin"))
+    assert left == []
+
+
+def test_everything_in_the_home_is_private(notes: Path, private_home: Path) -> None:
+    list(train(config(notes, steps=2)))
+    open_to_others = [path for path in [private_home, *private_home.rglob("*")] if path.stat().st_mode & 0o077]
+    assert open_to_others == []
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path: Path) -> None:
+    plan = prepare(config(notes, steps=100, lr=1e-3), tmp_path / "run").plan
+    rates = [learning_rate(plan, step, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9] == rates[10] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4, rel=0.15)
+    assert all(a >= b for a, b in itertools.pairwise(rates))
