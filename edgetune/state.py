@@ -18,6 +18,7 @@ def home() -> Path:
 
 
 def private_folder(path: Path) -> Path:
-    """Create `path` (and parents) readable by its owner alone; an existing folder is left as it is."""
-    path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    """Create `path` and the parents it lacks, each readable by its owner alone; what exists is left as it is."""
+    for folder in reversed([path, *path.parents]):
+        folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
     return path

@@ -52,7 +52,7 @@ def chat_command(
     from edgetune.session import Session
 
     session = Session.load(model, adapter, device)
-    introduce(session.model_name, session.adapter_name)
+    introduce(session, model)
     chat = Chat(session, max_tokens, temperature, seed)
     if sys.stdin.isatty():
         say(HELP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,6 +22,9 @@ from edgetune.cli.options import (
 )
 from edgetune.runtime.errors import UsageError
 from edgetune.ui import sanitize
+
+if TYPE_CHECKING:
+    from edgetune.session import Session
 
 
 @click.command("generate")
@@ -47,7 +51,7 @@ def generate_command(
 
     text = _read_prompt(prompt)
     session = Session.load(model, adapter, device)
-    introduce(session.model_name, session.adapter_name)
+    introduce(session, model)
     if as_json:
         answer = session.generate(text, max_tokens, temperature, seed)
         print_json({
@@ -82,7 +86,7 @@ def ask_command(
     from edgetune.session import Session
 
     session = Session.load(model, adapter, device)
-    introduce(session.model_name, session.adapter_name)
+    introduce(session, model)
     pieces = session.chat([{"role": "user", "content": _read_prompt(question)}], max_tokens, temperature, seed)
     if not as_json:
         show(pieces)
@@ -107,9 +111,13 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def introduce(model: str, adapter: str) -> None:
-    """The first line printed: which model and which adapter answer."""
-    say(f"Model {sanitize(model)}, adapter {sanitize(adapter)}.")
+def introduce(session: Session, model: str | None) -> None:
+    """The first line printed: which model and which adapter answer, and whether it is only the demo for want of another."""
+    from edgetune.models import DEMO, DEMO_NOTICE
+
+    say(f"Model {sanitize(session.model_name)}, adapter {sanitize(session.adapter_name)}.")
+    if model is None and session.model_name == DEMO:
+        say(DEMO_NOTICE)
 
 
 def show(pieces: Iterator[str]) -> None:

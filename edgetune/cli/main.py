@@ -55,18 +55,16 @@ def cli() -> None:
 
 
 @contextmanager
-def _plain_failures() -> Iterator[None]:
+def plain_failures() -> Iterator[None]:
     """Expected failures become a sentence on standard error and exit 1; Ctrl-C exits 130; a closed pipe is no failure."""
     try:
         with explain_full_disk(home()):
             yield
     except EdgetuneError as error:
-        print(f"edgetune: {sanitize(str(error))}", file=sys.stderr)
+        click.echo(f"edgetune: {sanitize(str(error))}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("edgetune: interrupted.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except click.Abort:
+        click.echo("edgetune: interrupted.", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,9 +73,5 @@ def _plain_failures() -> Iterator[None]:
 def main() -> None:
     """Entry point of the `edgetune` command."""
     logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
-    with _plain_failures():
+    with plain_failures():
         cli.main(standalone_mode=True)
-
-
-if __name__ == "__main__":
-    main()

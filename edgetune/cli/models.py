@@ -17,7 +17,7 @@ from edgetune.ui import human_bytes, one_line
 @json_option
 def models_command(folder: str | None, as_json: bool) -> None:
     """List base models on this machine (or below FOLDER): Hugging Face cache, LM Studio, Ollama, MLX. Nothing is fetched."""
-    from edgetune.models import NOTHING_FOUND, scan
+    from edgetune.models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
 
     found = scan(folder)
     if as_json:
@@ -33,8 +33,9 @@ def models_command(folder: str | None, as_json: bool) -> None:
         )
         if model.reason:
             click.echo(f"         {one_line(model.reason)}")
-    if not any(model.status != "no" and model.name != "demo" for model in found):
+    if not any(model.status != "no" for model in found):
         click.echo(NOTHING_FOUND)
+    click.echo(f"{'ready':<8} {DEMO}\n         {DEMO_NOTICE}")
 
 
 @click.command("quantize")

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import device_option, json_option, print_json
+from edgetune.cli.options import device_option, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
-from edgetune.events import Finished
+from edgetune.events import Finished, Started
 from edgetune.runtime.config import LINEARS
 from edgetune.ui import human_bytes, one_line, renderer
 
@@ -61,6 +61,7 @@ def train_command(dry_run: bool, as_json: bool, targets: str | None, **flags: An
 
 
 def _run(config: TrainConfig, as_json: bool) -> None:
+    from edgetune.models import DEMO, DEMO_NOTICE
     from edgetune.train import train
 
     stop = threading.Event()
@@ -69,6 +70,8 @@ def _run(config: TrainConfig, as_json: bool) -> None:
         with renderer(as_json) as ui:
             for event in train(config, stop):
                 ui.show(event)
+                if isinstance(event, Started) and config.model is None and event.model == DEMO:
+                    say(DEMO_NOTICE)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

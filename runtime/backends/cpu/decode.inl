@@ -111,18 +111,30 @@ ET_INLINE const float* as_f32(const Bf16* rows, int64_t count, int64_t hd, float
     return space;
 }
 
-// Lane i: the sum of x[i]; x is used up. Neighbours are folded into each other's place, then pairs, fours and so on.
+// Lanes without STEP: a[l] + a[l + STEP]; lanes with it: b[l - STEP] + b[l].
+template <int STEP>
+ET_INLINE Floats fold_pair(Floats a, Floats b) {
+#if defined(__clang__)
+    Floats straight = a, crossed = b;
+    for (int l = 0; l < LANES; l++) straight[l] = l & STEP ? b[l] : a[l], crossed[l] = l & STEP ? b[l - STEP] : a[l + STEP];
+    return straight + crossed;
+#elif defined(__GNUC__)
+    Words straight, crossed;
+    for (int l = 0; l < LANES; l++) {
+        straight[l] = uint32_t(l & STEP ? LANES + l : l);
+        crossed[l] = uint32_t(l & STEP ? LANES + l - STEP : l + STEP);
+    }
+    return __builtin_shuffle(a, b, straight) + __builtin_shuffle(a, b, crossed);
+#else
+    return a + b;  // never: one lane
+#endif
+}
+
+// x[0], lane i: the sum of x[i]. Neighbours are folded into one, then pairs, fours and so on.
 template <int STEP>
 ET_INLINE void fold(Floats* x) {
     if constexpr (STEP < LANES) {
-        for (int i = 0; i < LANES; i += 2 * STEP) {
-            Words straight, crossed;
-            for (int l = 0; l < LANES; l++) {
-                straight[l] = uint32_t(l & STEP ? LANES + l : l);
-                crossed[l] = uint32_t(l & STEP ? LANES + l - STEP : l + STEP);
-            }
-            x[i] = __builtin_shuffle(x[i], x[i + STEP], straight) + __builtin_shuffle(x[i], x[i + STEP], crossed);
-        }
+        for (int i = 0; i < LANES; i += 2 * STEP) x[i] = fold_pair<STEP>(x[i], x[i + STEP]);
         fold<2 * STEP>(x);
     }
 }
@@ -130,7 +142,8 @@ ET_INLINE void fold(Floats* x) {
 // scores (TILE,) = q . keys
 static void score_tile(const float* q, const float* keys, int64_t hd, float* scores) {
     for (int64_t j = 0; j < TILE; j += LANES) {
-        Floats sums[LANES] = {};
+        Floats sums[LANES];
+        for (Floats& sum : sums) sum = Floats{};
         each(hd, [&](int64_t i, auto part) {
             const Floats x = get(q + i, part);
             for (int64_t k = 0; k < LANES; k++) sums[k] = fused(get(keys + (j + k) * hd + i, part), x, sums[k]);

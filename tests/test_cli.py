@@ -1,0 +1,255 @@
+"""The command line as a contract: names, JSON keys, exit codes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from edgetune.cli.main import COMMANDS, cli, plain_failures
+from edgetune.cli.train import train_command
+from edgetune.config import DataConfig, TrainConfig, parse_bytes, seconds_until, train_config
+from edgetune.runtime.errors import EdgetuneError, UsageError
+
+TRAIN_KEYS = {
+    "adapter", "steps", "tokens", "tokens_per_second", "heldout_bits_per_byte_before", "heldout_bits_per_byte_after",
+    "peak_memory_bytes", "device", "seconds",
+}  # fmt: skip
+EVAL_KEYS = {"bits_per_byte", "perplexity", "tokens", "bytes", "documents"}
+GENERATE_KEYS = {"text", "prompt_tokens", "tokens", "tokens_per_second"}
+BENCH_KEYS = {
+    "gemm_gflops", "read_gb_per_second", "train_tokens_per_second", "train_gemm_share", "prefill_tokens_per_second",
+    "decode_tokens_per_second", "decode_bandwidth_share", "peak_memory_bytes",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The last line: a command's answer, or the end of a run."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def run(*arguments: str, input: str | None = None) -> Outcome:
+    """The command line in this process, with main()'s own handling of failures."""
+
+    @click.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def whole(words: tuple[str, ...]) -> None:
+        with plain_failures():
+            cli.main(list(words), prog_name="edgetune")
+
+    result = CliRunner().invoke(whole, list(arguments), input=input)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(24):
+        (folder / f"{number:02}.md").write_text(
+            f"# Day {number}\n\nMarra watered the beans at the harbour allotment, day {number}.\n" * 3
+        )
+    return folder
+
+
+def test_every_command_has_help_and_json() -> None:
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        assert any("--json" in parameter.opts for parameter in command.params), name
+        assert run(name, "--help").code == 0
+
+
+def test_the_contracts_flags_are_there() -> None:
+    flags = {option for parameter in train_command.params for option in parameter.opts}
+    contract = """--model --device --out --steps --epochs --minutes --until --memory --rank --alpha --dropout --targets --lr
+    --seq-len --batch-tokens --seed --recipe --exclude --from --dry-run --json""".split()
+    assert set(contract) <= flags
+
+
+def test_every_flag_is_a_field_and_no_default_stands_in_the_command_line() -> None:
+    fields = {item.name for owner in (TrainConfig, DataConfig) for item in dataclasses.fields(owner)}
+    own = {"dry_run", "as_json"}
+    for parameter in train_command.params:
+        assert parameter.name in fields | own, parameter.name
+        if parameter.name not in own | {"notes", "exclude", "device"}:
+            assert parameter.default is None or repr(parameter.default).startswith("Sentinel"), parameter.name
+
+
+def test_train_then_everything_that_follows(notes: Path) -> None:
+    trained = run("train", str(notes), "--model", "demo", "--steps", "3", "--json")
+    assert trained.code == 0
+    assert set(trained.json) >= TRAIN_KEYS
+    assert all(json.loads(line)["event"] for line in trained.out.splitlines())
+    scored = run("eval", str(notes), "--json")
+    assert set(scored.json) >= EVAL_KEYS
+    written = run("generate", "The beans", "--max-tokens", "8", "--seed", "1", "--json")
+    assert set(written.json) >= GENERATE_KEYS
+    assert written.json["adapter"] == Path(trained.json["adapter"]).name
+    assert written.json == {
+        **run("generate", "The beans", "--max-tokens", "8", "--seed", "1", "--json").json,
+        "tokens_per_second": written.json["tokens_per_second"],
+    }
+    piped = run("generate", "-", "--max-tokens", "4", "--adapter", "none", "--json", input="The beans")
+    assert piped.json["adapter"] == "none"
+    asked = run("ask", "What did Marra water?", "--max-tokens", "6", "--json")
+    assert asked.code == 0
+    assert "Model demo, adapter" in asked.err
+
+
+def test_chat_keeps_a_history_compares_and_quits(notes: Path) -> None:
+    run("train", str(notes), "--model", "demo", "--steps", "1")
+    lines = "Hello\n/compare What now?\n/reset\n/nonsense\n/help\n/quit\nnever read\n"
+    talked = run("chat", "--max-tokens", "5", "--seed", "3", "--json", input=lines)
+    assert talked.code == 0
+    answers = [json.loads(line) for line in talked.out.splitlines()]
+    assert [set(answer) for answer in answers] == [{"user", "assistant"}, {"user", "base", "adapter"}]
+    assert "/compare" in talked.err
+
+
+def test_dry_run_reads_and_trains_nothing(notes: Path, private_home: Path) -> None:
+    (notes / "photo.png").write_bytes(b"\x89PNG\0")
+    told = run("train", str(notes), "--dry-run", "--json").json
+    assert told["documents"] == 24
+    assert told["skipped_paths"][0]["path"] == "photo.png"
+    assert "photo.png" in run("train", str(notes), "--dry-run").out
+    assert not (private_home / "adapters").exists()
+
+
+def test_models_names_the_demo_and_says_what_to_fetch() -> None:
+    listed = run("models")
+    assert "demo" in listed.out
+    assert "hf download" in listed.out
+    assert run("models", "--json").json == {"models": []}
+
+
+def test_doctor() -> None:
+    found = run("doctor", "--json").json
+    assert found["torch"]
+    assert found["backend"].split("/")[0] in ("cpu", "reference")
+    assert run("doctor").code == 0
+
+
+def test_bench_keys() -> None:
+    measured = run("bench", "--shape", "demo", "--tokens", "64", "--repeats", "1", "--json").json
+    assert set(measured) >= BENCH_KEYS
+    assert 0 < measured["train_gemm_share"] < 1.5
+    assert set(measured["train"]) == {"none", "selective", "full"}
+
+
+MISTAKES = {
+    "no such folder": ["train", "{tmp}/nowhere"],
+    "an empty folder": ["train", "{tmp}/empty"],
+    "only binaries": ["train", "{tmp}/binaries"],
+    "no notes named": ["train"],
+    "rank 0": ["train", "{notes}", "--rank", "0"],
+    "no steps": ["train", "{notes}", "--steps", "0"],
+    "lr nan": ["train", "{notes}", "--lr", "nan"],
+    "lr negative": ["train", "{notes}", "--lr", "-1"],
+    "alpha inf": ["train", "{notes}", "--alpha", "inf"],
+    "dropout 1": ["train", "{notes}", "--dropout", "1"],
+    "unknown target": ["train", "{notes}", "--targets", "q_proj,lm_head"],
+    "memory": ["train", "{notes}", "--memory", "lots"],
+    "too little memory": ["train", "{notes}", "--model", "demo", "--memory", "50MB"],
+    "until": ["train", "{notes}", "--until", "25:00"],
+    "seq-len": ["train", "{notes}", "--seq-len", "4"],
+    "batch": ["train", "{notes}", "--batch-tokens", "8"],
+    "cuda": ["train", "{notes}", "--device", "cuda"],
+    "mps": ["train", "{notes}", "--device", "mps"],
+    "recipe chat without chats": ["train", "{notes}", "--recipe", "chat"],
+    "no such model": ["train", "{notes}", "--model", "nobody/nothing"],
+    "no such adapter": ["generate", "hello", "--adapter", "nothing"],
+    "adapter folder without adapter": ["generate", "hello", "--adapter", "{tmp}/empty"],
+    "empty prompt from a pipe": ["generate", "-"],
+    "quantize onto a file": ["quantize", "demo", "{tmp}/file"],
+    "quantize a 4-bit model": ["quantize", "demo", "{tmp}/again"],
+    "eval of nothing": ["eval", "{tmp}/empty"],
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_is_one_sentence_and_exit_1(mistake: str, notes: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binaries").mkdir()
+    (tmp_path / "binaries" / "a.md").write_bytes(b"\0\1\2" * 100)
+    (tmp_path / "file").write_text("x")
+    outcome = run(*(argument.format(tmp=tmp_path, notes=notes) for argument in MISTAKES[mistake]))
+    assert outcome.code == 1
+    assert outcome.err.startswith("edgetune: ")
+    assert outcome.err.count("\n") == 1
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--no-such-flag"], ["nonsense"], ["generate"], ["train", "--steps", "many"], ["train", "--device", "tpu"]],
+)
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    assert run(*arguments).code == 2
+
+
+def test_model_output_cannot_move_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.session import Session
+
+    monkeypatch.setattr(Session, "stream", lambda self, *_: iter(["red \x1b[31m", "\x07bell"]))
+    shown = run("generate", "hi \x1b[2J", "--model", "demo")
+    assert "\x1b" not in shown.out
+    assert "\x07" not in shown.out
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, edgetune, edgetune.cli.main; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_config_toml_stands_between_defaults_and_flags(private_home: Path) -> None:
+    private_home.mkdir(parents=True)
+    (private_home / "config.toml").write_text("[train]\nrank = 4\nseq_len = 128\ntargets = ['q_proj']\n")
+    assert train_config({}).rank == 4
+    assert train_config({"rank": 2}).rank == 2
+    assert train_config({}).data.seq_len == 128
+    assert train_config({}).targets == ("q_proj",)
+    (private_home / "config.toml").write_text("[train]\nrnak = 4\n")
+    with pytest.raises(UsageError, match="rnak"):
+        train_config({})
+    (private_home / "config.toml").write_text("[train\n")
+    with pytest.raises(UsageError, match="TOML"):
+        train_config({})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GB", 2 * 10**9), ("1.5GiB", 1610612736), ("900MB", 900 * 10**6), ("4096", 4096), ("1k", 1000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2XB", "1e9", "0"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(EdgetuneError):
+        parse_bytes(text)
+
+
+def test_until_is_today_or_tomorrow() -> None:
+    from datetime import datetime
+
+    noon = datetime(2026, 1, 1, 12, 0)
+    assert seconds_until("13:30", noon) == 5400
+    assert seconds_until("11:00", noon) == 23 * 3600
