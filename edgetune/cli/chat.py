@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.generate import introduce, show
-from edgetune.cli.options import (
-    adapter_option,
-    device_option,
-    json_option,
-    max_tokens_option,
-    model_option,
-    print_json,
-    say,
-    seed_option,
-    temperature_option,
-)
+from edgetune.cli.generate import show
+from edgetune.cli.options import Writing, json_option, print_json, say, writing_options
 from edgetune.ui import sanitize
 
 if TYPE_CHECKING:
@@ -28,32 +18,16 @@ HELP = "/compare QUESTION answers with and without the adapter, /reset forgets t
 
 
 @click.command("chat")
-@model_option
-@adapter_option
-@device_option
-@max_tokens_option
-@temperature_option
-@seed_option
+@writing_options
 @json_option
-def chat_command(
-    model: str | None,
-    adapter: str | None,
-    device: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int | None,
-    as_json: bool,
-) -> None:
+def chat_command(writing: Writing, as_json: bool) -> None:
     """Talk with the model, a line a turn. /help lists what else can be typed.
 
     With --json each line answered is an object: {"user", "assistant"}, or {"user", "base", "adapter"} for /compare.
     """
     from edgetune.chat import Chat
-    from edgetune.session import Session
 
-    session = Session.load(model, adapter, device)
-    introduce(session, model)
-    chat = Chat(session, max_tokens, temperature, seed)
+    chat = Chat(writing.session(), *writing.sampling)
     if sys.stdin.isatty():
         say(HELP)
     while (text := _next_line()) is not None:

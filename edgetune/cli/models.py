@@ -28,9 +28,8 @@ def models_command(folder: str | None, as_json: bool) -> None:
         size = f"{model.parameters / 1e9:.2f}B parameters, " if model.parameters else ""
         template = "chat template" if model.template else "no chat template"
         fits = "fits" if model.fits else "does not fit in memory"
-        click.echo(
-            f"         {model.source}, {size}{human_bytes(model.bytes)}, {model.quantisation or 'unknown format'}, {template}, {fits}"
-        )
+        facts = f"{size}{human_bytes(model.bytes)}, {model.quantisation}, {template}, {fits}"
+        click.echo(f"         {model.source}, {facts}")
         if model.reason:
             click.echo(f"         {one_line(model.reason)}")
     if not any(model.status != "no" for model in found):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgetune.runtime.device import DEVICES
+from edgetune.ui import sanitize
+
+if TYPE_CHECKING:
+    from edgetune.session import Session
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -40,6 +46,56 @@ temperature_option: Decorator = click.option(
 seed_option: Decorator = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), metavar="S", help="The same seed gives the same words."
 )
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What `generate`, `ask` and `chat` share: who writes, and how."""
+
+    model: str | None
+    adapter: str | None
+    device: str
+    max_tokens: int
+    temperature: float
+    seed: int | None
+
+    def session(self) -> Session:
+        """Open the model, and say on standard error which model and adapter answer."""
+        from edgetune.models import DEMO, DEMO_NOTICE
+        from edgetune.session import Session
+
+        session = Session.load(self.model, self.adapter, self.device)
+        say(f"Model {sanitize(session.model_name)}, adapter {sanitize(session.adapter_name)}.")
+        if self.model is None and session.model_name == DEMO:
+            say(DEMO_NOTICE)
+        return session
+
+    @property
+    def sampling(self) -> tuple[int, float, int | None]:
+        """Session's arguments after the prompt."""
+        return self.max_tokens, self.temperature, self.seed
+
+
+def writing_options(command: Callable[..., None]) -> Callable[..., Any]:
+    """Give a command the options of Writing, and a Writing as its first argument."""
+
+    @functools.wraps(command)
+    def parsed(
+        model: str | None,
+        adapter: str | None,
+        device: str,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        **own: Any,
+    ) -> None:
+        command(Writing(model, adapter, device, max_tokens, temperature, seed), **own)
+
+    options = (model_option, adapter_option, device_option, max_tokens_option, temperature_option, seed_option)
+    decorated: Callable[..., Any] = parsed
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
 
 
 def print_json(value: dict[str, Any]) -> None:
