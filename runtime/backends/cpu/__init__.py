@@ -91,9 +91,7 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | Non
     return out
 
 
-def dequantize_rows(
-    quantized: QuantizedTensor, dtype: torch.dtype, begin: int, end: int, out: Tensor | None = None
-) -> Tensor:
+def dequantize_rows(quantized: QuantizedTensor, dtype: torch.dtype, begin: int, end: int, out: Tensor | None = None) -> Tensor:
     """Rows [begin, end) of the dense weight, (end - begin, in_features); into `out` where given."""
     rows, width = quantized.shape
     _require(0 <= begin <= end <= rows, "rows {} to {} are not within 0 to {}", begin, end, rows)
@@ -230,6 +228,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     kernel(f"cross_entropy_{suffix}", "plppllpi")(
         _check_output(logits, "logits", shape, dtype), logits.stride(0),
         _check_whole(targets, "targets", (rows,), torch.int64),
-        _check_whole(weights, "weights", (rows,), torch.float32), rows, width, losses.data_ptr(), torch.get_num_threads(),
+        _check_whole(weights, "weights", (rows,), torch.float32),
+        rows, width, losses.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return losses

@@ -47,7 +47,7 @@ ARM: Flags = {
 UNIX_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
-    *("-Wall", "-Wno-unused-function", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    *("-g0", "-Wall", "-Wno-unused-function", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 MSVC_FLAGS = ("/std:c++17", "/O2", "/fp:precise", "/EHs-c-", "/GR-", "/Zc:threadSafeInit-", "/openmp:experimental")
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from edgetune.runtime.backends.cpu.library import kernel
-from edgetune.runtime.lora import AnyLinear, Linear, LoraLinear
-from edgetune.runtime.model import KVCache, Llama
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
+
+if TYPE_CHECKING:  # what a back end runs, not what it is made of
+    from edgetune.runtime.lora import AnyLinear
+    from edgetune.runtime.model import Block, KVCache, Llama
 
 MAX_TOKENS = 8
 COMPUTE = {"f32": 0, "bf16": 1, "int8": 2}
@@ -29,13 +31,14 @@ _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class _Absmax(ctypes.Structure):
-    _fields_ = [("plain", _pointer), ("codes", _pointer), ("table", _pointer), ("nested", _pointer), ("offset", _float), ("shift", _int)]  # fmt: skip
+    _fields_ = [*((name, _pointer) for name in ("plain", "codes", "table", "nested")), ("offset", _float), ("shift", _int)]
 
 
 class _Linear(ctypes.Structure):
     _fields_ = [
         ("kind", _int), ("rows", _int), ("cols", _int), ("weight", _pointer), ("codes", _pointer), ("absmax", _Absmax),
-        ("block_size", _int), ("bias", _pointer), ("rank", _int), ("lora_kind", _int), ("lora_A", _pointer), ("lora_B", _pointer),
+        ("block_size", _int), ("bias", _pointer), ("rank", _int), ("lora_kind", _int), ("lora_A", _pointer),
+        ("lora_B", _pointer),
     ]  # fmt: skip
 
 
@@ -68,8 +71,8 @@ def _require(condition: bool, message: str, *values: Any) -> None:
 
 def _address(x: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Address of a contiguous CPU tensor of exactly this shape and dtype."""
-    found = (tuple(x.shape), x.dtype, x.device.type)
-    _require(found == (tuple(shape), dtype, "cpu"), "{} is {} {} on {}; expected {} {} on cpu", name, *found, tuple(shape), dtype)
+    found, expected = (tuple(x.shape), x.dtype, x.device.type), (tuple(shape), dtype, "cpu")
+    _require(found == expected, "{} is {} {} on {}; expected {} {} on {}", name, *found, *expected)
     _require(x.is_contiguous(), "{} is not contiguous", name)
     return x.data_ptr()
 
@@ -95,23 +98,24 @@ def _weight(weight: Tensor | QuantizedTensor, name: str) -> _Linear:
 
 def _quantized(weight: QuantizedTensor, rows: int, cols: int, name: str) -> _Linear:
     state, nested = weight.state, weight.state.nested
-    _require(state.block_size >= 2 and state.block_size % 2 == 0, "{} has blocks of {}; expected an even number", name, state.block_size)
+    size = state.block_size
+    _require(size >= 2 and size % 2 == 0, "{} has blocks of {}; expected an even number", name, size)
     packed = _address(weight.packed, f"{name}'s codes", ((rows * cols + 1) // 2, 1), torch.uint8)
-    count = -(-rows * cols // state.block_size)
+    count = -(-rows * cols // size)
     if nested is None:
         absmax = _Absmax(plain=_address(state.absmax, f"{name}'s absmax", (count,), torch.float32))
     else:
-        shift = nested.block_size.bit_length() - 1
-        _require(nested.block_size == 1 << shift, "{} has nested blocks of {}; expected a power of two", name, nested.block_size)
+        shift, many = nested.block_size.bit_length() - 1, nested.block_size
+        _require(many == 1 << shift, "{} has nested blocks of {}; expected a power of two", name, many)
         absmax = _Absmax(
             codes=_address(state.absmax, f"{name}'s absmax", (count,), torch.uint8),
             table=_address(nested.table, f"{name}'s nested table", (256,), torch.float32),
-            nested=_address(nested.absmax, f"{name}'s nested absmax", (-(-count // nested.block_size),), torch.float32),
+            nested=_address(nested.absmax, f"{name}'s nested absmax", (-(-count // many),), torch.float32),
             offset=nested.offset,
             shift=shift,
         )
-    codes = code_table(state.quant_type)  # cached: it lives as long as the process
-    return _Linear(kind=0, rows=rows, cols=cols, weight=packed, codes=codes.data_ptr(), absmax=absmax, block_size=state.block_size)
+    codes = code_table(state.quant_type).data_ptr()  # cached: it lives as long as the process
+    return _Linear(kind=0, rows=rows, cols=cols, weight=packed, codes=codes, absmax=absmax, block_size=size)
 
 
 def _panels(b: Tensor) -> Tensor:
@@ -129,7 +133,10 @@ class Decoder:
     """
 
     def __init__(self, model: Llama, cache: KVCache, compute: str | None = None) -> None:
-        """compute: of `COMPUTE`; None takes f32 for an f32 model and int8 otherwise. Raises ValueError for what the kernels cannot run."""
+        """compute: of `COMPUTE`; None takes f32 for an f32 model and int8 otherwise.
+
+        Raises ValueError for what the kernels cannot run.
+        """
         config = model.config
         self.model, self.cache = model, cache
         self._dtype = model.dtype if model.dtype in _KIND else torch.float32
@@ -145,9 +152,10 @@ class Decoder:
             cache.max_length, int(kind == torch.bfloat16), COMPUTE[self.compute], config.rms_norm_eps,
             config.head_dim**-0.5, self._keep(cos, "cos", half), self._keep(sin, "sin", half),
         )  # fmt: skip
-        self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(model.blocks)))
+        blocks: Any = model.blocks
+        self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(blocks)))
         self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
-        self._head = self._linear(Linear(model.head), "head", config.vocab_size, config.hidden_size)
+        self._head = self._frozen(model.head, None, "head", config.vocab_size, config.hidden_size)
         self._space, self._space_for = torch.empty(0), (0, 0)
         self._own = 0
 
@@ -157,24 +165,33 @@ class Decoder:
         self._kept.append(x)
         return _address(x, name, shape, dtype)
 
-    def _linear(self, linear: AnyLinear, name: str, rows: int, cols: int) -> _Linear:
-        base = linear.base if isinstance(linear, LoraLinear) else linear
-        _require(tuple(base.weight.shape) == (rows, cols), "{} is {}; expected {}", name, tuple(base.weight.shape), (rows, cols))
-        self._kept.append(base.weight)
-        struct = _weight(base.weight, name)
-        if base.bias is not None:
-            struct.bias = self._keep(base.bias.float(), f"{name}'s bias", (rows,))
-        if isinstance(linear, LoraLinear):
-            a, b = (linear.lora_A.detach() * linear.scale).to(self._dtype), linear.lora_B.detach().to(self._dtype)
-            struct.rank, struct.lora_kind = a.shape[0], _KIND[self._dtype]
-            _require(b.shape == (rows, a.shape[0]), "{}'s lora_B is {}; expected {}", name, tuple(b.shape), (rows, a.shape[0]))
-            struct.lora_A = self._keep(a, f"{name}'s lora_A", (struct.rank, cols), self._dtype)
-            struct.lora_B = self._keep(_panels(b), f"{name}'s lora_B", (-(-rows // _PANEL), struct.rank, _PANEL), self._dtype)
+    def _frozen(self, weight: Tensor | QuantizedTensor, bias: Tensor | None, name: str, rows: int, cols: int) -> _Linear:
+        found = tuple(weight.shape)
+        _require(found == (rows, cols), "{} is {}; expected {}", name, found, (rows, cols))
+        self._kept.append(weight)
+        struct = _weight(weight, name)
+        if bias is not None:
+            struct.bias = self._keep(bias.float(), f"{name}'s bias", (rows,))
         return struct
 
-    def _block(self, block: Any, layer: int) -> _Block:
+    def _linear(self, linear: AnyLinear, name: str, rows: int, cols: int) -> _Linear:
+        base: Any = getattr(linear, "base", linear)
+        struct = self._frozen(base.weight, base.bias, name, rows, cols)
+        if base is linear:
+            return struct
+        adapted: Any = linear
+        a, b = (adapted.lora_A.detach() * adapted.scale).to(self._dtype), adapted.lora_B.detach().to(self._dtype)
+        rank = a.shape[0]
+        _require(b.shape == (rows, rank), "{}'s lora_B is {}; expected {}", name, tuple(b.shape), (rows, rank))
+        struct.rank, struct.lora_kind = rank, _KIND[self._dtype]
+        struct.lora_A = self._keep(a, f"{name}'s lora_A", (rank, cols), self._dtype)
+        struct.lora_B = self._keep(_panels(b), f"{name}'s lora_B", (-(-rows // _PANEL), rank, _PANEL), self._dtype)
+        return struct
+
+    def _block(self, block: Block, layer: int) -> _Block:
         c = self.model.config
-        d, q, kv, f, name = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size, f"layer {layer}'s "
+        d, f, name = c.hidden_size, c.intermediate_size, f"layer {layer}'s "
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         cache_shape, cache_dtype = (c.num_kv_heads, self.cache.max_length, c.head_dim), self.cache.k[0].dtype
         head_norms = {
             key: self._keep(weight.float(), name + key, (c.head_dim,))
@@ -238,9 +255,9 @@ class Decoder:
         """Working memory for n tokens and that many threads, kept from step to step."""
         if self._space_for == (n, threads):
             return
-        sizes = (ctypes.c_int64 * 2)()
+        sizes, blocks = (ctypes.c_int64 * 2)(), self._blocks
         kernel("decode_space", "pplllp")(
-            ctypes.addressof(self._shape), ctypes.addressof(self._blocks), len(self._blocks), n, threads, ctypes.addressof(sizes)
+            ctypes.addressof(self._shape), ctypes.addressof(blocks), len(blocks), n, threads, ctypes.addressof(sizes)
         )
         self._space, self._own, self._space_for = _aligned(sizes[0]), sizes[1], (n, threads)
 
@@ -258,7 +275,9 @@ def matvec(x: Tensor, quantized: QuantizedTensor, compute: str | None = None) ->
 
     compute: of `COMPUTE`; None takes f32 for f32 and bf16 for bf16.
     """
-    _require(x.dim() == 2 and x.dtype in _KIND and x.device.type == "cpu", "x is {} {} on {}; expected (n, in) bf16 or f32 on cpu", tuple(x.shape), x.dtype, x.device)
+    found = (tuple(x.shape), x.dtype, x.device.type)
+    fits = x.dim() == 2 and x.dtype in _KIND and x.device.type == "cpu"
+    _require(fits, "x is {} {} on {}; expected (n, in) bf16 or f32 on cpu", *found)
     _require(x.shape[1] == quantized.shape[1], "x has {} features; the weight takes {}", x.shape[1], quantized.shape[1])
     how = COMPUTE[compute or ("f32" if x.dtype == torch.float32 else "bf16")]
     weight = _weight(quantized, "the weight")
@@ -270,6 +289,7 @@ def matvec(x: Tensor, quantized: QuantizedTensor, compute: str | None = None) ->
     for start in range(0, len(x), MAX_TOKENS):
         rows = activations[start : start + MAX_TOKENS]
         kernel("matvec", "plplppi")(
-            ctypes.addressof(weight), how, rows.data_ptr(), len(rows), y[start:].data_ptr(), space.data_ptr(), torch.get_num_threads()
-        )
+            ctypes.addressof(weight), how, rows.data_ptr(), len(rows), y[start:].data_ptr(), space.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
     return y.to(x.dtype)

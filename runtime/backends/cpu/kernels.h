@@ -8,7 +8,7 @@
 // everything in them sits in a namespace of the unit's own, and what stands in this header is `static`.
 //
 // To add a kernel: write `static void name(...)` in one of the .inl files, add `X(name)` to that file's ET_..._KERNELS list,
-// declare its signature in Python (library.declare), and raise ET_ABI here and library.ABI there when a signature changes.
+// fetch it in Python with library.kernel(name, signature), and raise ET_ABI here and library.ABI there when one changes.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -21,7 +21,6 @@
 #define ET_EXPORT extern "C" __declspec(dllexport)
 #define ET_SIMD __pragma(loop(ivdep))
 #define ET_SIMD_SUM(...)
-#define ET_SIMD_MAX(...)
 #define ET_INLINE static __forceinline
 #define ET_MEMBER __forceinline
 #else
@@ -29,7 +28,6 @@
 #define ET_PRAGMA(text) _Pragma(#text)
 #define ET_SIMD ET_PRAGMA(omp simd)                                        // iterations are independent: vectorise
 #define ET_SIMD_SUM(...) ET_PRAGMA(omp simd reduction(+ : __VA_ARGS__))    // the same, and these sums may be reordered
-#define ET_SIMD_MAX(...) ET_PRAGMA(omp simd reduction(max : __VA_ARGS__))
 #define ET_INLINE static inline __attribute__((always_inline))
 #define ET_MEMBER inline __attribute__((always_inline))
 #endif

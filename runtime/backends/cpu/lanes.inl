@@ -70,8 +70,6 @@ ET_INLINE Floats fused(Floats a, Floats b, Floats c) {
 
 ET_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-ET_INLINE float lane(const Floats& x, int i) { return reinterpret_cast<const float*>(&x)[i]; }
-
 ET_INLINE float sum(Floats x) {
     float parts[LANES];
     put(parts, x);

@@ -120,9 +120,7 @@ def selected_isa() -> str:
         return isas()[0]
     if wanted not in isas():
         have = ", ".join(isas())
-        raise UsageError(
-            f"{VARIABLE} asks for {wanted!r}, and this machine has {have}: choose one of these or unset it."
-        )
+        raise UsageError(f"{VARIABLE} asks for {wanted!r}, and this machine has {have}: choose one of these or unset it.")
     return wanted
 
 
