@@ -279,6 +279,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_library_that_was_not_built_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(ImportError, match="install a C\\+\\+ compiler and reinstall"):
         library.load.__wrapped__()
 
