@@ -253,4 +253,4 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path:
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4, rel=0.15)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))

@@ -43,6 +43,5 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
             f"{human_bytes(speed.peak_memory_bytes)}"
         )
     click.echo(f"  read a prompt            {result.prefill_tokens_per_second:10,.1f} tok/s")
-    click.echo(
-        f"  write                    {result.decode_tokens_per_second:10,.1f} tok/s, {result.decode_bandwidth_share:.0%} of memory's speed"
-    )
+    share = f"{result.decode_bandwidth_share:.0%} of memory's speed"
+    click.echo(f"  write                    {result.decode_tokens_per_second:10,.1f} tok/s, {share}")

@@ -1,0 +1,385 @@
+"""One epoch over real notes with the 16M base: wall clock and held-out bits per byte, edgetune beside peft.
+
+    python tests/benchmarks/til_epoch.py [--data ../shared/data] [--repeats 1] [--json FILE]
+    python tests/benchmarks/til_epoch.py --limit 60                                  to try the script out
+
+Everyone trains the same documents (edgetune's reading and split of --notes), rank 16, alpha 16, dropout 0.05, AdamW at
+1e-3 with 10 warm-up steps and linear decay to a tenth, clip 1.0. One scorer judges all: transformers in fp32 with the
+weights each was trained on (bf16, or NF4 dequantised) and its adapter, put on by peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+from common import Contender, Result
+
+RANK, ALPHA, DROPOUT = 16, 16, 0.05
+RATE, WARMUP, FINAL, CLIP = 1e-3, 10, 0.1, 1.0
+ROW, ROWS = 512, 4  # the yardstick's batches
+CUT, DOCUMENTS = 1024, 4  # trl's max_length; documents a padded batch
+SCORED = 1024  # the base's context
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Peer(NamedTuple):
+    """How a peer trains: `base` bf16 or nf4 names the folder, `dtype` what its weights are loaded as."""
+
+    label: str
+    base: str = "bf16"
+    dtype: str = "bfloat16"
+    autocast: bool = True
+    bf16_adapters: bool = False
+    padded: bool = False
+    recompute: bool = False
+
+
+PEERS = {
+    "peft-fp32": Peer("peft, fp32 base, bf16 autocast, packed 4×512 (the yardstick)", dtype="float32"),
+    "peft-bf16": Peer("peft, bf16 base, bf16 autocast, packed 4×512"),
+    "peft-bf16-adapters": Peer("peft, bf16 base and adapters, packed 4×512", autocast=False, bf16_adapters=True),
+    "peft-nf4": Peer("peft+bitsandbytes NF4, bf16 autocast, packed 4×512", "nf4"),
+    "peft-nf4-adapters": Peer("peft+bitsandbytes NF4, bf16 adapters, packed 4×512", "nf4", autocast=False, bf16_adapters=True),
+    "peft-defaults": Peer("peft as trl's defaults: 4 padded notes, cut at 1,024, recompute", padded=True, recompute=True),
+    "peft-defaults-nf4": Peer("the same with bitsandbytes NF4", "nf4", padded=True, recompute=True),
+}
+OURS = {"ours": "edgetune NF4, packed, documents isolated"}
+
+
+def main() -> None:
+    flags = common.parser(__doc__)
+    flags.set_defaults(repeats=1)
+    flags.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="holds base-16m and til")
+    flags.add_argument("--base", type=Path, help="the base model's folder (DATA/base-16m)")
+    flags.add_argument("--notes", type=Path, help="the notes' folder (DATA/til)")
+    flags.add_argument("--limit", type=int, help="only this many notes, to try the script out")
+    arguments = flags.parse_args()
+    arguments.base = arguments.base or arguments.data / "base-16m"
+    arguments.notes = arguments.notes or arguments.data / "til"
+    if arguments.contender:
+        common.serve(arguments, contend)
+    else:
+        compare(arguments)
+
+
+# --- the parent -----------------------------------------------------------------------------------------------------
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    script = Path(__file__).resolve()
+    work = arguments.workdir / ("til" if arguments.limit is None else f"til-{arguments.limit}")
+    passed = ["--threads", str(arguments.threads), "--workdir", str(work), "--base", str(arguments.base.resolve()),
+              "--notes", str(arguments.notes.resolve())]  # fmt: skip
+    if arguments.limit is not None:
+        passed += ["--limit", str(arguments.limit)]
+    host = common.machine(arguments.threads)
+    every = [Contender(key, peer.label) for key, peer in PEERS.items()] + [Contender(key, label) for key, label in OURS.items()]
+    contenders = common.chosen(every, arguments.only)
+    common.say("reading the notes, quantising the base")
+    texts = common.run(script, Contender("prepare", "prepare"), passed)
+    if "error" in texts:
+        raise SystemExit(f"Preparing failed: {texts['error']}")
+    results = common.run_rounds(script, contenders, passed, arguments.repeats)
+    scores = {base: score(script, passed, base, None) for base in ("bf16", "nf4")}
+    for contender in contenders:
+        base = PEERS[contender.key].base if contender.key in PEERS else "nf4"
+        if "error" not in results[contender.key][-1]:
+            scores[contender.key] = score(script, passed, base, contender.key)
+    everything = {
+        "benchmark": "til_epoch",
+        "machine": host,
+        "versions": common.versions(),
+        "lacking": [*common.lacking(), "trl is not installed: its defaults are done by hand, without its logging and saving"],
+        "settings": {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "rate": RATE, "rounds": arguments.repeats, **texts},
+        "results": results,
+        "scores": scores,
+    }
+    everything["summary"] = summary = summarise(results, scores)
+    common.publish(arguments.json, render(everything, contenders, summary), everything)
+
+
+def score(script: Path, passed: list[str], base: str, adapter: str | None) -> Result:
+    common.say(f"scoring {adapter or 'no adapter'} on the {base} base")
+    key = f"score-{base}" + (f"-{adapter}" if adapter else "")
+    return common.run(script, Contender(key, key), passed)
+
+
+def summarise(results: dict[str, list[Result]], scores: dict[str, Result]) -> dict[str, Any]:
+    ours, time_key = results.get("ours", []), "epoch_seconds"
+
+    def fastest(keys: list[str]) -> str | None:
+        present = [key for key in keys if common.median(results.get(key, []), time_key)]
+        return min(present, key=lambda key: common.median(results[key], time_key) or math.inf) if present else None
+
+    best, defaults = fastest(list(PEERS)), fastest([key for key in PEERS if key.startswith("peft-defaults")])
+
+    def faster(peer: str | None, key: str) -> float | None:
+        return common.median_ratio(results.get(peer or "", []), ours, key)
+
+    yardstick, mine = (scores.get(key, {}).get("bits_per_byte") for key in ("peft-fp32", "ours"))
+    return {
+        "peer_fastest": best,
+        "times_faster_than_fastest_peer": faster(best, time_key),
+        "times_faster_than_fastest_nf4_peer": faster(fastest(["peft-nf4", "peft-nf4-adapters"]), time_key),
+        "times_faster_than_yardstick": faster("peft-fp32", time_key),
+        "times_faster_than_defaults": faster(defaults, time_key),
+        "times_faster_whole_run_than_fastest_peer": faster(best, "whole_seconds"),
+        "bits_per_byte_to_yardstick": mine / yardstick if mine and yardstick else None,
+    }
+
+
+def render(everything: Result, contenders: list[Contender], summary: dict[str, Any]) -> str:
+    results, scores, settings = everything["results"], everything["scores"], everything["settings"]
+    rows = []
+    for contender in contenders:
+        mine, base = results[contender.key], PEERS[contender.key].base if contender.key in PEERS else "nf4"
+        rows.append([
+            contender.label,
+            common.number(common.median(mine, "epoch_seconds")),
+            common.number(common.median_ratio(mine, results.get("ours", []), "epoch_seconds"), "{:.2f}×"),
+            common.number(common.median(mine, "whole_seconds")),
+            common.number(common.median(mine, "tokens_per_second"), "{:,.0f}"),
+            common.number(common.median(mine, "steps"), "{:.0f}"),
+            common.megabytes(common.median(mine, "peak_memory_bytes")),
+            common.number(scores[base].get("bits_per_byte"), "{:.4f}"),
+            common.number(scores.get(contender.key, {}).get("bits_per_byte"), "{:.4f}"),
+            common.number(common.median(mine, "own_bits_per_byte"), "{:.4f}"),
+        ])  # fmt: skip
+    heads = ["one epoch", "epoch s", "times ours", "whole run s", "text tokens/s", "steps", "peak memory MB",
+             "bits/byte before", "after", "by its own count"]  # fmt: skip
+    about = (
+        f"{settings['documents']} notes, {settings['tokens']:,} tokens with ends; {settings['held_out']} held out, "
+        f"{settings['held_out_bytes']:,} bytes; medians of {settings['rounds']} rounds. Epoch: the optimizer steps alone. "
+        "Whole run: from after the imports to the saved adapter, with reading, tokenising and loading (ours also with both "
+        "evaluations, the samples and the report). text tokens/s: tokens of the notes a second of epoch, padding not counted.\n"
+    )
+    return "\n".join([common.heading(everything), about, common.table(heads, rows), "", common.listed(summary)])
+
+
+# --- the contenders -------------------------------------------------------------------------------------------------
+
+
+def contend(arguments: argparse.Namespace) -> Result:
+    key = arguments.contender
+    if key == "prepare":
+        return prepare(arguments)
+    if key.startswith("score-"):
+        _, base, *adapter = key.split("-", 2)
+        common.bare_torch(arguments.threads)
+        return scored(arguments, base, adapter[0] if adapter else None)
+    bare = common.bare_torch(arguments.threads)
+    return ours(arguments, bare) if key in OURS else peer(arguments, key, bare)
+
+
+def notes_folder(arguments: argparse.Namespace) -> Path:
+    return arguments.notes if arguments.limit is None else arguments.workdir / "notes"
+
+
+def prepare(arguments: argparse.Namespace) -> Result:
+    """The two sides as texts.json, and the base three ways: as it is, in NF4, and that dequantised."""
+    from edgetune.config import DataConfig, TrainConfig
+    from edgetune.prepare import read
+    from edgetune.runtime.quantize import quantize_folder
+    from edgetune.runtime.tokenizer import Tokenizer
+
+    arguments.workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if arguments.limit is not None and not notes_folder(arguments).exists():
+        for path in sorted(arguments.notes.rglob("*.md"))[:: max(1, 1800 // arguments.limit)][: arguments.limit]:
+            copied = notes_folder(arguments) / path.relative_to(arguments.notes)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
+    _, parted = read(TrainConfig(data=DataConfig(notes=(str(notes_folder(arguments)),))))
+    sides = {"train": [document.text for document in parted.train], "held_out": [document.text for document in parted.held_out]}
+    (arguments.workdir / "texts.json").write_text(json.dumps(sides))
+    nf4, dense = arguments.workdir / "base-nf4", arguments.workdir / "base-nf4-dense"
+    if not nf4.exists():
+        quantize_folder(arguments.base, nf4)
+    if not (dense / "config.json").exists():
+        dense.mkdir(exist_ok=True)
+        common.write_dense(nf4, dense / "model.safetensors")
+        shutil.copyfile(arguments.base / "config.json", dense / "config.json")
+    tokenizer = Tokenizer.load(arguments.base)
+    return {
+        "documents": len(parted.train),
+        "held_out": len(parted.held_out),
+        "tokens": sum(len(tokenizer.encode(text)) + 2 for text in sides["train"]),
+        "held_out_bytes": sum(len(text.encode()) for text in sides["held_out"]),
+    }
+
+
+def texts(arguments: argparse.Namespace, side: str) -> list[str]:
+    return json.loads((arguments.workdir / "texts.json").read_text())[side]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to a tenth: what edgetune.train does, and the yardstick did."""
+    warmup = min(WARMUP, steps // 4)
+    if step < warmup:
+        return RATE * (step + 1) / warmup
+    return RATE * (1 - (1 - FINAL) * (step - warmup) / max(steps - warmup, 1))
+
+
+def packed(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
+    """(ids, labels, attention mask) of 4 rows of 512 from all documents end to end, nothing isolated; the rest is padded."""
+    import torch
+
+    stream = [token for document in documents for token in document]
+    for start in range(0, len(stream), ROW * ROWS):
+        piece = stream[start : start + ROW * ROWS]
+        rows = -(-len(piece) // ROW)
+        ids = torch.tensor(piece + [0] * (rows * ROW - len(piece))).view(rows, ROW)
+        labels = torch.tensor(piece + [-100] * (rows * ROW - len(piece))).view(rows, ROW)
+        yield ids, labels, None
+
+
+def padded(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
+    """4 documents a batch, each cut at 1,024 tokens and padded to the longest: the rest of a long document is never seen."""
+    import torch
+
+    for start in range(0, len(documents), DOCUMENTS):
+        cut = [document[:CUT] for document in documents[start : start + DOCUMENTS]]
+        longest = max(map(len, cut))
+        ids = torch.tensor([document + [0] * (longest - len(document)) for document in cut])
+        labels = torch.tensor([document + [-100] * (longest - len(document)) for document in cut])
+        mask = torch.tensor([[1] * len(document) + [0] * (longest - len(document)) for document in cut])
+        yield ids, labels, mask
+
+
+def peer(arguments: argparse.Namespace, key: str, bare: int) -> Result:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    how = PEERS[key]
+    torch.manual_seed(0)
+    beginning = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    documents = [start + tokenizer.encode(text, add_special_tokens=False) + end for text in texts(arguments, "train")]
+    random.Random(0).shuffle(documents)
+    folder = arguments.base if how.base == "bf16" else arguments.workdir / "base-nf4"
+    options: dict[str, Any] = {"dtype": getattr(torch, how.dtype), "attn_implementation": "sdpa", "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.config.use_cache = False
+    if how.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=LINEARS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora, autocast_adapter_dtype=not how.bf16_adapters)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    batches = list((padded if how.padded else packed)(documents))
+    losses = []
+    with common.measured(common.weight_files(folder), bare) as peaks:
+        began = time.perf_counter()
+        for step, (ids, labels, mask) in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(batches))
+            with torch.autocast("cpu", torch.bfloat16, enabled=how.autocast):
+                loss = model(input_ids=ids, labels=labels, attention_mask=mask, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+        epoch = time.perf_counter() - began
+    model.save_pretrained(arguments.workdir / "adapters" / key)
+    tokens = sum(int((labels != -100).sum()) for _, labels, _ in batches)
+    return {
+        "epoch_seconds": epoch,
+        "whole_seconds": time.perf_counter() - beginning,
+        "tokens_per_second": tokens / epoch,
+        "tokens": tokens,
+        "steps": len(batches),
+        "last_loss": statistics.mean(losses[-20:]),
+        **peaks,
+    }
+
+
+def ours(arguments: argparse.Namespace, bare: int) -> Result:
+    """`edgetune.train` as a user calls it, but for one epoch, the yardstick's rate and a reading at the end only."""
+    os.environ["EDGETUNE_HOME"] = str(arguments.workdir / "home")
+    from edgetune.config import DataConfig, TrainConfig
+    from edgetune.events import Evaluated, Finished, Started
+    from edgetune.meter import MemoryMeter
+    from edgetune.train import train
+
+    adapter = arguments.workdir / "adapters" / "ours"
+    config = TrainConfig(
+        data=DataConfig(notes=(str(notes_folder(arguments)),)), model=str(arguments.workdir / "base-nf4"), out=str(adapter),
+        epochs=1, rank=RANK, alpha=ALPHA, dropout=DROPOUT, lr=RATE, warmup_steps=WARMUP, final_lr=FINAL, clip=CLIP,
+        evaluations=1,
+    )  # fmt: skip
+    beginning, plan, evaluated = time.perf_counter(), {}, 0.0
+    with MemoryMeter() as anonymous:
+        for event in train(config):
+            if isinstance(event, Started):
+                plan = event.plan
+            if isinstance(event, Evaluated):
+                evaluated += event.seconds
+            if isinstance(event, Finished):
+                last = event
+        peak = anonymous.peak()
+    return {
+        "epoch_seconds": last.tokens / last.tokens_per_second,
+        "whole_seconds": time.perf_counter() - beginning,
+        "evaluation_seconds": evaluated,
+        "tokens_per_second": last.tokens_per_second,
+        "tokens": last.tokens,
+        "steps": last.steps,
+        "own_bits_per_byte": last.heldout_bits_per_byte_after,
+        "own_bits_per_byte_before": last.heldout_bits_per_byte_before,
+        "peak_memory_bytes": last.peak_memory_bytes,
+        "anonymous_bytes": peak,
+        "anonymous_beyond_torch": peak - bare,
+        "backend": plan.get("backend"),
+        "recompute": plan.get("recompute"),
+    }
+
+
+def scored(arguments: argparse.Namespace, base: str, adapter: str | None) -> Result:
+    """Bits per byte of the held-out notes: every text token once, BOS first, nothing after the text.
+
+    A note longer than the context is read in windows of it, each but the first with half a window of context.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = arguments.base if base == "bf16" else arguments.workdir / "base-nf4-dense"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, arguments.workdir / "adapters" / adapter)
+    model.eval()
+    nats, size, tokens = 0.0, 0, 0
+    for text in texts(arguments, "held_out"):
+        ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)])
+        size += len(text.encode())
+        done = 0  # targets ids[1 : done + 1] have been scored
+        while done < len(ids) - 1:
+            start = max(0, done - SCORED // 2) if done else 0
+            window = ids[start : start + SCORED + 1]
+            with torch.no_grad():
+                logits = model(input_ids=window[:-1].unsqueeze(0), use_cache=False).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="none")
+            nats += float(losses[done - start :].double().sum())
+            tokens += len(losses) - (done - start)
+            done = start + len(losses)
+    return {"bits_per_byte": nats / math.log(2) / size, "tokens": tokens, "bytes": size}
+
+
+if __name__ == "__main__":
+    main()
