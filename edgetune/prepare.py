@@ -13,7 +13,7 @@ import torch
 
 from edgetune import registry
 from edgetune.batches import Packer
-from edgetune.config import TrainConfig, expand, parse_bytes
+from edgetune.config import TrainConfig, default_epochs, expand, parse_bytes
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
@@ -29,7 +29,6 @@ from edgetune.session import Loaded, load_base
 from edgetune.split import Split, split
 from edgetune.tokens import ChatFormat, TokenStore, TrainOn, tokenize
 
-DEFAULT_EPOCHS = 3.0
 PLAN_FILE = "plan.json"
 _SHARE_OF_FREE_MEMORY = 0.8
 
@@ -105,7 +104,7 @@ def prepare(config: TrainConfig, folder: Path) -> Prepared:
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     recompute, row_tokens, estimate = _fit(config, lora, loaded)
     runner = Runner(loaded.model, recompute)
-    steps = config.steps or max(1, round((config.epochs or DEFAULT_EPOCHS) * packer.steps_per_epoch))
+    steps = config.steps or max(1, round((config.epochs or default_epochs(packer.steps_per_epoch)) * packer.steps_per_epoch))
     plan = Plan(
         steps=steps,
         steps_per_epoch=packer.steps_per_epoch,

@@ -2,7 +2,8 @@
 
 A linear sees tensors, never pages. `project` runs several linears that share an input as one node of autograd: it takes
 the input before its norm (or before SwiGLU) and saves only that, since the elementwise part is cheap to do again. The
-backward needs the packed weight alone, dequantised once more into a panel that all linears share.
+backward needs the packed weight alone. Fused kernels read it as it is; where there are none, it is dequantised once more
+into a panel that all linears share.
 
 Shapes: x (N, in), W (out, in), lora_A (r, in), lora_B (out, r); y = x W^T + scale * dropout(x) A^T B^T.
 """
@@ -22,6 +23,9 @@ from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.nf4 import QuantizedTensor
 
 Weight = Tensor | QuantizedTensor
+FUSED_ROWS, NARROW = 64, 512
+"""NF4 products of FUSED_ROWS rows and more go to ops.linear, but many rows (NARROW) not with a narrow weight: packing the
+rows would cost what it saves."""
 
 
 class Linear(nn.Module):
@@ -154,7 +158,7 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan, reduced
         column += linear.out_features
         base = linear.base if isinstance(linear, LoraLinear) else linear
         if plan.values:
-            torch.mm(x, plan.panel.dense(base.weight, x.dtype).T, out=part)
+            _product(x, base.weight, plan.panel, part)
             if base.bias is not None:
                 part += base.bias
         if isinstance(linear, LoraLinear):
@@ -164,6 +168,29 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan, reduced
             if reduced is not None:
                 reduced.append(xa)
     return y
+
+
+def _fuses(x: Tensor, weight: QuantizedTensor) -> bool:
+    """Whether products of x (N, ...) with an NF4 weight are worth ops.linear, which first packs x."""
+    worth = x.shape[0] >= FUSED_ROWS and (x.shape[0] < NARROW or min(weight.shape) >= NARROW)
+    return worth and x.dtype == torch.bfloat16 and x.stride(1) == 1
+
+
+def _product(x: Tensor, weight: Weight, panel: Panel, out: Tensor) -> None:
+    """out (N, out) = x (N, in) W^T."""
+    if isinstance(weight, QuantizedTensor) and _fuses(x, weight) and ops.linear(x, weight, out):
+        return
+    torch.mm(x, panel.dense(weight, x.dtype).T, out=out)
+
+
+def _input_gradient(dy: Tensor, weight: Weight, panel: Panel, dx: Tensor | None) -> Tensor:
+    """dx (N, in) + dy (N, out) W, added in place; a tensor of its own where dx is None."""
+    if isinstance(weight, QuantizedTensor) and _fuses(dy, weight):
+        out = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
+        if ops.linear_backward(dy, weight, out, accumulate=dx is not None):
+            return out
+    dense = panel.dense(weight, dy.dtype)
+    return torch.mm(dy, dense) if dx is None else dx.addmm_(dy, dense)
 
 
 def _dropped(x: Tensor, linear: LoraLinear, plan: ProjectPlan, number: int) -> Tensor:
@@ -198,8 +225,7 @@ class _Project(torch.autograd.Function):
             part = dy[:, column : column + linear.out_features]
             column += linear.out_features
             base = linear.base if isinstance(linear, LoraLinear) else linear
-            weight = plan.panel.dense(base.weight, dy.dtype)
-            dx = torch.mm(part, weight) if dx is None else dx.addmm_(part, weight)
+            dx = _input_gradient(part, base.weight, plan.panel, dx)
             if isinstance(linear, LoraLinear):
                 gradients += _adapter_gradients(part, x, rest.pop(0), linear, plan, number, dx)
         return ctx.prologue.backward(dx, h), None, None, None, *gradients

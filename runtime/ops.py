@@ -106,6 +106,16 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return backend_for(x.device).matvec(x, quantized)
 
 
+def linear(x: Tensor, quantized: QuantizedTensor, out: Tensor) -> bool:
+    """out (M, O) = x (M, I) W^T of NF4 W (O, I) without a dense copy of it; False: no such kernel here, nothing written."""
+    return bool(backend_for(x.device).linear(x, quantized, out))
+
+
+def linear_backward(dy: Tensor, quantized: QuantizedTensor, out: Tensor, accumulate: bool = False) -> bool:
+    """out (M, I) = dy (M, O) W, or += with `accumulate`; False: no such kernel here, nothing written."""
+    return bool(backend_for(dy.device).linear_backward(dy, quantized, out, accumulate))
+
+
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     """h (N, D), weight (D,) -> (N, D)."""
     _check_matrix(h, "h")

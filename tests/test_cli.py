@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,19 @@ def test_until_is_today_or_tomorrow() -> None:
     noon = datetime(2026, 1, 1, 12, 0)
     assert seconds_until("13:30", noon) == 5400
     assert seconds_until("11:00", noon) == 23 * 3600
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_saves_the_adapter_and_exits_130(notes: Path) -> None:
+    command = [sys.executable, "-m", "edgetune", "train", str(notes), "--model", "demo", "--steps", "100000", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["event"] == "stepped":
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    end = json.loads(rest.splitlines()[-1])
+    assert end["cut"] == "interrupted"
+    assert (Path(end["adapter"]) / "adapter_model.safetensors").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import threading
@@ -254,3 +255,24 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path:
     assert max(rates) == rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4, rel=0.15)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_adapter(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune.runtime import files
+
+    out = tmp_path / "out"
+    first = finished(list(train(config(notes, steps=1, out=str(out)))))
+    kept = adapter_bytes(first.adapter)
+    original = adapters.save
+
+    def full(*arguments: object) -> None:
+        monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapters, "save", full)
+    with pytest.raises(ResourceError, match="disk is full"):
+        list(train(config(notes, steps=2, out=str(out))))
+    assert adapter_bytes(str(out)) == kept
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []

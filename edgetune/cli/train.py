@@ -29,7 +29,7 @@ _SHOWN = 20
 @device_option
 @click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own.")
 @click.option("--steps", type=int, metavar="N", help="Optimizer steps.")
-@click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3.")
+@click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3, more for few notes.")
 @click.option("--minutes", type=float, metavar="N", help="Stop after this long, at a step.")
 @click.option("--until", metavar="HH:MM", help="Stop at this time of day, at a step.")
 @click.option("--memory", metavar="2GB", help="Choose settings that stay within this. Default: most of what is free.")

@@ -27,6 +27,16 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return x @ nf4.dequantize(quantized, x.dtype).T
 
 
+def linear(x: Tensor, quantized: QuantizedTensor, out: Tensor) -> bool:
+    """False: there is no fused product here, and callers dequantise."""
+    return False
+
+
+def linear_backward(dy: Tensor, quantized: QuantizedTensor, out: Tensor, accumulate: bool = False) -> bool:
+    """False: there is no fused product here, and callers dequantise."""
+    return False
+
+
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     """h (N, D) over its root mean square, times weight (D,) -> (N, D). Zhang & Sennrich 2019, arXiv 1910.07467."""
     x = h.float()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edgetune.runtime.backends.cpu.attention import attention_backward, attention_forward
 from edgetune.runtime.backends.cpu.decode import decoder, matvec
+from edgetune.runtime.backends.cpu.gemm import linear, linear_backward
 from edgetune.runtime.backends.cpu.library import KernelsMissing, force_isa, isas, kernel, load, selected_isa
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
@@ -28,6 +29,8 @@ __all__ = [
     "dropout",
     "force_isa",
     "isas",
+    "linear",
+    "linear_backward",
     "matvec",
     "rms_norm",
     "rms_norm_backward",

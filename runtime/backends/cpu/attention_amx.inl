@@ -11,6 +11,9 @@ ET_INLINE void products_begin() {
     TileShapes shapes = {};
     shapes.palette = 1;
     for (int i = 0; i < 8; i++) shapes.row_bytes[i] = 64, shapes.rows[i] = 16;
+#if !defined(_MSC_VER)
+    __asm__ volatile("" ::"r"(&shapes) : "memory");  // gcc 12 believes that ldtilecfg reads 8 bytes, and drops the other stores
+#endif
     _tile_loadconfig(&shapes);
 }
 ET_INLINE void products_end() { _tile_release(); }

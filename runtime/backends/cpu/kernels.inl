@@ -14,8 +14,10 @@ namespace {
 #include "lanes.inl"
 
 #include "attention.inl"
-#if !defined(ET_USE_AMX)
 #include "dequant.inl"
+#if defined(ET_USE_AMX)
+#include "gemm.inl"
+#else
 #include "elementwise.inl"
 #include "matvec.inl"
 #include "decode.inl"
@@ -23,7 +25,7 @@ namespace {
 }  // namespace
 
 #if defined(ET_USE_AMX)  // et_kernel finds the others among avx512_bf16's
-#define ET_KERNELS(X) ET_ATTENTION_KERNELS(X)
+#define ET_KERNELS(X) ET_ATTENTION_KERNELS(X) ET_GEMM_KERNELS(X)
 #else
 #define ET_KERNELS(X)                                                                                               \
     ET_ATTENTION_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) \
