@@ -180,8 +180,8 @@ class EventLog:
     def close(self) -> None:
         """Make the log durable and let it go; closing twice is harmless."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file, explain_full_disk(self.path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> EventLog:
         return self
