@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgetune.runtime import nf4, ops
+from edgetune.runtime import lora, nf4, ops
 from edgetune.runtime.nf4 import QuantizedTensor
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
@@ -127,6 +127,26 @@ def test_every_weight_has_dequantize_s_bits() -> None:
     assert cpu.linear_backward(torch.eye(outputs, dtype=BF16), quantized, straight)
     assert torch.equal(turned.T.float(), dense)
     assert torch.equal(straight.float(), dense)
+
+
+@needs_amx
+@pytest.mark.parametrize("odd_gradient", [False, True])
+def test_a_projection_with_fused_products_is_the_one_with_a_panel(monkeypatch: pytest.MonkeyPatch, odd_gradient: bool) -> None:
+    weights = [
+        nf4.quantize(torch.randn(width, 320, generator=torch.Generator().manual_seed(width)) * 0.05) for width in (96, 352)
+    ]
+    linears = [lora.Linear(weights[0]), lora.Linear(weights[1], bias=torch.ones(352, dtype=BF16))]
+    dy = torch.ones(1, 1, dtype=BF16).expand(100, 448) if odd_gradient else numbers(100, 448)
+    results = []
+    for least_rows in (64, 1000):
+        monkeypatch.setattr(lora, "FUSED_ROWS", least_rows)
+        h = numbers(100, 320).requires_grad_()
+        y = lora.project(h, lora.Identity(), linears, lora.ProjectPlan(lora.Panel()))
+        y.backward(dy)
+        assert h.grad is not None
+        results.append((y.detach().float(), h.grad.float()))
+    for fused, panel in zip(*results, strict=True):
+        assert (fused - panel).norm() <= 2 * TOLERANCE * panel.norm()
 
 
 @pytest.mark.parametrize(
