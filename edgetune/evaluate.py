@@ -38,7 +38,7 @@ def as_row(batch: Batch, total: float = 1.0) -> Row:
 
 def evaluate_store(runner: Runner, store: TokenStore, seq_len: int, batch_tokens: int) -> BitsPerByte:
     """Score every text token of a token store once, with the adapter that is on the model now."""
-    scored = [(batch, runner.score(as_row(batch))) for batch in evaluation_batches(store, seq_len, batch_tokens)]
+    scored = [(batch, runner.score(as_row(batch)).cpu()) for batch in evaluation_batches(store, seq_len, batch_tokens)]
     return bits_per_byte(store, scored)
 
 

@@ -193,7 +193,7 @@ class Llama(nn.Module):
         self.config, self.dtype = config, dtype
         self.embedding, self.norm, self.head = embedding, norm, head
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.frequencies = rope_frequencies(config.rope, config.head_dim).to(norm.device)
+        self.frequencies = rope_frequencies(config.rope, config.head_dim)
 
     @property
     def device(self) -> torch.device:
@@ -210,9 +210,9 @@ class Llama(nn.Module):
         return nn.functional.embedding(input_ids, self.embedding).to(self.dtype)  # type: ignore[arg-type]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (N,) -> cos, sin (N, hd/2) f32; the angle itself in f64, since far positions are large."""
-        angles = positions.to(torch.float64).unsqueeze(1) * self.frequencies
-        return angles.cos().float(), angles.sin().float()
+        """positions (N,) -> cos, sin (N, hd/2) f32; the angle in f64 on the CPU: far positions are large, MPS has no f64."""
+        angles = positions.cpu().double().unsqueeze(1) * self.frequencies
+        return angles.cos().float().to(self.device), angles.sin().float().to(self.device)
 
     def logits(self, h: Tensor) -> Tensor:
         """Last block's h (N, D) -> logits (N, V) in the compute dtype."""

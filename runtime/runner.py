@@ -37,6 +37,16 @@ class Row:
     positions: Tensor
     bounds: Sequence[tuple[int, int]]
 
+    def to(self, device: torch.device) -> Row:
+        """The row on another device."""
+        return Row(
+            self.input_ids.to(device),
+            self.targets.to(device),
+            self.weights.to(device),
+            self.positions.to(device),
+            self.bounds,
+        )
+
 
 LOSS_ROWS = 256
 """Rows of logits that exist at once."""
@@ -78,7 +88,7 @@ class Runner:
 
         `dropout_key` (32 bits of seed, step and micro-batch) makes dropout a function of itself; None is none.
         """
-        row = padded(row)
+        row = padded(row).to(self.model.device)
         ctx = self._context(row.positions, packed_segments(row.bounds), None)
         h, passes = self.model.embed(row.input_ids), []
         for block in self.model.blocks:
@@ -94,7 +104,7 @@ class Runner:
     @torch.no_grad()
     def score(self, row: Row) -> Tensor:
         """Nats (N,) f32 of each token whose weight is not 0; 0 elsewhere."""
-        n, row = len(row.input_ids), padded(row)
+        n, row = len(row.input_ids), padded(row).to(self.model.device)
         h = self.infer(row.input_ids, row.positions, packed_segments(row.bounds), None)
         return token_nats(self.model, h, row.targets, row.weights, self.loss_rows)[:n]
 
