@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops import Adapted
 
 Weight = Tensor | QuantizedTensor
-FUSED_ROWS, NARROW = 64, 512
-"""NF4 products of FUSED_ROWS rows and more go to ops.linear, but many rows (NARROW) not with a narrow weight: packing the
-rows would cost what it saves."""
+FUSED_ROWS = 64
+"""Products of this many rows and more go to ops.project: fewer are not worth packing."""
 
 
 class Linear(nn.Module):
@@ -146,51 +146,79 @@ def project(h: Tensor, prologue: Prologue, linears: Sequence[AnyLinear], plan: P
     adapters = [p for linear in linears if isinstance(linear, LoraLinear) for p in (linear.lora_A, linear.lora_B)]
     if torch.is_grad_enabled():
         return _Project.apply(h, prologue, tuple(linears), plan, *adapters)
-    return _forward(prologue.forward(h), linears, plan, None)
+    return _forward(prologue.forward(h), linears, plan)[0]
 
 
-def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan, reduced: list[Tensor] | None) -> Tensor:
-    """The products; `reduced` collects dropout(x) A^T (N, r) of each adapter for the backward."""
+@dataclass(frozen=True)
+class _Kept:
+    """What a forward leaves to its backward: ops.project's linears and one tensor, or each adapter's dropout(x) A^T."""
+
+    reduced: list[Tensor]
+    fused: list[Adapted] | None = None
+
+
+def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tuple[Tensor, _Kept]:
+    """The products, and what their backward wants."""
     y = x.new_empty(x.shape[0], sum(linear.out_features for linear in linears))
+    fused = _fusible(x, linears, plan)
+    reduced = ops.project(x, fused, y if plan.values else None) if fused is not None else None
+    kept = _Kept([reduced], fused) if reduced is not None else _Kept([])
     column = 0
     for number, linear in enumerate(linears):
         part = y[:, column : column + linear.out_features]
         column += linear.out_features
-        base = linear.base if isinstance(linear, LoraLinear) else linear
-        if plan.values:
-            _product(x, base.weight, plan.panel, part)
-            if base.bias is not None:
-                part += base.bias
-        if isinstance(linear, LoraLinear):
-            xa = _dropped(x, linear, plan, number) @ linear.lora_A.detach().to(x.dtype).T
+        base = _base(linear)
+        if kept.fused is None:
             if plan.values:
-                part.addmm_(xa, linear.lora_B.detach().to(x.dtype).T, alpha=linear.scale)
-            if reduced is not None:
-                reduced.append(xa)
-    return y
+                torch.mm(x, plan.panel.dense(base.weight, x.dtype).T, out=part)
+            if isinstance(linear, LoraLinear):
+                xa = _dropped(x, linear, plan, number) @ linear.lora_A.detach().to(x.dtype).T
+                if plan.values:
+                    part.addmm_(xa, linear.lora_B.detach().to(x.dtype).T, alpha=linear.scale)
+                kept.reduced.append(xa)
+        if base.bias is not None and plan.values:
+            part += base.bias
+    return y, kept
 
 
-def _fuses(x: Tensor, weight: QuantizedTensor) -> bool:
-    """Whether products of x (N, ...) with an NF4 weight are worth ops.linear, which first packs x."""
-    worth = x.shape[0] >= FUSED_ROWS and (x.shape[0] < NARROW or min(weight.shape) >= NARROW)
-    return worth and x.dtype == torch.bfloat16 and x.stride(1) == 1
+def _backward(
+    dy: Tensor, x: Tensor, kept: _Kept, linears: Sequence[AnyLinear], plan: ProjectPlan
+) -> tuple[Tensor, list[Tensor]]:
+    """dx (N, in), and dA (r, in), dB (out, r) in f32 of each adapter."""
+    if kept.fused is not None:
+        dx, pairs = ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], kept.fused)
+        return dx, [gradient for pair in pairs for gradient in pair]
+    dx, gradients, reduced, column = torch.zeros_like(x), list[Tensor](), iter(kept.reduced), 0
+    for number, linear in enumerate(linears):
+        part = dy[:, column : column + linear.out_features]
+        column += linear.out_features
+        dx.addmm_(part, plan.panel.dense(_base(linear).weight, dy.dtype))
+        if isinstance(linear, LoraLinear):
+            gradients += _adapter_gradients(part, x, next(reduced), linear, plan, number, dx)
+    return dx, gradients
 
 
-def _product(x: Tensor, weight: Weight, panel: Panel, out: Tensor) -> None:
-    """out (N, out) = x (N, in) W^T."""
-    if isinstance(weight, QuantizedTensor) and _fuses(x, weight) and ops.linear(x, weight, out):
-        return
-    torch.mm(x, panel.dense(weight, x.dtype).T, out=out)
+def _base(linear: AnyLinear) -> Linear:
+    return linear.base if isinstance(linear, LoraLinear) else linear
 
 
-def _input_gradient(dy: Tensor, weight: Weight, panel: Panel, dx: Tensor | None) -> Tensor:
-    """dx (N, in) + dy (N, out) W, added in place; a tensor of its own where dx is None."""
-    if isinstance(weight, QuantizedTensor) and _fuses(dy, weight):
-        out = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
-        if ops.linear_backward(dy, weight, out, accumulate=dx is not None):
-            return out
-    dense = panel.dense(weight, dy.dtype)
-    return torch.mm(dy, dense) if dx is None else dx.addmm_(dy, dense)
+def _fusible(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> list[Adapted] | None:
+    """The linears as ops.project takes them; None where there are too few rows, or a weight is dense."""
+    if x.shape[0] < FUSED_ROWS or x.dtype != torch.bfloat16 or x.stride(1) != 1:
+        return None
+    fused = []
+    for number, linear in enumerate(linears):
+        weight = _base(linear).weight
+        if not isinstance(weight, QuantizedTensor):
+            return None
+        if isinstance(linear, LoraLinear):
+            drops = plan.dropout_key is not None and linear.dropout > 0.0
+            key = plan.dropout_key + number if drops and plan.dropout_key is not None else None
+            a, b = linear.lora_A.detach(), linear.lora_B.detach()
+            fused.append(Adapted(weight, a, b, linear.scale, linear.dropout, key))
+        else:
+            fused.append(Adapted(weight))
+    return fused
 
 
 def _dropped(x: Tensor, linear: LoraLinear, plan: ProjectPlan, number: int) -> Tensor:
@@ -206,28 +234,17 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan, *_: Tensor
     ) -> Tensor:
-        reduced: list[Tensor] = []
         x = prologue.forward(h)
-        y = _forward(x, linears, plan, reduced)
-        ctx.prologue, ctx.linears, ctx.plan = prologue, linears, plan
-        ctx.save_for_backward(h, *([x] if plan.save_input else []), *reduced)
+        y, kept = _forward(x, linears, plan)
+        ctx.prologue, ctx.linears, ctx.plan, ctx.fused = prologue, linears, plan, kept.fused
+        ctx.save_for_backward(h, *([x] if plan.save_input else []), *kept.reduced)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        linears, plan = ctx.linears, ctx.plan
         h, *rest = ctx.saved_tensors
-        x = rest.pop(0) if plan.save_input else ctx.prologue.forward(h)
-        dx: Tensor | None = None
-        gradients: list[Tensor] = []
-        column = 0
-        for number, linear in enumerate(linears):
-            part = dy[:, column : column + linear.out_features]
-            column += linear.out_features
-            base = linear.base if isinstance(linear, LoraLinear) else linear
-            dx = _input_gradient(part, base.weight, plan.panel, dx)
-            if isinstance(linear, LoraLinear):
-                gradients += _adapter_gradients(part, x, rest.pop(0), linear, plan, number, dx)
+        x = rest.pop(0) if ctx.plan.save_input else ctx.prologue.forward(h)
+        dx, gradients = _backward(dy, x, _Kept(rest, ctx.fused), ctx.linears, ctx.plan)
         return ctx.prologue.backward(dx, h), None, None, None, *gradients
 
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -106,14 +107,38 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return backend_for(x.device).matvec(x, quantized)
 
 
-def linear(x: Tensor, quantized: QuantizedTensor, out: Tensor) -> bool:
-    """out (M, O) = x (M, I) W^T of NF4 W (O, I) without a dense copy of it; False: no such kernel here, nothing written."""
-    return bool(backend_for(x.device).linear(x, quantized, out))
+@dataclass(frozen=True)
+class Adapted:
+    """One of the linears that share an input: NF4 W (O, I), and its adapter A (r, I), B (O, r) in f32 where it has one.
+
+    `key` (32 bits): dropout with probability `dropout` before A; None: none.
+    """
+
+    weight: QuantizedTensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    key: int | None = None
 
 
-def linear_backward(dy: Tensor, quantized: QuantizedTensor, out: Tensor, accumulate: bool = False) -> bool:
-    """out (M, I) = dy (M, O) W, or += with `accumulate`; False: no such kernel here, nothing written."""
-    return bool(backend_for(dy.device).linear_backward(dy, quantized, out, accumulate))
+def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor | None:
+    """y (M, sum of O) = x W^T + scale * dropout(x) A^T B^T of each linear, side by side, without a dense copy of any W.
+
+    Returns what project_backward wants; y None: only that. None: no such kernel here, nothing written.
+    """
+    _check_matrix(x, "x")
+    found: Tensor | None = backend_for(x.device).project(x, linears, y)
+    return found
+
+
+def project_backward(
+    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """dx (M, I), and (dA, dB) in f32 of each linear that has an adapter; `reduced` is what project returned."""
+    _check_matrix(dy, "dy")
+    dx, gradients = backend_for(dy.device).project_backward(dy, x, reduced, linears)
+    return dx, gradients
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:

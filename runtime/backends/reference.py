@@ -6,6 +6,9 @@ fp32 and rounded once, to nearest even, when they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,14 +30,9 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return x @ nf4.dequantize(quantized, x.dtype).T
 
 
-def linear(x: Tensor, quantized: QuantizedTensor, out: Tensor) -> bool:
-    """False: there is no fused product here, and callers dequantise."""
-    return False
-
-
-def linear_backward(dy: Tensor, quantized: QuantizedTensor, out: Tensor, accumulate: bool = False) -> bool:
-    """False: there is no fused product here, and callers dequantise."""
-    return False
+def project(x: Tensor, linears: Sequence[Any], y: Tensor | None) -> Tensor | None:
+    """None: there is no fused product here, and callers dequantise."""
+    return None
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from edgetune.runtime.backends.cpu.attention import attention_backward, attention_forward
 from edgetune.runtime.backends.cpu.decode import decoder, matvec
-from edgetune.runtime.backends.cpu.gemm import linear, linear_backward
 from edgetune.runtime.backends.cpu.library import KernelsMissing, force_isa, isas, kernel, load, selected_isa
+from edgetune.runtime.backends.cpu.project import project, project_backward
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
     "dropout",
     "force_isa",
     "isas",
-    "linear",
-    "linear_backward",
     "matvec",
+    "project",
+    "project_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope_",

@@ -102,14 +102,7 @@ void rope(T* x, int64_t row_stride, int64_t head_stride, const float* cosines, c
     });
 }
 
-// ---- dropout: element i is kept where hash(i ^ seed) >= threshold, as reference.py has it ----
-
-template <class Word>
-ET_INLINE Word hash32(Word x) {  // lowbias32 (Wellons 2018)
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-}
+// ---- dropout: element i is kept where hash32(i ^ seed) >= threshold, as reference.py has it ----
 
 template <class T>
 void dropout(const T* x, int64_t x_stride, uint64_t key, uint64_t threshold, float scale, int64_t rows, int64_t width, T* out,

@@ -17,6 +17,7 @@ namespace {
 #include "dequant.inl"
 #if defined(ET_USE_AMX)
 #include "gemm.inl"
+#include "project.inl"
 #else
 #include "elementwise.inl"
 #include "matvec.inl"
@@ -25,7 +26,7 @@ namespace {
 }  // namespace
 
 #if defined(ET_USE_AMX)  // et_kernel finds the others among avx512_bf16's
-#define ET_KERNELS(X) ET_ATTENTION_KERNELS(X) ET_GEMM_KERNELS(X)
+#define ET_KERNELS(X) ET_ATTENTION_KERNELS(X) ET_PROJECT_KERNELS(X)
 #else
 #define ET_KERNELS(X)                                                                                               \
     ET_ATTENTION_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) \

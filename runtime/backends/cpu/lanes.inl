@@ -137,3 +137,10 @@ ET_INLINE Floats exponential(Floats x) {
 }
 
 ET_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+template <class Word>
+ET_INLINE Word hash32(Word x) {  // lowbias32 (Wellons 2018)
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}

@@ -1,0 +1,235 @@
+"""The fused linears with adapters are dense products with dequantize's weights, each sum rounded once, forward and backward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgetune.runtime import lora, nf4, ops
+from edgetune.runtime.backends import reference
+from edgetune.runtime.ops import Adapted
+
+cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
+
+BF16 = torch.bfloat16
+TOLERANCE = 5e-3  # of a tensor's norm: one rounding to bf16 is 1.7e-3, and adapters round twice more
+ROWS = [1, 7, 32, 100, 513, 1100]
+SHAPES = {  # inputs, outputs of each linear, rank of each (0: none), block size, double quantised
+    "one strip": (64, (32,), (16,), 64, True),
+    "no adapter": (320, (96, 32), (0, 0), 64, True),
+    "three, several depths": (832, (352, 64, 64), (16, 16, 16), 64, True),
+    "one of them adapted": (384, (64, 96, 32), (0, 8, 0), 128, True),
+    "ranks of one and of three squares": (320, (64, 608), (1, 70), 64, False),
+    "wider than the sums": (640, (608,), (40,), 128, False),
+}
+
+needs_amx = pytest.mark.skipif("amx" not in cpu.isas(), reason="this machine has no AMX")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def adapted(case: str, dropout: float = 0.0) -> tuple[list[Adapted], list[Tensor]]:
+    """Linears that share their input, and their dequantised bf16 weights in f32."""
+    inputs, outputs, ranks, block_size, double_quant = SHAPES[case]
+    generator = torch.Generator().manual_seed(inputs)
+    linears, dense = [], []
+    for number, (width, rank) in enumerate(zip(outputs, ranks, strict=True)):
+        weight = torch.randn(width, inputs, generator=generator) * 0.03
+        quantized = nf4.quantize(weight, block_size=block_size, double_quant=double_quant)
+        a, b = torch.randn(rank, inputs, generator=generator) * 0.05, torch.randn(width, rank, generator=generator) * 0.05
+        key = 40 + number if dropout else None
+        linears.append(Adapted(quantized, a, b, 0.75, dropout, key) if rank else Adapted(quantized))
+        dense.append(ops.dequantize(quantized, BF16).float())
+    return linears, dense
+
+
+def numbers(rows: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows + seed)).to(BF16)
+
+
+def dropped(x: Tensor, linear: Adapted) -> Tensor:
+    return x if linear.key is None else reference.dropout(x, linear.dropout, linear.key)
+
+
+def assert_near(found: Tensor, exact: Tensor) -> None:
+    assert torch.isfinite(found).all()
+    assert (found.float() - exact).norm() <= TOLERANCE * exact.norm()
+
+
+def forward_exactly(x: Tensor, linears: list[Adapted], dense: list[Tensor]) -> Tensor:
+    parts = []
+    for linear, weight in zip(linears, dense, strict=True):
+        y = x.float() @ weight.T
+        if linear.a is not None and linear.b is not None:
+            y = y + linear.scale * (dropped(x, linear).float() @ linear.a.T @ linear.b.T)
+        parts.append(y)
+    return torch.cat(parts, 1)
+
+
+@needs_amx
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(("rows", "case"), list(itertools.product(ROWS, SHAPES)))
+def test_forward_and_backward_are_the_dense_products(rows: int, case: str, dropout: float) -> None:
+    linears, dense = adapted(case, dropout)
+    x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
+    y = torch.full(dy.shape, float("nan"), dtype=BF16)
+    reduced = cpu.project(x, linears, y)
+    assert reduced is not None
+    assert_near(y, forward_exactly(x, linears, dense))
+
+    dx, gradients = cpu.project_backward(dy, x, reduced, linears)
+    exact, column, found = torch.zeros(x.shape), 0, iter(gradients)
+    for linear, weight in zip(linears, dense, strict=True):
+        part = dy[:, column : column + len(weight)].float()
+        column += len(weight)
+        exact += part @ weight
+        if linear.a is None or linear.b is None:
+            continue
+        dreduced = linear.scale * part @ linear.b
+        exact += dropped((dreduced @ linear.a), linear)
+        da, db = next(found)
+        assert_near(da, dreduced.T @ dropped(x, linear).float())
+        assert_near(db, linear.scale * part.T @ (dropped(x, linear).float() @ linear.a.T))
+    assert_near(dx, exact)
+    assert next(found, None) is None
+
+
+@needs_amx
+def test_without_a_result_the_same_is_kept_for_the_backward() -> None:
+    linears, dense = adapted("three, several depths", 0.1)
+    x = numbers(600, dense[0].shape[1])
+    whole = cpu.project(x, linears, torch.empty(600, sum(len(weight) for weight in dense), dtype=BF16))
+    alone = cpu.project(x, linears, None)
+    assert whole is not None
+    assert alone is not None
+    assert torch.equal(whole, alone)
+
+
+@needs_amx
+@pytest.mark.parametrize("rows", [7, 100])
+def test_column_slices_are_read_and_written_in_place(rows: int) -> None:
+    linears, dense = adapted("three, several depths")
+    inputs, outputs = dense[0].shape[1], sum(len(weight) for weight in dense)
+    left, right = 33, 5  # columns of others on either side, at odd places
+    x = numbers(rows, left + inputs + right)[:, left : left + inputs]
+    whole = torch.full((rows, left + outputs + right), 3.0, dtype=BF16)
+    y = whole[:, left : left + outputs]
+    reduced = cpu.project(x, linears, y)
+    assert reduced is not None
+    assert_near(y, forward_exactly(x, linears, dense))
+    assert (whole[:, :left] == 3).all()
+    assert (whole[:, left + outputs :] == 3).all()
+    dx, _ = cpu.project_backward(y, x, reduced, linears)
+    assert torch.equal(dx, cpu.project_backward(y.contiguous(), x.contiguous(), reduced, linears)[0])
+
+
+@needs_amx
+@pytest.mark.parametrize("case", ["three, several depths", "wider than the sums"])
+@pytest.mark.parametrize("rows", [100, 600])
+def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str) -> None:
+    linears, dense = adapted(case, 0.1)
+    x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            y = torch.empty_like(dy)
+            reduced = cpu.project(x, linears, y)
+            assert reduced is not None
+            dx, gradients = cpu.project_backward(dy, x, reduced, linears)
+        results.append([y, reduced, dx, *(gradient for pair in gradients for gradient in pair)])
+    for result in results[1:]:
+        assert all(torch.equal(tensor, first) for tensor, first in zip(result, results[0], strict=True))
+
+
+@needs_amx
+def test_every_weight_has_dequantize_s_bits() -> None:
+    (linear, *_), (dense, *_) = adapted("no adapter")
+    outputs, inputs = dense.shape
+    turned = torch.empty(inputs, outputs, dtype=BF16)
+    assert cpu.project(torch.eye(inputs, dtype=BF16), [linear], turned) is not None
+    nothing = torch.empty(outputs, 0, dtype=BF16)
+    straight, _ = cpu.project_backward(
+        torch.eye(outputs, dtype=BF16), torch.zeros(outputs, inputs, dtype=BF16), nothing, [linear]
+    )
+    assert torch.equal(turned.T.float(), dense)
+    assert torch.equal(straight.float(), dense)
+
+
+@needs_amx
+@pytest.mark.parametrize("odd_gradient", [False, True])
+@pytest.mark.parametrize("dropout_key", [None, 11])
+def test_a_projection_with_fused_products_is_the_one_with_a_panel(
+    monkeypatch: pytest.MonkeyPatch, odd_gradient: bool, dropout_key: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    bases = [lora.Linear(nf4.quantize(torch.randn(96, 320, generator=generator) * 0.05))]
+    bases.append(lora.Linear(nf4.quantize(torch.randn(352, 320, generator=generator) * 0.05), bias=torch.ones(352, dtype=BF16)))
+    adapters = [torch.randn(size, generator=generator) * 0.1 for size in ((8, 320), (352, 8))]
+    linears = [bases[0], lora.LoraLinear(bases[1], *adapters, scale=2.0, dropout=0.2)]
+    dy = torch.ones(1, 1, dtype=BF16).expand(100, 448) if odd_gradient else numbers(100, 448)
+    results = []
+    for least_rows in (64, 1000):
+        monkeypatch.setattr(lora, "FUSED_ROWS", least_rows)
+        h = numbers(100, 320).requires_grad_()
+        y = lora.project(h, lora.Identity(), linears, lora.ProjectPlan(lora.Panel(), dropout_key))
+        linears[1].zero_grad()
+        y.backward(dy)
+        results.append([y.detach(), h.grad, linears[1].lora_A.grad, linears[1].lora_B.grad])
+    for fused, panel in zip(*results, strict=True):
+        assert_near(fused, 1.0 * panel.float())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "block_size", "dtype"),
+    [(40, 64, 64, BF16), (64, 96, 64, BF16), (64, 64, 32, BF16), (64, 64, 64, torch.float32)],
+)
+def test_what_has_no_fused_kernel_is_left_alone(outputs: int, inputs: int, block_size: int, dtype: torch.dtype) -> None:
+    linear = Adapted(nf4.quantize(torch.randn(outputs, inputs), block_size=block_size))
+    y = torch.zeros(70, outputs, dtype=dtype)
+    assert ops.project(torch.ones(70, inputs, dtype=dtype), [linear], y) is None
+    assert not y.any()
+
+
+def test_other_instruction_sets_and_back_ends_have_none() -> None:
+    linears, dense = adapted("one strip")
+    x, y = numbers(70, dense[0].shape[1]), torch.zeros(70, dense[0].shape[0], dtype=BF16)
+    with cpu.force_isa("scalar"):
+        assert ops.project(x, linears, y) is None
+    with ops.use_backend("reference"):
+        assert ops.project(x, linears, y) is None
+    assert not y.any()
+
+
+def test_wrong_arguments_raise() -> None:
+    linears, dense = adapted("one strip")
+    outputs, inputs = dense[0].shape
+    x, y = numbers(70, inputs), numbers(70, outputs)
+    with pytest.raises(ValueError, match="y is"):
+        cpu.project(x, linears, y[:69])
+    with pytest.raises(ValueError, match="y is"):
+        cpu.project(x, linears, y.float())
+    with pytest.raises(ValueError, match="x is"):
+        cpu.project(y, linears, y)
+    with pytest.raises(ValueError, match="dy is"):
+        cpu.project_backward(x, x, y, linears)
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.project(numbers(inputs, 70).T, linears, y)
+    with pytest.raises(ValueError, match="overlap"):
+        cpu.project(x, linears, y[:1].expand(70, outputs))
+    wrong = Adapted(linears[0].weight, torch.zeros(16, inputs + 1), torch.zeros(outputs, 16))
+    if cpu.selected_isa() == "amx":
+        with pytest.raises(ValueError, match="lora_A is"):
+            cpu.project(x, [wrong], y)
