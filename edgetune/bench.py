@@ -165,7 +165,7 @@ def train_speed(
         runner.train(row)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
 
     with MemoryMeter(files) as meter:
         seconds = median_seconds(step, repeats)

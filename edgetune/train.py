@@ -175,7 +175,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         if not finite:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             return Skipped(self.steps, "loss not finite" if not math.isfinite(loss) else "gradient not finite")

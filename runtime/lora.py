@@ -142,10 +142,13 @@ class ProjectPlan:
 
 
 def project(h: Tensor, prologue: Prologue, linears: Sequence[AnyLinear], plan: ProjectPlan) -> Tensor:
-    """Products of prologue(h) with each linear, side by side: h (N, in) -> (N, sum of out_features)."""
-    adapters = [p for linear in linears if isinstance(linear, LoraLinear) for p in (linear.lora_A, linear.lora_B)]
+    """Products of prologue(h) with each linear, side by side: h (N, in) -> (N, sum of out_features).
+
+    The backward adds the adapters' gradients to their .grad by itself: autograd would make them anew at every step, between
+    tensors that come and go, and the heap would never be whole again.
+    """
     if torch.is_grad_enabled():
-        return _Project.apply(h, prologue, tuple(linears), plan, *adapters)
+        return _Project.apply(h, prologue, tuple(linears), plan)
     return _forward(prologue.forward(h), linears, plan)[0]
 
 
@@ -181,21 +184,29 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
     return y, kept
 
 
-def _backward(
-    dy: Tensor, x: Tensor, kept: _Kept, linears: Sequence[AnyLinear], plan: ProjectPlan
-) -> tuple[Tensor, list[Tensor]]:
-    """dx (N, in), and dA (r, in), dB (out, r) in f32 of each adapter."""
+def _backward(dy: Tensor, x: Tensor, kept: _Kept, linears: Sequence[AnyLinear], plan: ProjectPlan) -> Tensor:
+    """dx (N, in); adds to the adapters' gradients."""
     if kept.fused is not None:
-        dx, pairs = ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], kept.fused)
-        return dx, [gradient for pair in pairs for gradient in pair]
-    dx, gradients, reduced, column = torch.zeros_like(x), list[Tensor](), iter(kept.reduced), 0
+        gradients = [_gradients(linear) for linear in linears if isinstance(linear, LoraLinear)]
+        return ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], kept.fused, gradients)
+    dx, reduced, column = torch.zeros_like(x), iter(kept.reduced), 0
     for number, linear in enumerate(linears):
         part = dy[:, column : column + linear.out_features]
         column += linear.out_features
         dx.addmm_(part, plan.panel.dense(_base(linear).weight, dy.dtype))
         if isinstance(linear, LoraLinear):
-            gradients += _adapter_gradients(part, x, next(reduced), linear, plan, number, dx)
-    return dx, gradients
+            _adapter_backward(part, x, next(reduced), linear, plan, number, dx)
+    return dx
+
+
+def _gradients(linear: LoraLinear) -> tuple[Tensor, Tensor]:
+    """The .grad of A and B, made where they are not there yet."""
+    for parameter in (linear.lora_A, linear.lora_B):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    assert linear.lora_A.grad is not None
+    assert linear.lora_B.grad is not None
+    return linear.lora_A.grad, linear.lora_B.grad
 
 
 def _base(linear: AnyLinear) -> Linear:
@@ -228,12 +239,10 @@ def _dropped(x: Tensor, linear: LoraLinear, plan: ProjectPlan, number: int) -> T
 
 
 class _Project(torch.autograd.Function):
-    """project() with its hand-written backward: gradients of h and of the adapters, none of frozen weights."""
+    """project() with its hand-written backward, which needs the packed weights alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan, *_: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan) -> Tensor:
         x = prologue.forward(h)
         y, kept = _forward(x, linears, plan)
         ctx.prologue, ctx.linears, ctx.plan, ctx.fused = prologue, linears, plan, kept.fused
@@ -244,20 +253,20 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, *rest = ctx.saved_tensors
         x = rest.pop(0) if ctx.plan.save_input else ctx.prologue.forward(h)
-        dx, gradients = _backward(dy, x, _Kept(rest, ctx.fused), ctx.linears, ctx.plan)
-        return ctx.prologue.backward(dx, h), None, None, None, *gradients
+        dx = _backward(dy, x, _Kept(rest, ctx.fused), ctx.linears, ctx.plan)
+        return ctx.prologue.backward(dx, h), None, None, None
 
 
-def _adapter_gradients(
+def _adapter_backward(
     dy: Tensor, x: Tensor, xa: Tensor, linear: LoraLinear, plan: ProjectPlan, number: int, dx: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dA (r, in) and dB (out, r) in f32; adds the adapter's share to dx (N, in)."""
+) -> None:
+    """Add dA (r, in) and dB (out, r) to the gradients, and the adapter's share to dx (N, in)."""
     a, b = linear.lora_A.detach().to(x.dtype), linear.lora_B.detach().to(x.dtype)
     dxa = dy @ b  # (N, r)
-    da = dxa.T @ _dropped(x, linear, plan, number)
-    db = dy.T @ xa
+    da, db = _gradients(linear)
+    da.add_(dxa.T @ _dropped(x, linear, plan, number), alpha=linear.scale)
+    db.add_(dy.T @ xa, alpha=linear.scale)
     if plan.dropout_key is None or linear.dropout == 0.0:
         dx.addmm_(dxa, a, alpha=linear.scale)
     else:
         dx += _dropped(dxa @ a * linear.scale, linear, plan, number)
-    return da.float() * linear.scale, db.float() * linear.scale

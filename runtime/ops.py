@@ -133,12 +133,12 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor |
 
 
 def project_backward(
-    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """dx (M, I), and (dA, dB) in f32 of each linear that has an adapter; `reduced` is what project returned."""
+    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted], gradients: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """dx (M, I); adds to (dA, dB) f32 of each linear that has an adapter. `reduced` is what project returned."""
     _check_matrix(dy, "dy")
-    dx, gradients = backend_for(dy.device).project_backward(dy, x, reduced, linears)
-    return dx, gradients
+    dx: Tensor = backend_for(dy.device).project_backward(dy, x, reduced, linears, gradients)
+    return dx
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:

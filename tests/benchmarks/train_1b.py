@@ -245,7 +245,7 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
         loss = runner.train(row)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
         return float(loss)
 
     result = timed(step, arguments, checkpoint.files, bare)

@@ -15,7 +15,7 @@ struct Linear {  // project.py's _Linear, field for field
     Weight weight;
     int64_t outputs, rank;  // rank 0: no adapter, and nothing below is read
     const float *a, *b;     // (rank, inputs), (outputs, rank)
-    float *da, *db;         // the same shapes
+    float *da, *db;         // the same shapes: gradients are added
     float scale, keep;      // keep: 1 / (1 - p)
     uint64_t key, threshold;  // dropout; threshold 0: none
 };
@@ -361,7 +361,7 @@ struct Project {
 
     // ---- gradients of the adapters ----
 
-    void gradients_b(int64_t row, int64_t here, int index, int count, const Desk& desk) const {
+    void gradients_b(int64_t here, int index, int count, const Desk& desk) const {
         Range mine = share(depth, SIDE, index, count);
         Piece piece = first_piece(0);
         int64_t before = 0, part = 0;
@@ -377,10 +377,8 @@ struct Project {
                 for (int64_t s = 0; s < of_part; s++) {
                     multiply_squares(desk.sums, SIDE, turned + (before + s) * panels * SQUARE, SQUARE, desk.rights, SQUARE, here, false);
                     for (int64_t j = 0; j < SIDE; j++)
-                        for (int64_t i = 0; i < least(SIDE, linear.rank - s * SIDE); i++) {
-                            float *to = linear.db + (o + j) * linear.rank + s * SIDE + i, sum = desk.sums[i * SIDE + j] * linear.scale;
-                            *to = row > 0 ? *to + sum : sum;
-                        }
+                        for (int64_t i = 0; i < least(SIDE, linear.rank - s * SIDE); i++)
+                            linear.db[(o + j) * linear.rank + s * SIDE + i] += desk.sums[i * SIDE + j] * linear.scale;
                 }
             }
         } while (advance(&piece, call->count - 1));
@@ -410,7 +408,7 @@ struct Project {
                         for (int64_t j = 0; j < SIDE; j += 16) {
                             float* to = linear.da + (s * SIDE + i) * call->inputs + column + j;
                             __m512 sum = _mm512_loadu_ps(desk.sums + i * SIDE + j);
-                            _mm512_storeu_ps(to, row > 0 ? _mm512_add_ps(sum, _mm512_loadu_ps(to)) : sum);
+                            _mm512_storeu_ps(to, _mm512_add_ps(sum, _mm512_loadu_ps(to)));
                         }
                 }
                 before += of_part;
@@ -435,7 +433,7 @@ struct Project {
                 if (mine.begin < mine.end) multiply_share(row, here, mine, part, own + index * own_bytes);
             }
             if (BACKWARD && squares > 0) {
-                gradients_b(row, here, index, count, desk(index));
+                gradients_b(here, index, count, desk(index));
                 gradients_a(row, here, index, count, desk(index));
             }
             edgetune::meet(&meeting, count);

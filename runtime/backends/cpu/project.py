@@ -90,23 +90,20 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor |
 
 
 def project_backward(
-    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """dx (M, I) bf16, and (dA, dB) in f32 of each linear that has an adapter, from project's own `reduced`."""
+    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted], gradients: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """dx (M, I) bf16; adds to (dA, dB) f32 of each linear that has an adapter, from project's own `reduced`."""
     _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
     _check(dy, "dy", x.shape[0], sum(linear.weight.shape[0] for linear in linears), x.dtype)
     _check(reduced, "reduced", x.shape[0], _padded_ranks(linears), x.dtype)
     if not _fits(x, linears):
         raise ValueError("project_backward was called where project does not serve")
-    gradients = {
-        number: (torch.zeros_like(linear.a), torch.zeros_like(linear.b))
-        for number, linear in enumerate(linears)
-        if linear.a is not None and linear.b is not None
-    }
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    structs = [_linear(linear, gradients.get(number)) for number, linear in enumerate(linears)]
+    if len(gradients) != sum(linear.a is not None for linear in linears):
+        raise ValueError(f"there are {len(gradients)} pairs of gradients; expected one for each adapter")
+    dx, pairs = torch.empty(x.shape, dtype=x.dtype), iter(gradients)
+    structs = [_linear(linear, next(pairs) if linear.a is not None else None) for linear in linears]
     _run("project_nf4_backward", structs, x, dy, dx, reduced)
-    return dx, list(gradients.values())
+    return dx
 
 
 def _fits(x: Tensor, linears: Sequence[Adapted]) -> bool:
@@ -161,7 +158,8 @@ def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear
         struct.key, struct.threshold = linear.key & 0xFFFFFFFF, int(linear.dropout * 2**32)
         struct.keep = 1.0 / (1.0 - linear.dropout)
     if gradients is not None:
-        struct.da, struct.db = (gradient.data_ptr() for gradient in gradients)
+        struct.da = _address(gradients[0], "A's gradient", (rank, inputs))
+        struct.db = _address(gradients[1], "B's gradient", (outputs, rank))
     return struct
 
 
