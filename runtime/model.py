@@ -24,6 +24,7 @@ from edgetune.runtime import ops
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
 from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
+from edgetune.runtime.pager import Pager, Resident
 
 
 class KVCache:
@@ -188,10 +189,12 @@ class Llama(nn.Module):
         norm: Tensor,
         head: Weight,
         dtype: torch.dtype,
+        pager: Pager | None = None,
     ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embedding, self.norm, self.head = embedding, norm, head
+        self.pager = pager or Resident()
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.frequencies = rope_frequencies(config.rope, config.head_dim)
 
