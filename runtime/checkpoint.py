@@ -142,6 +142,7 @@ class Checkpoint:
                 for sample in range(_SAMPLES):
                     start = last * sample // (_SAMPLES - 1)
                     digest.update(raw[start : start + _SAMPLE_BYTES])
+                file.release(name)
         return digest.hexdigest()
 
     def _find_states(self) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from edgetune.runtime import nf4
+from edgetune.runtime import nf4, vocabulary
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, is_linear
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
@@ -16,6 +16,7 @@ from edgetune.runtime.lora import Linear, Weight
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
+from edgetune.runtime.vocabulary import Int8Rows, Vocabulary
 
 
 def load_llama(
@@ -25,12 +26,14 @@ def load_llama(
     quant: QuantConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, layers: None,
     layer_memory: int | None = None,
+    vocabulary_kind: str | None = None,
 ) -> Llama:
     """The model on `device`, computing in `dtype`.
 
     A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
     linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
-    `layer_memory` bytes, those that do not fit are streamed from the files.
+    `layer_memory` bytes, those that do not fit are streamed from the files. `vocabulary_kind` (of vocabulary.KINDS) quantises
+    embedding and head on the way; None leaves them as they are.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
     ResourceError where `layer_memory` does not hold two layers.
@@ -53,10 +56,24 @@ def load_llama(
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
-    embedding = checkpoint.dense(EMBEDDING).to(device)
-    head = embedding if config.tie_embeddings else checkpoint.dense(HEAD).to(device)
+    embedding = _vocabulary(checkpoint, EMBEDDING, device, vocabulary_kind)
+    head = embedding if config.tie_embeddings else _vocabulary(checkpoint, HEAD, device, vocabulary_kind)
+    head = head.to(dtype) if isinstance(head, Tensor) else head
     norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
-    return Llama(config, embedding, blocks, norm, head.to(dtype), dtype, pager)
+    return Llama(config, embedding, blocks, norm, head, dtype, pager)
+
+
+def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Vocabulary:
+    """The embedding or the head; a quantised one lets go of the mapping that it was made from."""
+    weight = checkpoint.tensor(name)
+    if isinstance(weight, Tensor) and kind is not None:
+        try:
+            small = vocabulary.quantize(weight, kind)
+        except ValueError as error:
+            raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
+        checkpoint.release(name)
+        return Int8Rows(small.codes.to(device), small.scale.to(device)) if isinstance(small, Int8Rows) else small.to(device)
+    return weight.to(device)
 
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:
