@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import cast
 
 from edgetune.runtime.errors import ResourceError
 
@@ -121,7 +120,7 @@ def scratch_file(folder: Path, nbytes: int = 0) -> FileIO:
             os.posix_fallocate(file.fileno(), 0, nbytes)
         else:
             file.truncate(nbytes)
-    return cast(FileIO, getattr(file, "file", file))  # Windows wraps it
+    return file
 
 
 def read_at(file: FileIO, buffer: memoryview, offset: int) -> None:

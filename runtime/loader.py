@@ -26,14 +26,15 @@ def load_llama(
     quant: QuantConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, layers: None,
     layer_memory: int | None = None,
-    vocabulary_kind: str | None = None,
+    embedding_kind: str | None = None,
+    head_kind: str | None = None,
 ) -> Llama:
     """The model on `device`, computing in `dtype`.
 
     A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
     linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
-    `layer_memory` bytes, those that do not fit are streamed from the files. `vocabulary_kind` (of vocabulary.KINDS) quantises
-    embedding and head on the way; None leaves them as they are.
+    `layer_memory` bytes, those that do not fit are streamed from the files. `embedding_kind` and
+    `head_kind` (of vocabulary.KINDS) quantise these on the way; None leaves them as they are, a tied model has the head's.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
     ResourceError where `layer_memory` does not hold two layers.
@@ -56,8 +57,8 @@ def load_llama(
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
-    embedding = _vocabulary(checkpoint, EMBEDDING, device, vocabulary_kind)
-    head = embedding if config.tie_embeddings else _vocabulary(checkpoint, HEAD, device, vocabulary_kind)
+    embedding = _vocabulary(checkpoint, EMBEDDING, device, head_kind if config.tie_embeddings else embedding_kind)
+    head = embedding if config.tie_embeddings else _vocabulary(checkpoint, HEAD, device, head_kind)
     head = head.to(dtype) if isinstance(head, Tensor) else head
     norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)

@@ -84,8 +84,10 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
     out = x.new_empty(len(x), head.shape[0])
     if isinstance(head, QuantizedTensor) and ops.linear(x, head, out):
         return out
-    for start, panel in _panels(head, x):
-        torch.mm(x, panel.T, out=out[:, start : start + len(panel)])
+    for part, panel, scale in _panels(head, x.dtype):
+        torch.mm(x, panel.T, out=out[:, part])
+        if scale is not None:
+            out[:, part] *= scale
     return out
 
 
@@ -97,19 +99,23 @@ def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
     if isinstance(head, QuantizedTensor) and ops.linear_backward(dlogits, head, out):
         return out
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-    for start, panel in _panels(head, dlogits):
-        total += dlogits[:, start : start + len(panel)] @ panel
+    for part, panel, scale in _panels(head, dlogits.dtype):
+        dy = dlogits[:, part]
+        total += (dy if scale is None else (dy * scale).to(dy.dtype)) @ panel
     return out.copy_(total)
 
 
-def _panels(head: Vocabulary, like: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, dense rows (up to PANEL_ROWS, D)) of a quantised head, in the dtype of `like`."""
+def _panels(head: QuantizedTensor | Int8Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(which rows, their numbers (up to PANEL_ROWS, D), and what each row is still to be multiplied by, or None)."""
     count = head.shape[0]
     crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
     height = count if crossing else PANEL_ROWS
     for start in range(0, count, height):
-        ids = torch.arange(start, min(start + height, count), device=like.device)
-        yield start, rows(head, ids, like.dtype)
+        part = slice(start, min(start + height, count))
+        if isinstance(head, Int8Rows):  # codes are exact in bf16; the products are scaled, which are fewer than the weights
+            yield part, head.codes[part].to(dtype), head.scale[part, 0]
+        else:
+            yield part, rows(head, torch.arange(part.start, part.stop, device=head.device), dtype), None
 
 
 def _nf4_rows(weight: QuantizedTensor, ids: Tensor) -> QuantizedTensor:

@@ -69,7 +69,9 @@ def row() -> Row:
 @pytest.mark.parametrize("kind", vocabulary.KINDS)
 def test_training_equals_that_with_the_dequantised_weight(tmp_path: Path, family: str, kind: str) -> None:
     tiny.save_model(tmp_path / "model", family)
-    quantised, plain = (load_llama(open_model(tmp_path / "model"), torch.float32, vocabulary_kind=k) for k in (kind, None))
+    quantised, plain = (
+        load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=k, head_kind=k) for k in (kind, None)
+    )
     plain.embedding, plain.head = dense(quantised.embedding), dense(quantised.head)
     assert (quantised.embedding is quantised.head) == ("tied" in family)
     results = []
@@ -88,7 +90,8 @@ def test_training_equals_that_with_the_dequantised_weight(tmp_path: Path, family
 def test_a_model_with_a_quantised_vocabulary_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """In fp32 the same text as with the dequantised weight, by whichever step the back end has."""
     tiny.save_model(tmp_path / "model")
-    model, plain = (load_llama(open_model(tmp_path / "model"), dtype, vocabulary_kind=k) for k in (kind, None))
+    checkpoint = open_model(tmp_path / "model")
+    model, plain = (load_llama(checkpoint, dtype, embedding_kind=k, head_kind=k) for k in (kind, None))
     plain.embedding, plain.head = dense(model.embedding), dense(model.head).to(dtype)
     texts = [list(Generator(Runner(m), 64).generate([1, 5, 9], 20, Sampling(0.0))) for m in (model, plain)]
     assert len(texts[0]) == 20
@@ -101,7 +104,7 @@ def test_a_vocabulary_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "model")
     for kind in vocabulary.KINDS:
         with pytest.raises(ModelError, match=r"lm_head\.weight cannot be quantised"):
-            load_llama(open_model(tmp_path / "model"), torch.float32, vocabulary_kind=kind)
+            load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=kind, head_kind=kind)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
