@@ -33,6 +33,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import trim_memory
 from edgetune.runtime.errors import TrainingError
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.optim import PagedAdamW
 from edgetune.state import home, private_folder
 
 LOG_FILE, REPORT_FILE = "events.jsonl", "report.html"
@@ -96,12 +97,8 @@ class _Run:
         self.model, self.runner = prepared.loaded.model, prepared.runner
         self.stop, self.deadline, self.meter = stop, deadline, meter
         self.parameters = adapters.parameters(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            betas=(self.config.beta1, self.config.beta2),
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        betas = (self.config.beta1, self.config.beta2)
+        self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=self.config.weight_decay)
         self.started = time.monotonic()
         self.tokens = self.steps = self.skipped = self.skipped_in_a_row = 0
         self.training_seconds = 0.0
@@ -172,10 +169,8 @@ class _Run:
         rate = learning_rate(self.plan, step, self.config.final_lr)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+            self.optimizer.step(rate)
+        self.optimizer.zero_grad()
         if not finite:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             return Skipped(self.steps, "loss not finite" if not math.isfinite(loss) else "gradient not finite")

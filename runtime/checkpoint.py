@@ -107,6 +107,10 @@ class Checkpoint:
         """All tensors of a layer by their names inside it: 'self_attn.q_proj.weight', 'input_layernorm.weight', …"""
         return {name: self.tensor(f"model.layers.{layer}.{name}") for name in block_shapes(self.config)}
 
+    def located(self, name: str) -> tuple[Path, StoredTensor]:
+        """The file that holds a stored tensor (a 4-bit weight's codes go by the weight's own name), and where in it."""
+        return self._where[name].path, self.stored[name]
+
     def release(self, name: str) -> None:
         """Let the system drop the pages of a tensor and its 4-bit parts from memory; a touch brings them back."""
         for part in [name, *(name + suffix for suffix in bnb_layout.PARTS)]:
@@ -138,6 +142,7 @@ class Checkpoint:
                 for sample in range(_SAMPLES):
                     start = last * sample // (_SAMPLES - 1)
                     digest.update(raw[start : start + _SAMPLE_BYTES])
+                file.release(name)
         return digest.hexdigest()
 
     def _find_states(self) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from edgetune.runtime.errors import ResourceError
@@ -105,3 +106,42 @@ def sha256_file(path: Path | str) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def scratch_file(folder: Path, nbytes: int = 0) -> FileIO:
+    """An unbuffered private file of `nbytes` zeros in `folder` that has no name, so that it ends with the process.
+
+    Raises ResourceError when the disk has not that much room.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with explain_full_disk(folder):
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it is handed out
+        if nbytes and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+            file.truncate(nbytes)
+    return file
+
+
+def read_at(file: FileIO, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` with a file's bytes from `offset` on, without a copy. Raises OSError where the file is shorter."""
+    while buffer:
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [buffer], offset)
+        else:
+            file.seek(offset)
+            count = file.readinto(buffer) or 0
+        if count == 0:
+            raise OSError(errno.EIO, f"the file ends at {offset} bytes", str(file.name))
+        buffer, offset = buffer[count:], offset + count
+
+
+def write_at(file: FileIO, buffer: memoryview, offset: int) -> None:
+    """Write `buffer` into a file from `offset` on."""
+    while buffer:
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(file.fileno(), buffer, offset)
+        else:
+            file.seek(offset)
+            count = file.write(buffer)
+        buffer, offset = buffer[count:], offset + count

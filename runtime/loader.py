@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from edgetune.runtime import nf4
+from edgetune.runtime import nf4, vocabulary
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, is_linear
-from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.lora import Weight
-from edgetune.runtime.model import Block, Llama
+from edgetune.runtime.lora import Linear, Weight
+from edgetune.runtime.model import Block, Llama, hf_linear_name
+from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
+from edgetune.runtime.vocabulary import Int8Rows, Vocabulary
 
 
 def load_llama(
@@ -21,25 +25,95 @@ def load_llama(
     device: torch.device | None = None,
     quant: QuantConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, layers: None,
+    layer_memory: int | None = None,
+    embedding_kind: str | None = None,
+    head_kind: str | None = None,
 ) -> Llama:
     """The model on `device`, computing in `dtype`.
 
     A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
-    linears stay dense, or become NF4 as `quant` says, a layer at a time. Raises ModelError for weights that hold inf or NaN.
+    linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
+    `layer_memory` bytes, those that do not fit are streamed from the files. `embedding_kind` and
+    `head_kind` (of vocabulary.KINDS) quantise these on the way; None leaves them as they are, a tied model has the head's.
+
+    Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
+    ResourceError where `layer_memory` does not hold two layers.
     """
     device = device or torch.device("cpu")
     config = checkpoint.config
+    streams = layer_memory is not None and _linear_bytes(checkpoint) > layer_memory
+    if streams and quant is not None:
+        raise ModelError(
+            f"{checkpoint.folder} is not quantised and does not fit; type `edgetune quantize {checkpoint.folder} DEST` once."
+        )
     blocks = []
     for layer in range(config.num_layers):
         tensors = {
-            name: _placed(name, weight, dtype, device, quant) for name, weight in checkpoint.block_tensors(layer).items()
+            name: weight if streams and is_linear(name) else _placed(name, weight, dtype, device, quant)
+            for name, weight in checkpoint.block_tensors(layer).items()
         }
         blocks.append(Block(config, layer, tensors))
         progress(layer + 1, config.num_layers)
-    embedding = checkpoint.dense(EMBEDDING).to(device)
-    head = embedding if config.tie_embeddings else checkpoint.dense(HEAD).to(device)
+    pager: Pager = Resident()
+    if streams and layer_memory is not None:
+        pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
+    embedding = _vocabulary(checkpoint, EMBEDDING, device, head_kind if config.tie_embeddings else embedding_kind)
+    head = embedding if config.tie_embeddings else _vocabulary(checkpoint, HEAD, device, head_kind)
+    head = head.to(dtype) if isinstance(head, Tensor) else head
     norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
-    return Llama(config, embedding, blocks, norm, head.to(dtype), dtype)
+    return Llama(config, embedding, blocks, norm, head, dtype, pager)
+
+
+def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Vocabulary:
+    """The embedding or the head; a quantised one lets go of the mapping that it was made from."""
+    weight = checkpoint.tensor(name)
+    if isinstance(weight, Tensor) and kind is not None:
+        try:
+            small = vocabulary.quantize(weight, kind)
+        except ValueError as error:
+            raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
+        checkpoint.release(name)
+        return Int8Rows(small.codes.to(device), small.scale.to(device)) if isinstance(small, Int8Rows) else small.to(device)
+    return weight.to(device)
+
+
+def _linear_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the linears of all blocks as stored: what a model without streaming holds of them."""
+    return sum(tensor.nbytes for name, tensor in checkpoint.stored.items() if "_proj.weight" in name)
+
+
+def _paged(checkpoint: Checkpoint, block: Block, device: torch.device) -> PagedLayer:
+    """A block's linears as what their files hold; the mapping that they were checked through is let go."""
+    weights = []
+    for name in LINEARS:
+        full = f"model.layers.{block.layer}.{hf_linear_name(name)}.weight"
+        weights.append(_paged_weight(checkpoint, full, getattr(block, name), device))
+        checkpoint.release(full)
+    return PagedLayer(weights)
+
+
+def _paged_weight(checkpoint: Checkpoint, name: str, linear: Linear, device: torch.device) -> PagedWeight:
+    weight = linear.weight
+    if isinstance(weight, Tensor):
+        dtype, shape = weight.dtype, weight.shape
+        away = torch.empty(0, dtype=dtype, device=device)
+        return PagedWeight(linear, (checkpoint.located(name),), lambda raw: raw.view(dtype).view(shape), away)
+    nested = weight.state.nested
+    if nested is not None:  # short: they stay
+        nested = replace(nested, absmax=nested.absmax.to(device, copy=True), table=nested.table.to(device, copy=True))
+    parts, absmax = [checkpoint.located(name)], weight.state.absmax
+    path, stored = checkpoint.located(f"{name}.absmax")
+    streamed = (stored.dtype, stored.shape) == (absmax.dtype, absmax.shape)
+    if streamed:  # or else it was rearranged for use, and stays too
+        parts.append((path, stored))
+    kept = torch.empty(0, dtype=absmax.dtype, device=device) if streamed else absmax.to(device, copy=True)
+    state = replace(weight.state, absmax=kept, nested=nested)
+
+    def make(packed: Tensor, *scales: Tensor) -> QuantizedTensor:
+        own = replace(state, absmax=scales[0].view(state.absmax.dtype)) if scales else state
+        return QuantizedTensor(packed.view(-1, 1), own)
+
+    return PagedWeight(linear, tuple(parts), make, QuantizedTensor(torch.empty(0, 1, dtype=torch.uint8, device=device), state))
 
 
 def _placed(name: str, weight: Weight, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None) -> Weight:

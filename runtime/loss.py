@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from edgetune.runtime import ops
+from edgetune.runtime import ops, vocabulary
 from edgetune.runtime.model import Llama
 
 
@@ -21,14 +21,13 @@ def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, weights: Ten
 
     targets (N,) int64; weights (N,) f32, 0 for tokens that are context only.
     """
-    head = model.dense_head()
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     dx = torch.zeros_like(h)
-    for rows, count, logits in _chunks(model, head, h, weights, chunk):
+    for rows, count, logits in _chunks(model, h, weights, chunk):
         weight = weights[rows]
         weight[count:] = 0
         loss += (ops.cross_entropy_(logits, targets[rows], weight) * weight).sum()
-        dx[rows[:count]] = (logits @ head)[:count]
+        dx[rows[:count]] = vocabulary.input_gradient(logits, model.head)[:count]
     return loss, ops.rms_norm_backward(dx, h, model.norm, model.config.rms_norm_eps)
 
 
@@ -36,15 +35,15 @@ def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, weights: Ten
 def token_nats(model: Llama, h: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
     """Nats (N,) f32 of each target whose weight is not 0, and 0 elsewhere; h (N, D) is the last block's output."""
     nats = torch.zeros(len(h), dtype=torch.float32, device=h.device)
-    for rows, count, logits in _chunks(model, model.dense_head(), h, weights, chunk):
+    for rows, count, logits in _chunks(model, h, weights, chunk):
         nats[rows[:count]] = ops.cross_entropy_(logits, targets[rows], torch.ones_like(weights[rows]))[:count]
     return nats
 
 
-def _chunks(model: Llama, head: Tensor, h: Tensor, weights: Tensor, chunk: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+def _chunks(model: Llama, h: Tensor, weights: Tensor, chunk: int) -> Iterator[tuple[Tensor, int, Tensor]]:
     """(rows (chunk,), how many of them count, logits (chunk, V)) over the rows whose weight is not 0."""
     trained = weights.nonzero().squeeze(1)
     for rows in trained.split(chunk):
         count = len(rows)
         rows = torch.nn.functional.pad(rows, (0, chunk - count))
-        yield rows, count, ops.rms_norm(h[rows], model.norm, model.config.rms_norm_eps) @ head.T
+        yield rows, count, model.logits(h[rows])

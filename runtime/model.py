@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgetune.runtime import ops
+from edgetune.runtime import ops, vocabulary
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
 from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
+from edgetune.runtime.pager import Pager, Resident
+from edgetune.runtime.vocabulary import Vocabulary
 
 
 class KVCache:
@@ -183,15 +185,17 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: LlamaConfig,
-        embedding: Weight,
+        embedding: Vocabulary,
         blocks: list[Block],
         norm: Tensor,
-        head: Weight,
+        head: Vocabulary,
         dtype: torch.dtype,
+        pager: Pager | None = None,
     ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embedding, self.norm, self.head = embedding, norm, head
+        self.pager = pager or Resident()
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.frequencies = rope_frequencies(config.rope, config.head_dim)
 
@@ -207,7 +211,7 @@ class Llama(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (N,) -> h (N, D) in the compute dtype."""
-        return nn.functional.embedding(input_ids, self.embedding).to(self.dtype)  # type: ignore[arg-type]
+        return vocabulary.rows(self.embedding, input_ids, self.dtype)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (N,) -> cos, sin (N, hd/2) f32; the angle in f64 on the CPU: far positions are large, MPS has no f64."""
@@ -216,11 +220,7 @@ class Llama(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Last block's h (N, D) -> logits (N, V) in the compute dtype."""
-        return ops.rms_norm(h, self.norm, self.config.rms_norm_eps) @ self.dense_head().T
-
-    def dense_head(self) -> Tensor:
-        """The head (V, D) in the compute dtype."""
-        return self.head if isinstance(self.head, Tensor) else ops.dequantize(self.head, self.dtype)
+        return vocabulary.logits(ops.rms_norm(h, self.norm, self.config.rms_norm_eps), self.head)
 
 
 def hf_linear_name(name: str) -> str:

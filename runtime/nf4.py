@@ -129,18 +129,18 @@ def code_table(quant_type: str) -> Tensor:
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
-    """f32 (256,): the signed 8-bit dynamic map, ascending: 7 decades, each halving the fraction's bits; 0 and 1 added.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """f32 (256,): the 8-bit dynamic map, ascending: 7 decades, each halving the fraction's bits; 0 and 1 added.
 
-    Source: 8-Bit Approximations for Parallelism in Deep Learning (Dettmers 2015, arXiv 1511.04561);
-    the same values as bitsandbytes.functional.create_dynamic_map().
+    The unsigned one spends the sign's bit on the fraction. Source: 8-Bit Approximations for Parallelism in Deep Learning
+    (Dettmers 2015, arXiv 1511.04561); the same values as bitsandbytes.functional.create_dynamic_map(signed).
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        boundaries = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        boundaries = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         means = (boundaries[:-1] + boundaries[1:]) / 2.0
         scale = 10 ** (exponent - 6)
-        values += (scale * means).tolist() + (-scale * means).tolist()
+        values += (scale * means).tolist() + ((-scale * means).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

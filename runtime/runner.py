@@ -1,7 +1,7 @@
 """Sole owner of the loop over blocks: forward, and in backward recompute by policy, differentiate, release.
 
-Paging, activation offload and copy streams will meet here and nowhere else. Each block is a small autograd graph of its
-own, so that what it saved is freed as soon as its gradients are there.
+Paging, recomputation and activation offload meet here and nowhere else. Each block is a small autograd graph of its own, so
+that what it saved is freed as soon as its gradients are there.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from edgetune.runtime.attention import Segment, packed_segments
+from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
 from edgetune.runtime.lora import Panel, ProjectPlan
 from edgetune.runtime.loss import chunked_cross_entropy, token_nats
 from edgetune.runtime.model import Block, Context, KVCache, Llama
@@ -68,20 +70,62 @@ def padded(row: Row) -> Row:
 
 
 @dataclass(frozen=True)
+class _Away:
+    """A tensor that lies in an Offload."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Offload:
+    """Keeps the blocks' inputs in a nameless private file of `folder` instead of in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._folder = scratch_file(folder), folder
+
+    def put(self, number: int, h: Tensor) -> _Away:
+        """Write the input (N, D) of block `number`; all inputs of a row have one size."""
+        away = _Away(number * h.nbytes, h.shape, h.dtype, h.device)
+        with explain_full_disk(self._folder):
+            write_at(self._file, h.cpu().contiguous().view(torch.uint8).numpy().data.cast("B"), away.start)
+        return away
+
+    def get(self, away: _Away) -> Tensor:
+        """Read it back."""
+        h = torch.empty(away.shape, dtype=away.dtype)
+        read_at(self._file, h.view(torch.uint8).numpy().data.cast("B"), away.start)
+        return h.to(away.device)
+
+
+@dataclass(frozen=True)
 class _Pass:
     """One block's forward, kept for its backward: the graph's ends, or the input alone when it is to be run again."""
 
     block: Block
-    entered: Tensor
+    entered: Tensor | _Away
     left: Tensor | None
 
 
 class Runner:
-    """Runs a model's blocks. One runner a model: it owns the panel that weights are dequantised into."""
+    """Runs a model's blocks. One runner a model: it owns the panel that weights are dequantised into.
 
-    def __init__(self, model: Llama, recompute: Recompute = Recompute.FULL, loss_rows: int = LOSS_ROWS) -> None:
+    offload: a folder for the blocks' inputs, where every block is recomputed from its own.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        recompute: Recompute = Recompute.FULL,
+        loss_rows: int = LOSS_ROWS,
+        offload: Path | None = None,
+    ) -> None:
+        if offload is not None and recompute is not Recompute.FULL:
+            raise ValueError(f"recompute is {recompute}; only full recomputation leaves nothing but inputs to offload")
         self.model, self.recompute, self.loss_rows = model, recompute, loss_rows
         self.panel = Panel()
+        self.offload = None if offload is None else Offload(offload)
 
     def train(self, row: Row, dropout_key: int | None = None) -> Tensor:
         """Forward and backward of one packed row: adds to each adapter's .grad, returns the weighted loss (), f32.
@@ -90,15 +134,20 @@ class Runner:
         """
         row = padded(row).to(self.model.device)
         ctx = self._context(row.positions, packed_segments(row.bounds), None)
+        layers, pager = range(len(self.model.blocks)), self.model.pager
+        pager.expect([*layers, *reversed(layers)])
         h, passes = self.model.embed(row.input_ids), []
         for block in self.model.blocks:
-            passes.append(self._enter(block, h, self._of_layer(ctx, block, dropout_key)))
-            h = passes[-1][1]
+            with pager.layer(block.layer):
+                done, h = self._enter(block, h, self._of_layer(ctx, block, dropout_key))
+            passes.append(done)
+        del done
         loss, dh = chunked_cross_entropy(self.model, h, row.targets, row.weights, self.loss_rows)
         del h
         while passes:
-            done, _ = passes.pop()
-            dh = self._leave(done, dh, self._of_layer(ctx, done.block, dropout_key))
+            done = passes.pop()
+            with pager.layer(done.block.layer):
+                dh = self._leave(done, dh, self._of_layer(ctx, done.block, dropout_key))
         return loss
 
     @torch.no_grad()
@@ -112,9 +161,11 @@ class Runner:
     def infer(self, input_ids: Tensor, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Tensor:
         """Last block's h (N, D), storing keys and values in `cache` where given."""
         ctx = self._context(positions, segments, cache)
+        self.model.pager.expect(range(len(self.model.blocks)))
         h = self.model.embed(input_ids)
         for block in self.model.blocks:
-            h = block(h, ctx)
+            with self.model.pager.layer(block.layer):
+                h = block(h, ctx)
         if cache is not None:
             cache.length += len(input_ids)
         return h
@@ -134,8 +185,9 @@ class Runner:
 
     def _enter(self, block: Block, h: Tensor, ctx: Context) -> tuple[_Pass, Tensor]:
         if self.recompute is Recompute.FULL:
+            kept = h if self.offload is None else self.offload.put(block.layer, h)
             with torch.no_grad():
-                return _Pass(block, h, None), block(h, ctx)
+                return _Pass(block, kept, None), block(h, ctx)
         entered = h.detach().requires_grad_()
         with torch.enable_grad():
             left = block(entered, ctx)
@@ -144,6 +196,9 @@ class Runner:
     def _leave(self, done: _Pass, dh: Tensor, ctx: Context) -> Tensor:
         """Gradient of the block's input; the adapters' gradients are added on the way."""
         entered, left = done.entered, done.left
+        if isinstance(entered, _Away):
+            assert self.offload is not None
+            entered = self.offload.get(entered)
         if left is None:
             entered = entered.detach().requires_grad_()
             with torch.enable_grad():

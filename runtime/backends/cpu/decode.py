@@ -155,6 +155,8 @@ class Decoder:
         blocks: Any = model.blocks
         self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(blocks)))
         self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
+        if not isinstance(model.head, (Tensor, QuantizedTensor)):
+            raise ValueError(f"the head is {type(model.head).__name__}; expected bf16, f32 or NF4")
         self._head = self._frozen(model.head, None, "head", config.vocab_size, config.hidden_size)
         self._space, self._space_for = torch.empty(0), (0, 0)
         self._own = 0

@@ -1,0 +1,132 @@
+"""The embedding and the head, (V, D) each: dense, 8-bit or NF4. Rows are looked up, and products made, in panels of rows, so
+that a quantised one is never dense as a whole.
+
+8-bit is symmetric, a scale for each row: 8 + 32/D bits a number. NF4 is nf4.py's: 4.127 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime import nf4, ops
+from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.nf4 import QuantizedTensor, QuantState
+
+KINDS = ("int8", "nf4")
+PANEL_ROWS = 2048
+"""Rows of a quantised head that are dense at once."""
+FEW = 8
+"""Up to so many hidden states are multiplied with NF4 codes as in decoding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Rows:
+    """codes i8 (V, D), scale f32 (V, 1): row i is codes[i] * scale[i]."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+
+Vocabulary = Tensor | QuantizedTensor | Int8Rows
+
+
+def quantize(weight: Tensor, kind: str) -> Vocabulary:
+    """A dense (V, D) in one of KINDS, a few rows at a time; int8 where rows do not end with NF4's blocks.
+
+    Raises ValueError for inf and NaN.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"a vocabulary of kind {kind!r}; expected one of {', '.join(KINDS)}")
+    config = QuantConfig()
+    if kind == "nf4" and weight.shape[1] % config.block_size == 0:
+        return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], PANEL_ROWS):
+        rows = weight[start : start + PANEL_ROWS].float()
+        largest = rows.abs().amax(1, keepdim=True)
+        if not torch.isfinite(largest).all():
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} holds inf or NaN in rows {start} and following")
+        scale[start : start + PANEL_ROWS] = largest / 127
+        codes[start : start + PANEL_ROWS] = (rows / (largest / 127).clamp(min=1e-38)).round_()
+    return Int8Rows(codes, scale)
+
+
+def rows(weight: Vocabulary, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """ids (N,) -> their rows (N, D) in `dtype`."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.embedding(ids, weight).to(dtype)
+    if isinstance(weight, Int8Rows):
+        return (weight.codes[ids] * weight.scale[ids]).to(dtype)
+    if weight.shape[1] % weight.state.block_size:  # blocks cross rows
+        return ops.dequantize(weight, dtype)[ids]
+    return ops.dequantize(_nf4_rows(weight, ids), dtype)
+
+
+def logits(x: Tensor, head: Vocabulary) -> Tensor:
+    """x (N, D) -> x W^T (N, V)."""
+    if isinstance(head, Tensor):
+        return x @ head.T
+    if isinstance(head, QuantizedTensor) and len(x) <= FEW:
+        return ops.matvec(x, head)
+    out = x.new_empty(len(x), head.shape[0])
+    if isinstance(head, QuantizedTensor) and ops.linear(x, head, out):
+        return out
+    for part, panel, scale in _panels(head, x.dtype):
+        torch.mm(x, panel.T, out=out[:, part])
+        if scale is not None:
+            out[:, part] *= scale
+    return out
+
+
+def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
+    """dlogits (N, V) -> dlogits W (N, D)."""
+    if isinstance(head, Tensor):
+        return dlogits @ head
+    out = dlogits.new_empty(len(dlogits), head.shape[1])
+    if isinstance(head, QuantizedTensor) and ops.linear_backward(dlogits, head, out):
+        return out
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for part, panel, scale in _panels(head, dlogits.dtype):
+        dy = dlogits[:, part]
+        total += (dy if scale is None else (dy * scale).to(dy.dtype)) @ panel
+    return out.copy_(total)
+
+
+def _panels(head: QuantizedTensor | Int8Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(which rows, their numbers (up to PANEL_ROWS, D), and what each row is still to be multiplied by, or None)."""
+    count = head.shape[0]
+    crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
+    height = count if crossing else PANEL_ROWS
+    for start in range(0, count, height):
+        part = slice(start, min(start + height, count))
+        if isinstance(head, Int8Rows):  # codes are exact in bf16; the products are scaled, which are fewer than the weights
+            yield part, head.codes[part].to(dtype), head.scale[part, 0]
+        else:
+            yield part, rows(head, torch.arange(part.start, part.stop, device=head.device), dtype), None
+
+
+def _nf4_rows(weight: QuantizedTensor, ids: Tensor) -> QuantizedTensor:
+    """Some rows as an NF4 weight of their own, (N, D), of which dequantisation gives the same bits; D is whole blocks."""
+    (count, width), state = weight.shape, weight.state
+    blocks = width // state.block_size
+    packed = weight.packed.view(count, width // 2)[ids].view(-1, 1)
+    absmax = state.absmax.view(count, blocks)[ids]
+    if state.nested is not None:
+        nested = state.nested
+        places = ids.unsqueeze(1) * blocks + torch.arange(blocks, device=ids.device)
+        absmax = nested.table[absmax.int()] * nested.absmax[places // nested.block_size] + nested.offset
+    own = QuantState(absmax.reshape(-1), (len(ids), width), state.dtype, state.block_size, state.quant_type)
+    return QuantizedTensor(packed, own)

@@ -1,0 +1,119 @@
+"""Quantised embeddings and heads: rows and products are those of the dequantised weight, and nothing whole is ever dense."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from edgetune.meter import anonymous_memory
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime import nf4, ops, vocabulary
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.runner import Row, Runner
+from edgetune.runtime.vocabulary import PANEL_ROWS, Int8Rows, Vocabulary
+
+SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short last panel, rows that no block ends with
+
+
+def dense(weight: Vocabulary) -> torch.Tensor:
+    if isinstance(weight, QuantizedTensor):
+        return nf4.dequantize(weight, torch.float32)
+    return weight.codes * weight.scale if isinstance(weight, Int8Rows) else weight
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", vocabulary.KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 70])
+def test_rows_and_products_are_the_dequantised_weights(
+    backend: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, count: int
+) -> None:
+    if backend == "cpu" and ops.kernels_missing():
+        pytest.skip("the kernels were not built")
+    weight = vocabulary.quantize(torch.randn(shape) * torch.rand(shape[0], 1), kind)
+    assert isinstance(weight, Int8Rows) == (kind == "int8" or shape[1] % 64 != 0)
+    wanted = dense(weight).to(dtype).float()
+    ids = torch.randint(0, shape[0], (count,))
+    x, dy = torch.randn(count, shape[1]).to(dtype), torch.randn(count, shape[0]).to(dtype)
+    tolerance = {"rtol": 0.0, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.3}
+    with ops.use_backend(backend):
+        assert torch.equal(vocabulary.rows(weight, ids, dtype).float(), wanted[ids])
+        torch.testing.assert_close(vocabulary.logits(x, weight).float(), x.float() @ wanted.T, **tolerance)
+        torch.testing.assert_close(vocabulary.input_gradient(dy, weight).float(), dy.float() @ wanted, **tolerance)
+
+
+def test_8_bits_are_nearest() -> None:
+    weight = torch.randn(100, 64)
+    small = vocabulary.quantize(weight, "int8")
+    assert isinstance(small, Int8Rows)
+    assert ((dense(small) - weight).abs() <= small.scale / 2 * 1.0001).all()
+    assert small.nbytes < 0.27 * weight.nbytes
+
+
+def row() -> Row:
+    ids = torch.randint(0, 128, (61,), generator=torch.Generator().manual_seed(3))
+    return Row(ids[:-1], ids[1:], torch.full((60,), 1 / 60), torch.arange(60), [(0, 60)])
+
+
+@pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
+@pytest.mark.parametrize("kind", vocabulary.KINDS)
+def test_training_equals_that_with_the_dequantised_weight(tmp_path: Path, family: str, kind: str) -> None:
+    tiny.save_model(tmp_path / "model", family)
+    quantised, plain = (
+        load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=k, head_kind=k) for k in (kind, None)
+    )
+    plain.embedding, plain.head = dense(quantised.embedding), dense(quantised.head)
+    assert (quantised.embedding is quantised.head) == ("tied" in family)
+    results = []
+    for model in (quantised, plain):
+        adapters.attach_new(model, LoraConfig(rank=4, alpha=8.0), seed=1)
+        runner = Runner(model, loss_rows=16)
+        loss = runner.train(row())
+        results.append([loss, runner.score(row()), *(p.grad for p in adapters.parameters(model) if p.grad is not None)])
+    assert len(results[0]) == 2 + 2 * 7 * 2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", vocabulary.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_a_quantised_vocabulary_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """In fp32 the same text as with the dequantised weight, by whichever step the back end has."""
+    tiny.save_model(tmp_path / "model")
+    checkpoint = open_model(tmp_path / "model")
+    model, plain = (load_llama(checkpoint, dtype, embedding_kind=k, head_kind=k) for k in (kind, None))
+    plain.embedding, plain.head = dense(model.embedding), dense(model.head).to(dtype)
+    texts = [list(Generator(Runner(m), 64).generate([1, 5, 9], 20, Sampling(0.0))) for m in (model, plain)]
+    assert len(texts[0]) == 20
+    assert dtype != torch.float32 or texts[0] == texts[1]
+
+
+def test_a_vocabulary_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny.transformers_model("llama-2-grouped")
+    model.lm_head.weight.data[5, 5] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    for kind in vocabulary.KINDS:
+        with pytest.raises(ModelError, match=r"lm_head\.weight cannot be quantised"):
+            load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=kind, head_kind=kind)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
+@pytest.mark.parametrize("kind", vocabulary.KINDS)
+def test_quantising_and_using_it_takes_little_more_than_it_weighs(kind: str) -> None:
+    weight = torch.randn(32000, 512).bfloat16()  # 33 MB; 66 MB in fp32
+    x = torch.randn(64, 512).bfloat16()
+    vocabulary.logits(x, vocabulary.quantize(weight[:4096], kind))
+    before = anonymous_memory()
+    small = vocabulary.quantize(weight, kind)
+    vocabulary.input_gradient(vocabulary.logits(x, small), small)
+    assert anonymous_memory() - before < small.nbytes + 36e6
