@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import BinaryIO
 from edgetune.runtime.errors import BusyError
 from edgetune.runtime.files import PRIVATE_FILE
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 
     _FAR = 1 << 30  # the byte that is locked: beyond the text, which others may then read

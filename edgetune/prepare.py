@@ -13,7 +13,7 @@ import torch
 
 from edgetune import registry
 from edgetune.batches import Packer
-from edgetune.config import TrainConfig, default_epochs, expand, parse_bytes
+from edgetune.config import TrainConfig, default_epochs, parse_bytes
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
@@ -197,7 +197,8 @@ def changes_since(prepared: Prepared) -> list[str]:
         _, parted = read(prepared.config)
         if _digest(parted.train + parted.held_out) != record.notes:
             told.append(
-                "The notes have changed since this run began; it goes on with them as they were, --fresh starts over with the new."
+                "The notes have changed since this run began; it goes on with them as they were, "
+                "and --fresh starts over with the new ones."
             )
     except DataError:
         told.append("The notes cannot be read any more; the run goes on with them as they were when it began.")

@@ -45,7 +45,7 @@ from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import trim_memory
 from edgetune.runtime.errors import DataError, TrainingError
-from edgetune.runtime.files import mend_folder
+from edgetune.runtime.files import mend
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.session import open_base
 from edgetune.state import private_folder
@@ -74,7 +74,8 @@ def train(config: TrainConfig, stop: threading.Event | None = None, fresh: bool 
     with runstate.hold(config, checkpoint.digest) as place:
         prepared, restored, resumed = _begin(config, place, checkpoint.digest, fresh)
         folder = private_folder(registry.run_folder(prepared.record.run))
-        mend_folder(_adapter_folder(prepared))
+        for path in (_adapter_folder(prepared), folder / REPORT_FILE):
+            mend(path)
         with (
             EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
             MemoryMeter(prepared.loaded.checkpoint.files) as meter,
@@ -195,6 +196,7 @@ class _Run:
             self._restore(restored)
         self.started = time.monotonic() - self.state.seconds
         self.step_seconds = self.reading_seconds = 0.0
+        self.kept: tuple[int, int | None] | None = None  # the step and reading of the last checkpoint
 
     def events(self, resumed: Resumed | None) -> Iterator[Event]:
         yield self._started()
@@ -204,7 +206,8 @@ class _Run:
             yield from self._train()
             yield from self._finish()
         except _Stopped:
-            yield self._keep()
+            if self.kept != (self.state.step, self.state.read_at):
+                yield self._keep()
             yield Interrupted(self.state.step, self.plan.steps, self.state.tokens, self._seconds())
 
     def _train(self) -> Iterator[Event]:
@@ -276,7 +279,9 @@ class _Run:
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments(self.optimizer).items()}
         best = self.best.tensors if self.best is not None else {}
         tensors |= {f"best.{layer}.{linear}.{part}": tensor for (layer, linear, part), tensor in best.items()}
-        return Saved(state.step, str(self.keeper.keep(state, tensors)))
+        path = self.keeper.keep(state, tensors)
+        self.kept = state.step, state.read_at
+        return Saved(state.step, str(path))
 
     def _restore(self, restored: Restored) -> None:
         """What `_keep` wrote."""

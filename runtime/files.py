@@ -100,8 +100,8 @@ def replace_folder(source: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def mend_folder(path: Path) -> None:
-    """Undo what a crash in `atomic_folder` left beside `path`: one that was moved aside goes back, half-written ones go.
+def mend(path: Path) -> None:
+    """Undo what a crash while `path` was written left beside it: a folder moved aside goes back, half-written ones go.
 
     Only for whoever alone writes there.
     """
@@ -112,7 +112,10 @@ def mend_folder(path: Path) -> None:
         aside = left / path.name
         if left.name.startswith(f".{path.name}.old.") and aside.is_dir() and not path.exists():
             os.rename(aside, path)
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path | str) -> str:
