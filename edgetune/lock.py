@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from edgetune.runtime.errors import BusyError
-from edgetune.runtime.files import PRIVATE_FILE
+from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
 if sys.platform == "win32":
     import msvcrt
@@ -41,15 +41,21 @@ class Lock:
 
     def __enter__(self) -> Lock:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self._file = os.fdopen(os.open(self.path, flags, PRIVATE_FILE), "r+b", buffering=0)
+        with explain_full_disk(self.path):
+            self._file = os.fdopen(os.open(self.path, flags, PRIVATE_FILE), "r+b", buffering=0)
         try:
             _take(self._file)
         except OSError as error:
             holder = self._file.read()
             self._file.close()
             raise BusyError(f"{_told(holder)} is at {self.what} already; wait until it ends, or end it.") from error
-        self._file.truncate(0)
-        self._file.write(json.dumps({"pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")}).encode())
+        try:
+            with explain_full_disk(self.path):
+                self._file.truncate(0)
+                self._file.write(json.dumps({"pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}).encode())
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -60,6 +66,6 @@ def _told(holder: bytes) -> str:
     """Who it is, as far as the file tells: its holder may be about to write it."""
     try:
         record = json.loads(holder)
-        return f"Process {int(record['pid'])} (since {datetime.fromisoformat(record['since']):%Y-%m-%d %H:%M:%S})"
+        return f"Process {int(record['pid'])} (since {datetime.fromisoformat(record['since'])})"
     except (ValueError, KeyError, TypeError):
         return "Another process"

@@ -16,7 +16,7 @@ from pathlib import Path
 from edgetune.runtime import adapter as peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.state import PRIVATE_FOLDER, home, private_folder
 
 CURRENT = "current.json"
@@ -43,7 +43,7 @@ def new_run(base: str) -> str:
     for number in itertools.count(1):
         name = stamp if number == 1 else f"{stamp}-{number}"
         if not (adapters_folder(base) / name).exists():
-            with contextlib.suppress(FileExistsError):
+            with explain_full_disk(run_folder(name)), contextlib.suppress(FileExistsError):
                 run_folder(name).mkdir(mode=PRIVATE_FOLDER)
                 return name
     raise AssertionError("numbers do not end")

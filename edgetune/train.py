@@ -293,6 +293,7 @@ class _Run:
             layer, linear, part = name.split(".")
             best[int(layer), linear, part] = tensor
         self.best = Adapter(self.prepared.lora, best) if best else None
+        restored.tensors.clear()  # whoever holds the checkpoint need not hold these for the rest of the run
 
     def _step(self) -> Stepped | Skipped:
         """One optimizer step over all micro-batches of a batch; each token weighs the same, whichever row it is in."""

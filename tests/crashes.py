@@ -96,17 +96,20 @@ class Writes:
 
 def child(task: dict[str, Any]) -> None:
     """One run in a process of its own; never returns. Standard output and error go to files beside its home."""
-    home = task["home"]
-    outputs = f"{home}.beside" if "beside" in task else home
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{outputs}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    for number, name in enumerate(outputs(task), 1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
     disk = Disk(**{kind: task[kind] for kind in ("crash", "full", "stop") if kind in task})
     disk.install()
-    status = command(home, task["arguments"])
+    status = command(task["home"], task["arguments"])
     sys.stdout.flush()
     if task.get("count"):
         os.write(1, json.dumps({"points": disk.count}).encode() + b"\n")
     os._exit(status)
+
+
+def outputs(task: dict[str, Any]) -> list[Path]:
+    """Where a run's standard output and error go."""
+    return [Path(f"{task['home']}{'.beside' if 'beside' in task else ''}.{name}") for name in ("out", "err")]
 
 
 def command(home: str, arguments: list[str]) -> int:
@@ -142,6 +145,8 @@ def main() -> None:
     print(json.dumps({"code": code}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
+        for path in outputs(task):
+            path.write_bytes(b"")
         start = time.monotonic()
         pid = os.fork()
         if pid == 0:
@@ -191,10 +196,11 @@ class Driver:
 
     def run(self, home: Path, arguments: list[str], **fault: float) -> Ended:
         """One run, to its end."""
-        answer = self._ask({"home": str(home), "arguments": arguments, **fault})
-        name = f"{home}.beside" if "beside" in fault else home
-        lines = [line for line in Path(f"{name}.out").read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return Ended(answer["code"], answer["seconds"], [json.loads(line) for line in lines], Path(f"{name}.err").read_text())
+        task = {"home": str(home), "arguments": arguments, **fault}
+        answer = self._ask(task)
+        out, err = (path.read_text() for path in outputs(task))
+        lines = [json.loads(line) for line in out.splitlines(keepends=True) if line.endswith("\n")]
+        return Ended(answer["code"], answer["seconds"], lines, err)
 
     def _ask(self, task: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -51,12 +51,12 @@ class World:
     earlier: bytes = b""
     points: int = 0
     seconds: float = 0.0
-    number: int = 0
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def place(self) -> Place:
         """A home of its own, and an output where an earlier adapter lies."""
-        self.number += 1
-        place = Place(self, self.folder / f"home-{self.number}", self.folder / f"out-{self.number}")
+        number = next(self.numbers)
+        place = Place(self, self.folder / f"home-{number}", self.folder / f"out-{number}")
         shutil.copytree(self.folder / "earlier", place.out)
         return place
 
