@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,17 @@ def as_row(batch: Batch, total: float = 1.0) -> Row:
     return Row(batch.input_ids, batch.targets, batch.loss_mask / total, batch.positions, batch.segments)
 
 
-def evaluate_store(runner: Runner, store: TokenStore, seq_len: int, batch_tokens: int) -> BitsPerByte:
-    """Score every text token of a token store once, with the adapter that is on the model now."""
-    scored = [(batch, runner.score(as_row(batch)).cpu()) for batch in evaluation_batches(store, seq_len, batch_tokens)]
+def evaluate_store(
+    runner: Runner, store: TokenStore, seq_len: int, batch_tokens: int, before_each: Callable[[], None] = lambda: None
+) -> BitsPerByte:
+    """Score every text token of a token store once, with the adapter that is on the model now.
+
+    `before_each` is called before each row; what it raises ends the evaluation.
+    """
+    scored = []
+    for batch in evaluation_batches(store, seq_len, batch_tokens):
+        before_each()
+        scored.append((batch, runner.score(as_row(batch)).cpu()))
     return bits_per_byte(store, scored)
 
 

@@ -55,6 +55,15 @@ class Started(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Resumed(Event):
+    """An earlier run of the same command is gone on with, after its `step`; each notice is a sentence for the person."""
+
+    kind: ClassVar[str] = "resumed"
+    step: int
+    notices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluated(Event):
     """A reading of the held-out documents with the adapter as it stands after `step` steps (0: the bare base).
 
@@ -131,11 +140,22 @@ class Finished(Event):
     skipped_steps: int = 0
     report: str | None = None
     promoted: bool = True  # whether it became the current adapter: not where the held-out notes read worse with it
-    cut: str | None = None  # why the run ended before its plan did: "deadline", "interrupted"
+    cut: str | None = None  # why the run ended before its plan did: "deadline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupted(Event):
+    """The end of a run that was told to stop: all of it is kept, and the same command goes on after `step`."""
+
+    kind: ClassVar[str] = "interrupted"
+    step: int
+    steps: int
+    tokens: int
+    seconds: float
 
 
 KINDS: dict[str, type[Event]] = {
-    event.kind: event for event in (Started, Evaluated, Stepped, Skipped, Sampled, Saved, Finished)
+    event.kind: event for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted)
 }
 
 
@@ -159,16 +179,16 @@ def from_dict(record: dict[str, Any]) -> Event:
 class EventLog:
     """A run's own log: JSON lines, private (0600), each event flushed to the system as it happens.
 
-    Opening an existing log continues it; a last line that a crash left half written is cut off first.
+    Opening an existing log continues it after its first `most` bytes (-1: all); a half-written last line is cut off.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, most: int = -1) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE_FILE)
         self._file = os.fdopen(descriptor, "r+b")
         self._file.seek(0)
-        self._file.seek(self._file.read().rfind(b"\n") + 1)
+        self._file.seek(self._file.read(most).rfind(b"\n") + 1)
         self._file.truncate()
 
     def append(self, event: Event) -> None:
@@ -176,6 +196,12 @@ class EventLog:
         with explain_full_disk(self.path):
             self._file.write(line(event).encode() + b"\n")
             self._file.flush()
+
+    def sync(self) -> int:
+        """Make the log durable; returns its size in bytes."""
+        with explain_full_disk(self.path):
+            os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         """Make the log durable and let it go; closing twice is harmless."""
@@ -219,7 +245,7 @@ def final_history(events: Iterable[Event]) -> list[Event]:
     for event in events:
         if isinstance(event, Started):
             continued = bool(history)
-            history = [old for old in history if not isinstance(old, Started | Finished)]
+            history = [old for old in history if not isinstance(old, Started | Finished | Interrupted)]
         elif continued and isinstance(event, Stepped | Skipped):
             first = event.step
             history = [old for old in history if getattr(old, "step", -1) < first]

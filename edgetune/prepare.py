@@ -1,10 +1,10 @@
-"""Everything that is settled before step 1: what is read, what is held out, the model, and the plan."""
+"""Everything that is settled before step 1: what is read, what is held out, the model, and the plan. And settled again
+from its record, when a run is gone on with."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from edgetune import registry
 from edgetune.batches import Packer
-from edgetune.config import TrainConfig, default_epochs, expand, parse_bytes
+from edgetune.config import TrainConfig, default_epochs, parse_bytes
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
@@ -22,14 +22,15 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import available_memory, process_memory
 from edgetune.runtime.errors import DataError, ResourceError
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.files import sha256_file
 from edgetune.runtime.ops import backend_for
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Loaded, load_base
 from edgetune.split import Split, split
 from edgetune.tokens import ChatFormat, TokenStore, TrainOn, tokenize
 
-PLAN_FILE = "plan.json"
+TOKENS, HELD_OUT = "tokens", "held-out"
+_PROMPTS, _PROMPT_FROM, _PROMPT_CHARS = 3, 4000, 60
 _SHARE_OF_FREE_MEMORY = 0.8
 
 
@@ -60,18 +61,51 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Record:
+    """A run's plan, and what else about its beginning cannot be found out again: the notes may change or go."""
+
+    run: str
+    plan: Plan
+    lora: LoraConfig
+    documents: int
+    heldout_paths: tuple[str, ...]
+    prompts: tuple[str, ...]
+    notes: str  # digest over both sides of the split
+    torch: str
+    files: dict[str, str]  # sha256 of the token files
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Record:
+        """What `as_dict` gave, as JSON returns it."""
+        lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
+        paths, prompts = tuple(values["heldout_paths"]), tuple(values["prompts"])
+        return cls(**{**values, "plan": Plan(**values["plan"]), "lora": lora, "heldout_paths": paths, "prompts": prompts})
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A run that is ready for its first step."""
+    """A run that is ready for its next step."""
 
     config: TrainConfig
-    lora: LoraConfig
-    plan: Plan
+    record: Record
     loaded: Loaded
     runner: Runner
     packer: Packer
     held_out: TokenStore | None
-    parted: Split
-    folder: Path
+
+    @property
+    def plan(self) -> Plan:
+        """What the run will do."""
+        return self.record.plan
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The shape of its adapter."""
+        return self.record.lora
 
 
 def read(config: TrainConfig) -> tuple[Reading, Split]:
@@ -91,10 +125,8 @@ def read(config: TrainConfig) -> tuple[Reading, Split]:
     return reading, split(reading.documents)
 
 
-def prepare(config: TrainConfig, folder: Path) -> Prepared:
-    """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, write the plan."""
-    if config.out is not None:
-        adapters.refuse_foreign(expand(config.out))
+def prepare(config: TrainConfig, folder: Path, run: str = "") -> Prepared:
+    """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, make the plan."""
     _, parted = read(config)
     loaded = load_base(config.model, config.device)
     _use_compute_dtype(config, loaded)
@@ -123,8 +155,73 @@ def prepare(config: TrainConfig, folder: Path) -> Prepared:
         base=loaded.checkpoint.digest,
         settings=config.as_dict(),
     )
-    atomic_write(folder / PLAN_FILE, json.dumps(plan.as_dict(), indent=2, sort_keys=True) + "\n")
-    return Prepared(config, lora, plan, loaded, runner, packer, held_out, parted, folder)
+    record = Record(
+        run=run,
+        plan=plan,
+        lora=lora,
+        documents=len(parted.train),
+        heldout_paths=tuple(document.path for document in parted.held_out),
+        prompts=tuple(beginning(document) for document in (parted.held_out or parted.train)[:_PROMPTS]),
+        notes=_digest(parted.train + parted.held_out),
+        torch=torch.__version__,
+        files=_token_files(folder),
+    )
+    return Prepared(config, record, loaded, runner, packer, held_out)
+
+
+def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool) -> Prepared:
+    """The run of `record` with the tokens in `folder`. One that has `begun` brings its adapter's values with it.
+
+    Raises DataError where the tokens are not those of the record.
+    """
+    plan = record.plan
+    if _token_files(folder) != record.files:
+        raise DataError(f"The tokens in {folder} are damaged; type the same command with --fresh.")
+    loaded = load_base(config.model, config.device)
+    loaded.model.set_dtype(getattr(torch, plan.compute_dtype))
+    if begun:
+        adapters.attach_new(loaded.model, record.lora, config.data.seed)
+    else:
+        _attach(config, loaded)
+    if plan.threads != torch.get_num_threads():
+        torch.set_num_threads(plan.threads)
+    packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
+    held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
+    return Prepared(config, record, loaded, Runner(loaded.model, Recompute(plan.recompute)), packer, held_out)
+
+
+def changes_since(prepared: Prepared) -> list[str]:
+    """What is no longer as it was when this run began: a sentence each."""
+    record, told = prepared.record, []
+    try:
+        _, parted = read(prepared.config)
+        if _digest(parted.train + parted.held_out) != record.notes:
+            told.append(
+                "The notes have changed since this run began; it goes on with them as they were, "
+                "and --fresh starts over with the new ones."
+            )
+    except DataError:
+        told.append("The notes cannot be read any more; the run goes on with them as they were when it began.")
+    then, now = (record.torch, record.plan.backend), (torch.__version__, backend_name(prepared.loaded.model.device))
+    if then != now:
+        told.append(
+            f"The run began with torch {then[0]} on {then[1]} and goes on with torch {now[0]} on {now[1]}: "
+            "the last bits of the adapter may differ from those of a run in one piece."
+        )
+    return told
+
+
+def beginning(document: Document) -> str:
+    """The first words of a note's first paragraph, its heading and tags left out: a prompt that invites the note's voice."""
+    lines = (line.strip() for line in document.text[:_PROMPT_FROM].splitlines())
+    body = next((line for line in lines if line and not line.startswith(("#", "Tags:"))), document.text[:_PROMPT_CHARS])
+    return body if len(body) <= _PROMPT_CHARS else body[:_PROMPT_CHARS].rsplit(" ", 1)[0]
+
+
+def _token_files(folder: Path) -> dict[str, str]:
+    """Digests of the token files, by their places in `folder`."""
+    files = sorted(path for side in (TOKENS, HELD_OUT) for path in (folder / side).glob("*"))
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def backend_name(device: torch.device) -> str:
@@ -143,10 +240,10 @@ def _tokenize(config: TrainConfig, parted: Split, loaded: Loaded, folder: Path) 
     raw = config.data.recipe == "raw"  # the whole conversation in Guanaco's form: the QLoRA paper's own
     train_on: TrainOn = "all" if raw else "assistant"
     chat_format: ChatFormat = "guanaco" if raw else "auto"
-    store = tokenize(parted.train, loaded.tokenizer, folder / "tokens", train_on, chat_format)
+    store = tokenize(parted.train, loaded.tokenizer, folder / TOKENS, train_on, chat_format)
     if not parted.held_out:
         return store, None
-    return store, tokenize(parted.held_out, loaded.tokenizer, folder / "held-out", train_on, chat_format)
+    return store, tokenize(parted.held_out, loaded.tokenizer, folder / HELD_OUT, train_on, chat_format)
 
 
 def _attach(config: TrainConfig, loaded: Loaded) -> LoraConfig:

@@ -6,6 +6,8 @@ trained on. A name is the time it was made, so that names sort by age.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,8 +16,8 @@ from pathlib import Path
 from edgetune.runtime import adapter as peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.files import atomic_write
-from edgetune.state import home, private_folder
+from edgetune.runtime.files import atomic_write, explain_full_disk
+from edgetune.state import PRIVATE_FOLDER, home, private_folder
 
 CURRENT = "current.json"
 NONE = "none"
@@ -35,13 +37,21 @@ def adapters_folder(base: str) -> Path:
     return private_folder(home() / "adapters" / base[:12])
 
 
-def new_name(folder: Path) -> str:
-    """A name by the clock, unused in `folder`."""
+def new_run(base: str) -> str:
+    """A name by the clock for a run and its adapter, taken by making the run's folder."""
     stamp = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    name, number = stamp, 2
-    while (folder / name).exists():
-        name, number = f"{stamp}-{number}", number + 1
-    return name
+    for number in itertools.count(1):
+        name = stamp if number == 1 else f"{stamp}-{number}"
+        if not (adapters_folder(base) / name).exists():
+            with explain_full_disk(run_folder(name)), contextlib.suppress(FileExistsError):
+                run_folder(name).mkdir(mode=PRIVATE_FOLDER)
+                return name
+    raise AssertionError("numbers do not end")
+
+
+def run_folder(name: str) -> Path:
+    """Where the log and the report of a run lie."""
+    return private_folder(home() / "runs") / name
 
 
 def set_current(current: Current) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped, final_history
+from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
 from edgetune.plots import Curve, Point, chart, smooth
 from edgetune.report_style import STYLE
 from edgetune.runtime.files import atomic_write
@@ -29,6 +29,7 @@ class Run:
 
     started: Started | None
     finished: Finished | None
+    interrupted: Interrupted | None
     evaluated: Sequence[Evaluated]
     stepped: Sequence[Stepped]
     skipped: Sequence[Skipped]
@@ -45,6 +46,7 @@ class Run:
         return cls(
             started=next((event for event in history if isinstance(event, Started)), None),
             finished=next((event for event in reversed(history) if isinstance(event, Finished)), None),
+            interrupted=next((event for event in reversed(history) if isinstance(event, Interrupted)), None),
             evaluated=list({event.step: event for event in history if isinstance(event, Evaluated)}.values()),
             stepped=[event for event in history if isinstance(event, Stepped)],
             skipped=[event for event in history if isinstance(event, Skipped)],
@@ -113,7 +115,9 @@ def _head(run: Run) -> str:
         judges = _count(started.heldout_documents, "other")
         about += f", and was judged by {judges} kept apart from them." if started.heldout_documents else "."
     badges = []
-    if finished is None:
+    if run.interrupted is not None:
+        badges.append(f"stopped after step {run.interrupted.step:,} of {run.interrupted.steps:,}: the same command goes on")
+    elif finished is None:
         badges.append("not finished")
     elif finished.cut:
         badges.append(f"cut short: {finished.cut}")

@@ -46,14 +46,19 @@ class Loaded:
     tokenizer: Tokenizer
 
 
+def open_base(name: str | None) -> tuple[ModelChoice, Checkpoint]:
+    """What `name` stands for (None: the current adapter's model, else the best found), its files mapped but not read."""
+    current = registry.get_current()
+    choice = resolve(name if name is not None or current is None else current.model)
+    return choice, open_model(choice.path)
+
+
 def load_base(
     name: str | None, device: str = "auto", progress: Callable[[int, int], None] = lambda done, layers: None
 ) -> Loaded:
-    """Open the model that `name` stands for (None: the current adapter's, else the best found), its linears in NF4."""
+    """Open the model that `name` stands for, ready to run, its linears in NF4."""
     target = pick_device(device)
-    current = registry.get_current()
-    choice = resolve(name if name is not None or current is None else current.model)
-    checkpoint = open_model(choice.path)
+    choice, checkpoint = open_base(name)
     quant = None if checkpoint.quant is not None else QuantConfig()
     model = load_llama(checkpoint, compute_dtype(target), target, quant, progress)
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from edgetune.runtime.files import explain_full_disk
+
 PRIVATE_FOLDER = 0o700
 
 
@@ -19,6 +21,7 @@ def home() -> Path:
 
 def private_folder(path: Path) -> Path:
     """Create `path` and the parents it lacks, each readable by its owner alone; what exists is left as it is."""
-    for folder in reversed([path, *path.parents]):
-        folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
+    with explain_full_disk(path):
+        for folder in reversed([path, *path.parents]):
+            folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
     return path

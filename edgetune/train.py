@@ -2,69 +2,127 @@
 
 for event in edgetune.train(TrainConfig(data=DataConfig(notes=("notes/",)))): ...
 
-The plan is written before step 1 and the same plan gives the same bits. A deadline or an interruption cuts the run at a
-step, and the cut is recorded. The adapter that is kept is the one with the best reading of the held-out notes.
+The plan is written before step 1 and the same plan gives the same bits, in one piece or gone on with after a stop or a
+crash: runstate.py keeps what that takes. The adapter that is kept is the one with the best reading of the held-out notes.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import edgetune
-from edgetune import registry
+from edgetune import registry, runstate
 from edgetune.config import TrainConfig, expand, seconds_until
-from edgetune.documents import Document
 from edgetune.evaluate import as_row, evaluate_store
-from edgetune.events import Evaluated, Event, EventLog, Finished, Sampled, Saved, Skipped, Started, Stepped, read_events
+from edgetune.events import (
+    Evaluated,
+    Event,
+    EventLog,
+    Finished,
+    Interrupted,
+    Resumed,
+    Sampled,
+    Saved,
+    Skipped,
+    Started,
+    Stepped,
+    read_events,
+)
 from edgetune.meter import MemoryMeter
-from edgetune.prepare import Plan, Prepared, prepare
+from edgetune.prepare import Plan, Prepared, Record, changes_since, prepare, prepare_again
 from edgetune.registry import Current
 from edgetune.report import write_report
+from edgetune.runstate import Damaged, Restored, Unfinished
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import trim_memory
-from edgetune.runtime.errors import TrainingError
+from edgetune.runtime.errors import DataError, TrainingError
+from edgetune.runtime.files import mend
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.optim import PagedAdamW
-from edgetune.state import home, private_folder
+from edgetune.session import open_base
+from edgetune.state import private_folder
 
 LOG_FILE, REPORT_FILE = "events.jsonl", "report.html"
 MOST_SKIPPED = 5
 """Non-finite steps in a row after which a run ends: more of them never came back."""
-_SAMPLES, _SAMPLE_TOKENS = 3, 80
-_PROMPT_FROM, _PROMPT_CHARS = 4000, 60
+KEEP_SECONDS = 100.0
+"""Work that a kill may cost; what is ahead is counted in, so that a long step does not make it more than two minutes."""
+KEEP_SHARE = 0.003
+"""Of a run's time, what the checkpoints after readings may take."""
+_SAMPLE_TOKENS = 80
 
 
-def train(config: TrainConfig, stop: threading.Event | None = None) -> Iterator[Event]:
-    """Run a training, yielding its events; the last is Finished.
+def train(config: TrainConfig, stop: threading.Event | None = None, fresh: bool = False) -> Iterator[Event]:
+    """Run a training, or go on with the unfinished one of the same settings, yielding its events.
 
-    `stop`, once set, ends the run after the step it is at, with the best adapter so far kept. Raises EdgetuneError's
-    children, each a sentence for the user; nothing that was there before is lost.
+    The last event is Finished; or, once `stop` is set, Interrupted, and the next call goes on from there. A deadline
+    finishes the run with the best adapter so far, and the next call goes on from there too. `fresh` starts over.
+    Raises EdgetuneError's children, each a sentence for the user; nothing that was there before is lost.
     """
-    runs = private_folder(home() / "runs")
-    folder = private_folder(runs / registry.new_name(runs))
     deadline = _deadline(config)
+    if config.out is not None:
+        adapters.refuse_foreign(expand(config.out))
+    _, checkpoint = open_base(config.model)
+    with runstate.hold(config, checkpoint.digest) as place:
+        prepared, restored, resumed = _begin(config, place, checkpoint.digest, fresh)
+        folder = private_folder(registry.run_folder(prepared.record.run))
+        for path in (_adapter_folder(prepared), folder / REPORT_FILE):
+            mend(path)
+        with (
+            EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
+            MemoryMeter(prepared.loaded.checkpoint.files) as meter,
+        ):
+            run = _Run(prepared, restored, _Keeper(place, log), stop or threading.Event(), deadline, meter)
+            try:
+                for event in run.events(resumed):
+                    log.append(event)
+                    if isinstance(event, Finished | Interrupted):
+                        write_report(folder / REPORT_FILE, read_events(folder / LOG_FILE))
+                    if isinstance(event, Finished) and event.cut is None:
+                        place.discard()  # a person's words are kept no longer than the run
+                    yield event
+            except TrainingError:
+                place.discard()
+                raise
+
+
+def _begin(config: TrainConfig, place: Unfinished, base: str, fresh: bool) -> tuple[Prepared, Restored, Resumed | None]:
+    """The unfinished run of this command where there is one, else a new one; Resumed where an earlier run matters."""
+    resumed = None
+    if place.exists and not fresh:
+        try:
+            record, restored = Record.of(place.record()), place.restore()
+            prepared = prepare_again(config, place.folder, record, begun=bool(restored.tensors))
+            return prepared, restored, Resumed(restored.state.step, (*restored.notices, *changes_since(prepared)))
+        except (Damaged, DataError):
+            resumed = Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
+    place.discard()
+    private_folder(place.folder)
+    name = registry.new_run(base)
     try:
-        prepared = prepare(config, folder)
-        with EventLog(folder / LOG_FILE) as log, MemoryMeter(prepared.loaded.checkpoint.files) as meter:
-            for event in _Run(prepared, stop or threading.Event(), deadline, meter).events():
-                log.append(event)
-                if isinstance(event, Finished):
-                    write_report(folder / REPORT_FILE, read_events(folder / LOG_FILE))
-                yield event
-    finally:
-        for name in ("tokens", "held-out"):  # a person's words are kept no longer than the run
-            shutil.rmtree(folder / name, ignore_errors=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        prepared = prepare(config, place.folder, name)
+        place.begin(prepared.record.as_dict())
+    except BaseException:
+        place.discard()
+        registry.run_folder(name).rmdir()
+        raise
+    return prepared, Restored(), resumed
+
+
+def _adapter_folder(prepared: Prepared) -> Path:
+    """Where the run's adapter goes: fixed from its beginning, so that one that is gone on with writes no second one."""
+    if prepared.config.out is not None:
+        return expand(prepared.config.out)
+    return registry.adapters_folder(prepared.plan.base) / prepared.record.run
 
 
 def learning_rate(plan: Plan, step: int, final: float) -> float:
@@ -75,13 +133,6 @@ def learning_rate(plan: Plan, step: int, final: float) -> float:
     return plan.learning_rate * (1 - (1 - final) * done)
 
 
-def beginning(document: Document) -> str:
-    """The first words of a note's first paragraph, its heading and tags left out: a prompt that invites the note's voice."""
-    lines = (line.strip() for line in document.text[:_PROMPT_FROM].splitlines())
-    body = next((line for line in lines if line and not line.startswith(("#", "Tags:"))), document.text[:_PROMPT_CHARS])
-    return body if len(body) <= _PROMPT_CHARS else body[:_PROMPT_CHARS].rsplit(" ", 1)[0]
-
-
 def _deadline(config: TrainConfig) -> float | None:
     """When the run must stop, on time.monotonic's clock."""
     limits = [config.minutes * 60] if config.minutes is not None else []
@@ -89,104 +140,190 @@ def _deadline(config: TrainConfig) -> float | None:
     return time.monotonic() + min(limits) if limits else None
 
 
+class _Stopped(Exception):
+    """The run was told to stop; its state is that of the last whole step."""
+
+
+class _Keeper:
+    """When a checkpoint is due. The clock decides that, and nothing else: the run's bits do not depend on it."""
+
+    def __init__(self, place: Unfinished, log: EventLog) -> None:
+        self.place, self.log = place, log
+        self.last, self.cost = time.monotonic(), 0.0
+
+    def is_due(self, ahead: float) -> bool:
+        """Whether another `ahead` seconds of work would be too much to lose."""
+        return time.monotonic() - self.last + ahead >= KEEP_SECONDS
+
+    def is_cheap(self) -> bool:
+        """Whether one now would take no share of the time worth speaking of."""
+        return self.cost <= KEEP_SHARE * (time.monotonic() - self.last)
+
+    def keep(self, state: runstate.State, tensors: Mapping[str, Tensor]) -> Path:
+        """Write one. Raises ResourceError when the disk is full."""
+        start = time.monotonic()
+        state.log_bytes = self.log.sync()
+        path = self.place.save(state, tensors)
+        self.last = time.monotonic()
+        self.cost = self.last - start
+        return path
+
+
 class _Run:
     """One run's state while it lasts."""
 
-    def __init__(self, prepared: Prepared, stop: threading.Event, deadline: float | None, meter: MemoryMeter) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        restored: Restored,
+        keeper: _Keeper,
+        stop: threading.Event,
+        deadline: float | None,
+        meter: MemoryMeter,
+    ) -> None:
         self.prepared, self.plan, self.config = prepared, prepared.plan, prepared.config
         self.model, self.runner = prepared.loaded.model, prepared.runner
-        self.stop, self.deadline, self.meter = stop, deadline, meter
+        self.keeper, self.stop, self.deadline, self.meter = keeper, stop, deadline, meter
         self.parameters = adapters.parameters(self.model)
         betas = (self.config.beta1, self.config.beta2)
         self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=self.config.weight_decay)
-        self.started = time.monotonic()
-        self.tokens = self.steps = self.skipped = self.skipped_in_a_row = 0
-        self.training_seconds = 0.0
-        self.before: float | None = None
-        self.best: tuple[float, int, Adapter] | None = None
+        self.state = restored.state
+        self.best: Adapter | None = None
+        if restored.tensors:
+            self._restore(restored)
+        self.started = time.monotonic() - self.state.seconds
+        self.step_seconds = self.reading_seconds = 0.0
+        self.kept: tuple[int, int | None] | None = None  # the step and reading of the last checkpoint
 
-    def events(self) -> Iterator[Event]:
+    def events(self, resumed: Resumed | None) -> Iterator[Event]:
         yield self._started()
-        yield from self._samples("before")
-        if self.prepared.held_out is not None:
-            reading = self._evaluate()
-            self.before = reading.bits_per_byte
-            yield reading
-        cut = None
-        while self.steps < self.plan.steps and cut is None:
+        if resumed is not None:
+            yield resumed
+        try:
+            yield from self._train()
+            yield from self._finish()
+        except _Stopped:
+            if self.kept != (self.state.step, self.state.read_at):
+                yield self._keep()
+            yield Interrupted(self.state.step, self.plan.steps, self.state.tokens, self._seconds())
+
+    def _train(self) -> Iterator[Event]:
+        """The steps of the plan that are not done yet, or as many as the deadline allows, but at least one."""
+        if self.state.step == 0 and self.state.read_at is None:
+            yield from self._samples("before")
+        yield from self._read()
+        first = self.state.step
+        while self.state.step < self.plan.steps and not (self.state.step > first and self._is_late()):
+            if self.keeper.is_due(self.step_seconds):
+                yield self._keep()
             yield self._step()
-            if self.skipped_in_a_row >= MOST_SKIPPED:
+            if self.state.skipped_in_a_row >= MOST_SKIPPED:
                 raise TrainingError(
-                    f"{MOST_SKIPPED} steps in a row gave a loss or gradient that is not finite, up to step {self.steps}; "
+                    f"{MOST_SKIPPED} steps in a row gave a loss or gradient that is not finite, up to step {self.state.step}; "
                     f"the adapter was left as it was. Type a lower --lr than {self.plan.learning_rate:g}."
                 )
-            cut = self._cut()
-            if self.prepared.held_out is not None and (self.steps % self.plan.evaluate_every == 0 or self._is_last(cut)):
-                reading = self._evaluate()
-                self._keep_if_best(reading)
-                yield reading
-        yield from self._finish(cut)
+            yield from self._read()
+
+    def _read(self) -> Iterator[Event]:
+        """A reading of the held-out notes, where the plan has one here and it was not taken yet."""
+        step, last = self.state.step, self.plan.steps
+        if self.prepared.held_out is None or self.state.read_at == step or (step % self.plan.evaluate_every and step < last):
+            return
+        if self.keeper.is_due(self.reading_seconds):
+            yield self._keep()
+        reading = self._evaluate()
+        self.reading_seconds, self.state.read_at = reading.seconds, step
+        if step == 0:
+            self.state.before = reading.bits_per_byte
+        elif self._is_best(reading):
+            self.state.best_score, self.state.best_step, self.best = reading.bits_per_byte, step, self._snapshot()
+        yield reading
+        if self.keeper.is_cheap():
+            yield self._keep()
 
     def _started(self) -> Started:
-        prepared, parted = self.prepared, self.prepared.parted
+        prepared, record = self.prepared, self.prepared.record
         return Started(
-            run=prepared.folder.name,
+            run=record.run,
             model=prepared.loaded.choice.name,
             device=str(self.model.device),
             backend=self.plan.backend,
             plan=self.plan.as_dict(),
-            documents=len(parted.train),
-            heldout_documents=len(parted.held_out),
-            heldout_paths=tuple(document.path for document in parted.held_out),
+            documents=record.documents,
+            heldout_documents=len(record.heldout_paths),
+            heldout_paths=record.heldout_paths,
             tokens=prepared.packer.store.trained_tokens,
             trainable_parameters=budget.adapter_parameters(self.model.config, prepared.lora),
             parameters=self.model.config.parameters,
         )
 
-    def _cut(self) -> str | None:
-        if self.steps >= self.plan.steps:
-            return None
-        if self.stop.is_set():
-            return "interrupted"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return "deadline"
-        return None
+    def _is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
-    def _is_last(self, cut: str | None) -> bool:
-        return cut is not None or self.steps >= self.plan.steps
+    def _go_on(self) -> None:
+        """Called where a run can be left."""
+        if self.stop.is_set():
+            raise _Stopped
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _keep(self) -> Saved:
+        """Write a checkpoint."""
+        state = self.state
+        state.seconds, state.peak_memory_bytes = self._seconds(), max(state.peak_memory_bytes, self.meter.peak())
+        tensors = {f"adapter.{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        best = self.best.tensors if self.best is not None else {}
+        tensors |= {f"best.{layer}.{linear}.{part}": tensor for (layer, linear, part), tensor in best.items()}
+        path = self.keeper.keep(state, tensors)
+        self.kept = state.step, state.read_at
+        return Saved(state.step, str(path))
+
+    def _restore(self, restored: Restored) -> None:
+        """What `_keep` wrote."""
+        for name, tensor in restored.group("adapter").items():
+            self.parameters[int(name)].data.copy_(tensor)
+        self.optimizer.load(restored.group("optimizer"))
+        best = {}
+        for name, tensor in restored.group("best").items():
+            layer, linear, part = name.split(".")
+            best[int(layer), linear, part] = tensor
+        self.best = Adapter(self.prepared.lora, best) if best else None
+        restored.tensors.clear()  # whoever holds the checkpoint need not hold these for the rest of the run
 
     def _step(self) -> Stepped | Skipped:
         """One optimizer step over all micro-batches of a batch; each token weighs the same, whichever row it is in."""
-        start = time.monotonic()
-        step = self.steps
-        rows = self.prepared.packer.micro_batches(step, self.plan.row_tokens)
+        start, state = time.monotonic(), self.state
+        rows = self.prepared.packer.micro_batches(state.step, self.plan.row_tokens)
         trained = sum(row.trained for row in rows)
         loss = 0.0
         for number, row in enumerate(rows):
-            loss += float(self.runner.train(as_row(row, trained), self._dropout_key(step, number)))
+            self._go_on()
+            loss += float(self.runner.train(as_row(row, trained), self._dropout_key(state.step, number)))
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
-        self.steps += 1
-        rate = learning_rate(self.plan, step, self.config.final_lr)
+        rate = learning_rate(self.plan, state.step, self.config.final_lr)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.optimizer.step(rate)
         self.optimizer.zero_grad()
+        state.step += 1
+        self.step_seconds = time.monotonic() - start
         if not finite:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            return Skipped(self.steps, "loss not finite" if not math.isfinite(loss) else "gradient not finite")
-        self.skipped_in_a_row = 0
-        seconds = time.monotonic() - start
-        self.tokens += trained
-        self.training_seconds += seconds
+            state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+            return Skipped(state.step, "loss not finite" if not math.isfinite(loss) else "gradient not finite")
+        state.skipped_in_a_row = 0
+        state.tokens += trained
+        state.training_seconds += self.step_seconds
         return Stepped(
-            step=self.steps,
+            step=state.step,
             loss=loss,
             learning_rate=rate,
             gradient_norm=norm,
             tokens=trained,
-            tokens_per_second=trained / seconds,
+            tokens_per_second=trained / self.step_seconds,
             memory_bytes=self.meter.now,
-            seconds=time.monotonic() - self.started,
+            seconds=self._seconds(),
         )
 
     def _dropout_key(self, step: int, row: int) -> int | None:
@@ -197,47 +334,64 @@ class _Run:
     def _evaluate(self) -> Evaluated:
         start = time.monotonic()
         assert self.prepared.held_out is not None
-        result = evaluate_store(self.runner, self.prepared.held_out, self.plan.seq_len, self.plan.row_tokens)
-        return Evaluated(self.steps, result.bits_per_byte, result.tokens, time.monotonic() - start)
+        result = evaluate_store(self.runner, self.prepared.held_out, self.plan.seq_len, self.plan.row_tokens, self._go_on)
+        return Evaluated(self.state.step, result.bits_per_byte, result.tokens, time.monotonic() - start)
 
-    def _keep_if_best(self, reading: Evaluated) -> None:
-        if math.isfinite(reading.bits_per_byte) and (self.best is None or reading.bits_per_byte < self.best[0]):
-            self.best = reading.bits_per_byte, reading.step, adapters.snapshot(self.model, self.prepared.lora)
+    def _is_best(self, reading: Evaluated) -> bool:
+        score, best = reading.bits_per_byte, self.state.best_score
+        return math.isfinite(score) and (best is None or score < best)
+
+    def _snapshot(self) -> Adapter:
+        return adapters.snapshot(self.model, self.prepared.lora)
 
     def _samples(self, when: str) -> Iterator[Event]:
         """What the model writes after the beginnings of some notes, held out where there are any."""
-        tokenizer, parted = self.prepared.loaded.tokenizer, self.prepared.parted
+        tokenizer = self.prepared.loaded.tokenizer
         sampling = Sampling(seed=self.config.data.seed)
-        for document in (parted.held_out or parted.train)[:_SAMPLES]:
-            prompt = beginning(document)
+        for prompt in self.prepared.record.prompts:
+            self._go_on()
             ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)]
             generator = Generator(self.runner, min(len(ids) + _SAMPLE_TOKENS, self.model.config.max_positions))
             written = generator.generate(ids, _SAMPLE_TOKENS, sampling, tokenizer.eos_ids)
             yield Sampled(when, prompt, tokenizer.decode(written, continuing=True))
 
-    def _finish(self, cut: str | None) -> Iterator[Event]:
-        score, best_step, best = self.best or (None, self.steps, adapters.snapshot(self.model, self.prepared.lora))
-        if best_step != self.steps:
+    def _finish(self) -> Iterator[Event]:
+        """Save the best adapter, by the plan's readings and, where the deadline cut the run, by one more.
+
+        That one is not the plan's: the checkpoint comes before it, so that the rest of the plan gives what it would have.
+        """
+        state, cut = self.state, None if self.state.step >= self.plan.steps else "deadline"
+        score, best_step, best = state.best_score, state.best_step, self.best
+        if cut is not None:
+            yield self._keep()
+            if self.prepared.held_out is not None and state.read_at != state.step:
+                reading = self._evaluate()
+                yield reading
+                if self._is_best(reading):
+                    score, best_step, best = reading.bits_per_byte, state.step, self._snapshot()
+        if best is None or best_step is None:
+            best_step, best = state.step, self._snapshot()
+        if best_step != state.step:
             adapters.attach(self.model, best)
         yield from self._samples("after")
-        promoted = score is None or self.before is None or score < self.before
+        promoted = score is None or state.before is None or score < state.before
         folder = self._save(Adapter(best.config, best.tensors, self._about(score, best_step)), promoted)
         yield Saved(best_step, str(folder), score)
-        peak = self.meter.peak()
+        peak = max(state.peak_memory_bytes, self.meter.peak())
         trim_memory()
         yield Finished(
             adapter=str(folder),
-            steps=self.steps,
-            tokens=self.tokens,
-            tokens_per_second=self.tokens / max(self.training_seconds, 1e-9),
-            heldout_bits_per_byte_before=self.before,
+            steps=state.step,
+            tokens=state.tokens,
+            tokens_per_second=state.tokens / max(state.training_seconds, 1e-9),
+            heldout_bits_per_byte_before=state.before,
             heldout_bits_per_byte_after=score,
             peak_memory_bytes=peak,
             device=str(self.model.device),
-            seconds=time.monotonic() - self.started,
+            seconds=self._seconds(),
             best_step=best_step,
-            skipped_steps=self.skipped,
-            report=str(self.prepared.folder / REPORT_FILE),
+            skipped_steps=state.skipped,
+            report=str(registry.run_folder(self.prepared.record.run) / REPORT_FILE),
             cut=cut,
             promoted=promoted,
         )
@@ -249,7 +403,7 @@ class _Run:
             "torch": torch.__version__,
             "base": self.plan.base,
             "data": self.plan.data_digest,
-            "heldout_bits_per_byte_before": self.before,
+            "heldout_bits_per_byte_before": self.state.before,
             "heldout_bits_per_byte_after": score,
             "best_step": best_step,
             "steps": self.plan.steps,
@@ -260,12 +414,7 @@ class _Run:
 
     def _save(self, adapter: Adapter, promoted: bool) -> Path:
         """Write the adapter and, unless the held-out notes say that it is worse than nothing, make it current."""
-        choice, base = self.prepared.loaded.choice, self.plan.base
-        if self.config.out is not None:
-            folder = expand(self.config.out)
-        else:
-            kept = registry.adapters_folder(base)
-            folder = kept / registry.new_name(kept)
+        choice, base, folder = self.prepared.loaded.choice, self.plan.base, _adapter_folder(self.prepared)
         adapters.save(adapter, folder, choice.name)
         if promoted:
             registry.set_current(Current(folder.resolve(), choice.name, base))

@@ -9,7 +9,7 @@ import collections
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from edgetune.events import Evaluated, Event, Finished, Skipped, Started, Stepped, line
+from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Skipped, Started, Stepped, line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -123,6 +123,20 @@ def started_line(event: Started) -> str:
     )
 
 
+def resumed_lines(event: Resumed) -> list[str]:
+    """Where a run goes on, and what is no longer as it was."""
+    where = [f"Going on after step {event.step:,} (--fresh starts over)"] if event.step else []
+    return [*where, *(one_line(notice) for notice in event.notices)]
+
+
+def interrupted_line(event: Interrupted) -> str:
+    """The last line of a run that was told to stop."""
+    return (
+        f"Stopped after step {event.step:,} of {event.steps:,}: all of it is kept, and the same command goes on from there; "
+        "the current adapter is as it was"
+    )
+
+
 def finished_lines(event: Finished) -> list[str]:
     """The last lines of a run: did it learn, what it took, where the result is."""
     before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
@@ -139,7 +153,7 @@ def finished_lines(event: Finished) -> list[str]:
     if event.skipped_steps:
         lines.append(f"Steps skipped, their loss or gradient not being finite: {event.skipped_steps:,}")
     if event.cut:
-        lines.append(f"Cut short: {one_line(event.cut)}")
+        lines.append(f"Cut short: {one_line(event.cut)}; the same command goes on from there")
     aside = "" if event.promoted else " (kept aside: it does not become the current one)"
     lines.append(f"Adapter: {one_line(event.adapter)}{aside}")
     if event.report:
@@ -189,6 +203,11 @@ class Plain(Renderer):
         self.progress.take(event)
         if isinstance(event, Started):
             self._write(started_line(event))
+        elif isinstance(event, Resumed):
+            for text in resumed_lines(event):
+                self._write(text)
+        elif isinstance(event, Interrupted):
+            self._write(interrupted_line(event))
         elif isinstance(event, Evaluated):
             self._write(f"step {event.step}: held-out {event.bits_per_byte:.3f} bits/byte")
         elif isinstance(event, Skipped):
@@ -227,10 +246,17 @@ class Live(Renderer):
         self.progress.take(event)
         if isinstance(event, Started):
             self._keep(started_line(event), "bold")
+        elif isinstance(event, Resumed):
+            for text in resumed_lines(event):
+                self._keep(text, "yellow")
         elif isinstance(event, Skipped):
             self._keep(f"step {event.step} skipped: {one_line(event.reason)}", "yellow")
         elif isinstance(event, Evaluated):
             self._keep(f"step {event.step:>6,}  held-out {event.bits_per_byte:.3f} bits/byte", "cyan")
+        elif isinstance(event, Interrupted):
+            self._live.stop()
+            self._keep(interrupted_line(event), "bold yellow")
+            return
         elif isinstance(event, Finished):
             self._live.stop()
             first, *rest = finished_lines(event)

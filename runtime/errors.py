@@ -8,7 +8,8 @@ EdgetuneError
 ├── DataError        notes, chats or texts that cannot be used
 ├── DeviceError      a device that is not there
 ├── ResourceError    memory or disk that is not there
-└── TrainingError    a run that does not converge
+├── TrainingError    a run that does not converge
+└── BusyError        a run that another process is at
 
 The command line prints the message alone and exits 1. No text of a note ever stands in one: paths and digests only.
 """
@@ -48,3 +49,7 @@ class ResourceError(EdgetuneError):
 
 class TrainingError(EdgetuneError):
     """A run that does not converge."""
+
+
+class BusyError(EdgetuneError):
+    """A run, or an output, that another process is at."""

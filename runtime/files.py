@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from edgetune.runtime.errors import ResourceError
 
 PRIVATE_FILE = 0o600
+_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) 
     payload = data.encode() if isinstance(data, str) else data
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(payload)
@@ -74,7 +76,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -91,12 +93,30 @@ def replace_folder(source: Path, path: Path) -> None:
     """Rename folder `source` to `path`, replacing a folder that stands there."""
     old = None
     if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.", suffix=_SUFFIX))
         os.rename(path, old / path.name)
     os.rename(source, path)
     sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def mend(path: Path) -> None:
+    """Undo what a crash while `path` was written left beside it: a folder moved aside goes back, half-written ones go.
+
+    Only for whoever alone writes there.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?\w{{8}}{re.escape(_SUFFIX)}")
+    if not path.parent.is_dir():
+        return
+    for left in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
+        aside = left / path.name
+        if left.name.startswith(f".{path.name}.old.") and aside.is_dir() and not path.exists():
+            os.rename(aside, path)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path | str) -> str:

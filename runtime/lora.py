@@ -188,7 +188,9 @@ def _backward(dy: Tensor, x: Tensor, kept: _Kept, linears: Sequence[AnyLinear], 
     """dx (N, in); adds to the adapters' gradients."""
     if kept.fused is not None:
         gradients = [_gradients(linear) for linear in linears if isinstance(linear, LoraLinear)]
-        return ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], kept.fused, gradients)
+        fused = ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], kept.fused, gradients)
+        assert fused is not None
+        return fused
     dx, reduced, column = torch.zeros_like(x), iter(kept.reduced), 0
     for number, linear in enumerate(linears):
         part = dy[:, column : column + linear.out_features]

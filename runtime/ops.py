@@ -134,10 +134,13 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor |
 
 def project_backward(
     dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted], gradients: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """dx (M, I); adds to (dA, dB) f32 of each linear that has an adapter. `reduced` is what project returned."""
+) -> Tensor | None:
+    """dx (M, I); adds to (dA, dB) f32 of each linear that has an adapter. `reduced` is what project returned.
+
+    None: no such kernel here, nothing added. x is read for adapters alone.
+    """
     _check_matrix(dy, "dy")
-    dx: Tensor = backend_for(dy.device).project_backward(dy, x, reduced, linears, gradients)
+    dx: Tensor | None = backend_for(dy.device).project_backward(dy, x, reduced, linears, gradients)
     return dx
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.nf4 import QuantizedTensor, QuantState
+from edgetune.runtime.ops import Adapted
 
 KINDS = ("int8", "nf4")
 PANEL_ROWS = 2048
@@ -82,7 +83,7 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
     if isinstance(head, QuantizedTensor) and len(x) <= FEW:
         return ops.matvec(x, head)
     out = x.new_empty(len(x), head.shape[0])
-    if isinstance(head, QuantizedTensor) and ops.linear(x, head, out):
+    if isinstance(head, QuantizedTensor) and ops.project(x, [Adapted(head)], out) is not None:
         return out
     for part, panel, scale in _panels(head, x.dtype):
         torch.mm(x, panel.T, out=out[:, part])
@@ -95,14 +96,17 @@ def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
     """dlogits (N, V) -> dlogits W (N, D)."""
     if isinstance(head, Tensor):
         return dlogits @ head
-    out = dlogits.new_empty(len(dlogits), head.shape[1])
-    if isinstance(head, QuantizedTensor) and ops.linear_backward(dlogits, head, out):
-        return out
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    count, width = len(dlogits), head.shape[1]
+    if isinstance(head, QuantizedTensor):
+        no_x, no_adapter = dlogits.new_empty(count, width), dlogits.new_empty(count, 0)
+        dx = ops.project_backward(dlogits, no_x, no_adapter, [Adapted(head)], [])
+        if dx is not None:
+            return dx
+    total = torch.zeros(count, width, dtype=torch.float32, device=dlogits.device)
     for part, panel, scale in _panels(head, dlogits.dtype):
         dy = dlogits[:, part]
         total += (dy if scale is None else (dy * scale).to(dy.dtype)) @ panel
-    return out.copy_(total)
+    return total.to(dlogits.dtype)
 
 
 def _panels(head: QuantizedTensor | Int8Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

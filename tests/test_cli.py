@@ -81,14 +81,14 @@ def test_the_contracts_flags_are_there() -> None:
     flags = {option for parameter in train_command.params for option in parameter.opts}
     contract = (
         "--model --device --out --steps --epochs --minutes --until --memory --rank --alpha --dropout --targets --lr "
-        "--seq-len --batch-tokens --seed --recipe --exclude --from --dry-run --json"
+        "--seq-len --batch-tokens --seed --recipe --exclude --from --fresh --dry-run --json"
     )
     assert set(contract.split(" ")) <= flags
 
 
 def test_every_flag_is_a_field_and_no_default_stands_in_the_command_line() -> None:
     fields = {item.name for owner in (TrainConfig, DataConfig) for item in dataclasses.fields(owner)}
-    own = {"dry_run", "as_json"}
+    own = {"dry_run", "fresh", "as_json"}
     for parameter in train_command.params:
         assert parameter.name in fields | own, parameter.name
         if parameter.name not in own | {"notes", "exclude", "device"}:
@@ -259,16 +259,24 @@ def test_until_is_today_or_tomorrow() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-def test_ctrl_c_saves_the_adapter_and_exits_130(notes: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number: int, code: int) -> None:
     command = [sys.executable, "-m", "edgetune", "train", str(notes), "--model", "demo", "--steps", "100000", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["event"] == "stepped":
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == 130
+    assert process.wait() == code
     end = json.loads(rest.splitlines()[-1])
-    assert end["cut"] == "interrupted"
-    assert (Path(end["adapter"]) / "adapter_model.safetensors").is_file()
+    assert end["event"] == "interrupted"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    told = [json.loads(process.stdout.readline()) for _ in range(3)]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert [event["event"] for event in told] == ["started", "resumed", "stepped"]
+    assert (told[1]["step"], told[2]["step"]) == (end["step"], end["step"] + 1)

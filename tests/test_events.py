@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgetune import events
-from edgetune.events import Evaluated, EventLog, Finished, Sampled, Saved, Skipped, Started, Stepped
+from edgetune.events import Evaluated, EventLog, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.runtime.errors import DataError
 
 STARTED = Started(
@@ -34,12 +34,14 @@ def stepped(step: int, loss: float = 3.0) -> Stepped:
 
 EVERY_KIND = [
     STARTED,
+    Resumed(step=40, notices=("The notes have changed.",)),
     Evaluated(step=0, bits_per_byte=1.7, tokens=900, seconds=0.3),
     stepped(1),
     Skipped(step=2, reason="gradient not finite"),
     Sampled(when="after", prompt="The boat", text="is up on\nthe hard\x1b[2J"),
     Saved(step=2, path="adapters/notes-1", bits_per_byte=1.6),
     FINISHED,
+    Interrupted(step=2, steps=3, tokens=800, seconds=41.5),
 ]
 
 

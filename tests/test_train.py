@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import itertools
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -141,7 +140,7 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
         linear = self.model.blocks[0].q_proj
         assert isinstance(linear, LoraLinear)
         kept.append(linear.lora_A.detach().clone())
-        return Evaluated(self.steps, next(readings), 1, 0.0)
+        return Evaluated(self.state.step, next(readings), 1, 0.0)
 
     monkeypatch.setattr(module._Run, "_evaluate", reading)
     end = finished(list(train(config(notes, steps=6, evaluations=6))))
@@ -154,7 +153,7 @@ def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, 
     from edgetune import train as module
 
     readings = iter([1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(module._Run, "_evaluate", lambda self: Evaluated(self.steps, next(readings), 1, 0.0))
+    monkeypatch.setattr(module._Run, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
     end = finished(list(train(config(notes, steps=3, evaluations=3))))
     assert not end.promoted
     assert (Path(end.adapter) / adapters.CONFIG_FILE).is_file()
@@ -186,17 +185,6 @@ def test_steps_that_stay_not_finite_end_the_run(notes: Path, monkeypatch: pytest
     with pytest.raises(TrainingError, match=r"5 steps in a row.*--lr"):
         list(train(config(notes, steps=20)))
     assert registry.get_current() is None
-
-
-def test_an_interrupted_run_keeps_what_it_has(notes: Path) -> None:
-    stop, events = threading.Event(), []
-    for event in train(config(notes, steps=50), stop):
-        events.append(event)
-        if isinstance(event, Stepped) and event.step == 3:
-            stop.set()
-    end = finished(events)
-    assert (end.cut, end.steps) == ("interrupted", 3)
-    assert registry.get_current().adapter == Path(end.adapter).resolve()
 
 
 def test_a_deadline_cuts_at_a_step(notes: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+
+import edgetune
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -64,3 +69,28 @@ def save_model(folder: Path, family: str = "llama-2-grouped", **changes: Any) ->
     model = transformers_model(family, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def save_trainable(folder: Path) -> None:
+    """Write a two-layer llama with random weights and the demo's tokenizer; a training step takes milliseconds."""
+    demo = Path(edgetune.__file__).parent / "demo"
+    config = json.loads((demo / "config.json").read_text())
+    vocab, d, m, kv, layers = config["vocab_size"], 64, 96, 32, 2
+    shapes = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
+    for layer in range(layers):
+        block = {
+            "input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d), "mlp.gate_proj": (m, d), "mlp.up_proj": (m, d),
+            "mlp.down_proj": (d, m),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) * (0.1 if len(shape) > 1 else 1) for name, shape in shapes.items()}
+    del config["quantization_config"]
+    own = {"hidden_size": d, "intermediate_size": m, "num_hidden_layers": layers, "num_attention_heads": 4}
+    config |= {**own, "num_key_value_heads": 2, "head_dim": 16}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(demo / name, folder / name)

@@ -12,7 +12,7 @@ import click
 
 from edgetune.cli.options import device_option, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
-from edgetune.events import Finished, Started
+from edgetune.events import Interrupted, Started
 from edgetune.runtime.config import LINEARS
 from edgetune.ui import human_bytes, one_line, renderer
 
@@ -47,44 +47,50 @@ _SHOWN = 20
 @click.option("--from", "from_adapter", metavar="A", help="Continue from this adapter.")
 @click.option("--recompute", type=click.Choice(RECOMPUTE), help="Trade speed for memory. Default: the fastest that fits.")
 @click.option("--compute", type=click.Choice(COMPUTE), help="Number format of the products. Default: bf16 where it is fast.")
+@click.option("--fresh", is_flag=True, help="Start over, where an unfinished run of the same command would be gone on with.")
 @click.option("--dry-run", is_flag=True, help="Show what would be read and what skipped, and why; train nothing.")
 @json_option
-def train_command(dry_run: bool, as_json: bool, targets: str | None, **flags: Any) -> None:
-    """Train an adapter on NOTES: folders and files of Markdown, text, rst, org, or chats in JSON lines."""
+def train_command(dry_run: bool, fresh: bool, as_json: bool, targets: str | None, **flags: Any) -> None:
+    """Train an adapter on NOTES: folders and files of Markdown, text, rst, org, or chats in JSON lines.
+
+    Ctrl-C stops and keeps everything: the same command goes on from there, and so it does after a crash or a deadline.
+    """
     if flags["device"] == "auto":
         flags.pop("device")
     config = train_config({**flags, "targets": tuple(targets.split(",")) if targets is not None else None})
     if dry_run:
         _show_reading(config, as_json)
     else:
-        _run(config, as_json)
+        _run(config, fresh, as_json)
 
 
-def _run(config: TrainConfig, as_json: bool) -> None:
+def _run(config: TrainConfig, fresh: bool, as_json: bool) -> None:
     from edgetune.models import DEMO, DEMO_NOTICE
     from edgetune.train import train
 
     stop = threading.Event()
-    previous = _stop_on_signals(stop)
+    caught: list[int] = []
+    previous = _stop_on_signals(stop, caught)
     try:
         with renderer(as_json) as ui:
-            for event in train(config, stop):
+            for event in train(config, stop, fresh):
                 ui.show(event)
                 if isinstance(event, Started) and config.model is None and event.model == DEMO:
                     say(DEMO_NOTICE)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if isinstance(event, Finished) and event.cut == "interrupted":
-        sys.exit(130)
+    if isinstance(event, Interrupted):
+        sys.exit(128 + caught[0])
 
 
-def _stop_on_signals(stop: threading.Event) -> dict[signal.Signals, Any]:
-    """Ctrl-C and SIGTERM end the run at the next step with what it has; a second one ends it at once."""
+def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Signals, Any]:
+    """Ctrl-C and SIGTERM have the run write a checkpoint and leave; a second one ends it at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if caught:
             raise KeyboardInterrupt
+        caught.append(number)
         stop.set()
 
     return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -35,6 +35,13 @@ def project(x: Tensor, linears: Sequence[Any], y: Tensor | None) -> Tensor | Non
     return None
 
 
+def project_backward(
+    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Any], gradients: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor | None:
+    """None: there is no fused product here, and callers dequantise."""
+    return None
+
+
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     """h (N, D) over its root mean square, times weight (D,) -> (N, D). Zhang & Sennrich 2019, arXiv 1910.07467."""
     x = h.float()

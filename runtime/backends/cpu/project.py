@@ -91,13 +91,16 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor |
 
 def project_backward(
     dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted], gradients: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """dx (M, I) bf16; adds to (dA, dB) f32 of each linear that has an adapter, from project's own `reduced`."""
+) -> Tensor | None:
+    """dx (M, I) bf16; adds to (dA, dB) f32 of each linear that has an adapter, from project's own `reduced`.
+
+    None and ValueError as in `project`.
+    """
     _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
     _check(dy, "dy", x.shape[0], sum(linear.weight.shape[0] for linear in linears), x.dtype)
     _check(reduced, "reduced", x.shape[0], _padded_ranks(linears), x.dtype)
     if not _fits(x, linears):
-        raise ValueError("project_backward was called where project does not serve")
+        return None
     if len(gradients) != sum(linear.a is not None for linear in linears):
         raise ValueError(f"there are {len(gradients)} pairs of gradients; expected one for each adapter")
     dx, pairs = torch.empty(x.shape, dtype=x.dtype), iter(gradients)

@@ -1,0 +1,203 @@
+"""What is kept of a run until it is finished, so that a kill costs two minutes and the same command goes on.
+
+unfinished/<key>.lock                 held while a process is at the run
+unfinished/<key>/run.json             the plan and what else was settled before step 1; without it the folder is no run
+unfinished/<key>/tokens, held-out     the notes as tokens
+unfinished/<key>/checkpoint-<n>/      the last two: tensors.safetensors, and checkpoint.json with their digest
+
+<key> stands for the settings, the model, the output and the notes' paths: for the command. All of it is private
+(0600/0700), and deleted when the run is finished, started over, or left alone for 30 days.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from edgetune.config import TrainConfig, expand
+from edgetune.lock import Lock
+from edgetune.runtime.errors import BusyError, EdgetuneError
+from edgetune.runtime.files import atomic_folder, atomic_write, sha256_file
+from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
+from edgetune.state import home, private_folder
+
+FORMAT = 1
+KEPT = 2
+FORGOTTEN_AFTER_DAYS = 30
+_RUN, _STATE, _TENSORS = "run.json", "checkpoint.json", "tensors.safetensors"
+
+
+@dataclass
+class State:
+    """Where a run stands, tensors apart. Figures are of the whole run, however often it was gone on with."""
+
+    step: int = 0
+    read_at: int | None = None
+    """The step after which the held-out notes were last read; at a step that is due and not read, that comes first."""
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    training_seconds: float = 0.0
+    seconds: float = 0.0
+    before: float | None = None
+    best_score: float | None = None
+    best_step: int | None = None
+    peak_memory_bytes: int = 0
+    log_bytes: int = 0
+    """The event log's size: what it holds beyond that will happen again."""
+
+
+@dataclass
+class Restored:
+    """A checkpoint read back; without tensors, the run stands before its first step."""
+
+    state: State = field(default_factory=State)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors named `prefix`.something, by that something."""
+        return {name.removeprefix(prefix + "."): t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+
+class Damaged(Exception):
+    """What was kept is not what was written."""
+
+
+class Unfinished:
+    """One unfinished run's folder, of which this process holds the lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run to go on with."""
+        return (self.folder / _RUN).is_file()
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Write run.json, after everything else that the run needs: from here on there is a run."""
+        atomic_write(self.folder / _RUN, _sealed(record))
+
+    def record(self) -> dict[str, Any]:
+        """What `begin` was given. Raises Damaged."""
+        return _unsealed(self.folder / _RUN)
+
+    def discard(self) -> None:
+        """Delete all of it; after a crash in the middle of this it is no run any more, and the next run deletes the rest."""
+        (self.folder / _RUN).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def save(self, state: State, tensors: Mapping[str, Tensor]) -> Path:
+        """Write a checkpoint and drop all but the last two. Raises ResourceError on a full disk; the others then stay."""
+        number = max((int(path.name.rpartition("-")[2]) for path in self._checkpoints()), default=0) + 1
+        path = self.folder / f"checkpoint-{number:06}"
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with atomic_folder(path) as folder:
+            with SafetensorsWriter(folder / _TENSORS, specs) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+            sealed = _sealed({"state": dataclasses.asdict(state), "tensors": sha256_file(folder / _TENSORS)})
+            atomic_write(folder / _STATE, sealed)
+        for old in self._checkpoints()[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def restore(self) -> Restored:
+        """The last checkpoint that is whole; what is damaged, or was never finished, is deleted."""
+        for left in self.folder.glob(".checkpoint-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        damaged = 0
+        for path in reversed(self._checkpoints()):
+            try:
+                restored = _read(path)
+            except Damaged:
+                shutil.rmtree(path, ignore_errors=True)
+                damaged += 1
+                continue
+            if damaged:
+                restored.notices.append(
+                    f"The last checkpoint is damaged, so the one before it is used (step {restored.state.step})."
+                )
+            return restored
+        return Restored(notices=["Every checkpoint is damaged, so the same plan starts again at step 0."] if damaged else [])
+
+    def _checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("checkpoint-*"))
+
+
+@contextlib.contextmanager
+def hold(config: TrainConfig, base: str) -> Iterator[Unfinished]:
+    """The place of this command's run, locked, and its output too. Raises BusyError where another process is at either."""
+    folder, name = private_folder(home() / "unfinished"), key(config, base)
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(Lock(folder / f"{name}.lock", "this run"))
+        if config.out is not None:
+            out = expand(config.out).resolve()
+            locks.enter_context(Lock(folder / f"out-{_digest(str(out))[:16]}.lock", f"a run that writes {out}"))
+        _forget_others(folder)
+        yield Unfinished(folder / name)
+
+
+def key(config: TrainConfig, base: str) -> str:
+    """What makes two commands the same run. A deadline does not: it only says how much of the plan is done now."""
+    settings = {name: value for name, value in config.as_dict().items() if name not in ("model", "out", "minutes", "until")}
+    notes = sorted(os.path.abspath(expand(path)) for path in config.data.notes)
+    out = None if config.out is None else str(expand(config.out).resolve())
+    return _digest(json.dumps([settings, base, notes, out], sort_keys=True))[:16]
+
+
+def _forget_others(folder: Path) -> None:
+    """Delete what nobody is at and nobody will go on with: never begun or half deleted, or a month old."""
+    for path in [entry for entry in folder.iterdir() if entry.is_dir()]:
+        with contextlib.suppress(BusyError, OSError), Lock(folder / f"{path.name}.lock", ""):
+            newest = max((entry.stat().st_mtime for entry in path.iterdir()), default=0.0)
+            if not (path / _RUN).is_file() or time.time() - newest > FORGOTTEN_AFTER_DAYS * 86400:
+                Unfinished(path).discard()
+
+
+def _read(path: Path) -> Restored:
+    """A checkpoint, its tensors copied into memory. Raises Damaged."""
+    record = _unsealed(path / _STATE)
+    try:
+        if sha256_file(path / _TENSORS) != record["tensors"]:
+            raise Damaged(path)
+        file = SafetensorsFile.open(path / _TENSORS)
+        return Restored(State(**record["state"]), {name: file.tensor(name).clone() for name in file.tensors})
+    except (OSError, KeyError, TypeError, EdgetuneError) as error:
+        raise Damaged(path) from error
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    """JSON that carries its own digest."""
+    text = json.dumps(record, sort_keys=True)
+    return json.dumps({"format": FORMAT, "sha256": _digest(text), "record": record}, indent=2, sort_keys=True) + "\n"
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """What `_sealed` wrote. Raises Damaged."""
+    try:
+        sealed = json.loads(path.read_bytes())
+        record = sealed["record"]
+        whole = sealed["format"] == FORMAT and sealed["sha256"] == _digest(json.dumps(record, sort_keys=True))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(path) from error
+    if not whole or not isinstance(record, dict):
+        raise Damaged(path)
+    return record
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
