@@ -17,33 +17,16 @@ import torch
 from edgetune.meter import MemoryMeter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
-from edgetune.runtime.config import LlamaConfig, LoraConfig, RopeConfig
+from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import compute_dtype, cpu_name, trim_memory
 from edgetune.runtime.generate import Generator
 from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
+from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Row, Runner
+from edgetune.shapes import SHAPES
 
-SHAPES = {
-    "demo": LlamaConfig("llama", 384, 1024, 8, 6, 2, 64, 8192, 1024, 1e-5, tie_embeddings=True, windows=(None,) * 8),
-    "smollm2-135m": LlamaConfig(
-        "llama",
-        576,
-        1536,
-        30,
-        9,
-        3,
-        64,
-        49152,
-        8192,
-        1e-5,
-        RopeConfig(100000.0),
-        tie_embeddings=True,
-        windows=(None,) * 30,
-    ),
-    "tinyllama-1.1b": LlamaConfig("llama", 2048, 5632, 22, 32, 4, 64, 32000, 2048, 1e-5, windows=(None,) * 22),
-}
 LORA = LoraConfig(rank=16, alpha=16.0)
 
 
@@ -139,6 +122,12 @@ def random_nf4(shape: tuple[int, int], generator: torch.Generator) -> QuantizedT
     return QuantizedTensor(packed, QuantState(codes, shape, torch.bfloat16, nested=nested))
 
 
+def random_row(config: LlamaConfig, tokens: int) -> Row:
+    """One document of random tokens, all of them trained on."""
+    ids = torch.randint(0, config.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(1))
+    return Row(ids[:-1], ids[1:], torch.full((tokens,), 1 / tokens), torch.arange(tokens), [(0, tokens)])
+
+
 def linear_flops(config: LlamaConfig, recompute: Recompute) -> float:
     """FLOPs a token of the linears that a training step runs: forward, input gradient, and what is recomputed.
 
@@ -157,15 +146,14 @@ def train_speed(
     trim_memory()
     runner = Runner(model, recompute)
     parameters = adapters.parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    ids = torch.randint(0, model.config.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(1))
-    row = Row(ids[:-1], ids[1:], torch.full((tokens,), 1 / tokens), torch.arange(tokens), [(0, tokens)])
+    optimizer = PagedAdamW(parameters)
+    row = random_row(model.config, tokens)
 
     def step() -> None:
         runner.train(row)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.step(1e-4)
+        optimizer.zero_grad()
 
     with MemoryMeter(files) as meter:
         seconds = median_seconds(step, repeats)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from edgetune.config import TrainConfig
 from edgetune.runtime import budget
+from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.device import available_memory
 from edgetune.runtime.errors import EdgetuneError, ModelError
@@ -388,9 +389,6 @@ def _quantisation(checkpoint: Checkpoint) -> str:
 
 
 def _training_bytes(checkpoint: Checkpoint) -> int:
-    """Peak memory of training with the default adapter on the shortest rows: linears in NF4, the rest as stored."""
-    config = checkpoint.config
-    weights = checkpoint.nbytes
-    if checkpoint.quant is None:
-        weights = int(config.linear_parameters * 4.127 / 8) + 2 * (config.parameters - config.linear_parameters)
-    return budget.parts(config, TrainConfig().lora(), weights, 512, Recompute.FULL, 2).total
+    """Peak memory of training with the default adapter on short rows, every layer in memory."""
+    setting = Setting(512, Recompute.FULL, paged_optimizer=True)
+    return budget.parts(checkpoint.config, TrainConfig().lora(), Stored.of(checkpoint), setting, 2, budget.TORCH_BYTES).total

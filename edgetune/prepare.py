@@ -13,25 +13,26 @@ import torch
 
 from edgetune import registry
 from edgetune.batches import Packer
-from edgetune.config import TrainConfig, default_epochs, parse_bytes
+from edgetune.choose import choose_or_refuse, planned_steps
+from edgetune.config import TrainConfig
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.device import available_memory, process_memory
-from edgetune.runtime.errors import DataError, ResourceError
+from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
+from edgetune.runtime.errors import DataError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.ops import backend_for
 from edgetune.runtime.runner import Recompute, Runner
-from edgetune.session import Loaded, load_base
+from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.session import Loaded, load_base, open_base
 from edgetune.split import Split, split
 from edgetune.tokens import ChatFormat, TokenStore, TrainOn, tokenize
 
 TOKENS, HELD_OUT = "tokens", "held-out"
 _PROMPTS, _PROMPT_FROM, _PROMPT_CHARS = 3, 4000, 60
-_SHARE_OF_FREE_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,11 @@ class Plan:
     steps: int
     steps_per_epoch: int
     batch_tokens: int
-    row_tokens: int
+    setting: Setting
     seq_len: int
     learning_rate: float
     warmup_steps: int
     evaluate_every: int
-    recompute: str
     compute_dtype: str
     backend: str
     threads: int
@@ -83,7 +83,10 @@ class Record:
         """What `as_dict` gave, as JSON returns it."""
         lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
         paths, prompts = tuple(values["heldout_paths"]), tuple(values["prompts"])
-        return cls(**{**values, "plan": Plan(**values["plan"]), "lora": lora, "heldout_paths": paths, "prompts": prompts})
+        setting = values["plan"]["setting"]
+        setting = Setting(**{**setting, "recompute": Recompute(setting["recompute"])})
+        plan = Plan(**{**values["plan"], "setting": setting})
+        return cls(**{**values, "plan": plan, "lora": lora, "heldout_paths": paths, "prompts": prompts})
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Prepared:
     runner: Runner
     packer: Packer
     held_out: TokenStore | None
+    folder: Path
+    """The unfinished run's own: tokens, and what is paged to files."""
 
     @property
     def plan(self) -> Plan:
@@ -128,29 +133,33 @@ def read(config: TrainConfig) -> tuple[Reading, Split]:
 def prepare(config: TrainConfig, folder: Path, run: str = "") -> Prepared:
     """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, make the plan."""
     _, parted = read(config)
-    loaded = load_base(config.model, config.device)
-    _use_compute_dtype(config, loaded)
-    store, held_out = _tokenize(config, parted, loaded, folder)
-    lora = _attach(config, loaded)
-    data = config.data
+    choice, checkpoint = open_base(config.model)
+    device = pick_device(config.device)
+    store, held_out = tokenize_notes(config, parted, Tokenizer.load(choice.path), folder)
+    data, dtype = config.data, _dtype(config, device)
+    adapter = _named_adapter(config, checkpoint.digest)
+    lora = config.lora() if adapter is None else adapter.config
+    chosen = choose_or_refuse(checkpoint.config, lora, Stored.of(checkpoint), config, dtype, device.type)
+    loaded = _load(config, dtype, chosen.setting)
+    if adapter is None:
+        adapters.attach_new(loaded.model, lora, data.seed)
+    else:
+        adapters.attach(loaded.model, adapter)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
-    recompute, row_tokens, estimate = _fit(config, lora, loaded)
-    runner = Runner(loaded.model, recompute)
-    steps = config.steps or max(1, round((config.epochs or default_epochs(packer.steps_per_epoch)) * packer.steps_per_epoch))
+    steps = planned_steps(config, packer.steps_per_epoch)
     plan = Plan(
         steps=steps,
         steps_per_epoch=packer.steps_per_epoch,
         batch_tokens=data.batch_tokens,
-        row_tokens=row_tokens,
+        setting=chosen.setting,
         seq_len=data.seq_len,
         learning_rate=config.learning_rate(loaded.model.config.hidden_size),
         warmup_steps=min(config.warmup_steps, steps // 4),
         evaluate_every=max(1, -(-steps // max(config.evaluations, 1))),
-        recompute=str(recompute),
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
         backend=backend_name(loaded.model.device),
         threads=torch.get_num_threads(),
-        predicted_peak_bytes=estimate.total,
+        predicted_peak_bytes=chosen.parts.total,
         data_digest=_digest(parted.train),
         base=loaded.checkpoint.digest,
         settings=config.as_dict(),
@@ -166,7 +175,7 @@ def prepare(config: TrainConfig, folder: Path, run: str = "") -> Prepared:
         torch=torch.__version__,
         files=_token_files(folder),
     )
-    return Prepared(config, record, loaded, runner, packer, held_out)
+    return Prepared(config, record, loaded, _runner(loaded, chosen.setting, folder), packer, held_out, folder)
 
 
 def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool) -> Prepared:
@@ -177,17 +186,17 @@ def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool
     plan = record.plan
     if _token_files(folder) != record.files:
         raise DataError(f"The tokens in {folder} are damaged; type the same command with --fresh.")
-    loaded = load_base(config.model, config.device)
-    loaded.model.set_dtype(getattr(torch, plan.compute_dtype))
-    if begun:
+    loaded = _load(config, getattr(torch, plan.compute_dtype), plan.setting)
+    adapter = None if begun else _named_adapter(config, loaded.checkpoint.digest)
+    if adapter is None:
         adapters.attach_new(loaded.model, record.lora, config.data.seed)
     else:
-        _attach(config, loaded)
+        adapters.attach(loaded.model, adapter)
     if plan.threads != torch.get_num_threads():
         torch.set_num_threads(plan.threads)
     packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
     held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
-    return Prepared(config, record, loaded, Runner(loaded.model, Recompute(plan.recompute)), packer, held_out)
+    return Prepared(config, record, loaded, _runner(loaded, plan.setting, folder), packer, held_out, folder)
 
 
 def changes_since(prepared: Prepared) -> list[str]:
@@ -231,59 +240,44 @@ def backend_name(device: torch.device) -> str:
     return f"{module.NAME}/{isa()}" if isa is not None else str(module.NAME)
 
 
-def _use_compute_dtype(config: TrainConfig, loaded: Loaded) -> None:
-    if config.compute != "auto":
-        loaded.model.set_dtype(torch.float32 if config.compute == "fp32" else torch.bfloat16)
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.compute == "auto":
+        return compute_dtype(device)
+    return torch.float32 if config.compute == "fp32" else torch.bfloat16
 
 
-def _tokenize(config: TrainConfig, parted: Split, loaded: Loaded, folder: Path) -> tuple[TokenStore, TokenStore | None]:
+def _load(config: TrainConfig, dtype: torch.dtype, setting: Setting) -> Loaded:
+    if setting.compact:
+        compact_heap()
+    loaded = load_base(config.model, config.device, layer_memory=setting.layer_memory, vocabulary=setting.vocabulary)
+    loaded.model.set_dtype(dtype)
+    return loaded
+
+
+def _runner(loaded: Loaded, setting: Setting, folder: Path) -> Runner:
+    return Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None)
+
+
+def tokenize_notes(
+    config: TrainConfig, parted: Split, tokenizer: Tokenizer, folder: Path
+) -> tuple[TokenStore, TokenStore | None]:
+    """Both sides of the split as tokens, in `folder`."""
     raw = config.data.recipe == "raw"  # the whole conversation in Guanaco's form: the QLoRA paper's own
     train_on: TrainOn = "all" if raw else "assistant"
     chat_format: ChatFormat = "guanaco" if raw else "auto"
-    store = tokenize(parted.train, loaded.tokenizer, folder / TOKENS, train_on, chat_format)
+    store = tokenize(parted.train, tokenizer, folder / TOKENS, train_on, chat_format)
     if not parted.held_out:
         return store, None
-    return store, tokenize(parted.held_out, loaded.tokenizer, folder / HELD_OUT, train_on, chat_format)
+    return store, tokenize(parted.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format)
 
 
-def _attach(config: TrainConfig, loaded: Loaded) -> LoraConfig:
-    """A fresh adapter, or the one named by --from, whose rank and targets then stand."""
-    if config.from_adapter is None:
-        lora = config.lora()
-        adapters.attach_new(loaded.model, lora, config.data.seed)
-        return lora
-    base = loaded.checkpoint.digest
-    path = registry.find(config.from_adapter, base)
+def _named_adapter(config: TrainConfig, base: str) -> Adapter | None:
+    """The adapter named by --from, whose rank and targets then stand."""
+    path = registry.find(config.from_adapter, base) if config.from_adapter is not None else None
     if path is None:
-        return _attach(dataclasses.replace(config, from_adapter=None), loaded)
+        return None
     stored = registry.load_for(path, base)
-    lora = dataclasses.replace(stored.config, dropout=config.dropout)
-    adapters.attach(loaded.model, Adapter(lora, stored.tensors, stored.about))
-    return lora
-
-
-def _fit(config: TrainConfig, lora: LoraConfig, loaded: Loaded) -> tuple[Recompute, int, budget.Parts]:
-    """Recomputation and row length within --memory, or within most of what is free."""
-    data, model = config.data, loaded.model
-    memory = parse_bytes(config.memory) if config.memory else int(_SHARE_OF_FREE_MEMORY * available_memory()) + process_memory()
-    wanted = list(Recompute) if config.recompute == "auto" else [Recompute(config.recompute)]
-    chosen = budget.choose(
-        model.config,
-        lora,
-        loaded.checkpoint.nbytes,
-        data.batch_tokens,
-        data.seq_len,
-        model.dtype.itemsize,
-        memory,
-        wanted,
-    )
-    if chosen is None:
-        least = budget.parts(model.config, lora, loaded.checkpoint.nbytes, data.seq_len, wanted[-1], model.dtype.itemsize).total
-        raise ResourceError(
-            f"Training needs {least / 1e9:.2f} GB and may use {memory / 1e9:.2f} GB; "
-            f"type --memory {least / 1e9 + 0.01:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model."
-        )
-    return chosen
+    return Adapter(dataclasses.replace(stored.config, dropout=config.dropout), stored.tensors, stored.about)
 
 
 def _digest(documents: list[Document]) -> str:

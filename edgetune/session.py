@@ -54,13 +54,18 @@ def open_base(name: str | None) -> tuple[ModelChoice, Checkpoint]:
 
 
 def load_base(
-    name: str | None, device: str = "auto", progress: Callable[[int, int], None] = lambda done, layers: None
+    name: str | None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, layers: None,
+    layer_memory: int | None = None,
+    vocabulary: str | None = None,
 ) -> Loaded:
-    """Open the model that `name` stands for, ready to run, its linears in NF4."""
+    """Open the model that `name` stands for, ready to run, its linears in NF4; `layer_memory` and `vocabulary` (its
+    embedding's and head's kind) as in load_llama."""
     target = pick_device(device)
     choice, checkpoint = open_base(name)
     quant = None if checkpoint.quant is not None else QuantConfig()
-    model = load_llama(checkpoint, compute_dtype(target), target, quant, progress)
+    model = load_llama(checkpoint, compute_dtype(target), target, quant, progress, layer_memory, vocabulary, vocabulary)
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
 
 

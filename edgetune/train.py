@@ -186,7 +186,9 @@ class _Run:
         self.keeper, self.stop, self.deadline, self.meter = keeper, stop, deadline, meter
         self.parameters = adapters.parameters(self.model)
         betas = (self.config.beta1, self.config.beta2)
-        self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=self.config.weight_decay)
+        setting, decay = self.plan.setting, self.config.weight_decay
+        pages = prepared.folder if setting.paged_optimizer else None
+        self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=decay, bits=setting.optimizer_bits, pages=pages)
         self.state = restored.state
         self.best: Adapter | None = None
         if restored.tensors:
@@ -295,7 +297,7 @@ class _Run:
     def _step(self) -> Stepped | Skipped:
         """One optimizer step over all micro-batches of a batch; each token weighs the same, whichever row it is in."""
         start, state = time.monotonic(), self.state
-        rows = self.prepared.packer.micro_batches(state.step, self.plan.row_tokens)
+        rows = self.prepared.packer.micro_batches(state.step, self.plan.setting.row_tokens)
         trained = sum(row.trained for row in rows)
         loss = 0.0
         for number, row in enumerate(rows):
@@ -334,7 +336,9 @@ class _Run:
     def _evaluate(self) -> Evaluated:
         start = time.monotonic()
         assert self.prepared.held_out is not None
-        result = evaluate_store(self.runner, self.prepared.held_out, self.plan.seq_len, self.plan.row_tokens, self._go_on)
+        result = evaluate_store(
+            self.runner, self.prepared.held_out, self.plan.seq_len, self.plan.setting.row_tokens, self._go_on
+        )
         return Evaluated(self.state.step, result.bits_per_byte, result.tokens, time.monotonic() - start)
 
     def _is_best(self, reading: Evaluated) -> bool:
@@ -348,11 +352,14 @@ class _Run:
         """What the model writes after the beginnings of some notes, held out where there are any."""
         tokenizer = self.prepared.loaded.tokenizer
         sampling = Sampling(seed=self.config.data.seed)
-        for prompt in self.prepared.record.prompts:
+        prompts, tokens = self.prepared.record.prompts, _SAMPLE_TOKENS
+        if self.model.pager.streaming:  # every token reads the streamed layers again
+            prompts, tokens = prompts[:1], _SAMPLE_TOKENS // 2
+        for prompt in prompts:
             self._go_on()
             ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)]
-            generator = Generator(self.runner, min(len(ids) + _SAMPLE_TOKENS, self.model.config.max_positions))
-            written = generator.generate(ids, _SAMPLE_TOKENS, sampling, tokenizer.eos_ids)
+            generator = Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
+            written = generator.generate(ids, tokens, sampling, tokenizer.eos_ids)
             yield Sampled(when, prompt, tokenizer.decode(written, continuing=True))
 
     def _finish(self) -> Iterator[Event]:

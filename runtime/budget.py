@@ -1,32 +1,100 @@
 """Memory arithmetic: what each part of a training step takes, in bytes, before anything is allocated.
 
-Letters as in model.py; S is the size of a compute element (2 for bf16). Weights are counted as stored.
+Letters as in model.py; S is the size of a compute element (2 for bf16). What is counted is what `edgetune.meter` measures:
+anonymous memory, and the pages of weight files that are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import torch
+
+from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.runner import LOSS_ROWS, Recompute
+from edgetune.runtime.pager import SLOTS, streamed_layers
+from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 
-TORCH_BYTES = 150_000_000
-"""Anonymous memory of a process that has imported torch (146 MB measured on Linux, CPU build)."""
+TORCH_BYTES = 190_000_000
+"""Anonymous memory of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
+LINEAR = "_proj.weight"
+"""In the name of every tensor that a linear of a block is stored in."""
+PACKED_ROWS, PACKED_RANK = 512, 32
+"""gemm.inl's TALL and SIDE: the rows that the fused products pack at a time, and what a rank is padded to."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of a model's weights as a training process holds them: linears of one layer, embedding, head, all norms.
+
+    `mapped`: they are pages of files; or else they were quantised on the way in, and are anonymous.
+    """
+
+    layer: int
+    embedding: int
+    head: int
+    norms: int
+    mapped: bool = True
+
+    @classmethod
+    def nf4(cls, config: LlamaConfig, block_size: int = 64, double_quant: bool = True, mapped: bool = True) -> Stored:
+        """Of a folder that `edgetune quantize` wrote, or will have written: NF4 linears, the rest in bf16."""
+        numbers = config.linear_parameters // config.num_layers
+        blocks = numbers // block_size
+        scales = blocks + 4 * -(-blocks // 256) if double_quant else 4 * blocks
+        vocabulary = 2 * config.vocab_size * config.hidden_size
+        norms = 4 * config.hidden_size * (2 * config.num_layers + 1)
+        return cls(numbers // 2 + scales, vocabulary, 0 if config.tie_embeddings else vocabulary, norms, mapped)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Stored:
+        """Of a folder; one that is not quantised will be, on the way in."""
+        config = checkpoint.config
+        if checkpoint.quant is None:
+            return cls.nf4(config, mapped=False)
+        sizes = {name: tensor.nbytes for name, tensor in checkpoint.stored.items()}
+        linears = sum(size for name, size in sizes.items() if LINEAR in name)
+        embedding, head = sizes[EMBEDDING], 0 if config.tie_embeddings else sizes[HEAD]
+        return cls(linears // config.num_layers, embedding, head, 2 * (sum(sizes.values()) - linears - embedding - head))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is run: what a planner chooses from."""
+
+    row_tokens: int
+    recompute: Recompute
+    loss_rows: int = LOSS_ROWS
+    layer_memory: int | None = None
+    """Bytes for the linears of pinned layers and the ring; None: all stay where they are."""
+    optimizer_bits: int = 32
+    paged_optimizer: bool = False
+    """States in a file, one parameter's in memory at a time."""
+    offload: bool = False
+    """Blocks' inputs in a file."""
+    vocabulary: str | None = None
+    """Embedding and head quantised on the way in, of vocabulary.KINDS."""
+    compact: bool = False
+    """Large tensors in pages of their own, which go back at once: no holes in the heap, but new pages cost time."""
 
 
 @dataclass(frozen=True)
 class Parts:
     """Bytes by part. `total` is what the process will hold at its peak."""
 
-    torch: int
+    process: int
+    """The interpreter, torch and what else is in memory before a model is opened."""
     weights: int
+    embeddings: int
     adapter: int
+    """The adapter, and the best one so far."""
     gradients: int
     optimizer: int
     activations: int
+    """Kept from forward to backward."""
     logits: int
-    panel: int
+    scratch: int
+    """One block's own tensors, what products are packed into, and holes in the heap."""
 
     @property
     def total(self) -> int:
@@ -39,54 +107,101 @@ def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
     return config.num_layers * sum(lora.rank * sum(shapes[name]) for name in lora.targets)
 
 
-def block_bytes(config: LlamaConfig, lora: LoraConfig, size: int, save_input: bool) -> int:
-    """Saved bytes a token of one block: its inputs, qkv, attention's output, gate and up, and each adapter's r numbers."""
+def kept_bytes(config: LlamaConfig, lora: LoraConfig, size: int, recompute: Recompute) -> int:
+    """Bytes a token that one block keeps for its backward.
+
+    Its input; and, not recomputed: qkv, attention's output, the input of the MLP, gate and up, the adapters' reduced inputs,
+    log-sum-exps; and, where nothing is: the norms' and SwiGLU's outputs too.
+    """
     d, f, q = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    qkv = q + 2 * config.num_kv_heads * config.head_dim
-    saved = 2 * d + qkv + q + 2 * f + lora.rank * len(lora.targets)
-    if save_input:
-        saved += 2 * d + f
-    return saved * size + 4 * config.num_heads
+    if recompute is Recompute.FULL:
+        return d * size
+    padded_ranks = -(-lora.rank // PACKED_RANK) * PACKED_RANK * len(lora.targets)
+    kept = 2 * d + q + 2 * config.num_kv_heads * config.head_dim + q + 2 * f + padded_ranks
+    if recompute is Recompute.NONE:
+        kept += 2 * d + f + q
+    return kept * size + 4 * config.num_heads
 
 
-def parts(config: LlamaConfig, lora: LoraConfig, weight_bytes: int, tokens: int, recompute: Recompute, size: int) -> Parts:
-    """What one step of `tokens` in one row takes."""
-    d, f = config.hidden_size, config.intermediate_size
+def packed_bytes(config: LlamaConfig, lora: LoraConfig, threads: int) -> int:
+    """What the fused products pack into at most: 512 rows of the widest gradient, adapters, and each thread's sums."""
+    shapes, rank = config.linear_shapes(), -(-lora.rank // PACKED_RANK) * PACKED_RANK
+    widest = 0
+    for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        outputs, inputs = sum(shapes[name][0] for name in names), shapes[names[0]][1]
+        adapters = 2 * rank * (outputs + len(names) * inputs)
+        widest = max(widest, 2 * PACKED_ROWS * max(outputs, inputs) + adapters)
+    return widest + threads * 2 * PACKED_ROWS * PACKED_ROWS * 4
+
+
+def parts(
+    config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, size: int, process: int, heldout: bool = True
+) -> Parts:
+    """What training one row after the other takes. `process`: bytes held before the model is opened."""
+    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
     trained = 4 * adapter_parameters(config, lora)
-    block = block_bytes(config, lora, size, recompute is Recompute.NONE)
-    kept = config.num_layers * (d * size if recompute is Recompute.FULL else block)
-    working = block + (4 * f + 4 * d) * size  # one block's own graph and the gradients that flow through its MLP
-    rows = min(tokens, LOSS_ROWS)
+    largest = 4 * max(lora.rank * max(shape) for shape in config.linear_shapes().values())
+    states = 2 * trained if setting.optimizer_bits == 32 else trained // 2 + trained // 128
+    layers, one = config.num_layers, kept_bytes(config, lora, size, Recompute.SELECTIVE)
+    kept = kept_bytes(config, lora, size, setting.recompute)
+    if setting.recompute is not Recompute.FULL:
+        kept_layers, working = layers, 0
+    else:
+        kept_layers, working = 0 if setting.offload else layers, one * tokens
+    q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    # SwiGLU's backward holds its output, two gradients as wide, and what flows beside
+    working += (4 * f + 4 * d + q) * size * tokens + packed_bytes(config, lora, torch.get_num_threads())
+    rows = min(tokens, setting.loss_rows)
+    logits = rows * v * size + 3 * tokens * d * size
+    vocabulary = stored.embedding + stored.head
+    if setting.vocabulary is not None:
+        numbers = v * d * (1 if config.tie_embeddings else 2)
+        vocabulary = numbers + 4 * v if setting.vocabulary == "int8" else round(numbers * 0.516)
+        logits += 2048 * d * size  # rows of the head that are dense at once
+    activations = tokens * kept * kept_layers
+    holes = HOLES * (working + logits) + (KEPT_HOLES * activations if setting.recompute is not Recompute.FULL else 0)
     return Parts(
-        torch=TORCH_BYTES,
-        weights=weight_bytes,
-        adapter=trained,
+        process=process,
+        weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
+        embeddings=vocabulary,
+        adapter=trained * (2 if heldout else 1),
         gradients=trained,
-        optimizer=2 * trained,
-        activations=tokens * (kept + working),
-        logits=2 * rows * config.vocab_size * size,
-        panel=max(out * inputs for out, inputs in config.linear_shapes().values()) * size,
+        optimizer=4 * largest if setting.paged_optimizer else states,
+        activations=activations,
+        logits=logits,
+        scratch=working + (0 if setting.compact else round(holes)),
     )
 
 
-def choose(
-    config: LlamaConfig,
-    lora: LoraConfig,
-    weight_bytes: int,
-    batch_tokens: int,
-    seq_len: int,
-    size: int,
-    memory: int,
-    allowed: Sequence[Recompute] = tuple(Recompute),
-) -> tuple[Recompute, int, Parts] | None:
-    """The fastest recomputation and row length that fit in `memory`; None where nothing does.
+HOLES, KEPT_HOLES = 0.9, 0.08
+"""Free memory inside the heap, as a share of what comes and goes in it, and of what blocks keep (measured: LOG.md)."""
 
-    A row as long as the batch dequantises each weight least often; recomputing a block costs more than a shorter row.
-    """
-    lengths = sorted({max(seq_len, batch_tokens >> halvings) for halvings in range(8)}, reverse=True)
-    for recompute in allowed:
-        for tokens in lengths:
-            estimate = parts(config, lora, weight_bytes, tokens, recompute, size)
-            if estimate.total <= memory:
-                return recompute, tokens, estimate
-    return None
+
+def least_layer_memory(config: LlamaConfig, stored: Stored) -> int:
+    """The smallest `layer_memory`: a ring of two layers."""
+    return SLOTS * stored.layer if config.num_layers > SLOTS else config.num_layers * stored.layer
+
+
+def fitted(
+    config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, size: int, process: int, memory: int
+) -> tuple[Setting, Parts] | None:
+    """The setting with as many layers in memory as fit in `memory` bytes; None where nothing does."""
+    whole = parts(config, lora, stored, setting, size, process)
+    if whole.total <= memory:
+        return setting, whole
+    if not stored.mapped:
+        return None
+    room = memory - (whole.total - config.num_layers * stored.layer)
+    if room < least_layer_memory(config, stored):
+        return None
+    streaming = replace(setting, layer_memory=room)
+    return streaming, parts(config, lora, stored, streaming, size, process)
+
+
+def streamed_bytes(config: LlamaConfig, stored: Stored, setting: Setting) -> int:
+    """Bytes of weights that are read again for a row, forward and backward."""
+    if setting.layer_memory is None:
+        return 0
+    streamed = len(streamed_layers([stored.layer] * config.num_layers, setting.layer_memory))
+    return 2 * max(streamed - SLOTS, 0) * stored.layer

@@ -172,6 +172,9 @@ class PagedAdamW:
             self._pages = _InHost(total, device)
         else:
             self._pages = _InFile(total, max(layout.nbytes for layout in self._layouts), device, Path(pages))
+        for parameter in self.parameters:  # before the first step's tensors, which come and go: no holes in the heap
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero; they stay where they are."""

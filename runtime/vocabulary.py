@@ -36,6 +36,10 @@ class Int8Rows:
         return tuple(self.codes.shape)
 
     @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
 
@@ -114,10 +118,11 @@ def _panels(head: QuantizedTensor | Int8Rows, dtype: torch.dtype) -> Iterator[tu
     count = head.shape[0]
     crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
     height = count if crossing else PANEL_ROWS
+    panel = torch.empty(min(height, count), head.shape[1], dtype=dtype, device=head.device)
     for start in range(0, count, height):
         part = slice(start, min(start + height, count))
         if isinstance(head, Int8Rows):  # codes are exact in bf16; the products are scaled, which are fewer than the weights
-            yield part, head.codes[part].to(dtype), head.scale[part, 0]
+            yield part, panel[: part.stop - start].copy_(head.codes[part]), head.scale[part, 0]
         else:
             yield part, rows(head, torch.arange(part.start, part.stop, device=head.device), dtype), None
 

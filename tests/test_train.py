@@ -210,7 +210,7 @@ def test_edgetune_json_names_base_and_data_and_no_path(notes: Path) -> None:
 
 
 def test_too_little_memory_is_refused_before_the_first_step(notes: Path) -> None:
-    with pytest.raises(ResourceError, match=r"needs .* GB and may use .*--memory"):
+    with pytest.raises(ResourceError, match=r"may use .* GB and needs .*--memory"):
         list(train(config(notes, memory="100MB")))
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import click
 
 from edgetune.cli.options import json_option, print_json
+from edgetune.shapes import MEASURED
 from edgetune.ui import human_bytes
-
-SHAPES = ("demo", "smollm2-135m", "tinyllama-1.1b")
 
 
 @click.command("bench")
 @click.option(
-    "--shape", type=click.Choice(SHAPES), default="tinyllama-1.1b", show_default=True, help="Whose shape the model has."
+    "--shape", type=click.Choice(MEASURED), default="tinyllama-1.1b", show_default=True, help="Whose shape the model has."
 )
 @click.option(
     "--tokens",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import click
 
-from edgetune.cli.options import device_option, json_option, print_json, say
+from edgetune.cli.options import Decorator, device_option, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
 from edgetune.events import Interrupted, Started
 from edgetune.runtime.config import LINEARS
@@ -19,45 +20,67 @@ from edgetune.ui import human_bytes, one_line, renderer
 _SHOWN = 20
 
 
-@click.command("train")
-@click.argument("notes", nargs=-1)
-@click.option(
-    "--model",
-    metavar="M",
-    help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
+_OPTIONS: tuple[Decorator, ...] = (
+    click.argument("notes", nargs=-1),
+    click.option(
+        "--model",
+        metavar="M",
+        help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
+    ),
+    device_option,
+    click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own."),
+    click.option("--steps", type=int, metavar="N", help="Optimizer steps."),
+    click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3, more for few notes."),
+    click.option("--minutes", type=float, metavar="N", help="Stop after this long, at a step."),
+    click.option("--until", metavar="HH:MM", help="Stop at this time of day, at a step."),
+    click.option("--memory", metavar="2GB", help="Choose settings that stay within this. Default: most of what is free."),
+    click.option("--rank", type=int, metavar="R", help="Rank of the adapter. Default: 16."),
+    click.option("--alpha", type=float, metavar="A", help="Scale of the adapter is alpha/rank. Default: 16."),
+    click.option("--dropout", type=float, metavar="P", help="LoRA dropout. Default: 0.05."),
+    click.option("--targets", metavar="LIST", help=f"Linears to adapt, by commas. Default: {','.join(LINEARS)}."),
+    click.option("--rslora", is_flag=True, default=None, help="Scale by alpha/sqrt(rank)."),
+    click.option("--lr", type=float, metavar="X", help="Peak learning rate. Default: 2e-4, more for small models."),
+    click.option("--seq-len", type=int, metavar="T", help="Tokens a sequence; longer notes are split. Default: 512."),
+    click.option("--batch-tokens", type=int, metavar="N", help="Tokens a step. Default: 2048."),
+    click.option("--seed", type=int, metavar="S", help="Seed of everything random. Default: 0."),
+    click.option("--recipe", type=click.Choice(RECIPES), help="How notes are read. Default: notes."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be repeated."),
+    click.option("--from", "from_adapter", metavar="A", help="Continue from this adapter."),
+    click.option("--recompute", type=click.Choice(RECOMPUTE), help="Trade speed for memory. Default: the fastest that fits."),
+    click.option(
+        "--compute", type=click.Choice(COMPUTE), help="Number format of the products. Default: bf16 where it is fast."
+    ),
 )
-@device_option
-@click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own.")
-@click.option("--steps", type=int, metavar="N", help="Optimizer steps.")
-@click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3, more for few notes.")
-@click.option("--minutes", type=float, metavar="N", help="Stop after this long, at a step.")
-@click.option("--until", metavar="HH:MM", help="Stop at this time of day, at a step.")
-@click.option("--memory", metavar="2GB", help="Choose settings that stay within this. Default: most of what is free.")
-@click.option("--rank", type=int, metavar="R", help="Rank of the adapter. Default: 16.")
-@click.option("--alpha", type=float, metavar="A", help="Scale of the adapter is alpha/rank. Default: 16.")
-@click.option("--dropout", type=float, metavar="P", help="LoRA dropout. Default: 0.05.")
-@click.option("--targets", metavar="LIST", help=f"Linears to adapt, by commas. Default: {','.join(LINEARS)}.")
-@click.option("--rslora", is_flag=True, default=None, help="Scale by alpha/sqrt(rank).")
-@click.option("--lr", type=float, metavar="X", help="Peak learning rate. Default: 2e-4, more for small models.")
-@click.option("--seq-len", type=int, metavar="T", help="Tokens a sequence; longer notes are split. Default: 512.")
-@click.option("--batch-tokens", type=int, metavar="N", help="Tokens a step. Default: 2048.")
-@click.option("--seed", type=int, metavar="S", help="Seed of everything random. Default: 0.")
-@click.option("--recipe", type=click.Choice(RECIPES), help="How notes are read. Default: notes.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be repeated.")
-@click.option("--from", "from_adapter", metavar="A", help="Continue from this adapter.")
-@click.option("--recompute", type=click.Choice(RECOMPUTE), help="Trade speed for memory. Default: the fastest that fits.")
-@click.option("--compute", type=click.Choice(COMPUTE), help="Number format of the products. Default: bf16 where it is fast.")
+
+
+def training_options(command: Callable[..., None]) -> Callable[..., Any]:
+    """Notes and every setting of a training run, as `train_config` takes them."""
+    decorated: Callable[..., Any] = command
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def config_of(flags: dict[str, Any]) -> TrainConfig:
+    """The settings that `training_options` gave."""
+    if flags["device"] == "auto":
+        flags.pop("device")
+    if flags["targets"] is not None:
+        flags["targets"] = tuple(flags["targets"].split(","))
+    return train_config(flags)
+
+
+@click.command("train")
+@training_options
 @click.option("--fresh", is_flag=True, help="Start over, where an unfinished run of the same command would be gone on with.")
 @click.option("--dry-run", is_flag=True, help="Show what would be read and what skipped, and why; train nothing.")
 @json_option
-def train_command(dry_run: bool, fresh: bool, as_json: bool, targets: str | None, **flags: Any) -> None:
+def train_command(dry_run: bool, fresh: bool, as_json: bool, **flags: Any) -> None:
     """Train an adapter on NOTES: folders and files of Markdown, text, rst, org, or chats in JSON lines.
 
     Ctrl-C stops and keeps everything: the same command goes on from there, and so it does after a crash or a deadline.
     """
-    if flags["device"] == "auto":
-        flags.pop("device")
-    config = train_config({**flags, "targets": tuple(targets.split(",")) if targets is not None else None})
+    config = config_of(flags)
     if dry_run:
         _show_reading(config, as_json)
     else:

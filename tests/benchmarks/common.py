@@ -49,7 +49,7 @@ class Contender:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that every benchmark takes."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--shape", default="tinyllama-1.1b", help="of edgetune.bench.SHAPES; `demo` to try the script")
+    flags.add_argument("--shape", default="tinyllama-1.1b", help="of edgetune.shapes.SHAPES; `demo` to try the script")
     flags.add_argument("--repeats", type=int, default=3, help="rounds over all contenders")
     flags.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     flags.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "edgetune-benchmarks")
@@ -311,8 +311,8 @@ def seconds_of(work: Callable[[], object], repeats: int, warmups: int = 1) -> li
 
 
 def hf_config(shape: str) -> Result:
-    """config.json of a shape of edgetune.bench.SHAPES."""
-    from edgetune.bench import SHAPES
+    """config.json of a shape of edgetune.shapes.SHAPES."""
+    from edgetune.shapes import SHAPES
 
     config = SHAPES[shape]
     return {
@@ -378,10 +378,11 @@ def _write_folder(folder: Path, shape: str, quantization: Result | None, write: 
 def _write_random_nf4(path: Path, shape: str) -> None:
     import torch
 
-    from edgetune.bench import SHAPES, random_nf4
+    from edgetune.bench import random_nf4
     from edgetune.runtime.bnb_layout import weight_specs, weight_tensors
     from edgetune.runtime.checkpoint import is_linear, model_shapes
     from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
+    from edgetune.shapes import SHAPES
 
     generator = torch.Generator().manual_seed(0)
     specs, tensors = [], {}

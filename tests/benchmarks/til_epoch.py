@@ -344,7 +344,7 @@ def ours(arguments: argparse.Namespace, bare: int) -> Result:
         "anonymous_bytes": peak,
         "anonymous_beyond_torch": peak - bare,
         "backend": plan.get("backend"),
-        "recompute": plan.get("recompute"),
+        "recompute": plan.get("setting", {}).get("recompute"),
     }
 
 

@@ -1,0 +1,167 @@
+"""How a run is done within the memory that it may use: the fastest setting that fits.
+
+Memory is arithmetic (runtime/budget.py). Settings are ranked by nominal costs, so that the same memory always gives the same
+plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from edgetune.config import DataConfig, TrainConfig, default_epochs, parse_bytes
+from edgetune.meter import anonymous_memory
+from edgetune.runtime import budget
+from edgetune.runtime.budget import Parts, Setting, Stored
+from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.device import available_memory, process_memory
+from edgetune.runtime.errors import ResourceError
+from edgetune.runtime.runner import LOSS_ROWS, Recompute
+
+SHARE_OF_FREE_MEMORY = 0.8
+LATER_BYTES = 60_000_000
+"""What the process will come to hold besides the model: later imports, compiled products, the tokenizer, the report."""
+FEW_LOSS_ROWS = 64
+
+# Nominal, for ranking alone: what a device computes (FLOP/s), and what files and a copied head take (bytes/s).
+_FLOPS = {"cpu": 8e11, "mps": 3e12, "cuda": 5e13}
+FILE_SPEED = 1.5e9
+_DENSE_SPEED = 0.7e9
+_SELECTIVE, _COMPACT, _FEW_ROWS = 1.03, 1.3, 1.02
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting, and what it takes."""
+
+    setting: Setting
+    parts: Parts
+
+
+def memory_allowed(config: TrainConfig) -> int:
+    """--memory, or most of what is free."""
+    if config.memory is not None:
+        return parse_bytes(config.memory)
+    return int(SHARE_OF_FREE_MEMORY * available_memory()) + process_memory()
+
+
+def settings(data: DataConfig, allowed: Sequence[Recompute], streams: bool) -> Iterator[Setting]:
+    """Every way to run a step that is worth trying."""
+    lengths = sorted({max(data.seq_len, data.batch_tokens >> halvings) for halvings in range(8)}, reverse=True)
+    for recompute in allowed:
+        for length in lengths:
+            for paged, offload, vocabulary, compact, rows in _variants(recompute is Recompute.FULL, streams):
+                yield Setting(length, recompute, rows, None, 32, paged, offload, vocabulary, compact)
+
+
+def _variants(offloads: bool, streams: bool) -> Iterator[tuple[bool, bool, str | None, bool, int]]:
+    for vocabulary in (None, "int8") if streams else (None,):
+        for compact in (False, True):
+            for offload in (False, True) if offloads else (False,):
+                for paged in (False, True):
+                    for rows in (LOSS_ROWS, FEW_LOSS_ROWS):
+                        yield paged, offload, vocabulary, compact, rows
+
+
+def cost(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int, device: str) -> float:
+    """Nominal seconds of a step."""
+    again = 1.5 if setting.recompute is Recompute.FULL else 0
+    flops = (4 + again) * config.linear_parameters + 4 * config.vocab_size * config.hidden_size
+    rows = -(-batch_tokens // setting.row_tokens)
+    seconds = flops * batch_tokens / _FLOPS[device] + rows * 3 * config.linear_parameters / 20e9
+    seconds *= _SELECTIVE if setting.recompute is Recompute.SELECTIVE else 1.0
+    seconds *= _COMPACT if setting.compact else 1.0
+    seconds *= _FEW_ROWS if setting.loss_rows < LOSS_ROWS else 1.0
+    read = rows * budget.streamed_bytes(config, stored, setting) / FILE_SPEED
+    seconds = max(seconds, read) + 0.05 * read
+    files = file_bytes(config, lora, setting, batch_tokens)
+    if setting.vocabulary is not None:
+        chunks = rows * -(-setting.row_tokens // setting.loss_rows)
+        seconds += chunks * 2 * config.vocab_size * config.hidden_size / _DENSE_SPEED
+    return seconds + files / FILE_SPEED
+
+
+def file_bytes(config: LlamaConfig, lora: LoraConfig, setting: Setting, batch_tokens: int) -> int:
+    """Bytes that a step writes to files and reads again: optimizer states and blocks' inputs."""
+    states = 16 * budget.adapter_parameters(config, lora) if setting.paged_optimizer else 0
+    return states + (4 * config.num_layers * batch_tokens * config.hidden_size if setting.offload else 0)
+
+
+def choose(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    stored: Stored,
+    data: DataConfig,
+    dtype: torch.dtype,
+    memory: int,
+    process: int,
+    device: str = "cpu",
+    recompute: str = "auto",
+) -> Choice | None:
+    """The fastest setting that fits in `memory` bytes; None where none does."""
+    best: tuple[float, Choice] | None = None
+    allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
+    for setting in settings(data, allowed, stored.mapped):
+        found = budget.fitted(config, lora, stored, setting, dtype.itemsize, process, memory)
+        if found is None:
+            continue
+        seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
+        if best is None or seconds < best[0]:
+            best = seconds, Choice(*found)
+    return None if best is None else best[1]
+
+
+def least(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    stored: Stored,
+    data: DataConfig,
+    dtype: torch.dtype,
+    process: int,
+    recompute: str = "auto",
+) -> Choice:
+    """The setting that takes the least memory."""
+    allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
+    streaming = budget.least_layer_memory(config, stored) if stored.mapped else None
+    if streaming is not None and streaming >= config.num_layers * stored.layer:
+        streaming = None
+    choices = []
+    for setting in settings(data, allowed, stored.mapped):
+        small = dataclasses.replace(setting, layer_memory=streaming)
+        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype.itemsize, process)))
+    return min(choices, key=lambda choice: choice.parts.total)
+
+
+def choose_or_refuse(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    stored: Stored,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    device: str,
+) -> Choice:
+    """`choose` for this machine. Raises ResourceError with the least memory that works and what would make it fit."""
+    memory, process = memory_allowed(train), anonymous_memory() + LATER_BYTES
+    choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute)
+    if choice is None:
+        smallest = least(config, lora, stored, train.data, dtype, process, train.recompute).parts.total
+        raise ResourceError(
+            f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB; {advice(stored, smallest)}."
+        )
+    return choice
+
+
+def advice(stored: Stored, smallest: int) -> str:
+    """What to type where nothing fits."""
+    quantize = "" if stored.mapped else "`edgetune quantize` the model once, so that its layers can be streamed, or "
+    return (
+        f"{quantize}type --memory {-(-smallest // 10**7) / 100:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model"
+    )
+
+
+def planned_steps(train: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run."""
+    return train.steps or max(1, round((train.epochs or default_epochs(steps_per_epoch)) * steps_per_epoch))

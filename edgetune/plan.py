@@ -1,0 +1,149 @@
+"""`edgetune plan`: what a run will take, before it starts. Memory by part, tokens a second, time.
+
+How long a step takes is measured on one and on two layers of the model's shape with random weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgetune.batches import Packer
+from edgetune.bench import random_llama, random_row
+from edgetune.choose import FILE_SPEED, LATER_BYTES, advice, choose, file_bytes, least, memory_allowed, planned_steps
+from edgetune.config import TrainConfig
+from edgetune.meter import anonymous_memory
+from edgetune.models import resolve
+from edgetune.prepare import read, tokenize_notes
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime import budget
+from edgetune.runtime.budget import Setting, Stored
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.device import compute_dtype, pick_device
+from edgetune.runtime.errors import DeviceError
+from edgetune.runtime.optim import PagedAdamW
+from edgetune.runtime.runner import Runner
+from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.shapes import SHAPES
+from edgetune.state import home
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`edgetune plan`'s answer. Speed and time are None where this machine cannot measure them, or no notes were named."""
+
+    model: str
+    device: str
+    fits: bool
+    memory_bytes: int
+    peak_memory_bytes: int
+    least_memory_bytes: int
+    parts: dict[str, int]
+    setting: dict[str, Any]
+    tokens_per_second: float | None
+    seconds: float | None
+    steps: int | None
+    tokens: int | None
+    advice: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+def forecast(train: TrainConfig) -> Forecast:
+    """What `edgetune train` with these settings would take, its weights not read."""
+    name, config, stored, folder = _model(train.model)
+    here = True
+    try:
+        device = pick_device(train.device)
+    except DeviceError:  # a machine that is described, not this one
+        if train.memory is None:
+            raise
+        device, here = torch.device("cpu"), False
+    kind = device.type if here else train.device
+    dtype = compute_dtype(device) if here else torch.bfloat16
+    if train.compute != "auto":
+        dtype = torch.float32 if train.compute == "fp32" else torch.bfloat16
+    lora, data = train.lora(), train.data
+    steps, tokens = (train.steps, None) if folder is None or not data.notes else _work(train, folder)
+    memory, process = memory_allowed(train), anonymous_memory() + LATER_BYTES if here else 0
+    smallest = least(config, lora, stored, data, dtype, process, train.recompute)
+    choice = choose(config, lora, stored, data, dtype, memory, process, kind, train.recompute)
+    shown = choice or smallest
+    speed = seconds = None
+    if choice is not None and here:
+        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype)
+        speed = data.batch_tokens / step
+        seconds = step * steps if steps is not None else None
+    return Forecast(
+        model=name,
+        device=kind,
+        fits=choice is not None,
+        memory_bytes=memory,
+        peak_memory_bytes=shown.parts.total,
+        least_memory_bytes=smallest.parts.total,
+        parts=dataclasses.asdict(shown.parts),
+        setting=dataclasses.asdict(shown.setting),
+        tokens_per_second=speed,
+        seconds=seconds,
+        steps=steps,
+        tokens=tokens,
+        advice=None if choice is not None else advice(stored, smallest.parts.total),
+    )
+
+
+def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Path | None]:
+    """A model of this machine, or a shape known by its name, whose folder is None."""
+    if name in SHAPES and name != "demo":
+        return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
+    choice = resolve(name)
+    checkpoint = open_model(choice.path)
+    return choice.name, checkpoint.config, Stored.of(checkpoint), choice.path
+
+
+def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:
+    """Steps that these notes give, and the tokens trained in them."""
+    _, parted = read(train)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=home()) as scratch:
+        store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), Path(scratch))
+        packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
+        steps = planned_steps(train, packer.steps_per_epoch)
+        return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)
+
+
+def seconds_a_step(
+    config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int, dtype: torch.dtype
+) -> float:
+    """Measured on one and on two layers, the rest by their difference; what files take is nominal."""
+    one, two = (_row_seconds(config, lora, setting, dtype, layers) for layers in (1, 2))
+    layer = max(two - one, 0.0)
+    row = one + layer * (config.num_layers - 1)
+    rows = -(-batch_tokens // setting.row_tokens)
+    read = budget.streamed_bytes(config, stored, setting) / FILE_SPEED
+    files = file_bytes(config, lora, setting, batch_tokens)
+    return rows * (max(row, read) + 0.05 * read) + files / FILE_SPEED
+
+
+def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, layers: int) -> float:
+    """The fastest of three times that a row of this setting takes, on random weights."""
+    model = random_llama(dataclasses.replace(config, num_layers=layers, windows=config.windows[:layers]), dtype)
+    adapters.attach_new(model, lora, 0)
+    runner = Runner(model, setting.recompute, setting.loss_rows)
+    optimizer = PagedAdamW(adapters.parameters(model))
+    row = random_row(config, setting.row_tokens)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        runner.train(row, dropout_key=1 if lora.dropout else None)
+        optimizer.step(1e-4)
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -1,0 +1,178 @@
+"""Training inside memory cgroups: what the planner chooses, whether it holds, and what it costs.
+
+For each limit a process enters a cgroup of that size (which counts the page cache too, without swap), lets edgetune choose a
+setting for a budget a little below it, and trains. The same recomputation without a limit runs beside, for the ratio.
+
+    python tests/benchmarks/memory.py --limits 1GB,700MB,500MB
+    python tests/benchmarks/memory.py --shape llama-7b --limits 2GB --steps 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+
+RANK, ALPHA, RATE = 16, 16.0, 1e-4
+MARGIN = 0.04  # of a limit: page tables, the reader's pages, what the kernel charges beside the process's own
+
+
+def main() -> None:
+    flags = common.parser(__doc__)
+    flags.add_argument("--tokens", type=int, default=512)
+    flags.add_argument("--steps", type=int, default=4, help="timed steps, after a warm-up step")
+    flags.add_argument("--limits", default="1GB,700MB,500MB", help="sizes of cgroups")
+    flags.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = flags.parse_args()
+    if arguments.child:
+        print(json.dumps(train(arguments, json.loads(arguments.child))))
+    else:
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """One line a limit, and its ratio to the run without one."""
+    from edgetune.config import parse_bytes
+
+    common.random_folders(arguments.workdir, arguments.shape, dense=False)
+    rows, results = [], []
+    for limit in (parse_bytes(text) for text in arguments.limits.split(",")):
+        inside = run(arguments, {"limit": limit})
+        results.append(inside)
+        if "error" in inside:
+            rows.append([f"{limit / 1e6:,.0f} MB", inside["error"], *[""] * 6])
+            continue
+        free = run(arguments, {"limit": None, "recompute": inside["setting"]["recompute"]})
+        results.append(free)
+        predicted, peak, speed = inside["predicted"], inside["peak"], inside["tokens_per_second"]
+        rows.append([
+            f"{limit / 1e6:,.0f} MB", describe(inside["setting"]), f"{predicted / 1e6:,.0f}", f"{peak / 1e6:,.0f}",
+            f"{predicted / peak - 1:+.0%}", f"{speed:.1f}", f"{free['tokens_per_second']:.1f}",
+            f"{speed / free['tokens_per_second']:.0%}",
+        ])  # fmt: skip
+    heads = ["cgroup", "setting", "predicted MB", "measured MB", "", "tokens/s", "unlimited", "speed kept"]
+    about = {"machine": common.machine(arguments.threads), "versions": common.versions(), "lacking": [], "results": results}
+    shown = f"{arguments.shape}, one row of {arguments.tokens} tokens, r16 on all linears."
+    common.publish(arguments.json, "\n".join([common.heading(about), "", shown, "", common.table(heads, rows)]), about)
+
+
+def describe(setting: dict[str, Any]) -> str:
+    layers = setting["layer_memory"]
+    told = [setting["recompute"], f"{layers / 1e6:.0f} MB of layers" if layers is not None else "resident"]
+    told += [name for name in ("paged_optimizer", "offload", "compact") if setting[name]]
+    return ", ".join(
+        told + [setting["vocabulary"]] * (setting["vocabulary"] is not None) + [f"{setting['loss_rows']} loss rows"]
+    )
+
+
+def run(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
+    """The job in a process of its own, inside a cgroup where it has a limit."""
+    command = [sys.executable, __file__, "--workdir", str(arguments.workdir), "--shape", arguments.shape]
+    command += ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--child", json.dumps(job)]
+    group = Group(job["limit"]) if job["limit"] else None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=group.enter if group else None)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
+            return {"error": lines[-1], **job}
+        return {**json.loads(done.stdout.splitlines()[-1]), **job, **({"charged": group.most()} if group else {})}
+    finally:
+        if group:
+            group.close()
+
+
+class Group:
+    """A memory cgroup below our own, of version 1 or 2; needs the right to make one."""
+
+    def __init__(self, limit: int) -> None:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((line.split(":", 2)[2] for line in lines if ":memory:" in line), None)
+        self.old = own is not None
+        parent = Path("/sys/fs/cgroup/memory" + (own or "")) if self.old else Path("/sys/fs/cgroup" + lines[0].split(":", 2)[2])
+        self.folder = parent / f"edgetune-{os.getpid()}"
+        self.folder.mkdir()
+        (self.folder / ("memory.limit_in_bytes" if self.old else "memory.max")).write_text(str(limit))
+
+    def enter(self) -> None:
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def most(self) -> int:
+        return int((self.folder / ("memory.max_usage_in_bytes" if self.old else "memory.peak")).read_text())
+
+    def close(self) -> None:
+        for _ in range(50):
+            try:
+                self.folder.rmdir()
+                return
+            except OSError:
+                time.sleep(0.1)
+
+
+def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
+    """The child: choose, open, train."""
+    import dataclasses
+
+    import torch
+
+    from edgetune.bench import random_row
+    from edgetune.choose import LATER_BYTES, choose, least
+    from edgetune.config import DataConfig
+    from edgetune.meter import MemoryMeter, anonymous_memory
+    from edgetune.runtime import adapter as adapters
+    from edgetune.runtime.budget import Stored
+    from edgetune.runtime.checkpoint import open_model
+    from edgetune.runtime.config import LINEARS, LoraConfig
+    from edgetune.runtime.device import compact_heap, compute_dtype, trim_memory
+    from edgetune.runtime.loader import load_llama
+    from edgetune.runtime.optim import PagedAdamW
+    from edgetune.runtime.runner import Runner
+
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
+    folder = arguments.workdir / f"{arguments.shape}-nf4"
+    checkpoint, lora = open_model(folder), LoraConfig(RANK, ALPHA, 0.0, LINEARS, False)
+    stored, data = Stored.of(checkpoint), DataConfig(seq_len=arguments.tokens, batch_tokens=arguments.tokens)
+    dtype = compute_dtype(torch.device("cpu"))
+    memory = int(job["limit"] * (1 - MARGIN)) if job["limit"] else 10**12
+    process = anonymous_memory() + LATER_BYTES
+    choice = choose(checkpoint.config, lora, stored, data, dtype, memory, process, recompute=job.get("recompute", "auto"))
+    if choice is None:
+        smallest = least(checkpoint.config, lora, stored, data, dtype, process).parts.total
+        raise SystemExit(f"does not fit: the least is {smallest / 1e6:,.0f} MB")
+    setting = choice.setting
+    if setting.compact:
+        compact_heap()
+    model = load_llama(
+        checkpoint, dtype, layer_memory=setting.layer_memory, embedding_kind=setting.vocabulary, head_kind=setting.vocabulary
+    )
+    adapters.attach_new(model, lora, 0)
+    parameters = adapters.parameters(model)
+    optimizer = PagedAdamW(parameters, pages=arguments.workdir if setting.paged_optimizer else None)
+    runner = Runner(model, setting.recompute, setting.loss_rows, arguments.workdir if setting.offload else None)
+    row, seconds, losses = random_row(checkpoint.config, arguments.tokens), [], []
+    trim_memory()
+    with MemoryMeter(checkpoint.files) as meter:
+        for _ in range(1 + arguments.steps):
+            start = time.perf_counter()
+            losses.append(float(runner.train(row)))
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step(RATE)
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+        peak = meter.peak()
+    timed = sorted(seconds[1:])
+    predicted = choice.parts.total - choice.parts.adapter // 2  # no best adapter is kept here
+    return {
+        "setting": dataclasses.asdict(setting), "predicted": predicted, "parts": dataclasses.asdict(choice.parts), "peak": peak,
+        "tokens_per_second": arguments.tokens / timed[len(timed) // 2], "losses": losses,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Memory does not creep: after 2,000 steps of varying lengths a run holds what it held after 50."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS, EARLY = 2000, 50
+TRAIN = """
+import json, random, sys
+import torch
+from edgetune.bench import random_llama
+from edgetune.meter import anonymous_memory
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.optim import PagedAdamW
+from edgetune.runtime.runner import Recompute, Row, Runner
+
+steps, early = int(sys.argv[1]), int(sys.argv[2])
+config = LlamaConfig("llama", 128, 256, 2, 4, 2, 32, 512, 4096, 1e-5, windows=(None,) * 2)
+model = random_llama(config, torch.bfloat16)
+adapters.attach_new(model, LoraConfig(8, 16.0, 0.05), 0)
+optimizer, runner, held = PagedAdamW(adapters.parameters(model)), Runner(model, Recompute.NONE), {}
+lengths = random.Random(0)
+for step in range(1, steps + 1):
+    n = lengths.randrange(16, 2048)
+    cut = lengths.randrange(1, n)
+    ids = torch.randint(0, 512, (n + 1,))
+    runner.train(Row(ids[:-1], ids[1:], torch.full((n,), 1 / n), torch.arange(n), [(0, cut), (cut, n)]), dropout_key=step)
+    optimizer.step(1e-4)
+    optimizer.zero_grad()
+    if step in (early, steps):
+        held[step] = anonymous_memory()
+print(json.dumps(held))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's anonymous memory")
+def test_2000_steps_hold_what_50_held() -> None:
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(STEPS), str(EARLY)], capture_output=True, text=True, check=True)
+    held = json.loads(done.stdout)
+    assert held[str(STEPS)] <= 1.02 * held[str(EARLY)]

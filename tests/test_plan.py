@@ -1,0 +1,139 @@
+"""The planner: the fastest setting that fits, a refusal with the least that would, and what was predicted is kept to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edgetune import choose as planner
+from edgetune.cli.main import cli
+from edgetune.config import DataConfig
+from edgetune.runtime import budget
+from edgetune.runtime.budget import Setting, Stored
+from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.runner import Recompute
+from edgetune.shapes import SHAPES
+
+BF16, PROCESS, DATA = torch.bfloat16, 200_000_000, DataConfig(seq_len=512, batch_tokens=2048)
+LORA = LoraConfig(16, 16.0)
+NOTES = Path(__file__).parent.parent / "examples" / "notes"
+PAPER = {"llama-7b": 6.9e9, "llama-13b": 11.3e9, "llama-33b": 24.7e9, "llama-65b": 45.0e9}  # arXiv 2305.14314, figure 6
+
+
+def chosen(shape: str, memory: int, mapped: bool = True) -> planner.Choice | None:
+    config = SHAPES[shape]
+    return planner.choose(config, LORA, Stored.nf4(config, mapped=mapped), DATA, BF16, memory, PROCESS)
+
+
+def smallest(shape: str) -> planner.Choice:
+    return planner.least(SHAPES[shape], LORA, Stored.nf4(SHAPES[shape]), DATA, BF16, PROCESS)
+
+
+def test_with_memory_to_spare_nothing_is_recomputed_streamed_or_paged() -> None:
+    choice = chosen("tinyllama-1.1b", 64 * 10**9)
+    assert choice is not None
+    assert choice.setting == Setting(2048, Recompute.NONE)
+
+
+@pytest.mark.parametrize("shape", ["demo", "tinyllama-1.1b", "llama-7b", "llama-65b"])
+def test_less_memory_never_makes_it_faster_and_is_never_exceeded(shape: str) -> None:
+    config, least = SHAPES[shape], smallest(shape).parts.total
+    costs = []
+    for memory in (least, least * 11 // 10, least * 3 // 2, 2 * least, 5 * least, 50 * least):
+        choice = chosen(shape, memory)
+        assert choice is not None
+        assert choice.parts.total <= memory
+        stored = Stored.nf4(config)
+        costs.append(planner.cost(config, LORA, stored, choice.setting, DATA.batch_tokens, "cpu"))
+    assert costs == sorted(costs, reverse=True)
+    assert chosen(shape, least - 10**6) is None
+
+
+def test_7b_trains_in_2_gb_by_streaming_but_not_where_it_would_first_have_to_be_quantised() -> None:
+    choice = chosen("llama-7b", 2 * 10**9)
+    assert choice is not None
+    assert choice.setting.layer_memory is not None
+    assert chosen("llama-7b", 2 * 10**9, mapped=False) is None
+
+
+def test_the_parts_are_what_the_setting_says() -> None:
+    config = SHAPES["tinyllama-1.1b"]
+    stored, trained = Stored.nf4(config), 4 * budget.adapter_parameters(config, LORA)
+
+    def parts(**changes: object) -> budget.Parts:
+        setting = dataclasses.replace(Setting(512, Recompute.FULL), **changes)
+        return budget.parts(config, LORA, stored, setting, 2, PROCESS)
+
+    assert parts().gradients == trained
+    assert parts().optimizer == 2 * trained
+    assert parts(optimizer_bits=8).optimizer < 0.26 * 2 * trained
+    assert parts(paged_optimizer=True).optimizer < trained // 10
+    assert parts().activations == 22 * 512 * 2048 * 2
+    assert parts(offload=True).activations == 0
+    assert parts(vocabulary="int8").embeddings < 0.51 * parts().embeddings
+    assert parts(layer_memory=10**8).weights < parts().weights / 4
+    assert parts(recompute=Recompute.NONE).activations > parts(recompute=Recompute.SELECTIVE).activations
+    assert parts(loss_rows=64).logits < parts().logits
+
+
+@pytest.mark.parametrize("shape", PAPER)
+def test_the_papers_totals_come_out(shape: str) -> None:
+    """r64 on all linears, one sequence of 512 with gradient checkpointing, states paged, on a card."""
+    config = SHAPES[shape]
+    lora = LoraConfig(64, 16.0, 0.1, LINEARS, False)
+    setting = Setting(512, Recompute.FULL, paged_optimizer=True, compact=True)
+    total = budget.parts(config, lora, Stored.nf4(config), setting, 2, process=0, heldout=False).total
+    assert 0.75 * PAPER[shape] < total < 1.1 * PAPER[shape]
+
+
+def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "EDGETUNE_HOME": str(home)}
+    return subprocess.run(
+        [sys.executable, "-m", "edgetune", *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def test_a_run_keeps_to_the_memory_it_was_given_and_to_what_was_predicted(tmp_path: Path) -> None:
+    planned = json.loads(run("plan", str(NOTES), "--model", "demo", "--json", home=tmp_path).stdout)
+    for memory in (planned["least_memory_bytes"] + 15_000_000, planned["peak_memory_bytes"] + 15_000_000):
+        command = ("train", str(NOTES), "--model", "demo", "--steps", "4", "--memory", str(memory), "--json")
+        done = run(*command, home=tmp_path / str(memory))
+        assert done.returncode == 0, done.stderr
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        predicted, measured = events[0]["plan"]["predicted_peak_bytes"], events[-1]["peak_memory_bytes"]
+        assert measured <= predicted <= memory
+
+
+def test_too_little_memory_is_refused_with_what_would_do(tmp_path: Path) -> None:
+    done = run("train", str(NOTES), "--model", "demo", "--memory", "100MB", home=tmp_path)
+    assert done.returncode == 1
+    assert "may use 0.10 GB and needs 0." in done.stderr
+    assert "type --memory 0." in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_plan_tells_of_notes_and_of_machines_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path))
+    found = json.loads(CliRunner().invoke(cli, ["plan", str(NOTES), "--model", "demo", "--json"]).stdout)
+    assert {"fits", "peak_memory_bytes", "parts", "tokens_per_second", "seconds"} <= found.keys()
+    assert found["fits"]
+    assert found["tokens_per_second"] > 0
+    assert found["seconds"] == pytest.approx(found["steps"] * 2048 / found["tokens_per_second"])
+    assert sum(found["parts"].values()) == found["peak_memory_bytes"]
+    assert not any(tmp_path.glob("plan-*"))
+    card = ["plan", "--model", "llama-65b", "--device", "cuda", "--memory", "48GB", "--batch-tokens", "512"]
+    if not torch.cuda.is_available():
+        described = json.loads(CliRunner().invoke(cli, [*card, "--json"]).stdout)
+        assert described["fits"]
+        assert described["tokens_per_second"] is None
+    shown = CliRunner().invoke(cli, [*card[:-3], "1GB"]).stdout
+    assert "does not fit" in shown
+    assert "type --memory" in shown
