@@ -22,7 +22,7 @@ from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8
-LATER_BYTES = 60_000_000
+LATER_BYTES = 70_000_000
 """What the process will come to hold besides the model: later imports, compiled products, the tokenizer, the report."""
 FEW_LOSS_ROWS = 64
 
@@ -105,7 +105,7 @@ def choose(
     best: tuple[float, Choice] | None = None
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
     for setting in settings(data, allowed, stored.mapped):
-        found = budget.fitted(config, lora, stored, setting, dtype.itemsize, process, memory)
+        found = budget.fitted(config, lora, stored, setting, dtype.itemsize, process, memory, device != "cuda")
         if found is None:
             continue
         seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
@@ -121,6 +121,7 @@ def least(
     data: DataConfig,
     dtype: torch.dtype,
     process: int,
+    device: str = "cpu",
     recompute: str = "auto",
 ) -> Choice:
     """The setting that takes the least memory."""
@@ -131,7 +132,7 @@ def least(
     choices = []
     for setting in settings(data, allowed, stored.mapped):
         small = dataclasses.replace(setting, layer_memory=streaming)
-        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype.itemsize, process)))
+        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype.itemsize, process, device != "cuda")))
     return min(choices, key=lambda choice: choice.parts.total)
 
 
@@ -147,7 +148,7 @@ def choose_or_refuse(
     memory, process = memory_allowed(train), anonymous_memory() + LATER_BYTES
     choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute)
     if choice is None:
-        smallest = least(config, lora, stored, train.data, dtype, process, train.recompute).parts.total
+        smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total
         raise ResourceError(
             f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB; {advice(stored, smallest)}."
         )

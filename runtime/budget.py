@@ -14,6 +14,7 @@ from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
+from edgetune.runtime.vocabulary import PANEL_ROWS
 
 TORCH_BYTES = 190_000_000
 """Anonymous memory of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
@@ -137,7 +138,10 @@ def packed_bytes(config: LlamaConfig, lora: LoraConfig, threads: int) -> int:
 def parts(
     config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, size: int, process: int, heldout: bool = True
 ) -> Parts:
-    """What training one row after the other takes. `process`: bytes held before the model is opened."""
+    """What training one row after the other takes. `process`: bytes held before the model is opened.
+
+    heldout: the best adapter so far is kept in the same memory (a card leaves it to the host).
+    """
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
     trained = 4 * adapter_parameters(config, lora)
@@ -158,9 +162,13 @@ def parts(
     if setting.vocabulary is not None:
         numbers = v * d * (1 if config.tie_embeddings else 2)
         vocabulary = numbers + 4 * v if setting.vocabulary == "int8" else round(numbers * 0.516)
-        logits += 2048 * d * size  # rows of the head that are dense at once
+        logits += PANEL_ROWS * d * size  # rows that are dense at once
     activations = tokens * kept * kept_layers
-    holes = HOLES * (working + logits) + (KEPT_HOLES * activations if setting.recompute is not Recompute.FULL else 0)
+    holes = HOLES * (working + logits)
+    if setting.recompute is not Recompute.FULL:
+        holes += KEPT_HOLES * activations
+    if setting.vocabulary is not None:
+        holes += 8 * PANEL_ROWS * d  # rows are quantised in fp32, twice
     return Parts(
         process=process,
         weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
@@ -184,10 +192,17 @@ def least_layer_memory(config: LlamaConfig, stored: Stored) -> int:
 
 
 def fitted(
-    config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, size: int, process: int, memory: int
+    config: LlamaConfig,
+    lora: LoraConfig,
+    stored: Stored,
+    setting: Setting,
+    size: int,
+    process: int,
+    memory: int,
+    heldout: bool = True,
 ) -> tuple[Setting, Parts] | None:
     """The setting with as many layers in memory as fit in `memory` bytes; None where nothing does."""
-    whole = parts(config, lora, stored, setting, size, process)
+    whole = parts(config, lora, stored, setting, size, process, heldout)
     if whole.total <= memory:
         return setting, whole
     if not stored.mapped:
@@ -196,7 +211,7 @@ def fitted(
     if room < least_layer_memory(config, stored):
         return None
     streaming = replace(setting, layer_memory=room)
-    return streaming, parts(config, lora, stored, streaming, size, process)
+    return streaming, parts(config, lora, stored, streaming, size, process, heldout)
 
 
 def streamed_bytes(config: LlamaConfig, stored: Stored, setting: Setting) -> int:

@@ -41,8 +41,10 @@ OURS = {
     "ours-none": "edgetune NF4, recompute none",
     "ours-selective": "edgetune NF4, recompute selective",
     "ours-full": "edgetune NF4, recompute full",
-    "ours-smallest": "edgetune NF4, smallest",
+    "ours-smallest": "edgetune NF4, smallest: recompute, states and activations in files",
+    "ours-compact": "edgetune NF4, the same with a compact heap",
 }
+SMALL = ("smallest", "compact")
 
 
 def main() -> None:
@@ -50,9 +52,7 @@ def main() -> None:
     flags.add_argument("--tokens", type=int, default=512)
     flags.add_argument("--steps", type=int, default=3, help="timed steps a contender and round, after a warm-up step")
     flags.add_argument("--variant", default="auto", help=f"of the peers: auto (the fastest), {', '.join(VARIANTS)}")
-    flags.add_argument("--loss-rows", type=int, default=64, help="rows of logits at a time in our smallest setting")
-    flags.add_argument("--smallest-env", action="append", default=[], metavar="NAME=VALUE",
-                       help="environment of our smallest setting alone, e.g. MALLOC_ARENA_MAX=1")  # fmt: skip
+    flags.add_argument("--loss-rows", type=int, default=256, help="rows of logits at a time in our settings")
     arguments = flags.parse_args()
     if arguments.contender:
         common.serve(arguments, contend)
@@ -80,7 +80,7 @@ def compare(arguments: argparse.Namespace) -> None:
         "lacking": common.lacking(),
         "settings": {
             "shape": arguments.shape, "tokens": arguments.tokens, "steps": arguments.steps, "rounds": arguments.repeats,
-            "rank": RANK, "alpha": ALPHA, "smallest_env": arguments.smallest_env, "loss_rows": arguments.loss_rows,
+            "rank": RANK, "alpha": ALPHA, "loss_rows": arguments.loss_rows,
         },
         "variants_tried": tried,
         "results": results,
@@ -90,10 +90,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def _contenders(arguments: argparse.Namespace) -> list[Contender]:
-    environment = dict(pair.split("=", 1) for pair in arguments.smallest_env)
     every = [Contender("gemm", "the machine's GEMM peak")]
     every += [Contender(key, label) for key, label in PEERS.items()]
-    every += [Contender(key, label, environment=environment if key == "ours-smallest" else {}) for key, label in OURS.items()]
+    every += [Contender(key, label) for key, label in OURS.items()]
     return common.chosen(every, arguments.only)
 
 
@@ -154,7 +153,7 @@ def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
 def render(everything: Result, contenders: list[Contender], summary: dict[str, Any]) -> str:
     results, settings = everything["results"], everything["settings"]
     off, on = "peft-nf4", "peft-nf4-recompute"
-    peer_of = {"ours-none": off, "ours-selective": off, "ours-full": on, "ours-smallest": on}
+    peer_of = {"ours-none": off, "ours-selective": off, "ours-full": on, "ours-smallest": on, "ours-compact": on}
     rows = []
     for contender in contenders:
         if contender.key == "gemm":
@@ -227,25 +226,29 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     from edgetune import bench
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime.checkpoint import open_model
-    from edgetune.runtime.device import compute_dtype
+    from edgetune.runtime.device import compact_heap, compute_dtype
     from edgetune.runtime.loader import load_llama
+    from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Recompute, Row, Runner
 
+    small = setting in SMALL
+    if setting == "compact":
+        compact_heap()
     checkpoint = open_model(arguments.workdir / f"{arguments.shape}-nf4")
     model = load_llama(checkpoint, compute_dtype(torch.device("cpu")))
     adapters.attach_new(model, bench.LORA, 0)
-    recompute = Recompute.FULL if setting == "smallest" else Recompute(setting)
-    runner = Runner(model, recompute, loss_rows=arguments.loss_rows) if setting == "smallest" else Runner(model, recompute)
+    recompute = Recompute.FULL if small else Recompute(setting)
+    runner = Runner(model, recompute, arguments.loss_rows, arguments.workdir if small else None)
     parameters = adapters.parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    optimizer = PagedAdamW(parameters, pages=arguments.workdir if small else None)
     tokens, ids = arguments.tokens, row_of_ids(arguments)
     row = Row(ids[:-1], ids[1:], torch.full((tokens,), 1 / tokens), torch.arange(tokens), [(0, tokens)])
 
     def step() -> float:
         loss = runner.train(row)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.step(RATE)
+        optimizer.zero_grad()
         return float(loss)
 
     result = timed(step, arguments, checkpoint.files, bare)
