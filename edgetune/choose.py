@@ -17,7 +17,7 @@ from edgetune.meter import anonymous_memory
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Parts, Setting, Stored
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import available_memory, process_memory
+from edgetune.runtime.device import available_memory, can_compact_heap, process_memory
 from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
@@ -30,7 +30,7 @@ FEW_LOSS_ROWS = 64
 _FLOPS = {"cpu": 8e11, "mps": 3e12, "cuda": 5e13}
 FILE_SPEED = 1.5e9
 _DENSE_SPEED = 0.7e9
-_SELECTIVE, _COMPACT, _FEW_ROWS = 1.03, 1.3, 1.02
+_SELECTIVE, COMPACT, _FEW_ROWS = 1.03, 1.3, 1.02
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def settings(data: DataConfig, allowed: Sequence[Recompute], streams: bool) -> I
 
 def _variants(offloads: bool, streams: bool) -> Iterator[tuple[bool, bool, str | None, bool, int]]:
     for vocabulary in (None, "int8") if streams else (None,):
-        for compact in (False, True):
+        for compact in (False, True) if can_compact_heap() else (False,):
             for offload in (False, True) if offloads else (False,):
                 for paged in (False, True):
                     for rows in (LOSS_ROWS, FEW_LOSS_ROWS):
@@ -73,7 +73,7 @@ def cost(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting
     rows = -(-batch_tokens // setting.row_tokens)
     seconds = flops * batch_tokens / _FLOPS[device] + rows * 3 * config.linear_parameters / 20e9
     seconds *= _SELECTIVE if setting.recompute is Recompute.SELECTIVE else 1.0
-    seconds *= _COMPACT if setting.compact else 1.0
+    seconds *= COMPACT if setting.compact else 1.0
     seconds *= _FEW_ROWS if setting.loss_rows < LOSS_ROWS else 1.0
     read = rows * budget.streamed_bytes(config, stored, setting) / FILE_SPEED
     seconds = max(seconds, read) + 0.05 * read
@@ -158,9 +158,8 @@ def choose_or_refuse(
 def advice(stored: Stored, smallest: int) -> str:
     """What to type where nothing fits."""
     quantize = "" if stored.mapped else "`edgetune quantize` the model once, so that its layers can be streamed, or "
-    return (
-        f"{quantize}type --memory {-(-smallest // 10**7) / 100:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model"
-    )
+    enough = -(-(smallest + 10**7) // 10**7) / 100  # the process may have grown a little by then
+    return f"{quantize}type --memory {enough:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model"
 
 
 def planned_steps(train: TrainConfig, steps_per_epoch: int) -> int:

@@ -16,13 +16,13 @@ import torch
 
 from edgetune.batches import Packer
 from edgetune.bench import random_llama, random_row
-from edgetune.choose import FILE_SPEED, LATER_BYTES, advice, choose, file_bytes, least, memory_allowed, planned_steps
+from edgetune.choose import COMPACT, FILE_SPEED, LATER_BYTES, advice, choose, file_bytes, least, memory_allowed, planned_steps
 from edgetune.config import TrainConfig
 from edgetune.meter import anonymous_memory
 from edgetune.models import resolve
 from edgetune.prepare import read, tokenize_notes
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget
+from edgetune.runtime import budget, vocabulary
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
@@ -79,7 +79,7 @@ def forecast(train: TrainConfig) -> Forecast:
     choice = choose(config, lora, stored, data, dtype, memory, process, kind, train.recompute)
     shown = choice or smallest
     speed = seconds = None
-    if choice is not None and here:
+    if choice is not None and here and kind == "cpu":
         step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype)
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
@@ -125,7 +125,7 @@ def seconds_a_step(
     """Measured on one and on two layers, the rest by their difference; what files take is nominal."""
     one, two = (_row_seconds(config, lora, setting, dtype, layers) for layers in (1, 2))
     layer = max(two - one, 0.0)
-    row = one + layer * (config.num_layers - 1)
+    row = (one + layer * (config.num_layers - 1)) * (COMPACT if setting.compact else 1.0)
     rows = -(-batch_tokens // setting.row_tokens)
     read = budget.streamed_bytes(config, stored, setting) / FILE_SPEED
     files = file_bytes(config, lora, setting, batch_tokens)
@@ -134,7 +134,11 @@ def seconds_a_step(
 
 def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, layers: int) -> float:
     """The fastest of three times that a row of this setting takes, on random weights."""
-    model = random_llama(dataclasses.replace(config, num_layers=layers, windows=config.windows[:layers]), dtype)
+    model = random_llama(dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers]), dtype)
+    if setting.vocabulary is not None:
+        model.embedding = model.head = vocabulary.quantize(
+            torch.zeros(config.vocab_size, config.hidden_size), setting.vocabulary
+        )
     adapters.attach_new(model, lora, 0)
     runner = Runner(model, setting.recompute, setting.loss_rows)
     optimizer = PagedAdamW(adapters.parameters(model))

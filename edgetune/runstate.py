@@ -32,7 +32,7 @@ from edgetune.runtime.files import atomic_folder, atomic_write, sha256_file
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgetune.state import home, private_folder
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 FORGOTTEN_AFTER_DAYS = 30
 _RUN, _STATE, _TENSORS = "run.json", "checkpoint.json", "tensors.safetensors"
@@ -169,13 +169,13 @@ def _forget_others(folder: Path) -> None:
 
 
 def _read(path: Path) -> Restored:
-    """A checkpoint, its tensors copied into memory. Raises Damaged."""
+    """A checkpoint, its tensors mapped. Raises Damaged."""
     record = _unsealed(path / _STATE)
     try:
         if sha256_file(path / _TENSORS) != record["tensors"]:
             raise Damaged(path)
         file = SafetensorsFile.open(path / _TENSORS)
-        return Restored(State(**record["state"]), {name: file.tensor(name).clone() for name in file.tensors})
+        return Restored(State(**record["state"]), {name: file.tensor(name) for name in file.tensors})
     except (OSError, KeyError, TypeError, EdgetuneError) as error:
         raise Damaged(path) from error
 

@@ -290,7 +290,7 @@ class _Run:
         best = {}
         for name, tensor in restored.group("best").items():
             layer, linear, part = name.split(".")
-            best[int(layer), linear, part] = tensor
+            best[int(layer), linear, part] = tensor.clone()
         self.best = Adapter(self.prepared.lora, best) if best else None
         restored.tensors.clear()  # whoever holds the checkpoint need not hold these for the rest of the run
 
@@ -405,6 +405,8 @@ class _Run:
 
     def _about(self, score: float | None, best_step: int) -> dict[str, object]:
         """edgetune.json: what made this adapter, without paths, host names or text."""
+        settings = {name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")}
+        settings["data"] = {name: value for name, value in settings["data"].items() if name != "exclude"}
         return {
             "edgetune": edgetune.__version__,
             "torch": torch.__version__,
@@ -414,9 +416,7 @@ class _Run:
             "heldout_bits_per_byte_after": score,
             "best_step": best_step,
             "steps": self.plan.steps,
-            "settings": {
-                name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")
-            },
+            "settings": settings,
         }
 
     def _save(self, adapter: Adapter, promoted: bool) -> Path:

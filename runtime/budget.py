@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.pager import SLOTS, streamed_layers
@@ -36,6 +37,7 @@ class Stored:
     head: int
     norms: int
     mapped: bool = True
+    head_dtype: torch.dtype = torch.bfloat16
 
     @classmethod
     def nf4(cls, config: LlamaConfig, block_size: int = 64, double_quant: bool = True, mapped: bool = True) -> Stored:
@@ -50,13 +52,16 @@ class Stored:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Stored:
         """Of a folder; one that is not quantised will be, on the way in."""
-        config = checkpoint.config
+        config, sizes = checkpoint.config, {name: tensor.nbytes for name, tensor in checkpoint.stored.items()}
+        embedding, head = sizes[EMBEDDING], sizes.get(HEAD, 0)
+        own_head = 0 if config.tie_embeddings else head
+        head_dtype = checkpoint.stored[EMBEDDING if config.tie_embeddings else HEAD].dtype
         if checkpoint.quant is None:
-            return cls.nf4(config, mapped=False)
-        sizes = {name: tensor.nbytes for name, tensor in checkpoint.stored.items()}
+            later = cls.nf4(config, mapped=False)
+            return replace(later, embedding=embedding, head=own_head, head_dtype=head_dtype)
         linears = sum(size for name, size in sizes.items() if LINEAR in name)
-        embedding, head = sizes[EMBEDDING], 0 if config.tie_embeddings else sizes[HEAD]
-        return cls(linears // config.num_layers, embedding, head, 2 * (sum(sizes.values()) - linears - embedding - head))
+        norms = 2 * (sum(sizes.values()) - linears - embedding - head)
+        return cls(linears // config.num_layers, embedding, own_head, norms, True, head_dtype)
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,16 @@ def parts(
         kept_layers, working = 0 if setting.offload else layers, one * tokens
     q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     # SwiGLU's backward holds its output, two gradients as wide, and what flows beside
-    working += (4 * f + 4 * d + q) * size * tokens + packed_bytes(config, lora, torch.get_num_threads())
+    working += (4 * f + 4 * d + q) * size * tokens
+    if ops.fuses(torch.device("cpu"), torch.bfloat16 if size == 2 else torch.float32):
+        working += packed_bytes(config, lora, torch.get_num_threads())
+    else:
+        working += max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size  # a dense panel
     rows = min(tokens, setting.loss_rows)
     logits = rows * v * size + 3 * tokens * d * size
     vocabulary = stored.embedding + stored.head
+    if stored.head_dtype != (torch.bfloat16 if size == 2 else torch.float32):
+        vocabulary += v * d * size  # a copy in the compute dtype
     if setting.vocabulary is not None:
         numbers = v * d * (1 if config.tie_embeddings else 2)
         vocabulary = numbers + 4 * v if setting.vocabulary == "int8" else round(numbers * 0.516)

@@ -86,16 +86,19 @@ def trim_memory() -> None:
             with_trim(0)
 
 
+def can_compact_heap() -> bool:
+    """Whether `compact_heap` does anything here."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
+
+
 def compact_heap(threshold: int = 1 << 20) -> None:
     """From now on give tensors of `threshold` bytes and more pages of their own, which go back when they are freed.
 
     Their memory is then never lost to holes in the heap; but new pages take time. glibc alone has the switch.
     """
     map_threshold = -3  # M_MMAP_THRESHOLD
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(map_threshold, threshold)
+    if can_compact_heap():
+        ctypes.CDLL(None).mallopt(map_threshold, threshold)
 
 
 def cpu_name() -> str:

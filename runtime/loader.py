@@ -53,6 +53,9 @@ def load_llama(
             for name, weight in checkpoint.block_tensors(layer).items()
         }
         blocks.append(Block(config, layer, tensors))
+        if quant is not None:  # what was made of the file's numbers stays, the numbers need not
+            for name in tensors:
+                checkpoint.release(f"model.layers.{layer}.{name}")
         progress(layer + 1, config.num_layers)
     pager: Pager = Resident()
     if streams and layer_memory is not None:

@@ -154,10 +154,10 @@ def project(h: Tensor, prologue: Prologue, linears: Sequence[AnyLinear], plan: P
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a forward leaves to its backward: ops.project's linears and one tensor, or each adapter's dropout(x) A^T."""
+    """What a forward leaves to its backward: ops.project's one tensor (`fused`), or each adapter's dropout(x) A^T."""
 
     reduced: list[Tensor]
-    fused: list[Adapted] | None = None
+    fused: bool
 
 
 def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tuple[Tensor, _Kept]:
@@ -165,13 +165,13 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
     y = x.new_empty(x.shape[0], sum(linear.out_features for linear in linears))
     fused = _fusible(x, linears, plan)
     reduced = ops.project(x, fused, y if plan.values else None) if fused is not None else None
-    kept = _Kept([reduced], fused) if reduced is not None else _Kept([])
+    kept = _Kept([reduced], True) if reduced is not None else _Kept([], False)
     column = 0
     for number, linear in enumerate(linears):
         part = y[:, column : column + linear.out_features]
         column += linear.out_features
         base = _base(linear)
-        if kept.fused is None:
+        if not kept.fused:
             if plan.values and isinstance(base.weight, QuantizedTensor) and x.shape[0] <= FEW_ROWS:
                 part.copy_(ops.matvec(x, base.weight))
             elif plan.values:
@@ -188,9 +188,11 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
 
 def _backward(dy: Tensor, x: Tensor, kept: _Kept, linears: Sequence[AnyLinear], plan: ProjectPlan) -> Tensor:
     """dx (N, in); adds to the adapters' gradients."""
-    if kept.fused is not None:
+    if kept.fused:
         gradients = [_gradients(linear) for linear in linears if isinstance(linear, LoraLinear)]
-        fused = ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], kept.fused, gradients)
+        here = _fusible(x, linears, plan)  # again: a streamed layer may lie elsewhere by now
+        assert here is not None
+        fused = ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], here, gradients)
         assert fused is not None
         return fused
     dx, reduced, column = torch.zeros_like(x), iter(kept.reduced), 0

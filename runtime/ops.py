@@ -122,6 +122,11 @@ class Adapted:
     key: int | None = None
 
 
+def fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `project` serves on this device in this dtype, for shapes that its kernels take."""
+    return bool(backend_for(device).fuses(dtype))
+
+
 def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor | None:
     """y (M, sum of O) = x W^T + scale * dropout(x) A^T B^T of each linear, side by side, without a dense copy of any W.
 

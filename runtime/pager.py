@@ -214,8 +214,9 @@ class Streamer:
         make_slots: Callable[[torch.device, int], Slots] = slots_for,
     ) -> None:
         self._layers = layers
-        self._files: dict[Path, FileIO] = {path: path.open("rb", buffering=0) for layer in layers for path, *_ in layer.reads}
         self.streamed = frozenset(streamed_layers([layer.nbytes for layer in layers], memory))
+        paths = {path for layer in layers for path, *_ in layer.reads}
+        self._files: dict[Path, FileIO] = {path: path.open("rb", buffering=0) for path in paths}
         for number, layer in enumerate(layers):
             layer.unbind()
             if number not in self.streamed:

@@ -118,7 +118,7 @@ def _panels(head: QuantizedTensor | Int8Rows, dtype: torch.dtype) -> Iterator[tu
     count = head.shape[0]
     crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
     height = count if crossing else PANEL_ROWS
-    panel = torch.empty(min(height, count), head.shape[1], dtype=dtype, device=head.device)
+    panel = torch.empty(min(height, count) if isinstance(head, Int8Rows) else 0, head.shape[1], dtype=dtype, device=head.device)
     for start in range(0, count, height):
         part = slice(start, min(start + height, count))
         if isinstance(head, Int8Rows):  # codes are exact in bf16; the products are scaled, which are fewer than the weights

@@ -30,6 +30,11 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return x @ nf4.dequantize(quantized, x.dtype).T
 
 
+def fuses(dtype: torch.dtype) -> bool:
+    """False: there are no fused products here."""
+    return False
+
+
 def project(x: Tensor, linears: Sequence[Any], y: Tensor | None) -> Tensor | None:
     """None: there is no fused product here, and callers dequantise."""
     return None

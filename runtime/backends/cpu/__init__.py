@@ -15,7 +15,7 @@ from torch import Tensor
 from edgetune.runtime.backends.cpu.attention import attention_backward, attention_forward
 from edgetune.runtime.backends.cpu.decode import decoder, matvec
 from edgetune.runtime.backends.cpu.library import KernelsMissing, force_isa, isas, kernel, load, selected_isa
-from edgetune.runtime.backends.cpu.project import project, project_backward
+from edgetune.runtime.backends.cpu.project import fuses, project, project_backward
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "dequantize_rows",
     "dropout",
     "force_isa",
+    "fuses",
     "isas",
     "matvec",
     "project",

@@ -13,10 +13,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define ET_ARM 1
 #if defined(__linux__)

@@ -101,6 +101,8 @@ def project_backward(
     _check(reduced, "reduced", x.shape[0], _padded_ranks(linears), x.dtype)
     if not _fits(x, linears):
         return None
+    if not reduced.is_contiguous():
+        raise ValueError("reduced is not contiguous")
     if len(gradients) != sum(linear.a is not None for linear in linears):
         raise ValueError(f"there are {len(gradients)} pairs of gradients; expected one for each adapter")
     dx, pairs = torch.empty(x.shape, dtype=x.dtype), iter(gradients)
@@ -109,10 +111,17 @@ def project_backward(
     return dx
 
 
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether there are fused kernels for this dtype here, for shapes that they take."""
+    return dtype == torch.bfloat16 and selected_isa() == ISA
+
+
 def _fits(x: Tensor, linears: Sequence[Adapted]) -> bool:
-    if x.dtype != torch.bfloat16 or selected_isa() != ISA:
+    if not fuses(x.dtype):
         return False
     for linear in linears:
+        if linear.weight.shape[1] != x.shape[1]:
+            raise ValueError(f"a weight is {tuple(linear.weight.shape)}; x has {x.shape[1]} features")
         (outputs, inputs), size = linear.weight.shape, linear.weight.state.block_size
         if size < CHUNK or size & (size - 1) or inputs % size or outputs % STRIP:
             return False
