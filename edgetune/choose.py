@@ -105,7 +105,7 @@ def choose(
     best: tuple[float, Choice] | None = None
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
     for setting in settings(data, allowed, stored.mapped):
-        found = budget.fitted(config, lora, stored, setting, dtype.itemsize, process, memory, device != "cuda")
+        found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device != "cuda")
         if found is None:
             continue
         seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
@@ -132,7 +132,7 @@ def least(
     choices = []
     for setting in settings(data, allowed, stored.mapped):
         small = dataclasses.replace(setting, layer_memory=streaming)
-        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype.itemsize, process, device != "cuda")))
+        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device != "cuda")))
     return min(choices, key=lambda choice: choice.parts.total)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from edgetune.config import TrainConfig
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
@@ -391,4 +393,5 @@ def _quantisation(checkpoint: Checkpoint) -> str:
 def _training_bytes(checkpoint: Checkpoint) -> int:
     """Peak memory of training with the default adapter on short rows, every layer in memory."""
     setting = Setting(512, Recompute.FULL, paged_optimizer=True)
-    return budget.parts(checkpoint.config, TrainConfig().lora(), Stored.of(checkpoint), setting, 2, budget.TORCH_BYTES).total
+    stored, lora = Stored.of(checkpoint), TrainConfig().lora()
+    return budget.parts(checkpoint.config, lora, stored, setting, torch.bfloat16, budget.TORCH_BYTES).total

@@ -102,7 +102,7 @@ def forecast(train: TrainConfig) -> Forecast:
 
 def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Path | None]:
     """A model of this machine, or a shape known by its name, whose folder is None."""
-    if name in SHAPES and name != "demo":
+    if name in SHAPES and name != "demo" and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
     choice = resolve(name)
     checkpoint = open_model(choice.path)

@@ -26,5 +26,5 @@ SHAPES = {
     "llama-33b": _llama(6656, 17920, 60, 52, 52, 128, 32000, 2048),
     "llama-65b": _llama(8192, 22016, 80, 64, 64, 128, 32000, 2048),
 }
-MEASURED = ("demo", "smollm2-135m", "tinyllama-1.1b", "llama-3.2-3b", "llama-7b")
+MEASURED = ("demo", "smollm2-135m", "tinyllama-1.1b")
 """Those that `edgetune bench` makes with random weights."""

@@ -1,6 +1,6 @@
 """Memory arithmetic: what each part of a training step takes, in bytes, before anything is allocated.
 
-Letters as in model.py; S is the size of a compute element (2 for bf16). What is counted is what `edgetune.meter` measures:
+Letters as in model.py. What is counted is what `edgetune.meter` measures:
 anonymous memory, and the pages of weight files that are in memory.
 """
 
@@ -141,13 +141,19 @@ def packed_bytes(config: LlamaConfig, lora: LoraConfig, threads: int) -> int:
 
 
 def parts(
-    config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, size: int, process: int, heldout: bool = True
+    config: LlamaConfig,
+    lora: LoraConfig,
+    stored: Stored,
+    setting: Setting,
+    dtype: torch.dtype,
+    process: int,
+    heldout: bool = True,
 ) -> Parts:
-    """What training one row after the other takes. `process`: bytes held before the model is opened.
+    """What training one row after the other in `dtype` takes. `process`: bytes held before the model is opened.
 
     heldout: the best adapter so far is kept in the same memory (a card leaves it to the host).
     """
-    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    d, f, v, size = config.hidden_size, config.intermediate_size, config.vocab_size, dtype.itemsize
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
     trained = 4 * adapter_parameters(config, lora)
     largest = 4 * max(lora.rank * max(shape) for shape in config.linear_shapes().values())
@@ -161,14 +167,14 @@ def parts(
     q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     # SwiGLU's backward holds its output, two gradients as wide, and what flows beside
     working += (4 * f + 4 * d + q) * size * tokens
-    if ops.fuses(torch.device("cpu"), torch.bfloat16 if size == 2 else torch.float32):
+    if ops.fuses(torch.device("cpu"), dtype):
         working += packed_bytes(config, lora, torch.get_num_threads())
     else:
         working += max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size  # a dense panel
     rows = min(tokens, setting.loss_rows)
     logits = rows * v * size + 3 * tokens * d * size
     vocabulary = stored.embedding + stored.head
-    if stored.head_dtype != (torch.bfloat16 if size == 2 else torch.float32):
+    if stored.head_dtype != dtype:
         vocabulary += v * d * size  # a copy in the compute dtype
     if setting.vocabulary is not None:
         numbers = v * d * (1 if config.tie_embeddings else 2)
@@ -207,13 +213,13 @@ def fitted(
     lora: LoraConfig,
     stored: Stored,
     setting: Setting,
-    size: int,
+    dtype: torch.dtype,
     process: int,
     memory: int,
     heldout: bool = True,
 ) -> tuple[Setting, Parts] | None:
     """The setting with as many layers in memory as fit in `memory` bytes; None where nothing does."""
-    whole = parts(config, lora, stored, setting, size, process, heldout)
+    whole = parts(config, lora, stored, setting, dtype, process, heldout)
     if whole.total <= memory:
         return setting, whole
     if not stored.mapped:
@@ -222,7 +228,7 @@ def fitted(
     if room < least_layer_memory(config, stored):
         return None
     streaming = replace(setting, layer_memory=room)
-    return streaming, parts(config, lora, stored, streaming, size, process, heldout)
+    return streaming, parts(config, lora, stored, streaming, dtype, process, heldout)
 
 
 def streamed_bytes(config: LlamaConfig, stored: Stored, setting: Setting) -> int:

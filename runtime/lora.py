@@ -24,8 +24,8 @@ from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.ops import Adapted
 
 Weight = Tensor | QuantizedTensor
-FEW_ROWS, FUSED_ROWS = 8, 64
-"""NF4 products of up to FEW_ROWS rows go to ops.matvec, of FUSED_ROWS and more to ops.project; between, neither pays."""
+FUSED_ROWS = 64
+"""NF4 products of so many rows and more go to ops.project, of up to ops.FEW_ROWS to ops.matvec; between, neither pays."""
 
 
 class Linear(nn.Module):
@@ -172,7 +172,7 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
         column += linear.out_features
         base = _base(linear)
         if not kept.fused:
-            if plan.values and isinstance(base.weight, QuantizedTensor) and x.shape[0] <= FEW_ROWS:
+            if plan.values and isinstance(base.weight, QuantizedTensor) and x.shape[0] <= ops.FEW_ROWS:
                 part.copy_(ops.matvec(x, base.weight))
             elif plan.values:
                 torch.mm(x, plan.panel.dense(base.weight, x.dtype).T, out=part)

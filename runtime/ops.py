@@ -26,6 +26,8 @@ from edgetune.runtime.nf4 import QuantizedTensor
 log = logging.getLogger("edgetune")
 BACKENDS = {"reference": "edgetune.runtime.backends.reference", "cpu": "edgetune.runtime.backends.cpu"}
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
+FEW_ROWS = 8
+"""Up to so many rows `matvec` and `decoder` are what a product should go to."""
 _forced: list[str] = []
 
 

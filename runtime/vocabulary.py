@@ -20,8 +20,6 @@ from edgetune.runtime.ops import Adapted
 KINDS = ("int8", "nf4")
 PANEL_ROWS = 2048
 """Rows of a quantised head that are dense at once."""
-FEW = 8
-"""Up to so many hidden states are multiplied with NF4 codes as in decoding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
     """x (N, D) -> x W^T (N, V)."""
     if isinstance(head, Tensor):
         return x @ head.T
-    if isinstance(head, QuantizedTensor) and len(x) <= FEW:
+    if isinstance(head, QuantizedTensor) and len(x) <= ops.FEW_ROWS:
         return ops.matvec(x, head)
     out = x.new_empty(len(x), head.shape[0])
     if isinstance(head, QuantizedTensor) and ops.project(x, [Adapted(head)], out) is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import threads
 from torch import Tensor
 
 from edgetune.runtime.attention import Segment, packed_segments
@@ -41,16 +41,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"this machine has no {request.param}")
     with cpu.force_isa(request.param):
         yield request.param
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def inputs(heads: int, kv_heads: int, size: int, segments: Sequence[Segment], dtype: torch.dtype) -> tuple[Tensor, ...]:

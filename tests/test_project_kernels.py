@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny import threads
 from torch import Tensor
 
 from edgetune.runtime import lora, nf4, ops
@@ -29,16 +28,6 @@ SHAPES = {  # inputs, outputs of each linear, rank of each (0: none), block size
 }
 
 needs_amx = pytest.mark.skipif("amx" not in cpu.isas(), reason="this machine has no AMX")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def adapted(case: str, dropout: float = 0.0) -> tuple[list[Adapted], list[Tensor]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,14 @@ def save_trainable(folder: Path) -> None:
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(demo / name, folder / name)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's thread count within a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
