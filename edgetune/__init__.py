@@ -23,6 +23,7 @@ if (_clone / "runtime" / "nf4.py").is_file() and str(_clone) not in __path__:
 
 if TYPE_CHECKING:
     from edgetune.config import TrainConfig
+    from edgetune.exporting import export_adapter
     from edgetune.runtime.errors import EdgetuneError
     from edgetune.session import Session
     from edgetune.train import train
@@ -31,9 +32,10 @@ _HOMES = {
     "EdgetuneError": "edgetune.runtime.errors",
     "Session": "edgetune.session",
     "TrainConfig": "edgetune.config",
+    "export_adapter": "edgetune.exporting",
     "train": "edgetune.train",
 }
-__all__ = ["EdgetuneError", "Session", "TrainConfig", "__version__", "train"]
+__all__ = ["EdgetuneError", "Session", "TrainConfig", "__version__", "export_adapter", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -125,6 +125,12 @@ def save(adapter: Adapter, folder: Path, base_name: str) -> None:
     Raises AdapterError, and writes nothing, where `folder` holds anything else.
     """
     refuse_foreign(folder)
+    with atomic_folder(folder) as temporary:
+        write_files(adapter, temporary, base_name)
+
+
+def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
+    """Write the files of a PEFT folder into `folder`, each of them private (0600)."""
     config = adapter.config
     peft = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": config.rank,
@@ -135,10 +141,9 @@ def save(adapter: Adapter, folder: Path, base_name: str) -> None:
         f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor.contiguous()
         for (layer, name, part), tensor in sorted(adapter.tensors.items())
     }
-    with atomic_folder(folder) as temporary:
-        atomic_write(temporary / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")
-        atomic_write(temporary / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        atomic_write(temporary / EDGETUNE_FILE, json.dumps(adapter.about, indent=2, sort_keys=True) + "\n")
+    atomic_write(folder / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")
+    atomic_write(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    atomic_write(folder / EDGETUNE_FILE, json.dumps(adapter.about, indent=2, sort_keys=True) + "\n")
 
 
 def refuse_foreign(folder: Path) -> None:

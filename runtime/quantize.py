@@ -212,10 +212,8 @@ def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
 
 def _write_companions(src: Path, partial: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
     """config.json, the index of the shards, and the files of `src` that a model needs beside its weights."""
-    for pattern in _COMPANIONS:
-        for file in sorted(src.glob(pattern)):
-            if file.is_file():
-                atomic_write(partial / file.name, file.read_bytes())
+    for file in companions(src):
+        atomic_write(partial / file.name, file.read_bytes())
     config = {key: value for key, value in recipe.checkpoint.hf_config.items() if key != "dtype"}
     config |= {"torch_dtype": "bfloat16", "quantization_config": _quantization_config(recipe)}
     atomic_write(partial / "config.json", json.dumps(config, indent=2) + "\n")
@@ -224,6 +222,11 @@ def _write_companions(src: Path, partial: Path, recipe: _Recipe, shards: dict[st
         size = sum(spec.nbytes for names in shards.values() for name in names for spec in recipe.specs(name))
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         atomic_write(partial / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a model folder that belong to it beside config and weights."""
+    return [file for pattern in _COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def _quantization_config(recipe: _Recipe) -> dict[str, Any]:

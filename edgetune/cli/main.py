@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "edgetune.cli.evaluate",
     "models": "edgetune.cli.models",
     "quantize": "edgetune.cli.models",
+    "export": "edgetune.cli.export",
     "plan": "edgetune.cli.plan",
     "bench": "edgetune.cli.bench",
     "doctor": "edgetune.cli.doctor",

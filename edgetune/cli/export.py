@@ -1,0 +1,68 @@
+"""edgetune export."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
+from edgetune.config import parse_bytes
+from edgetune.ui import human_bytes, human_time, one_line
+
+
+@click.command("export")
+@click.argument("target", metavar="peft|hf|mlx|gguf|ollama|coreml|mps")
+@model_option
+@adapter_option
+@click.option("--out", metavar="DIR", help="The folder to write. Default: ADAPTER-TARGET here.")
+@click.option(
+    "--weights",
+    metavar="W",
+    help="Form of the weights, where the adapter is merged: nf4, int4, fp16, bf16, q8_0, as the target has them.",
+)
+@click.option(
+    "--adapter-as",
+    type=click.Choice(("inputs", "functions", "merged")),
+    help="Core ML: how the adapter is part of the package. Default: inputs, so that a new night needs no new export.",
+)
+@click.option("--texts", multiple=True, metavar="NOTES", help="Texts to measure on what a lossy merge keeps of the adapter.")
+@click.option("--memory", metavar="2GB", help="Refuse what would hold more than this.")
+@click.option("--force", is_flag=True, help="Write even what was found useless or out of bounds.")
+@click.option("--no-verify", is_flag=True, help="Do not open the result with the target's own reader.")
+@json_option
+def export_command(
+    target: str,
+    model: str | None,
+    adapter: str | None,
+    out: str | None,
+    weights: str | None,
+    adapter_as: str | None,
+    texts: tuple[str, ...],
+    memory: str | None,
+    force: bool,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Write the adapter, or the model that it makes of its base, for another program, and prove it there."""
+    from edgetune.exporting import export_adapter
+
+    limit = None if memory is None else parse_bytes(memory)
+    result = export_adapter(target, model, adapter, out, weights, adapter_as, texts, limit, not no_verify, force)
+    for notice in result.notices:
+        say(notice)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+        return
+    took = f"in {human_time(result.seconds)}, {human_bytes(result.peak_memory_bytes)} held"
+    click.echo(f"{one_line(result.path)}: {human_bytes(result.bytes)}, {took}.")
+    for name, value in result.facts.items():
+        click.echo(f"{name.replace('_', ' ')}: {value:.3g}")
+    if result.greedy_match is None:
+        click.echo("Not verified.")
+    else:
+        click.echo(
+            f"Opened by {target}'s own reader: logits differ by up to {result.max_logit_difference:.3g}, on average "
+            f"{result.mean_logit_difference:.3g}, KL {result.kl:.3g}; the greedy text is "
+            f"{'the same' if result.greedy_match else 'another'}."
+        )

@@ -1,0 +1,127 @@
+"""An adapter to where it is used: resolve names, write, prove, and only then let the export appear.
+
+>>> edgetune.export_adapter("gguf", model="demo", out="my-model")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import edgetune
+from edgetune import registry
+from edgetune.config import expand
+from edgetune.documents.reading import read_notes
+from edgetune.export import verify
+from edgetune.export.target import Job, check_reader, check_weights, load_target
+from edgetune.meter import MemoryMeter
+from edgetune.runtime.errors import ModelError, UsageError
+from edgetune.runtime.files import atomic_folder, atomic_write
+from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.session import open_base
+
+WARNING = "What it was trained on can be drawn from this export: give it only to those you would give the notes."
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how far it agrees with the reference; None where it was not verified."""
+
+    target: str
+    path: str
+    bytes: int
+    verified: bool
+    max_logit_difference: float | None
+    mean_logit_difference: float | None
+    kl: float | None
+    greedy_match: bool | None
+    seconds: float
+    peak_memory_bytes: int
+    notices: tuple[str, ...]
+    facts: dict[str, float]
+
+
+def export_adapter(
+    target: str,
+    model: str | None = None,
+    adapter: str | None = None,
+    out: Path | str | None = None,
+    weights: str | None = None,
+    adapter_as: str | None = None,
+    texts: tuple[str, ...] = (),
+    memory: int | None = None,
+    check: bool = True,
+    force: bool = False,
+) -> Exported:
+    """Write an adapter, or the model it makes of its base, for one of export.target's TARGETS.
+
+    model and adapter: as the command line takes them. out: a folder; None is "<adapter>-<target>" here. weights: as the
+    target has them; None is its default. texts: files and folders to measure a lossy merge on. check: prove it with the
+    target's own reader, which must be installed then.
+    Raises EdgetuneError's children; nothing is left behind then, and what was at `out` is still there.
+    """
+    module = load_target(target)
+    form = check_weights(target, module, weights)
+    if check:
+        check_reader(target, module)
+    choice, base = open_base(model)
+    path = registry.find(adapter, base.digest)
+    own = None if path is None else registry.load_for(path, base.digest)
+    name = registry.NONE if path is None else path.name
+    folder = _free_folder(expand(f"{name}-{target}" if out is None else str(out)), target)
+    tokenizer = Tokenizer.load(choice.path)
+    start = tokenizer.start_ids
+    documents = [[*start, *tokenizer.encode(document.text)] for document in read_notes(texts).documents] if texts else []
+    job = Job(base, choice.name, own, form, adapter_as, memory, documents, force)
+    begun = time.monotonic()
+    with MemoryMeter(base.files) as meter, atomic_folder(folder) as temporary:
+        written = module.write(job, temporary)
+        expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)])
+        bound = verify.BOUNDS[target, form]
+        about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
+        atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
+        agreement = verify.compare(expected, module.read(job, temporary), bound) if check else None
+        if agreement is not None and not agreement.holds(bound) and not force:
+            raise ModelError(_out_of_bounds(target, agreement, bound))
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+        peak = meter.peak()
+    return Exported(
+        target=target,
+        path=str(folder / written.opens),
+        bytes=size,
+        verified=agreement is not None and agreement.holds(bound),
+        max_logit_difference=None if agreement is None else agreement.max_logit_difference,
+        mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
+        kl=None if agreement is None else agreement.kl,
+        greedy_match=None if agreement is None else agreement.greedy_match,
+        seconds=time.monotonic() - begun,
+        peak_memory_bytes=peak,
+        notices=(*written.notices, *((WARNING,) if own is not None else ())),
+        facts=dict(written.facts),
+    )
+
+
+def _free_folder(folder: Path, target: str) -> Path:
+    """`folder`, if nothing is there or an earlier export to the same target, which is replaced. Raises UsageError."""
+    if folder.suffix in (".gguf", ".mlpackage", ".safetensors"):
+        raise UsageError(f"--out {folder} names a file; expected a folder, which will hold it: --out {folder.with_suffix('')}.")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    try:
+        earlier = json.loads((folder / verify.GOLDEN_FILE).read_text())["target"]
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = None
+    if earlier != target:
+        raise UsageError(f"{folder} is there already and is no export to {target}; name another --out folder.")
+    return folder
+
+
+def _out_of_bounds(target: str, found: verify.Agreement, bound: verify.Bound) -> str:
+    return (
+        f"The export to {target} does not agree with edgetune's own model, so it was not kept: logits differ by up to "
+        f"{found.max_logit_difference:.3g} (at most {bound.max_logit:g}), {found.mean_logit_difference:.3g} on average "
+        f"(at most {bound.mean_logit:g}), KL {found.kl:.3g} (at most {bound.kl:g}), greedy text "
+        f"{'the same' if found.greedy_match else 'another'}; type --force to keep it all the same."
+    )

@@ -1,0 +1,118 @@
+"""What an export is made of: a Job in, a folder out, and the receiving side's own reader to prove it with.
+
+A target is a module of this package with
+
+    WEIGHTS: tuple[str, ...]                       what --weights takes, the default first; "" is an adapter alone
+    NEEDS: tuple[str, str]                         the package that its reader needs and the extra that installs it
+    def write(job, folder) -> Written              into an empty private folder; what is to be opened, and what to tell
+    def read(job, folder) -> Reader                what was written, opened by the target's own reader
+
+Whoever calls it makes the folder appear under its name only when it is whole and proved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.model import Llama
+
+TARGETS = ("peft", "hf", "mlx", "gguf", "ollama", "coreml", "mps")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be exported, and how.
+
+    weights: one of the target's WEIGHTS. adapter_as: Core ML's form of the adapter. memory: bytes that may be held, None
+    for no limit. texts: token ids of documents to measure a lossy merge on. force: write even what was found useless.
+    """
+
+    base: Checkpoint
+    base_name: str
+    adapter: Adapter | None
+    weights: str = ""
+    adapter_as: str | None = None
+    memory: int | None = None
+    texts: Sequence[Sequence[int]] = ()
+    force: bool = False
+
+    def needed_adapter(self) -> Adapter:
+        """The adapter, of which this target is made. Raises AdapterError where there is none."""
+        if self.adapter is None:
+            raise AdapterError("There is no adapter to export; train one, name one with --adapter, or name --weights to merge.")
+        return self.adapter
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Llama:
+        """The base with its adapter attached, on the CPU: what an export must agree with."""
+        model = load_llama(self.base, dtype)
+        if self.adapter is not None:
+            adapters.attach(model, self.adapter)
+        return model
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write` made: the file or folder to open, relative to the export's folder ("" is the folder itself)."""
+
+    opens: str = ""
+    notices: tuple[str, ...] = ()
+    facts: tuple[tuple[str, float], ...] = ()
+    """Measured figures to report, by name."""
+
+
+class Reader(Protocol):
+    """A written export, opened by what will open it at the user's."""
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Token ids (N,) of one sequence -> logits (N, V) f32."""
+
+
+class Target(Protocol):
+    """The names that a target's module has."""
+
+    WEIGHTS: tuple[str, ...]
+    NEEDS: tuple[str, str]
+
+    def write(self, job: Job, folder: Path) -> Written: ...
+
+    def read(self, job: Job, folder: Path) -> Reader: ...
+
+
+def load_target(name: str) -> Target:
+    """The module of a target. Raises UsageError for a name that is none."""
+    if name not in TARGETS:
+        raise UsageError(f"Unknown target {name!r}; expected one of {', '.join(TARGETS)}.")
+    return cast(Target, importlib.import_module(f"edgetune.export.{name}"))
+
+
+def check_weights(name: str, target: Target, weights: str | None) -> str:
+    """The form of the weights, the target's default where None. Raises UsageError for one that the target has not."""
+    if weights is None:
+        return target.WEIGHTS[0]
+    if weights not in target.WEIGHTS:
+        known = ", ".join(known for known in target.WEIGHTS if known) or "none: it writes the adapter alone"
+        raise UsageError(f"export {name} has no --weights {weights}; expected one of: {known}.")
+    return weights
+
+
+def check_reader(name: str, target: Target) -> None:
+    """Raise ResourceError, before anything is written, where the package that proves an export is not installed."""
+    package, extra = target.NEEDS
+    if importlib.util.find_spec(package) is None:
+        raise ResourceError(
+            f"Proving export {name} needs {package}, which is not installed; type pip install 'edgetune[{extra}]', or "
+            "--no-verify to write it unproved."
+        )

@@ -1,0 +1,123 @@
+"""Proof of an export: the target's own reader against the reference back end in fp32, on the same tokens.
+
+The golden tokens are a prompt and what the reference writes after it, taking the likeliest token each time. A reader that
+finds the same token the likeliest at each place would write the same text. They travel with every export as golden.json,
+so that the receiving app can prove the same on its own device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.export.target import Job, Reader
+from edgetune.runtime import ops
+from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.runner import Runner
+
+GOLDEN_FILE = "golden.json"
+PROMPT = "The lighthouse keeper wrote down the weather twice a day, and on the last page he"
+WRITTEN_TOKENS = 16
+STORED_LOGITS = 32
+"""The likeliest tokens at each place whose logits golden.json holds."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most by which an export may differ: logits at any place and on average, and KL(reference || export) in nats."""
+
+    max_logit: float
+    mean_logit: float
+    kl: float
+
+
+EXACT = Bound(2e-2, 2e-3, 1e-5)
+"""The same numbers in another order of adding."""
+HALF = Bound(0.5, 0.05, 2e-3)
+"""Weights or arithmetic rounded to 16 bits."""
+BOUNDS: dict[tuple[str, str], Bound] = {
+    ("peft", ""): EXACT,
+}
+"""By target and form of its weights."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """ids (N,): prompt, then the reference's own continuation; logits (N, V) f32 of the reference."""
+
+    prompt_tokens: int
+    ids: list[int]
+    logits: Tensor
+
+    def as_dict(self, bound: Bound) -> dict[str, Any]:
+        """JSON-ready: the ids, and at each place the likeliest tokens with their logits."""
+        values, tokens = self.logits.topk(min(STORED_LOGITS, self.logits.shape[1]))
+        return {
+            "format": 1,
+            "prompt_tokens": self.prompt_tokens,
+            "token_ids": self.ids,
+            "top_token_ids": tokens.tolist(),
+            "top_logits": [[round(value, 5) for value in row] for row in values.tolist()],
+            "bounds": asdict(bound),
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an export is from the reference on the golden tokens."""
+
+    max_logit_difference: float
+    mean_logit_difference: float
+    kl: float
+    greedy_match: bool
+
+    def holds(self, bound: Bound) -> bool:
+        """Whether every figure is within its bound, and the text the same."""
+        return (
+            self.greedy_match
+            and self.max_logit_difference <= bound.max_logit
+            and self.mean_logit_difference <= bound.mean_logit
+            and self.kl <= bound.kl
+        )
+
+
+@torch.no_grad()
+def golden(job: Job, prompt: Sequence[int]) -> Golden:
+    """Run the reference on `prompt` (token ids, at least one)."""
+    with ops.use_backend("reference"):
+        model = job.model()
+        runner = Runner(model)
+        room = min(len(prompt) + WRITTEN_TOKENS, model.config.max_positions)
+        written = Generator(runner, room).generate(prompt, WRITTEN_TOKENS, Sampling(temperature=0.0))
+        ids = [*prompt, *written]
+        h = runner.infer(torch.tensor(ids), torch.arange(len(ids)), [(0, len(ids), 0, len(ids))], None)
+        return Golden(len(prompt), ids, model.logits(h).float())
+
+
+def compare(expected: Golden, reader: Reader, bound: Bound) -> Agreement:
+    """What the reader makes of the golden tokens, against the reference.
+
+    The greedy texts match where at each written place both find the same token the likeliest; where the reference's own
+    two likeliest are closer than the bound, either will do.
+    """
+    found = reader.logits(expected.ids).float()
+    if found.shape != expected.logits.shape:
+        return Agreement(float("inf"), float("inf"), float("inf"), False)
+    difference = (found - expected.logits).abs()
+    log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (expected.logits, found))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    places = slice(expected.prompt_tokens - 1, len(expected.ids) - 1)
+    best = expected.logits[places].max(-1).values
+    chosen = expected.logits[places].gather(1, found[places].argmax(-1, keepdim=True)).squeeze(1)
+    worst = float(difference.max()) if torch.isfinite(found).all() else float("inf")
+    return Agreement(worst, float(difference.mean()), float(kl), bool((best - chosen <= bound.max_logit).all()))
+
+
+def golden_json(expected: Golden, bound: Bound, about: dict[str, Any]) -> str:
+    """The text of golden.json."""
+    return json.dumps({**about, **expected.as_dict(bound)}) + "\n"
