@@ -41,16 +41,17 @@ class Choice:
     parts: Parts
 
 
-def memory_allowed(config: TrainConfig) -> int:
-    """--memory, or most of what is free."""
+def memory_allowed(config: TrainConfig, here: int = 1) -> int:
+    """What one of the `here` processes on this machine may use: --memory, or its share of most of what is free."""
     if config.memory is not None:
         return parse_bytes(config.memory)
-    return int(SHARE_OF_FREE_MEMORY * available_memory()) + process_memory()
+    return int(SHARE_OF_FREE_MEMORY * available_memory()) // here + process_memory()
 
 
-def settings(data: DataConfig, allowed: Sequence[Recompute], streams: bool) -> Iterator[Setting]:
-    """Every way to run a step that is worth trying."""
-    lengths = sorted({max(data.seq_len, data.batch_tokens >> halvings) for halvings in range(8)}, reverse=True)
+def settings(data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1) -> Iterator[Setting]:
+    """Every way to run a step that is worth trying, where each of `processes` is to have a row of its own."""
+    longest = -(-data.batch_tokens // processes)
+    lengths = sorted({max(data.seq_len, longest >> halvings) for halvings in range(8)}, reverse=True)
     for recompute in allowed:
         for length in lengths:
             for paged, offload, vocabulary, compact, rows in _variants(recompute is Recompute.FULL, streams):
@@ -100,11 +101,12 @@ def choose(
     process: int,
     device: str = "cpu",
     recompute: str = "auto",
+    processes: int = 1,
 ) -> Choice | None:
     """The fastest setting that fits in `memory` bytes; None where none does."""
     best: tuple[float, Choice] | None = None
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
-    for setting in settings(data, allowed, stored.mapped):
+    for setting in settings(data, allowed, stored.mapped, processes):
         found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device != "cuda")
         if found is None:
             continue
@@ -143,10 +145,15 @@ def choose_or_refuse(
     train: TrainConfig,
     dtype: torch.dtype,
     device: str,
+    processes: int = 1,
+    here: int = 1,
 ) -> Choice:
-    """`choose` for this machine. Raises ResourceError with the least memory that works and what would make it fit."""
-    memory, process = memory_allowed(train), anonymous_memory() + LATER_BYTES
-    choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute)
+    """`choose` for each of a run's processes, `here` of them on this machine.
+
+    Raises ResourceError with the least memory that works and what would make it fit.
+    """
+    memory, process = memory_allowed(train, here), anonymous_memory() + LATER_BYTES
+    choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute, processes)
     if choice is None:
         smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total
         raise ResourceError(

@@ -22,7 +22,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
-from edgetune.runtime.errors import DataError
+from edgetune.runtime.errors import DataError, ModelError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.ops import backend_for
 from edgetune.runtime.runner import Recompute, Runner
@@ -78,6 +78,12 @@ class Record:
         """JSON-ready."""
         return dataclasses.asdict(self)
 
+    def shared(self) -> Record:
+        """What another process of the run needs to know: no path, no text, nothing of the held-out notes."""
+        files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
+        plan = dataclasses.replace(self.plan, settings={})
+        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files)
+
     @classmethod
     def of(cls, values: dict[str, Any]) -> Record:
         """What `as_dict` gave, as JSON returns it."""
@@ -130,8 +136,11 @@ def read(config: TrainConfig) -> tuple[Reading, Split]:
     return reading, split(reading.documents)
 
 
-def prepare(config: TrainConfig, folder: Path, run: str = "") -> Prepared:
-    """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, make the plan."""
+def prepare(config: TrainConfig, folder: Path, run: str = "", processes: int = 1, here: int = 1) -> Prepared:
+    """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, make the plan.
+
+    The plan is for so many processes, `here` of them on this machine.
+    """
     _, parted = read(config)
     choice, checkpoint = open_base(config.model)
     device = pick_device(config.device)
@@ -139,7 +148,8 @@ def prepare(config: TrainConfig, folder: Path, run: str = "") -> Prepared:
     data, dtype = config.data, _dtype(config, device)
     adapter = _named_adapter(config, checkpoint.digest)
     lora = config.lora() if adapter is None else adapter.config
-    chosen = choose_or_refuse(checkpoint.config, lora, Stored.of(checkpoint), config, dtype, device.type)
+    stored = Stored.of(checkpoint)
+    chosen = choose_or_refuse(checkpoint.config, lora, stored, config, dtype, device.type, processes, here)
     loaded = _load(config, dtype, chosen.setting)
     if adapter is None:
         adapters.attach_new(loaded.model, lora, data.seed)
@@ -197,6 +207,25 @@ def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool
     packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
     held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
     return Prepared(config, record, loaded, _runner(loaded, plan.setting, folder), packer, held_out, folder)
+
+
+def prepare_beside(config: TrainConfig, folder: Path, record: Record) -> Prepared:
+    """A follower's side of the run whose leader shared `record`: its own notes, as tokens in `folder`, and its own model.
+
+    Raises ModelError or DataError where they are not the leader's. The adapter's values are the leader's to give.
+    """
+    choice, checkpoint = open_base(config.model)
+    if checkpoint.digest != record.plan.base:
+        raise ModelError("The model here is not that of process 0; copy the same folder to every machine.")
+    _, parted = read(config)
+    tokenize_notes(config, Split(parted.train, []), Tokenizer.load(choice.path), folder)
+    if _token_files(folder) != record.files:
+        raise DataError(
+            "The notes here are not those of this run; copy the same folder to every machine, and type --fresh where they "
+            "have changed since it began."
+        )
+    plan = dataclasses.replace(record.plan, threads=torch.get_num_threads())
+    return prepare_again(config, folder, dataclasses.replace(record, plan=plan), begun=True)
 
 
 def changes_since(prepared: Prepared) -> list[str]:

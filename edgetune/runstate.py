@@ -151,6 +151,19 @@ def hold(config: TrainConfig, base: str) -> Iterator[Unfinished]:
         yield Unfinished(folder / name)
 
 
+@contextlib.contextmanager
+def hold_beside(config: TrainConfig, base: str, rank: int) -> Iterator[Path]:
+    """A private folder for a process that follows another; it is gone afterwards, and after a crash with the next run."""
+    folder, name = private_folder(home() / "unfinished"), f"{key(config, base)}-{rank}"
+    with Lock(folder / f"{name}.lock", "this run"):
+        path = folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield private_folder(path)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def key(config: TrainConfig, base: str) -> str:
     """What makes two commands the same run. A deadline does not: it only says how much of the plan is done now."""
     settings = {name: value for name, value in config.as_dict().items() if name not in ("model", "out", "minutes", "until")}

@@ -20,7 +20,8 @@ from torch import Tensor
 import edgetune
 from edgetune import registry, runstate
 from edgetune.config import TrainConfig, expand, seconds_until
-from edgetune.evaluate import as_row, evaluate_store
+from edgetune.distributed import World, joined
+from edgetune.evaluate import evaluate_store
 from edgetune.events import (
     Evaluated,
     Event,
@@ -36,20 +37,20 @@ from edgetune.events import (
     read_events,
 )
 from edgetune.meter import MemoryMeter
-from edgetune.prepare import Plan, Prepared, Record, changes_since, prepare, prepare_again
+from edgetune.prepare import Prepared, Record, changes_since, prepare, prepare_again, prepare_beside
 from edgetune.registry import Current
 from edgetune.report import write_report
 from edgetune.runstate import Damaged, Restored, Unfinished
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.device import trim_memory
-from edgetune.runtime.errors import DataError, TrainingError
+from edgetune.runtime.device import pick_device, trim_memory
+from edgetune.runtime.errors import DataError, EdgetuneError, LinkError, TrainingError
 from edgetune.runtime.files import mend
 from edgetune.runtime.generate import Generator, Sampling
-from edgetune.runtime.optim import PagedAdamW
 from edgetune.session import open_base
 from edgetune.state import private_folder
+from edgetune.stepper import Stepper
 
 LOG_FILE, REPORT_FILE = "events.jsonl", "report.html"
 MOST_SKIPPED = 5
@@ -61,41 +62,67 @@ KEEP_SHARE = 0.003
 _SAMPLE_TOKENS = 80
 
 
-def train(config: TrainConfig, stop: threading.Event | None = None, fresh: bool = False) -> Iterator[Event]:
+def train(
+    config: TrainConfig, stop: threading.Event | None = None, fresh: bool = False, private_link: bool = False
+) -> Iterator[Event]:
     """Run a training, or go on with the unfinished one of the same settings, yielding its events.
 
     The last event is Finished; or, once `stop` is set, Interrupted, and the next call goes on from there. A deadline
     finishes the run with the best adapter so far, and the next call goes on from there too. `fresh` starts over.
+    Under torchrun only process 0 yields events; `private_link` says that the link between several machines is private.
     Raises EdgetuneError's children, each a sentence for the user; nothing that was there before is lost.
     """
     deadline = _deadline(config)
     if config.out is not None:
         adapters.refuse_foreign(expand(config.out))
     _, checkpoint = open_base(config.model)
-    with runstate.hold(config, checkpoint.digest) as place:
-        prepared, restored, resumed = _begin(config, place, checkpoint.digest, fresh)
-        folder = private_folder(registry.run_folder(prepared.record.run))
-        for path in (_adapter_folder(prepared), folder / REPORT_FILE):
-            mend(path)
-        with (
-            EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
-            MemoryMeter(prepared.loaded.checkpoint.files) as meter,
-        ):
-            run = _Run(prepared, restored, _Keeper(place, log), stop or threading.Event(), deadline, meter)
-            try:
-                for event in run.events(resumed):
-                    log.append(event)
-                    if isinstance(event, Finished | Interrupted):
-                        write_report(folder / REPORT_FILE, read_events(folder / LOG_FILE))
-                    if isinstance(event, Finished) and event.cut is None:
-                        place.discard()  # a person's words are kept no longer than the run
-                    yield event
-            except TrainingError:
-                place.discard()
-                raise
+    with joined(pick_device(config.device), private_link) as world:
+        if world.rank > 0:
+            _follow(config, checkpoint.digest, world)
+            return
+        with runstate.hold(config, checkpoint.digest) as place:
+            prepared, restored, resumed = _begin(config, place, checkpoint.digest, fresh, world)
+            folder = private_folder(registry.run_folder(prepared.record.run))
+            for path in (_adapter_folder(prepared), folder / REPORT_FILE):
+                mend(path)
+            world.tell({"record": prepared.record.shared().as_dict(), "begun": bool(restored.tensors)})
+            world.agree()
+            with (
+                EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
+                MemoryMeter(prepared.loaded.checkpoint.files) as meter,
+            ):
+                run = _Run(prepared, restored, world, _Keeper(place, log), stop or threading.Event(), deadline, meter)
+                try:
+                    for event in run.events(resumed):
+                        log.append(event)
+                        if isinstance(event, Finished | Interrupted):
+                            write_report(folder / REPORT_FILE, read_events(folder / LOG_FILE))
+                        if isinstance(event, Finished) and event.cut is None:
+                            place.discard()  # a person's words are kept no longer than the run
+                        yield event
+                except TrainingError:
+                    place.discard()
+                    raise
 
 
-def _begin(config: TrainConfig, place: Unfinished, base: str, fresh: bool) -> tuple[Prepared, Restored, Resumed | None]:
+def _follow(config: TrainConfig, base: str, world: World) -> None:
+    """Do the leader's steps until it announces that there are no more, with this process's own notes and model."""
+    told = world.hear()
+    with runstate.hold_beside(config, base, world.rank) as folder:
+        try:
+            prepared = prepare_beside(config, folder, Record.of(told["record"]))
+        except EdgetuneError as error:
+            world.agree(error)
+        world.agree()
+        stepper = Stepper(prepared, world)
+        stepper.align(told["begun"])
+        while (step := world.announced()) is not None:
+            stepper.step(step)
+
+
+def _begin(
+    config: TrainConfig, place: Unfinished, base: str, fresh: bool, world: World
+) -> tuple[Prepared, Restored, Resumed | None]:
     """The unfinished run of this command where there is one, else a new one; Resumed where an earlier run matters."""
     resumed = None
     if place.exists and not fresh:
@@ -109,7 +136,7 @@ def _begin(config: TrainConfig, place: Unfinished, base: str, fresh: bool) -> tu
     private_folder(place.folder)
     name = registry.new_run(base)
     try:
-        prepared = prepare(config, place.folder, name)
+        prepared = prepare(config, place.folder, name, world.size, world.here)
         place.begin(prepared.record.as_dict())
     except BaseException:
         place.discard()
@@ -123,14 +150,6 @@ def _adapter_folder(prepared: Prepared) -> Path:
     if prepared.config.out is not None:
         return expand(prepared.config.out)
     return registry.adapters_folder(prepared.plan.base) / prepared.record.run
-
-
-def learning_rate(plan: Plan, step: int, final: float) -> float:
-    """Linear warm-up, then linear decay to `final` of the peak; steps count from 0."""
-    if step < plan.warmup_steps:
-        return plan.learning_rate * (step + 1) / plan.warmup_steps
-    done = (step - plan.warmup_steps) / max(plan.steps - plan.warmup_steps, 1)
-    return plan.learning_rate * (1 - (1 - final) * done)
 
 
 def _deadline(config: TrainConfig) -> float | None:
@@ -176,6 +195,7 @@ class _Run:
         self,
         prepared: Prepared,
         restored: Restored,
+        world: World,
         keeper: _Keeper,
         stop: threading.Event,
         deadline: float | None,
@@ -184,15 +204,14 @@ class _Run:
         self.prepared, self.plan, self.config = prepared, prepared.plan, prepared.config
         self.model, self.runner = prepared.loaded.model, prepared.runner
         self.keeper, self.stop, self.deadline, self.meter = keeper, stop, deadline, meter
-        self.parameters = adapters.parameters(self.model)
-        betas = (self.config.beta1, self.config.beta2)
-        setting, decay = self.plan.setting, self.config.weight_decay
-        pages = prepared.folder if setting.paged_optimizer else None
-        self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=decay, bits=setting.optimizer_bits, pages=pages)
+        self.stepper, self.world = Stepper(prepared, world), world
+        self.parameters, self.optimizer = self.stepper.parameters, self.stepper.optimizer
         self.state = restored.state
         self.best: Adapter | None = None
-        if restored.tensors:
+        begun = bool(restored.tensors)
+        if begun:
             self._restore(restored)
+        self.stepper.align(begun)
         self.started = time.monotonic() - self.state.seconds
         self.step_seconds = self.reading_seconds = 0.0
         self.kept: tuple[int, int | None] | None = None  # the step and reading of the last checkpoint
@@ -203,8 +222,13 @@ class _Run:
             yield resumed
         try:
             yield from self._train()
+            self.world.announce(None)
             yield from self._finish()
+        except LinkError:
+            yield self._keep()  # the last whole step: a step moves nothing before all have done their part
+            raise
         except _Stopped:
+            self.world.announce(None)
             if self.kept != (self.state.step, self.state.read_at):
                 yield self._keep()
             yield Interrupted(self.state.step, self.plan.steps, self.state.tokens, self._seconds())
@@ -295,43 +319,30 @@ class _Run:
         restored.tensors.clear()  # whoever holds the checkpoint need not hold these for the rest of the run
 
     def _step(self) -> Stepped | Skipped:
-        """One optimizer step over all micro-batches of a batch; each token weighs the same, whichever row it is in."""
+        """The next step of the plan."""
         start, state = time.monotonic(), self.state
-        rows = self.prepared.packer.micro_batches(state.step, self.plan.setting.row_tokens)
-        trained = sum(row.trained for row in rows)
-        loss = 0.0
-        for number, row in enumerate(rows):
+        if self.world.size > 1:  # the others would wait for one that leaves in the middle of a step
             self._go_on()
-            loss += float(self.runner.train(as_row(row, trained), self._dropout_key(state.step, number)))
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
-        rate = learning_rate(self.plan, state.step, self.config.final_lr)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            self.optimizer.step(rate)
-        self.optimizer.zero_grad()
+        self.world.announce(state.step)
+        outcome = self.stepper.step(state.step, self._go_on if self.world.size == 1 else lambda: None)
         state.step += 1
         self.step_seconds = time.monotonic() - start
-        if not finite:
+        if not outcome.finite:
             state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
-            return Skipped(state.step, "loss not finite" if not math.isfinite(loss) else "gradient not finite")
+            return Skipped(state.step, f"{'gradient' if math.isfinite(outcome.loss) else 'loss'} not finite")
         state.skipped_in_a_row = 0
-        state.tokens += trained
+        state.tokens += outcome.tokens
         state.training_seconds += self.step_seconds
         return Stepped(
             step=state.step,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens=trained,
-            tokens_per_second=trained / self.step_seconds,
+            loss=outcome.loss,
+            learning_rate=outcome.learning_rate,
+            gradient_norm=outcome.gradient_norm,
+            tokens=outcome.tokens,
+            tokens_per_second=outcome.tokens / self.step_seconds,
             memory_bytes=self.meter.now,
             seconds=self._seconds(),
         )
-
-    def _dropout_key(self, step: int, row: int) -> int | None:
-        if self.prepared.lora.dropout == 0.0:
-            return None
-        return (self.config.data.seed * 0x85EBCA6B + step * 0xC2B2AE35 + row * 0x27D4EB2F + 1) & 0xFFFFFFFF
 
     def _evaluate(self) -> Evaluated:
         start = time.monotonic()

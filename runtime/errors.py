@@ -9,7 +9,8 @@ EdgetuneError
 ├── DeviceError      a device that is not there
 ├── ResourceError    memory or disk that is not there
 ├── TrainingError    a run that does not converge
-└── BusyError        a run that another process is at
+├── BusyError        a run that another process is at
+└── LinkError        another process of a run that is gone
 
 The command line prints the message alone and exits 1. No text of a note ever stands in one: paths and digests only.
 """
@@ -53,3 +54,7 @@ class TrainingError(EdgetuneError):
 
 class BusyError(EdgetuneError):
     """A run, or an output, that another process is at."""
+
+
+class LinkError(EdgetuneError):
+    """Another process of a run that ended, or cannot be reached."""

@@ -13,7 +13,7 @@ import click
 
 from edgetune.cli.options import Decorator, device_option, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
-from edgetune.events import Interrupted, Started
+from edgetune.events import Event, Interrupted, Started
 from edgetune.runtime.config import LINEARS
 from edgetune.ui import human_bytes, one_line, renderer
 
@@ -73,9 +73,14 @@ def config_of(flags: dict[str, Any]) -> TrainConfig:
 @click.command("train")
 @training_options
 @click.option("--fresh", is_flag=True, help="Start over, where an unfinished run of the same command would be gone on with.")
+@click.option(
+    "--private-link",
+    is_flag=True,
+    help="Under torchrun on several machines: the link between them is private (WireGuard, SSH). Gradients travel unencrypted.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be read and what skipped, and why; train nothing.")
 @json_option
-def train_command(dry_run: bool, fresh: bool, as_json: bool, **flags: Any) -> None:
+def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool, **flags: Any) -> None:
     """Train an adapter on NOTES: folders and files of Markdown, text, rst, org, or chats in JSON lines.
 
     Ctrl-C stops and keeps everything: the same command goes on from there, and so it does after a crash or a deadline.
@@ -84,19 +89,20 @@ def train_command(dry_run: bool, fresh: bool, as_json: bool, **flags: Any) -> No
     if dry_run:
         _show_reading(config, as_json)
     else:
-        _run(config, fresh, as_json)
+        _run(config, fresh, private_link, as_json)
 
 
-def _run(config: TrainConfig, fresh: bool, as_json: bool) -> None:
+def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
     from edgetune.models import DEMO, DEMO_NOTICE
     from edgetune.train import train
 
     stop = threading.Event()
     caught: list[int] = []
     previous = _stop_on_signals(stop, caught)
+    event: Event | None = None  # torchrun's followers have none
     try:
         with renderer(as_json) as ui:
-            for event in train(config, stop, fresh):
+            for event in train(config, stop, fresh, private_link):
                 ui.show(event)
                 if isinstance(event, Started) and config.model is None and event.model == DEMO:
                     say(DEMO_NOTICE)
