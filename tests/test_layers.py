@@ -60,7 +60,7 @@ def test_nf4_the_specification_imports_nothing_of_ours() -> None:
 
 
 def test_nothing_here_opens_a_socket() -> None:
-    """serve, an explicit torchrun and a judge that the user names may; none of them exists yet."""
+    """serve and a judge that the user names may, and neither exists yet; torchrun's processes have the test below."""
     found = [
         f"{path.relative_to(ROOT)} imports {name}"
         for floor in ("runtime", "export", "edgetune")
@@ -69,6 +69,16 @@ def test_nothing_here_opens_a_socket() -> None:
         if name.split(".")[0] in NETWORK
     ]
     assert found == []
+
+
+def test_only_one_module_talks_to_other_processes() -> None:
+    def uses(path: Path) -> bool:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        reached = any(isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed" for node in nodes)
+        return reached or any(name.startswith("torch.distributed") for name in imports(path))
+
+    users = [path.relative_to(ROOT) for floor in ("runtime", "export", "edgetune") for path in sources(floor) if uses(path)]
+    assert users == [Path("edgetune/distributed.py")]
 
 
 def test_heavy_packages_are_imported_inside_functions() -> None:
