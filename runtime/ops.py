@@ -1,8 +1,8 @@
 """The one dispatch point: every op of the engine is checked here and sent to the back end that the tensors' device has.
 
-A back end is a module with the functions below: `reference` (plain torch, everywhere) and `cpu` (C++). Back ends are
-imported on first use. A missing back end falls back to `reference`, said once; a failing kernel raises. Tests force one
-with `use_backend("reference")`.
+A back end is a module with the functions below: `reference` (plain torch, everywhere), `cpu` (C++) and `metal` (Apple
+GPUs). Back ends are imported on first use. A missing back end falls back to `reference`, said once; a failing kernel
+raises. Tests force one with `use_backend("reference")`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from edgetune.runtime.attention import Segment
 from edgetune.runtime.nf4 import QuantizedTensor
 
 log = logging.getLogger("edgetune")
-BACKENDS = {"reference": "edgetune.runtime.backends.reference", "cpu": "edgetune.runtime.backends.cpu"}
+BACKENDS = {
+    "reference": "edgetune.runtime.backends.reference",
+    "cpu": "edgetune.runtime.backends.cpu",
+    "metal": "edgetune.runtime.backends.metal",
+}
+_KERNELS = {"cpu": ("cpu", "C++"), "mps": ("metal", "Metal")}
+"""The back end with kernels for a kind of device, and what they are written in."""
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 FEW_ROWS = 8
 """Up to so many rows `matvec` and `decoder` are what a product should go to."""
@@ -33,24 +39,28 @@ _forced: list[str] = []
 
 @functools.cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[name])
+    module = importlib.import_module(BACKENDS[name])
+    if hasattr(module, "load"):
+        module.load()  # its kernels; an ImportError where they are not to be had
+    return module
 
 
 @functools.cache
 def _best(device_type: str) -> ModuleType:
     """The fastest back end for a kind of device; says once why it is not the kernels."""
-    if device_type == "cpu":
+    if device_type in _KERNELS:
+        name, kind = _KERNELS[device_type]
         try:
-            return _load("cpu")
+            return _load(name)
         except ImportError as error:
-            log.warning("Plain torch serves instead of the C++ kernels, several times slower: %s", error)
+            log.warning("Plain torch serves instead of the %s kernels, several times slower: %s", kind, error)
     return _load("reference")
 
 
-def kernels_missing() -> str | None:
-    """Why the C++ kernels do not serve on this machine; None where they do."""
+def kernels_missing(device_type: str = "cpu") -> str | None:
+    """Why the kernels for a kind of device do not serve on this machine; None where they do, or where there are none."""
     try:
-        _load("cpu")
+        _load(_KERNELS[device_type][0] if device_type in _KERNELS else "reference")
     except ImportError as error:
         return str(error)
     return None

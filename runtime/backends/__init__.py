@@ -1,1 +1,1 @@
-"""Back ends of `ops.py`: `reference` in plain torch, `cpu` in C++; each offers the same functions."""
+"""Back ends of `ops.py`: `reference` in plain torch, `cpu` in C++, `metal` for Apple GPUs; each offers the same functions."""

@@ -1,0 +1,217 @@
+"""A Mac's GPU that is none: tensors that say `mps:0` and are computed on the CPU, and a torch.mps that keeps account.
+
+It refuses what the real one refuses: float64, tensors of two devices in one op, pinned memory, random generators of another
+device. It takes note of every op that ran, and Metal sources are compiled by metal_shim and run on the same numbers, so that
+a whole training run goes through exactly the code that it would go through on a Mac.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import metal_shim
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+MPS, CPU = torch.device("mps:0"), torch.device("cpu")
+_COPY = torch.ops.aten.copy_.default
+
+
+class MpsTensor(torch.Tensor):
+    """Says that it is on mps:0; `inner`, on the CPU, has the numbers. (To C++ it is a CPU tensor, for want of a runtime.)"""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> MpsTensor:
+        if inner.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        if inner.is_pinned():
+            raise RuntimeError("only dense CPU tensors can be pinned")
+        made: MpsTensor = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=CPU
+        )
+        made.inner = inner
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return MPS
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert FakeMps.active is not None, "an MPS tensor outlived its machine"
+        return FakeMps.active.run(func, args, kwargs or {})
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"MpsTensor({self.inner})"
+
+
+class FakeMps(TorchFunctionMode):
+    """While entered, `mps` is a device. `ops` are the ops that ran on it."""
+
+    active: FakeMps | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What names a device: makes tensors, and moves them."""
+        kwargs = dict(kwargs or {})
+        ours = bool(args) and isinstance(args[0], MpsTensor)
+        if ours and func is torch.Tensor.cpu:
+            return args[0].detach().inner.clone()
+        if func is torch.Tensor.numpy and ours:
+            raise TypeError("can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        where = [value for value in (*args, *kwargs.values()) if _is_device(value)]
+        if func is torch.device or not where:
+            return func(*args, **kwargs)
+        target = torch.device(where[0])
+        if target.type == "mps":
+            if kwargs.get("pin_memory") or kwargs.get("generator") is not None or kwargs.get("dtype") == torch.float64:
+                raise RuntimeError(f"an MPS tensor cannot be made with {kwargs}")
+            args, kwargs = tree_map(lambda value: CPU if _is_device(value) else value, (tuple(args), kwargs))
+            made = func(*args, **kwargs)
+            if isinstance(made, MpsTensor):
+                return made
+            return MpsTensor(made.detach().clone() if args and made is args[0] else made.detach())
+        if ours:
+            return func(args[0].detach().inner, *args[1:], **kwargs).clone()
+        return func(*args, **kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An op that some MPS tensor takes part in."""
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        ours = [tensor for tensor in tensors if isinstance(tensor, MpsTensor)]
+        if func is not _COPY and any(not isinstance(tensor, MpsTensor) and tensor.dim() > 0 for tensor in tensors):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got mps:0 and cpu")
+        wrappers = {id(tensor.inner): tensor for tensor in ours}
+        found = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+        if any(tensor.inner.shape != tensor.shape for tensor in ours):
+            raise RuntimeError(f"{func} would resize an output, which is deprecated")
+        if func is _COPY and not isinstance(args[0], MpsTensor):
+            return args[0]
+        self.ops.add(func)
+        wrap = functools.partial(_wrap, wrappers)
+        return tree_map(wrap, found)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "mps"))
+
+
+def _unwrap(value: Any) -> Any:
+    return value.inner if isinstance(value, MpsTensor) else value
+
+
+def _wrap(wrappers: dict[int, MpsTensor], value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return wrappers[id(value)] if id(value) in wrappers else MpsTensor(value)
+
+
+class FakeKernel:
+    """A shim kernel that takes MPS tensors alone, at their storage offset."""
+
+    thread_execution_width = 32
+
+    def __init__(self, kernel: metal_shim.ShimKernel, machine: Machine) -> None:
+        self._kernel, self._machine = kernel, machine
+
+    def __call__(self, *arguments: Any, threads: Any, group_size: Any) -> None:
+        assert all(not isinstance(value, torch.Tensor) or isinstance(value, MpsTensor) for value in arguments)
+        self._machine.launches.append((self._kernel.signature.name, arguments, tuple(threads), tuple(group_size)))
+        self._kernel(*map(_unwrap, arguments), threads=threads, group_size=group_size)
+
+
+class Machine:
+    """torch.mps's functions, and what was asked of them."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[Any, ...], tuple[int, ...], tuple[int, ...]]] = []
+        self.asked: list[str] = []
+        self.cached = 3 << 20
+        self.allocated = 5 << 20
+        self.source_changes: Callable[[str], str] = lambda source: source
+        self.mode = FakeMps()
+
+    def compile_shader(self, source: str) -> Any:
+        library = metal_shim.ShimLibrary(self.source_changes(source))
+        kernels = {name: FakeKernel(kernel, self) for name, kernel in vars(library).items()}
+        return type("Library", (), kernels)()
+
+    def synchronize(self) -> None:
+        self.asked.append("synchronize")
+
+    def empty_cache(self) -> None:
+        self.asked.append("empty_cache")
+        self.cached = 0
+
+    def current_allocated_memory(self) -> int:
+        return self.allocated
+
+    def driver_allocated_memory(self) -> int:
+        return self.allocated + self.cached
+
+    def recommended_max_memory(self) -> int:
+        return 8 << 30
+
+
+@contextlib.contextmanager
+def fake_mps(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Machine]:
+    """A machine with an Apple GPU. `changes` replace functions of torch.mps; None takes one away."""
+    import sys
+
+    from edgetune.runtime import ops
+
+    machine = Machine()
+    for name in (
+        "compile_shader", "synchronize", "empty_cache", "current_allocated_memory", "driver_allocated_memory",
+        "recommended_max_memory",
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.mps, name, getattr(machine, name))
+    for name, value in changes.items():
+        monkeypatch.setattr(torch.mps, name, value)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+    forget(ops, sys.modules)
+    FakeMps.active = machine.mode
+    try:
+        with machine.mode:
+            yield machine
+    finally:
+        FakeMps.active = None
+        forget(ops, sys.modules)
+
+
+def forget(ops: Any, modules: dict[str, Any]) -> None:
+    """Have the back end of a device looked for again."""
+    ops._load.cache_clear()
+    ops._best.cache_clear()
+    for name in [name for name in modules if name.startswith("edgetune.runtime.backends.metal")]:
+        del modules[name]
+
+
+@functools.cache
+def mps_table() -> dict[str, set[str]]:
+    """Of each op, the dispatch keys that torch's own table names: {"mm.out": {"CPU", "CUDA", "MPS"}, ...}."""
+    yaml = pytest.importorskip("yaml")
+    torchgen = pytest.importorskip("torchgen")
+    from pathlib import Path
+
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    table: dict[str, set[str]] = {}
+    for entry in yaml.safe_load(text):
+        name = re.split(r"\(", entry["func"], maxsplit=1)[0]
+        keys = {key.strip() for keys in entry.get("dispatch", {}) for key in keys.split(",")}
+        table[name] = keys or {"CompositeImplicitAutograd"}
+        if "structured_delegate" in entry:
+            table[name] = {"delegate:" + entry["structured_delegate"]}
+    return table
