@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune import registry
+from edgetune.export import mps as bundle
 from edgetune.models import ModelChoice, resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
@@ -84,10 +85,13 @@ class Session:
         """Open a model and an adapter by the names that the command line takes.
 
         model: a path, a Hugging Face id in the local cache, "demo", or None for the best one here.
-        adapter: a folder, a name, "none", or None for the current one.
+        adapter: a folder, a name, "none", or None for the one in a bundle of `edgetune export mps`, else the current one.
         Raises EdgetuneError's children, each a sentence that can be shown.
         """
         loaded = load_base(model, device)
+        bundled = bundle.read_adapter(loaded.choice.path) if adapter is None else None
+        if bundled is not None:
+            return cls(loaded, bundled, bundle.ADAPTER)
         path = registry.find(adapter, loaded.checkpoint.digest)
         if path is None:
             return cls(loaded)

@@ -25,6 +25,7 @@ from torch import Tensor
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
@@ -56,8 +57,9 @@ class Job:
         return self.adapter
 
     def model(self, dtype: torch.dtype = torch.float32) -> Llama:
-        """The base with its adapter attached, on the CPU: what an export must agree with."""
-        model = load_llama(self.base, dtype)
+        """The base with its adapter attached, on the CPU: what an export must agree with; in NF4 where that is exported."""
+        quant = QuantConfig() if self.weights == "nf4" and self.base.quant is None else None
+        model = load_llama(self.base, dtype, quant=quant)
         if self.adapter is not None:
             adapters.attach(model, self.adapter)
         return model

@@ -1,0 +1,138 @@
+"""One folder for apps on Apple GPUs: the base in bitsandbytes' 4-bit layout, the adapter, the Metal source, a manifest.
+
+    config.json, *.safetensors, tokenizer …   a Hugging Face folder like any other
+    adapter/                                  a PEFT folder
+    kernels/nf4.metal                         for apps that run the kernels without edgetune
+    manifest.json                             digests of all that, the kernels' arguments, the table of the 4-bit codes
+
+`Session.load(folder, device="mps")` opens it with its adapter, and compiles the Metal source that edgetune was installed
+with, never a folder's: a bundle is data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.export.target import Job, Written
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.backends.metal.contract import KERNELS
+from edgetune.runtime.backends.metal.library import SOURCE
+from edgetune.runtime.checkpoint import INDEX, open_model
+from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.files import atomic_write, sha256_file
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.model import Llama
+from edgetune.runtime.nf4 import code_table
+from edgetune.runtime.quantize import companions, quantize_folder
+from edgetune.runtime.runner import Runner
+
+WEIGHTS = ("nf4",)
+NEEDS = ("torch", "mps")
+MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
+_FORMAT = 1
+_MAX_MANIFEST = 1 << 20
+
+
+def write(job: Job, folder: Path) -> Written:
+    """The bundle. A base that is not 4-bit yet is quantised on the way, a tensor at a time."""
+    if job.base.quant is None:
+        quantize_folder(job.base.folder, folder / "base")
+        for file in sorted((folder / "base").iterdir()):
+            os.rename(file, folder / file.name)
+        (folder / "base").rmdir()
+    else:
+        config, index = job.base.folder / "config.json", job.base.folder / INDEX
+        for file in [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]:
+            shutil.copyfile(file, folder / file.name)
+            os.chmod(folder / file.name, 0o600)
+    if job.adapter is not None:
+        (folder / ADAPTER).mkdir(mode=0o700)
+        adapters.write_files(replace(job.adapter, about={}), folder / ADAPTER, job.base_name)
+    (folder / KERNEL_FOLDER).mkdir(mode=0o700)
+    atomic_write(folder / KERNEL_FOLDER / SOURCE, kernel_source())
+    atomic_write(folder / MANIFEST, json.dumps(_manifest(folder), indent=2) + "\n")
+    told = "Checked on the CPU: that an Apple GPU computes the same can only be seen on one (edgetune doctor there)."
+    return Written(notices=(told,))
+
+
+def kernel_source() -> str:
+    """The Metal source of this installation."""
+    return resources.files("edgetune.runtime.backends.metal").joinpath(SOURCE).read_text(encoding="utf-8")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    base = open_model(folder)
+    assert base.quant is not None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        "format": _FORMAT,
+        "base": base.digest,
+        "weights": {"type": base.quant.quant_type, "block_size": base.quant.block_size, "nested": base.quant.double_quant},
+        "code_values": code_table(base.quant.quant_type).tolist(),
+        "adapter": ADAPTER if (folder / ADAPTER).is_dir() else None,
+        "kernels": {
+            kernel.name: {
+                "arguments": [list(argument) for argument in kernel.arguments],
+                "threadgroup": list(kernel.group_size),
+            }
+            for kernel in KERNELS
+        },
+        "sha256": {path.relative_to(folder).as_posix(): sha256_file(path) for path in files},
+    }
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """The adapter of a bundle; None where the folder is no bundle, or one of a bare base.
+
+    Raises AdapterError for a bundle whose adapter is not what its manifest says.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return None
+    try:
+        if manifest.stat().st_size > _MAX_MANIFEST:
+            raise ValueError("too large")
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        if found["format"] != _FORMAT or found["adapter"] is None:
+            return None
+        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)}
+        whole = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"The {MANIFEST} of {folder} is unusable; export the folder again.") from error
+    if not whole:
+        raise AdapterError(f"The adapter in {folder} is not the one its {MANIFEST} names; export the folder again.")
+    return adapters.load(folder / ADAPTER)
+
+
+@dataclass(frozen=True)
+class BundleReader:
+    """The bundle as edgetune opens it, on the CPU in fp32."""
+
+    model: Llama
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(N,) -> (N, V) f32."""
+        n = len(ids)
+        h = Runner(self.model).infer(torch.tensor(list(ids)), torch.arange(n), [(0, n, 0, n)], None)
+        return self.model.logits(h).float()
+
+
+def read(job: Job, folder: Path) -> BundleReader:
+    """Open what was written, by this machine's own kernels."""
+    model = load_llama(open_model(folder), torch.float32)
+    adapter = read_adapter(folder)
+    if adapter is not None:
+        adapters.attach(model, adapter)
+    return BundleReader(model)

@@ -1,0 +1,93 @@
+"""The bundle for Apple-GPU apps: opened as a model with its own adapter, its kernels and digests what they should be."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, save_model, save_trainable, with_adapter
+
+from edgetune.export import mps, verify
+from edgetune.export.target import Job
+from edgetune.runtime import nf4
+from edgetune.runtime.backends.metal.contract import KERNELS
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.files import sha256_file
+from edgetune.runtime.quantize import quantize_folder
+from edgetune.session import Session
+
+PROMPT = [1, 5, 9, 13, 40]
+
+
+def job(folder: Path, adapted: bool = True) -> Job:
+    base = open_model(folder)
+    return Job(base, "tiny", with_adapter(base) if adapted else None, "nf4")
+
+
+def export(made: Job, folder: Path) -> Path:
+    folder.mkdir(mode=0o700)
+    mps.write(made, folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_bundle_agrees_with_the_reference(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", family)
+    made = job(tmp_path / "model")
+    bound = verify.BOUNDS["mps", "nf4"]
+    found = verify.compare(verify.golden(made, PROMPT), mps.read(made, export(made, tmp_path / "out")), bound)
+    assert found.holds(bound), found
+    bare = verify.golden(job(tmp_path / "model", adapted=False), PROMPT)
+    assert not verify.compare(bare, mps.read(made, tmp_path / "out"), bound).holds(bound)  # the adapter is not nothing
+
+
+def test_a_four_bit_base_travels_as_it_is(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    quantize_folder(tmp_path / "model", tmp_path / "nf4")
+    folder = export(job(tmp_path / "nf4"), tmp_path / "out")
+    for file in open_model(tmp_path / "nf4").files:
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+    assert open_model(folder).digest == open_model(tmp_path / "nf4").digest
+
+
+def test_the_manifest_names_every_file_and_kernel(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    folder = export(job(tmp_path / "model"), tmp_path / "out")
+    manifest = json.loads((folder / mps.MANIFEST).read_text())
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {mps.MANIFEST}
+    assert manifest["sha256"] == {name: sha256_file(folder / name) for name in files}
+    assert {"config.json", "adapter/adapter_model.safetensors", "kernels/nf4.metal"} <= files
+    assert torch.equal(torch.tensor(manifest["code_values"]), nf4.code_table("nf4"))
+    assert list(manifest["kernels"]) == [kernel.name for kernel in KERNELS]
+    assert all(f"kernel void {name}(" in (folder / "kernels" / "nf4.metal").read_text() for name in manifest["kernels"])
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in files} == {0o600}
+
+
+def test_a_session_opens_a_bundle_with_its_own_adapter_and_no_metal_of_its(tmp_path: Path) -> None:
+    save_trainable(tmp_path / "model")
+    folder = export(job(tmp_path / "model"), tmp_path / "out")
+    (folder / "kernels" / "nf4.metal").write_text("#error this is never compiled\n")
+    session = Session.load(str(folder), device="cpu")
+    assert session.adapter_name == mps.ADAPTER
+    adapted = session.generate("The tide", max_tokens=8, temperature=0).text
+    assert adapted != Session.load(str(folder), "none", "cpu").generate("The tide", max_tokens=8, temperature=0).text
+
+
+def test_an_adapter_that_was_changed_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    folder = export(job(tmp_path / "model"), tmp_path / "out")
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(AdapterError, match="is not the one"):
+        mps.read_adapter(folder)
+
+
+def test_a_model_folder_is_no_bundle(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    assert mps.read_adapter(tmp_path / "model") is None
