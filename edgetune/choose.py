@@ -41,11 +41,11 @@ class Choice:
     parts: Parts
 
 
-def memory_allowed(config: TrainConfig, here: int = 1) -> int:
-    """What one of the `here` processes on this machine may use: --memory, or its share of most of what is free."""
+def memory_allowed(config: TrainConfig, device: str = "cpu", here: int = 1) -> int:
+    """What one of the `here` processes on this machine may use: --memory, or its share of most of what is free there."""
     if config.memory is not None:
         return parse_bytes(config.memory)
-    return int(SHARE_OF_FREE_MEMORY * available_memory()) // here + process_memory()
+    return int(SHARE_OF_FREE_MEMORY * available_memory(device)) // here + process_memory()
 
 
 def settings(data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1) -> Iterator[Setting]:
@@ -152,7 +152,7 @@ def choose_or_refuse(
 
     Raises ResourceError with the least memory that works and what would make it fit.
     """
-    memory, process = memory_allowed(train, here), anonymous_memory() + LATER_BYTES
+    memory, process = memory_allowed(train, device, here), anonymous_memory() + LATER_BYTES
     choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute, processes)
     if choice is None:
         smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total

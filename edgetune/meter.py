@@ -1,4 +1,5 @@
-"""The highest memory a piece of work held: anonymous memory plus the resident pages of its weight files."""
+"""The highest memory a piece of work held: anonymous memory, the resident pages of its weight files, and what an Apple GPU's
+driver holds."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from edgetune.runtime.device import process_memory
+import torch
+
+from edgetune.runtime.device import device_memory, process_memory
 
 INTERVAL = 0.1
 
@@ -37,11 +40,11 @@ def resident_pages(files: Sequence[Path]) -> int:
 
 
 class MemoryMeter:
-    """Samples anonymous memory ten times a second on a thread of its own; weight pages are counted on `read`."""
+    """Samples memory ten times a second on a thread of its own; weight pages are counted on `peak`."""
 
-    def __init__(self, weight_files: Sequence[Path] = ()) -> None:
-        self._files = tuple(weight_files)
-        self._peak_anonymous = self._peak_pages = 0
+    def __init__(self, weight_files: Sequence[Path] = (), device: torch.device | None = None) -> None:
+        self._files, self._device = tuple(weight_files), device or torch.device("cpu")
+        self._peak_held = self._peak_pages = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory meter", daemon=True)
 
@@ -55,19 +58,23 @@ class MemoryMeter:
 
     def _watch(self) -> None:
         while True:
-            self._peak_anonymous = max(self._peak_anonymous, anonymous_memory())
+            self._sample()
             if self._stop.wait(INTERVAL):
                 return
 
+    def _sample(self) -> int:
+        """Anonymous memory and the device's, now."""
+        held = anonymous_memory() + device_memory(self._device)
+        self._peak_held = max(self._peak_held, held)
+        return held
+
     @property
     def now(self) -> int:
-        """Anonymous memory now, plus the weight pages last counted."""
-        current = anonymous_memory()
-        self._peak_anonymous = max(self._peak_anonymous, current)
-        return current + self._peak_pages
+        """What is held now, plus the weight pages last counted."""
+        return self._sample() + self._peak_pages
 
     def peak(self) -> int:
         """The highest so far."""
         self._peak_pages = max(self._peak_pages, resident_pages(self._files))
-        self._peak_anonymous = max(self._peak_anonymous, anonymous_memory())
-        return self._peak_anonymous + self._peak_pages
+        self._sample()
+        return self._peak_held + self._peak_pages

@@ -74,7 +74,7 @@ def forecast(train: TrainConfig) -> Forecast:
         dtype = torch.float32 if train.compute == "fp32" else torch.bfloat16
     lora, data = train.lora(), train.data
     steps, tokens = (train.steps, None) if folder is None or not data.notes else _work(train, folder)
-    memory, process = memory_allowed(train), anonymous_memory() + LATER_BYTES if here else 0
+    memory, process = memory_allowed(train, kind), anonymous_memory() + LATER_BYTES if here else 0
     smallest = least(config, lora, stored, data, dtype, process, kind, train.recompute)
     choice = choose(config, lora, stored, data, dtype, memory, process, kind, train.recompute)
     shown = choice or smallest

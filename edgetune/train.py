@@ -44,7 +44,7 @@ from edgetune.runstate import Damaged, Restored, Unfinished
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.device import pick_device, trim_memory
+from edgetune.runtime.device import pick_device, trim_device, trim_memory
 from edgetune.runtime.errors import DataError, EdgetuneError, LinkError, TrainingError
 from edgetune.runtime.files import mend
 from edgetune.runtime.generate import Generator, Sampling
@@ -89,7 +89,7 @@ def train(
             world.agree()
             with (
                 EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
-                MemoryMeter(prepared.loaded.checkpoint.files) as meter,
+                MemoryMeter(prepared.loaded.checkpoint.files, prepared.loaded.model.device) as meter,
             ):
                 run = _Run(prepared, restored, world, _Keeper(place, log), stop or threading.Event(), deadline, meter)
                 try:
@@ -258,6 +258,7 @@ class _Run:
         if self.keeper.is_due(self.reading_seconds):
             yield self._keep()
         reading = self._evaluate()
+        trim_device(self.model.device)  # its rows had other shapes than a step's
         self.reading_seconds, self.state.read_at = reading.seconds, step
         if step == 0:
             self.state.before = reading.bits_per_byte
@@ -397,6 +398,7 @@ class _Run:
         yield Saved(best_step, str(folder), score)
         peak = max(state.peak_memory_bytes, self.meter.peak())
         trim_memory()
+        trim_device(self.model.device)
         yield Finished(
             adapter=str(folder),
             steps=state.step,

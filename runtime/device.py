@@ -1,4 +1,4 @@
-"""Which device, which dtype, how many threads, how much memory."""
+"""Which device, which dtype, how much memory there is and is held, and what a device wants while it works."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import subprocess
 import sys
 
 import psutil
@@ -17,13 +18,15 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a name of DEVICES; `auto` is the best one that the engine trains on here.
+    """The torch device for a name of DEVICES; `auto` is an NVIDIA card, else an Apple GPU, else the CPU.
 
     Raises DeviceError, in one sentence, for a device that this machine or this build of torch has not.
     """
     if name not in DEVICES:
         raise DeviceError(f"Unknown device {name!r}; expected one of {', '.join(DEVICES)}.")
-    if name in ("auto", "cpu"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cpu":
         return torch.device("cpu")
     there = torch.cuda.is_available() if name == "cuda" else torch.backends.mps.is_available()
     what = "an NVIDIA card with its driver" if name == "cuda" else "an Apple GPU"
@@ -45,9 +48,15 @@ def has_fast_bf16() -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it, else fp32; never fp16 on a CPU, where it is slower than fp32."""
+    """bf16 where the hardware multiplies it, else fp32.
+
+    Never fp16: on a CPU it is slower than fp32, and hidden states of some models are beyond its 65,504. Metal has bf16 from
+    macOS 14 on.
+    """
     if device.type == "cpu":
         return torch.bfloat16 if has_fast_bf16() else torch.float32
+    if device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        return torch.float32
     return torch.bfloat16
 
 
@@ -56,11 +65,21 @@ def process_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def available_memory() -> int:
-    """Bytes that could be allocated now without swapping; a container's limit counts."""
+def device_memory(device: torch.device) -> int:
+    """Bytes that the driver of an Apple GPU holds for this process, its cache included; 0 for other devices.
+
+    Their memory is the machine's own, and no part of what `process_memory` sees.
+    """
+    return int(torch.mps.driver_allocated_memory()) if device.type == "mps" else 0
+
+
+def available_memory(device_type: str = "cpu") -> int:
+    """Bytes that could be allocated now without swapping; a container's limit counts, and what Metal recommends."""
     available = int(psutil.virtual_memory().available)
-    limit = _cgroup_limit()
-    return available if limit is None else min(available, limit)
+    limits = [_cgroup_limit()]
+    if device_type == "mps" and torch.backends.mps.is_available():
+        limits.append(max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())))
+    return min([available, *(limit for limit in limits if limit is not None)])
 
 
 def _cgroup_limit() -> int | None:
@@ -86,6 +105,20 @@ def trim_memory() -> None:
             with_trim(0)
 
 
+def trim_device(device: torch.device) -> None:
+    """Give memory that torch keeps for later tensors back to the system, where a device shares it with everyone: on MPS."""
+    if device.type == "mps":
+        torch.mps.synchronize()  # what is queued may still need it
+        torch.mps.empty_cache()
+
+
+def end_command_buffer(device: torch.device) -> None:
+    """Have the device finish what is queued, where a long queue is a danger: macOS ends a program whose work keeps the
+    display waiting. A block's work is short; the wait costs less than a millisecond. Nothing on other devices."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
 def can_compact_heap() -> bool:
     """Whether `compact_heap` does anything here."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
@@ -108,4 +141,8 @@ def cpu_name() -> str:
             for line in file:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
+    if sys.platform == "darwin":
+        asked = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        if asked.stdout.strip():
+            return asked.stdout.strip()
     return platform.processor() or platform.machine()

@@ -53,7 +53,7 @@ def load_llama(
             for name, weight in checkpoint.block_tensors(layer).items()
         }
         blocks.append(Block(config, layer, tensors))
-        if quant is not None:  # what was made of the file's numbers stays, the numbers need not
+        if quant is not None or device.type != "cpu":  # what was made of the file's numbers stays, the numbers need not
             for name in tensors:
                 checkpoint.release(f"model.layers.{layer}.{name}")
         progress(layer + 1, config.num_layers)
@@ -77,7 +77,10 @@ def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: s
             raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
         checkpoint.release(name)
         return Int8Rows(small.codes.to(device), small.scale.to(device)) if isinstance(small, Int8Rows) else small.to(device)
-    return weight.to(device)
+    if device.type != "cpu":
+        weight = weight.to(device)
+        checkpoint.release(name)
+    return weight
 
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime.attention import Segment, packed_segments
+from edgetune.runtime.device import end_command_buffer
 from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
 from edgetune.runtime.lora import Panel, ProjectPlan
 from edgetune.runtime.loss import chunked_cross_entropy, token_nats
 from edgetune.runtime.model import Block, Context, KVCache, Llama
+from edgetune.runtime.ops import FEW_ROWS
 
 
 class Recompute(StrEnum):
@@ -141,6 +143,7 @@ class Runner:
             with pager.layer(block.layer):
                 done, h = self._enter(block, h, self._of_layer(ctx, block, dropout_key))
             passes.append(done)
+            end_command_buffer(h.device)
         del done
         loss, dh = chunked_cross_entropy(self.model, h, row.targets, row.weights, self.loss_rows)
         del h
@@ -148,6 +151,7 @@ class Runner:
             done = passes.pop()
             with pager.layer(done.block.layer):
                 dh = self._leave(done, dh, self._of_layer(ctx, done.block, dropout_key))
+            end_command_buffer(dh.device)
         return loss
 
     @torch.no_grad()
@@ -166,6 +170,8 @@ class Runner:
         for block in self.model.blocks:
             with self.model.pager.layer(block.layer):
                 h = block(h, ctx)
+            if len(h) > FEW_ROWS:  # a few tokens through all blocks are short enough
+                end_command_buffer(h.device)
         if cache is not None:
             cache.length += len(input_ids)
         return h

@@ -17,7 +17,6 @@ import metal_shim
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 MPS, CPU = torch.device("mps:0"), torch.device("cpu")
 _COPY = torch.ops.aten.copy_.default
@@ -77,43 +76,52 @@ class FakeMps(TorchFunctionMode):
         if target.type == "mps":
             if kwargs.get("pin_memory") or kwargs.get("generator") is not None or kwargs.get("dtype") == torch.float64:
                 raise RuntimeError(f"an MPS tensor cannot be made with {kwargs}")
-            args, kwargs = tree_map(lambda value: CPU if _is_device(value) else value, (tuple(args), kwargs))
-            made = func(*args, **kwargs)
+            args = [CPU if _is_device(value) else value for value in args]
+            made = func(*args, **{name: CPU if _is_device(value) else value for name, value in kwargs.items()})
             if isinstance(made, MpsTensor):
                 return made
-            return MpsTensor(made.detach().clone() if args and made is args[0] else made.detach())
+            return MpsTensor(made.detach().clone() if len(args) and made is args[0] else made.detach())
         if ours:
             return func(args[0].detach().inner, *args[1:], **kwargs).clone()
         return func(*args, **kwargs)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An op that some MPS tensor takes part in."""
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        tensors: list[torch.Tensor] = []
+        inner_args, inner_kwargs = _map(functools.partial(_unwrap, tensors), [args, kwargs])
         ours = [tensor for tensor in tensors if isinstance(tensor, MpsTensor)]
         if func is not _COPY and any(not isinstance(tensor, MpsTensor) and tensor.dim() > 0 for tensor in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got mps:0 and cpu")
         wrappers = {id(tensor.inner): tensor for tensor in ours}
-        found = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+        found = func(*inner_args, **inner_kwargs)
         if any(tensor.inner.shape != tensor.shape for tensor in ours):
             raise RuntimeError(f"{func} would resize an output, which is deprecated")
         if func is _COPY and not isinstance(args[0], MpsTensor):
             return args[0]
         self.ops.add(func)
         wrap = functools.partial(_wrap, wrappers)
-        return tree_map(wrap, found)
+        return _map(wrap, found)
 
 
 def _is_device(value: Any) -> bool:
     return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "mps"))
 
 
-def _unwrap(value: Any) -> Any:
+def _map(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`change` of every tensor in a value, its lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map(change, part) for part in value)
+    return {name: _map(change, part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _unwrap(seen: list[torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+    seen.append(value)
     return value.inner if isinstance(value, MpsTensor) else value
 
 
-def _wrap(wrappers: dict[int, MpsTensor], value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
+def _wrap(wrappers: dict[int, MpsTensor], value: torch.Tensor) -> MpsTensor:
     return wrappers[id(value)] if id(value) in wrappers else MpsTensor(value)
 
 
@@ -128,7 +136,7 @@ class FakeKernel:
     def __call__(self, *arguments: Any, threads: Any, group_size: Any) -> None:
         assert all(not isinstance(value, torch.Tensor) or isinstance(value, MpsTensor) for value in arguments)
         self._machine.launches.append((self._kernel.signature.name, arguments, tuple(threads), tuple(group_size)))
-        self._kernel(*map(_unwrap, arguments), threads=threads, group_size=group_size)
+        self._kernel(*_map(functools.partial(_unwrap, []), arguments), threads=threads, group_size=group_size)
 
 
 class Machine:
@@ -181,6 +189,13 @@ def fake_mps(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Machin
         monkeypatch.setattr(torch.mps, name, value)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def backward(*arguments: Any, **named: Any) -> Any:
+        with machine.mode:  # torch.autograd.backward is a function that modes handle, and has left this one to be called
+            return run_backward(*arguments, **named)
+
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", backward)
     forget(ops, sys.modules)
     FakeMps.active = machine.mode
     try:

@@ -93,6 +93,7 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
 
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
+    from edgetune.awake import awake
     from edgetune.models import DEMO, DEMO_NOTICE
     from edgetune.train import train
 
@@ -101,7 +102,7 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
     previous = _stop_on_signals(stop, caught)
     event: Event | None = None  # torchrun's followers have none
     try:
-        with renderer(as_json) as ui:
+        with awake(), renderer(as_json) as ui:
             for event in train(config, stop, fresh, private_link):
                 ui.show(event)
                 if isinstance(event, Started) and config.model is None and event.model == DEMO:

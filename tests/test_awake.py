@@ -1,0 +1,96 @@
+"""A Mac stays awake while it trains, by a helper that ends with the run; played here by a stand-in for caffeinate."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from edgetune import awake as module
+from edgetune.awake import awake
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the stand-in, which then waits, was started with: a file, its arguments and its own number."""
+    script, told = tmp_path / "caffeinate", tmp_path / "told"
+    script.write_text(f'#!/bin/sh\necho "$@ $$" > {told}.part\nmv {told}.part {told}\nexec sleep 60\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(module, "CAFFEINATE", script)
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform="darwin"))
+    return told
+
+
+def started(told: Path) -> tuple[list[str], int]:
+    for _ in range(500):
+        if told.exists():
+            *arguments, number = told.read_text().split()
+            return arguments, int(number)
+        time.sleep(0.01)
+    raise AssertionError("it was not started")
+
+
+def runs(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_helper_watches_this_process_and_ends_with_the_work(told: Path) -> None:
+    with awake():
+        arguments, number = started(told)
+        assert arguments == ["-is", "-w", str(os.getpid())]
+        assert runs(number)
+        assert os.getpgid(number) != os.getpgid(0)  # Ctrl-C is not for it
+    assert not runs(number)
+
+
+def test_it_ends_where_the_work_fails(told: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), awake():
+        _, number = started(told)
+        raise KeyboardInterrupt
+    assert not runs(number)
+
+
+def test_without_caffeinate_the_work_goes_on(told: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "CAFFEINATE", tmp_path / "nothing")
+    done = False
+    with awake():
+        done = True
+    assert done
+
+
+def test_nothing_is_started_on_other_systems(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform="linux"))
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    with awake():
+        pass
+    assert not told.exists()
+
+
+def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    import edgetune.train
+    from edgetune.cli.main import cli
+    from edgetune.runtime.errors import DataError
+
+    seen: list[bool] = []
+
+    def run(*_: object) -> None:
+        seen.append(runs(started(told)[1]))
+        raise DataError("No notes.")
+
+    monkeypatch.setattr(sys.modules["edgetune.train"], "train", run)
+    assert isinstance(CliRunner().invoke(cli, ["train", "notes", "--json"]).exception, DataError)
+    assert seen == [True]
+    assert not runs(started(told)[1])
