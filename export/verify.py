@@ -1,8 +1,8 @@
 """Proof of an export: the target's own reader against the reference back end in fp32, on the same tokens.
 
 The golden tokens are a prompt and what the model writes after it, taking the likeliest token each time. A reader that finds
-the reference's likeliest token the likeliest at each place would write the same text. They travel with every export as golden.json,
-so that the receiving app can prove the same on its own device.
+the reference's likeliest token the likeliest at each place would write the same text. They travel with every export as
+golden.json, so that the receiving app can prove the same on its own device.
 """
 
 from __future__ import annotations

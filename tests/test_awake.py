@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
 import sys
@@ -55,10 +56,16 @@ def test_the_helper_watches_this_process_and_ends_with_the_work(told: Path) -> N
 
 
 def test_it_ends_where_the_work_fails(told: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), awake():
-        _, number = started(told)
-        raise KeyboardInterrupt
-    assert not runs(number)
+    numbers = []
+
+    def work() -> None:
+        with awake():
+            numbers.append(started(told)[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert not runs(numbers[0])
 
 
 def test_without_caffeinate_the_work_goes_on(told: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,7 +87,6 @@ def test_nothing_is_started_on_other_systems(told: Path, monkeypatch: pytest.Mon
 def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
-    import edgetune.train
     from edgetune.cli.main import cli
     from edgetune.runtime.errors import DataError
 
@@ -90,7 +96,7 @@ def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(runs(started(told)[1]))
         raise DataError("No notes.")
 
-    monkeypatch.setattr(sys.modules["edgetune.train"], "train", run)
+    monkeypatch.setattr(importlib.import_module("edgetune.train"), "train", run)
     assert isinstance(CliRunner().invoke(cli, ["train", "notes", "--json"]).exception, DataError)
     assert seen == [True]
     assert not runs(started(told)[1])

@@ -21,7 +21,8 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError
 from edgetune.runtime.lora import LoraLinear
 from edgetune.session import Session, load_base
-from edgetune.train import learning_rate, train
+from edgetune.stepper import learning_rate
+from edgetune.train import train
 
 BEANS = ["broad beans", "runner beans", "peas", "leeks", "chard", "kale", "onions", "garlic", "radishes", "beetroot"]
 
