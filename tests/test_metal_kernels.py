@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -164,6 +165,12 @@ def test_the_contract_is_what_the_source_says() -> None:
         assert len(recorded.group_size) == dimensions
         assert math.prod(recorded.group_size) <= 1024
         assert math.prod(recorded.group_size) % LANES == 0
+
+
+def test_the_source_is_installed_with_the_package() -> None:
+    settings = tomllib.loads((metal_shim.SOURCE.parents[3] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["edgetune.runtime.backends.metal"]
+    assert any(metal_shim.SOURCE.match(pattern) for pattern in patterns)
 
 
 def test_the_sources_constants_are_the_contracts() -> None:

@@ -4,6 +4,7 @@ Metal kernels' source, and on which the engine must give what plain torch gives 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import tiny
 import torch
 from fake_mps import Machine, fake_mps, mps_table
 
+from edgetune.cli.main import plain_failures
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.events import Event, Finished, Sampled, Started, Stepped
+from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import device, ops
 from edgetune.runtime.checkpoint import open_model
@@ -231,6 +233,35 @@ def test_a_run_on_auto_goes_to_the_apple_gpu_and_learns(mac: Machine, small: tup
     same_run = run(*small, device="cpu", out=str(tmp_path / "cpu"))
     losses = [[event.loss for event in one if isinstance(event, Stepped)] for one in (events, same_run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_in_one_piece(mac: Machine, small: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = run(*small, out=str(tmp_path / "whole"))
+    assert isinstance(whole[-1], Finished)
+    model, notes = small
+    data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=128)
+    config = TrainConfig(data=data, model=str(model), steps=2, rank=4, out=str(tmp_path / "parts"))
+    stop = threading.Event()
+    for event in train(config, stop):
+        if isinstance(event, Stepped):
+            stop.set()
+    assert isinstance(event, Interrupted)
+    assert isinstance(list(train(config))[-1], Finished)
+    weights = [(tmp_path / name / adapters.WEIGHTS_FILE).read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+def test_no_memory_left_is_one_sentence(
+    mac: Machine, small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB). Tried to allocate 1 GB.")
+
+    monkeypatch.setattr(Runner, "train", full)
+    with pytest.raises(SystemExit) as ended, plain_failures():
+        run(*small)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("edgetune: The device has no memory left; type a smaller --memory")
 
 
 def test_a_run_without_kernels_is_plain_torch(

@@ -65,6 +65,13 @@ def plain_failures() -> Iterator[None]:
     except EdgetuneError as error:
         click.echo(f"edgetune: {sanitize(str(error))}", err=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # torch has a class for it on NVIDIA cards only
+            raise
+        click.echo(
+            "edgetune: The device has no memory left; type a smaller --memory, a shorter --seq-len, or --device cpu.", err=True
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         click.echo("edgetune: interrupted.", err=True)
         sys.exit(INTERRUPTED)
