@@ -15,7 +15,7 @@ from edgetune import registry
 from edgetune.config import expand
 from edgetune.documents.reading import read_notes
 from edgetune.export import verify
-from edgetune.export.target import Job, check_reader, check_weights, load_target
+from edgetune.export.target import Job, check_reader, check_weights, load_target, reference
 from edgetune.meter import MemoryMeter
 from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
@@ -78,7 +78,7 @@ def export_adapter(
     begun = time.monotonic()
     with MemoryMeter(base.files) as meter, atomic_folder(folder) as temporary:
         written = module.write(job, temporary)
-        expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)])
+        expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job))
         bound = verify.BOUNDS[target, form]
         about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
         atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))

@@ -6,6 +6,8 @@ A target is a module of this package with
     NEEDS: tuple[str, str]                         the package that its reader needs and the extra that installs it
     def write(job, folder) -> Written              into an empty private folder; what is to be opened, and what to tell
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
+    def reference(job) -> Llama                    where it is there: what to agree with in place of job.model(), for weights
+                                                   that the target rounds anew
 
 Whoever calls it makes the folder appear under its name only when it is whole and proved.
 """
@@ -98,6 +100,12 @@ def load_target(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"Unknown target {name!r}; expected one of {', '.join(TARGETS)}.")
     return cast(Target, importlib.import_module(f"edgetune.export.{name}"))
+
+
+def reference(target: Target, job: Job) -> Llama:
+    """The model that an export has to agree with."""
+    own = getattr(target, "reference", None)
+    return job.model() if own is None else own(job)
 
 
 def check_weights(name: str, target: Target, weights: str | None) -> str:

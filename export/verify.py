@@ -18,6 +18,7 @@ from torch import Tensor
 from edgetune.export.target import Job, Reader
 from edgetune.runtime import ops
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
 
 GOLDEN_FILE = "golden.json"
@@ -43,6 +44,10 @@ HALF = Bound(0.5, 0.05, 2e-3)
 BOUNDS: dict[tuple[str, str], Bound] = {
     ("peft", ""): EXACT,
     ("mps", "nf4"): Bound(5e-2, 5e-3, 1e-4),  # embedding, head and norms of an fp32 base become bf16
+    ("coreml", "nf4"): HALF,
+    ("coreml", "int4"): HALF,
+    ("coreml", "fp16"): HALF,
+    ("coreml", "none"): HALF,
 }
 """By target and form of its weights."""
 
@@ -88,10 +93,10 @@ class Agreement:
 
 
 @torch.no_grad()
-def golden(job: Job, prompt: Sequence[int]) -> Golden:
+def golden(job: Job, prompt: Sequence[int], model: Llama | None = None) -> Golden:
     """What the model writes after `prompt` (token ids, at least one), by this machine's kernels, and the reference's logits
-    along it."""
-    model = job.model()
+    along it. The model is the job's, unless another is given."""
+    model = model or job.model()
     runner = Runner(model)
     room = min(len(prompt) + WRITTEN_TOKENS, model.config.max_positions)
     ids = [*prompt, *Generator(runner, room).generate(prompt, WRITTEN_TOKENS, Sampling(temperature=0.0))]

@@ -1,0 +1,335 @@
+"""A Core ML package for iOS 18 and macOS 15, with its KV cache as state, and all that an app needs to call it.
+
+The adapter is a set of inputs (a new night's adapter is a new small file, the package stays), a function of the package beside
+the bare base (one file of weights for both), or merged. The saved package is proved by mil_eval.py, which is our own: it shows
+that graph and weights are right, and nothing about Apple's kernels.
+
+    model.mlpackage  how-to-call.json  adapter.safetensors (as inputs)  the tokenizer's files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgetune.export import coreml_app as app
+from edgetune.export import coreml_model, coreml_weights, verify
+from edgetune.export.coreml_model import Plan, linear_name
+from edgetune.export.coreml_weights import Stored
+from edgetune.export.mil_eval import MilProgram, quiet_coremltools
+from edgetune.export.target import Job, Written
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime import ops
+from edgetune.runtime.checkpoint import HEAD
+from edgetune.runtime.config import LINEARS, QuantConfig
+from edgetune.runtime.errors import ModelError, ResourceError, UsageError
+from edgetune.runtime.files import PRIVATE_FILE, atomic_write
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.lora import Linear, Weight
+from edgetune.runtime.model import Llama, hf_linear_name
+from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.quantize import companions
+from edgetune.runtime.runner import Runner
+from edgetune.runtime.tokenizer import Tokenizer
+
+PROVED_BY = "edgetune's own evaluator"
+WEIGHTS = ("nf4", "int4", "fp16", "none")
+NEEDS = ("coremltools", "coreml")
+ADAPTER_ALONE = "none"
+"""--weights none: adapter.safetensors alone, for a package that is there already."""
+CONTEXT_TOKENS = 2048
+PREFILL_TOKENS = 128
+"""Logits of a whole chunk come out, 2 bytes for each word of the vocabulary: this keeps them near 30 MB."""
+BASE, ADAPTED = "base", "adapted"
+LIMIT_OF_PROOF = (
+    "What is proved here of a Core ML package, by edgetune's own evaluator, is its graph and its weights, not Apple's kernels: "
+    "try it on a device."
+)
+"""What whoever gets the package has to know."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights of a job come from, and in which form they go."""
+
+    job: Job
+    adapter_as: str | None
+
+    @property
+    def merges(self) -> bool:
+        return self.adapter_as == "merged"
+
+    @property
+    def requantises(self) -> bool:
+        """Whether the stored weights are others than the engine's."""
+        return self.job.weights == "int4" or (self.job.weights == "nf4" and self.merges)
+
+    def linear(self, layer: int, name: str) -> Stored:
+        """A layer's linear as it is to be stored."""
+        full = f"model.layers.{layer}.{hf_linear_name(name)}.weight"
+        weight: Weight = self.job.base.tensor(full)
+        adapter = self.job.adapter
+        if self.job.weights == "nf4" and not isinstance(weight, QuantizedTensor):
+            weight = coreml_weights.quantize(weight)
+        if self.merges and adapter is not None and (layer, name, "A") in adapter.tensors:
+            a, b = (adapter.tensors[layer, name, part] for part in "AB")
+            weight = coreml_weights.merged(weight, a, b, adapter.config.scale)
+        return coreml_weights.store(full, weight, self.job.weights)
+
+    def plan(self, context: int) -> Plan:
+        """The program of the bare base, or of the merged model."""
+        base = self.job.base
+        head = None if base.config.tie_embeddings else coreml_weights.store(HEAD, base.tensor(HEAD), "fp16")
+        return Plan(base.config, context, min(PREFILL_TOKENS, context), base.dense, self.linear, head)
+
+
+def write(job: Job, folder: Path) -> Written:
+    """The package and what belongs to it; every weight in it is read again and compared with the engine's.
+
+    Raises ResourceError where coremltools is not there, UsageError for an --adapter-as that is not known.
+    """
+    if job.weights == ADAPTER_ALONE:
+        app.write_adapter(job.needed_adapter(), job.base.config, job.base.digest, folder / app.ADAPTER_FILE)
+        return Written(app.ADAPTER_FILE, ("This is the adapter alone, for a package of the same base and linears.",))
+    _check_coremltools()
+    source = _source(job)
+    config = job.base.config
+    plan = source.plan(min(CONTEXT_TOKENS, config.max_positions))
+    functions: list[str] = []
+    if source.adapter_as == "inputs":
+        targets = job.needed_adapter().config
+        plan = replace(plan, input_ranks={name: targets.rank for name in LINEARS if name in targets.targets})
+        app.write_adapter(job.needed_adapter(), config, job.base.digest, folder / app.ADAPTER_FILE)
+    if source.adapter_as == "functions":
+        functions = [ADAPTED, BASE]
+        _save_functions(plan, job, folder)
+    else:
+        _save(plan, folder / app.PACKAGE)
+    app.write_call(app.how_to_call(plan, job.base.folder, job.base.digest, functions), folder)
+    for file in companions(job.base.folder):
+        atomic_write(folder / file.name, file.read_bytes())
+    for file in folder.rglob("*"):
+        file.chmod(0o700 if file.is_dir() else PRIVATE_FILE)
+    compared = _compare_weights(folder / app.PACKAGE, source)
+    notices, facts = [LIMIT_OF_PROOF], [("stored_numbers_compared", float(compared))]
+    if source.requantises:
+        loss = _loss(job)
+        facts += loss.items()
+        notices.append(_loss_notice(source, loss))
+    return Written(app.PACKAGE, tuple(notices), tuple(facts))
+
+
+def reference(job: Job) -> Llama:
+    """What the package has to agree with: the engine's model, with the weights as stored where they were quantised anew."""
+    source = _source(job)
+    quant = QuantConfig() if job.weights == "nf4" and job.base.quant is None else None
+    model = load_llama(job.base, torch.float32, quant=quant)
+    if source.requantises:
+        for layer, block in enumerate(model.blocks):
+            for name, linear in block.linears().items():
+                values = torch.from_numpy(source.linear(layer, name).values()).float()
+                bias = linear.bias if isinstance(linear, Linear) else linear.base.bias
+                setattr(block, name, Linear(values, bias))
+    if job.adapter is not None and not (source.merges and source.requantises):
+        adapters.attach(model, job.adapter)
+    return model
+
+
+class EvaluatedPackage:
+    """A written package, called as how-to-call.json says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.call = app.read_call(folder)
+        self.program = MilProgram(folder / app.PACKAGE)
+        self._folder = folder
+        self._adapter = {} if self.call["adapter"] is None else app.read_adapter(folder / app.ADAPTER_FILE, self.call)
+
+    def use_adapter(self, file: Path) -> None:
+        """Feed another adapter to the same package. Raises AdapterError for one that does not fit."""
+        self._adapter = app.read_adapter(file, self.call)
+
+    def logits(self, ids: Sequence[int], function: str | None = None) -> Tensor:
+        """(N,) -> (N, V) f32: the first half in chunks, the other half token by token through the same states."""
+        states, rows, at = self.program.states(function), [], 0
+        prompt = -(-len(ids) // 2)
+        while at < len(ids):
+            end = min(at + self.call["prefill_tokens"], prompt) if at < prompt else at + 1
+            chunk = np.array([ids[at:end]], np.int32)
+            inputs = {"input_ids": chunk, **app.masks(self.call, end - at, end), **self._adapter}
+            rows.append(self.program.run(inputs, states, function)["logits"][0])
+            at = end
+        return torch.from_numpy(np.concatenate(rows)).float()
+
+
+class _AdapterFile:
+    """adapter.safetensors alone, put on the engine's own base."""
+
+    def __init__(self, job: Job, file: Path) -> None:
+        adapter = job.needed_adapter()
+        shapes = {name: list(values.shape) for name, values in app.stacked(adapter, job.base.config).items()}
+        call = {"base": job.base.digest, "adapter": {"rank": adapter.config.rank, "inputs": shapes}}
+        found = app.read_adapter(file, call)
+        tensors = {
+            (layer, name, part): torch.from_numpy(found[f"{name}_{part.lower()}"][layer]).float()
+            for layer, name, part in adapter.tensors
+        }
+        scaled = replace(adapter.config, alpha=float(adapter.config.rank), rslora=False)  # the file's b is scaled already
+        self._model = replace(job, adapter=adapters.Adapter(scaled, tensors)).model()
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(N,) -> (N, V) f32."""
+        return _logits(self._model, ids)
+
+
+def read(job: Job, folder: Path) -> EvaluatedPackage | _AdapterFile:
+    """What was written, opened by our evaluator."""
+    if job.weights == ADAPTER_ALONE:
+        return _AdapterFile(job, folder / app.ADAPTER_FILE)
+    return EvaluatedPackage(folder)
+
+
+def _check_coremltools() -> None:
+    if importlib.util.find_spec("coremltools") is None:
+        raise ResourceError(
+            "Writing a Core ML package needs coremltools, which is not installed; type pip install coremltools on macOS or "
+            "Linux x86-64, the systems that it is made for."
+        )
+    quiet_coremltools()
+
+
+def _source(job: Job) -> _Source:
+    how = job.adapter_as
+    if how not in (None, "inputs", "functions", "merged"):
+        raise UsageError(f"--adapter-as {how} is not known; expected inputs, functions or merged.")
+    if how is not None:
+        job.needed_adapter()
+    return _Source(job, how or ("inputs" if job.adapter is not None else None))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without coremltools' progress bars; what fails raises."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _save(plan: Plan, package: Path) -> None:
+    """Build a program and write it as a package.
+
+    Two default passes would rearrange a table and the scales behind it into a table for each block: 8 bits for 4. The precision
+    is called fp32 so that no pass casts anything: the program says itself what is fp16.
+    """
+    import coremltools as ct
+
+    program, inputs = coreml_model.build(plan)
+    pipeline = ct.PassPipeline.DEFAULT
+    pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern", "common::reorder_lut_per_channel_scale"})
+    with _silent():
+        ct.convert(
+            program,
+            convert_to="mlprogram",
+            inputs=inputs,
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,
+            compute_units=ct.ComputeUnit.CPU_AND_GPU,
+            pass_pipeline=pipeline,
+            skip_model_load=True,
+            package_dir=str(package),
+        )
+
+
+def _save_functions(plan: Plan, job: Job, folder: Path) -> None:
+    """The adapted model and the bare base as functions of one package; weights that both use are stored once."""
+    from coremltools.models.utils import MultiFunctionDescriptor, save_multifunction
+
+    adapter = job.needed_adapter()
+    stacked = app.stacked(adapter, job.base.config)
+    constants = {
+        (layer, name): (stacked[f"{name}_a"][layer], stacked[f"{name}_b"][layer])
+        for layer in range(job.base.config.num_layers)
+        for name in adapter.config.targets
+    }
+    description = MultiFunctionDescriptor()
+    parts = {ADAPTED: replace(plan, constants=constants), BASE: plan}
+    for name, part in parts.items():
+        _save(part, folder / f"{name}.mlpackage")
+        description.add_function(str(folder / f"{name}.mlpackage"), "main", name)
+    description.default_function_name = ADAPTED
+    with _silent():
+        save_multifunction(description, str(folder / app.PACKAGE))
+    for name in parts:
+        shutil.rmtree(folder / f"{name}.mlpackage")
+
+
+def _compare_weights(package: Path, source: _Source) -> int:
+    """Hold every linear's stored codes and scales, in every function, to what was to be stored; returns how many numbers.
+
+    Raises ModelError where one differs.
+    """
+    program, compared = MilProgram(package), 0
+    functions = [
+        {op.outputs[0].name: op.inputs["weight"].op for op in program.operations(function) if op.op_type == "linear"}
+        for function in program.functions
+    ]
+    for layer, name in ((layer, name) for layer in range(source.job.base.config.num_layers) for name in LINEARS):
+        expected, called = source.linear(layer, name), linear_name(layer, name)
+        for weights in functions:
+            if called not in weights:
+                raise ModelError(f"The package has no linear {called}; export it again.")
+            stored = coreml_weights.stored_in(weights[called])
+            if stored.form != expected.form or stored.differences(expected):
+                raise ModelError(f"The package's {called} differs from the engine's weight; export it again.")
+            compared += stored.codes.size + (0 if stored.scale is None else stored.scale.size)
+    return compared
+
+
+def _loss(job: Job) -> dict[str, float]:
+    """KL in nats of the engine's model to the stored one, and to the bare base, over the job's texts or the golden prompt."""
+    texts = job.texts or [_prompt(job)]
+    limit = min(CONTEXT_TOKENS, job.base.config.max_positions)
+    models = {"kl_of_rounding": reference(job)}
+    if job.adapter is not None:
+        models["kl_of_adapter"] = replace(job, adapter=None).model()
+    whole, sums, count = job.model(), dict.fromkeys(models, 0.0), 0
+    for text in texts:
+        expected = torch.log_softmax(_logits(whole, text[:limit]).double(), dim=-1)
+        for name, model in models.items():
+            found = torch.log_softmax(_logits(model, text[:limit]).double(), dim=-1)
+            sums[name] += float((expected.exp() * (expected - found)).sum())
+        count += len(expected)
+    return {name: total / count for name, total in sums.items()}
+
+
+def _prompt(job: Job) -> list[int]:
+    tokenizer = Tokenizer.load(job.base.folder)
+    return [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)]
+
+
+def _loss_notice(source: _Source, loss: dict[str, float]) -> str:
+    """What rounding the weights anew did to the model, and to the adapter that was merged first."""
+    form, rounding, effect = source.job.weights, loss["kl_of_rounding"], loss.get("kl_of_adapter")
+    if not source.merges or effect is None:
+        return f"The weights were rounded to {form} anew: KL {rounding:.2g} from the model as it was trained; nf4 keeps it."
+    lost = "so the adapter's effect is lost" if rounding >= effect else "which may cost some of the adapter's effect"
+    return (
+        f"The adapter was merged into weights rounded to {form}: KL {rounding:.2g} by rounding where the whole adapter makes "
+        f"{effect:.2g}, {lost}; --adapter-as inputs keeps it whole."
+    )
+
+
+@torch.no_grad()
+def _logits(model: Llama, ids: Sequence[int]) -> Tensor:
+    """(N,) -> (N, V) f32 of the reference back end."""
+    with ops.use_backend("reference"):
+        positions = torch.arange(len(ids))
+        h = Runner(model).infer(torch.tensor(list(ids)), positions, [(0, len(ids), 0, len(ids))], None)
+        return model.logits(h).float()

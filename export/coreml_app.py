@@ -1,0 +1,154 @@
+"""What an app needs beside the .mlpackage: how to call it (how-to-call.json), and the adapter as the inputs that it feeds.
+
+adapter.safetensors holds one fp16 tensor for each adapter input, by the input's name: `q_proj_a` (L, r, in) and `q_proj_b`
+(L, out, r), the scale alpha/r multiplied into b. A package takes every adapter of its base and linears whose rank is not above
+its own: missing rows of a and columns of b are zeros. So a night's adapter needs no new package, only this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgetune.export.coreml_model import HIDDEN, Plan
+from edgetune.export.coreml_weights import Array
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import read_json
+from edgetune.runtime.config import LINEARS, LlamaConfig
+from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.files import atomic_write
+from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
+from edgetune.runtime.tokenizer import Tokenizer, read_template
+
+PACKAGE, CALL_FILE, ADAPTER_FILE = "model.mlpackage", "how-to-call.json", "adapter.safetensors"
+FORMAT = 1
+ADVICE = {
+    "minimum_os": ["iOS 18", "macOS 15"],
+    "compute_units": "cpuAndGPU",
+    "why": "The Neural Engine is reported to refuse 4-bit tables with block scales, and a state that it cannot hold.",
+    "verified": "Evaluated operation by operation on the CPU by edgetune's own evaluator; never run by Core ML itself.",
+}
+
+
+def stacked(adapter: Adapter, config: LlamaConfig) -> dict[str, Array]:
+    """The adapter's tensors as a package's inputs, f16 by name. Raises AdapterError for what leaves fp16."""
+    layers, result = range(config.num_layers), {}
+    for name in (name for name in LINEARS if name in adapter.config.targets):
+        a = torch.stack([adapter.tensors[layer, name, "A"] for layer in layers])
+        b = torch.stack([adapter.tensors[layer, name, "B"] for layer in layers]) * adapter.config.scale
+        for which, values in (("a", a.half()), ("b", b.half())):
+            if not torch.isfinite(values).all():
+                raise AdapterError(f"The adapter's {name} leaves fp16's range, in which Core ML computes; train it again.")
+            result[f"{name}_{which}"] = values.numpy()
+    return result
+
+
+def write_adapter(adapter: Adapter, config: LlamaConfig, base: str, path: Path) -> None:
+    """Write adapter.safetensors, private, for packages of the base with digest `base`."""
+    tensors = {name: torch.from_numpy(values) for name, values in stacked(adapter, config).items()}
+    specs = [TensorSpec(name, torch.float16, tuple(values.shape)) for name, values in tensors.items()]
+    with SafetensorsWriter(path, specs, {"base": base, "rank": str(adapter.config.rank)}) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensors[spec.name])
+
+
+def read_adapter(path: Path, call: Mapping[str, Any]) -> dict[str, Array]:
+    """An adapter file as the inputs of the package that `call` describes, padded with zeros to its rank.
+
+    Raises AdapterError for one of another base, other linears or a higher rank.
+    """
+    file = SafetensorsFile.open(path)
+    wanted = {name: tuple(shape) for name, shape in call["adapter"]["inputs"].items()}
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    rank, own = int(call["adapter"]["rank"]), file.metadata.get("rank", "")
+    if file.metadata.get("base") != call["base"] or set(found) != set(wanted) or not own.isdecimal() or int(own) > rank:
+        raise AdapterError(
+            f"{path} does not fit this package: it is for base {str(file.metadata.get('base'))[:12]}, rank {own} on "
+            f"{len(found)} inputs, expected base {str(call['base'])[:12]}, rank {rank} or less on {len(wanted)}; "
+            "type `edgetune export coreml` again."
+        )
+    padded = {}
+    for name, shape in wanted.items():
+        padded[name] = np.zeros(shape, np.float16)
+        if any(inner > outer for inner, outer in zip(found[name], shape, strict=True)):
+            raise AdapterError(f"{path} holds {name} of shape {found[name]}, expected up to {shape}; export it again.")
+        padded[name][tuple(slice(size) for size in found[name])] = file.tensor(name).numpy()
+    return padded
+
+
+def how_to_call(plan: Plan, folder: Path, base: str, functions: list[str]) -> dict[str, Any]:
+    """The contents of how-to-call.json. `folder` is the base model's, `base` its digest."""
+    tokenizer = Tokenizer.load(folder)
+    template = read_template(folder)
+    window = next((window for layer in range(plan.config.num_layers) if (window := plan.window(layer)) is not None), None)
+    mask = {"dtype": "float16", "shape": [1, 1, "T", "M"], "seen": 0.0, "hidden": HIDDEN}
+    masks = {"causal_mask": {**mask, "rule": "row t sees position m where m <= M - T + t"}}
+    if window is not None:
+        rule = f"row t sees position m where M - T + t - {window} < m <= M - T + t"
+        masks["window_mask"] = {**mask, "rule": rule, "window": window}
+    shapes = plan.adapter_shapes()
+    return {
+        "format": FORMAT,
+        "package": PACKAGE,
+        "base": base,
+        **ADVICE,
+        "functions": functions,
+        "context_tokens": plan.context,
+        "prefill_tokens": plan.prefill,
+        "inputs": {
+            "input_ids": {
+                "dtype": "int32",
+                "shape": [1, "T"],
+                "rule": "T is 1 to prefill_tokens: a chunk of a prompt",
+            },
+            **masks,
+        },
+        "outputs": {"logits": {"dtype": "float16", "shape": [1, "T", plan.config.vocab_size]}},
+        "states": {name: {"dtype": "float16", "shape": list(plan.state_shape)} for name in ("k_cache", "v_cache")},
+        "steps": [
+            "make one state for a conversation; M is the tokens read so far and with this call, at most context_tokens",
+            "read the prompt in chunks of up to prefill_tokens, then one token a call",
+            "the next token is drawn from the last row of logits; stop at one of stop_ids",
+        ],
+        "adapter": None
+        if not shapes
+        else {
+            "file": ADAPTER_FILE,
+            "dtype": "float16",
+            "rank": max(plan.input_ranks.values()),
+            "inputs": {name: list(shape) for name, shape in shapes.items()},
+            "rule": "give each input the tensor of its name, a lower rank padded with zeros; all zeros is the bare base",
+        },
+        "start_ids": tokenizer.start_ids,
+        "stop_ids": list(tokenizer.eos_ids),
+        "bos_id": tokenizer.bos_id,
+        "pad_id": tokenizer.pad_id,
+        "chat_template": None if template is None else template[0],
+    }
+
+
+def write_call(call: Mapping[str, Any], folder: Path) -> None:
+    """Write how-to-call.json."""
+    atomic_write(folder / CALL_FILE, json.dumps(call, indent=2) + "\n")
+
+
+def read_call(folder: Path) -> dict[str, Any]:
+    """Read how-to-call.json. Raises ModelError where it is none."""
+    return read_json(folder / CALL_FILE)
+
+
+def masks(call: Mapping[str, Any], count: int, length: int) -> dict[str, Array]:
+    """The masks, f16 (1, 1, T, M), of a chunk of `count` tokens that ends at `length`, as the rules in `call` say."""
+    query, key = np.arange(length - count, length)[:, None], np.arange(length)[None]
+    result = {}
+    for name, mask in call["inputs"].items():
+        if name == "input_ids":
+            continue
+        sees = (key <= query) & (key > query - int(mask.get("window", length)))
+        result[name] = np.where(sees, mask["seen"], mask["hidden"]).astype(np.float16)[None, None]
+    return result
