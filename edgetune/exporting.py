@@ -15,7 +15,7 @@ from edgetune import registry
 from edgetune.config import expand
 from edgetune.documents.reading import read_notes
 from edgetune.export import verify
-from edgetune.export.target import Job, check_reader, check_weights, load_target, reference
+from edgetune.export.target import Job, check_reader, check_weights, load_target, proved_by, reference
 from edgetune.meter import MemoryMeter
 from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
@@ -33,6 +33,7 @@ class Exported:
     path: str
     bytes: int
     verified: bool
+    proved_by: str
     max_logit_difference: float | None
     mean_logit_difference: float | None
     kl: float | None
@@ -92,6 +93,7 @@ def export_adapter(
         path=str(folder / written.opens),
         bytes=size,
         verified=agreement is not None and agreement.holds(bound),
+        proved_by=proved_by(target, module),
         max_logit_difference=None if agreement is None else agreement.max_logit_difference,
         mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
         kl=None if agreement is None else agreement.kl,

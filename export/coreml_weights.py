@@ -41,9 +41,9 @@ class Stored:
         """f16 (out, in): the weight that Core ML computes with, rounded as its constexpr operations round."""
         if self.scale is None:
             return self.codes
-        codes = nf4_table()[self.codes] if self.form == "nf4" else self.codes.astype(np.float16)
-        blocks = codes.reshape(*self.scale.shape, -1)
-        return (blocks * self.scale[..., None]).reshape(self.codes.shape)
+        codes = nf4_table().astype(np.float32)[self.codes] if self.form == "nf4" else self.codes.astype(np.float32)
+        whole = codes.reshape(*self.scale.shape, -1) * self.scale[..., None].astype(np.float32)  # fp32 holds the product
+        return torch.from_numpy(whole).half().view(self.codes.shape).numpy()
 
     def differences(self, other: Stored) -> int:
         """How many stored numbers, codes and scales, are not bit for bit the other's; all, where shapes differ."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from edgetune.runtime.errors import ModelError
 
@@ -25,11 +26,18 @@ _DTYPES = {
     "fp16": np.float16, "fp32": np.float32, "int32": np.int32, "int16": np.int16, "uint16": np.uint16, "int8": np.int8,
     "uint8": np.uint8, "bool": np.bool_,
 }  # fmt: skip
+_PANEL = 1 << 20
+"""Numbers of a weight that are fp32 at once: no more than a processor's cache holds."""
 
 
 def _wide(x: Array) -> Array:
-    """fp16 as fp32, in which products are summed."""
-    return x.astype(np.float32) if x.dtype == np.float16 else x
+    """fp16 as fp32, in which products are summed; by torch, which has the processor's instructions for it."""
+    return torch.from_numpy(np.asarray(x, order="C")).float().numpy() if x.dtype == np.float16 else x
+
+
+def to_half(x: Array) -> Array:
+    """fp32 rounded to fp16, to nearest even, beyond its range to inf."""
+    return torch.from_numpy(np.asarray(x, order="C")).half().numpy()
 
 
 def _elementwise(function: Callable[..., Array]) -> Callable[[Arguments], Array]:
@@ -70,18 +78,14 @@ def _gather(i: Arguments) -> Array:
     return np.take(i["x"], i["indices"].astype(np.int64), axis=int(i.get("axis", 0)))
 
 
-def _softmax(x: Array, axis: int) -> Array:
-    e = np.exp(x - x.max(axis, keepdims=True))
-    return e / e.sum(axis, keepdims=True)
-
-
 def _attention(i: Arguments) -> Array:
     """softmax(Q K^T / sqrt(width) + mask) V."""
     q, k, v = (_wide(i[name]) for name in ("query", "key", "value"))
     scores, mask = q @ k.swapaxes(-1, -2) / np.sqrt(np.float32(q.shape[-1])), i.get("attn_mask")
     if mask is not None:
-        scores = np.where(mask, scores, -np.inf) if mask.dtype == np.bool_ else scores + _wide(mask)
-    return _softmax(scores, -1) @ v
+        scores = scores + _wide(mask)
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)) @ v
 
 
 def _matmul(i: Arguments) -> Array:
@@ -92,16 +96,15 @@ def _matmul(i: Arguments) -> Array:
 
 
 def _linear(i: Arguments) -> Array:
-    y = _wide(i["x"]) @ _wide(i["weight"]).T
+    """x W^T + b, the weight widened a few rows at a time."""
+    x, weight = torch.from_numpy(_wide(i["x"])), torch.from_numpy(i["weight"])
+    rows = max(1, _PANEL // weight.shape[1])
+    y = torch.cat([x @ weight[at : at + rows].float().T for at in range(0, len(weight), rows)], dim=-1).numpy()
     return y if i.get("bias") is None else y + _wide(i["bias"])
 
 
-def _reduce(function: Callable[..., Array]) -> Callable[[Arguments], Array]:
-    def reduced(i: Arguments) -> Array:
-        axes = None if i.get("axes") is None else tuple(int(axis) for axis in i["axes"])
-        return function(_wide(i["x"]), axis=axes, keepdims=bool(i.get("keep_dims", False)))
-
-    return reduced
+def _reduce_mean(i: Arguments) -> Array:
+    return np.mean(_wide(i["x"]), axis=tuple(int(axis) for axis in i["axes"]), keepdims=bool(i.get("keep_dims", False)))
 
 
 def _rsqrt(i: Arguments) -> Array:
@@ -109,8 +112,10 @@ def _rsqrt(i: Arguments) -> Array:
     return 1 / np.sqrt(_wide(i["x"]) + np.float32(epsilon))
 
 
-def _sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-np.clip(x, -88, 88)))
+def _silu(i: Arguments) -> Array:
+    """x / (1 + exp(-x)); beyond 88 fp32's exp would overflow where the quotient is zero anyway."""
+    x = _wide(i["x"])
+    return x / (1 + np.exp(-np.clip(x, -88, 88)))
 
 
 def _reshape(i: Arguments) -> Array:
@@ -123,44 +128,37 @@ def _split(i: Arguments) -> list[Array]:
     return np.split(i["x"], int(i["num_splits"]) if sizes is None else np.cumsum(sizes)[:-1], axis=axis)
 
 
-def _squeeze(i: Arguments) -> Array:
-    return np.squeeze(i["x"], None if i.get("axes") is None else tuple(int(axis) for axis in i["axes"]))
-
-
 def _table(i: Arguments) -> Array:
-    """constexpr_lut_to_dense with one table of scalars a block: indices (a, b, ...), lut (blocks of each axis, entries, 1)."""
-    indices, lut = i["indices"].astype(np.int64), i["lut"]
-    if i.get("vector_axis") is not None or lut.shape[-1] != 1 or lut.ndim != indices.ndim + 2:
-        raise ModelError("The package holds a table of vectors, which edgetune's evaluator does not know.")
-    place = [np.arange(size) // (size // blocks) for size, blocks in zip(indices.shape, lut.shape[:-2], strict=True)]
-    return lut[(*np.ix_(*place), indices, 0)]
+    """constexpr_lut_to_dense with one table of scalars for all: indices u8 of any shape, lut (1, ..., entries, 1)."""
+    if i.get("vector_axis") is not None or i["lut"].size != i["lut"].shape[-2]:
+        raise ModelError("The package holds tables of vectors or by block, which edgetune's evaluator does not know.")
+    return i["lut"].reshape(-1)[i["indices"]]
 
 
 def _scaled(i: Arguments) -> Array:
-    """constexpr_blockwise_shift_scale: (data - offset) * scale in the scale's dtype, a scale for each block of each axis."""
-    data, scale, offset = i["data"].astype(i["scale"].dtype), i["scale"], i.get("offset")
-    for axis, (size, blocks) in enumerate(zip(data.shape, scale.shape, strict=True)):
-        scale = np.repeat(scale, size // blocks, axis)
-        offset = None if offset is None else np.repeat(offset, size // blocks, axis)
-    return (data if offset is None else data - offset.astype(data.dtype)) * scale
+    """constexpr_blockwise_shift_scale: data * scale, a scale for each block of each axis.
+
+    In fp32, which holds the product of two fp16 numbers whole: rounded after that, it is what fp16 makes of it.
+    """
+    if i.get("offset") is not None:
+        raise ModelError("The package shifts its weights by offsets, which edgetune's evaluator does not know.")
+    data, scale = _wide(i["data"]).astype(np.float32, copy=False), _wide(i["scale"])
+    blocks = [part for size, count in zip(data.shape, scale.shape, strict=True) for part in (count, size // count)]
+    each = [part for count in scale.shape for part in (count, 1)]
+    return (data.reshape(blocks) * scale.reshape(each)).reshape(data.shape)
 
 
 OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "add": _elementwise(np.add), "sub": _elementwise(np.subtract), "mul": _elementwise(np.multiply),
-    "real_div": _elementwise(np.divide), "maximum": _elementwise(np.maximum), "minimum": _elementwise(np.minimum),
-    "pow": _elementwise(np.power), "greater_equal": _elementwise(np.greater_equal),
-    "cast": lambda i: i["x"].astype(_DTYPES[str(i["dtype"])]),
-    "shape": lambda i: np.array(i["x"].shape, np.int32),
-    "concat": lambda i: np.concatenate([np.atleast_1d(value) for value in i["values"]], axis=int(i["axis"])),
-    "slice_by_index": lambda i: i["x"][_slices(i)], "slice_update": _slice_update, "gather": _gather,
-    "select": lambda i: np.where(i["cond"], i["a"], i["b"]),
-    "rsqrt": _rsqrt, "sigmoid": lambda i: _sigmoid(_wide(i["x"])), "silu": lambda i: _wide(i["x"]) * _sigmoid(_wide(i["x"])),
-    "reduce_mean": _reduce(np.mean), "reduce_sum": _reduce(np.sum), "reduce_max": _reduce(np.max),
-    "softmax": lambda i: _softmax(_wide(i["x"]), int(i["axis"])), "scaled_dot_product_attention": _attention,
-    "linear": _linear, "matmul": _matmul, "reshape": _reshape, "split": _split, "squeeze": _squeeze,
-    "transpose": lambda i: np.transpose(i["x"], [int(axis) for axis in i["perm"]]),
+    "greater_equal": _elementwise(np.greater_equal), "select": lambda i: np.where(i["cond"], i["a"], i["b"]),
+    "cast": lambda i: i["x"].astype(_DTYPES[str(i["dtype"])]), "shape": lambda i: np.array(i["x"].shape, np.int32),
+    "reshape": _reshape, "transpose": lambda i: np.transpose(i["x"], [int(axis) for axis in i["perm"]]),
     "expand_dims": lambda i: np.expand_dims(i["x"], tuple(int(axis) for axis in i["axes"])),
-    "tile": lambda i: np.tile(i["x"], [int(count) for count in i["reps"]]), "identity": lambda i: i["x"],
+    "tile": lambda i: np.tile(i["x"], [int(count) for count in i["reps"]]), "split": _split,
+    "concat": lambda i: np.concatenate(i["values"], axis=int(i["axis"])), "gather": _gather,
+    "slice_by_index": lambda i: i["x"][_slices(i)], "slice_update": _slice_update,
+    "reduce_mean": _reduce_mean, "rsqrt": _rsqrt, "silu": _silu, "scaled_dot_product_attention": _attention,
+    "linear": _linear, "matmul": _matmul,
     "constexpr_lut_to_dense": _table, "constexpr_blockwise_shift_scale": _scaled,
 }  # fmt: skip
 """What each operation makes of its arguments by name; states and constants are MilProgram's."""
@@ -211,7 +209,7 @@ class MilProgram:
                 raise ModelError(f"The package takes an input {name}, which was not given.")
             known[variable] = states[name] if name in states else inputs[name]
         for operation in body.operations:
-            if operation.op_type == "const":
+            if operation.op_type.startswith("const"):  # and constexpr: made when they are used
                 continue
             results = self._results(operation, known)
             for variable, result in zip(operation.outputs, results, strict=True):
@@ -221,19 +219,19 @@ class MilProgram:
     def value(self, variable: Any) -> Array:
         """A constant, or what a chain of constexpr operations makes of constants, kept from call to call."""
         if variable not in self._constants:
-            operation = variable.op
-            if operation is None or (operation.op_type != "const" and not operation.op_type.startswith("constexpr")):
-                raise KeyError(variable.name)
-            if operation.op_type == "const":
-                self._constants[variable] = np.asarray(variable.val)
-            else:
-                arguments = {name: self.value(its) for name, its in operation.inputs.items() if its is not None}
-                self._constants[variable] = _rounded(variable, _known(operation.op_type)(arguments))
+            self._constants[variable] = self._constant(variable)
         return self._constants[variable]
 
+    def _constant(self, variable: Any) -> Array:
+        operation = variable.op
+        if operation is not None and operation.op_type == "const":
+            return np.asarray(variable.val)
+        if operation is None or not operation.op_type.startswith("constexpr"):
+            raise ModelError(f"The package uses {variable.name} before it is made; export it again.")
+        arguments = {name: self._constant(its) for name, its in operation.inputs.items() if its is not None}
+        return _rounded(variable, _known(operation.op_type)(arguments))
+
     def _results(self, operation: Any, known: dict[Any, Any]) -> list[Array]:
-        if operation.op_type.startswith("constexpr"):
-            return [self.value(operation.outputs[0])]
         arguments = {name: self._argument(its, known) for name, its in operation.inputs.items() if its is not None}
         if operation.op_type == "read_state":
             return [arguments["input"].copy()]
@@ -256,12 +254,14 @@ def _known(kind: str) -> Callable[[Arguments], Any]:
 
 
 def _rounded(variable: Any, result: Any) -> Array:
-    """A result in the dtype that the program declares, fp32 to fp16 with overflow to inf as hardware does it."""
+    """A result in the dtype that the program declares."""
     from coremltools.converters.mil.mil.types import builtin_to_string
 
     dtype = _DTYPES.get(builtin_to_string(variable.dtype))
-    with np.errstate(over="ignore"):
-        return np.asarray(result) if dtype is None else np.asarray(result).astype(dtype, copy=False)
+    result = np.asarray(result)
+    if dtype == np.float16 and result.dtype == np.float32:
+        return to_half(result)
+    return result if dtype is None else result.astype(dtype, copy=False)
 
 
 def quiet_coremltools() -> None:

@@ -8,6 +8,7 @@ A target is a module of this package with
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
     def reference(job) -> Llama                    where it is there: what to agree with in place of job.model(), for weights
                                                    that the target rounds anew
+    PROVED_BY: str                                 where it is there: what `read` is, if not the target's own reader
 
 Whoever calls it makes the folder appear under its name only when it is whole and proved.
 """
@@ -106,6 +107,11 @@ def reference(target: Target, job: Job) -> Llama:
     """The model that an export has to agree with."""
     own = getattr(target, "reference", None)
     return job.model() if own is None else own(job)
+
+
+def proved_by(name: str, target: Target) -> str:
+    """Who opens an export to prove it."""
+    return str(getattr(target, "PROVED_BY", f"{name}'s own reader"))
 
 
 def check_weights(name: str, target: Target, weights: str | None) -> str:

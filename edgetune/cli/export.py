@@ -19,7 +19,7 @@ from edgetune.ui import human_bytes, human_time, one_line
 @click.option(
     "--weights",
     metavar="W",
-    help="Form of the weights, where the adapter is merged: nf4, int4, fp16, bf16, q8_0, as the target has them.",
+    help="Form of the weights: nf4, int4, fp16, bf16, q8_0, or none, as the target has them.",
 )
 @click.option(
     "--adapter-as",
@@ -62,7 +62,7 @@ def export_command(
         click.echo("Not verified.")
     else:
         click.echo(
-            f"Opened by {target}'s own reader: logits differ by up to {result.max_logit_difference:.3g}, on average "
+            f"Opened by {result.proved_by}: logits differ by up to {result.max_logit_difference:.3g}, on average "
             f"{result.mean_logit_difference:.3g}, KL {result.kl:.3g}; the greedy text is "
             f"{'the same' if result.greedy_match else 'another'}."
         )
