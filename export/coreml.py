@@ -215,8 +215,8 @@ def _check_memory(job: Job) -> None:
     needed = PROCESS_BYTES + COPIES * 2 * job.base.config.parameters
     if job.memory is not None and needed > job.memory:
         raise ResourceError(
-            f"A Core ML export of this model holds up to {needed / 1e9:.1f} GB while it is made and proved, and --memory allows "
-            f"{job.memory / 1e9:.1f} GB; allow more, or export on a larger machine."
+            f"A Core ML export of this model holds up to {needed / 1e9:.1f} GB while it is made and proved; --memory allows "
+            f"{job.memory / 1e9:.1f} GB: allow more, or export on a larger machine."
         )
 
 

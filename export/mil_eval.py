@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edgetune.runtime.checkpoint import read_json
 from edgetune.runtime.errors import ModelError
 
 Array = npt.NDArray[Any]
@@ -170,13 +171,14 @@ class MilProgram:
     def __init__(self, package: Path) -> None:
         """Raises ModelError for what coremltools cannot open."""
         quiet_coremltools()
-        import coremltools as ct
         from coremltools.converters.mil.frontend.milproto.load import load
+        from coremltools.models.utils import load_spec
 
         try:
-            model = ct.models.MLModel(str(package), skip_model_load=True)
-            spec = model.get_spec()
-            program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=model.weights_dir)
+            manifest = read_json(package / "Manifest.json")  # opening by MLModel would write it anew
+            file = package / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+            spec = load_spec(str(file))
+            program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(file.parent / "weights"))
         except Exception as error:  # whatever a damaged file makes of a parser
             raise ModelError(f"{package} is no readable Core ML package ({type(error).__name__}); export it again.") from error
         self.functions: dict[str, Any] = dict(program.functions)

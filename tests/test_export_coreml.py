@@ -1,0 +1,416 @@
+"""Core ML packages: evaluated op by op against the engine, weights compared bit by bit, and what is wrong is caught."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from tiny import save_model, save_trainable
+from torch import Tensor
+
+import edgetune
+from edgetune import export_adapter
+from edgetune.export import coreml, coreml_app, coreml_weights, verify
+from edgetune.export.coreml_weights import Stored, store
+from edgetune.export.mil_eval import OPERATIONS, MilProgram
+from edgetune.export.target import Job, reference
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime import nf4, ops
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.model import Llama
+from edgetune.runtime.runner import Runner
+
+pytest.importorskip("coremltools")
+DEMO = Path(edgetune.__file__).parent / "demo"
+
+
+def tiny(folder: Path, family: str = "llama-2-grouped", **changes: Any) -> Path:
+    """A model folder of a family whose rows are whole blocks, with the demo's tokenizer."""
+    save_model(folder, family, **{"intermediate_size": 128, **changes})
+    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder / name)
+    return folder
+
+
+def job_of(folder: Path, weights: str = "fp16", adapter: Adapter | None = None, adapter_as: str | None = None) -> Job:
+    return Job(open_model(folder), "tiny", adapter, weights, adapter_as)
+
+
+def an_adapter(folder: Path, rank: int = 4, seed: int = 0, targets: tuple[str, ...] | None = None) -> Adapter:
+    """A random adapter that changes much."""
+    config = LoraConfig(rank, 2.0 * rank) if targets is None else LoraConfig(rank, 2.0 * rank, targets=targets)
+    model = load_llama(open_model(folder), torch.float32)
+    adapters.attach_new(model, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapters.parameters(model):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return adapters.snapshot(model, config)
+
+
+def written(job: Job, folder: Path) -> coreml.EvaluatedPackage:
+    folder.mkdir()
+    coreml.write(job, folder)
+    found = coreml.read(job, folder)
+    assert isinstance(found, coreml.EvaluatedPackage)
+    return found
+
+
+@torch.no_grad()
+def engine(model: Llama, ids: list[int]) -> Tensor:
+    """The engine's logits in one pass, on the reference back end."""
+    with ops.use_backend("reference"):
+        h = Runner(model).infer(torch.tensor(ids), torch.arange(len(ids)), [(0, len(ids), 0, len(ids))], None)
+        return model.logits(h)
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two sets of logits, in spreads of the expected ones."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    return float((found - expected).abs().max() / expected.std())
+
+
+IDS = [int(token) for token in torch.randint(3, 128, (24,), generator=torch.Generator().manual_seed(7))]
+CLOSE = 0.03
+"""fp16's own rounding in two layers, in spreads of the logits: a wrong angle, mask or bias makes it hundreds of times more."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return tiny(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def inputs_package(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NF4, with an adapter of rank 4 as inputs."""
+    out = tmp_path_factory.mktemp("package") / "inputs"
+    out.mkdir()
+    coreml.write(job_of(folder, "nf4", an_adapter(folder)), out)
+    return out
+
+
+# --- the graph ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama-1", "llama-3.2-tied-scaled", "llama-attention-bias", "mistral-window", "qwen2.5-window", "qwen3"],
+)  # fmt: skip
+def test_every_family_agrees_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
+    """24 tokens where the windows are 16; the first half goes in one chunk, the second token by token."""
+    job = job_of(tiny(tmp_path / "model", family))
+    package = written(job, tmp_path / "out")
+    assert apart(package.logits(IDS), engine(job.model(), IDS)) < CLOSE
+    windows = {"mistral-window", "qwen2.5-window"}
+    assert ("window_mask" in package.call["inputs"]) == (family in windows)
+
+
+def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, inputs_package: Path) -> None:
+    package = coreml.EvaluatedPackage(inputs_package)
+    whole = package.logits(IDS)
+    package.call["prefill_tokens"] = 5
+    assert apart(package.logits(IDS), whole) < CLOSE
+
+
+def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
+    """fp16 squares end at 255; the norms are fp32."""
+    source = tiny(tmp_path / "model")
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 2000 / tensors["model.embed_tokens.weight"].abs().max()
+    safetensors.torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    job = job_of(source)
+    assert apart(written(job, tmp_path / "out").logits(IDS), engine(job.model(), IDS)) < CLOSE
+
+
+def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -> None:
+    """What decode gives depends on what prefill left in the states, and on which of it the mask shows."""
+    package = coreml.EvaluatedPackage(inputs_package)
+
+    def feed(ids: list[int], end: int) -> dict[str, np.ndarray]:
+        chunk = np.array([ids], np.int32)
+        return {"input_ids": chunk, **coreml_app.masks(package.call, len(ids), end), **package._adapter}
+
+    def last(mask_first: bool, fresh: bool) -> np.ndarray:
+        states = package.program.states()
+        package.program.run(feed(IDS[:8], 8), states)
+        assert states["k_cache"][:, :, :8].any(axis=(1, 3)).all()
+        assert not states["k_cache"][:, :, 8:].any()
+        inputs = feed(IDS[8:9], 9)
+        if mask_first:
+            inputs["causal_mask"][..., 0] = coreml_app.HIDDEN
+        return package.program.run(inputs, package.program.states() if fresh else states)["logits"]
+
+    assert np.abs(last(False, False) - last(False, True)).max() > 0.1
+    assert np.abs(last(False, False) - last(True, False)).max() > 0.001
+
+
+# --- the weights -------------------------------------------------------------------------------------------------------------
+
+
+def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> None:
+    """Codes and absmax out of the saved file, against a quantisation of the folder's weight done here."""
+    program, base = MilProgram(inputs_package / coreml_app.PACKAGE), open_model(folder)
+    found = {op.outputs[0].name: op.inputs["weight"] for op in program.operations() if op.op_type == "linear"}
+    weight = base.dense("model.layers.1.mlp.down_proj.weight")
+    quantized = nf4.quantize(weight)
+    variable = found["layers_1_down_proj"]
+    stored = coreml_weights.stored_in(variable.op)
+    high_first = np.stack((quantized.packed.numpy() >> 4, quantized.packed.numpy() & 15), 1).reshape(weight.shape)
+    assert stored.form == "nf4"
+    assert (stored.codes == high_first).all()
+    assert stored.scale is not None
+    absmax = nf4.expand_absmax(quantized.state).half().view(weight.shape[0], -1)
+    assert (torch.from_numpy(stored.scale).view(torch.int16) == absmax.view(torch.int16)).all()
+    halves = nf4.NF4_TABLE.half()[torch.from_numpy(high_first).int()].view(weight.shape[0], -1, 64) * absmax.unsqueeze(2)
+    assert torch.equal(torch.from_numpy(program.value(variable)), halves.view(weight.shape))  # as the evaluator makes it
+    assert torch.equal(torch.from_numpy(stored.values()), halves.view(weight.shape))  # as the reference has it
+    relative = (halves.view(weight.shape).float() / nf4.dequantize(quantized, torch.float32) - 1).nan_to_num().abs()
+    assert relative.max() < 2e-3
+
+
+def test_int4_is_within_half_a_step_and_uses_the_whole_range() -> None:
+    weight = torch.randn(48, 96)
+    stored = store("w", weight, "int4")
+    assert (int(stored.codes.min()), int(stored.codes.max())) == (-8, 7)
+    assert stored.scale is not None
+    step = torch.from_numpy(stored.scale).float().repeat_interleave(32, dim=1)
+    assert ((torch.from_numpy(stored.values()).float() - weight).abs() <= 0.51 * step).all()
+    assert not store("w", torch.zeros(2, 32), "int4").values().any()
+
+
+def test_rows_that_are_no_whole_blocks_and_numbers_beyond_fp16_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"w has 96 inputs, .* --weights fp16"):
+        store("w", torch.randn(2, 96), "nf4")
+    with pytest.raises(ModelError, match="fp16 ends at 65504"):
+        store("w", torch.full((2, 64), 1e5), "fp16")
+    with pytest.raises(ModelError, match="inf or NaN"):
+        store("w", torch.full((2, 64), torch.nan), "nf4")
+
+
+def test_differences_are_counted() -> None:
+    one = store("w", torch.randn(4, 64), "nf4")
+    codes = one.codes.copy()
+    codes[2, 3] ^= 1
+    assert one.differences(one) == 0
+    assert one.differences(Stored("nf4", codes, one.scale)) == 1
+    assert one.differences(store("w", torch.randn(4, 64), "fp16")) == one.codes.size
+
+
+def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
+    """One flipped bit of a code is found by the comparison; a cut file is no package."""
+    copy = tmp_path / "copy"
+    shutil.copytree(inputs_package, copy)
+    job = job_of(folder, "nf4", an_adapter(folder))
+    source = coreml._source(job)
+    assert coreml._compare_weights(copy / coreml_app.PACKAGE, source) > 0
+    weights = copy / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    quantized = nf4.quantize(open_model(folder).dense("model.layers.0.self_attn.q_proj.weight"))
+    codes = coreml_weights.store("q", quantized, "nf4").codes.reshape(-1, 2)
+    low_first = (codes[:, 0] | codes[:, 1] << 4).astype(np.uint8).tobytes()  # Core ML's order within a byte
+    data = bytearray(weights.read_bytes())
+    data[data.index(low_first)] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match="layers_0_q_proj differs"):
+        coreml._compare_weights(copy / coreml_app.PACKAGE, source)
+    graph = weights.parent.parent / "model.mlmodel"
+    graph.write_bytes(graph.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="no readable Core ML package"):
+        MilProgram(copy / coreml_app.PACKAGE)
+
+
+# --- the adapter -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
+    """Also one of a lower rank."""
+    package = coreml.EvaluatedPackage(inputs_package)
+    job = job_of(folder, "nf4", an_adapter(folder))
+    assert apart(package.logits(IDS), engine(coreml.reference(job), IDS)) < CLOSE
+    other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=coreml.ADAPTER_ALONE)
+    assert coreml.write(other, tmp_path).opens == coreml_app.ADAPTER_FILE
+    package.use_adapter(tmp_path / coreml_app.ADAPTER_FILE)
+    expected = engine(coreml.reference(replace(other, weights="nf4")), IDS)
+    assert apart(package.logits(IDS), expected) < CLOSE
+    assert apart(engine(coreml.reference(job), IDS), expected) > 20 * CLOSE
+    assert apart(coreml.read(other, tmp_path).logits(IDS), engine(other.model(), IDS)) < CLOSE
+
+
+@pytest.mark.parametrize("fault", ["rank", "linears", "base"])
+def test_an_adapter_that_does_not_fit_is_refused(fault: str, folder: Path, inputs_package: Path, tmp_path: Path) -> None:
+    adapter = an_adapter(folder, 8 if fault == "rank" else 4, targets=("q_proj", "v_proj") if fault == "linears" else None)
+    job = job_of(folder)
+    path = tmp_path / "adapter.safetensors"
+    coreml_app.write_adapter(adapter, job.base.config, "another" if fault == "base" else job.base.digest, path)
+    with pytest.raises(AdapterError, match="does not fit this package"):
+        coreml.EvaluatedPackage(inputs_package).use_adapter(path)
+
+
+def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
+    adapter = an_adapter(folder, targets=("q_proj", "down_proj"))
+    job = job_of(folder, "nf4", adapter, "functions")
+    package = written(job, tmp_path / "functions")
+    assert package.call["functions"] == ["adapted", "base"]
+    assert apart(package.logits(IDS), engine(coreml.reference(job), IDS)) < CLOSE
+    assert (
+        apart(package.logits(IDS, "base"), engine(coreml.reference(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
+    )
+    weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
+    own = sum(tensor.numel() * 2 + 128 for tensor in adapter.tensors.values())  # and each tensor's header and padding
+    assert bare < both <= bare + own
+
+
+def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path) -> None:
+    job = replace(job_of(folder, "nf4", an_adapter(folder), "merged"), texts=[IDS])
+    tmp_path.joinpath("out").mkdir()
+    result = coreml.write(job, tmp_path / "out")
+    facts = dict(result.facts)
+    assert 0 < facts["kl_of_rounding"] < facts["kl_of_adapter"]
+    assert "--adapter-as inputs keeps it whole" in result.notices[-1]
+    package = coreml.read(job, tmp_path / "out")
+    assert package.call["adapter"] is None
+    assert apart(package.logits(IDS), engine(coreml.reference(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real, and not hidden
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
+    save_trainable(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    result = export_adapter("coreml", str(tmp_path / "model"), "none", tmp_path / "out", "fp16")
+    assert result.verified
+    assert result.greedy_match
+    assert result.proved_by == "edgetune's own evaluator"
+    assert result.notices == (coreml.LIMIT_OF_PROOF,)
+    call = json.loads((tmp_path / "out" / "how-to-call.json").read_text())
+    assert call["context_tokens"] == config["max_position_embeddings"]
+    assert call["stop_ids"] == [config["eos_token_id"]]
+    assert call["states"]["k_cache"]["shape"] == [2, 2, config["max_position_embeddings"], 16]
+    assert call["compute_units"] == "cpuAndGPU"
+    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert modes == {0o600}
+
+
+def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AdapterError, match="no adapter to export"):
+        coreml.write(job_of(folder, adapter_as="functions"), tmp_path)
+    with pytest.raises(UsageError, match="inputs, functions or merged"):
+        coreml.write(job_of(folder, adapter_as="state"), tmp_path)
+    with pytest.raises(ResourceError, match=r"--memory allows 0\.1 GB"):
+        coreml.write(replace(job_of(folder), memory=100 << 20), tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "coremltools" else find(name))
+    with pytest.raises(ResourceError, match="needs coremltools"):
+        coreml.write(job_of(folder), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the evaluator against torch ---------------------------------------------------------------------------------------------
+
+
+def half(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float16)
+
+
+def as_torch(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).float()
+
+
+Q, K, V, MASK = half(1, 4, 3, 16), half(1, 4, 5, 16), half(1, 4, 5, 16), half(1, 1, 3, 5)
+X, W, B = half(1, 3, 64), half(32, 64), half(32)
+GRID = half(2, 3, 8, 4)
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
+    "attention": ("scaled_dot_product_attention", {"query": Q, "key": K, "value": V, "attn_mask": MASK},
+        lambda: F.scaled_dot_product_attention(as_torch(Q), as_torch(K), as_torch(V), as_torch(MASK))),
+    "linear": ("linear", {"x": X, "weight": W, "bias": B}, lambda: F.linear(as_torch(X), as_torch(W), as_torch(B))),
+    "matmul": ("matmul", {"x": X, "y": W[None], "transpose_y": True}, lambda: as_torch(X) @ as_torch(W).T),
+    "mean": ("reduce_mean", {"x": X, "axes": [-1], "keep_dims": True}, lambda: as_torch(X).mean(-1, keepdim=True)),
+    "rsqrt": ("rsqrt", {"x": np.abs(X), "epsilon": np.float16(1e-3)},
+        lambda: torch.rsqrt(as_torch(np.abs(X)) + float(np.float16(1e-3)))),
+    "silu": ("silu", {"x": X * 100}, lambda: F.silu(as_torch(X * 100))),
+    "gather": ("gather", {"x": W, "indices": np.array([[3, 0]], np.int32), "axis": 0},
+        lambda: F.embedding(torch.tensor([[3, 0]]), as_torch(W))),
+    "slice": ("slice_by_index", {"x": GRID, "begin": [1, 0, 2, 0], "end": [2, 9, 6, 0], "end_mask": [0, 0, 0, 1],
+        "begin_mask": [0, 1, 0, 0], "squeeze_mask": [1, 0, 0, 0], "stride": [1, 1, 2, 1]}, lambda: as_torch(GRID)[1, :, 2:6:2]),
+    "tile": ("tile", {"x": GRID, "reps": [1, 2, 1, 3]}, lambda: as_torch(GRID).repeat(1, 2, 1, 3)),
+    "reshape": ("reshape", {"x": GRID, "shape": [0, -1, 4]}, lambda: as_torch(GRID).reshape(2, 24, 4)),
+    "transpose": ("transpose", {"x": GRID, "perm": [0, 2, 1, 3]}, lambda: as_torch(GRID).permute(0, 2, 1, 3)),
+    "expand": ("expand_dims", {"x": GRID, "axes": [2]}, lambda: as_torch(GRID).unsqueeze(2)),
+    "concat": ("concat", {"values": [GRID, GRID], "axis": -1}, lambda: torch.cat([as_torch(GRID)] * 2, -1)),
+    "select": ("select", {"cond": X > 0, "a": X, "b": -X}, lambda: as_torch(X).abs()),
+    "scale": ("constexpr_blockwise_shift_scale", {"data": np.arange(-8, 8, dtype=np.int8).reshape(2, 8), "scale": half(2, 2)},
+        lambda: torch.arange(-8.0, 8).view(2, 2, 4).mul(as_torch(half(2, 2)).unsqueeze(2)).view(2, 8)),
+    "table": ("constexpr_lut_to_dense", {"indices": np.array([[3, 1]], np.uint8), "lut": half(1, 1, 16, 1)},
+        lambda: as_torch(half(1, 1, 16, 1)).view(-1)[torch.tensor([[3, 1]])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_an_operation_is_torchs(case: str) -> None:
+    name, arguments, expected = CASES[case]
+    torch.testing.assert_close(
+        torch.from_numpy(np.asarray(OPERATIONS[name](arguments))).float(), expected(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_slice_update_writes_only_its_slice_and_never_broadcasts() -> None:
+    place = {"x": GRID, "begin": [1, 0, 2, 0], "end": [2, 3, 4, 4]}
+    updated = OPERATIONS["slice_update"]({**place, "update": np.ones((1, 3, 2, 4), np.float16)})
+    expected = GRID.copy()
+    expected[1:2, 0:3, 2:4] = 1
+    assert (updated == expected).all()
+    with pytest.raises(ModelError, match="slice_update writes"):
+        OPERATIONS["slice_update"]({**place, "update": np.ones((1, 3, 1, 4), np.float16)})
+
+
+def test_an_unknown_operation_and_a_missing_input_are_named(tmp_path: Path) -> None:
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 4))], opset_version=ct.target.iOS18)
+    def program(x: Any) -> Any:
+        return mb.erf(x=x)
+
+    ct.convert(
+        program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True, package_dir=str(tmp_path / "p.mlpackage")
+    )
+    opened = MilProgram(tmp_path / "p.mlpackage")
+    with pytest.raises(ModelError, match="operation erf, which"):
+        opened.run({"x": np.zeros((1, 4), np.float32)}, {})
+    with pytest.raises(ModelError, match="takes an input x"):
+        opened.run({}, {})
+
+
+# --- all forms, on real weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter_as", [None, "inputs", "functions", "merged"])
+@pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
+def test_the_demo_in_every_form(weights: str, adapter_as: str | None, tmp_path: Path) -> None:
+    adapter = None if adapter_as is None else an_adapter(DEMO, rank=8)
+    job = job_of(DEMO, weights, adapter, adapter_as)
+    package = written(job, tmp_path / "out")
+    expected = verify.golden(job, IDS, reference(coreml, job))  # type: ignore[arg-type]
+    found = verify.compare(expected, package, verify.BOUNDS["coreml", weights])
+    assert found.holds(verify.BOUNDS["coreml", weights])
+    assert found.max_logit_difference < 0.1
