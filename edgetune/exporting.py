@@ -75,7 +75,7 @@ def export_adapter(
     tokenizer = Tokenizer.load(choice.path)
     start = tokenizer.start_ids
     documents = [[*start, *tokenizer.encode(document.text)] for document in read_notes(texts).documents] if texts else []
-    job = Job(base, choice.name, own, form, adapter_as, memory, documents, force)
+    job = Job(base, choice.name, own, form, adapter_as, memory, documents, force, check)
     begun = time.monotonic()
     with MemoryMeter(base.files) as meter, atomic_folder(folder) as temporary:
         written = module.write(job, temporary)

@@ -42,6 +42,7 @@ class Job:
 
     weights: one of the target's WEIGHTS. adapter_as: Core ML's form of the adapter. memory: bytes that may be held, None
     for no limit. texts: token ids of documents to measure a lossy merge on. force: write even what was found useless.
+    check: whether the target's own reader is to be used, for proof and for what only it can measure.
     """
 
     base: Checkpoint
@@ -52,6 +53,7 @@ class Job:
     memory: int | None = None
     texts: Sequence[Sequence[int]] = ()
     force: bool = False
+    check: bool = True
 
     def needed_adapter(self) -> Adapter:
         """The adapter, of which this target is made. Raises AdapterError where there is none."""

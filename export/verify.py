@@ -41,6 +41,8 @@ EXACT = Bound(2e-2, 2e-3, 1e-5)
 """The same numbers in another order of adding."""
 HALF = Bound(0.5, 0.05, 2e-3)
 """Weights or arithmetic rounded to 16 bits."""
+BF16 = Bound(1.0, 0.1, 5e-3)
+"""Weights, and the activations that they are multiplied with, rounded to 8 bits: llama.cpp's bf16 and q8_0."""
 BOUNDS: dict[tuple[str, str], Bound] = {
     ("peft", ""): EXACT,
     ("mps", "nf4"): Bound(5e-2, 5e-3, 1e-4),  # embedding, head and norms of an fp32 base become bf16
@@ -48,6 +50,13 @@ BOUNDS: dict[tuple[str, str], Bound] = {
     ("coreml", "int4"): HALF,
     ("coreml", "fp16"): HALF,
     ("coreml", "none"): HALF,
+    ("gguf", ""): EXACT,  # llama.cpp multiplies f32 weights, and a LoRA, in f32
+    ("gguf", "f16"): HALF,  # weights and, in each product, activations rounded to f16
+    ("gguf", "bf16"): BF16,
+    ("gguf", "q8_0"): BF16,
+    ("ollama", "q8_0"): BF16,
+    ("ollama", "f16"): HALF,
+    ("ollama", "bf16"): BF16,
 }
 """By target and form of its weights."""
 

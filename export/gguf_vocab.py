@@ -1,0 +1,207 @@
+"""A model folder's tokenizer and chat template as GGUF's tokenizer.ggml.* keys.
+
+llama.cpp has two tokenizers for what edgetune runs: "llama" merges the pair of pieces with the best score, as
+sentencepiece does, and "gpt2" is byte-level BPE by ranks, after a split that it knows by a family's name. A split that it
+has no name for is refused: under a wrong one the model would read other words than it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.pieces import (
+    JSON_BYTES,
+    MODEL_BYTES,
+    JsonPieces,
+    Pieces,
+    SentencePieces,
+    SpecialNames,
+    read_config,
+    read_limited,
+)
+from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h's llama_token_type
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
+"""llama.cpp's name for the text between words, by the regular expression that tokenizer.json writes."""
+
+
+@dataclass
+class Vocabulary:
+    """model: "llama" or "gpt2"; for each id its token, score and type; merges and pre (the split's name) for gpt2 only."""
+
+    model: str
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    merges: list[str] = field(default_factory=list)
+    pre: str = "default"
+    ids: dict[str, int] = field(default_factory=dict)
+    """bos, eos, eot, unknown and padding, those that there are."""
+    adds_bos: bool = False
+    adds_space: bool = False
+    template: str | None = None
+
+    def add_to(self, writer: Any) -> None:
+        """Add the keys to a gguf.GGUFWriter."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        if self.model == "llama":
+            writer.add_token_scores(self.scores)
+        writer.add_token_types(self.types)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        for name, id in self.ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", id)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(self.adds_space)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """The tokenizer of a model folder for an embedding of `rows` rows; ids that have no piece get a name that no text spells.
+
+    Raises TokenizerError for a tokenizer that llama.cpp would not follow.
+    """
+    config = read_config(folder / "tokenizer_config.json")
+    template = read_template(folder, config)
+    names = SpecialNames.read(folder, config, template[0] if template else "")
+    tokenizer = Tokenizer.load(folder)
+    pieces: Pieces
+    if (folder / "tokenizer.json").is_file():
+        source = _json(folder / "tokenizer.json")
+        pieces = JsonPieces(folder / "tokenizer.json", names)
+        if (source.get("decoder") or {}).get("type") == "ByteLevel":
+            found = _byte_level(source, folder)
+        elif (folder / "tokenizer.model").is_file():
+            found = _sentencepiece(folder / "tokenizer.model")
+        else:
+            found = _merged_pieces(source, folder)
+    else:
+        source = {}
+        pieces = SentencePieces(folder / "tokenizer.model", names)
+        found = _sentencepiece(folder / "tokenizer.model")
+    if len(found.tokens) > rows:
+        raise TokenizerError(f"{folder} has {len(found.tokens)} tokens and {rows} rows of embedding; copy the model again.")
+    for id in range(len(found.tokens), rows):
+        found.tokens.append(f"[PAD{id}]")
+        found.scores.append(-1000.0)
+        found.types.append(UNUSED)
+    unknown = pieces.id_of(names.spelled.get("unk_token") or "") if found.model == "llama" else None
+    for token in pieces.added:
+        if token.id < rows:
+            found.tokens[token.id] = token.spelling
+            found.types[token.id] = UNKNOWN if token.id == unknown else CONTROL if token.special else USER_DEFINED
+    turn_ends = {pieces.id_of(end) for end in TURN_ENDS}
+    special = {
+        "bos": tokenizer.bos_id,
+        "eos": next(iter(tokenizer.eos_ids), None),
+        "eot": next((id for id in tokenizer.eos_ids if id in turn_ends), None),
+        "unknown": unknown,
+        "padding": tokenizer.pad_id,
+    }
+    found.ids = {name: id for name, id in special.items() if id is not None and id < rows}
+    found.adds_bos = "bos" in found.ids and _adds_bos(config, source, names, found.tokens[found.ids["bos"]])
+    letter = pieces.encode("a", True)
+    found.adds_space = found.model == "llama" and bool(letter) and pieces.bytes_of(letter[0]).startswith(b" ")
+    found.template = template[0] if template else None
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(read_limited(path, JSON_BYTES))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
+        raise TokenizerError(f"{path} is not a tokenizer; copy it again from the model's publisher.")
+    return value
+
+
+def _plain(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Pieces by id, and the pairs that merge, of tokenizer.json's BPE."""
+    model = source["model"]
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if model.get("type") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise TokenizerError(f"{folder} has a tokenizer of type {model.get('type')}, which llama.cpp has not; expected BPE.")
+    ids = {id: piece for piece, id in vocab.items() if type(id) is int}
+    pieces = [ids.get(id, f"[PAD{id}]") for id in range(max(ids, default=-1) + 1)]
+    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    return pieces, [(pair[0], pair[1]) for pair in pairs]
+
+
+def _byte_level(source: dict[str, Any], folder: Path) -> Vocabulary:
+    pieces, pairs = _plain(source, folder)
+    types = [NORMAL] * len(pieces)
+    return Vocabulary("gpt2", pieces, [0.0] * len(pieces), types, [" ".join(pair) for pair in pairs], _split(source, folder))
+
+
+def _split(source: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name for how tokenizer.json cuts a text before merging. Raises TokenizerError where it has none."""
+    part = source.get("pre_tokenizer") or {}
+    steps = part.get("pretokenizers", []) if part.get("type") == "Sequence" else [part]
+    kinds = [step.get("type") for step in steps]
+    byte_level = steps[-1] if kinds and kinds[-1] == "ByteLevel" else {}
+    prefix = byte_level.get("add_prefix_space")
+    if kinds == ["Split", "ByteLevel"] and not prefix and byte_level.get("use_regex") is False:
+        regex = (steps[0].get("pattern") or {}).get("Regex")
+        if regex in SPLITS and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+            return SPLITS[regex]
+    if not prefix and byte_level.get("use_regex", True) is True:
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            return "smollm"
+    raise TokenizerError(
+        f"The tokenizer in {folder} cuts texts into words ({', '.join(map(str, kinds)) or 'not at all'}) as no tokenizer of "
+        "llama.cpp's that edgetune knows does; export it with `edgetune export hf`."
+    )
+
+
+def _merged_pieces(source: dict[str, Any], folder: Path) -> Vocabulary:
+    """sentencepiece's BPE as tokenizer.json has it: a piece's score is how early it is merged."""
+    pieces, pairs = _plain(source, folder)
+    if not source["model"].get("byte_fallback"):
+        raise TokenizerError(f"The tokenizer in {folder} has no byte pieces, which llama.cpp needs; type `edgetune export hf`.")
+    rank: dict[str, int] = {}
+    for n, (left, right) in enumerate(pairs):
+        rank.setdefault(left + right, n)
+    scores = [-float(rank.get(piece, len(pairs))) for piece in pieces]
+    types = [BYTE if _is_byte(piece) else NORMAL for piece in pieces]
+    return Vocabulary("llama", pieces, scores, types)
+
+
+def _sentencepiece(path: Path) -> Vocabulary:
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_proto=read_limited(path, MODEL_BYTES))
+    ids = range(sp.get_piece_size())
+    types = [CONTROL if sp.is_control(id) else UNUSED if sp.is_unused(id) else BYTE if sp.is_byte(id) else NORMAL for id in ids]
+    return Vocabulary("llama", [sp.id_to_piece(id) for id in ids], [float(sp.get_score(id)) for id in ids], types)
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _adds_bos(config: dict[str, Any], source: dict[str, Any], names: SpecialNames, bos: str) -> bool:
+    """Whether the model's own tokenizer begins a text with its bos: as the files say, else as LLaMA's does."""
+    said = config.get("add_bos_token")
+    if isinstance(said, bool):
+        return said
+    if names.rebuilds_llama or not source:
+        return True
+    return bos in json.dumps(source.get("post_processor"), ensure_ascii=False)

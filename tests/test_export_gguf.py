@@ -1,0 +1,452 @@
+"""GGUF holds the merged model and the adapter, llama.cpp computes what edgetune computes, and a LoRA comes back as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import edgetune
+from edgetune.export import gguf, gguf_adapter, gguf_model, llamacpp, verify
+from edgetune.export.gguf_names import from_llama_rows, to_llama_rows
+from edgetune.export.gguf_vocab import SPLITS, read_vocabulary
+from edgetune.export.merge import merged
+from edgetune.export.target import Job
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
+from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, TokenizerError
+from edgetune.runtime.lora import LoraLinear
+from edgetune.runtime.tokenizer import Tokenizer
+
+library = pytest.importorskip("gguf")
+DEMO = Path(edgetune.__file__).parent / "demo"
+WINDOWED = ("mistral-window", "qwen2.5-window")
+FAMILIES = [family for family in tiny.FAMILIES if family not in WINDOWED]
+
+
+def an_adapter(config: LlamaConfig, rank: int = 4, size: float = 0.03, **changes: Any) -> Adapter:
+    """A LoRA on every target with random numbers in both matrices."""
+    lora = LoraConfig(rank, 8.0, **changes)
+    shapes = config.linear_shapes()
+    tensors = {}
+    for layer in range(config.num_layers):
+        for name in lora.targets:
+            out, inputs = shapes[name]
+            tensors[layer, name, "A"] = torch.randn(rank, inputs) / inputs**0.5
+            tensors[layer, name, "B"] = torch.randn(out, rank) * size
+    return Adapter(lora, tensors)
+
+
+def opened(folder: Path, family: str = "llama-2-grouped", **changes: Any) -> Checkpoint:
+    tiny.save_model(folder, family, **changes)
+    return open_model(folder)
+
+
+def nothing(writer: Any) -> None:
+    writer.add_tokenizer_model("no_vocab")
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Keys and tensors (f32) of a GGUF file by the gguf library's own reader."""
+    reader = library.GGUFReader(path)
+    tensors = {
+        tensor.name: torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(
+            *reversed(tensor.shape.tolist())
+        )
+        for tensor in reader.tensors
+    }
+    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+
+
+# --- the model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_the_file_holds_the_merged_tensors(tmp_path: Path, kind: str) -> None:
+    base = opened(tmp_path / "m")
+    job = Job(base, "somewhere/tiny", an_adapter(base.config))
+    assert gguf_model.write_model(job, tmp_path / "m.gguf", kind, nothing) == ()
+    keys, tensors = contents(tmp_path / "m.gguf")
+    for layer, block in enumerate(job.model().blocks):
+        for name, linear in block.linears().items():
+            assert isinstance(linear, LoraLinear)
+            weight = linear.base.weight + job.needed_adapter().config.scale * linear.lora_B @ linear.lora_A
+            if name in ("q_proj", "k_proj"):
+                weight = to_llama_rows(weight, base.config.head_dim)
+            ours = tensors[f"blk.{layer}.{gguf_adapter.LINEARS[name]}.weight"]
+            step = {"f32": 1e-6, "f16": 2e-3, "bf16": 1e-2, "q8_0": 1e-2}[kind] * weight.abs().max()
+            assert (ours - weight).abs().max() <= step
+    assert len(tensors) == len(model_shapes(base.config))
+    assert keys["general.architecture"] == "llama"
+    assert keys["general.name"] == "tiny"  # no path
+    assert keys["llama.attention.head_count_kv"] == 2
+    assert keys["llama.rope.dimension_count"] == 16
+    assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o600
+
+
+def test_q8_0_is_the_librarys_bit_for_bit() -> None:
+    numbers = torch.cat([torch.randn(64, 96) * 3, torch.zeros(2, 96), torch.arange(192.0).view(2, 96) / 2 - 48])
+    expected = library.quants.quantize(numbers.numpy(), library.GGMLQuantizationType.Q8_0)
+    assert gguf_model._q8_0(numbers) == expected.tobytes()
+
+
+def test_rows_that_do_not_end_with_a_block_of_q8_0_are_f16(tmp_path: Path) -> None:
+    base = opened(tmp_path / "m", intermediate_size=80)
+    gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "q8_0", nothing)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in library.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_merging_holds_one_tensor_in_the_models_order(tmp_path: Path) -> None:
+    base = opened(tmp_path / "m", "qwen2")
+    job = Job(base, "tiny", an_adapter(base.config, targets=("q_proj", "down_proj")))
+    assert [(name, tuple(tensor.shape)) for name, tensor in merged(job)] == list(model_shapes(base.config).items())
+
+
+def test_llama3_scaling_is_written_as_factors(tmp_path: Path) -> None:
+    base = opened(tmp_path / "m", "llama-3.2-tied-scaled")
+    gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+    _, tensors = contents(tmp_path / "m.gguf")
+    factors = tensors["rope_freqs.weight"]
+    assert factors[0] == 1
+    assert factors[-1] == 8
+    assert "output.weight" not in tensors  # tied
+
+
+def test_a_window_is_the_longest_context_or_refused(tmp_path: Path) -> None:
+    base = opened(tmp_path / "long", "mistral-window", sliding_window=600, max_position_embeddings=1024)
+    notices = gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+    assert "at most 600 tokens" in notices[0]
+    assert contents(tmp_path / "m.gguf")[0]["llama.context_length"] == 600
+    for family in WINDOWED:
+        short = opened(tmp_path / family, family)
+        with pytest.raises(ModelError, match="no sliding window"):
+            gguf_model.write_model(Job(short, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    biased = opened(tmp_path / "biased", "qwen3", attention_bias=True)
+    with pytest.raises(ModelError, match="no attention biases"):
+        gguf_model.write_model(Job(biased, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+    scaled = opened(tmp_path / "scaled", "qwen2", rope_parameters=tiny.LLAMA3_ROPE)
+    with pytest.raises(ModelError, match="llama3 rope scaling"):
+        gguf_model.write_model(Job(scaled, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+    base = opened(tmp_path / "plain")
+    with pytest.raises(ResourceError, match="largest matrix"):
+        gguf_model.write_model(Job(base, "tiny", None, memory=1 << 20), tmp_path / "m.gguf", "f16", nothing)
+    huge = an_adapter(base.config, size=1e6)
+    with pytest.raises(ModelError, match="--weights bf16"):
+        gguf_model.write_model(Job(base, "tiny", huge), tmp_path / "m.gguf", "f16", nothing)
+
+
+# --- the adapter, there and back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *WINDOWED])
+def test_an_adapter_comes_back_value_for_value(tmp_path: Path, family: str) -> None:
+    config = opened(tmp_path / "m", family).config
+    adapter = an_adapter(config)
+    gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
+    back = gguf.read_adapter(tmp_path / "a.gguf")
+    assert back.config == adapter.config
+    assert set(back.tensors) == set(adapter.tensors)
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+    assert (tmp_path / "a.gguf").stat().st_mode & 0o777 == 0o600
+
+
+def test_rslora_and_few_targets_keep_their_scale(tmp_path: Path) -> None:
+    config = opened(tmp_path / "m").config
+    adapter = an_adapter(config, targets=("k_proj", "up_proj"), rslora=True)
+    gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
+    back = gguf.read_adapter(tmp_path / "a.gguf")
+    assert back.config.scale == adapter.config.scale
+    assert back.config.targets == ("k_proj", "up_proj")
+
+
+def test_a_converters_adapter_needs_the_base_for_its_heads(tmp_path: Path) -> None:
+    """llama.cpp's own converter writes f16 at will, and no head counts."""
+    config = opened(tmp_path / "m").config
+    adapter = an_adapter(config, targets=("q_proj", "k_proj"))
+    writer = library.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    writer.add_array("general.tags", ["lora", "text"])
+    for (layer, name, part), tensor in adapter.tensors.items():
+        rows = to_llama_rows(tensor, config.head_dim) if part == "B" else tensor
+        writer.add_tensor(f"blk.{layer}.attn_{name[0]}.weight.lora_{part.lower()}", rows.half().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterError, match="how many heads"):
+        gguf.read_adapter(tmp_path / "a.gguf")
+    back = gguf.read_adapter(tmp_path / "a.gguf", config)
+    assert all(torch.equal(back.tensors[key], tensor.half().float()) for key, tensor in adapter.tensors.items())
+
+
+@given(st.integers(1, 4), st.sampled_from([2, 4, 16, 64]), st.integers(1, 3))
+def test_rows_go_there_and_back(heads: int, head_dim: int, width: int) -> None:
+    rows = torch.randn(heads * head_dim, width)
+    there = to_llama_rows(rows, head_dim)
+    assert torch.equal(from_llama_rows(there, head_dim), rows)
+    assert torch.equal(there[1], rows[head_dim // 2])  # a head's pair (0, hd/2) stands at (0, 1)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small adapter's file."""
+    folder = tmp_path_factory.mktemp("good")
+    config = opened(folder / "m").config
+    gguf_adapter.write_adapter(an_adapter(config, 1, targets=("q_proj",)), config, folder / "a.gguf")
+    return (folder / "a.gguf").read_bytes()
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_damaged_adapter_is_one_sentence(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
+    broken = bytearray(good[: data.draw(st.integers(0, len(good)))] if data.draw(st.booleans()) else good)
+    for _ in range(data.draw(st.integers(0, 4)) if broken else 0):
+        broken[data.draw(st.integers(0, min(len(broken), 700) - 1))] = data.draw(st.sampled_from([0, 1, 9, 127, 255]))
+    path = tmp_path / "a.gguf"
+    path.write_bytes(broken)
+    try:
+        adapter = gguf.read_adapter(path)
+    except AdapterError:
+        return
+    assert all(torch.isfinite(tensor).all() for tensor in adapter.tensors.values())
+
+
+def header(tensors: int, keys: int, rest: bytes = b"") -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys) + rest
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "no usable GGUF"),
+        (b"PK\x03\x04" + bytes(64), "does not begin with GGUF"),
+        (header(1 << 40, 0), "announces"),
+        (header(0, 1 << 40), "announces"),
+        (header(0, 1, struct.pack("<Q", 1 << 60)), "a text of"),
+        (header(0, 1, struct.pack("<Q1sIIQ", 1, b"k", 9, 8, 1 << 50)), "an array of"),
+        (header(0, 1, struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1)), "an array of"),
+        (header(0, 1, struct.pack("<Q1sI", 1, b"k", 77)), "unknown type"),
+        (header(0, 0), "its types are"),
+    ],
+)
+def test_a_hostile_header_is_refused_at_once(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(AdapterError, match=said):
+        gguf.read_adapter(tmp_path / "a.gguf")
+
+
+def test_a_model_is_no_adapter(tmp_path: Path) -> None:
+    base = opened(tmp_path / "m")
+    gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+    with pytest.raises(AdapterError):
+        gguf.read_adapter(tmp_path / "m.gguf")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        gguf.read_adapter(tmp_path / "none.gguf")
+
+
+# --- the tokenizer ------------------------------------------------------------------------------------------------------
+
+TEXTS = [*gguf.PROBES, "", "tomatoes", "water ", "\n\n  x\n", "\t\tx\ty", "a\r\nb\r\n", "\x00\x01\x7f", "e\u0301 \ufb01"]
+CORPUS = [
+    "The tomatoes want water in the morning and shade in the afternoon. I don't know; they'RE 12345!",
+    "def water(plant):\n    for day in range(7):\n        plant.grow(day)\n\n\n    return plant\n",
+    "Größe, façade, naïve, señor, łódź; Привет, мир; 日本語の文章; emoji 😀 In 2021 12,345 67",
+]
+
+
+def byte_level(folder: Path, pre: Any, specials: list[str]) -> None:
+    """A byte-level BPE trained on CORPUS behind the given pre-tokenizer, as a model folder's tokenizer.json."""
+    from tokenizers import Tokenizer as Made
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = Made(models.BPE())
+    made.pre_tokenizer = pre
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=specials, show_progress=False)
+    made.train_from_iterator(CORPUS * 3, trainer)
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": specials[0], "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": specials[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def split(regex: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+def splits() -> dict[str, Callable[[], Any]]:
+    """A pre-tokenizer for each of llama.cpp's names that we write."""
+    from tokenizers import pre_tokenizers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return {
+        **{name: (lambda regex=regex: split(regex)) for regex, name in SPLITS.items()},
+        "gpt-2": lambda: plain,
+        "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
+    }
+
+
+def tokenizer_of(folder: Path, rows: int | None = None) -> Path:
+    """A GGUF whose model is next to nothing and whose tokenizer is the folder's."""
+    vocabulary = read_vocabulary(folder, rows or Tokenizer.load(folder).vocab_size)
+    size = len(vocabulary.tokens)
+    base = opened(folder / "model", vocab_size=size, bos_token_id=None, eos_token_id=None)
+    gguf_model.write_model(Job(base, "tiny", None), folder / "m.gguf", "f16", vocabulary.add_to)
+    return folder / "m.gguf"
+
+
+def test_the_demos_tokens_are_written(tmp_path: Path) -> None:
+    vocabulary = read_vocabulary(DEMO, 8200)
+    assert vocabulary.model == "llama"
+    assert (len(vocabulary.tokens), len(vocabulary.scores), len(vocabulary.types)) == (8200, 8200, 8200)
+    assert vocabulary.ids == {"bos": 1, "eos": 2, "unknown": 0}
+    assert vocabulary.types[:4] == [2, 3, 3, 6]  # unknown, control, control, a byte
+    assert vocabulary.types[-1] == 5
+    assert vocabulary.adds_bos
+    assert vocabulary.adds_space
+    assert vocabulary.template == (DEMO / "chat_template.jinja").read_text()
+    with pytest.raises(TokenizerError, match="rows of embedding"):
+        read_vocabulary(DEMO, 100)
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "tekken", "gpt-2", "smollm"])
+def test_a_split_is_known_by_its_expression(tmp_path: Path, name: str) -> None:
+    byte_level(tmp_path / "t", splits()[name](), ["<|end|>", "<|im_start|>"])
+    vocabulary = read_vocabulary(tmp_path / "t", 720)
+    assert (vocabulary.model, vocabulary.pre) == ("gpt2", name)
+    assert len(vocabulary.merges) > 100
+    assert vocabulary.types[0] == 3
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
+    byte_level(tmp_path / "t", split(r"\w+|\W"), ["<|end|>"])
+    with pytest.raises(TokenizerError, match="as no tokenizer of llama"):
+        read_vocabulary(tmp_path / "t", 720)
+
+
+# --- llama.cpp itself ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama() -> None:
+    pytest.importorskip("llama_cpp")
+
+
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
+    """In f32 to the last bits: names, order of rows, rope, biases and norms are right. Then with the adapter beside it."""
+    base = opened(tmp_path / "m", family)
+    job = Job(base, "tiny", an_adapter(base.config, size=0.1))
+    ids = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = verify.golden(job, ids)
+    gguf_model.write_model(job, tmp_path / "m.gguf", "f32", nothing)
+    assert verify.compare(expected, gguf.LlamaCppReader(tmp_path / "m.gguf"), verify.EXACT).max_logit_difference < 1e-4
+    (tmp_path / "a").mkdir()
+    gguf_adapter.write_adapter(job.needed_adapter(), base.config, tmp_path / "a" / gguf.ADAPTER_FILE)
+    assert verify.compare(expected, gguf.read(job, tmp_path / "a"), verify.EXACT).max_logit_difference < 1e-4
+    without = verify.golden(replace(job, adapter=None), ids)
+    assert not verify.compare(without, gguf.read(job, tmp_path / "a"), verify.EXACT).holds(verify.EXACT)
+
+
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize("weights", gguf.WEIGHTS)
+def test_the_demo_is_proved_in_every_form(tmp_path: Path, weights: str) -> None:
+    base = open_model(DEMO)
+    job = Job(base, "demo", an_adapter(base.config), weights)
+    (tmp_path / "out").mkdir()
+    written = gguf.write(job, tmp_path / "out")
+    tokenizer = Tokenizer.load(DEMO)
+    expected = verify.golden(job, [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)])
+    bound = verify.BOUNDS["gguf", weights]
+    agreement = verify.compare(expected, gguf.read(job, tmp_path / "out"), bound)
+    assert agreement.holds(bound), agreement
+    bare = verify.golden(replace(job, adapter=None), [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)])
+    assert not verify.compare(bare, gguf.read(job, tmp_path / "out"), bound).holds(bound)  # the bound tells them apart
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the base written for the proof is gone
+    if not weights:
+        assert written.facts[0][0] == "adapter_gain_kept_on_q4_k_m"
+        assert 0.5 < written.facts[0][1] < 1.1
+
+
+@pytest.mark.usefixtures("llama")
+def test_a_gain_lost_on_q4_k_m_is_told(tmp_path: Path) -> None:
+    base = open_model(DEMO)
+    ids = Tokenizer.load(DEMO).encode("The tomatoes want water in the morning and shade in the afternoon. " * 4)
+    job = Job(base, "demo", an_adapter(base.config, size=1e-6), texts=[ids])
+    (tmp_path / "out").mkdir()
+    written = gguf.write(job, tmp_path / "out")
+    assert written.facts == ()
+    assert "too little to say" in written.notices[0]
+
+
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "tekken", "gpt-2", "smollm"])
+def test_llama_cpp_reads_byte_level_text_as_we_do(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "t"
+    byte_level(folder, splits()[name](), ["<|end|>", "<|im_start|>"])
+    tokenizer = Tokenizer.load(folder)
+    assert llamacpp.tokenize(tokenizer_of(folder), TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.usefixtures("llama")
+def test_llama_cpp_reads_sentencepiece_text_as_we_do(tmp_path: Path) -> None:
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+    tokenizer = Tokenizer.load(tmp_path)
+    assert llamacpp.tokenize(tokenizer_of(tmp_path), TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.usefixtures("llama")
+@pytest.mark.parametrize("with_model", [True, False])
+def test_scores_from_merges_are_as_good_as_sentencepieces(tmp_path: Path, real_data: Path, with_model: bool) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", *(("tokenizer.model",) if with_model else ())):
+        (tmp_path / name).write_bytes((real_data / "base-16m" / name).read_bytes())
+    tokenizer = Tokenizer.load(tmp_path)
+    assert llamacpp.tokenize(tokenizer_of(tmp_path), TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.usefixtures("llama")
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    base = open_model(DEMO)
+    job = Job(base, "demo", None, "q8_0")
+    vocabulary = read_vocabulary(DEMO, 8192)
+    vocabulary.tokens[300], vocabulary.tokens[301] = vocabulary.tokens[301], vocabulary.tokens[300]
+    vocabulary.scores[259:] = [0.0] * len(vocabulary.scores[259:])
+    gguf_model.write_model(job, tmp_path / gguf.MODEL_FILE, "q8_0", vocabulary.add_to)
+    with pytest.raises(ModelError, match="as other tokens"):
+        gguf.read(job, tmp_path)
+    gguf.read(replace(job, force=True), tmp_path)
+
+
+@pytest.mark.usefixtures("llama")
+def test_a_file_that_ends_llama_cpp_is_one_sentence(tmp_path: Path) -> None:
+    base = opened(tmp_path / "m")
+    gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
+    os.truncate(tmp_path / "m.gguf", (tmp_path / "m.gguf").stat().st_size // 2)
+    with pytest.raises(ModelError, match=r"could not use m\.gguf"):
+        llamacpp.logits(tmp_path / "m.gguf", None, [1, 2, 3])
