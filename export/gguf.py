@@ -56,7 +56,7 @@ PROBES = (
 
 def write(job: Job, folder: Path) -> Written:
     """adapter.gguf, or model.gguf with the adapter merged into it."""
-    _check_writer()
+    check_writer()
     if not job.weights:
         adapter = job.needed_adapter()
         write_adapter(adapter, job.base.config, folder / ADAPTER_FILE)
@@ -110,7 +110,8 @@ def check_ids(job: Job, model: Path) -> None:
         )
 
 
-def _check_writer() -> None:
+def check_writer() -> None:
+    """Raise ResourceError where the package that writes GGUF is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise ResourceError("Writing GGUF needs gguf, which is not installed; type pip install 'edgetune[gguf]'.")
 
