@@ -1,7 +1,11 @@
-"""What this installation can do on this machine, and what is amiss: the first thing to send with a question."""
+"""What this installation can do on this machine, and what is amiss: the first thing to send with a question.
+
+Where there is an NVIDIA card or an Apple GPU it is tried (see confirm.py), which takes seconds: nobody else can.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import sys
@@ -11,15 +15,17 @@ from typing import Any
 import torch
 
 import edgetune
+from edgetune.confirm import confirm
 from edgetune.prepare import backend_name
-from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16
+from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
 from edgetune.runtime.ops import kernels_missing
 from edgetune.state import home
 
 
 def examine() -> dict[str, Any]:
     """The facts, JSON-ready. `problems` are sentences; none means that all is well."""
-    cpu = torch.device("cpu")
+    cpu, best = torch.device("cpu"), pick_device("auto")
+    confirmations = confirm(best) if best.type != "cpu" else []
     missing = kernels_missing()
     package = Path(edgetune.__file__).resolve().parent
     problems = []
@@ -27,12 +33,13 @@ def examine() -> dict[str, Any]:
         problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {missing}")
     if not os.access(home(), os.W_OK):
         problems.append("The state folder cannot be written to; set EDGETUNE_HOME to one that can.")
+    problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]
     return {
         "edgetune": edgetune.__version__,
         "package": "clone" if (package.parent / "runtime").is_dir() else "site-packages",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": _system(),
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": missing is None,
@@ -41,7 +48,17 @@ def examine() -> dict[str, Any]:
         "fast_bf16": has_fast_bf16(),
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
+        "device": best.type,
+        "device_backend": backend_name(best),
+        "device_dtype": str(compute_dtype(best)).removeprefix("torch."),
+        "confirmations": [dataclasses.asdict(found) for found in confirmations],
         "memory_available_bytes": available_memory(),
         "home_is_private": sys.platform == "win32" or home().stat().st_mode & 0o077 == 0,
         "problems": problems,
     }
+
+
+def _system() -> str:
+    """The operating system, on a Mac with its version: what Metal can do depends on it."""
+    version = platform.mac_ver()[0]
+    return f"macOS {version} {platform.machine()}" if version else f"{platform.system()} {platform.machine()}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.ui import human_bytes
+from edgetune.ui import human_bytes, one_line
 
 
 @click.command("doctor")
 @json_option
 def doctor_command(as_json: bool) -> None:
-    """Say what this installation can do on this machine, and what is amiss."""
+    """Say what this installation can do on this machine, and what is amiss. An NVIDIA card or an Apple GPU is tried out,
+    which takes seconds; the report can be sent on as it is.
+    """
     from edgetune.doctor import examine
 
     found = examine()
@@ -19,8 +21,10 @@ def doctor_command(as_json: bool) -> None:
         print_json(found)
         return
     for name, value in found.items():
-        if name == "problems":
+        if name in ("problems", "confirmations"):
             continue
         shown = human_bytes(value) if name.endswith("_bytes") else value
         click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<18} {shown}")
+    for tried in found["confirmations"]:
+        click.echo(f"{'confirmed' if tried['ok'] else 'NOT SO':<18} {one_line(tried['name'])}: {one_line(tried['detail'])}")
     click.echo("\n".join(found["problems"]) or "All is well.")

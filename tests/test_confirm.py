@@ -1,0 +1,176 @@
+"""What doctor tries on a device: everything holds where everything is right, and each fault is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import metal_shim
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from fake_mps import Machine, fake_mps
+from torch import Tensor
+
+from edgetune import confirm as module
+from edgetune.confirm import CHECKS, Confirmation, _tried, confirm
+from edgetune.runtime import ops
+from edgetune.runtime.backends import reference
+from edgetune.runtime.quantize import quantize_folder
+
+CPU, MPS = torch.device("cpu"), torch.device("mps")
+needs_a_compiler = pytest.mark.skipif(
+    metal_shim.COMPILER is None or not hasattr(__import__("os"), "fork"), reason="needs g++ or clang++ on Linux or macOS"
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model to take the built-in one's place: six thin layers."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.save_model(root / "dense", num_hidden_layers=6)
+    quantize_folder(root / "dense", root / "small")
+    return root / "small"
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
+    """Smaller shapes, a smaller model, fewer tokens, one thread."""
+    monkeypatch.setattr(module, "resolve", lambda name: SimpleNamespace(path=small))
+    monkeypatch.setattr(module, "SHAPES", ((48, 128), (9, 67)))
+    monkeypatch.setattr(module, "_TOKENS", 64)
+    monkeypatch.setattr(module, "_WRITTEN", 2)
+    monkeypatch.setattr(module, "_LENT", 1 << 20)
+    with tiny.threads(1):
+        yield
+
+
+@pytest.mark.slow
+def test_this_machines_cpu_confirms_everything_at_full_size() -> None:
+    assert [one for one in confirm(CPU) if not one.ok and one.name != "kernels"] == []
+
+
+@pytest.fixture
+def mac(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with fake_mps(monkeypatch) as machine:
+        yield machine
+
+
+def test_this_machines_cpu_confirms_everything(short: None) -> None:
+    found = confirm(CPU)
+    assert [one.name for one in found] == list(CHECKS)
+    missing = ops.kernels_missing()
+    assert [one for one in found if not one.ok and one.name != "kernels"] == []
+    assert found[0].ok == (missing is None)
+
+
+@needs_a_compiler
+def test_a_faithful_apple_gpu_confirms_everything(mac: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    lent: list[int] = []
+
+    def allocated() -> int:  # what is lent shows until the cache is emptied
+        return mac.cached + sum(lent)
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", allocated)
+    monkeypatch.setattr(torch.mps, "empty_cache", lent.clear)
+    monkeypatch.setattr(module.torch, "zeros", lambda *a, **k: (lent.append(module._LENT), zeros(*a, **k))[1])
+    assert [one for one in confirm(MPS) if not one.ok] == []
+
+
+FAULTS = {
+    "dequantize": ("NF4 dequantisation", lambda right: lambda q, dtype, out=None: right(q, dtype, out) * 1.02),
+    "matvec": ("products of few rows", lambda right: lambda x, q: right(x, q) * 1.05),
+    "swiglu_backward": ("elementwise parts", lambda right: lambda *a: tuple(part.mul_(1.001) for part in right(*a))),
+    "dropout": ("elementwise parts", lambda right: lambda x, p, key: right(x, p, key + 1)),
+    "rms_norm": ("training steps", lambda right: lambda h, weight, eps: right(h, weight, eps) * 1.01),
+}
+
+
+@pytest.mark.parametrize("op", list(FAULTS))
+def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    name, spoil = FAULTS[op]
+
+    class Broken:
+        """The C++ back end's stand-in, with one op that is wrong."""
+
+        NAME = "broken"
+
+        def __getattr__(self, attribute: str) -> object:
+            right = getattr(reference, attribute)
+            return spoil(right) if attribute == op else right
+
+    monkeypatch.setattr(ops, "_best", lambda kind: Broken())
+    found = _tried(name, CHECKS[name], CPU)
+    assert not found.ok
+    assert "error" in found.detail or "dropout" in found.detail
+
+
+def test_broken_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.attention_forward
+
+    def wrong(*arguments: object) -> tuple[Tensor, Tensor]:
+        o, lse = right(*arguments)  # type: ignore[arg-type]
+        return o.flip(1), lse
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "attention_forward", wrong)
+        assert not _tried("attention", CHECKS["attention"], CPU).ok
+    with monkeypatch.context() as patch:
+        texts = iter([[7, 8], [7, 9]])
+        patch.setattr(module.Generator, "generate", lambda *_: iter(next(texts)))
+        text = _tried("greedy text", CHECKS["greedy text"], CPU)
+        assert (text.ok, text.detail) == (False, "1 of 2 tokens are the CPU's")
+
+
+@needs_a_compiler
+def test_a_gpu_whose_kernels_or_memory_are_wrong_is_told(mac: Machine) -> None:
+    mac.source_changes = lambda source: source.replace("byte & 15", "byte & 7")
+    kernels, memory = (_tried(name, CHECKS[name], MPS) for name in ("kernels", "memory"))
+    assert not kernels.ok
+    assert "wrong numbers" in kernels.detail
+    assert not memory.ok
+    assert "0 MB were counted" in memory.detail
+
+
+def test_what_breaks_off_is_told_in_one_line_and_without_paths() -> None:
+    def full(device: torch.device) -> str:
+        raise RuntimeError("MPS backend out of memory\n  (allocated: 9 GB)\n" + "x" * 1000)
+
+    def lost(device: torch.device) -> str:
+        raise FileNotFoundError(2, "No such file or directory", "/Users/marra/notes")
+
+    assert _tried("memory", full, CPU).detail.startswith("RuntimeError: MPS backend out of memory (allocated: 9 GB) xxx")
+    assert len(_tried("memory", full, CPU).detail) < 330
+    assert _tried("file", lost, CPU) == Confirmation("file", False, "FileNotFoundError: No such file or directory")
+
+
+def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune import doctor
+    from edgetune.cli.doctor import doctor_command
+
+    plain = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
+    assert plain["confirmations"] == []
+    assert plain["device"] == "cpu"
+    tried = [
+        Confirmation("kernels", True, "back end metal"),
+        Confirmation("greedy text", False, "3 of 16 tokens are the CPU's"),
+    ]
+    monkeypatch.setattr(doctor, "pick_device", lambda name: MPS)
+    monkeypatch.setattr(doctor, "backend_name", lambda device: "metal")
+    monkeypatch.setattr(doctor, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(doctor, "confirm", lambda device: tried)
+    monkeypatch.setattr(doctor.platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    report = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
+    assert report["confirmations"] == [
+        {"name": "kernels", "ok": True, "detail": "back end metal"},
+        {"name": "greedy text", "ok": False, "detail": "3 of 16 tokens are the CPU's"},
+    ]
+    assert report["system"].startswith("macOS 15.1 ")
+    assert report["problems"][-1] == "On mps, greedy text: 3 of 16 tokens are the CPU's."
+    shown = CliRunner().invoke(doctor_command, []).output
+    assert "confirmed          kernels: back end metal\n" in shown
+    assert "NOT SO             greedy text: 3 of 16 tokens are the CPU's\n" in shown
