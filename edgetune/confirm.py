@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgetune.models import DEMO, resolve
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import attention, nf4, ops
+from edgetune.runtime import attention, nf4, ops, vocabulary
 from edgetune.runtime.backends import reference
 from edgetune.runtime.budget import Stored, least_layer_memory
 from edgetune.runtime.checkpoint import open_model
@@ -121,8 +121,29 @@ def _products(device: torch.device) -> str:
     return f"largest relative error {worst:.2g}"
 
 
+def _dense_products(device: torch.device) -> str:
+    """Products into columns of a wider tensor, and with very many terms, which torch has got wrong on Apple GPUs."""
+    worst = 0.0
+    x, w, wide = _random(64, 96), _random(96, 80, seed=1), _random(64, 200, seed=2)
+    dlogits, head = _random(32, 40000, seed=3), _random(40000, 48, seed=4)
+    for dtype in ops.COMPUTE_DTYPES:
+        bound = max(8 * torch.finfo(dtype).eps, _EXACT)
+        x_, w_, found = (tensor.to(device, dtype, copy=True) for tensor in (x, w, wide))
+        ops.product_into(found[:, 7:87], x_, w_)
+        ops.add_product(found[:, 100:180], x_, w_, 0.5)
+        wanted = wide.to(dtype).float()
+        product = x.to(dtype).float() @ w.to(dtype).float()
+        wanted[:, 7:87] = product
+        wanted[:, 100:180] += 0.5 * product
+        worst = max(worst, _within(f"into columns, {dtype}", _error(found, wanted), bound))
+        gradient = vocabulary.input_gradient(dlogits.to(device, dtype), head.to(device, dtype))
+        terms = dlogits.to(dtype).float() @ head.to(dtype).float()
+        worst = max(worst, _within(f"of 40,000 terms, {dtype}", _error(gradient, terms), bound))
+    return f"largest relative error {worst:.2g}"
+
+
 def _elementwise(device: torch.device) -> str:
-    """The parts between products, forward and backward, in fp32; dropout drops the same values."""
+    """The parts between products, forward and backward, in fp32; dropout that drops other values has another norm."""
     h, weight, gate_up = _random(300, 384), _random(384, seed=1), _random(300, 512, seed=2)
     dx, dact = _random(300, 384, seed=3), _random(300, 256, seed=4)
     heads, angles = _random(300, 6, 64, seed=5), _random(300, 32, seed=6)
@@ -144,8 +165,6 @@ def _elementwise(device: torch.device) -> str:
         "dropout": (ops.dropout(h_, 0.3, 1234567), reference.dropout(h, 0.3, 1234567)),
     }
     worst = max(_within(name, _error(*pair), _EXACT) for name, pair in pairs.items())
-    if not torch.equal(pairs["dropout"][0].cpu() == 0, pairs["dropout"][1] == 0):
-        raise _Differs("dropout drops other values than on the CPU")
     return f"largest relative error {worst:.2g}"
 
 
@@ -218,8 +237,7 @@ def _streaming(device: torch.device) -> str:
     """The same two steps, all layers but two read from the file while they run."""
     checkpoint = open_model(resolve(DEMO).path)
     model = _demo(device, torch.float32, 2 * least_layer_memory(checkpoint.config, Stored.of(checkpoint)))
-    if not model.pager.streaming:
-        raise _Differs("no layer is streamed")
+    assert model.pager.streaming
     return _compared("in fp32", _trained(model), _plain(), _GRADIENT)
 
 
@@ -257,6 +275,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "kernels": _kernels,
     "NF4 dequantisation": _dequantisation,
     "products of few rows": _products,
+    "dense products": _dense_products,
     "elementwise parts": _elementwise,
     "attention": _attention,
     "training steps": _training,

@@ -175,11 +175,11 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
             if plan.values and isinstance(base.weight, QuantizedTensor) and x.shape[0] <= ops.FEW_ROWS:
                 part.copy_(ops.matvec(x, base.weight))
             elif plan.values:
-                torch.mm(x, plan.panel.dense(base.weight, x.dtype).T, out=part)
+                ops.product_into(part, x, plan.panel.dense(base.weight, x.dtype).T)
             if isinstance(linear, LoraLinear):
                 xa = _dropped(x, linear, plan, number) @ linear.lora_A.detach().to(x.dtype).T
                 if plan.values:
-                    part.addmm_(xa, linear.lora_B.detach().to(x.dtype).T, alpha=linear.scale)
+                    ops.add_product(part, xa, linear.lora_B.detach().to(x.dtype).T, linear.scale)
                 kept.reduced.append(xa)
         if base.bias is not None and plan.values:
             part += base.bias

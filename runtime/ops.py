@@ -119,6 +119,26 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     return backend_for(x.device).matvec(x, quantized)
 
 
+def product_into(out: Tensor, x: Tensor, w: Tensor) -> None:
+    """out (N, O) = x (N, I) w (I, O), where `out` may be columns of a wider tensor.
+
+    By a copy on MPS: on macOS 14, torch before 2.14 leaves a view that a product is to be written to as it was, and says
+    nothing (pytorch#104832, #193385).
+    """
+    if out.device.type == "mps":
+        out.copy_(torch.mm(x, w))
+    else:
+        torch.mm(x, w, out=out)
+
+
+def add_product(out: Tensor, x: Tensor, w: Tensor, scale: float) -> None:
+    """out (N, O) += scale * x (N, I) w (I, O); see product_into."""
+    if out.device.type == "mps":
+        out.add_(torch.mm(x, w), alpha=scale)
+    else:
+        out.addmm_(x, w, alpha=scale)
+
+
 @dataclass(frozen=True)
 class Adapted:
     """One of the linears that share an input: NF4 W (O, I), and its adapter A (r, I), B (O, r) in f32 where it has one.

@@ -275,10 +275,10 @@ class _Moment:
     def write(self, values: Tensor) -> None:
         """Quantise new values, which are used up."""
         blocks = values.view(-1, BLOCK)
-        torch.amax(blocks.abs(), 1, out=self._absmax)
+        self._absmax.copy_(torch.amax(blocks.abs(), 1))  # no `out=`: macOS 14 may lose what is written to a view
         blocks.div_(self._absmax.clamp(min=_SMALLEST_ABSMAX).unsqueeze(1))
         bits = values.half().view(torch.int16).int().add_(1 << 15)
-        torch.index_select(_nearest(self._signed).to(values.device), 0, bits, out=self._codes)
+        self._codes.copy_(torch.index_select(_nearest(self._signed).to(values.device), 0, bits))
 
 
 @functools.cache

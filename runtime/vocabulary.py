@@ -20,6 +20,9 @@ from edgetune.runtime.ops import Adapted
 KINDS = ("int8", "nf4")
 PANEL_ROWS = 2048
 """Rows of a quantised head that are dense at once."""
+MPS_TERMS = 16384
+"""Terms of a product's sums on MPS, at most: M1 and M2 add what lies behind the matrices from 32,767 on, and torch before
+2.14 lets them (pytorch#183535, #195163). Of all products only the head's backward has so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +91,7 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
     if isinstance(head, QuantizedTensor) and ops.project(x, [Adapted(head)], out) is not None:
         return out
     for part, panel, scale in _panels(head, x.dtype):
-        torch.mm(x, panel.T, out=out[:, part])
+        ops.product_into(out[:, part], x, panel.T)
         if scale is not None:
             out[:, part] *= scale
     return out
@@ -96,9 +99,9 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
 
 def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
     """dlogits (N, V) -> dlogits W (N, D)."""
-    if isinstance(head, Tensor):
-        return dlogits @ head
     count, width = len(dlogits), head.shape[1]
+    if isinstance(head, Tensor) and (dlogits.device.type != "mps" or len(head) <= MPS_TERMS):
+        return dlogits @ head
     if isinstance(head, QuantizedTensor):
         no_x, no_adapter = dlogits.new_empty(count, width), dlogits.new_empty(count, 0)
         dx = ops.project_backward(dlogits, no_x, no_adapter, [Adapted(head)], [])
@@ -111,9 +114,14 @@ def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
     return total.to(dlogits.dtype)
 
 
-def _panels(head: QuantizedTensor | Int8Rows, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _panels(head: Vocabulary, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """(which rows, their numbers (up to PANEL_ROWS, D), and what each row is still to be multiplied by, or None)."""
     count = head.shape[0]
+    if isinstance(head, Tensor):
+        yield from (
+            (slice(start, start + MPS_TERMS), head[start : start + MPS_TERMS], None) for start in range(0, count, MPS_TERMS)
+        )
+        return
     crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
     height = count if crossing else PANEL_ROWS
     panel = torch.empty(min(height, count) if isinstance(head, Int8Rows) else 0, head.shape[1], dtype=dtype, device=head.device)

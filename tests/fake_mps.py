@@ -92,6 +92,7 @@ class FakeMps(TorchFunctionMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, MpsTensor)]
         if func is not _COPY and any(not isinstance(tensor, MpsTensor) and tensor.dim() > 0 for tensor in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got mps:0 and cpu")
+        _refuse_what_macos_gets_wrong(str(func), args, kwargs)
         wrappers = {id(tensor.inner): tensor for tensor in ours}
         found = func(*inner_args, **inner_kwargs)
         if any(tensor.inner.shape != tensor.shape for tensor in ours):
@@ -101,6 +102,19 @@ class FakeMps(TorchFunctionMode):
         self.ops.add(func)
         wrap = functools.partial(_wrap, wrappers)
         return _map(wrap, found)
+
+
+def _refuse_what_macos_gets_wrong(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    """Calls that give wrong numbers, and no error, on some Macs: see ops.product_into and vocabulary.MPS_TERMS."""
+    name = name.removeprefix("aten.").split(".")[0]
+    product = name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm")
+    if product:
+        first, second = args[-2:]
+        if first.shape[-1] >= 32767 and min(first.shape[-2], second.shape[-1]) >= 16:
+            raise RuntimeError(f"{name} of {tuple(first.shape)} and {tuple(second.shape)} is wrong on an M1")
+    out = args[0] if product and name.endswith("_") else kwargs.get("out")
+    if out is not None and (out.storage_offset() or not out.is_contiguous()):
+        raise RuntimeError(f"{name} into a view is lost on macOS 14")
 
 
 def _is_device(value: Any) -> bool:

@@ -109,7 +109,7 @@ def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: 
     assert "error" in found.detail or "dropout" in found.detail
 
 
-def test_broken_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.attention_forward
 
     def wrong(*arguments: object) -> tuple[Tensor, Tensor]:
@@ -119,6 +119,12 @@ def test_broken_attention_and_text_are_found(short: None, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(ops, "attention_forward", wrong)
         assert not _tried("attention", CHECKS["attention"], CPU).ok
+    with monkeypatch.context() as patch:  # what macOS 14 does to a view
+        patch.setattr(ops, "product_into", lambda out, x, w: None)
+        assert "into columns" in _tried("dense products", CHECKS["dense products"], CPU).detail
+    with monkeypatch.context() as patch:  # and an M1 to many terms
+        patch.setattr(module.vocabulary, "input_gradient", lambda dlogits, head: dlogits @ head + 0.1 * head[:32])
+        assert "40,000 terms" in _tried("dense products", CHECKS["dense products"], CPU).detail
     with monkeypatch.context() as patch:
         texts = iter([[7, 8], [7, 9]])
         patch.setattr(module.Generator, "generate", lambda *_: iter(next(texts)))

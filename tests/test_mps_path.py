@@ -20,7 +20,7 @@ from edgetune.cli.main import plain_failures
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import device, ops
+from edgetune.runtime import device, ops, vocabulary
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.generate import Generator, Sampling
@@ -123,7 +123,7 @@ def test_every_kind_of_block_trains(mac: Machine, folders: dict[str, Path], fami
 def test_bf16_trains(mac: Machine, folders: dict[str, Path]) -> None:
     folder = folders["llama-2-grouped"]
     model = opened(folder, MPS, torch.bfloat16)
-    same(learnt(model, Runner(model)), expected(folder, torch.bfloat16), tolerance=1e-2)
+    same(learnt(model, Runner(model)), expected(folder, torch.bfloat16), tolerance=5e-2)
 
 
 def test_a_dense_base_trains(mac: Machine, folders: dict[str, Path]) -> None:
@@ -151,6 +151,14 @@ def test_a_quantised_vocabulary_trains(mac: Machine, folders: dict[str, Path], k
         wanted = opened(folder, CPU, embedding_kind=kind, head_kind=kind)
         numbers = learnt(wanted, Runner(wanted))
     same(learnt(model, Runner(model)), numbers)
+
+
+def test_the_heads_backward_is_cut_where_an_m1_would_go_wrong(mac: Machine) -> None:
+    dlogits, head = torch.randn(20, 33000), torch.randn(33000, 24)
+    found = vocabulary.input_gradient(dlogits.to("mps"), head.to("mps")).cpu()
+    torch.testing.assert_close(found, dlogits @ head, rtol=1e-4, atol=1e-3)
+    with pytest.raises(RuntimeError, match="M1"):
+        dlogits.to("mps") @ head.to("mps")
 
 
 def test_optimizer_states_in_8_bits_and_in_host_memory(mac: Machine, folders: dict[str, Path]) -> None:
@@ -351,6 +359,7 @@ def test_the_fake_refuses_what_metal_refuses(mac: Machine) -> None:
         lambda: torch.empty(3, device="mps", pin_memory=True),
         lambda: x.numpy(),
         lambda: torch.add(x, x, out=torch.empty(4, device="mps")),
+        lambda: torch.mm(x[:, None], x[None], out=torch.zeros(3, 4, device="mps")[:, 1:]),
     ):
         with pytest.raises((RuntimeError, TypeError)):
             wrong()
