@@ -22,9 +22,6 @@ from edgetune.runtime.backends import reference
 from edgetune.runtime.quantize import quantize_folder
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
-needs_a_compiler = pytest.mark.skipif(
-    metal_shim.COMPILER is None or not hasattr(__import__("os"), "fork"), reason="needs g++ or clang++ on Linux or macOS"
-)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def test_this_machines_cpu_confirms_everything(short: None) -> None:
     assert found[0].ok == (missing is None)
 
 
-@needs_a_compiler
+@metal_shim.needs_a_compiler
 def test_a_faithful_apple_gpu_confirms_everything(mac: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     lent: list[int] = []
 
@@ -132,7 +129,7 @@ def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: 
         assert (text.ok, text.detail) == (False, "1 of 2 tokens are the CPU's")
 
 
-@needs_a_compiler
+@metal_shim.needs_a_compiler
 def test_a_gpu_whose_kernels_or_memory_are_wrong_is_told(mac: Machine) -> None:
     mac.source_changes = lambda source: source.replace("byte & 15", "byte & 7")
     kernels, memory = (_tried(name, CHECKS[name], MPS) for name in ("kernels", "memory"))
@@ -158,6 +155,7 @@ def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatc
     from edgetune import doctor
     from edgetune.cli.doctor import doctor_command
 
+    monkeypatch.setattr(doctor, "pick_device", lambda name: CPU)
     plain = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
     assert plain["confirmations"] == []
     assert plain["device"] == "cpu"
@@ -180,3 +178,14 @@ def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatc
     shown = CliRunner().invoke(doctor_command, []).output
     assert "confirmed          kernels: back end metal\n" in shown
     assert "NOT SO             greedy text: 3 of 16 tokens are the CPU's\n" in shown
+
+
+def test_a_macs_chip_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.runtime import device
+
+    monkeypatch.setattr(device, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(device.os.path, "exists", lambda path: False)
+    for printed, name in (("Apple M1 Pro\n", "Apple M1 Pro"), ("", "arm")):
+        monkeypatch.setattr(device.subprocess, "run", lambda *_, own=printed, **__: SimpleNamespace(stdout=own))
+        monkeypatch.setattr(device.platform, "processor", lambda: "arm")
+        assert device.cpu_name() == name

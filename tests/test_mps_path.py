@@ -32,9 +32,7 @@ from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Recompute, Row, Runner
 from edgetune.train import train
 
-pytestmark = pytest.mark.skipif(
-    metal_shim.COMPILER is None or not hasattr(__import__("os"), "fork"), reason="needs g++ or clang++ on Linux or macOS"
-)
+pytestmark = metal_shim.needs_a_compiler
 MPS, CPU = torch.device("mps"), torch.device("cpu")
 LAYERS, LENGTH = 3, 60
 
