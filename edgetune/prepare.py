@@ -22,7 +22,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
-from edgetune.runtime.errors import DataError, ModelError
+from edgetune.runtime.errors import AdapterError, DataError, ModelError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.ops import backend_for
 from edgetune.runtime.runner import Recompute, Runner
@@ -306,6 +306,10 @@ def _named_adapter(config: TrainConfig, base: str) -> Adapter | None:
     if path is None:
         return None
     stored = registry.load_for(path, base)
+    if stored.layers is not None:
+        raise AdapterError(
+            f"The adapter {path.name} is on {len(stored.layers)} layers alone; name one with --from that is on all."
+        )
     return Adapter(dataclasses.replace(stored.config, dropout=config.dropout), stored.tensors, stored.about)
 
 

@@ -1,33 +1,99 @@
-"""The base's tensors with the adapter merged into them, one at a time: W + scale * B A (Hu et al. 2021, arXiv 2106.09685)."""
+"""Adapter and base as one model, a tensor at a time: the sum is never held for more than one linear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edgetune.export.target import Job
+from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
-from edgetune.runtime.checkpoint import is_linear, model_shapes
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.budget import TORCH_BYTES
+from edgetune.runtime.checkpoint import Checkpoint, is_linear, model_shapes
+from edgetune.runtime.errors import ModelError, ResourceError
+from edgetune.runtime.safetensors_file import TensorSpec
+
+COPIES = 3
+"""fp32 copies of a linear at its merge: the sum, what it is dequantised through, and what it is written from."""
 
 
-def merged(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, dense tensor) in model_shapes' order, and none held once the next is asked for.
+class Merged:
+    """The tensors of base + adapter by their Hugging Face names.
 
-    Linears are fp32, 4-bit ones dequantised; the embedding, the norms, the biases and the head come as the base stores
-    them, mapped, so that a large vocabulary is read by whoever writes it.
+    Raises AdapterError, naming every mismatch, for an adapter of another base.
     """
-    scale = 0.0 if job.adapter is None else job.adapter.config.scale
-    for name in model_shapes(job.base.config):
-        stored = job.base.tensor(name)
-        tensor = stored if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
-        if is_linear(name):
-            tensor = tensor.float()
-            parts = name.split(".")
-            layer, linear = int(parts[2]), parts[4]
-            if job.adapter is not None and (layer, linear, "A") in job.adapter.tensors:
-                a, b = (job.adapter.tensors[layer, linear, part].float() for part in "AB")
-                tensor = tensor.addmm(b, a, alpha=scale)
-        yield name, tensor
-        job.base.release(name)
+
+    def __init__(self, base: Checkpoint, adapter: Adapter | None) -> None:
+        self.base, self.adapter = base, adapter
+        self.shapes = model_shapes(base.config)
+        """Shape of every tensor, layer by layer: the order to ask for them in."""
+        if adapter is not None:
+            adapters.check_fits(adapter, base.config)
+
+    def tensor(self, name: str) -> Tensor:
+        """W + scale * B A in fp32 for a linear of a block, anything else as the base stores it (then it is read-only)."""
+        if not is_linear(name):
+            return self.base.dense(name)
+        stored = self.base.tensor(name)
+        dense = stored.to(torch.float32, copy=True) if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
+        a, b = self.update(name)
+        return dense if a is None or b is None else dense.addmm_(b, a, alpha=self.scale)
+
+    def update(self, name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """lora_A (r, in) and lora_B (out, r) of a linear; None and None where the adapter leaves it alone."""
+        parts, tensors = name.split("."), {} if self.adapter is None else self.adapter.tensors
+        layer, linear = int(parts[2]), parts[-2]
+        if (layer, linear, "A") not in tensors:
+            return None, None
+        return tensors[layer, linear, "A"], tensors[layer, linear, "B"]
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A."""
+        return 1.0 if self.adapter is None else self.adapter.config.scale
+
+
+@dataclass(frozen=True)
+class DenseRecipe:
+    """Every tensor rounded once, from the fp32 sum, to `dtype`; a Recipe of model_folder.py."""
+
+    merged: Merged
+    dtype: torch.dtype
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.merged.shapes
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        return [TensorSpec(name, self.dtype, self.shapes[name])]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Raises ModelError for a weight that the dtype has no number for."""
+        weight = self.merged.tensor(name)
+        largest = max(-float(weight.min()), float(weight.max()))
+        if not largest <= torch.finfo(self.dtype).max:
+            raise ModelError(
+                f"{name} holds {largest:g} and {self.dtype} ends at {torch.finfo(self.dtype).max:g}; type --weights bf16."
+            )
+        return {name: weight}
+
+    def release(self, name: str) -> None:
+        self.merged.base.release(name)
+
+
+def check_memory(job: Job, copies: int = COPIES) -> None:
+    """Raise ResourceError where `job.memory` does not hold the merge of the largest linear, with the adapter beside it."""
+    if job.memory is None:
+        return
+    largest = max(math.prod(shape) for shape in job.base.config.linear_shapes().values())
+    adapter = 0 if job.adapter is None else sum(tensor.nbytes for tensor in job.adapter.tensors.values())
+    needed = TORCH_BYTES + adapter + 4 * copies * largest
+    if needed > job.memory:
+        raise ResourceError(
+            f"Merging takes {needed / 1e9:.2f} GB even a linear at a time and --memory allows {job.memory / 1e9:.2f} GB; "
+            f"type --memory {math.ceil(needed / 1e6)}MB or more."
+        )

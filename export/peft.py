@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,20 +41,51 @@ class TransformersReader:
 
 
 def open_transformers(folder: Path) -> Any:
-    """A Hugging Face folder as transformers reads it, computing in fp32, with nothing fetched."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM
+    """A Hugging Face folder as transformers reads it, computing in fp32, with nothing fetched.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    transformers keeps the dense tensors of a 4-bit folder in its 16 bits whatever dtype is asked for, and bitsandbytes
+    rounds scales and activations to bf16 where the CPU has AVX-512 BF16: both are told not to.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with _quiet():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
     for linear in model.modules():
-        if hasattr(linear, "compute_dtype"):  # bitsandbytes' 4-bit linear, which computes in its folder's dtype otherwise
-            linear.compute_dtype = linear.weight.quant_state.dtype = torch.float32
+        if hasattr(linear, "compute_dtype"):
+            linear.compute_dtype, linear.compute_type_is_set = torch.float32, True
+            linear.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' bars and advice, and what bitsandbytes says of kernels that it would fetch; errors still rise."""
+    from transformers.utils import logging as advice
+
+    kernels, bars, level = logging.getLogger("bitsandbytes"), advice.is_progress_bar_enabled(), advice.get_verbosity()
+    before = kernels.level
+    kernels.setLevel(logging.ERROR)
+    advice.set_verbosity_error()
+    advice.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        kernels.setLevel(before)
+        advice.set_verbosity(level)
+        if bars:
+            advice.enable_progress_bar()
 
 
 def read(job: Job, folder: Path) -> TransformersReader:
     """The base by transformers, the adapter by peft."""
     base = open_transformers(job.base.folder)
-    from peft import PeftModel
+    with _quiet():
+        from peft import PeftModel
 
-    return TransformersReader(PeftModel.from_pretrained(base, folder))
+        return TransformersReader(PeftModel.from_pretrained(base, folder))

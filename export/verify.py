@@ -57,6 +57,12 @@ BOUNDS: dict[tuple[str, str], Bound] = {
     ("ollama", "q8_0"): BF16,
     ("ollama", "f16"): HALF,
     ("ollama", "bf16"): BF16,
+    ("hf", "fp32"): EXACT,
+    ("hf", "bf16"): HALF,
+    ("hf", "fp16"): HALF,
+    ("mlx", ""): EXACT,
+    ("mlx", "bf16"): HALF,
+    ("mlx", "fp16"): HALF,
 }
 """By target and form of its weights."""
 

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.lora import Linear, LoraLinear
@@ -31,7 +31,7 @@ _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.
 # What PEFT writes that changes the function computed, with the only value that we honour.
 _PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {}, "layers_to_transform": None, "trainable_token_indices": None, "lora_bias": False,
+    "alpha_pattern": {}, "trainable_token_indices": None, "lora_bias": False,
     "layer_replication": None, "exclude_modules": None, "target_parameters": None,
 }  # fmt: skip
 
@@ -43,6 +43,8 @@ class Adapter:
     config: LoraConfig
     tensors: dict[tuple[int, str, str], Tensor]
     about: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    """The layers that it is on, ascending; None for all."""
 
 
 def attach_new(model: Llama, config: LoraConfig, seed: int) -> None:
@@ -59,40 +61,42 @@ def attach(model: Llama, adapter: Adapter) -> None:
 
     Raises AdapterError that names every tensor which does not fit, and leaves the model as it was.
     """
+    check_fits(adapter, model.config)
     linears = {
         (layer, name): _bare(module) for layer, block in enumerate(model.blocks) for name, module in block.linears().items()
     }
-    wanted = {(layer, name) for layer, name, _ in adapter.tensors}
-    problems = []
-    for layer, name in sorted(wanted):
-        a, b = (adapter.tensors.get((layer, name, part)) for part in "AB")
-        linear = linears.get((layer, name))
-        where = f"layer {layer} {name}"
-        if linear is None:
-            problems.append(f"{where}: the model has no such linear")
-        elif a is None or b is None:
-            problems.append(f"{where}: lora_{'A' if a is None else 'B'} is missing")
-        elif a.shape != (adapter.config.rank, linear.in_features) or b.shape != (
-            linear.out_features,
-            adapter.config.rank,
-        ):
-            problems.append(
-                f"{where}: lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected "
-                f"{(adapter.config.rank, linear.in_features)} and {(linear.out_features, adapter.config.rank)}"
-            )
-    problems += [
-        f"layer {layer} {name}: no tensors"
-        for layer, name in sorted(linears)
-        if name in adapter.config.targets and (layer, name) not in wanted
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {shown}.")
     detach(model)
-    for layer, name in sorted(wanted):
+    for layer, name in sorted({key[:2] for key in adapter.tensors}):
         a, b = (adapter.tensors[layer, name, part].to(model.device, torch.float32).clone() for part in "AB")
         adapted = LoraLinear(linears[layer, name], a, b, adapter.config.scale, adapter.config.dropout)
         setattr(model.blocks[layer], name, adapted)
+
+
+def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
+    """Raise AdapterError, naming everything that does not fit, for an adapter that was made for another shape of model."""
+    config, shapes = adapter.config, model.linear_shapes()
+    layers = range(model.num_layers) if adapter.layers is None else adapter.layers
+    wanted = {(layer, name) for layer in layers for name in config.targets}
+    found = {(layer, name) for layer, name, _ in adapter.tensors}
+    problems = [f"the model has no layer {layer}" for layer in sorted({*layers} - {*range(model.num_layers)})]
+    for layer, name in sorted(found):
+        a, b = (adapter.tensors.get((layer, name, part)) for part in "AB")
+        where, (rows, columns) = f"layer {layer} {name}", shapes[name]
+        expected = (config.rank, columns), (rows, config.rank)
+        if layer >= model.num_layers:
+            problems.append(f"{where}: the model has no such linear")
+        elif a is None or b is None:
+            problems.append(f"{where}: lora_{'A' if a is None else 'B'} is missing")
+        elif (a.shape, b.shape) != expected:
+            problems.append(
+                f"{where}: lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
+            )
+        elif (layer, name) not in wanted:
+            problems.append(f"{where}: adapter_config.json does not name it")
+    problems += [f"layer {layer} {name}: no tensors" for layer, name in sorted(wanted - found) if layer < model.num_layers]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {shown}.")
 
 
 def detach(model: Llama) -> None:
@@ -111,7 +115,8 @@ def snapshot(model: Llama, config: LoraConfig, about: dict[str, Any] | None = No
         if isinstance(linear, LoraLinear)
         for part in "AB"
     }
-    return Adapter(config, tensors, about or {})
+    layers = tuple(sorted({layer for layer, _, _ in tensors}))
+    return Adapter(config, tensors, about or {}, None if len(layers) == len(model.blocks) else layers)
 
 
 def parameters(model: Llama) -> list[torch.nn.Parameter]:
@@ -136,6 +141,7 @@ def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": config.rank,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(config.targets),
         "use_rslora": config.rslora, "inference_mode": True, "init_lora_weights": True, **_PLAIN,
+        "layers_to_transform": None if adapter.layers is None else list(adapter.layers),
     }  # fmt: skip
     tensors = {
         f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor.contiguous()
@@ -166,7 +172,7 @@ def load(folder: Path) -> Adapter:
         raise AdapterError(
             f"No adapter at {folder}: found no {CONFIG_FILE}, expected a PEFT folder; type --adapter none for the bare base."
         )
-    peft = _read_json(folder / CONFIG_FILE)
+    peft = read_json(folder / CONFIG_FILE)
     config = _lora_config(peft, folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(
@@ -189,8 +195,19 @@ def load(folder: Path) -> Adapter:
         )
     if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise AdapterError(f"The adapter at {folder} holds inf or NaN; train it again.")
-    about = _read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
-    return Adapter(config, tensors, about)
+    about = read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
+    return Adapter(config, tensors, about, _layers(peft, folder))
+
+
+def _layers(peft: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
+    """PEFT's layers_to_transform: a number, some, or null for all."""
+    found = peft.get("layers_to_transform")
+    if found is None or found == []:
+        return None
+    layers = found if isinstance(found, list) else [found]
+    if not all(type(layer) is int and 0 <= layer < 2**20 for layer in layers) or len(set(layers)) < len(layers):
+        raise AdapterError(f"The adapter at {folder} has layers_to_transform {found!r}; expected numbers of layers, each once.")
+    return tuple(sorted(layers))
 
 
 def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
@@ -218,7 +235,8 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
         raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of an adapter. Raises AdapterError for anything else, or too much of it."""
     try:
         if path.stat().st_size > _MAX_JSON:
             raise AdapterError(f"{path} is larger than {_MAX_JSON >> 20} MB; expected a short JSON file.")

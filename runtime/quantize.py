@@ -21,29 +21,21 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
-from edgetune.runtime.checkpoint import INDEX, WEIGHTS, Checkpoint, is_linear, model_shapes, open_model
+from edgetune.runtime.checkpoint import Checkpoint, is_linear, model_shapes, open_model
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
-from edgetune.runtime.files import atomic_write, explain_full_disk, sync_folder
-from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec, aligned_order
-
-SHARD_BYTES = 512 << 20  # the most that a killed run has to do again; a layer is never split
-_LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
-
-# What else a folder needs to be a model: tokenizer, chat template, generation settings, licence.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
+from edgetune.runtime.files import explain_full_disk, sync_folder
+from edgetune.runtime.model_folder import (
+    SHARD_BYTES,
+    plan_shards,
+    quantization_config,
+    shard_specs,
+    stored_bytes,
+    write_companions,
+    write_shard,
 )
+from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
+
+_LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
 
 Progress = Callable[[int, int], None]
 """Called with (parameters done, parameters in all) after each tensor."""
@@ -87,6 +79,9 @@ class _Recipe:
         quantized = replace(quantized, state=replace(quantized.state, dtype=torch.bfloat16))
         return bnb_layout.weight_tensors(name, quantized)
 
+    def release(self, name: str) -> None:
+        self.checkpoint.release(name)
+
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
@@ -121,36 +116,18 @@ def quantize_folder(
     if checkpoint.quant is not None:
         raise ModelError(f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from.")
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), block_size, double_quant)
-    shards = _plan(recipe, shard_bytes)
+    shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
         partial = _partial_folder(checkpoint, dest, [block_size, double_quant, shard_bytes])
         _check_space(partial, dest, recipe, shards)
         _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
-        _write_companions(src, partial, recipe, shards)
+        config = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
+        config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant)}
+        write_companions(src, partial, config, recipe, shards)
         _publish(partial, dest)
     parameters = sum(map(math.prod, recipe.shapes.values()))
     size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
     return QuantizeResult(dest, parameters, checkpoint.nbytes, size)
-
-
-def _plan(recipe: _Recipe, shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> names of the tensors in it: whole layers, in order, at most `shard_bytes` a file where one fits."""
-    groups: list[list[str]] = []
-    group_bytes = 0
-    units: dict[str, list[str]] = {}
-    for name in recipe.shapes:
-        parts = name.split(".")
-        units.setdefault(parts[2] if parts[1] == "layers" else name, []).append(name)
-    for names in units.values():
-        size = sum(spec.nbytes for name in names for spec in recipe.specs(name))
-        if not groups or group_bytes + size > shard_bytes:
-            groups.append([])
-            group_bytes = 0
-        groups[-1] += names
-        group_bytes += size
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
 def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> Path:
@@ -169,7 +146,7 @@ def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> 
 def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
     """Refuse before an hour's work what cannot end well."""
     missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
-    needed = sum(spec.nbytes for name in missing for spec in recipe.specs(name)) + (16 << 20)
+    needed = stored_bytes(recipe, missing) + (16 << 20)
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise ResourceError(
@@ -180,23 +157,18 @@ def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, l
 
 def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], progress: Progress) -> None:
     done, total = 0, sum(map(math.prod, recipe.shapes.values()))
+
+    def made(name: str) -> None:
+        nonlocal done
+        done += math.prod(recipe.shapes[name])
+        progress(done, total)
+
     for file, names in shards.items():
-        specs = aligned_order(spec for name in names for spec in recipe.specs(name))
-        if _is_whole(partial / file, specs):
+        if _is_whole(partial / file, shard_specs(recipe, names)):
             done += sum(math.prod(recipe.shapes[name]) for name in names)
             progress(done, total)
             continue
-        waiting: dict[str, Tensor] = {}  # made before their turn: the few whose size is no multiple of 64
-        queue = list(reversed(specs))
-        with SafetensorsWriter(partial / file, specs, {"format": "pt"}) as writer:
-            for name in names:
-                waiting |= recipe.tensors(name)
-                while queue and queue[-1].name in waiting:
-                    spec = queue.pop()
-                    writer.write(spec.name, waiting.pop(spec.name))
-                recipe.checkpoint.release(name)
-                done += math.prod(recipe.shapes[name])
-                progress(done, total)
+        write_shard(partial / file, recipe, names, made)
 
 
 def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
@@ -208,39 +180,6 @@ def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
     except ModelError:
         return False
     return [(t.name, t.dtype, t.shape) for t in tensors] == [(s.name, s.dtype, s.shape) for s in specs]
-
-
-def _write_companions(src: Path, partial: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
-    """config.json, the index of the shards, and the files of `src` that a model needs beside its weights."""
-    for file in companions(src):
-        atomic_write(partial / file.name, file.read_bytes())
-    config = {key: value for key, value in recipe.checkpoint.hf_config.items() if key != "dtype"}
-    config |= {"torch_dtype": "bfloat16", "quantization_config": _quantization_config(recipe)}
-    atomic_write(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    if len(shards) > 1:
-        weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
-        size = sum(spec.nbytes for names in shards.values() for name in names for spec in recipe.specs(name))
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        atomic_write(partial / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of a model folder that belong to it beside config and weights."""
-    return [file for pattern in _COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
-
-
-def _quantization_config(recipe: _Recipe) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig writes."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": recipe.double_quant,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
-    }
 
 
 def _publish(partial: Path, dest: Path) -> None:

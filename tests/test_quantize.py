@@ -15,6 +15,7 @@ from edgetune.runtime import quantize as quantizing
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.quantize import quantize_folder
+from edgetune.runtime.safetensors_file import SafetensorsWriter
 
 transformers = pytest.importorskip("transformers")
 
@@ -245,9 +246,9 @@ def test_a_full_disk_is_told_before_and_during_and_the_work_is_kept(source, tmp_
             raise OSError(28, "No space left on device")
         return write(self, name, tensor)
 
-    write = quantizing.SafetensorsWriter.write
+    write = SafetensorsWriter.write
     with monkeypatch.context() as patch:
-        patch.setattr(quantizing.SafetensorsWriter, "write", refuse_late)
+        patch.setattr(SafetensorsWriter, "write", refuse_late)
         with pytest.raises(ResourceError, match="disk is full"):
             quantize_folder(source, tmp_path / "four", shard_bytes=40_000)
     assert not (tmp_path / "four").exists()
