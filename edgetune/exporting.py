@@ -17,6 +17,7 @@ from edgetune.documents.reading import read_notes
 from edgetune.export import verify
 from edgetune.export.target import Job, check_reader, check_weights, load_target, proved_by, reference
 from edgetune.meter import MemoryMeter
+from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.tokenizer import Tokenizer
@@ -70,7 +71,9 @@ def export_adapter(
     choice, base = open_base(model)
     path = registry.find(adapter, base.digest)
     own = None if path is None else registry.load_for(path, base.digest)
-    name = registry.NONE if path is None else path.name
+    if own is not None:
+        check_fits(own, base.config)
+    name = registry.NONE if path is None else path.stem if path.is_file() else path.name
     folder = _free_folder(expand(f"{name}-{target}" if out is None else str(out)), target)
     tokenizer = Tokenizer.load(choice.path)
     start = tokenizer.start_ids
@@ -79,7 +82,7 @@ def export_adapter(
     begun = time.monotonic()
     with MemoryMeter(base.files) as meter, atomic_folder(folder) as temporary:
         written = module.write(job, temporary)
-        expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job))
+        expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job, temporary))
         bound = verify.BOUNDS[target, form]
         about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
         atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))

@@ -7,20 +7,27 @@ trained on. A name is the time it was made, so that names sort by age.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
-from dataclasses import dataclass
+import re
+import shutil
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from edgetune.export import mlx as mlx_folder
 from edgetune.runtime import adapter as peft_folder
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.state import PRIVATE_FOLDER, home, private_folder
 
 CURRENT = "current.json"
 NONE = "none"
+GGUF = ".gguf"
+_NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def get_current() -> Current | None:
 
 
 def find(name: str | None, base: str) -> Path | None:
-    """The folder for `--adapter NAME`: a path, a name under this base, "none", or None for the current one.
+    """What `--adapter NAME` names: a folder, a GGUF file, a name under this base, "none", or None for the current one.
 
     Raises AdapterError when the name is not known. None means the bare base.
     """
@@ -81,19 +88,40 @@ def find(name: str | None, base: str) -> Path | None:
         current = get_current()
         return current.adapter if current is not None and current.base == base else None
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return path
-    kept = adapters_folder(base) / name
-    if "/" not in name and "\\" not in name and kept.is_dir():
+    kept = kept_folder(name, base)
+    if kept is not None:
         return kept
     raise AdapterError(
-        f"No adapter {name!r}: it is neither a folder nor one of this base's; type --adapter none for the bare base."
+        f"No adapter {name!r}: it is neither a folder, nor a {GGUF} file, nor one of this base's (`edgetune adapters list` "
+        "names them); type --adapter none for the bare base."
     )
+
+
+def kept_folder(name: str, base: str) -> Path | None:
+    """The folder of an adapter that is kept here under this base; None where there is none of that name."""
+    kept = adapters_folder(base) / name
+    return kept if _NAME.fullmatch(name) and kept.is_dir() else None
+
+
+def read(path: Path) -> Adapter:
+    """An adapter in whatever form it lies there: a PEFT folder, an mlx-lm folder, a GGUF file.
+
+    Raises AdapterError for anything else.
+    """
+    if path.suffix == GGUF and path.is_file():
+        adapter = importlib.import_module("edgetune.export.gguf").read_adapter(path)
+        assert isinstance(adapter, Adapter)
+        return adapter
+    if mlx_folder.is_adapter(path):
+        return mlx_folder.read_adapter(path)
+    return peft_folder.load(path)
 
 
 def load_for(path: Path, base: str) -> Adapter:
     """Read an adapter and check that it was made for the base with this digest, where it says so."""
-    adapter = peft_folder.load(path)
+    adapter = read(path)
     made_for = adapter.about.get("base")
     if made_for is not None and made_for != base:
         raise AdapterError(
@@ -101,3 +129,78 @@ def load_for(path: Path, base: str) -> Adapter:
             "name its model with --model, or type --adapter none."
         )
     return adapter
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An adapter that is kept here; what training did not write about it is None."""
+
+    name: str
+    path: str
+    base: str
+    current: bool
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    bytes: int
+    heldout_bits_per_byte_before: float | None
+    heldout_bits_per_byte_after: float | None
+
+
+def kept(base: str | None = None) -> list[Kept]:
+    """All adapters under this home, or those of one base, oldest name first. Folders that are no adapters are left out."""
+    root, found = home() / "adapters", []
+    folders = [root / base[:12]] if base is not None else sorted(root.glob("*"))
+    for folder in (adapter for parent in folders for adapter in sorted(parent.glob("[!.]*"))):
+        with contextlib.suppress(AdapterError):
+            found.append(describe(folder))
+    return found
+
+
+def describe(folder: Path) -> Kept:
+    """What a kept adapter is. Raises AdapterError where it is unreadable."""
+    adapter, current = peft_folder.load(folder), get_current()
+    config, about = adapter.config, adapter.about
+    scores = [about.get(f"heldout_bits_per_byte_{when}") for when in ("before", "after")]
+    before, after = (float(score) if isinstance(score, int | float) else None for score in scores)
+    return Kept(
+        name=folder.name,
+        path=str(folder),
+        base=folder.parent.name,
+        current=current is not None and current.adapter == folder.resolve(),
+        rank=config.rank,
+        alpha=config.alpha,
+        targets=config.targets,
+        layers=adapter.layers,
+        bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        heldout_bits_per_byte_before=before,
+        heldout_bits_per_byte_after=after,
+    )
+
+
+def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None) -> Path:
+    """Store a copy of an adapter, in any form that is read, as a PEFT folder under `name` (default: the source's own).
+
+    Raises AdapterError where it does not fit the base, every mismatch named, or where the name is taken or none.
+    """
+    adapter = load_for(source, base.digest)
+    peft_folder.check_fits(adapter, base.config)
+    name = re.sub(r"[^\w.-]+", "-", source.stem if source.suffix == GGUF else source.name).strip(".-") if name is None else name
+    if not _NAME.fullmatch(name) or name == NONE:
+        raise AdapterError(f"{name!r} is no name for an adapter; expected letters, digits, dots and dashes: --name my-adapter.")
+    if kept_folder(name, base.digest) is not None:
+        raise AdapterError(f"There is an adapter {name} of this base already; name another: --name {name}-2.")
+    folder = adapters_folder(base.digest) / name
+    peft_folder.save(replace(adapter, about={**adapter.about, "base": base.digest}), folder, base_name)
+    return folder
+
+
+def delete(folder: Path) -> None:
+    """Remove a kept adapter. Raises AdapterError for the current one."""
+    current = get_current()
+    if current is not None and current.adapter == folder.resolve():
+        raise AdapterError(
+            f"The adapter {folder.name} is the current one; type `edgetune adapters promote NAME` for another first."
+        )
+    shutil.rmtree(folder)

@@ -132,8 +132,13 @@ def write(job: Job, folder: Path) -> Written:
     return Written(app.PACKAGE, tuple(notices), tuple(facts))
 
 
-def reference(job: Job) -> Llama:
-    """What the package has to agree with: the engine's model, with the weights as stored where they were quantised anew."""
+def reference(job: Job, folder: Path) -> Llama:
+    """What the package has to agree with, whatever is in `folder`."""
+    return stored_model(job)
+
+
+def stored_model(job: Job) -> Llama:
+    """The engine's model, with the weights as stored where they were quantised anew."""
     source = _source(job)
     quant = QuantConfig() if job.weights == "nf4" and job.base.quant is None else None
     model = load_llama(job.base, torch.float32, quant=quant)
@@ -312,7 +317,7 @@ def _loss(job: Job) -> dict[str, float]:
     """KL in nats of the engine's model to the stored one, and to the bare base, over the job's texts or the golden prompt."""
     texts = job.texts or [_prompt(job)]
     limit = min(CONTEXT_TOKENS, job.base.config.max_positions)
-    models = {"kl_of_rounding": reference(job)}
+    models = {"kl_of_rounding": stored_model(job)}
     if job.adapter is not None:
         models["kl_of_adapter"] = replace(job, adapter=None).model()
     whole, sums, count = job.model(), dict.fromkeys(models, 0.0), 0

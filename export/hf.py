@@ -1,30 +1,117 @@
-"""A merged model for transformers and all that reads its folders: dense, or 4-bit in bitsandbytes' layout."""
+"""A merged model for transformers and all that reads its folders: dense, or 4-bit in bitsandbytes' layout.
+
+Rounding to 4 bits to the nearest loses most of an adapter (tests/benchmarks/LOG.md has figures), so `nf4` rounds with
+feedback; `nf4-nearest` is there to compare. Both measure what is left, and refuse where that is little.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from edgetune.export import merge
+from edgetune.export import effect, merge
 from edgetune.export.peft import TransformersReader, open_transformers
+from edgetune.export.rounding import RoundedRecipe, rounded
 from edgetune.export.target import Job, Written
-from edgetune.runtime.model_folder import write_model
+from edgetune.runtime import bnb_layout, nf4
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.errors import ModelError, UsageError
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.model import Llama
+from edgetune.runtime.model_folder import quantization_config, write_model
+from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.safetensors_file import TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WEIGHTS = (*DTYPES,)
+NF4, NF4_NEAREST = "nf4", "nf4-nearest"
+WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
 NEEDS = ("transformers", "peft")
+QUANT = QuantConfig()
 
 
 def write(job: Job, folder: Path) -> Written:
     """config.json, model.safetensors or its shards, and the base's tokenizer and settings."""
+    config = {key: value for key, value in job.base.hf_config.items() if key not in ("dtype", "quantization_config")}
+    if job.weights not in DTYPES:
+        return _write_nf4(job, folder, config)
     merge.check_memory(job)
     dtype = DTYPES[job.weights]
-    recipe = merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype)
-    config = {key: value for key, value in job.base.hf_config.items() if key not in ("dtype", "quantization_config")}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    write_model(job.base.folder, folder, config, recipe)
+    write_model(job.base.folder, folder, config, merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype))
     return Written()
+
+
+def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
+    if job.adapter is None:
+        raise UsageError(
+            f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` for the base alone in 4 bits."
+        )
+    merge.check_memory(job, *rounding_memory(job))
+    calibration, held_out = effect.texts_for(job)
+    merged = merge.Merged(job.base, job.adapter)
+    linears = rounded(merged, Nf4Grid.of, calibration if job.weights == NF4 else None)
+    config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(QUANT.double_quant)}
+    write_model(job.base.folder, folder, config, RoundedRecipe(merged, _linear_specs, linears))
+    advice = "type --weights bf16, or export peft" if job.weights == NF4 else "type --weights nf4, which rounds with feedback"
+    return Written(facts=(effect.check(job, reference_model(job, folder), held_out, advice),))
+
+
+def rounding_memory(job: Job) -> tuple[int, int]:
+    """Copies of a linear, and bytes beside them, that rounding with feedback holds: for merge.check_memory."""
+    config = job.base.config
+    widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    moments = 3 * max(config.hidden_size, config.intermediate_size) ** 2
+    return merge.COPIES + 3, 4 * (effect.TOKENS * widths + moments)
+
+
+def _linear_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
+    return bnb_layout.weight_specs(name, shape, QUANT.block_size, QUANT.double_quant)
+
+
+class Nf4Grid:
+    """NF4's table times the absmax of each block, doubly quantised as it will be read; a Grid of rounding.py."""
+
+    def __init__(self, quantized: QuantizedTensor) -> None:
+        self._state = replace(quantized.state, dtype=torch.bfloat16)
+        rows, columns = quantized.shape
+        absmax = nf4.expand_absmax(self._state).repeat_interleave(self._state.block_size)[: rows * columns]
+        self._scale = absmax.view(rows, columns).T.contiguous()
+        self._bounds = (nf4.NF4_TABLE[:-1] + nf4.NF4_TABLE[1:]) / 2
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Nf4Grid:
+        """The blocks of a dense weight (out, in)."""
+        try:
+            return cls(nf4.quantize(weight, QUANT.quant_type, QUANT.block_size, QUANT.double_quant))
+        except ValueError as error:
+            raise ModelError(f"The merged model cannot be quantised: {error}; train the adapter again.") from error
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        scale = self._scale[column]
+        codes = torch.bucketize(values / scale.clamp(min=1e-38), self._bounds)
+        return codes, nf4.NF4_TABLE[codes] * scale
+
+    def weight(self, codes: Tensor) -> QuantizedTensor:
+        flat = torch.nn.functional.pad(codes.reshape(-1), (0, codes.numel() % 2))
+        return QuantizedTensor(((flat[::2] << 4) | flat[1::2]).view(-1, 1), self._state)
+
+    def tensors(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        return bnb_layout.weight_tensors(name, self.weight(codes))
+
+
+def reference_model(job: Job, folder: Path) -> Llama:
+    """The model in `folder` as edgetune reads it."""
+    return load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
+
+
+def reference(job: Job, folder: Path) -> Llama:
+    """4-bit forms are proved against the weights that were written."""
+    return job.model() if job.weights in DTYPES else reference_model(job, folder)
 
 
 def read(job: Job, folder: Path) -> TransformersReader:

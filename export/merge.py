@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,14 @@ class Merged:
         return 1.0 if self.adapter is None else self.adapter.config.scale
 
 
+def merged(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all of them in their order; none is held once the next is asked for."""
+    sums = Merged(job.base, job.adapter)
+    for name in sums.shapes:
+        yield name, sums.tensor(name)
+        job.base.release(name)
+
+
 @dataclass(frozen=True)
 class DenseRecipe:
     """Every tensor rounded once, from the fp32 sum, to `dtype`; a Recipe of model_folder.py."""
@@ -85,13 +94,13 @@ class DenseRecipe:
         self.merged.base.release(name)
 
 
-def check_memory(job: Job, copies: int = COPIES) -> None:
-    """Raise ResourceError where `job.memory` does not hold the merge of the largest linear, with the adapter beside it."""
+def check_memory(job: Job, copies: int = COPIES, beside: int = 0) -> None:
+    """Raise ResourceError where `job.memory` does not hold fp32 `copies` of the largest linear, the adapter and `beside`."""
     if job.memory is None:
         return
     largest = max(math.prod(shape) for shape in job.base.config.linear_shapes().values())
     adapter = 0 if job.adapter is None else sum(tensor.nbytes for tensor in job.adapter.tensors.values())
-    needed = TORCH_BYTES + adapter + 4 * copies * largest
+    needed = TORCH_BYTES + adapter + 4 * copies * largest + beside
     if needed > job.memory:
         raise ResourceError(
             f"Merging takes {needed / 1e9:.2f} GB even a linear at a time and --memory allows {job.memory / 1e9:.2f} GB; "

@@ -29,6 +29,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
+from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, sha256_file
 from edgetune.runtime.loader import load_llama
@@ -127,6 +128,11 @@ class BundleReader:
         n = len(ids)
         h = Runner(self.model).infer(torch.tensor(list(ids)), torch.arange(n), [(0, n, 0, n)], None)
         return self.model.logits(h).float()
+
+
+def reference(job: Job, folder: Path) -> Llama:
+    """Base and adapter; a base that was quantised on the way in NF4."""
+    return job.model(quant=QuantConfig() if job.base.quant is None else None)
 
 
 def read(job: Job, folder: Path) -> BundleReader:

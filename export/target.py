@@ -6,8 +6,8 @@ A target is a module of this package with
     NEEDS: tuple[str, str]                         the package that its reader needs and the extra that installs it
     def write(job, folder) -> Written              into an empty private folder; what is to be opened, and what to tell
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
-    def reference(job) -> Llama                    where it is there: what to agree with in place of job.model(), for weights
-                                                   that the target rounds anew
+    def reference(job, folder) -> Llama            where it is there: what to agree with in place of job.model(), for weights
+                                                   that the target rounds to few bits on purpose
     PROVED_BY: str                                 where it is there: what `read` is, if not the target's own reader
 
 Whoever calls it makes the folder appear under its name only when it is whole and proved.
@@ -61,10 +61,14 @@ class Job:
             raise AdapterError("There is no adapter to export; train one, name one with --adapter, or name --weights to merge.")
         return self.adapter
 
-    def model(self, dtype: torch.dtype = torch.float32) -> Llama:
-        """The base with its adapter attached, on the CPU: what an export must agree with; in NF4 where that is exported."""
-        quant = QuantConfig() if self.weights == "nf4" and self.base.quant is None else None
-        model = load_llama(self.base, dtype, quant=quant)
+    @property
+    def layer_memory(self) -> int | None:
+        """Bytes for the linears of a model that is run, beyond which it is streamed: a quarter of what may be held."""
+        return None if self.memory is None else self.memory // 4
+
+    def model(self, dtype: torch.dtype = torch.float32, quant: QuantConfig | None = None) -> Llama:
+        """The base with its adapter attached, on the CPU: what an export must agree with; the base in NF4 where `quant` says so."""
+        model = load_llama(self.base, dtype, quant=quant, layer_memory=self.layer_memory if quant is None else None)
         if self.adapter is not None:
             adapters.attach(model, self.adapter)
         return model
@@ -105,10 +109,10 @@ def load_target(name: str) -> Target:
     return cast(Target, importlib.import_module(f"edgetune.export.{name}"))
 
 
-def reference(target: Target, job: Job) -> Llama:
-    """The model that an export has to agree with."""
+def reference(target: Target, job: Job, folder: Path) -> Llama:
+    """The model that what `folder` holds has to agree with."""
     own = getattr(target, "reference", None)
-    return job.model() if own is None else own(job)
+    return job.model() if own is None else own(job, folder)
 
 
 def proved_by(name: str, target: Target) -> str:

@@ -60,11 +60,14 @@ BOUNDS: dict[tuple[str, str], Bound] = {
     ("hf", "fp32"): EXACT,
     ("hf", "bf16"): HALF,
     ("hf", "fp16"): HALF,
+    ("hf", "nf4"): EXACT,
+    ("hf", "nf4-nearest"): EXACT,
     ("mlx", ""): EXACT,
     ("mlx", "bf16"): HALF,
     ("mlx", "fp16"): HALF,
 }
-"""By target and form of its weights."""
+"""By target and form of its weights. 4-bit models are held to the rounded weights, see target.py: what rounding leaves of the
+adapter is measured apart."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from edgetune import export_adapter
 from edgetune.export import coreml, coreml_app, coreml_weights, verify
 from edgetune.export.coreml_weights import Stored, store
 from edgetune.export.mil_eval import OPERATIONS, MilProgram
-from edgetune.export.target import Job, reference
+from edgetune.export.target import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.adapter import Adapter
@@ -241,13 +241,13 @@ def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path
     """Also one of a lower rank."""
     package = coreml.EvaluatedPackage(inputs_package)
     job = job_of(folder, "nf4", an_adapter(folder))
-    assert apart(package.logits(IDS), engine(coreml.reference(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
     other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=coreml.ADAPTER_ALONE)
     assert coreml.write(other, tmp_path).opens == coreml_app.ADAPTER_FILE
     package.use_adapter(tmp_path / coreml_app.ADAPTER_FILE)
-    expected = engine(coreml.reference(replace(other, weights="nf4")), IDS)
+    expected = engine(coreml.stored_model(replace(other, weights="nf4")), IDS)
     assert apart(package.logits(IDS), expected) < CLOSE
-    assert apart(engine(coreml.reference(job), IDS), expected) > 20 * CLOSE
+    assert apart(engine(coreml.stored_model(job), IDS), expected) > 20 * CLOSE
     assert apart(coreml.read(other, tmp_path).logits(IDS), engine(other.model(), IDS)) < CLOSE
 
 
@@ -266,9 +266,9 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     job = job_of(folder, "nf4", adapter, "functions")
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
-    assert apart(package.logits(IDS), engine(coreml.reference(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
     assert (
-        apart(package.logits(IDS, "base"), engine(coreml.reference(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
+        apart(package.logits(IDS, "base"), engine(coreml.stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
     )
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
@@ -285,7 +285,7 @@ def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path)
     assert "--adapter-as inputs keeps it whole" in result.notices[-1]
     package = coreml.read(job, tmp_path / "out")
     assert package.call["adapter"] is None
-    assert apart(package.logits(IDS), engine(coreml.reference(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
     assert apart(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real, and not hidden
 
 
@@ -410,7 +410,7 @@ def test_the_demo_in_every_form(weights: str, adapter_as: str | None, tmp_path: 
     adapter = None if adapter_as is None else an_adapter(DEMO, rank=8)
     job = job_of(DEMO, weights, adapter, adapter_as)
     package = written(job, tmp_path / "out")
-    expected = verify.golden(job, IDS, reference(coreml, job))  # type: ignore[arg-type]
+    expected = verify.golden(job, IDS, coreml.stored_model(job))  # type: ignore[arg-type]
     found = verify.compare(expected, package, verify.BOUNDS["coreml", weights])
     assert found.holds(verify.BOUNDS["coreml", weights])
     assert found.max_logit_difference < 0.1

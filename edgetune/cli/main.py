@@ -26,6 +26,7 @@ COMMANDS = {
     "models": "edgetune.cli.models",
     "quantize": "edgetune.cli.models",
     "export": "edgetune.cli.export",
+    "adapters": "edgetune.cli.adapters",
     "plan": "edgetune.cli.plan",
     "bench": "edgetune.cli.bench",
     "doctor": "edgetune.cli.doctor",

@@ -1,0 +1,128 @@
+"""edgetune adapters: what was trained or imported here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgetune.cli.options import json_option, model_option, print_json, say
+from edgetune.ui import human_bytes, one_line
+
+if TYPE_CHECKING:
+    from edgetune.registry import Kept
+
+
+@click.group("adapters")
+def adapters_command() -> None:
+    """List, show, import, promote and delete adapters. Those of all base models are kept apart."""
+
+
+@adapters_command.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """Every adapter kept here, oldest first; * is the current one."""
+    from edgetune import registry
+
+    found = registry.kept()
+    if as_json:
+        print_json({"adapters": [dataclasses.asdict(adapter) for adapter in found]})
+        return
+    for adapter in found:
+        click.echo(_line(adapter))
+    if not found:
+        click.echo("No adapters yet. Make one: edgetune train notes/")
+
+
+@adapters_command.command("show")
+@click.argument("name")
+@model_option
+@json_option
+def show_command(name: str, model: str | None, as_json: bool) -> None:
+    """What the adapter NAME of a base model is."""
+    from edgetune import registry
+
+    adapter = registry.describe(_kept(name, model)[0])
+    if as_json:
+        print_json(dataclasses.asdict(adapter))
+        return
+    click.echo(_line(adapter))
+    click.echo(f"  on {', '.join(adapter.targets)}" + (f" of layers {list(adapter.layers)}" if adapter.layers else ""))
+    click.echo(f"  {one_line(adapter.path)}")
+
+
+@adapters_command.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="What to call it. Default: as its folder or file is called.")
+@model_option
+@json_option
+def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
+    """Keep a copy of the adapter at SOURCE: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
+    from edgetune import registry
+    from edgetune.session import open_base
+
+    choice, base = open_base(model)
+    folder = registry.keep(source.expanduser(), base, choice.name, name)
+    if as_json:
+        print_json({"adapter": str(folder), "name": folder.name, "model": choice.name})
+        return
+    click.echo(f"Kept as {folder.name}. Use it: edgetune adapters promote {folder.name}, or --adapter {folder.name}")
+
+
+@adapters_command.command("promote")
+@click.argument("name")
+@model_option
+@json_option
+def promote_command(name: str, model: str | None, as_json: bool) -> None:
+    """Make NAME the adapter that chat, generate and export take."""
+    from edgetune import registry
+
+    folder, choice, base = _kept(name, model)
+    registry.describe(folder)
+    registry.set_current(registry.Current(folder.resolve(), choice, base))
+    if as_json:
+        print_json({"adapter": str(folder), "name": name, "model": choice})
+        return
+    click.echo(f"{name} is the current adapter, of {one_line(choice)}.")
+
+
+@adapters_command.command("delete")
+@click.argument("name")
+@model_option
+@json_option
+def delete_command(name: str, model: str | None, as_json: bool) -> None:
+    """Remove the adapter NAME, which is not the current one, for good."""
+    from edgetune import registry
+
+    folder, _, _ = _kept(name, model)
+    registry.delete(folder)
+    if as_json:
+        print_json({"deleted": name})
+    else:
+        say(f"{name} is deleted.")
+
+
+def _kept(name: str, model: str | None) -> tuple[Path, str, str]:
+    """The folder of a kept adapter, and its base's name and digest. Raises AdapterError where there is none."""
+    from edgetune import registry
+    from edgetune.runtime.errors import AdapterError
+    from edgetune.session import open_base
+
+    choice, base = open_base(model)
+    folder = registry.kept_folder(name, base.digest)
+    if folder is None:
+        raise AdapterError(
+            f"No adapter {name!r} of {choice.name} is kept here; `edgetune adapters list` names them all, --model its base."
+        )
+    return folder, choice.name, base.digest
+
+
+def _line(adapter: Kept) -> str:
+    before, after = adapter.heldout_bits_per_byte_before, adapter.heldout_bits_per_byte_after
+    learned = "" if before is None or after is None else f", held-out {before:.3f} to {after:.3f} bits/byte"
+    return (
+        f"{'*' if adapter.current else ' '} {adapter.name}: base {adapter.base}, rank {adapter.rank}, alpha "
+        f"{adapter.alpha:g}, {human_bytes(adapter.bytes)}{learned}"
+    )

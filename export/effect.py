@@ -1,0 +1,142 @@
+"""How much of what an adapter does is left in a merge that rounds: measured on text, not hoped.
+
+On texts that the person gives, by nats: (base - merged) / (base - adapted). On text that the adapted model writes itself,
+whose nats need no sample of their own, by divergences: 1 - KL(adapted || merged) / KL(adapted || base). 1 is all of it, 0
+nothing; below 0 rounding did more harm than the adapter does good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgetune.export.target import Job
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.config import LlamaConfig
+from edgetune.runtime.device import compute_dtype
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.model import Llama
+from edgetune.runtime.runner import Runner
+
+Documents = list[list[int]]
+
+DOCUMENT_TOKENS = 256
+"""Of a document that the model writes, and of the pieces that a text is cut into."""
+TOKENS = 4096
+"""To calibrate on, and as many others to measure on."""
+LEAST = 0.5
+"""Of the effect; a merge that keeps less is refused."""
+_ROWS = 128
+"""Rows of logits that exist at once, for each of three models."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Nats a token of base, adapted and merged model, and the divergences from the adapted one, over the same tokens."""
+
+    nats_base: float
+    nats_adapted: float
+    nats_merged: float
+    kl_base: float
+    kl_merged: float
+
+    def kept(self, by_nats: bool) -> float:
+        """The share that is left; by divergences where the adapter gains nothing on the text."""
+        gain = self.nats_base - self.nats_adapted
+        if by_nats and gain > 0:
+            return (self.nats_base - self.nats_merged) / gain
+        return 1.0 - self.kl_merged / max(self.kl_base, 1e-12)
+
+
+def texts_for(job: Job) -> tuple[Documents, Documents]:
+    """Token ids to calibrate on and others to measure on: every second text of the job each, or the model's own writing."""
+    given = [list(text) for text in job.texts if len(text) > 1]
+    if len(given) > 1:
+        return _pieces(given[::2]), _pieces(given[1::2])
+    count = TOKENS // DOCUMENT_TOKENS
+    room = min(DOCUMENT_TOKENS, job.base.config.max_positions)
+    model = job.model(compute_dtype(torch.device("cpu")))
+    written = [_write(model, room, seed) for seed in range(2 * count)]
+    return written[:count], _pieces(given) or written[count:]
+
+
+def _write(model: Llama, room: int, seed: int) -> list[int]:
+    """A document of the model's, sampled from all that it finds possible."""
+    start = _start(model.config)
+    return [start, *Generator(Runner(model), room).generate([start], room - 1, Sampling(1.0, 1.0, seed))]
+
+
+def _start(config: LlamaConfig) -> int:
+    ids = [config.bos_token_id, *config.eos_token_ids, 0]
+    return next(token for token in ids if token is not None)
+
+
+def _pieces(texts: Documents) -> Documents:
+    """Texts cut to DOCUMENT_TOKENS, at most TOKENS in all."""
+    pieces = [text[i : i + DOCUMENT_TOKENS] for text in texts for i in range(0, len(text), DOCUMENT_TOKENS)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    return pieces[: max(1, TOKENS // DOCUMENT_TOKENS)]
+
+
+def packed(documents: Documents) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Documents side by side: token ids (N,), positions (N,), and each one's (start, end)."""
+    bounds, end = [], 0
+    for document in documents:
+        bounds.append((end, end + len(document)))
+        end += len(document)
+    ids = torch.tensor([token for document in documents for token in document])
+    return ids, torch.cat([torch.arange(end - start) for start, end in bounds]), bounds
+
+
+@torch.no_grad()
+def measure(job: Job, merged: Llama, documents: Documents) -> Effect:
+    """Run base, adapted and merged model in fp32 on each document."""
+    own = job.model()
+    runners, sums, count = Runner(own), torch.zeros(5, dtype=torch.float64), 0
+    hidden = [_hidden(runners, document) for document in documents]
+    adapters.detach(own)
+    other = Runner(merged)
+    for document, adapted in zip(documents, hidden, strict=True):
+        base, changed = _hidden(runners, document), _hidden(other, document)
+        for rows, targets in _predictions(document):
+            a, b, c = (
+                torch.log_softmax(model.logits(h[rows]).double(), dim=-1)
+                for model, h in ((own, adapted), (own, base), (merged, changed))
+            )
+            nats = [-logs.gather(1, targets.unsqueeze(1)).sum() for logs in (b, a, c)]
+            divergences = [(a.exp() * (a - logs)).sum() for logs in (b, c)]
+            sums += torch.stack([*nats, *divergences])
+            count += len(targets)
+    return Effect(*(sums / count).tolist())
+
+
+def _hidden(runner: Runner, document: Sequence[int]) -> Tensor:
+    n = len(document)
+    return runner.infer(torch.tensor(document), torch.arange(n), [(0, n, 0, n)], None)
+
+
+def _predictions(document: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows predict, and the ids that they should have."""
+    for start in range(0, len(document) - 1, _ROWS):
+        stop = min(start + _ROWS, len(document) - 1)
+        yield slice(start, stop), torch.tensor(document[start + 1 : stop + 1])
+
+
+def check(job: Job, merged: Llama, documents: Documents, advice: str) -> tuple[str, float]:
+    """The share of the adapter's effect that `merged` keeps, as a fact to report.
+
+    Raises ModelError, with `advice` at its end, where that is less than LEAST and the job does not insist.
+    """
+    given = any(len(text) > 1 for text in job.texts)
+    kept = measure(job, merged, documents).kept(by_nats=given)
+    if kept < LEAST and not job.force:
+        where = "the texts" if given else "text that it writes itself"
+        raise ModelError(
+            f"This merge keeps {kept:.0%} of what the adapter does on {where}, so it was not written (expected at least "
+            f"{LEAST:.0%}); {advice}, or --force to write it all the same."
+        )
+    return "adapter_effect_kept", kept
