@@ -27,7 +27,7 @@ Documents = list[list[int]]
 DOCUMENT_TOKENS = 256
 """Of a document that the model writes, and of the pieces that a text is cut into."""
 TOKENS = 4096
-"""To calibrate on, and as many others to measure on."""
+"""To calibrate on, and of texts to measure on; of its own writing half as many others."""
 LEAST = 0.5
 """Of the effect; a merge that keeps less is refused."""
 _ROWS = 128
@@ -60,7 +60,7 @@ def texts_for(job: Job) -> tuple[Documents, Documents]:
     count = TOKENS // DOCUMENT_TOKENS
     room = min(DOCUMENT_TOKENS, job.base.config.max_positions)
     model = job.model(compute_dtype(torch.device("cpu")))
-    written = [_write(model, room, seed) for seed in range(2 * count)]
+    written = [_write(model, room, seed) for seed in range(count + (0 if given else count // 2))]
     return written[:count], _pieces(given) or written[count:]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edgetune.export import effect, merge
 from edgetune.export.peft import TransformersReader, open_transformers
-from edgetune.export.rounding import RoundedRecipe, rounded
+from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.target import Job, Written
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
@@ -59,14 +59,6 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
     write_model(job.base.folder, folder, config, RoundedRecipe(merged, _linear_specs, linears))
     advice = "type --weights bf16, or export peft" if job.weights == NF4 else "type --weights nf4, which rounds with feedback"
     return Written(facts=(effect.check(job, reference_model(job, folder), held_out, advice),))
-
-
-def rounding_memory(job: Job) -> tuple[int, int]:
-    """Copies of a linear, and bytes beside them, that rounding with feedback holds: for merge.check_memory."""
-    config = job.base.config
-    widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    moments = 3 * max(config.hidden_size, config.intermediate_size) ** 2
-    return merge.COPIES + 3, 4 * (effect.TOKENS * widths + moments)
 
 
 def _linear_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:

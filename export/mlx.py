@@ -19,17 +19,22 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from edgetune.export import merge
+from edgetune.export import effect, merge
+from edgetune.export.mlx_groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
+from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.target import Job, Written
 from edgetune.runtime.adapter import Adapter, read_json
+from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.model import hf_linear_name
+from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.model_folder import write_model
+from edgetune.runtime.safetensors_file import SafetensorsFile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHTS = ("", *DTYPES)
+INT4 = "int4"
+WEIGHTS = ("", *DTYPES, INT4)
 NEEDS = ("mlx_lm", "mlx")
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0
@@ -39,6 +44,8 @@ _KEY = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([ab])"
 
 def write(job: Job, folder: Path) -> Written:
     """An adapter folder without --weights, else a model folder."""
+    if job.weights == INT4:
+        return _write_int4(job, folder)
     if job.weights:
         merge.check_memory(job)
         return Written(notices=_write_model(job, folder))
@@ -185,6 +192,52 @@ def _write_model(job: Job, folder: Path) -> tuple[str, ...]:
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_model(job.base.folder, folder, config, merge.DenseRecipe(merged, dtype))
     return _window_notice(job.base.config)
+
+
+def _write_int4(job: Job, folder: Path) -> Written:
+    """Linears in MLX's 4-bit groups, rounded with feedback; what is left of an adapter is measured."""
+    merged, config = merge.Merged(job.base, job.adapter), mlx_config(job.base.hf_config, job.base.config)
+    odd = sorted({shape[1] for shape in job.base.config.linear_shapes().values() if shape[1] % GROUP})
+    if odd:
+        raise UsageError(
+            f"This model has linears of {odd[0]} inputs and MLX quantises groups of {GROUP}; type --weights bf16 instead."
+        )
+    copies, beside = rounding_memory(job)
+    merge.check_memory(job, copies, beside + 4 * job.base.config.linear_parameters)  # what is measured is dense
+    calibration, held_out = effect.texts_for(job)
+    config |= {"torch_dtype": "bfloat16", "quantization": {"group_size": GROUP, "bits": BITS}}
+    recipe = RoundedRecipe(merged, affine_specs, rounded(merged, AffineGrid.of, calibration))
+    write_model(job.base.folder, folder, config, recipe)
+    notices = _window_notice(job.base.config)
+    if job.adapter is None:
+        return Written(notices=notices)
+    advice = "type --weights bf16, or export mlx without --weights for the adapter alone"
+    return Written(notices=notices, facts=(effect.check(job, _int4_model(job, folder), held_out, advice),))
+
+
+def _int4_model(job: Job, folder: Path) -> Llama:
+    """The model of an int4 folder, its linears dense in fp32, read by edgetune's own means."""
+    config, files = job.base.config, [SafetensorsFile.open(path) for path in sorted(folder.glob("model*.safetensors"))]
+    where = {name: file for file in files for name in file.tensors}
+
+    def tensor(name: str) -> Tensor:
+        if not is_linear(name):
+            return where[name].tensor(name).float()
+        return affine_weight(*(where[spec.name].tensor(spec.name) for spec in affine_specs(name, shapes[name])))
+
+    shapes = model_shapes(config)
+    blocks = [
+        Block(config, layer, {name: tensor(f"model.layers.{layer}.{name}") for name in block_shapes(config)})
+        for layer in range(config.num_layers)
+    ]
+    embedding = tensor(EMBEDDING)
+    head = embedding if config.tie_embeddings else tensor(HEAD)
+    return Llama(config, embedding, blocks, tensor(FINAL_NORM), head, torch.float32)
+
+
+def reference(job: Job, folder: Path) -> Llama | None:
+    """The 4-bit form is proved against the weights that were written."""
+    return _int4_model(job, folder) if job.weights == INT4 else None
 
 
 class MlxReader:

@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgetune.export.effect import Documents, packed
-from edgetune.export.merge import Merged
+from edgetune.export.effect import TOKENS, Documents, packed
+from edgetune.export.merge import COPIES, Merged
+from edgetune.export.target import Job
 from edgetune.runtime import vocabulary
 from edgetune.runtime.attention import packed_segments
 from edgetune.runtime.checkpoint import EMBEDDING, is_linear
@@ -154,6 +155,14 @@ def _block(merged: Merged, layer: int) -> Block:
         for name, weight in merged.base.block_tensors(layer).items()
     }
     return Block(merged.base.config, layer, tensors)
+
+
+def rounding_memory(job: Job) -> tuple[int, int]:
+    """Copies of a linear, and bytes beside them, that rounding with feedback holds: for merge.check_memory."""
+    config = job.base.config
+    widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    moments = 3 * max(config.hidden_size, config.intermediate_size) ** 2
+    return COPIES + 3, 4 * (TOKENS * widths + moments)
 
 
 class RoundedRecipe:

@@ -65,6 +65,7 @@ BOUNDS: dict[tuple[str, str], Bound] = {
     ("mlx", ""): EXACT,
     ("mlx", "bf16"): HALF,
     ("mlx", "fp16"): HALF,
+    ("mlx", "int4"): EXACT,
 }
 """By target and form of its weights. 4-bit models are held to the rounded weights, see target.py: what rounding leaves of the
 adapter is measured apart."""
