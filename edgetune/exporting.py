@@ -15,10 +15,10 @@ from edgetune import registry
 from edgetune.config import expand
 from edgetune.documents.reading import read_notes
 from edgetune.export import verify
-from edgetune.export.target import Job, check_reader, check_weights, load_target, proved_by, reference
+from edgetune.export.target import Job, Target, check_reader, check_weights, load_target, proved_by, reference
 from edgetune.meter import MemoryMeter
 from edgetune.runtime.adapter import check_fits
-from edgetune.runtime.errors import ModelError, UsageError
+from edgetune.runtime.errors import EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import open_base
@@ -79,6 +79,8 @@ def export_adapter(
     start = tokenizer.start_ids
     documents = [[*start, *tokenizer.encode(document.text)] for document in read_notes(texts).documents] if texts else []
     job = Job(base, choice.name, own, form, adapter_as, memory, documents, force, check)
+    if check:
+        verify.check_memory(job)
     begun = time.monotonic()
     with MemoryMeter(base.files) as meter, atomic_folder(folder) as temporary:
         written = module.write(job, temporary)
@@ -86,7 +88,7 @@ def export_adapter(
         bound = verify.BOUNDS[target, form]
         about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
         atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
-        agreement = verify.compare(expected, module.read(job, temporary), bound) if check else None
+        agreement = _prove(target, module, job, temporary, expected, bound) if check else None
         if agreement is not None and not agreement.holds(bound) and not force:
             raise ModelError(_out_of_bounds(target, agreement, bound))
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
@@ -106,6 +108,22 @@ def export_adapter(
         notices=(*written.notices, *((WARNING,) if own is not None else ())),
         facts=dict(written.facts),
     )
+
+
+def _prove(
+    target: str, module: Target, job: Job, folder: Path, expected: verify.Golden, bound: verify.Bound
+) -> verify.Agreement:
+    """Open and compare. Whatever the other program says against a folder becomes one sentence."""
+    try:
+        return verify.compare(expected, module.read(job, folder), bound)
+    except (EdgetuneError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{module.NEEDS[0]} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
+            "type --no-verify to write it unproved."
+        ) from error
 
 
 def _free_folder(folder: Path, target: str) -> Path:

@@ -45,9 +45,11 @@ class Effect:
     kl_merged: float
 
     def kept(self, by_nats: bool) -> float:
-        """The share that is left; by divergences where the adapter gains nothing on the text."""
+        """The share that is left; by divergences too where the adapter was not trained for such a text: a gain much smaller
+        than what it changes would make a share out of noise.
+        """
         gain = self.nats_base - self.nats_adapted
-        if by_nats and gain > 0:
+        if by_nats and gain > self.kl_base / 2:
             return (self.nats_base - self.nats_merged) / gain
         return 1.0 - self.kl_merged / max(self.kl_base, 1e-12)
 

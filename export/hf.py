@@ -1,7 +1,9 @@
 """A merged model for transformers and all that reads its folders: dense, or 4-bit in bitsandbytes' layout.
 
-Rounding to 4 bits to the nearest loses most of an adapter (tests/benchmarks/LOG.md has figures), so `nf4` rounds with
-feedback; `nf4-nearest` is there to compare. Both measure what is left, and refuse where that is little.
+Rounding to 4 bits to the nearest loses most of an adapter, so `nf4` rounds with feedback; `nf4-nearest` is there to compare.
+Both measure what is left, and refuse where that is little. On the demo after ten steps on examples/notes, nearest kept 33% on
+text of its own and 27% on notes (4% and 3% on the base's own blocks), feedback 98% and 86%, calibrated on notes 98% and 90%.
+A residual adapter would keep all, but over a base that is 4-bit already that is what `export peft` writes.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def write_adapter(adapter: Adapter, folder: Path, base_name: str, num_layers: in
             "dropout": config.dropout,
             "keys": [hf_linear_name(name) for name in config.targets],
         },
-        "edgetune": {"alpha": config.alpha, "rslora": config.rslora},  # the scale's origin; mlx-lm does not look at it
+        # what the rest was made of, so that it comes back as it was; mlx-lm does not look at it
+        "edgetune": {"alpha": config.alpha, "rslora": config.rslora, "every_layer": adapter.layers is None},
     }
     atomic_write(folder / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
     atomic_write(folder / ADAPTER_FILE, safetensors.torch.save(tensors, metadata={"format": "mlx"}))
@@ -138,6 +139,9 @@ def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: 
 def _layers(settings: dict[str, Any], tensors: dict[tuple[int, str, str], Tensor], folder: Path) -> tuple[int, ...] | None:
     """The layers with tensors; None, which is all, where mlx-lm counted the last `num_layers` down to layer 0."""
     last, layers = settings.get("num_layers"), tuple(sorted({layer for layer, _, _ in tensors}))
+    origin = settings.get("edgetune")
+    if isinstance(origin, dict) and origin.get("every_layer") is False:
+        return layers
     if type(last) is not int:
         raise AdapterError(f"The adapter_config.json at {folder} has num_layers {last!r}; expected a number of layers.")
     return None if layers == tuple(range(len(layers))) and (last < 1 or last >= len(layers)) else layers
@@ -253,7 +257,7 @@ class MlxReader:
         with mx.stream(mx.cpu):
             found = self._model(mx.array([list(ids)]))[0].astype(mx.float32)
             mx.eval(found)
-        return torch.from_dlpack(found) if math.prod(found.shape) else torch.empty(found.shape)
+        return torch.utils.dlpack.from_dlpack(found) if math.prod(found.shape) else torch.empty(found.shape)
 
 
 def read(job: Job, folder: Path) -> MlxReader:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from edgetune.export.target import Job, Reader
 from edgetune.runtime import ops
+from edgetune.runtime.budget import TORCH_BYTES
+from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
@@ -108,6 +110,16 @@ class Agreement:
             and self.max_logit_difference <= bound.max_logit
             and self.mean_logit_difference <= bound.mean_logit
             and self.kl <= bound.kl
+        )
+
+
+def check_memory(job: Job) -> None:
+    """Raise ResourceError, before anything is written, where `job.memory` does not hold the model in fp32, as readers do."""
+    needed = TORCH_BYTES + 4 * job.base.config.parameters
+    if job.memory is not None and needed > job.memory:
+        raise ResourceError(
+            f"Proving the export takes about {needed / 1e9:.2f} GB, since its reader holds the whole model in fp32, and "
+            f"--memory allows {job.memory / 1e9:.2f} GB; type --no-verify to write it unproved."
         )
 
 

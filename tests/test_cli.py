@@ -73,7 +73,8 @@ def test_every_command_has_help_and_json() -> None:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
-        assert any("--json" in parameter.opts for parameter in command.params), name
+        for doing in command.commands.values() if isinstance(command, click.Group) else [command]:
+            assert any("--json" in parameter.opts for parameter in doing.params), doing.name
         assert run(name, "--help").code == 0
 
 

@@ -1,0 +1,49 @@
+"""Adapters out of nothing, and the proof of an export without the command line around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from edgetune.export import verify
+from edgetune.export.target import Job, Written
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
+
+PROMPT = [1, 5, 9, 17, 3, 8, 44, 60, 2, 31]
+
+
+def random_adapter(
+    model: LlamaConfig,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: tuple[str, ...] = LINEARS,
+    size: float = 0.1,
+    layers: tuple[int, ...] | None = None,
+    rslora: bool = False,
+) -> Adapter:
+    """An adapter whose A and B are both random, so that it changes every logit."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for layer in range(model.num_layers) if layers is None else layers:
+        for name in targets:
+            rows, columns = model.linear_shapes()[name]
+            tensors[layer, name, "A"] = torch.randn(rank, columns, generator=generator) / columns**0.5
+            tensors[layer, name, "B"] = torch.randn(rows, rank, generator=generator) * size
+    return Adapter(LoraConfig(rank, alpha, 0.05, targets, rslora), tensors, {}, layers)
+
+
+def job_for(base: Checkpoint, adapter: Adapter | None, weights: str = "", **settings: object) -> Job:
+    return Job(base, "a base", adapter, weights, **settings)  # type: ignore[arg-type]
+
+
+def write_and_compare(target: ModuleType, name: str, job: Job, folder: Path) -> tuple[Written, verify.Agreement]:
+    """Write an export and let its own reader read it, as `edgetune export` does."""
+    folder.mkdir(mode=0o700)
+    written = target.write(job, folder)
+    model = getattr(target, "reference", lambda job, folder: None)(job, folder)
+    golden = verify.golden(job, PROMPT, model)
+    return written, verify.compare(golden, target.read(job, folder), verify.BOUNDS[name, job.weights])

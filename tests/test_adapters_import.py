@@ -1,0 +1,154 @@
+"""`edgetune adapters`, and `--adapter` with what other programs wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import random_adapter
+from click.testing import CliRunner, Result
+from tiny import save_model
+
+import edgetune
+from edgetune import registry
+from edgetune.cli.main import cli
+from edgetune.export import mlx
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.loader import load_llama
+from edgetune.session import Session
+
+DEMO = Path(edgetune.__file__).parent / "demo"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, list(arguments))
+
+
+def said(*arguments: str) -> dict[str, object]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    return random_adapter(open_model(DEMO).config)
+
+
+@pytest.fixture
+def from_mlx(tmp_path: Path, adapter: Adapter) -> Path:
+    (tmp_path / "from mlx").mkdir()
+    mlx.write_adapter(adapter, tmp_path / "from mlx", "demo", 8)
+    return tmp_path / "from mlx"
+
+
+@pytest.fixture
+def from_peft(tmp_path: Path, adapter: Adapter) -> Path:
+    adapters.save(adapter, tmp_path / "from-peft", "demo")
+    return tmp_path / "from-peft"
+
+
+def test_an_mlx_lm_and_a_peft_folder_are_kept_alike(from_mlx: Path, from_peft: Path) -> None:
+    assert said("adapters", "list") == {"adapters": []}
+    one = said("adapters", "import", str(from_mlx), "--model", "demo")
+    two = said("adapters", "import", str(from_peft), "--model", "demo", "--name", "second")
+    assert (one["name"], two["name"]) == ("from-mlx", "second")
+    for file in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE, adapters.EDGETUNE_FILE):
+        assert (Path(str(one["adapter"])) / file).read_bytes() == (Path(str(two["adapter"])) / file).read_bytes()
+        assert (Path(str(one["adapter"])) / file).stat().st_mode & 0o777 == 0o600
+    assert adapters.load(Path(str(one["adapter"]))).about == {"base": open_model(DEMO).digest}
+    found = said("adapters", "list")["adapters"]
+    assert isinstance(found, list)
+    assert [(each["name"], each["rank"], each["current"]) for each in found] == [("from-mlx", 4, False), ("second", 4, False)]
+
+
+def test_adapter_takes_an_mlx_lm_folder_as_it_is(from_mlx: Path, from_peft: Path) -> None:
+    texts = []
+    for path in (from_mlx, from_peft, "none"):
+        texts.append(Session.load("demo", str(path)).generate("The harbour", 12, 0.0).text)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_promote_show_and_delete(from_mlx: Path) -> None:
+    said("adapters", "import", str(from_mlx), "--model", "demo", "--name", "one")
+    said("adapters", "import", str(from_mlx), "--model", "demo", "--name", "two")
+    assert said("adapters", "promote", "one", "--model", "demo")["model"] == "demo"
+    current = registry.get_current()
+    assert current is not None
+    assert (current.adapter.name, current.model) == ("one", "demo")
+    shown = said("adapters", "show", "one")
+    assert (shown["current"], shown["alpha"], shown["layers"]) == (True, 8.0, None)
+    assert "* one: base" in run("adapters", "list").output
+    refused = run("adapters", "delete", "one")
+    assert isinstance(refused.exception, AdapterError)
+    assert "is the current one; type `edgetune adapters promote NAME`" in str(refused.exception)
+    assert said("adapters", "delete", "two") == {"deleted": "two"}
+    assert [each.name for each in registry.kept()] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["../../etc", "none", "", "a/b", ".hidden", "x" * 101])
+def test_names_that_are_paths_or_nothing_are_refused(name: str, from_mlx: Path) -> None:
+    with pytest.raises(AdapterError, match="is no name for an adapter"):
+        registry.keep(from_mlx, open_model(DEMO), "demo", name)
+    assert registry.kept_folder(name, open_model(DEMO).digest) is None
+
+
+def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(from_mlx: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "other")
+    other = open_model(tmp_path / "other")
+    with pytest.raises(AdapterError, match=r"layer 0 q_proj: lora_A is \(4, 384\) .*expected \(4, 64\).* and 48 more"):
+        registry.keep(from_mlx, other, "other")
+    with pytest.raises(AdapterError, match=r"No adapter at .*found no adapter_config.json"):
+        registry.keep(tmp_path / "other", open_model(DEMO), "demo")
+    assert registry.kept() == []
+    registry.keep(from_mlx, open_model(DEMO), "demo", "here")
+    with pytest.raises(AdapterError, match="There is an adapter here of this base already"):
+        registry.keep(from_mlx, open_model(DEMO), "demo", "here")
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_digest(from_peft: Path) -> None:
+    about = json.loads((from_peft / adapters.EDGETUNE_FILE).read_text())
+    (from_peft / adapters.EDGETUNE_FILE).write_text(json.dumps(about | {"base": "f" * 64}))
+    with pytest.raises(AdapterError, match="was made for another base"):
+        registry.keep(from_peft, open_model(DEMO), "demo")
+
+
+def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Adapter) -> None:
+    path = tmp_path / "theirs.gguf"
+    path.write_bytes(b"GGUF")
+    assert registry.find(str(path), open_model(DEMO).digest) == path
+    reader = type("Reader", (), {"read_adapter": staticmethod(lambda found: adapter if found == path else None)})
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: {"edgetune.export.gguf": reader}[name])
+    assert registry.load_for(path, open_model(DEMO).digest) is adapter
+    assert registry.keep(path, open_model(DEMO), "demo").name == "theirs"
+
+
+def test_an_adapter_on_some_layers_changes_these_alone(tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    partial = random_adapter(base.config, layers=(1,))
+    model = load_llama(base, torch.float32)
+    adapters.attach(model, partial)
+    assert [type(block.q_proj).__name__ for block in model.blocks] == ["Linear", "LoraLinear"]
+    assert adapters.snapshot(model, partial.config).layers == (1,)
+    adapters.save(partial, tmp_path / "kept", "base")
+    assert json.loads((tmp_path / "kept" / adapters.CONFIG_FILE).read_text())["layers_to_transform"] == [1]
+    assert adapters.load(tmp_path / "kept").layers == (1,)
+    beyond = random_adapter(base.config, layers=(1,))
+    config = json.loads((tmp_path / "kept" / adapters.CONFIG_FILE).read_text())
+    for layers, message in (
+        ([0, 1], "layer 0 down_proj: no tensors"),
+        ([7], "the model has no layer 7"),
+        (["x"], "expected numb"),
+    ):
+        (tmp_path / "kept" / adapters.CONFIG_FILE).write_text(json.dumps(config | {"layers_to_transform": layers}))
+        with pytest.raises(AdapterError, match=message):
+            adapters.attach(model, adapters.load(tmp_path / "kept"))
+    assert torch.equal(model.blocks[1].q_proj.lora_A, beyond.tensors[1, "q_proj", "A"])  # as it was

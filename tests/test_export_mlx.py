@@ -1,0 +1,231 @@
+"""`export mlx`: mlx-lm loads what is written, and what mlx-lm writes is read; both round trips to the bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapters import job_for, random_adapter, write_and_compare
+from safetensors.torch import load_file, save_file
+from tiny import save_model
+
+import edgetune
+from edgetune.export import effect, mlx_groups
+from edgetune.export import mlx as target
+from edgetune.export.rounding import nearest
+from edgetune.exporting import export_adapter
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.errors import AdapterError, ModelError, UsageError
+
+mx = pytest.importorskip("mlx.core")
+mlx_lm = pytest.importorskip("mlx_lm")
+
+DEMO = Path(edgetune.__file__).parent / "demo"
+FAMILIES = ["llama-3.2-tied-scaled", "llama-linear-rope", "llama-head-dim", "llama-attention-bias", "qwen2", "qwen3"]
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return (
+        (one.config, one.layers) == (other.config, other.layers)
+        and one.tensors.keys() == other.tensors.keys()
+        and all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_gives_the_references_logits(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "base", family)
+    base = open_model(tmp_path / "base")
+    adapter = random_adapter(base.config)
+    written, found = write_and_compare(target, "mlx", job_for(base, adapter), tmp_path / "adapter")
+    assert found.greedy_match
+    assert found.max_logit_difference < 1e-3
+    assert written.notices == ()
+    _, found = write_and_compare(target, "mlx", job_for(base, adapter, "fp16"), tmp_path / "fused")
+    assert found.greedy_match
+    assert found.max_logit_difference < 0.2
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # the base that was there to prove it
+
+
+def test_a_window_that_mlx_lm_ignores_is_told(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "mistral-window")
+    base = open_model(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    (notice,) = target.write(job_for(base, random_adapter(base.config)), tmp_path / "out").notices
+    assert notice == "mlx-lm runs this model without its sliding window: beyond 16 tokens its answers will differ."
+
+
+def test_layers_without_a_window_between_those_with_one_are_honoured(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    save_model(tmp_path / "base", "mistral-window")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"layer_types": kinds, "sliding_window": 6}))
+    base = open_model(tmp_path / "base")
+    written, found = write_and_compare(target, "mlx", job_for(base, random_adapter(base.config), "fp16"), tmp_path / "out")
+    assert written.notices == ()
+    assert found.greedy_match
+    assert found.max_logit_difference < 0.2
+
+
+@pytest.mark.parametrize("family", ["llama-2-grouped", "qwen2", "qwen3"])
+def test_mlx_lm_reads_the_4bit_model_as_edgetune_does(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effect, "TOKENS", 1024)
+    save_model(tmp_path / "base", family, intermediate_size=128)
+    base = open_model(tmp_path / "base")
+    job = job_for(base, random_adapter(base.config, size=0.3), "int4", force=True)
+    written, found = write_and_compare(target, "mlx", job, tmp_path / "out")
+    assert found.greedy_match
+    assert found.max_logit_difference < 1e-3
+    assert dict(written.facts)["adapter_effect_kept"] > 0.3
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint32
+    assert stored["model.layers.0.mlp.up_proj.weight"].shape == (128, 8)
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive", "negative", "tiny", "zero", "constant"])
+def test_groups_are_mlx_cores_bit_for_bit(kind: str) -> None:
+    weight = {
+        "normal": torch.randn(48, 256) * 0.02,
+        "positive": torch.rand(8, 64) + 1,
+        "negative": -torch.rand(8, 128),
+        "tiny": torch.randn(3, 64) * 1e-9,
+        "zero": torch.zeros(2, 64),
+        "constant": torch.full((2, 64), 0.3),
+    }[kind]
+    packed, scales, biases = mx.quantize(mx.array(weight.numpy()), mlx_groups.GROUP, mlx_groups.BITS)
+    scale, bias = mlx_groups.affine_groups(weight)
+    assert np.array_equal(scale.numpy(), np.array(scales))
+    assert np.array_equal(bias.numpy(), np.array(biases))
+    grid = mlx_groups.AffineGrid(scale, bias)
+    grid._scale, grid._bias = scale, bias  # in fp32, where mlx's own are
+    tensors = grid.tensors("x.weight", nearest(weight, grid))
+    assert np.array_equal(tensors["x.weight"].view(torch.int32).numpy().view(np.uint32), np.array(packed))
+    ours = mlx_groups.affine_weight(tensors["x.weight"], scale, bias)
+    assert np.array_equal(ours.numpy(), np.array(mx.dequantize(packed, scales, biases, mlx_groups.GROUP, mlx_groups.BITS)))
+
+
+def test_a_model_whose_rows_are_no_whole_groups_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    with pytest.raises(UsageError, match="linears of 96 inputs and MLX quantises groups of 64; type --weights bf16"):
+        target.write(job_for(open_model(tmp_path / "base"), None, "int4"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(4, 8.0, 0.05),
+        LoraConfig(6, 16.0, 0.0, ("q_proj", "v_proj")),
+        LoraConfig(3, 1.0, 0.1, ("down_proj",), rslora=True),
+    ],
+)
+@pytest.mark.parametrize("layers", [None, (1,), (0,)])
+def test_peft_to_mlx_to_peft_changes_no_byte(config: LoraConfig, layers: tuple[int, ...] | None, tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    shape = open_model(tmp_path / "base").config
+    made = random_adapter(shape, config.rank, config.alpha, config.targets, layers=layers)
+    made = replace(made, config=config)
+    adapters.save(made, tmp_path / "peft", "a base")
+    (tmp_path / "mlx").mkdir()
+    target.write_adapter(adapters.load(tmp_path / "peft"), tmp_path / "mlx", "a base", shape.num_layers)
+    assert target.is_adapter(tmp_path / "mlx")
+    back = target.read_adapter(tmp_path / "mlx")
+    assert same(back, made)
+    adapters.save(back, tmp_path / "again", "a base")
+    for file in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()
+
+
+def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
+    """Its own layers, made by mlx-lm on the last layer of two, saved as its trainer saves them."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    save_model(tmp_path / "base", "qwen3")
+    base = open_model(tmp_path / "base")
+    (tmp_path / "model").mkdir()
+    target.write(job_for(base, None, "fp16"), tmp_path / "model")
+    model = target.open_mlx(tmp_path / "model")
+    settings = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    model.freeze()
+    linear_to_lora_layers(model, 1, settings)
+    with mx.stream(mx.cpu):
+        trained = {name: mx.random.normal(value.shape) * 0.05 for name, value in tree_flatten(model.trainable_parameters())}
+        model.load_weights(list(trained.items()), strict=False)
+        (tmp_path / "theirs").mkdir()
+        mx.save_safetensors(str(tmp_path / "theirs" / target.ADAPTER_FILE), trained)
+    about = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
+    (tmp_path / "theirs" / target.CONFIG_FILE).write_text(json.dumps(about))
+    adapter = target.read_adapter(tmp_path / "theirs")
+    assert (adapter.layers, adapter.config.scale, adapter.config.targets) == ((1,), 20.0, ("q_proj", "down_proj"))
+    (tmp_path / "fused").mkdir()
+    job = job_for(open_model(tmp_path / "model"), adapter)
+    with torch.no_grad():
+        from edgetune.export import verify
+
+        expected = verify.golden(job, [1, 5, 9, 17]).logits[:4]
+    found = target.MlxReader(model).logits([1, 5, 9, 17])
+    assert (found - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fine_tune_type": "dora"}, "is of type 'dora'; expected lora"),
+        ({"num_layers": "all"}, "num_layers 'all'; expected a number"),
+        ({"lora_parameters": {"scale": 2.0}}, "unusable: 'rank'"),
+        ({"lora_parameters": {"rank": 4, "scale": float("nan")}}, "unusable: Alpha is nan"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(change: dict[str, object], said: str, tmp_path: Path) -> None:
+    target.write_adapter(random_adapter(open_model(DEMO).config, targets=("q_proj",)), tmp_path, "demo", 8)
+    config = json.loads((tmp_path / target.CONFIG_FILE).read_text())
+    (tmp_path / target.CONFIG_FILE).write_text(json.dumps(config | change))
+    with pytest.raises(AdapterError, match=said):
+        target.read_adapter(tmp_path)
+
+
+def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
+    target.write_adapter(random_adapter(open_model(DEMO).config, targets=("q_proj",)), tmp_path, "demo", 8)
+    file = tmp_path / target.ADAPTER_FILE
+    tensors = load_file(file)
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.m": torch.ones(3)}, file)
+    with pytest.raises(AdapterError, match=r"1 tensors that are no LoRA of a LLaMA linear .*q_proj\.m"):
+        target.read_adapter(tmp_path)
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, file)
+    with pytest.raises(AdapterError, match="inf, NaN"):
+        target.read_adapter(tmp_path)
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(AdapterError, match="is damaged"):
+        target.read_adapter(tmp_path)
+
+
+def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters.save(random_adapter(open_model(DEMO).config), tmp_path / "adapter", "demo")
+    result = export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "out")
+    assert result.verified
+    assert result.greedy_match
+    assert "edgetune export mlx --adapter none --weights bf16" in result.notices[0]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {target.ADAPTER_FILE, target.CONFIG_FILE, "golden.json"}
+    fused = export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "fused", weights="fp16")
+    model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))
+    assert mlx_lm.generate(model, tokenizer, prompt="The lighthouse", max_tokens=8)
+    assert fused.max_logit_difference < 0.1
+    read = target.read
+
+    def flipped(job, folder):
+        tensors = load_file(folder / target.ADAPTER_FILE)
+        next(iter(tensors.values()))[0, 0] += 30.0
+        save_file(tensors, folder / target.ADAPTER_FILE)
+        return read(job, folder)
+
+    monkeypatch.setattr(target, "read", flipped)
+    with pytest.raises(ModelError, match="does not agree with edgetune's own model"):
+        export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "third")
+    assert not (tmp_path / "third").exists()

@@ -1,0 +1,157 @@
+"""`export peft`: transformers and peft compute what the reference computes, in fp32, and say nothing needless."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import job_for, random_adapter, write_and_compare
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tiny import save_model
+
+import edgetune
+from edgetune.cli.main import cli
+from edgetune.export import peft as target
+from edgetune.export import verify
+from edgetune.exporting import export_adapter
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
+from edgetune.runtime.quantize import quantize_folder
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+DEMO = Path(edgetune.__file__).parent / "demo"
+
+
+@pytest.fixture
+def demo_adapter(tmp_path: Path) -> Path:
+    adapters.save(random_adapter(open_model(DEMO).config, rank=8), tmp_path / "adapter", "demo")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("family", ["llama-3.2-tied-scaled", "qwen2", "qwen3", "mistral-window"])
+def test_peft_on_dense_bases_gives_the_references_logits(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "base", family)
+    base = open_model(tmp_path / "base")
+    _, found = write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+    assert found.greedy_match
+    assert found.max_logit_difference < 1e-4
+
+
+def test_peft_on_a_4bit_base_computes_in_fp32(tmp_path: Path) -> None:
+    save_model(tmp_path / "dense", "qwen2", intermediate_size=128)
+    quantize_folder(tmp_path / "dense", tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    _, found = write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+    assert found.greedy_match
+    assert found.max_logit_difference < 1e-4
+
+
+def test_an_adapter_on_some_layers_travels(tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    adapter = random_adapter(base.config, layers=(1,))
+    _, found = write_and_compare(target, "peft", job_for(base, adapter), tmp_path / "out")
+    assert found.max_logit_difference < 1e-4
+    back = adapters.load(tmp_path / "out")
+    assert back.layers == (1,)
+    assert set(back.tensors) == set(adapter.tensors)
+
+
+def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["export", "peft", "--model", "demo", "--adapter", str(demo_adapter), "--out", str(out), "--json"]
+    run = CliRunner().invoke(cli, arguments)
+    assert run.exit_code == 0, run.output
+    result = json.loads(run.stdout)
+    assert result["target"] == "peft"
+    assert result["verified"]
+    assert result["greedy_match"]
+    assert 0 < result["max_logit_difference"] < 1e-3
+    assert result["bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o600}
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700
+    assert run.stderr.startswith("What it was trained on")
+    assert run.stderr.count("\n") == 1
+    assert capfd.readouterr().err == ""  # no bars, no advice of other packages
+
+
+def test_golden_json_holds_what_the_reference_says(demo_adapter: Path, tmp_path: Path) -> None:
+    result = export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", check=False)
+    assert not result.verified
+    assert result.max_logit_difference is None
+    golden = json.loads((tmp_path / "out" / verify.GOLDEN_FILE).read_text())
+    job = job_for(open_model(DEMO), adapters.load(tmp_path / "out"))
+    ids, prompt = golden["token_ids"], golden["prompt_tokens"]
+    assert len(ids) == prompt + verify.WRITTEN_TOKENS
+    logits = verify.golden(job, ids[:prompt]).logits
+    values, tokens = logits.topk(verify.STORED_LOGITS)
+    assert golden["top_token_ids"] == tokens.tolist()
+    assert torch.allclose(torch.tensor(golden["top_logits"]), values, atol=1e-4)
+    assert tokens[prompt - 1 : -1, 0].tolist() == ids[prompt:]  # the text is the greedy one
+    assert (golden["target"], golden["base"]) == ("peft", open_model(DEMO).digest)
+
+
+def test_a_corrupted_export_is_caught_and_leaves_nothing(
+    demo_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = target.write
+
+    def flip(job, folder):
+        written, file = write(job, folder), folder / adapters.WEIGHTS_FILE
+        tensors = load_file(file)
+        name = next(name for name in tensors if "lora_B" in name)
+        tensors[name].view(-1)[5] += 8.0
+        save_file(tensors, file)
+        return written
+
+    monkeypatch.setattr(target, "write", flip)
+    with pytest.raises(ModelError, match="does not agree with edgetune's own model"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
+    assert list((tmp_path / "new").iterdir()) == []
+
+    def cut(job, folder):
+        written, file = write(job, folder), folder / adapters.WEIGHTS_FILE
+        file.write_bytes(file.read_bytes()[:1000])
+        return written
+
+    monkeypatch.setattr(target, "write", cut)
+    with pytest.raises(ModelError, match=r"peft does not open the export to peft .*--no-verify"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_what_cannot_be_done_is_told_before_anything_is_written(
+    demo_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is there already and is no export to peft"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "mine")
+    with pytest.raises(UsageError, match="export peft has no --weights nf4"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", weights="nf4")
+    with pytest.raises(AdapterError, match="There is no adapter to export"):
+        export_adapter("peft", "demo", "none", tmp_path / "out")
+    with pytest.raises(ResourceError, match=r"reader holds the whole model in fp32, .*--no-verify"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", memory=200_000_000)
+    monkeypatch.setattr(target, "NEEDS", ("no_such_package", "peft"))
+    with pytest.raises(ResourceError, match=r"no_such_package, which is not installed; type pip install 'edgetune\[peft\]'"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_adapter_of_another_base_is_refused_with_all_mismatches(demo_adapter: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    with pytest.raises(AdapterError) as caught:
+        adapters.check_fits(adapters.load(demo_adapter), base.config)
+    said = str(caught.value)
+    assert "layer 0 q_proj: lora_A is (8, 384) and lora_B (384, 8), expected (8, 64) and (64, 8)" in said
+    assert "and 48 more" in said  # 56 linears of the demo, 8 of them named
