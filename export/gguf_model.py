@@ -25,7 +25,7 @@ from edgetune.runtime.model import rope_frequencies
 
 KINDS = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # llama.h's llama_ftype
-_PANEL = 4 << 20
+_PANEL = 1 << 20
 """Numbers of a tensor that are turned into the file's form at once."""
 _SHORTEST_WINDOW = 512
 
@@ -161,17 +161,19 @@ def _q8_0(panel: Tensor) -> bytes:
     gguf.quants has it too, at a tenth of the speed.
     """
     blocks = panel.reshape(-1, 32)
-    scale = blocks.abs().amax(1, keepdim=True) / 127
+    scale = blocks.abs().amax(1, keepdim=True).div_(127)
     scaled = blocks * torch.where(scale == 0, 0.0, 1 / scale)
-    whole = scaled.abs().floor()
-    codes = scaled.sign() * (whole + (2 * (scaled.abs() - whole)).floor())
-    return torch.cat([scale.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)], dim=1).numpy().tobytes()
+    size = scaled.abs()
+    codes = size.floor()
+    codes += size.sub_(codes) >= 0.5
+    bytes_of_codes = codes.copysign_(scaled).to(torch.int8).view(torch.uint8)
+    return torch.cat([scale.half().view(torch.uint8), bytes_of_codes], dim=1).numpy().tobytes()
 
 
 def _check_memory(job: Job) -> None:
-    """Raise ResourceError where job.memory holds less than the largest linear in fp32, its copy and a panel."""
+    """Raise ResourceError where job.memory holds less than the work: a linear merged, the next being merged, and a panel."""
     largest = max(out * inputs for out, inputs in job.base.config.linear_shapes().values())
-    needed = 4 * (3 * largest + 4 * _PANEL)
+    needed = 4 * (3 * largest + 10 * _PANEL)
     if job.memory is not None and job.memory < needed:
         raise ResourceError(
             f"--memory allows {job.memory >> 20} MB and the largest matrix of this model takes {(needed >> 20) + 1} MB to "

@@ -145,6 +145,11 @@ def _plain(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[
 
 def _byte_level(source: dict[str, Any], folder: Path) -> Vocabulary:
     pieces, pairs = _plain(source, folder)
+    normalizer = (source.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):  # llama.cpp has none; of NFC, text that is composed already notices nothing
+        raise TokenizerError(
+            f"The tokenizer in {folder} alters texts ({normalizer}), as llama.cpp does not; type `edgetune export hf`."
+        )
     types = [NORMAL] * len(pieces)
     return Vocabulary("gpt2", pieces, [0.0] * len(pieces), types, [" ".join(pair) for pair in pairs], _split(source, folder))
 

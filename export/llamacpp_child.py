@@ -32,9 +32,8 @@ def _open(request: dict[str, Any], positions: int) -> Any:
         return params
 
     llama_cpp.llama_cpp.llama_model_default_params = plain
-    return llama_cpp.Llama(
+    model = llama_cpp.Llama(
         request["model"],
-        lora_path=request.get("lora"),
         n_ctx=max(positions, 8),
         n_batch=max(positions, 8),
         n_ubatch=max(positions, 8),
@@ -46,6 +45,26 @@ def _open(request: dict[str, Any], positions: int) -> Any:
         vocab_only="texts" in request,
         verbose=False,
     )
+    if request["lora"] is not None:
+        _attach(model, request["lora"].encode())
+    return model
+
+
+def _attach(model: Any, lora: bytes) -> None:
+    """Put an adapter on an open model. Llama(lora_path=...) would do it on a copy of the whole base in memory."""
+    import llama_cpp
+
+    adapter = llama_cpp.llama_adapter_lora_init(model._model.model, lora)
+    if not adapter:
+        raise RuntimeError("llama.cpp could not open the adapter")
+    context = model._ctx.ctx
+    if hasattr(llama_cpp, "llama_set_adapters_lora"):
+        handles, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        failed = llama_cpp.llama_set_adapters_lora(context, handles, 1, scales)
+    else:  # in older versions
+        failed = llama_cpp.llama_set_adapter_lora(context, adapter, 1.0)
+    if failed:
+        raise RuntimeError("llama.cpp could not attach the adapter")
 
 
 def logits(request: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,12 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     byte_level(tmp_path / "t", split(r"\w+|\W"), ["<|end|>"])
     with pytest.raises(TokenizerError, match="as no tokenizer of llama"):
         read_vocabulary(tmp_path / "t", 720)
+    byte_level(tmp_path / "t", splits()["qwen2"](), ["<|end|>"])
+    source = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    for normalizer, known in (({"type": "NFC"}, True), ({"type": "Lowercase"}, False)):
+        (tmp_path / "t" / "tokenizer.json").write_text(json.dumps({**source, "normalizer": normalizer}))
+        with nullcontext() if known else pytest.raises(TokenizerError, match="alters texts"):
+            read_vocabulary(tmp_path / "t", 720)
 
 
 # --- llama.cpp itself ---------------------------------------------------------------------------------------------------
@@ -373,19 +380,28 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
     assert not verify.compare(without, gguf.read(job, tmp_path / "a"), verify.EXACT).holds(verify.EXACT)
 
 
+@pytest.fixture(scope="module")
+def adapted_demo() -> tuple[Job, verify.Golden, verify.Golden]:
+    """The demo with an adapter, and what the reference makes of it with and without."""
+    torch.manual_seed(0)
+    base, tokenizer = open_model(DEMO), Tokenizer.load(DEMO)
+    job = Job(base, "demo", an_adapter(base.config))
+    prompt = [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)]
+    return job, verify.golden(job, prompt), verify.golden(replace(job, adapter=None), prompt)
+
+
 @pytest.mark.usefixtures("llama")
 @pytest.mark.parametrize("weights", gguf.WEIGHTS)
-def test_the_demo_is_proved_in_every_form(tmp_path: Path, weights: str) -> None:
-    base = open_model(DEMO)
-    job = Job(base, "demo", an_adapter(base.config), weights)
+def test_the_demo_is_proved_in_every_form(
+    tmp_path: Path, weights: str, adapted_demo: tuple[Job, verify.Golden, verify.Golden]
+) -> None:
+    whole, expected, bare = adapted_demo
+    job = replace(whole, weights=weights)
     (tmp_path / "out").mkdir()
     written = gguf.write(job, tmp_path / "out")
-    tokenizer = Tokenizer.load(DEMO)
-    expected = verify.golden(job, [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)])
     bound = verify.BOUNDS["gguf", weights]
     agreement = verify.compare(expected, gguf.read(job, tmp_path / "out"), bound)
     assert agreement.holds(bound), agreement
-    bare = verify.golden(replace(job, adapter=None), [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)])
     assert not verify.compare(bare, gguf.read(job, tmp_path / "out"), bound).holds(bound)  # the bound tells them apart
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the base written for the proof is gone
     if not weights:
@@ -402,6 +418,33 @@ def test_a_gain_lost_on_q4_k_m_is_told(tmp_path: Path) -> None:
     written = gguf.write(job, tmp_path / "out")
     assert written.facts == ()
     assert "too little to say" in written.notices[0]
+
+
+def test_a_share_under_four_fifths_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic alone: losses of base, base + adapter, then the same on Q4_K_M."""
+    base = opened(tmp_path / "m")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(llamacpp, "quantize", lambda model, out: None)
+    asked = []
+
+    def loss(model: Path, lora: Path | None, documents: list[list[int]]) -> float:
+        asked.append((model.name, lora is not None, documents))
+        return losses[len(asked) - 1]
+
+    monkeypatch.setattr(llamacpp, "loss", loss)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: True)
+    job = Job(base, "tiny", an_adapter(base.config), texts=[[1, 2, 3], [4], [5] * 1000])
+    losses = [3.0, 2.0, 3.2, 2.5]
+    written = gguf.write(job, tmp_path / "out")
+    assert written.facts == (("adapter_gain_kept_on_q4_k_m", pytest.approx(0.7)),)
+    assert "keeps 70%" in written.notices[0]
+    assert [entry[:2] for entry in asked] == [
+        ("base.gguf", False), ("base.gguf", True), ("q4_k_m.gguf", False), ("q4_k_m.gguf", True),
+    ]  # fmt: skip
+    assert asked[0][2] == [[1, 2, 3], [5] * 256]
+    losses, asked[:] = [3.0, 2.0, 3.2, 2.3], []
+    assert gguf.write(job, tmp_path / "out").notices == ()
+    assert gguf.write(replace(job, check=False), tmp_path / "out").facts == ()
 
 
 @pytest.mark.usefixtures("llama")
