@@ -17,6 +17,7 @@ from torch import Tensor
 from edgetune.export.gguf_names import architecture, is_rotated, tensor_name, to_llama_rows
 from edgetune.export.merge import merged
 from edgetune.export.target import Job
+from edgetune.runtime.budget import TORCH_BYTES
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig, RopeConfig
 from edgetune.runtime.errors import ModelError, ResourceError
@@ -171,11 +172,15 @@ def _q8_0(panel: Tensor) -> bytes:
 
 
 def _check_memory(job: Job) -> None:
-    """Raise ResourceError where job.memory holds less than the work: a linear merged, the next being merged, and a panel."""
+    """Raise ResourceError where job.memory holds less than the work: the process and the adapter, a tensor as the file
+    has it, a linear merged and the next being merged, and a panel."""
     largest = max(out * inputs for out, inputs in job.base.config.linear_shapes().values())
-    needed = 4 * (3 * largest + 10 * _PANEL)
+    adapter = {} if job.adapter is None else job.adapter.tensors
+    needed = TORCH_BYTES + sum(tensor.nbytes for tensor in adapter.values()) + 4 * (3 * largest + 10 * _PANEL)
+    needed += max(tensor.nbytes for tensor in job.base.stored.values())
     if job.memory is not None and job.memory < needed:
+        megabytes = -(-needed // 1_000_000)
         raise ResourceError(
-            f"--memory allows {job.memory >> 20} MB and the largest matrix of this model takes {(needed >> 20) + 1} MB to "
-            f"write; type --memory {(needed >> 20) + 1}MB or leave it out."
+            f"--memory allows {job.memory // 1_000_000} MB and writing this model a tensor at a time takes {megabytes} MB; "
+            f"type --memory {megabytes}MB or leave it out."
         )
