@@ -37,8 +37,8 @@ from edgetune.runtime.files import PRIVATE_FILE, atomic_write
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import Linear, Weight
 from edgetune.runtime.model import Llama, hf_linear_name
+from edgetune.runtime.model_folder import companions
 from edgetune.runtime.nf4 import QuantizedTensor
-from edgetune.runtime.quantize import companions
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 

@@ -34,8 +34,9 @@ from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, sha256_file
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
+from edgetune.runtime.model_folder import companions
 from edgetune.runtime.nf4 import code_table
-from edgetune.runtime.quantize import companions, quantize_folder
+from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
 
 WEIGHTS = ("nf4",)

@@ -67,7 +67,7 @@ class Job:
         return None if self.memory is None else self.memory // 4
 
     def model(self, dtype: torch.dtype = torch.float32, quant: QuantConfig | None = None) -> Llama:
-        """The base with its adapter attached, on the CPU: what an export must agree with; the base in NF4 where `quant` says so."""
+        """The base, quantised where `quant` says so, with its adapter attached, on the CPU: what an export must agree with."""
         model = load_llama(self.base, dtype, quant=quant, layer_memory=self.layer_memory if quant is None else None)
         if self.adapter is not None:
             adapters.attach(model, self.adapter)

@@ -268,7 +268,8 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     assert package.call["functions"] == ["adapted", "base"]
     assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
     assert (
-        apart(package.logits(IDS, "base"), engine(coreml.stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
+        apart(package.logits(IDS, "base"), engine(coreml.stored_model(replace(job, adapter=None, adapter_as=None)), IDS))
+        < CLOSE
     )
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))

@@ -39,7 +39,9 @@ def test_a_bundle_agrees_with_the_reference(family: str, tmp_path: Path) -> None
     save_model(tmp_path / "model", family)
     made = job(tmp_path / "model")
     bound = verify.BOUNDS["mps", "nf4"]
-    found = verify.compare(verify.golden(made, PROMPT, mps.reference(made, tmp_path)), mps.read(made, export(made, tmp_path / "out")), bound)
+    found = verify.compare(
+        verify.golden(made, PROMPT, mps.reference(made, tmp_path)), mps.read(made, export(made, tmp_path / "out")), bound
+    )
     assert found.holds(bound), found
     bare_job = job(tmp_path / "model", adapted=False)
     bare = verify.golden(bare_job, PROMPT, mps.reference(bare_job, tmp_path))
