@@ -18,6 +18,7 @@ from fake_mps import Machine, fake_mps, mps_table
 
 from edgetune.cli.main import plain_failures
 from edgetune.config import DataConfig, TrainConfig
+from edgetune.evaluate import evaluate
 from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import device, ops, vocabulary
@@ -30,6 +31,7 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.pager import CopySlots, Streamer
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Recompute, Row, Runner
+from edgetune.session import Session
 from edgetune.train import train
 
 pytestmark = metal_shim.needs_a_compiler
@@ -205,6 +207,15 @@ def test_a_seed_fixes_the_text_on_either_device(mac: Machine, folders: dict[str,
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_a_session_and_an_evaluation_run_on_it(mac: Machine, small: tuple[Path, Path]) -> None:
+    model, notes = small
+    texts = [Session.load(str(model), "none", name).generate("The shed", 4, 0.0).text for name in ("mps", "auto", "cpu")]
+    assert texts[0] == texts[1]
+    assert len(mac.launches) > 0
+    scores = [evaluate([str(notes)], str(model), "none", name).bits_per_byte for name in ("mps", "cpu")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-2)
+
+
 # ---- a whole run ----
 
 
@@ -347,6 +358,7 @@ def test_bf16_from_macos_14_on(monkeypatch: pytest.MonkeyPatch, newer: bool, dty
 # ---- the fake itself ----
 
 
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 def test_the_fake_refuses_what_metal_refuses(mac: Machine) -> None:
     x = torch.zeros(3, device="mps")
     for wrong in (
