@@ -23,7 +23,7 @@ from edgetune.export.gguf_adapter import read_adapter, write_adapter
 from edgetune.export.gguf_model import write_model
 from edgetune.export.gguf_vocab import read_vocabulary
 from edgetune.export.target import Job, Written
-from edgetune.runtime.errors import ModelError, ResourceError
+from edgetune.runtime.errors import AdapterError, ModelError, ResourceError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ NEEDS = ("llama_cpp", "gguf")
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"
 LEAST_KEPT = 0.8
 """The share of an adapter's gain under which a Q4_K_M base is warned of."""
-DOCUMENTS, DOCUMENT_TOKENS = 32, 256
+DOCUMENTS, DOCUMENT_TOKENS = 8, 256
 """Texts that the gain is measured on, at most, and their length."""
 WRITTEN_DOCUMENTS, WRITTEN_TOKENS = 4, 64
 """The same, where no texts are given and the adapted model writes them."""
@@ -56,7 +56,7 @@ PROBES = (
 
 def write(job: Job, folder: Path) -> Written:
     """adapter.gguf, or model.gguf with the adapter merged into it."""
-    check_writer()
+    check(job)
     if not job.weights:
         adapter = job.needed_adapter()
         write_adapter(adapter, job.base.config, folder / ADAPTER_FILE)
@@ -110,10 +110,19 @@ def check_ids(job: Job, model: Path) -> None:
         )
 
 
-def check_writer() -> None:
-    """Raise ResourceError where the package that writes GGUF is not installed."""
+def check(job: Job) -> None:
+    """Raise ResourceError where the package that writes GGUF is not installed, AdapterError for another base's adapter."""
     if importlib.util.find_spec("gguf") is None:
         raise ResourceError("Writing GGUF needs gguf, which is not installed; type pip install 'edgetune[gguf]'.")
+    config, tensors = job.base.config, {} if job.adapter is None else job.adapter.tensors
+    shapes, rank = config.linear_shapes(), 0 if job.adapter is None else job.adapter.config.rank
+    wrong = [
+        f"layer {layer} {name} lora_{part} is {tuple(tensor.shape)}"
+        for (layer, name, part), tensor in sorted(tensors.items())
+        if layer >= config.num_layers or tensor.shape != ((rank, shapes[name][1]) if part == "A" else (shapes[name][0], rank))
+    ]
+    if wrong:
+        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {'; '.join(wrong[:3])}.")
 
 
 @contextmanager
@@ -138,7 +147,8 @@ def _no_vocabulary(writer: Any) -> None:
 
 def _measured_on_q4_k_m(job: Job, folder: Path) -> Written:
     """What the adapter gains on its own base and on llama.cpp's Q4_K_M of it, in nats a token of the same texts."""
-    documents = [list(text[:DOCUMENT_TOKENS]) for text in job.texts if len(text) > 1][:DOCUMENTS] or _written(job)
+    texts = [list(text[:DOCUMENT_TOKENS]) for text in job.texts if len(text) > 1]
+    documents = texts[:: -(-len(texts) // DOCUMENTS)] if texts else _written(job)
     lora = folder / ADAPTER_FILE
     with _bare_base(job, folder) as base:
         small = base.with_name("q4_k_m.gguf")

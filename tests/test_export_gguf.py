@@ -18,11 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edgetune
+from edgetune import export_adapter
 from edgetune.export import gguf, gguf_adapter, gguf_model, llamacpp, verify
 from edgetune.export.gguf_names import from_llama_rows, to_llama_rows
 from edgetune.export.gguf_vocab import SPLITS, read_vocabulary
 from edgetune.export.merge import merged
 from edgetune.export.target import Job
+from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
@@ -153,6 +155,19 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         gguf_model.write_model(Job(base, "tiny", huge), tmp_path / "m.gguf", "f16", nothing)
 
 
+@pytest.mark.parametrize("weights", gguf.WEIGHTS)
+def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
+    other = opened(tmp_path / "other", hidden_size=96, num_attention_heads=6)
+    job = Job(opened(tmp_path / "m"), "tiny", an_adapter(other.config), weights)
+    with pytest.raises(AdapterError, match="made for another base: layer 0 down_proj lora_B is"):
+        gguf.write(job, tmp_path)
+    deeper = opened(tmp_path / "deeper", num_hidden_layers=3)
+    with pytest.raises(AdapterError, match="layer 2 down_proj"):
+        gguf.write(replace(job, adapter=an_adapter(deeper.config)), tmp_path)
+    with pytest.raises(AdapterError, match="no adapter to export"):
+        gguf.write(Job(other, "tiny", None), tmp_path)
+
+
 # --- the adapter, there and back ----------------------------------------------------------------------------------------
 
 
@@ -175,6 +190,16 @@ def test_rslora_and_few_targets_keep_their_scale(tmp_path: Path) -> None:
     back = gguf.read_adapter(tmp_path / "a.gguf")
     assert back.config.scale == adapter.config.scale
     assert back.config.targets == ("k_proj", "up_proj")
+
+
+def test_from_peft_to_gguf_and_back(tmp_path: Path) -> None:
+    config = opened(tmp_path / "m").config
+    adapters.save(an_adapter(config), tmp_path / "peft", "tiny")
+    stored = adapters.load(tmp_path / "peft")
+    gguf_adapter.write_adapter(stored, config, tmp_path / "a.gguf")
+    adapters.save(gguf.read_adapter(tmp_path / "a.gguf"), tmp_path / "again", "tiny")
+    for name in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
 
 
 def test_a_converters_adapter_needs_the_base_for_its_heads(tmp_path: Path) -> None:
@@ -406,6 +431,21 @@ def test_the_demo_is_proved_in_every_form(
     if not weights:
         assert written.facts[0][0] == "adapter_gain_kept_on_q4_k_m"
         assert 0.5 < written.facts[0][1] < 1.1
+
+
+@pytest.mark.parametrize(("target", "weights"), [("gguf", ""), ("gguf", "q8_0"), ("ollama", "q8_0")])
+def test_the_command_proves_and_keeps_it(
+    tmp_path: Path, target: str, weights: str, adapted_demo: tuple[Job, verify.Golden, verify.Golden]
+) -> None:
+    job, expected, _ = adapted_demo
+    adapters.save(job.needed_adapter(), tmp_path / "mine", "demo")
+    result = export_adapter(target, "demo", str(tmp_path / "mine"), tmp_path / "out", weights or None)
+    assert result.verified
+    assert result.greedy_match
+    golden = json.loads((tmp_path / "out" / verify.GOLDEN_FILE).read_text())
+    assert golden["token_ids"] == expected.ids
+    assert Path(result.path).is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
 @pytest.mark.usefixtures("llama")
