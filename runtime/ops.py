@@ -1,8 +1,8 @@
 """The one dispatch point: every op of the engine is checked here and sent to the back end that the tensors' device has.
 
-A back end is a module with the functions below: `reference` (plain torch, everywhere), `cpu` (C++) and `metal` (Apple
-GPUs). Back ends are imported on first use. A missing back end falls back to `reference`, said once; a failing kernel
-raises. Tests force one with `use_backend("reference")`.
+A back end is a module with the functions below: `reference` (plain torch, everywhere), `cpu` (C++), `cuda` (Triton) and
+`metal` (Apple GPUs). Back ends are imported on first use. A missing back end falls back to `reference`, said once; a failing
+kernel raises. Tests force one with `use_backend("reference")`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ log = logging.getLogger("edgetune")
 BACKENDS = {
     "reference": "edgetune.runtime.backends.reference",
     "cpu": "edgetune.runtime.backends.cpu",
+    "cuda": "edgetune.runtime.backends.cuda",
     "metal": "edgetune.runtime.backends.metal",
 }
-_KERNELS = {"cpu": ("cpu", "C++"), "mps": ("metal", "Metal")}
+_KERNELS = {"cpu": ("cpu", "C++"), "cuda": ("cuda", "Triton"), "mps": ("metal", "Metal")}
 """The back end with kernels for a kind of device, and what they are written in."""
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 FEW_ROWS = 8

@@ -1,0 +1,121 @@
+"""Norms, SwiGLU, RoPE, dropout and the loss on a card: reference.py's functions, a launch each.
+
+ops.py has checked the arguments; what is checked here is what only these kernels need.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from edgetune.runtime.backends.cuda import kernels
+
+_MASK32 = 0xFFFFFFFF
+COLUMNS, VOCABULARY_COLUMNS = 1024, 4096
+"""What a program of the elementwise kernels, and of cross_entropy_, takes of a row at a time."""
+
+
+def _rows(x: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """x with whole rows, of this shape. Raises ValueError for another one."""
+    if x.shape != shape:
+        raise ValueError(f"{name} is {tuple(x.shape)}; expected {tuple(shape)}")
+    return x if x.stride(-1) == 1 or shape[-1] == 1 else x.contiguous()
+
+
+def _warps(tile: int) -> int:
+    """Warps for a row of `tile` numbers: 8 of them or more a thread."""
+    return min(max(tile // 256, 1), 16)
+
+
+def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """h (N, D) over its root mean square, times weight (D,) -> (N, D)."""
+    h, weight, out = _rows(h, h.shape, "h"), weight.contiguous(), torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    tile = triton.next_power_of_2(h.shape[1])
+    if len(h):
+        kernels.rms_norm[(len(h),)](h, weight, out, h.shape[1], eps, h.stride(0), TILE=tile, num_warps=_warps(tile))
+    return out
+
+
+def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gradient (N, D) of rms_norm's input, the weight frozen."""
+    h, dx, weight = _rows(h, h.shape, "h"), _rows(dx, h.shape, "dx"), weight.contiguous()
+    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    tile = triton.next_power_of_2(h.shape[1])
+    if len(h):
+        kernels.rms_norm_backward[(len(h),)](
+            dx, h, weight, out, h.shape[1], eps, dx.stride(0), h.stride(0), TILE=tile, num_warps=_warps(tile)
+        )
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, (N, F) each, perhaps halves of one (N, 2F)."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    gate, up = _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
+    if gate.numel():
+        kernels.swiglu[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
+            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), out.stride(0), TILE=COLUMNS
+        )
+    return out
+
+
+def swiglu_backward(
+    dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None = None, dup: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, (N, F) each; into dgate and dup where given, which have whole rows."""
+    dact, gate, up = _rows(dact, gate.shape, "dact"), _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if dgate is None else dgate
+    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if dup is None else dup
+    if gate.numel():
+        kernels.swiglu_backward[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
+            dact, gate, up, dgate, dup, gate.shape[1], dact.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
+            dup.stride(0), TILE=COLUMNS,
+        )  # fmt: skip
+    return dgate, dup
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate x (N, heads, hd) in place by cos, sin f32 (N, hd/2), pairing i with i + hd/2; `inverse` rotates back."""
+    if x.stride(2) != 1:
+        raise ValueError("x is not contiguous along its last dimension")
+    rows, heads, size = x.shape
+    if rows:
+        kernels.rope[(rows,)](
+            x, cos.contiguous(), sin.contiguous(), heads, size // 2, x.stride(0), x.stride(1), INVERSE=inverse,
+            HEADS_TILE=triton.next_power_of_2(heads), TILE=triton.next_power_of_2(size // 2),
+        )  # fmt: skip
+    return x
+
+
+def _hash32(value: int) -> int:
+    """reference.py's hash of one number."""
+    value = (value ^ (value >> 16)) * 0x7FEB352D & _MASK32
+    value = (value ^ (value >> 15)) * 0x846CA68B & _MASK32
+    return value ^ (value >> 16)
+
+
+def dropout(x: Tensor, p: float, key: int) -> Tensor:
+    """x (N, D) / (1 - p) where hash(key, flat position) >= p * 2^32, else 0: reference.py's bits."""
+    x, out = _rows(x, x.shape, "x"), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        kernels.dropout[(len(x), triton.cdiv(x.shape[1], COLUMNS))](
+            x, out, x.shape[1], x.stride(0), _hash32(key & _MASK32), int(p * 2**32), 1.0 / (1.0 - p), TILE=COLUMNS
+        )
+    return out
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Losses (R,) f32 in nats of logits (R, V) at targets (R,); logits become d(sum of weights * losses)/d(logits).
+
+    A target outside the vocabulary gives a loss of NaN.
+    """
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    if logits.stride(1) != 1:
+        raise ValueError("logits are not contiguous along their last dimension")
+    if len(logits):
+        kernels.cross_entropy[(len(logits),)](
+            logits, targets.contiguous(), weights.contiguous(), losses, logits.shape[1], logits.stride(0),
+            TILE=VOCABULARY_COLUMNS, num_warps=8,
+        )  # fmt: skip
+    return losses
