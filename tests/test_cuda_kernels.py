@@ -22,7 +22,7 @@ from edgetune.runtime import attention as tiled
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.backends import reference
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import LoraLinear
@@ -191,3 +191,324 @@ def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype) -> None:
 def test_a_target_outside_the_vocabulary_gives_nan_not_a_stray_read() -> None:
     losses = cuda.cross_entropy_(randn(3, 10), torch.tensor([10, -1, 9], device=DEVICE), torch.ones(3, device=DEVICE))
     assert losses.isnan().tolist() == [True, True, False]
+
+
+# ---- attention ----
+
+Segments = Sequence[tuple[int, int, int, int]]
+PACKED: Segments = [(0, 5, 0, 5), (5, 6, 5, 6), (6, 17, 6, 17)]
+CONTINUED: Segments = [(0, 3, 0, 9)]
+
+
+def test_segments_as_the_operator_takes_them() -> None:
+    found = flash.lengths(tuple(PACKED), 17, 17, DEVICE)
+    assert found is not None
+    assert (found.queries.tolist(), found.keys.tolist()) == ([0, 5, 6, 17], [0, 5, 6, 17])
+    assert (found.most_queries, found.most_keys) == (11, 11)
+    assert found.queries.dtype == found.keys.dtype == torch.int32
+    assert found.queries.is_contiguous()
+    assert found.keys.is_contiguous()
+    continued = flash.lengths(tuple(CONTINUED), 3, 9, DEVICE)
+    assert continued is not None
+    assert (continued.queries.tolist(), continued.keys.tolist(), continued.most_keys) == ([0, 3], [0, 9], 9)
+
+
+@pytest.mark.parametrize(
+    ("segments", "rows", "keys"),
+    [
+        ([(0, 5, 0, 5)], 6, 6),  # a row that no document has
+        ([(0, 5, 0, 5), (6, 9, 6, 9)], 9, 9),  # a gap
+        ([(5, 9, 5, 9), (0, 5, 0, 5)], 9, 9),  # out of order
+        ([(0, 5, 2, 7)], 5, 7),  # keys before the first document
+        ([], 0, 0),
+    ],
+)
+def test_segments_that_lengths_cannot_say_are_left_to_the_tiles(segments: Segments, rows: int, keys: int) -> None:
+    assert flash.lengths(tuple(segments), rows, keys, DEVICE) is None
+
+
+def test_what_the_operator_does_not_take_is_left_to_the_tiles() -> None:
+    if DEVICE.type == "cpu":
+        assert not flash.fits(randn(4, 2, 64, dtype=torch.bfloat16))
+    assert not flash.fits(randn(4, 2, 64))
+    assert not flash.fits(randn(4, 2, 20, dtype=torch.bfloat16))
+    assert not flash.fits(randn(4, 2, 264, dtype=torch.bfloat16))
+
+
+class _Operator:
+    """aten's flash attention by its documented arguments, made of the tiles: it knows documents by cumulative lengths alone."""
+
+    def __init__(self) -> None:
+        self.deterministic: list[bool] = []
+
+    def of(self, name: str) -> Any:
+        return self.forward if name == "forward" else self.backward
+
+    @staticmethod
+    def _segments(queries: Tensor, keys: Tensor) -> Segments:
+        q, k = queries.tolist(), keys.tolist()
+        return list(zip(q[:-1], q[1:], k[:-1], k[1:], strict=True))
+
+    @staticmethod
+    def _window(left: int, right: int) -> int | None:
+        assert (left, right) == (-1, -1) or (left >= 0 and right == 0)
+        return None if left < 0 else left + 1
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int, max_k: int, dropout_p: float,
+        is_causal: bool, return_debug_mask: bool, *, scale: float, window_size_left: int, window_size_right: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        segments = self._segments(cum_q, cum_k)
+        assert (max_q, max_k) == (max(s[1] - s[0] for s in segments), max(s[3] - s[2] for s in segments))
+        assert is_causal
+        assert (dropout_p, return_debug_mask) == (0.0, False)
+        found = tiled.forward(q, k, v, segments, self._window(window_size_left, window_size_right), scale)
+        return *found, torch.zeros(2), torch.zeros(()), torch.zeros(0)
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int,
+        max_k: int, dropout_p: float, is_causal: bool, rng_state: Tensor, unused: Tensor, *, scale: float,
+        window_size_left: int, window_size_right: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self.deterministic.append(torch.are_deterministic_algorithms_enabled())
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        window = self._window(window_size_left, window_size_right)
+        tiled.backward(do, q, k, v, o, lse, self._segments(cum_q, cum_k), window, scale, dq, dk, dv)
+        return dq, dk, dv
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("segments", [PACKED, CONTINUED])
+def test_attention_through_a_stand_in_for_the_operator(
+    segments: Segments, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is passed to the operator and what is made of its answer; the operator itself needs a card."""
+    operator = _Operator()
+    monkeypatch.setattr(flash, "fits", lambda q: True)
+    monkeypatch.setattr(flash, "_flash", operator.of)
+    rows, keys = segments[-1][1], segments[-1][3]
+    q, do, kv = randn(rows, 4, 16), randn(rows, 4, 16), randn(keys, 4, 16)
+    k, v = kv[:, :2], kv[:, 2:]
+    expected = tiled.forward(q, k, v, segments, window, 0.25)
+    o, lse = cuda.attention_forward(q, k, v, segments, window, 0.25)
+    assert torch.equal(o, expected[0])
+    assert torch.equal(lse, expected[1])
+    found, wanted = ([torch.empty_like(x) for x in (q, k, v)] for _ in range(2))
+    cuda.attention_backward(do, q, k, v, o, lse, segments, window, 0.25, *found)
+    tiled.backward(do, q, k, v, o, lse, segments, window, 0.25, *wanted)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert operator.deterministic == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_torchs_operators_take_what_is_passed() -> None:
+    """By their meta functions, which every build of torch has."""
+    q, k = torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16), torch.empty(17, 2, 16, device="meta", dtype=torch.bfloat16)
+    starts = torch.tensor([0, 5, 6, 17], dtype=torch.int32, device="meta")
+    window = flash._window(4)
+    o, lse, *_ = flash._flash("forward")(q, k, k, starts, starts, 11, 11, 0.0, True, False, scale=0.25, **window)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, (4, 17), torch.float32)
+    state = torch.empty(2, dtype=torch.uint64, device="meta"), torch.empty(0, device="meta")
+    dq, dk, _ = flash._flash("backward")(o, q, k, k, o, lse, starts, starts, 11, 11, 0.0, True, *state, scale=0.25, **window)
+    assert (dq.shape, dk.shape) == (q.shape, k.shape)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a card")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("segments", [PACKED, CONTINUED])
+def test_flash_attention_on_a_card(segments: Segments, window: int | None) -> None:
+    rows, keys = segments[-1][1], segments[-1][3]
+    q, do = randn(rows, 4, 64, dtype=torch.bfloat16), randn(rows, 4, 64, dtype=torch.bfloat16)
+    k, v = randn(keys, 2, 64, dtype=torch.bfloat16), randn(keys, 2, 64, dtype=torch.bfloat16)
+    if not flash.fits(q):
+        pytest.skip("this card or this build of torch has no flash attention")
+    o, lse = cuda.attention_forward(q, k, v, segments, window, 0.125)
+    exact = tiled.forward(q.float(), k.float(), v.float(), segments, window, 0.125)
+    assert relative(o, exact[0]) < 1e-2
+    found, wanted = [torch.empty_like(x) for x in (q, k, v)], [torch.empty_like(x).float() for x in (q, k, v)]
+    cuda.attention_backward(do, q, k, v, o, lse, segments, window, 0.125, *found)
+    tiled.backward(do.float(), q.float(), k.float(), v.float(), *exact, segments, window, 0.125, *wanted)
+    assert max(relative(a, b) for a, b in zip(found, wanted, strict=True)) < 2e-2
+
+
+# ---- whole models ----
+
+
+def tiny_model(folder: Path, family: str, dtype: torch.dtype, rank: int = 5, **changes: Any) -> Llama:
+    """A tiny NF4 model on the device, with an adapter of random A and B on every linear."""
+    if not (folder / "config.json").exists():
+        save_model(folder, family, **{"hidden_size": 64, "intermediate_size": 128, **changes})
+    model = load_llama(open_model(folder), dtype, DEVICE, QuantConfig())
+    adapters.attach_new(model, LoraConfig(rank, 8, 0.1, LINEARS), 0)
+    generator = torch.Generator().manual_seed(1)
+    for linear in (linear for block in model.blocks for linear in block.linears().values()):
+        assert isinstance(linear, LoraLinear)
+        b = 0.1 * torch.randn(linear.lora_B.shape, generator=generator)
+        linear.lora_B.data.copy_(b)
+    return model
+
+
+def row_of(count: int) -> Row:
+    ids = torch.randint(0, 128, (count + 1,), generator=torch.Generator().manual_seed(3))
+    bounds = [(0, count // 3), (count // 3, count)]
+    positions = torch.cat([torch.arange(end - start) for start, end in bounds])
+    weight = torch.full((count,), 1 / count)
+    weight[5] = 0
+    return Row(ids[:-1], ids[1:], weight, positions, bounds)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen2", torch.float32), ("qwen3", torch.bfloat16)])
+def test_a_training_step_gives_the_references_loss_and_gradients(
+    tmp_path: Path, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.runtime.runner.ROW_MULTIPLE", 24)
+    losses, gradients = {}, {}
+    for name in ("reference", "cuda"):
+        model = tiny_model(tmp_path / "model", family, dtype, num_hidden_layers=1)
+        with ops.use_backend(name):
+            losses[name] = Runner(model, Recompute.FULL, loss_rows=16).train(row_of(24), dropout_key=7)
+        gradients[name] = torch.cat([p.grad.flatten() for p in adapters.parameters(model) if p.grad is not None])
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float(losses["cuda"]) == pytest.approx(float(losses["reference"]), rel=bound)
+    assert relative(gradients["cuda"], gradients["reference"]) < bound
+
+
+@pytest.mark.parametrize("family", ["llama-2-grouped", "qwen2", "qwen3", "mistral-window", "llama-head-dim"])
+def test_the_decoders_step_is_the_runners(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias, per-head norms, windows, grouped heads, adapters; with several stretches of keys a head."""
+    monkeypatch.setattr(decode, "SPLIT_KEYS", 16)
+    model = tiny_model(tmp_path / "model", family, torch.float32, num_hidden_layers=1)
+    caches = [KVCache(model.config, 40, model.dtype, model.device) for _ in range(2)]
+    ids = torch.randint(0, 128, (23,)).tolist()
+    with torch.no_grad(), ops.use_backend("reference"):
+        runner = Runner(model)
+        for cache in caches:
+            prompt = torch.tensor(ids[:20], device=DEVICE)
+            runner.infer(prompt, torch.arange(20, device=DEVICE), [(0, 20, 0, 20)], cache)
+    with ops.use_backend("cuda"):
+        step = ops.decoder(model, caches[0])
+    assert isinstance(step, decode.Decoder)
+    assert step.splits == 3
+    for at, token in enumerate(ids[20:], start=20):
+        with torch.no_grad(), ops.use_backend("reference"):
+            position = torch.tensor([at], device=DEVICE)
+            h = runner.infer(torch.tensor([token], device=DEVICE), position, [(0, 1, 0, at + 1)], caches[1])
+            expected = model.logits(h)[0]
+        with ops.use_backend("cuda"):
+            assert relative(step(token), expected) < 1e-5
+    assert caches[0].length == caches[1].length == 23
+    assert relative(caches[0].k[0], caches[1].k[0]) < 1e-5
+    assert relative(caches[0].v[0], caches[1].v[0]) < 1e-5
+
+
+def test_greedy_text_is_the_references(tmp_path: Path) -> None:
+    texts = {}
+    for name in ("reference", "cuda"):
+        with ops.use_backend(name):
+            model = tiny_model(tmp_path / "model", "llama-2-grouped", torch.float32, num_hidden_layers=1)
+            generator = Generator(Runner(model), 80)
+            texts[name] = list(generator.generate(list(range(3, 15)), 8, Sampling(temperature=0.0)))
+    assert texts["cuda"] == texts["reference"]
+    assert len(texts["cuda"]) == 8
+
+
+def test_a_model_that_the_decoder_cannot_run_has_none(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1, intermediate_size=96)  # rows of a block and a half
+    with ops.use_backend("cuda"):
+        assert ops.decoder(model, KVCache(model.config, 8, model.dtype, model.device)) is None
+
+
+def test_a_full_cache_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1)
+    cache = KVCache(model.config, 8, model.dtype, model.device)
+    cache.length = 8
+    with ops.use_backend("cuda"), pytest.raises(ValueError, match="holds 8 tokens"):
+        ops.decoder(model, cache)(1)
+
+
+class _Cards:
+    """torch.cuda as far as recording goes: a graph keeps what ran inside `graph` and runs it again, as a card does."""
+
+    def __init__(self, step: decode.Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.step, self.runs, self.replays, self.order = step, 0, 0, list[str]()
+        self._run, self._out = step.run, torch.empty(0)
+        monkeypatch.setattr(step, "run", self._count)
+        for name, stand_in in {
+            "Stream": lambda: self, "current_stream": lambda: self, "stream": self._side, "CUDAGraph": lambda: self,
+            "graph": self._recording,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def _count(self) -> Tensor:
+        self.runs += 1
+        self.order.append("run")
+        self._out = self._run()
+        return self._out
+
+    def wait_stream(self, other: Any) -> None:
+        self.order.append("wait")
+
+    @contextlib.contextmanager
+    def _side(self, stream: Any) -> Iterator[None]:
+        self.order.append("side")
+        yield
+        self.order.append("back")
+
+    @contextlib.contextmanager
+    def _recording(self, graph: Any) -> Iterator[None]:
+        self.order.append("record")
+        yield
+        self.order.append("recorded")
+
+    def replay(self) -> None:
+        self.replays += 1
+        self._out.copy_(self._run())
+
+
+def test_a_step_is_recorded_once_and_replayed_for_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of things around a CUDA graph, with a stand-in for torch.cuda; graphs themselves need a card."""
+    if DEVICE.type == "cuda":
+        pytest.skip("a card has real graphs, which test_the_decoders_step_is_the_runners replays")
+    model = tiny_model(tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1)
+    with ops.use_backend("cuda"):
+        plain, recorded = (decode.Decoder(model, KVCache(model.config, 8, model.dtype, model.device)) for _ in range(2))
+        card = _Cards(recorded, monkeypatch)
+        monkeypatch.setattr(recorded, "_records", True)
+        found = [recorded(token) for token in (5, 9, 77)]
+        for logits, token in zip(found, (5, 9, 77), strict=True):
+            assert torch.equal(logits, plain(token))
+    assert (card.runs, card.replays) == (2, 3)
+    assert card.order == ["wait", "side", "run", "back", "wait", "record", "run", "recorded"]
+    assert recorded.cache.length == 3
+
+
+# ---- choosing and compiling ----
+
+
+def test_without_triton_plain_torch_serves_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def missing(name: str) -> Any:
+        if name == "cuda":
+            raise ImportError("No module named 'triton'")
+        return reference
+
+    monkeypatch.setattr(ops, "_load", missing)
+    with caplog.at_level(logging.WARNING, "edgetune"):
+        assert ops._best.__wrapped__("cuda") is reference
+    assert "pip install triton" in caplog.text
+
+
+def test_a_card_has_the_triton_kernels() -> None:
+    assert ops._best("cuda") is cuda
+
+
+@pytest.mark.parametrize("capability", ["90", *(pytest.param(older, marks=pytest.mark.slow) for older in ("75", "80", "120"))])
+def test_every_kernel_compiles_for_real_cards(capability: str, tmp_path: Path) -> None:
+    """Hopper's machine code (and Turing's, Ampere's, Blackwell's) without a card: the interpreter runs what this may refuse."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, str(script), capability], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(sizes) == 19
+    assert all(size > 0 for size in sizes)

@@ -105,6 +105,7 @@ class Decoder:
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=model.device)
         self.splits = min(triton.cdiv(cache.max_length, SPLIT_KEYS), MOST_SPLITS)
+        self._records = model.device.type == "cuda"
         self._graph: Any = None
         self._logits: Tensor | None = None
 
@@ -115,7 +116,7 @@ class Decoder:
             raise ValueError(f"the KV cache holds {self.cache.max_length} tokens; {at + 1} were to be stored")
         self.token.fill_(token)
         self.position.fill_(at)
-        logits = self._replayed() if self.model.device.type == "cuda" else self.run()
+        logits = self._replayed() if self._records else self.run()
         self.cache.length += 1
         return logits
 

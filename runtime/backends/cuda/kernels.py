@@ -37,8 +37,10 @@ def _absmax(blocks, inside, absmax, nested_table, nested_absmax, offset, NESTED:
     """f32 scales of these blocks: nf4.py's arithmetic, to be compiled with enable_fp_fusion=False where bits count."""
     if NESTED:
         code = tl.load(absmax + blocks, inside, other=0).to(tl.int32)
-        return tl.load(nested_table + code) * tl.load(nested_absmax + blocks // NESTED_SIZE, inside, other=0.0) + offset
-    return tl.load(absmax + blocks, inside, other=0.0)
+        scale = tl.load(nested_table + code) * tl.load(nested_absmax + blocks // NESTED_SIZE, inside, other=0.0) + offset
+    else:
+        scale = tl.load(absmax + blocks, inside, other=0.0)
+    return scale
 
 
 @triton.jit

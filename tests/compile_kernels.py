@@ -1,0 +1,80 @@
+"""Compile every Triton kernel of the CUDA back end to machine code for real cards; no card is needed. See test_cuda_kernels.py.
+
+The interpreter runs what Triton's compiler may refuse, so both are asked. Run without TRITON_INTERPRET, with the compute
+capabilities to compile for as arguments: python tests/compile_kernels.py 80 90. Prints a line a kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from edgetune.runtime.backends.cuda import kernels
+
+WEIGHT = {"packed": "*u8", "table": "*fp32", "absmax": "*u8", "nested_table": "*fp32", "nested_absmax": "*fp32", "offset": "fp32"}
+PLAIN = {**WEIGHT, "absmax": "*fp32", "nested_table": None, "nested_absmax": None}
+DOUBLE = {"NESTED": True, "NESTED_SIZE": 256, "HALF": 32}
+SINGLE = {**DOUBLE, "NESTED": False, "NESTED_SIZE": 1}
+MATVEC = {"BLOCKS": 8, "ROWS": 4, "ADD": True}
+NUMBERS = {"eps": "fp32", "scale": "fp32", "seed": "i64", "threshold": "i64"}
+INDICES = {"position": "*i32", "targets": "*i64"}
+
+# Kernel -> the types of its arguments that differ from bf16 pointers, and its constants, for each way to launch it.
+WAYS: dict[str, list[tuple[dict[str, str | None], dict[str, Any]]]] = {
+    "dequantize": [({**WEIGHT, "out": kind}, {**DOUBLE, "BLOCKS": 32}) for kind in ("*bf16", "*fp32", "*fp16")]
+    + [(dict(PLAIN), {**SINGLE, "BLOCKS": 32})],
+    "matvec": [
+        (dict(WEIGHT), {**DOUBLE, **MATVEC, "BIAS": True, "RANK_TILE": 16}),
+        ({**PLAIN, "bias": None, "reduced": None, "lora_b": None}, {**SINGLE, **MATVEC, "BIAS": False, "RANK_TILE": 0}),
+    ],
+    "dense_matvec": [({"x": "*fp32", "out": "*fp32"}, {"ROWS": 4, "TILE": 512})],
+    "rms_norm": [({}, {"TILE": 4096})],
+    "rms_norm_backward": [({}, {"TILE": 4096})],
+    "swiglu": [({}, {"TILE": 1024})],
+    "swiglu_backward": [({}, {"TILE": 1024})],
+    "rope": [({"cos": "*fp32", "sin": "*fp32"}, {"INVERSE": True, "HEADS_TILE": 32, "TILE": 64})],
+    "dropout": [({}, {"TILE": 1024})],
+    "cross_entropy": [({"weights": "*fp32", "losses": "*fp32"}, {"TILE": 4096})],
+    "rotate_and_store": [
+        ({"qkv": "*fp32", "cos": "*fp32", "sin": "*fp32", "q_norm": norm, "k_norm": norm}, {"NORM": norm is not None, "TILE": 64})
+        for norm in ("*bf16", None)
+    ],
+    "attend_part": [
+        ({name: "*fp32" for name in ("q", "sums", "tops", "parts")}, {"WINDOW": window, "KEYS": 32, "TILE": 128})
+        for window in (True, False)
+    ],
+    "attend_whole": [({name: "*fp32" for name in ("sums", "tops", "parts", "out")}, {"SPLITS_TILE": 16, "TILE": 128})],
+}
+POINTERS = {"x", "h", "dx", "out", "weight", "bias", "reduced", "lora_b", "gate", "up", "dact", "dgate", "dup", "logits",
+            "keys", "values"}  # fmt: skip
+
+
+def compile_one(name: str, types: dict[str, str | None], constants: dict[str, Any], capability: int) -> None:
+    """Machine code of one way to launch a kernel. Raises triton's CompilationError."""
+    kernel = getattr(kernels, name)
+    constants = {**constants, **{argument: None for argument, kind in types.items() if kind is None}}
+    signature = {}
+    for argument in kernel.arg_names:
+        usual = "*bf16" if argument in POINTERS else NUMBERS.get(argument, INDICES.get(argument, "i32"))
+        signature[argument] = "constexpr" if argument in constants else types.get(argument) or usual
+    source = ASTSource(kernel, signature, constexprs=constants)
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": name != "dequantize"})
+    print(name, capability, len(code.asm["cubin"]))
+
+
+def main() -> None:
+    found = {name for name, value in inspect.getmembers(kernels) if isinstance(value, triton.JITFunction) and name[0] != "_"}
+    assert found == set(WAYS), f"kernels.py has {sorted(found)}; here are {sorted(WAYS)}"
+    for capability in map(int, sys.argv[1:]):
+        for name, ways in WAYS.items():
+            for types, constants in ways:
+                compile_one(name, types, constants, capability)
+
+
+if __name__ == "__main__":
+    main()
