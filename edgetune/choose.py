@@ -17,13 +17,15 @@ from edgetune.meter import anonymous_memory
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Parts, Setting, Stored
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import available_memory, can_compact_heap, process_memory
+from edgetune.runtime.device import available_memory, can_compact_heap, card_memory, process_memory
 from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8
 LATER_BYTES = 70_000_000
 """What the process will come to hold besides the model: later imports, compiled products, the tokenizer, the report."""
+CARD_LATER_BYTES = 300_000_000
+"""The same on a card: kernels' code and cuBLAS's workspace. A guess, since none has been measured."""
 FEW_LOSS_ROWS = 64
 
 # Nominal, for ranking alone: what a device computes (FLOP/s), and what files and a copied head take (bytes/s).
@@ -45,22 +47,33 @@ def memory_allowed(config: TrainConfig, device: str = "cpu", here: int = 1) -> i
     """What one of the `here` processes on this machine may use: --memory, or its share of most of what is free there."""
     if config.memory is not None:
         return parse_bytes(config.memory)
+    if device == "cuda":
+        card = card_memory()
+        return int(SHARE_OF_FREE_MEMORY * card.free) + card.held  # every process has a card of its own
     return int(SHARE_OF_FREE_MEMORY * available_memory(device)) // here + process_memory()
 
 
-def settings(data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1) -> Iterator[Setting]:
+def held_already(device: str) -> int:
+    """What a run holds of that memory besides what the budget counts."""
+    return card_memory().held + CARD_LATER_BYTES if device == "cuda" else anonymous_memory() + LATER_BYTES
+
+
+def settings(
+    data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1, device: str = "cpu"
+) -> Iterator[Setting]:
     """Every way to run a step that is worth trying, where each of `processes` is to have a row of its own."""
+    heap = device != "cuda" and can_compact_heap()
     longest = -(-data.batch_tokens // processes)
     lengths = sorted({max(data.seq_len, longest >> halvings) for halvings in range(8)}, reverse=True)
     for recompute in allowed:
         for length in lengths:
-            for paged, offload, vocabulary, compact, rows in _variants(recompute is Recompute.FULL, streams):
+            for paged, offload, vocabulary, compact, rows in _variants(recompute is Recompute.FULL, streams, heap):
                 yield Setting(length, recompute, rows, None, 32, paged, offload, vocabulary, compact)
 
 
-def _variants(offloads: bool, streams: bool) -> Iterator[tuple[bool, bool, str | None, bool, int]]:
+def _variants(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool, bool, str | None, bool, int]]:
     for vocabulary in (None, "int8") if streams else (None,):
-        for compact in (False, True) if can_compact_heap() else (False,):
+        for compact in (False, True) if heap else (False,):
             for offload in (False, True) if offloads else (False,):
                 for paged in (False, True):
                     for rows in (LOSS_ROWS, FEW_LOSS_ROWS):
@@ -106,8 +119,8 @@ def choose(
     """The fastest setting that fits in `memory` bytes; None where none does."""
     best: tuple[float, Choice] | None = None
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
-    for setting in settings(data, allowed, stored.mapped, processes):
-        found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device != "cuda")
+    for setting in settings(data, allowed, stored.mapped, processes, device):
+        found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device)
         if found is None:
             continue
         seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
@@ -132,9 +145,9 @@ def least(
     if streaming is not None and streaming >= config.num_layers * stored.layer:
         streaming = None
     choices = []
-    for setting in settings(data, allowed, stored.mapped):
+    for setting in settings(data, allowed, stored.mapped, device=device):
         small = dataclasses.replace(setting, layer_memory=streaming)
-        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device != "cuda")))
+        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
     return min(choices, key=lambda choice: choice.parts.total)
 
 
@@ -152,7 +165,7 @@ def choose_or_refuse(
 
     Raises ResourceError with the least memory that works and what would make it fit.
     """
-    memory, process = memory_allowed(train, device, here), anonymous_memory() + LATER_BYTES
+    memory, process = memory_allowed(train, device, here), held_already(device)
     choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute, processes)
     if choice is None:
         smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total

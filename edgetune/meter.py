@@ -8,10 +8,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
-from edgetune.runtime.device import device_memory, process_memory
+from edgetune.runtime.device import card_memory, device_memory, process_memory
 
 INTERVAL = 0.1
 
@@ -78,3 +79,40 @@ class MemoryMeter:
         self._peak_pages = max(self._peak_pages, resident_pages(self._files))
         self._sample()
         return self._peak_held + self._peak_pages
+
+
+class CardMeter:
+    """The same of a card: what torch's allocator took of its memory, which is what other programs cannot have.
+
+    The allocator keeps the highest itself; nothing is sampled.
+    """
+
+    def __enter__(self) -> CardMeter:
+        torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    @property
+    def now(self) -> int:
+        """What is held now."""
+        return card_memory().held
+
+    def peak(self) -> int:
+        """The highest so far."""
+        return int(torch.cuda.max_memory_reserved())
+
+
+class Meter(Protocol):
+    """What measures a run: of either kind."""
+
+    @property
+    def now(self) -> int: ...
+
+    def peak(self) -> int: ...
+
+
+def meter_for(device: torch.device, weight_files: Sequence[Path]) -> MemoryMeter | CardMeter:
+    """The meter of the memory that a run on this device is planned in."""
+    return CardMeter() if device.type == "cuda" else MemoryMeter(weight_files, device)

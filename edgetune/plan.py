@@ -16,9 +16,8 @@ import torch
 
 from edgetune.batches import Packer
 from edgetune.bench import random_llama, random_row
-from edgetune.choose import COMPACT, FILE_SPEED, LATER_BYTES, advice, choose, file_bytes, least, memory_allowed, planned_steps
+from edgetune.choose import COMPACT, FILE_SPEED, advice, choose, file_bytes, held_already, least, memory_allowed, planned_steps
 from edgetune.config import TrainConfig
-from edgetune.meter import anonymous_memory
 from edgetune.models import resolve
 from edgetune.prepare import read, tokenize_notes
 from edgetune.runtime import adapter as adapters
@@ -74,7 +73,7 @@ def forecast(train: TrainConfig) -> Forecast:
         dtype = torch.float32 if train.compute == "fp32" else torch.bfloat16
     lora, data = train.lora(), train.data
     steps, tokens = (train.steps, None) if folder is None or not data.notes else _work(train, folder)
-    memory, process = memory_allowed(train, kind), anonymous_memory() + LATER_BYTES if here else 0
+    memory, process = memory_allowed(train, kind), held_already(kind) if here else 0
     smallest = least(config, lora, stored, data, dtype, process, kind, train.recompute)
     choice = choose(config, lora, stored, data, dtype, memory, process, kind, train.recompute)
     shown = choice or smallest

@@ -14,7 +14,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
-from edgetune.runtime.device import compute_dtype, pick_device
+from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
@@ -25,6 +25,7 @@ from edgetune.runtime.tokenizer import Tokenizer
 MAX_TOKENS = 256
 CONTEXT_TOKENS = 4096
 """Positions the KV cache has room for, where the model has as many."""
+_SMALLER = "type a smaller --model, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def open_base(name: str | None) -> tuple[ModelChoice, Checkpoint]:
     return choice, open_model(choice.path)
 
 
+@explain_card_memory(_SMALLER)
 def load_base(
     name: str | None,
     device: str = "auto",
@@ -145,13 +147,14 @@ class Session:
         return Generation(text, len(ids), clock.tokens, clock.tokens_per_second)
 
     def _stream(self, ids: list[int], max_tokens: int, sampling: Sampling, clock: _Clock | None = None) -> Iterator[str]:
-        generator = self._room_for(len(ids), max_tokens)
         decoder = self.tokenizer.stream_decoder(continuing=True)
-        for token in generator.generate(ids, max_tokens, sampling, self.tokenizer.eos_ids):
-            if clock is not None:
-                clock.tick()
-            if piece := decoder.push(token):
-                yield piece
+        with explain_card_memory(_SMALLER):
+            generator = self._room_for(len(ids), max_tokens)
+            for token in generator.generate(ids, max_tokens, sampling, self.tokenizer.eos_ids):
+                if clock is not None:
+                    clock.tick()
+                if piece := decoder.push(token):
+                    yield piece
         if rest := decoder.flush():
             yield rest
 

@@ -36,7 +36,7 @@ from edgetune.events import (
     Stepped,
     read_events,
 )
-from edgetune.meter import MemoryMeter
+from edgetune.meter import Meter, meter_for
 from edgetune.prepare import Prepared, Record, changes_since, prepare, prepare_again, prepare_beside
 from edgetune.registry import Current
 from edgetune.report import write_report
@@ -44,7 +44,7 @@ from edgetune.runstate import Damaged, Restored, Unfinished
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.device import pick_device, trim_device, trim_memory
+from edgetune.runtime.device import explain_card_memory, pick_device, trim_device, trim_memory
 from edgetune.runtime.errors import DataError, EdgetuneError, LinkError, TrainingError
 from edgetune.runtime.files import mend
 from edgetune.runtime.generate import Generator, Sampling
@@ -76,7 +76,7 @@ def train(
     if config.out is not None:
         adapters.refuse_foreign(expand(config.out))
     _, checkpoint = open_base(config.model)
-    with joined(pick_device(config.device), private_link) as world:
+    with explain_card_memory("type --memory {less:.2f}GB"), joined(pick_device(config.device), private_link) as world:
         if world.rank > 0:
             _follow(config, checkpoint.digest, world)
             return
@@ -89,7 +89,7 @@ def train(
             world.agree()
             with (
                 EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
-                MemoryMeter(prepared.loaded.checkpoint.files, prepared.loaded.model.device) as meter,
+                meter_for(prepared.loaded.model.device, prepared.loaded.checkpoint.files) as meter,
             ):
                 run = _Run(prepared, restored, world, _Keeper(place, log), stop or threading.Event(), deadline, meter)
                 try:
@@ -199,7 +199,7 @@ class _Run:
         keeper: _Keeper,
         stop: threading.Event,
         deadline: float | None,
-        meter: MemoryMeter,
+        meter: Meter,
     ) -> None:
         self.prepared, self.plan, self.config = prepared, prepared.plan, prepared.config
         self.model, self.runner = prepared.loaded.model, prepared.runner

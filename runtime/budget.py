@@ -147,11 +147,12 @@ def parts(
     setting: Setting,
     dtype: torch.dtype,
     process: int,
-    heldout: bool = True,
+    device: str = "cpu",
 ) -> Parts:
     """What training one row after the other in `dtype` takes. `process`: bytes held before the model is opened.
 
-    heldout: the best adapter so far is kept in the same memory (a card leaves it to the host).
+    device: whose memory it is. A card ("cuda") leaves the best adapter so far to the host, and has weights made dense in a
+    panel where the CPU has fused products.
     """
     d, f, v, size = config.hidden_size, config.intermediate_size, config.vocab_size, dtype.itemsize
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -167,7 +168,7 @@ def parts(
     q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     # SwiGLU's backward holds its output, two gradients as wide, and what flows beside
     working += (4 * f + 4 * d + q) * size * tokens
-    if ops.fuses(torch.device("cpu"), dtype):
+    if device == "cpu" and ops.fuses(torch.device("cpu"), dtype):
         working += packed_bytes(config, lora, torch.get_num_threads())
     else:
         working += max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size  # a dense panel
@@ -190,7 +191,7 @@ def parts(
         process=process,
         weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
         embeddings=vocabulary,
-        adapter=trained * (2 if heldout else 1),
+        adapter=trained * (1 if device == "cuda" else 2),
         gradients=trained,
         optimizer=4 * largest if setting.paged_optimizer else states,
         activations=activations,
@@ -216,10 +217,10 @@ def fitted(
     dtype: torch.dtype,
     process: int,
     memory: int,
-    heldout: bool = True,
+    device: str = "cpu",
 ) -> tuple[Setting, Parts] | None:
     """The setting with as many layers in memory as fit in `memory` bytes; None where nothing does."""
-    whole = parts(config, lora, stored, setting, dtype, process, heldout)
+    whole = parts(config, lora, stored, setting, dtype, process, device)
     if whole.total <= memory:
         return setting, whole
     if not stored.mapped:
@@ -228,7 +229,7 @@ def fitted(
     if room < least_layer_memory(config, stored):
         return None
     streaming = replace(setting, layer_memory=room)
-    return streaming, parts(config, lora, stored, streaming, dtype, process, heldout)
+    return streaming, parts(config, lora, stored, streaming, dtype, process, device)
 
 
 def streamed_bytes(config: LlamaConfig, stored: Stored, setting: Setting) -> int:

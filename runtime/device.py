@@ -8,11 +8,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from edgetune.runtime.errors import DeviceError
+from edgetune.runtime.errors import DeviceError, ResourceError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -80,6 +83,37 @@ def available_memory(device_type: str = "cpu") -> int:
     if device_type == "mps" and torch.backends.mps.is_available():
         limits.append(max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())))
     return min([available, *(limit for limit in limits if limit is not None)])
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """Bytes of an NVIDIA card: free for anyone, held by this process's allocator, and in all."""
+
+    free: int
+    held: int
+    total: int
+
+
+def card_memory() -> CardMemory:
+    """The current card's memory now. Its own state (about half a gigabyte) is begun first, so that `free` is without it."""
+    free, total = torch.cuda.mem_get_info()
+    return CardMemory(int(free), int(torch.cuda.memory_reserved()), int(total))
+
+
+@contextmanager
+def explain_card_memory(advice: str) -> Iterator[None]:
+    """A card that runs out of memory within the block becomes a ResourceError that ends with `advice`.
+
+    In `advice`, {less} is four fifths of what this process held on it at the most, in GB.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        card, most = card_memory(), int(torch.cuda.max_memory_reserved())
+        raise ResourceError(
+            f"The card ran out of memory: it has {card.total / 1e9:.2f} GB, of which this process held {most / 1e9:.2f} GB "
+            f"and {card.free / 1e9:.2f} GB are free; end what else uses it, or {advice.format(less=0.8 * most / 1e9)}."
+        ) from error
 
 
 def _cgroup_limit() -> int | None:

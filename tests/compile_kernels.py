@@ -16,7 +16,14 @@ from triton.compiler import ASTSource
 
 from edgetune.runtime.backends.cuda import kernels
 
-WEIGHT = {"packed": "*u8", "table": "*fp32", "absmax": "*u8", "nested_table": "*fp32", "nested_absmax": "*fp32", "offset": "fp32"}
+WEIGHT = {
+    "packed": "*u8",
+    "table": "*fp32",
+    "absmax": "*u8",
+    "nested_table": "*fp32",
+    "nested_absmax": "*fp32",
+    "offset": "fp32",
+}
 PLAIN = {**WEIGHT, "absmax": "*fp32", "nested_table": None, "nested_absmax": None}
 DOUBLE = {"NESTED": True, "NESTED_SIZE": 256, "HALF": 32}
 SINGLE = {**DOUBLE, "NESTED": False, "NESTED_SIZE": 1}
@@ -41,14 +48,17 @@ WAYS: dict[str, list[tuple[dict[str, str | None], dict[str, Any]]]] = {
     "dropout": [({}, {"TILE": 1024})],
     "cross_entropy": [({"weights": "*fp32", "losses": "*fp32"}, {"TILE": 4096})],
     "rotate_and_store": [
-        ({"qkv": "*fp32", "cos": "*fp32", "sin": "*fp32", "q_norm": norm, "k_norm": norm}, {"NORM": norm is not None, "TILE": 64})
+        (
+            {"qkv": "*fp32", "cos": "*fp32", "sin": "*fp32", "q_norm": norm, "k_norm": norm},
+            {"NORM": norm is not None, "TILE": 64},
+        )
         for norm in ("*bf16", None)
     ],
     "attend_part": [
-        ({name: "*fp32" for name in ("q", "sums", "tops", "parts")}, {"WINDOW": window, "KEYS": 32, "TILE": 128})
+        (dict.fromkeys(("q", "sums", "tops", "parts"), "*fp32"), {"WINDOW": window, "KEYS": 32, "TILE": 128})
         for window in (True, False)
     ],
-    "attend_whole": [({name: "*fp32" for name in ("sums", "tops", "parts", "out")}, {"SPLITS_TILE": 16, "TILE": 128})],
+    "attend_whole": [(dict.fromkeys(("sums", "tops", "parts", "out"), "*fp32"), {"SPLITS_TILE": 16, "TILE": 128})],
 }
 POINTERS = {"x", "h", "dx", "out", "weight", "bias", "reduced", "lora_b", "gate", "up", "dact", "dgate", "dup", "logits",
             "keys", "values"}  # fmt: skip

@@ -1,10 +1,9 @@
-"""The Triton kernels against reference.py: on a card where there is one, in Triton's interpreter (see conftest.py) elsewhere."""
+"""The Triton kernels against reference.py: on a card where there is one, else in Triton's interpreter (see conftest.py)."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -31,9 +30,9 @@ from edgetune.runtime.nf4 import QuantizedTensor, QuantState
 from edgetune.runtime.runner import Recompute, Row, Runner
 
 pytest.importorskip("triton", reason="triton is not installed")
-from edgetune.runtime.backends import cuda  # noqa: E402
-from edgetune.runtime.backends.cuda import attention as flash  # noqa: E402
-from edgetune.runtime.backends.cuda import decode, kernels, weights  # noqa: E402
+from edgetune.runtime.backends import cuda
+from edgetune.runtime.backends.cuda import attention as flash
+from edgetune.runtime.backends.cuda import decode, kernels, weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if not (torch.cuda.is_available() or kernels.INTERPRETED.value):
@@ -61,7 +60,14 @@ def quantized(*shape: int, **how: Any) -> QuantizedTensor:
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", nf4.QUANT_TYPES)
 def test_dequantisation_is_the_specifications_bits(quant_type: str, double_quant: bool) -> None:
-    for shape, block_size in (((7, 33), 64), ((5, 1), 32), ((19, 100), 64), ((2, 4097), 256), ((3, 5, 7), 64), ((9, 512), 4096)):
+    for shape, block_size in (
+        ((7, 33), 64),
+        ((5, 1), 32),
+        ((19, 100), 64),
+        ((2, 4097), 256),
+        ((3, 5, 7), 64),
+        ((9, 512), 4096),
+    ):
         weight = quantized(*shape, quant_type=quant_type, block_size=block_size, double_quant=double_quant)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert torch.equal(cuda.dequantize(weight, dtype), nf4.dequantize(weight, dtype))
@@ -303,7 +309,10 @@ def test_attention_through_a_stand_in_for_the_operator(
 
 def test_torchs_operators_take_what_is_passed() -> None:
     """By their meta functions, which every build of torch has."""
-    q, k = torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16), torch.empty(17, 2, 16, device="meta", dtype=torch.bfloat16)
+    q, k = (
+        torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16),
+        torch.empty(17, 2, 16, device="meta", dtype=torch.bfloat16),
+    )
     starts = torch.tensor([0, 5, 6, 17], dtype=torch.int32, device="meta")
     window = flash._window(4)
     o, lse, *_ = flash._flash("forward")(q, k, k, starts, starts, 11, 11, 0.0, True, False, scale=0.25, **window)
@@ -348,6 +357,14 @@ def tiny_model(folder: Path, family: str, dtype: torch.dtype, rank: int = 5, **c
     return model
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer and larger programs: the interpreter's time goes by their number."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(weights, "ROWS", 64)
+        monkeypatch.setattr(decode, "_A_ROWS", 64)
+
+
 def row_of(count: int) -> Row:
     ids = torch.randint(0, 128, (count + 1,), generator=torch.Generator().manual_seed(3))
     bounds = [(0, count // 3), (count // 3, count)]
@@ -357,22 +374,24 @@ def row_of(count: int) -> Row:
     return Row(ids[:-1], ids[1:], weight, positions, bounds)
 
 
+@pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("family", "dtype"), [("qwen2", torch.float32), ("qwen3", torch.bfloat16)])
 def test_a_training_step_gives_the_references_loss_and_gradients(
     tmp_path: Path, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgetune.runtime.runner.ROW_MULTIPLE", 24)
+    monkeypatch.setattr("edgetune.runtime.runner.ROW_MULTIPLE", 16)
     losses, gradients = {}, {}
     for name in ("reference", "cuda"):
         model = tiny_model(tmp_path / "model", family, dtype, num_hidden_layers=1)
         with ops.use_backend(name):
-            losses[name] = Runner(model, Recompute.FULL, loss_rows=16).train(row_of(24), dropout_key=7)
+            losses[name] = Runner(model, Recompute.FULL, loss_rows=8).train(row_of(16), dropout_key=7)
         gradients[name] = torch.cat([p.grad.flatten() for p in adapters.parameters(model) if p.grad is not None])
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert float(losses["cuda"]) == pytest.approx(float(losses["reference"]), rel=bound)
     assert relative(gradients["cuda"], gradients["reference"]) < bound
 
 
+@pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("family", ["llama-2-grouped", "qwen2", "qwen3", "mistral-window", "llama-head-dim"])
 def test_the_decoders_step_is_the_runners(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bias, per-head norms, windows, grouped heads, adapters; with several stretches of keys a head."""
@@ -401,6 +420,7 @@ def test_the_decoders_step_is_the_runners(tmp_path: Path, family: str, monkeypat
     assert relative(caches[0].v[0], caches[1].v[0]) < 1e-5
 
 
+@pytest.mark.usefixtures("wide")
 def test_greedy_text_is_the_references(tmp_path: Path) -> None:
     texts = {}
     for name in ("reference", "cuda"):
@@ -413,7 +433,9 @@ def test_greedy_text_is_the_references(tmp_path: Path) -> None:
 
 
 def test_a_model_that_the_decoder_cannot_run_has_none(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1, intermediate_size=96)  # rows of a block and a half
+    model = tiny_model(
+        tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1, intermediate_size=96
+    )  # rows of a block and a half
     with ops.use_backend("cuda"):
         assert ops.decoder(model, KVCache(model.config, 8, model.dtype, model.device)) is None
 
@@ -465,6 +487,7 @@ class _Cards:
         self._out.copy_(self._run())
 
 
+@pytest.mark.usefixtures("wide")
 def test_a_step_is_recorded_once_and_replayed_for_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of things around a CUDA graph, with a stand-in for torch.cuda; graphs themselves need a card."""
     if DEVICE.type == "cuda":
@@ -485,7 +508,9 @@ def test_a_step_is_recorded_once_and_replayed_for_every_token(tmp_path: Path, mo
 # ---- choosing and compiling ----
 
 
-def test_without_triton_plain_torch_serves_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_triton_plain_torch_serves_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def missing(name: str) -> Any:
         if name == "cuda":
             raise ImportError("No module named 'triton'")

@@ -7,6 +7,9 @@ Pointers are to contiguous tensors unless a stride is passed beside them; elemen
 once, to nearest even. A power of two that covers a size is called its TILE.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# Arguments of a kernel are pointers and numbers of Triton's own, which no annotation of Python's says.
+
 from __future__ import annotations
 
 import triton
