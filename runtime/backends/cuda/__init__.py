@@ -10,6 +10,13 @@ is unverified, speed above all.
 
 from __future__ import annotations
 
+import torch
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError("triton is not installed; type pip install triton") from error
+
 from edgetune.runtime.backends.cuda.attention import attention_backward, attention_forward
 from edgetune.runtime.backends.cuda.decode import decoder
 from edgetune.runtime.backends.cuda.elementwise import (
@@ -32,6 +39,7 @@ __all__ = [
     "dequantize",
     "dropout",
     "fuses",
+    "load",
     "matvec",
     "project",
     "project_backward",
@@ -43,3 +51,18 @@ __all__ = [
 ]
 
 NAME = "cuda"
+
+
+def load() -> None:
+    """Make one small kernel for this machine's card: Triton wants a C compiler, Python's headers and a card it knows.
+
+    Raises ImportError where one of them is missing.
+    """
+    if not torch.cuda.is_available():
+        return
+    ones = torch.ones(1, 16, device="cuda")
+    try:
+        rms_norm(ones, ones[0], 1e-5)
+    except Exception as error:  # whatever it is, there are no kernels
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImportError(f"Triton cannot make kernels for this card here ({first})") from error

@@ -65,16 +65,16 @@ def dequantize(
 @triton.jit
 def matvec(
     x, packed, table, absmax, nested_table, nested_absmax, offset, out, bias, reduced, lora_b,
-    rows, width, rank, x_stride, out_stride, reduced_stride,
+    tokens, rows, width, rank, x_stride, out_stride, reduced_stride,
     BIAS: tl.constexpr, ADD: tl.constexpr, RANK_TILE: tl.constexpr, NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr,
     HALF: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out (n, rows) = x (n, width) W^T [+ bias] [+ reduced (n, rank) lora_b (rows, rank)^T] [+ out itself], summed in fp32.
+    """out (tokens, rows) = x (tokens, width) W^T [+ bias] [+ reduced (tokens, rank) lora_b^T] [+ out itself], summed in fp32.
 
-    Rows of W are whole blocks. Program (token, i) makes ROWS outputs, BLOCKS blocks of each at a time; the tokens' programs
-    lie side by side, so that all but the first find W in the cache. RANK_TILE 0: no adapter.
+    Rows of W are whole blocks; lora_b (rows, rank); RANK_TILE 0: no adapter. A program makes ROWS outputs of one token,
+    BLOCKS blocks of each at a time; all tokens' programs for the same rows are neighbours, so that W is read once.
     """
-    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, row = tl.program_id(0) % tokens, (tl.program_id(0) // tokens).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     whole = row < rows
     row_blocks = width // (2 * HALF)
     total = tl.zeros((ROWS, BLOCKS, HALF), tl.float32)

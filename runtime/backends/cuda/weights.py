@@ -114,8 +114,8 @@ def multiply(
         raise ValueError(f"lora_b is {tuple(lora_b.shape)}; expected ({rows}, r), and reduced to be ({len(x)}, r)")
     tensors, nested = _scales(quantized)
     half = quantized.state.block_size // 2
-    kernels.matvec[(len(x), triton.cdiv(rows, ROWS))](
-        x, *tensors, out, bias, reduced, lora_b, rows, width, rank, x.stride(0), out.stride(0),
+    kernels.matvec[(len(x) * triton.cdiv(rows, ROWS),)](
+        x, *tensors, out, bias, reduced, lora_b, len(x), rows, width, rank, x.stride(0), out.stride(0),
         0 if reduced is None else reduced.stride(0), BIAS=bias is not None, ADD=add,
         RANK_TILE=triton.next_power_of_2(rank) if rank else 0, **nested,
         HALF=half, BLOCKS=max(ROW_BYTES // half, 1), ROWS=ROWS,
