@@ -278,6 +278,7 @@ def _save_functions(plan: Plan, job: Job, folder: Path) -> None:
         (layer, name): (stacked[f"{name}_a"][layer], stacked[f"{name}_b"][layer])
         for layer in range(job.base.config.num_layers)
         for name in adapter.config.targets
+        if (layer, name, "A") in adapter.tensors
     }
     description = MultiFunctionDescriptor()
     parts = {ADAPTED: replace(plan, constants=constants), BASE: plan}

@@ -30,21 +30,25 @@ FORMAT = 1
 ADVICE = {
     "minimum_os": ["iOS 18", "macOS 15"],
     "compute_units": "cpuAndGPU",
-    "why": "The Neural Engine is reported to refuse 4-bit tables with block scales, and a state that it cannot hold.",
+    "why": "The Neural Engine is reported to refuse 4-bit tables with a scale for each block.",
     "verified": "Evaluated operation by operation on the CPU by edgetune's own evaluator; never run by Core ML itself.",
 }
 
 
 def stacked(adapter: Adapter, config: LlamaConfig) -> dict[str, Array]:
-    """The adapter's tensors as a package's inputs, f16 by name. Raises AdapterError for what leaves fp16."""
-    layers, result = range(config.num_layers), {}
+    """The adapter's tensors as a package's inputs, f16 by name; zeros for layers that it leaves alone.
+
+    Raises AdapterError for what leaves fp16.
+    """
+    rank, shapes, result = adapter.config.rank, config.linear_shapes(), {}
     for name in (name for name in LINEARS if name in adapter.config.targets):
-        a = torch.stack([adapter.tensors[layer, name, "A"] for layer in layers])
-        b = torch.stack([adapter.tensors[layer, name, "B"] for layer in layers]) * adapter.config.scale
-        for which, values in (("a", a.half()), ("b", b.half())):
+        out, width = shapes[name]
+        for part, shape, scale in (("A", (rank, width), 1.0), ("B", (out, rank), adapter.config.scale)):
+            layers = [adapter.tensors.get((layer, name, part), torch.zeros(shape)) for layer in range(config.num_layers)]
+            values = (torch.stack(layers) * scale).half()
             if not torch.isfinite(values).all():
                 raise AdapterError(f"The adapter's {name} leaves fp16's range, in which Core ML computes; train it again.")
-            result[f"{name}_{which}"] = values.numpy()
+            result[f"{name}_{part.lower()}"] = values.numpy()
     return result
 
 

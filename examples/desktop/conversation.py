@@ -1,0 +1,70 @@
+"""A chat apart from any window: questions go in, pieces of answers come out of a queue that a window empties when it likes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+
+from edgetune import EdgetuneError, Session
+from edgetune.chat import Chat
+
+
+@dataclass(frozen=True)
+class News:
+    """kind is "piece" (a part of the answer), "end", or "failure" (a sentence to show)."""
+
+    kind: str
+    text: str = ""
+
+
+class Conversation:
+    """One chat with a Session, answered on a thread of its own, so that a window stays alive."""
+
+    def __init__(self, session: Session, max_tokens: int = 256, temperature: float = 0.7, seed: int | None = None) -> None:
+        self._chat = Chat(session, max_tokens, temperature, seed)
+        self._news: queue.Queue[News] = queue.Queue()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def ask(self, question: str) -> bool:
+        """Begin to answer; False where an answer is still being written or the question is empty."""
+        if self.busy or not question.strip():
+            return False
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._answer, args=(question.strip(),), daemon=True)
+        self._thread.start()
+        return True
+
+    def news(self) -> list[News]:
+        """What has come since the last call."""
+        found = []
+        while not self._news.empty():
+            found.append(self._news.get())
+        return found
+
+    def stop(self) -> None:
+        """End the answer where it is; what was said stays in the conversation."""
+        self._stop.set()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the answer is whole."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _answer(self, question: str) -> None:
+        said = ""
+        try:
+            for piece in self._chat.say(question):
+                said += piece
+                self._news.put(News("piece", piece))
+                if self._stop.is_set():
+                    self._chat.messages.append({"role": "assistant", "content": said.strip()})
+                    break
+            self._news.put(News("end"))
+        except EdgetuneError as error:
+            self._news.put(News("failure", str(error)))

@@ -1,0 +1,75 @@
+// Unverified: no Mac runs edgetune's tests.
+
+import Foundation
+
+/// how-to-call.json, which lies beside the package.
+struct HowToCall: Decodable {
+    /// A mask's numbers; nil for input_ids.
+    struct Input: Decodable {
+        let seen: Float?
+        let hidden: Float?
+        let window: Int?
+    }
+
+    struct Adapter: Decodable {
+        let file: String
+        let rank: Int
+        let inputs: [String: [Int]]
+    }
+
+    let package: String
+    let base: String
+    let functions: [String]
+    let contextTokens: Int
+    let prefillTokens: Int
+    let inputs: [String: Input]
+    let adapter: Adapter?
+    let startIds: [Int32]
+    let stopIds: [Int32]
+    let chatTemplate: String?
+
+    enum CodingKeys: String, CodingKey {
+        case package = "package"
+        case base = "base"
+        case functions = "functions"
+        case contextTokens = "context_tokens"
+        case prefillTokens = "prefill_tokens"
+        case inputs = "inputs"
+        case adapter = "adapter"
+        case startIds = "start_ids"
+        case stopIds = "stop_ids"
+        case chatTemplate = "chat_template"
+    }
+
+    init(folder: URL) throws {
+        let data = try Data(contentsOf: folder.appending(path: "how-to-call.json"))
+        self = try JSONDecoder().decode(HowToCall.self, from: data)
+    }
+}
+
+/// golden.json: tokens and the likeliest logits at each place, by edgetune's own model.
+struct Golden: Decodable {
+    let tokenIds: [Int32]
+    let topTokenIds: [[Int]]
+    let topLogits: [[Float]]
+
+    enum CodingKeys: String, CodingKey {
+        case tokenIds = "token_ids"
+        case topTokenIds = "top_token_ids"
+        case topLogits = "top_logits"
+    }
+
+    init(folder: URL) throws {
+        let data = try Data(contentsOf: folder.appending(path: "golden.json"))
+        self = try JSONDecoder().decode(Golden.self, from: data)
+    }
+}
+
+/// What went wrong, as a sentence for the person at the screen.
+struct ModelFailure: LocalizedError {
+    let errorDescription: String?
+
+    init(_ sentence: String) {
+        errorDescription = sentence
+    }
+}

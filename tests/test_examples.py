@@ -1,0 +1,152 @@
+"""The examples run: the desktop chat without its window, the morning's exports; the Swift sketch reads keys that exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_model
+
+import edgetune
+from edgetune import Session
+from edgetune.export import coreml_app, coreml_model
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.loader import load_llama
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DEMO = Path(edgetune.__file__).parent / "demo"
+
+
+def opened(path: str) -> ModuleType:
+    """An example as a module; it is no part of any package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, EXAMPLES / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the desktop chat --------------------------------------------------------------------------------------------------------
+
+
+def heard(conversation: Any) -> tuple[list[str], str]:
+    """The kinds of the news, and the pieces as one text."""
+    conversation.wait(60)
+    news = conversation.news()
+    return [item.kind for item in news], "".join(item.text for item in news if item.kind == "piece")
+
+
+def test_the_desktop_conversation_streams_what_a_session_answers() -> None:
+    session = Session.load("demo", "none")
+    conversation = opened("desktop/conversation.py").Conversation(session, max_tokens=12, seed=3)
+    assert not conversation.ask("   ")
+    assert conversation.ask("Why does the chain slip?")
+    kinds, text = heard(conversation)
+    assert kinds[-1] == "end"
+    assert kinds.count("piece") > 1
+    asked = [{"role": "user", "content": "Why does the chain slip?"}]
+    assert text == "".join(session.chat(asked, 12, 0.7, seed=3))
+    assert conversation.ask("And now?")
+    assert heard(conversation)[0][-1] == "end"
+
+
+class Scripted:
+    """Chat's part of a Session, on cue."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self.pieces, self.asked = pieces, [0]
+        self.model = type("M", (), {"config": type("C", (), {"max_positions": 4096})})
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        return [0]
+
+    def chat(self, messages: list[dict[str, str]], *rest: Any) -> Iterator[str]:
+        self.asked = [len(messages)]
+        return self.pieces
+
+
+def test_a_stopped_answer_stays_in_the_conversation() -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            conversation.stop()
+            yield "on "
+
+    session = Scripted(endless())
+    conversation = opened("desktop/conversation.py").Conversation(session)
+    conversation.ask("go")
+    assert heard(conversation) == (["piece", "end"], "on ")
+    session.pieces = iter(["yes"])
+    conversation.ask("again")
+    assert heard(conversation) == (["piece", "end"], "yes")
+    assert session.asked == [3]  # question, what was said, question
+
+
+def test_a_failure_is_shown_as_its_sentence() -> None:
+    def failing() -> Iterator[str]:
+        raise TokenizerError("It has no chat template.")
+        yield ""
+
+    conversation = opened("desktop/conversation.py").Conversation(Scripted(failing()))
+    conversation.ask("go")
+    conversation.wait(10)
+    assert [(news.kind, news.text) for news in conversation.news()] == [("failure", "It has no chat template.")]
+
+
+# --- the morning -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_morning_exports_what_it_can_and_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("coremltools")
+    pytest.importorskip("peft")
+    folder = tmp_path / "model"
+    save_model(folder, vocab_size=8192, intermediate_size=128)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    base = open_model(folder)
+    model = load_llama(base, torch.float32)
+    config = LoraConfig(2, 4.0)
+    adapters.attach_new(model, config, 0)
+    adapters.save(adapters.snapshot(model, config, {"base": base.digest}), tmp_path / "night", "tiny")
+    arguments = ["--model", str(folder), "--adapter", str(tmp_path / "night"), "--out", str(tmp_path / "out")]
+    opened("morning.py").main([*arguments, "--targets", "peft,coreml,toaster"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["target", "path", "size", "agreement"]
+    assert re.match(rf"peft +{re.escape(str(tmp_path / 'out' / 'peft'))} +\S+ \wB  within \S+, same text", lines[1])
+    assert re.match(r"coreml .*model.mlpackage +\S+ \wB  within \S+, same text", lines[2])
+    assert re.match(r"toaster +- +-  skipped: Unknown target 'toaster'", lines[3])
+    assert "can be drawn from this export" in " ".join(lines[4:])
+
+
+# --- the Swift sketch --------------------------------------------------------------------------------------------------------
+
+
+def test_the_swift_sketch_reads_keys_that_an_export_writes() -> None:
+    """Of how-to-call.json and golden.json; the sketch itself is compiled by nobody here, and says so."""
+    base = open_model(DEMO)
+    ranks = dict.fromkeys(("q_proj", "v_proj"), 4)
+    plan = coreml_model.Plan(base.config, 64, 8, base.dense, lambda layer, name: None, None, ranks)  # type: ignore[arg-type, return-value]
+    call = coreml_app.how_to_call(plan, DEMO, base.digest, [])
+    swift = (EXAMPLES / "swiftui" / "HowToCall.swift").read_text()
+    call_keys, golden_keys = (re.findall(r'case \w+ = "(\w+)"', part) for part in swift.split("struct Golden"))
+    assert len(call_keys) == 10
+    assert set(call_keys) <= set(call)
+    assert golden_keys == ["token_ids", "top_token_ids", "top_logits"]
+    assert all(f'"{key}":' in (EXAMPLES.parent / "export" / "verify.py").read_text() for key in golden_keys)
+    assert set(re.findall(r"let (\w+):", swift.split("struct Adapter: Decodable {")[1].split("}")[0])) <= set(call["adapter"])
+    assert json.loads(json.dumps(call)) == call
+    for path in (EXAMPLES / "swiftui").glob("*.swift"):
+        assert path.read_text().startswith("// Unverified")
