@@ -57,7 +57,7 @@ def test_the_card_leaves_the_best_adapter_to_the_host_and_keeps_a_dense_panel() 
 
 
 def test_a_card_has_no_heap_to_keep_compact() -> None:
-    assert not any(setting.compact for setting in settings(DataConfig(), list(Recompute), True, "cuda"))
+    assert not any(setting.compact for setting in settings(DataConfig(), list(Recompute), True, device="cuda"))
 
 
 def test_8b_fits_a_24_gb_card() -> None:
