@@ -59,7 +59,7 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
     loaded = load_base(model, device)
     path = registry.find(adapter, loaded.checkpoint.digest)
     if path is not None:
-        adapters.attach(loaded.model, registry.load_for(path, loaded.checkpoint.digest))
+        adapters.attach(loaded.model, registry.load_for(path, loaded.checkpoint))
     settings = DataConfig()
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         store = tokenize(reading.documents, loaded.tokenizer, Path(folder) / "tokens")

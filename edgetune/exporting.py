@@ -70,7 +70,7 @@ def export_adapter(
         check_reader(target, module)
     choice, base = open_base(model)
     path = registry.find(adapter, base.digest)
-    own = None if path is None else registry.load_for(path, base.digest)
+    own = None if path is None else registry.load_for(path, base)
     if own is not None:
         check_fits(own, base.config)
     name = registry.NONE if path is None else path.stem if path.is_file() else path.name

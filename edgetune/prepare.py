@@ -20,6 +20,7 @@ from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
 from edgetune.runtime.errors import AdapterError, DataError, ModelError
@@ -146,7 +147,7 @@ def prepare(config: TrainConfig, folder: Path, run: str = "", processes: int = 1
     device = pick_device(config.device)
     store, held_out = tokenize_notes(config, parted, Tokenizer.load(choice.path), folder)
     data, dtype = config.data, _dtype(config, device)
-    adapter = _named_adapter(config, checkpoint.digest)
+    adapter = _named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     stored = Stored.of(checkpoint)
     chosen = choose_or_refuse(checkpoint.config, lora, stored, config, dtype, device.type, processes, here)
@@ -197,7 +198,7 @@ def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool
     if _token_files(folder) != record.files:
         raise DataError(f"The tokens in {folder} are damaged; type the same command with --fresh.")
     loaded = _load(config, getattr(torch, plan.compute_dtype), plan.setting)
-    adapter = None if begun else _named_adapter(config, loaded.checkpoint.digest)
+    adapter = None if begun else _named_adapter(config, loaded.checkpoint)
     if adapter is None:
         adapters.attach_new(loaded.model, record.lora, config.data.seed)
     else:
@@ -300,9 +301,9 @@ def tokenize_notes(
     return store, tokenize(parted.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format)
 
 
-def _named_adapter(config: TrainConfig, base: str) -> Adapter | None:
+def _named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
     """The adapter named by --from, whose rank and targets then stand."""
-    path = registry.find(config.from_adapter, base) if config.from_adapter is not None else None
+    path = registry.find(config.from_adapter, base.digest) if config.from_adapter is not None else None
     if path is None:
         return None
     stored = registry.load_for(path, base)

@@ -7,7 +7,6 @@ trained on. A name is the time it was made, so that names sort by age.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 import json
 import re
@@ -16,10 +15,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from edgetune.export import gguf_adapter
 from edgetune.export import mlx as mlx_folder
 from edgetune.runtime import adapter as peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.state import PRIVATE_FOLDER, home, private_folder
@@ -105,27 +106,25 @@ def kept_folder(name: str, base: str) -> Path | None:
     return kept if _NAME.fullmatch(name) and kept.is_dir() else None
 
 
-def read(path: Path) -> Adapter:
-    """An adapter in whatever form it lies there: a PEFT folder, an mlx-lm folder, a GGUF file.
+def read(path: Path, base: LlamaConfig) -> Adapter:
+    """An adapter for `base` in whatever form it lies there: a PEFT folder, an mlx-lm folder, a GGUF file.
 
     Raises AdapterError for anything else.
     """
     if path.suffix == GGUF and path.is_file():
-        adapter = importlib.import_module("edgetune.export.gguf").read_adapter(path)
-        assert isinstance(adapter, Adapter)
-        return adapter
+        return gguf_adapter.read_adapter(path, base)
     if mlx_folder.is_adapter(path):
         return mlx_folder.read_adapter(path)
     return peft_folder.load(path)
 
 
-def load_for(path: Path, base: str) -> Adapter:
-    """Read an adapter and check that it was made for the base with this digest, where it says so."""
-    adapter = read(path)
+def load_for(path: Path, base: Checkpoint) -> Adapter:
+    """Read an adapter and check that it was made for this base, where it says so."""
+    adapter = read(path, base.config)
     made_for = adapter.about.get("base")
-    if made_for is not None and made_for != base:
+    if made_for is not None and made_for != base.digest:
         raise AdapterError(
-            f"The adapter {path.name} was made for another base ({str(made_for)[:12]}, this one is {base[:12]}); "
+            f"The adapter {path.name} was made for another base ({str(made_for)[:12]}, this one is {base.digest[:12]}); "
             "name its model with --model, or type --adapter none."
         )
     return adapter
@@ -184,7 +183,7 @@ def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None
 
     Raises AdapterError where it does not fit the base, every mismatch named, or where the name is taken or none.
     """
-    adapter = load_for(source, base.digest)
+    adapter = load_for(source, base)
     peft_folder.check_fits(adapter, base.config)
     name = re.sub(r"[^\w.-]+", "-", source.stem if source.suffix == GGUF else source.name).strip(".-") if name is None else name
     if not _NAME.fullmatch(name) or name == NONE:

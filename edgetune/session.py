@@ -97,7 +97,7 @@ class Session:
         path = registry.find(adapter, loaded.checkpoint.digest)
         if path is None:
             return cls(loaded)
-        return cls(loaded, registry.load_for(path, loaded.checkpoint.digest), Path(path).name)
+        return cls(loaded, registry.load_for(path, loaded.checkpoint), Path(path).name)
 
     def use_adapter(self, on: bool) -> None:
         """Switch between the adapted model and the bare base."""

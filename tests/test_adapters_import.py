@@ -14,7 +14,8 @@ from tiny import save_model
 import edgetune
 from edgetune import registry
 from edgetune.cli.main import cli
-from edgetune.export import mlx
+from edgetune.export import gguf, mlx
+from edgetune.export.target import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
@@ -120,14 +121,17 @@ def test_an_adapter_of_another_base_is_refused_by_its_digest(from_peft: Path) ->
         registry.keep(from_peft, open_model(DEMO), "demo")
 
 
-def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Adapter) -> None:
-    path = tmp_path / "theirs.gguf"
-    path.write_bytes(b"GGUF")
-    assert registry.find(str(path), open_model(DEMO).digest) == path
-    reader = type("Reader", (), {"read_adapter": staticmethod(lambda found: adapter if found == path else None)})
-    monkeypatch.setattr(registry.importlib, "import_module", lambda name: {"edgetune.export.gguf": reader}[name])
-    assert registry.load_for(path, open_model(DEMO).digest) is adapter
-    assert registry.keep(path, open_model(DEMO), "demo").name == "theirs"
+def test_a_gguf_file_is_read_for_the_base_and_kept(tmp_path: Path, adapter: Adapter) -> None:
+    pytest.importorskip("gguf")
+    base = open_model(DEMO)
+    gguf.write(Job(base, "demo", adapter, check=False), tmp_path)
+    path = tmp_path / "adapter.gguf"
+    assert registry.find(str(path), base.digest) == path
+    found = registry.load_for(path, base)
+    assert found.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(found.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+    assert found.config.scale == adapter.config.scale
+    assert registry.keep(path, base, "demo").name == "adapter"
 
 
 def test_an_adapter_on_some_layers_changes_these_alone(tmp_path: Path) -> None:

@@ -13,9 +13,6 @@ import safetensors.torch
 import torch
 
 import edgetune
-from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.checkpoint import Checkpoint
-from edgetune.runtime.config import LINEARS, LoraConfig
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -110,15 +107,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def with_adapter(base: Checkpoint, rank: int = 4, seed: int = 0) -> Adapter:
-    """An adapter for `base` that changes what it says, random in A and B."""
-    generator = torch.Generator().manual_seed(seed)
-    config = LoraConfig(rank, 2.0 * rank, 0.0, LINEARS, False)
-    tensors = {}
-    for layer in range(base.config.num_layers):
-        for name, (out_features, in_features) in base.config.linear_shapes().items():
-            tensors[layer, name, "A"] = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-            tensors[layer, name, "B"] = torch.randn(out_features, rank, generator=generator) / 10
-    return Adapter(config, tensors)
