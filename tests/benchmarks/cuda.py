@@ -3,9 +3,9 @@
     python tests/benchmarks/cuda.py [--tokens 4096] [--repeats 3] [--json FILE]
     python tests/benchmarks/cuda.py --smoke      tries the script out, on the CPU in Triton's interpreter: no figures
 
-Training: a row of `--tokens` tokens, r16 on all linears, forward, backward, clipping, AdamW. Decoding: one token after
-another, and the share of the card's read bandwidth that its weights take. Numerics: the kernels against plain torch.
-Everyone has the same NF4 folder, written once. No card has run this yet.
+train: a row of `--tokens` tokens, r16 on all linears, forward, backward, clipping, AdamW. decode: one token after another,
+and the share of the card's read bandwidth that its weights take. numerics: the kernels against plain torch. Everyone has
+the same NF4 folder, written once. No card has run this yet.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ import train_1b
 from common import Contender, Result
 
 PROMPT, SPEED = 16, "tokens_per_second"
-OURS = {f"ours-{setting}": f"edgetune, recompute {setting}" for setting in ("none", "selective", "full")}
-PEERS = {
-    f"peft-{kind}{again}": f"transformers+peft+bitsandbytes, adapters in {kind}, recompute {'on' if again else 'off'}"
-    for kind in ("fp32", "bf16")
-    for again in ("", "-recompute")
-}
-DECODERS = {"decode-ours": "decode: edgetune", "decode-peer": "decode: transformers+bitsandbytes"}
-OTHERS = {"card": "the card's bandwidth and GEMM peak", "numerics": "kernels against plain torch"}
+OURS = ("train-ours-none", "train-ours-selective", "train-ours-full")
+PEERS = ("train-peft-fp32", "train-peft-fp32-recompute", "train-peft-bf16", "train-peft-bf16-recompute")
+"""By recomputation, and by the adapters' dtype: fp32 under autocast, or bf16."""
+KEYS = ("card", "numerics", *OURS, *PEERS, "decode-ours", "decode-peer")
 
 
 def main() -> None:
@@ -44,12 +40,14 @@ def main() -> None:
     flags.add_argument("--smoke", action="store_true", help="one tiny layer on the CPU: tries the script out")
     arguments = flags.parse_args()
     if arguments.smoke:
+        from edgetune.runtime import runner
         from edgetune.shapes import SHAPES
 
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
         SHAPES["smoke"] = dataclasses.replace(SHAPES["demo"], num_layers=1, windows=(None,), vocab_size=256, **tiny)
         arguments.shape, arguments.tokens, arguments.steps, arguments.new_tokens, arguments.repeats = "smoke", 32, 1, 2, 1
+        runner.ROW_MULTIPLE = arguments.tokens
     if arguments.contender:
         common.serve(arguments, contend)
     else:
@@ -63,17 +61,14 @@ def compare(arguments: argparse.Namespace) -> None:
     for name in ("shape", "tokens", "steps", "new_tokens"):
         passed += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     passed += ["--smoke"] if arguments.smoke else []
-    every = [Contender(key, label) for key, label in {**OTHERS, **OURS, **PEERS, **DECODERS}.items()]
-    host, contenders = common.machine(arguments.threads), common.chosen(every, arguments.only)
+    host, contenders = common.machine(arguments.threads), common.chosen([Contender(key, key) for key in KEYS], arguments.only)
     results = common.run_rounds(Path(__file__).resolve(), contenders, passed, arguments.repeats)
     everything = {"machine": host, "versions": common.versions(), "lacking": [], "arguments": passed, "results": results}
-    rows = [[label, common.number(common.median(results.get(key, []), SPEED)),
-             common.megabytes(common.median(results.get(key, []), "peak_card_bytes")),
-             common.number(common.median(results.get(key, []), "first_loss"), "{:.4f}")]
-            for key, label in {**OURS, **PEERS, **DECODERS}.items()]  # fmt: skip
+    columns = {SPEED: common.number, "peak_card_bytes": common.megabytes, "first_loss": lambda x: common.number(x, "{:.4f}")}
+    rows = [[key, *(show(common.median(results.get(key, []), column)) for column, show in columns.items())] for key in KEYS[2:]]
+    table = common.table(["", "tokens/s", "peak card memory MB", "first loss"], rows)
     cards = [row["card"] for row in results.get("card", []) if "card" in row]
     about = f"{cards[0] if cards else 'card unknown'}; {arguments.shape}, rows of {arguments.tokens} tokens.\n"
-    table = common.table(["", "tokens/s", "peak card memory MB", "first loss"], rows)
     text = [common.heading(everything), about, table, "", common.listed(summarise(results))]
     common.publish(arguments.json, "\n".join(text), everything)
 
@@ -81,18 +76,16 @@ def compare(arguments: argparse.Namespace) -> None:
 def summarise(results: dict[str, list[Result]]) -> Result:
     """Ratios within rounds, medians over them; each side's fastest setting."""
 
-    def fastest(keys: dict[str, str]) -> list[Result]:
+    def fastest(keys: tuple[str, ...]) -> list[Result]:
         return results.get(max(keys, key=lambda key: common.median(results.get(key, []), SPEED) or 0.0), [])
 
-    ours, peer, decode = fastest(OURS), fastest(PEERS), results.get("decode-ours", [])
-    card, numerics = results.get("card", []), results.get("numerics", [])
+    decode, card, numerics = (results.get(key, []) for key in ("decode-ours", "card", "numerics"))
     return {
-        "train_speed_ratio": common.median_ratio(ours, peer, SPEED),
-        "train_memory_ratio": common.median_ratio(ours, peer, "peak_card_bytes"),
+        "train_speed_ratio": common.median_ratio(fastest(OURS), fastest(PEERS), SPEED),
+        "train_memory_ratio": common.median_ratio(fastest(OURS), fastest(PEERS), "peak_card_bytes"),
         "decode_speed_ratio": common.median_ratio(decode, results.get("decode-peer", []), SPEED),
         "decode_bandwidth_share": common.median_ratio(decode, card, "bytes_per_second"),
         "card_read_bytes_per_second": common.median(card, "bytes_per_second"),
-        "card_gemm_flops": common.median(card, "gemm_flops"),
         **{key: common.median(numerics, key) for key in ("dequantize_differs", "matvec_error", "gradient_error")},
     }
 
@@ -109,44 +102,59 @@ def contend(arguments: argparse.Namespace) -> Result:
     arguments.device = torch.device("cpu" if arguments.smoke else "cuda")
     own = {"card": card, "numerics": numerics, "decode-ours": decode_ours, "decode-peer": decode_peer}
     with ops.use_backend("cuda"):
-        return own.get(arguments.contender, train_ours if arguments.contender in OURS else train_peer)(arguments)
+        return own.get(arguments.contender, train)(arguments)
 
 
 def timed(step: Callable[[], Any], arguments: argparse.Namespace, repeats: int, work: float) -> Result:
     """`work` a second, and the card's peak, after a warm-up, whose result is a loss or of no interest."""
     import torch
 
-    synchronize, seconds = torch.cuda.synchronize if arguments.device.type == "cuda" else (lambda: None), []
-    first = step()
+    on_card, seconds, first = arguments.device.type == "cuda", [], step()
     for _ in range(repeats):
-        synchronize()
         start = time.perf_counter()
         step()
-        synchronize()
+        if on_card:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_reserved() if arguments.device.type == "cuda" else None
+    peak = torch.cuda.max_memory_reserved() if on_card else None
     loss = first if isinstance(first, float) else None
     return {SPEED: work / statistics.median(seconds), "peak_card_bytes": peak, "first_loss": loss}
 
 
-def load(arguments: argparse.Namespace) -> Any:
+def load(arguments: argparse.Namespace, peer: bool = False) -> Any:
     import torch
+    from transformers import AutoModelForCausalLM
 
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.loader import load_llama
 
-    return load_llama(open_model(arguments.workdir / f"{arguments.shape}-nf4"), torch.bfloat16, arguments.device)
-
-
-def load_peer(arguments: argparse.Namespace) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    folder = arguments.workdir / f"{arguments.shape}-nf4"
     how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": arguments.device}}
-    return AutoModelForCausalLM.from_pretrained(arguments.workdir / f"{arguments.shape}-nf4", **how)
+    if peer:
+        return AutoModelForCausalLM.from_pretrained(folder, **how)
+    return load_llama(open_model(folder), torch.bfloat16, arguments.device)
 
 
-def train_ours(arguments: argparse.Namespace) -> Result:
+def train(arguments: argparse.Namespace) -> Result:
+    """A whole step of either side."""
+    import torch
+
+    from edgetune import bench
+    from edgetune.shapes import SHAPES
+
+    row = bench.random_row(SHAPES[arguments.shape], arguments.tokens).to(arguments.device)
+    parameters, optimizer, forward_backward = (ours if arguments.contender in OURS else peer)(arguments, row)
+
+    def step() -> float:
+        loss = forward_backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train_1b.CLIP)
+        optimizer()
+        return float(loss)
+
+    return timed(step, arguments, arguments.steps, arguments.tokens)
+
+
+def ours(arguments: argparse.Namespace, row: Any) -> tuple[Any, Callable[[], None], Callable[[], Any]]:
     from edgetune import bench
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime.optim import PagedAdamW
@@ -154,26 +162,22 @@ def train_ours(arguments: argparse.Namespace) -> Result:
 
     model = load(arguments)
     adapters.attach_new(model, bench.LORA, 0)
-    runner, parameters = Runner(model, Recompute(arguments.contender.removeprefix("ours-"))), adapters.parameters(model)
-    row = bench.random_row(model.config, arguments.tokens)
-    return timed(stepping(lambda: runner.train(row), parameters, PagedAdamW(parameters)), arguments, arguments.steps,
-                 arguments.tokens)  # fmt: skip
+    runner, parameters = Runner(model, Recompute(arguments.contender.rsplit("-", 1)[1])), adapters.parameters(model)
+    optimizer = PagedAdamW(parameters)
+    return parameters, lambda: (optimizer.step(train_1b.RATE), optimizer.zero_grad())[1], lambda: runner.train(row)
 
 
-def train_peer(arguments: argparse.Namespace) -> Result:
+def peer(arguments: argparse.Namespace, row: Any) -> tuple[Any, Callable[[], None], Callable[[], Any]]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from edgetune import bench
-    from edgetune.shapes import SHAPES
-
-    model, fp32 = load_peer(arguments), "fp32" in arguments.contender
+    model, fp32 = load(arguments, peer=True), "fp32" in arguments.contender
     if arguments.contender.endswith("-recompute"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = LoraConfig(r=train_1b.RANK, lora_alpha=train_1b.ALPHA, target_modules=train_1b.LINEARS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora, autocast_adapter_dtype=fp32).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    row = bench.random_row(SHAPES[arguments.shape], arguments.tokens).to(arguments.device)
+    optimizer = torch.optim.AdamW(parameters, lr=train_1b.RATE, weight_decay=0.0, fused=True)
     ids = {"input_ids": row.input_ids[None], "labels": row.targets[None], "shift_labels": row.targets[None]}
 
     def forward_backward() -> Any:
@@ -182,22 +186,7 @@ def train_peer(arguments: argparse.Namespace) -> Result:
         loss.backward()
         return loss.detach()
 
-    optimizer = torch.optim.AdamW(parameters, lr=train_1b.RATE, weight_decay=0.0, fused=True)
-    return timed(stepping(forward_backward, parameters, optimizer), arguments, arguments.steps, arguments.tokens)
-
-
-def stepping(forward_backward: Callable[[], Any], parameters: list[Any], optimizer: Any) -> Callable[[], float]:
-    """A whole step, the same for everyone but for the optimizer's own arguments."""
-    import torch
-
-    def step() -> float:
-        loss = forward_backward()
-        torch.nn.utils.clip_grad_norm_(parameters, train_1b.CLIP)
-        optimizer.step(*([] if isinstance(optimizer, torch.optim.Optimizer) else [train_1b.RATE]))
-        optimizer.zero_grad()
-        return float(loss)
-
-    return step
+    return parameters, lambda: (optimizer.step(), optimizer.zero_grad())[1], forward_backward
 
 
 def decode_ours(arguments: argparse.Namespace) -> Result:
@@ -215,7 +204,7 @@ def decode_ours(arguments: argparse.Namespace) -> Result:
 def decode_peer(arguments: argparse.Namespace) -> Result:
     import torch
 
-    model = load_peer(arguments).eval()
+    model = load(arguments, peer=True).eval()
     ids = torch.arange(1, PROMPT + 1, device=arguments.device)[None]
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
@@ -224,18 +213,12 @@ def decode_peer(arguments: argparse.Namespace) -> Result:
 
 
 def card(arguments: argparse.Namespace) -> Result:
-    """Read bandwidth, of a sum over 4 GB, and bf16 GEMM peak at the shape's products."""
+    """Its name, and its read bandwidth by a sum over 4 GB."""
     import torch
 
-    from edgetune.bench import gemm_shapes
-    from edgetune.shapes import SHAPES
-
-    x, best = torch.ones(2**10 if arguments.smoke else 2**30, device=arguments.device), 0.0
-    for m, k, n in [(64, 64, 64)] if arguments.smoke else gemm_shapes(SHAPES[arguments.shape], arguments.tokens):
-        a, w = (torch.randn(size, k, device=arguments.device, dtype=torch.bfloat16) for size in (m, n))
-        best = max(best, timed(lambda a=a, w=w: torch.mm(a, w.T), arguments, 5, 2 * m * k * n)[SPEED])
+    x = torch.ones(2**10 if arguments.smoke else 2**30, device=arguments.device)
     name = "No card: the CPU and Triton's interpreter" if arguments.smoke else torch.cuda.get_device_name()
-    return {"card": name, "bytes_per_second": timed(x.sum, arguments, 5, x.nbytes)[SPEED], "gemm_flops": best}
+    return {"card": name, "bytes_per_second": timed(x.sum, arguments, 5, x.nbytes)[SPEED]}
 
 
 def numerics(arguments: argparse.Namespace) -> Result:
@@ -254,7 +237,7 @@ def numerics(arguments: argparse.Namespace) -> Result:
     for name in ("reference", "cuda"):
         adapters.attach_new(model, bench.LORA, 0)
         with ops.use_backend(name):
-            Runner(model).train(bench.random_row(model.config, 256))
+            Runner(model).train(bench.random_row(model.config, arguments.tokens))
         gradients.append(torch.cat([p.grad.flatten().double() for p in adapters.parameters(model)]))
     return {
         "dequantize_differs": int((ops.dequantize(weight, torch.float32) != exact).sum()),
