@@ -158,8 +158,8 @@ def kept(base: str | None = None) -> list[Kept]:
 
 
 def describe(folder: Path) -> Kept:
-    """What a kept adapter is. Raises AdapterError where it is unreadable."""
-    adapter, current = peft_folder.load(folder), get_current()
+    """What a kept adapter says of itself; its tensors are not read. Raises AdapterError where it is none."""
+    adapter, current = peft_folder.load_config(folder), get_current()
     config, about = adapter.config, adapter.about
     scores = [about.get(f"heldout_bits_per_byte_{when}") for when in ("before", "after")]
     before, after = (float(score) if isinstance(score, int | float) else None for score in scores)

@@ -53,7 +53,7 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
         raise UsageError(
             f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` for the base alone in 4 bits."
         )
-    merge.check_memory(job, *rounding_memory(job))
+    merge.check_memory(job, *rounding_memory(job), models=2)
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)
     linears = rounded(merged, Nf4Grid.of, calibration if job.weights == NF4 else None)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetune.export.target import Job
+from edgetune.export.target import LAYER_SHARE, Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import TORCH_BYTES
+from edgetune.runtime.budget import LINEAR, TORCH_BYTES
 from edgetune.runtime.checkpoint import Checkpoint, is_linear, model_shapes
 from edgetune.runtime.errors import ModelError, ResourceError
+from edgetune.runtime.pager import SLOTS
 from edgetune.runtime.safetensors_file import TensorSpec
 
 COPIES = 3
@@ -94,15 +95,24 @@ class DenseRecipe:
         self.merged.base.release(name)
 
 
-def check_memory(job: Job, copies: int = COPIES, beside: int = 0) -> None:
-    """Raise ResourceError where `job.memory` does not hold fp32 `copies` of the largest linear, the adapter and `beside`."""
+def check_memory(job: Job, copies: int = COPIES, beside: int = 0, models: int = 1) -> None:
+    """Raise ResourceError where `job.memory` is not enough for the export even a linear at a time.
+
+    Held are fp32 `copies` of the largest linear, the adapter, an fp32 head, `beside` bytes, and of each of the `models` that
+    are run for golden.json or a measurement the layers that Job.layer_memory allows.
+    """
     if job.memory is None:
         return
-    largest = max(math.prod(shape) for shape in job.base.config.linear_shapes().values())
+    config = job.base.config
+    largest = max(math.prod(shape) for shape in config.linear_shapes().values())
     adapter = 0 if job.adapter is None else sum(tensor.nbytes for tensor in job.adapter.tensors.values())
-    needed = TORCH_BYTES + adapter + 4 * copies * largest + beside
-    if needed > job.memory:
+    head = (4 + 2) * config.vocab_size * config.hidden_size  # and the 16 bits that it is made from
+    fixed = TORCH_BYTES + 2 * adapter + models * head + 4 * copies * largest + beside
+    linears = sum(tensor.nbytes for name, tensor in job.base.stored.items() if LINEAR in name)
+    ring = SLOTS * linears / config.num_layers  # the least that a model can be run with
+    enough = max(fixed / (1 - models * LAYER_SHARE), min(ring, linears) / LAYER_SHARE)
+    if enough > job.memory:
         raise ResourceError(
-            f"Merging takes {needed / 1e9:.2f} GB even a linear at a time and --memory allows {job.memory / 1e9:.2f} GB; "
-            f"type --memory {math.ceil(needed / 1e6)}MB or more."
+            f"Merging takes {enough / 1e9:.2f} GB even a linear at a time and --memory allows {job.memory / 1e9:.2f} GB; "
+            f"type --memory {math.ceil(enough / 1e6)}MB or more."
         )

@@ -207,7 +207,7 @@ def _write_int4(job: Job, folder: Path) -> Written:
             f"This model has linears of {odd[0]} inputs and MLX quantises groups of {GROUP}; type --weights bf16 instead."
         )
     copies, beside = rounding_memory(job)
-    merge.check_memory(job, copies, beside + 4 * job.base.config.linear_parameters)  # what is measured is dense
+    merge.check_memory(job, copies, beside + 4 * job.base.config.linear_parameters, models=2)  # it is dense when it is measured
     calibration, held_out = effect.texts_for(job)
     config |= {"torch_dtype": "bfloat16", "quantization": {"group_size": GROUP, "bits": BITS}}
     recipe = RoundedRecipe(merged, affine_specs, rounded(merged, AffineGrid.of, calibration))

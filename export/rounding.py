@@ -25,12 +25,13 @@ from edgetune.runtime import vocabulary
 from edgetune.runtime.attention import packed_segments
 from edgetune.runtime.checkpoint import EMBEDDING, is_linear
 from edgetune.runtime.config import LINEARS
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.lora import Identity, Norm, Panel, ProjectPlan, SwiGlu, Weight, project
 from edgetune.runtime.model import Block, Context, hf_linear_name, rope_frequencies
 from edgetune.runtime.safetensors_file import TensorSpec
 
-DAMPING = 0.01
-"""Of the mean of X^T X's diagonal, added to it: few tokens leave directions unseen."""
+DAMPING = (0.01, 0.1, 1.0)
+"""Of the mean of X^T X's diagonal, added to it: few tokens leave directions unseen. The first that makes it invertible."""
 COLUMNS = 128
 """Rounded before the rest of the weight hears of their errors."""
 
@@ -68,9 +69,15 @@ class Feedback:
         moment.diagonal()[moment.diagonal() == 0] = 1.0  # an input that is never there: any rounding will do
         order = moment.diagonal().argsort(descending=True, stable=True)
         moment = moment[order][:, order]
-        moment.diagonal().add_(DAMPING * moment.diagonal().mean())
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+        mean = moment.diagonal().mean()
+        for damping in DAMPING:
+            damped = moment + torch.diag((damping * mean).expand(len(order)))
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(factor).all():
+                return cls(order, factor)
+        raise ModelError("The adapted model makes inf or NaN of its text, so it cannot be merged to 4 bits; train it again.")
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:

@@ -35,6 +35,9 @@ from edgetune.runtime.model import Llama
 
 TARGETS = ("peft", "hf", "mlx", "gguf", "ollama", "coreml", "mps")
 
+LAYER_SHARE = 0.25
+"""Of the memory that an export may hold, for the layers of a model that it runs."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -63,8 +66,8 @@ class Job:
 
     @property
     def layer_memory(self) -> int | None:
-        """Bytes for the linears of a model that is run, beyond which it is streamed: a quarter of what may be held."""
-        return None if self.memory is None else self.memory // 4
+        """Bytes for the linears of a model that is run, beyond which it is streamed."""
+        return None if self.memory is None else int(self.memory * LAYER_SHARE)
 
     def model(self, dtype: torch.dtype = torch.float32, quant: QuantConfig | None = None) -> Llama:
         """The base, quantised where `quant` says so, with its adapter attached, on the CPU: what an export must agree with."""

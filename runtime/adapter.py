@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +163,26 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def load(folder: Path) -> Adapter:
-    """Read a PEFT LoRA folder, whoever wrote it.
+def load_config(folder: Path) -> Adapter:
+    """What a PEFT LoRA folder says of itself: an Adapter without its tensors.
 
-    Raises AdapterError for a folder that is none, is damaged, or holds what LoRA alone cannot express.
+    Raises AdapterError for a folder that is none, or uses what edgetune does not honour.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
             f"No adapter at {folder}: found no {CONFIG_FILE}, expected a PEFT folder; type --adapter none for the bare base."
         )
     peft = read_json(folder / CONFIG_FILE)
-    config = _lora_config(peft, folder)
+    about = read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
+    return Adapter(_lora_config(peft, folder), {}, about, _layers(peft, folder))
+
+
+def load(folder: Path) -> Adapter:
+    """Read a PEFT LoRA folder, whoever wrote it.
+
+    Raises AdapterError for a folder that is none, is damaged, or holds what LoRA alone cannot express.
+    """
+    adapter = load_config(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(
             f"The adapter at {folder} has no {WEIGHTS_FILE}; save it with safetensors (pickled .bin files are not opened)."
@@ -195,8 +204,7 @@ def load(folder: Path) -> Adapter:
         )
     if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise AdapterError(f"The adapter at {folder} holds inf or NaN; train it again.")
-    about = read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
-    return Adapter(config, tensors, about, _layers(peft, folder))
+    return replace(adapter, tensors=tensors)
 
 
 def _layers(peft: dict[str, Any], folder: Path) -> tuple[int, ...] | None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import job_for, random_adapter, write_and_compare
+from adapters import PROMPT, job_for, random_adapter, write_and_compare
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 import edgetune
-from edgetune.export import effect, rounding
+from edgetune.export import effect, rounding, verify
 from edgetune.export import hf as target
 from edgetune.export.merge import DenseRecipe, Merged
 from edgetune.exporting import export_adapter
@@ -89,10 +89,30 @@ def test_shards_have_an_index_and_open(base: Checkpoint, tmp_path: Path) -> None
     assert target.TransformersReader(target.open_transformers(tmp_path / "many")).logits([1, 5, 9]).shape == (3, 128)
 
 
-def test_memory_is_refused_in_one_sentence_or_held(base: Checkpoint, tmp_path: Path) -> None:
-    job = job_for(base, random_adapter(base.config), "bf16", memory=1_000_000)
-    with pytest.raises(ResourceError, match=r"Merging takes 0\.19 GB even a linear at a time .*type --memory 19\dMB or more"):
-        target.write(job, tmp_path / "out")
+def test_memory_is_refused_with_what_would_do(base: Checkpoint, tmp_path: Path) -> None:
+    """The sentence names an amount; with that it is written, from streamed layers."""
+    adapter = random_adapter(base.config)
+    with pytest.raises(
+        ResourceError, match=r"Merging takes 0\.25 GB even a linear at a time .*type --memory 25\dMB or more"
+    ) as said:
+        target.write(job_for(base, adapter, "bf16", memory=1_000_000), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    enough = int(str(said.value).split("--memory ")[2].split("MB")[0]) * 1_000_000
+    target.write(job_for(base, adapter, "bf16", memory=enough), tmp_path / "out")
+    target.write(job_for(base, adapter, "bf16"), tmp_path / "free")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "free" / "model.safetensors").read_bytes()
+
+
+def test_golden_tokens_of_a_streamed_model_are_those_of_a_whole_one(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", num_hidden_layers=5)
+    base = open_model(tmp_path / "base")
+    adapter = random_adapter(base.config)
+    one_layer = 4 * base.config.linear_parameters // base.config.num_layers
+    job = job_for(base, adapter, memory=4 * 3 * one_layer)  # a quarter for a ring of two layers and one that stays
+    assert job.model().pager.streaming
+    whole, streamed = verify.golden(job_for(base, adapter), PROMPT), verify.golden(job, PROMPT)
+    assert streamed.ids == whole.ids
+    assert torch.equal(streamed.logits, whole.logits)
 
 
 # ---- 4 bits

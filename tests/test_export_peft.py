@@ -53,6 +53,17 @@ def test_peft_on_a_4bit_base_computes_in_fp32(tmp_path: Path) -> None:
     assert found.max_logit_difference < 1e-4
 
 
+def test_what_bitsandbytes_misreads_on_this_cpu_is_not_taken_for_a_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "dense", intermediate_size=96)
+    quantize_folder(tmp_path / "dense", tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with pytest.raises(ModelError, match="misreads 4-bit linears of 96 inputs, no multiple of their 64 a block"):
+        write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+
+
 def test_an_adapter_on_some_layers_travels(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
     base = open_model(tmp_path / "base")

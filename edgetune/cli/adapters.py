@@ -80,7 +80,7 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
     from edgetune import registry
 
     folder, choice, base = _kept(name, model)
-    registry.describe(folder)
+    registry.load_for(folder, base)
     registry.set_current(registry.Current(folder.resolve(), choice, base))
     if as_json:
         print_json({"adapter": str(folder), "name": name, "model": choice})

@@ -24,7 +24,9 @@ model_option: Decorator = click.option(
     help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
 )
 adapter_option: Decorator = click.option(
-    "--adapter", metavar="A", help="An adapter's folder or name; none for the bare base. Default: the current one."
+    "--adapter",
+    metavar="A",
+    help="An adapter's name, folder (PEFT, mlx-lm) or GGUF file; none for the bare base. Default: the current one.",
 )
 device_option: Decorator = click.option(
     "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to run."
