@@ -26,7 +26,7 @@ model_option: Decorator = click.option(
 adapter_option: Decorator = click.option(
     "--adapter",
     metavar="A",
-    help="An adapter's name, folder (PEFT, mlx-lm) or GGUF file; none for the bare base. Default: the current one.",
+    help="An adapter's name, its folder (PEFT, mlx-lm) or GGUF file; none for the bare base. Default: the current one.",
 )
 device_option: Decorator = click.option(
     "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to run."
