@@ -14,6 +14,7 @@ import gc
 import importlib.util
 import io
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,7 @@ LIMIT_OF_PROOF = (
     "try it on a device."
 )
 """What whoever gets the package has to know."""
+NEXT_NIGHT = "A new night's adapter needs no new package: edgetune export coreml --weights none writes its file alone."
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,22 @@ def write(job: Job, folder: Path) -> Written:
         targets = job.needed_adapter().config
         plan = replace(plan, input_ranks={name: targets.rank for name in LINEARS if name in targets.targets})
         app.write_adapter(job.needed_adapter(), config, job.base.digest, folder / app.ADAPTER_FILE)
-    if source.adapter_as == "functions":
-        functions = [ADAPTED, BASE]
-        _save_functions(plan, job, folder)
-    else:
-        _save(plan, folder / app.PACKAGE)
+    with _workplace(folder):
+        if source.adapter_as == "functions":
+            functions = [ADAPTED, BASE]
+            _save_functions(plan, job, folder)
+        else:
+            _save(plan, folder / app.PACKAGE)
     app.write_call(app.how_to_call(plan, job.base.folder, job.base.digest, functions), folder)
     for file in companions(job.base.folder):
         atomic_write(folder / file.name, file.read_bytes())
     for file in folder.rglob("*"):
         file.chmod(0o700 if file.is_dir() else PRIVATE_FILE)
     compared = _compare_weights(folder / app.PACKAGE, source)
-    notices, facts = [LIMIT_OF_PROOF], [("stored_numbers_compared", float(compared))]
+    notices, facts = (
+        [LIMIT_OF_PROOF, *([NEXT_NIGHT] if plan.input_ranks else [])],
+        [("stored_numbers_compared", float(compared))],
+    )
     if source.requantises:
         loss = _loss(job)
         facts += loss.items()
@@ -235,10 +241,18 @@ def _source(job: Job) -> _Source:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without coremltools' progress bars; what fails raises."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _workplace(folder: Path) -> Iterator[None]:
+    """No progress bars, and coremltools' own copies of the weights inside `folder`: private, and on the result's disk."""
+    before, place = tempfile.tempdir, folder / ".work"
+    place.mkdir(mode=0o700)
+    tempfile.tempdir = str(place)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what fails raises
+            yield
+    finally:
+        tempfile.tempdir = before
+        gc.collect()  # a program is full of cycles, and holds every weight; its files go with it
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _save(plan: Plan, package: Path) -> None:
@@ -252,20 +266,17 @@ def _save(plan: Plan, package: Path) -> None:
     program, inputs = coreml_model.build(plan)
     pipeline = ct.PassPipeline.DEFAULT
     pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern", "common::reorder_lut_per_channel_scale"})
-    with _silent():
-        ct.convert(
-            program,
-            convert_to="mlprogram",
-            inputs=inputs,
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT32,
-            compute_units=ct.ComputeUnit.CPU_AND_GPU,
-            pass_pipeline=pipeline,
-            skip_model_load=True,
-            package_dir=str(package),
-        )
-    del program
-    gc.collect()  # a program is full of cycles, and holds every weight
+    ct.convert(
+        program,
+        convert_to="mlprogram",
+        inputs=inputs,
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT32,
+        compute_units=ct.ComputeUnit.CPU_AND_GPU,
+        pass_pipeline=pipeline,
+        skip_model_load=True,
+        package_dir=str(package),
+    )
 
 
 def _save_functions(plan: Plan, job: Job, folder: Path) -> None:
@@ -286,8 +297,7 @@ def _save_functions(plan: Plan, job: Job, folder: Path) -> None:
         _save(part, folder / f"{name}.mlpackage")
         description.add_function(str(folder / f"{name}.mlpackage"), "main", name)
     description.default_function_name = ADAPTED
-    with _silent():
-        save_multifunction(description, str(folder / app.PACKAGE))
+    save_multifunction(description, str(folder / app.PACKAGE))
     for name in parts:
         shutil.rmtree(folder / f"{name}.mlpackage")
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +252,17 @@ def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path
     assert apart(coreml.read(other, tmp_path).logits(IDS), engine(other.model(), IDS)) < CLOSE
 
 
+def test_layers_that_an_adapter_leaves_alone_are_zeros(folder: Path) -> None:
+    whole, config = an_adapter(folder, targets=("q_proj",)), open_model(folder).config
+    part = replace(whole, tensors={key: tensor for key, tensor in whole.tensors.items() if key[0] == 1})
+    found, expected = coreml_app.stacked(part, config), coreml_app.stacked(whole, config)
+    assert set(found) == {"q_proj_a", "q_proj_b"}
+    for name, values in found.items():
+        assert not values[0].any()
+        assert (values[1] == expected[name][1]).all()
+        assert values[1].any()
+
+
 @pytest.mark.parametrize("fault", ["rank", "linears", "base"])
 def test_an_adapter_that_does_not_fit_is_refused(fault: str, folder: Path, inputs_package: Path, tmp_path: Path) -> None:
     adapter = an_adapter(folder, 8 if fault == "rank" else 4, targets=("q_proj", "v_proj") if fault == "linears" else None)
@@ -275,6 +287,20 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
     own = sum(tensor.numel() * 2 + 128 for tensor in adapter.tensors.values())  # and each tensor's header and padding
     assert bare < both <= bare + own
+
+
+def test_no_copy_of_the_weights_lies_outside_the_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """coremltools works in temporary folders; a merged model is as private as the notes."""
+    made: list[str] = []
+    mkdtemp = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **kwargs: made.append(mkdtemp(*args, **kwargs)) or made[-1])
+    before = tempfile.gettempdir()
+    tmp_path.joinpath("out").mkdir()
+    coreml.write(job_of(folder, "fp16", an_adapter(folder), "merged"), tmp_path / "out")
+    assert made
+    assert all(Path(path).is_relative_to(tmp_path / "out") for path in made)
+    assert tempfile.gettempdir() == before
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path) -> None:
