@@ -54,6 +54,8 @@ PREFILL_TOKENS = 128
 PROCESS_BYTES, COPIES = 400 << 20, 4
 """What an export holds: Python with torch and coremltools, and so many times the weights in fp16. Measured on 4 and 8 layers of
 a 1.1B's shape and a 16M: 2.8 times (nf4), 3.4 (fp16), 3.7 (int4)."""
+TEXTS, TEXT_TOKENS = 16, 256
+"""How many texts, and how much of each, what rounding does is measured on: logits of a text exist at once, in fp64."""
 BASE, ADAPTED = "base", "adapted"
 LIMIT_OF_PROOF = (
     "What is proved here of a Core ML package, by edgetune's own evaluator, is its graph and its weights, not Apple's kernels: "
@@ -144,10 +146,9 @@ def reference(job: Job, folder: Path) -> Llama:
 
 
 def stored_model(job: Job) -> Llama:
-    """The engine's model, with the weights as stored where they were quantised anew."""
-    source = _source(job)
-    quant = QuantConfig() if job.weights == "nf4" and job.base.quant is None else None
-    model = load_llama(job.base, torch.float32, quant=quant)
+    """The engine's model, with the weights as stored where they were quantised anew. Not read from the package: made a second
+    time from the base."""
+    source, model = _source(job), _bare(job)
     if source.requantises:
         for layer, block in enumerate(model.blocks):
             for name, linear in block.linears().items():
@@ -157,6 +158,12 @@ def stored_model(job: Job) -> Llama:
     if job.adapter is not None and not (source.merges and source.requantises):
         adapters.attach(model, job.adapter)
     return model
+
+
+def _bare(job: Job) -> Llama:
+    """The base in fp32; a dense one in NF4 where it is exported so, as it was while the adapter was trained."""
+    quant = QuantConfig() if job.weights == "nf4" and job.base.quant is None else None
+    return load_llama(job.base, torch.float32, quant=quant)
 
 
 class EvaluatedPackage:
@@ -326,16 +333,16 @@ def _compare_weights(package: Path, source: _Source) -> int:
 
 def _loss(job: Job) -> dict[str, float]:
     """KL in nats of the engine's model to the stored one, and to the bare base, over the job's texts or the golden prompt."""
-    texts = job.texts or [_prompt(job)]
-    limit = min(CONTEXT_TOKENS, job.base.config.max_positions)
-    models = {"kl_of_rounding": stored_model(job)}
+    texts = [text[:TEXT_TOKENS] for text in job.texts[:TEXTS] or [_prompt(job)]]
+    whole, models, count = _bare(job), {"kl_of_rounding": stored_model(job)}, 0
     if job.adapter is not None:
-        models["kl_of_adapter"] = replace(job, adapter=None).model()
-    whole, sums, count = job.model(), dict.fromkeys(models, 0.0), 0
+        adapters.attach(whole, job.adapter)
+        models["kl_of_adapter"] = _bare(job)
+    sums = dict.fromkeys(models, 0.0)
     for text in texts:
-        expected = torch.log_softmax(_logits(whole, text[:limit]).double(), dim=-1)
+        expected = torch.log_softmax(_logits(whole, text).double(), dim=-1)
         for name, model in models.items():
-            found = torch.log_softmax(_logits(model, text[:limit]).double(), dim=-1)
+            found = torch.log_softmax(_logits(model, text).double(), dim=-1)
             sums[name] += float((expected.exp() * (expected - found)).sum())
         count += len(expected)
     return {name: total / count for name, total in sums.items()}
