@@ -31,7 +31,7 @@ ADVICE = {
     "minimum_os": ["iOS 18", "macOS 15"],
     "compute_units": "cpuAndGPU",
     "why": "The Neural Engine is reported to refuse 4-bit tables with a scale for each block.",
-    "verified": "Evaluated operation by operation on the CPU by edgetune's own evaluator; never run by Core ML itself.",
+    "unverified": "Never run by Core ML itself; edgetune proves graph and weights with an evaluator of its own.",
 }
 
 
