@@ -15,11 +15,12 @@ from edgetune import registry
 from edgetune.config import expand
 from edgetune.documents.reading import read_notes
 from edgetune.export import verify
-from edgetune.export.target import Job, Target, check_reader, check_weights, load_target, proved_by, reference
+from edgetune.export.target import Job, Target, check_adapter_as, check_reader, check_weights, load_target, reference
 from edgetune.meter import MemoryMeter
+from edgetune.runstate import output_lock
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.errors import EdgetuneError, ModelError, UsageError
-from edgetune.runtime.files import atomic_folder, atomic_write
+from edgetune.runtime.files import atomic_folder, atomic_write, mend
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import open_base
 
@@ -66,6 +67,7 @@ def export_adapter(
     """
     module = load_target(target)
     form = check_weights(target, module, weights)
+    check_adapter_as(target, module, adapter_as)
     if check:
         check_reader(target, module)
     choice, base = open_base(model)
@@ -82,23 +84,25 @@ def export_adapter(
     if check:
         verify.check_memory(job)
     begun = time.monotonic()
-    with MemoryMeter(base.files) as meter, atomic_folder(folder) as temporary:
-        written = module.write(job, temporary)
-        expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job, temporary))
-        bound = verify.BOUNDS[target, form]
-        about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
-        atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
-        agreement = _prove(target, module, job, temporary, expected, bound) if check else None
-        if agreement is not None and not agreement.holds(bound) and not force:
-            raise ModelError(_out_of_bounds(target, agreement, bound))
-        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-        peak = meter.peak()
+    with output_lock(folder), MemoryMeter(base.files) as meter:
+        mend(folder)
+        with atomic_folder(folder) as temporary:
+            written = module.write(job, temporary)
+            expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job, temporary))
+            bound = verify.BOUNDS[target, form]
+            about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
+            atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
+            agreement = _prove(target, module, job, temporary, expected, bound) if check else None
+            if agreement is not None and not agreement.holds(bound) and not force:
+                raise ModelError(_out_of_bounds(target, agreement, bound))
+            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+            peak = meter.peak()
     return Exported(
         target=target,
         path=str(folder / written.opens),
         bytes=size,
         verified=agreement is not None and agreement.holds(bound),
-        proved_by=proved_by(target, module),
+        proved_by=module.PROVED_BY,
         max_logit_difference=None if agreement is None else agreement.max_logit_difference,
         mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
         kl=None if agreement is None else agreement.kl,
@@ -121,7 +125,7 @@ def _prove(
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{module.NEEDS[0]} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
+            f"{module.PROVED_BY} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
             "type --no-verify to write it unproved."
         ) from error
 

@@ -145,10 +145,15 @@ def hold(config: TrainConfig, base: str) -> Iterator[Unfinished]:
     with contextlib.ExitStack() as locks:
         locks.enter_context(Lock(folder / f"{name}.lock", "this run"))
         if config.out is not None:
-            out = expand(config.out).resolve()
-            locks.enter_context(Lock(folder / f"out-{_digest(str(out))[:16]}.lock", f"a run that writes {out}"))
+            locks.enter_context(output_lock(expand(config.out)))
         _forget_others(folder)
         yield Unfinished(folder / name)
+
+
+def output_lock(out: Path) -> Lock:
+    """For whoever writes the folder `out`. Raises BusyError where another process is at it."""
+    out = out.resolve()
+    return Lock(private_folder(home() / "unfinished") / f"out-{_digest(str(out))[:16]}.lock", f"a run that writes {out}")
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
 PROVED_BY = "edgetune's own evaluator"
+ADAPTER_AS = ("inputs", "functions", "merged")
 WEIGHTS = ("nf4", "int4", "fp16", "none")
 NEEDS = ("coremltools", "coreml")
 ADAPTER_ALONE = "none"

@@ -28,10 +28,11 @@ from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
-__all__ = ["NEEDS", "WEIGHTS", "read", "read_adapter", "write"]
+__all__ = ["NEEDS", "PROVED_BY", "WEIGHTS", "read", "read_adapter", "write"]
 
 WEIGHTS = ("", "f16", "bf16", "q8_0")
 NEEDS = ("llama_cpp", "gguf")
+PROVED_BY = "llama.cpp"
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"
 LEAST_KEPT = 0.8
 """The share of an adapter's gain under which a Q4_K_M base is warned of."""

@@ -36,6 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT4 = "int4"
 WEIGHTS = ("", *DTYPES, INT4)
 NEEDS = ("mlx_lm", "mlx")
+PROVED_BY = "mlx-lm"
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0
 """mlx-lm's own, for adapters of versions that did not write it."""

@@ -41,6 +41,7 @@ from edgetune.runtime.runner import Runner
 
 WEIGHTS = ("nf4",)
 NEEDS = ("torch", "mps")
+PROVED_BY = "edgetune on the CPU"
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 _FORMAT = 1
 _MAX_MANIFEST = 1 << 20

@@ -20,6 +20,7 @@ from edgetune.runtime.tokenizer import Tokenizer
 
 WEIGHTS = ("q8_0", "f16", "bf16")
 NEEDS = gguf.NEEDS
+PROVED_BY = "llama.cpp"
 MODELFILE = "Modelfile"
 
 read = gguf.read

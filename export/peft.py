@@ -20,6 +20,7 @@ from edgetune.runtime.errors import ModelError
 
 WEIGHTS = ("",)
 NEEDS = ("peft", "peft")
+PROVED_BY = "peft"
 
 
 def write(job: Job, folder: Path) -> Written:

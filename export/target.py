@@ -8,7 +8,8 @@ A target is a module of this package with
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
     def reference(job, folder) -> Llama            where it is there: what to agree with in place of job.model(), for weights
                                                    that the target rounds to few bits on purpose
-    PROVED_BY: str                                 where it is there: what `read` is, if not the target's own reader
+    PROVED_BY: str                                 what `read` is, for people
+    ADAPTER_AS: tuple[str, ...]                    where it is there: what --adapter-as takes
 
 Whoever calls it makes the folder appear under its name only when it is whole and proved.
 """
@@ -33,6 +34,7 @@ from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 
+_SPELT = {"fp16": "f16", "f16": "fp16"}
 TARGETS = ("peft", "hf", "mlx", "gguf", "ollama", "coreml", "mps")
 
 LAYER_SHARE = 0.25
@@ -99,6 +101,7 @@ class Target(Protocol):
 
     WEIGHTS: tuple[str, ...]
     NEEDS: tuple[str, str]
+    PROVED_BY: str
 
     def write(self, job: Job, folder: Path) -> Written: ...
 
@@ -118,19 +121,23 @@ def reference(target: Target, job: Job, folder: Path) -> Llama:
     return job.model() if own is None else own(job, folder)
 
 
-def proved_by(name: str, target: Target) -> str:
-    """Who opens an export to prove it."""
-    return str(getattr(target, "PROVED_BY", f"{name}'s own reader"))
-
-
 def check_weights(name: str, target: Target, weights: str | None) -> str:
-    """The form of the weights, the target's default where None. Raises UsageError for one that the target has not."""
+    """The form of the weights, the target's default where None; fp16 and f16 are one. Raises UsageError for one it has not."""
     if weights is None:
         return target.WEIGHTS[0]
+    weights = next((spelt for spelt in target.WEIGHTS if spelt in (weights, _SPELT.get(weights))), weights)
     if weights not in target.WEIGHTS:
         known = ", ".join(known for known in target.WEIGHTS if known) or "none: it writes the adapter alone"
         raise UsageError(f"export {name} has no --weights {weights}; expected one of: {known}.")
     return weights
+
+
+def check_adapter_as(name: str, target: Target, adapter_as: str | None) -> None:
+    """Raise UsageError where --adapter-as means nothing to the target."""
+    known: tuple[str, ...] = getattr(target, "ADAPTER_AS", ())
+    if adapter_as is not None and adapter_as not in known:
+        expected = f"one of {', '.join(known)}" if known else "none: that is for coreml"
+        raise UsageError(f"export {name} has no --adapter-as {adapter_as}; expected {expected}.")
 
 
 def check_reader(name: str, target: Target) -> None:

@@ -16,7 +16,7 @@ FORBIDDEN = {
 }
 ALLOWED = {"runtime": ("edgetune.runtime",), "export": ("edgetune.runtime", "edgetune.export")}
 NETWORK = {"socket", "http", "urllib", "requests", "ssl", "asyncio", "ftplib", "smtplib", "xmlrpc", "socketserver"}
-HEAVY = {"coremltools", "transformers", "peft", "bitsandbytes", "mlx", "llama_cpp", "triton"}
+HEAVY = {"coremltools", "gguf", "transformers", "peft", "bitsandbytes", "mlx", "llama_cpp", "triton"}
 
 
 FIRST_USE = {"runtime/backends/cuda": "triton"}

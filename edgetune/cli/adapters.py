@@ -13,6 +13,7 @@ from edgetune.ui import human_bytes, one_line
 
 if TYPE_CHECKING:
     from edgetune.registry import Kept
+    from edgetune.runtime.checkpoint import Checkpoint
 
 
 @click.group("adapters")
@@ -81,7 +82,7 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
 
     folder, choice, base = _kept(name, model)
     registry.load_for(folder, base)
-    registry.set_current(registry.Current(folder.resolve(), choice, base))
+    registry.set_current(registry.Current(folder.resolve(), choice, base.digest))
     if as_json:
         print_json({"adapter": str(folder), "name": name, "model": choice})
         return
@@ -104,8 +105,8 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
         say(f"{name} is deleted.")
 
 
-def _kept(name: str, model: str | None) -> tuple[Path, str, str]:
-    """The folder of a kept adapter, and its base's name and digest. Raises AdapterError where there is none."""
+def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
+    """The folder of a kept adapter, its base's name and the base. Raises AdapterError where there is none."""
     from edgetune import registry
     from edgetune.runtime.errors import AdapterError
     from edgetune.session import open_base
@@ -116,7 +117,7 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, str]:
         raise AdapterError(
             f"No adapter {name!r} of {choice.name} is kept here; `edgetune adapters list` names them all, --model its base."
         )
-    return folder, choice.name, base.digest
+    return folder, choice.name, base
 
 
 def _line(adapter: Kept) -> str:
