@@ -22,10 +22,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from edgetune.runtime.errors import LinkError, UsageError
+from edgetune.runtime.errors import DeviceError, LinkError, UsageError
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for one that is alive but says nothing: a reading of the held-out notes may take long."""
+TIMEOUT = timedelta(hours=6)
+"""How long a process waits for one that is alive but says nothing: a reading of the held-out notes may take long. The end of
+one is noticed at once."""
 BUCKET = 1 << 20
 """Values that travel at a time: few messages for many small tensors, and no second copy of all gradients."""
 _END = -1
@@ -54,8 +55,8 @@ class World(Protocol):
     def announced(self) -> int | None:
         """What the leader announces."""
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes; the same bits in each of them."""
+    def add_up(self, tensors: Sequence[Tensor], value: float) -> float:
+        """Replace each tensor by its sum over all processes, with the same bits in each of them; the sum of their values."""
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
         """Replace the followers' tensors by the leader's."""
@@ -82,8 +83,8 @@ class Alone:
     def announced(self) -> int | None:
         raise RuntimeError("there is no leader to follow")
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        pass
+    def add_up(self, tensors: Sequence[Tensor], value: float) -> float:
+        return value
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
         pass
@@ -110,11 +111,10 @@ class Group:
         return message
 
     def agree(self, problem: Exception | None = None) -> None:
-        failed = torch.tensor([0.0 if problem is None else 1.0], device=self._device)
-        self.add_up([failed])
+        failed = self.add_up([], 0.0 if problem is None else 1.0)
         if problem is not None:
             raise problem
-        if float(failed) > 0:
+        if failed > 0:
             raise LinkError("Another process of this run could not begin; what it says tells why.")
 
     def announce(self, step: int | None) -> None:
@@ -127,16 +127,22 @@ class Group:
         self._broadcast(step)
         return None if int(step) == _END else int(step)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def add_up(self, tensors: Sequence[Tensor], value: float) -> float:
         for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self._device)
             with _link():
                 torch.distributed.all_reduce(flat)
             _scatter(flat, bucket)
+        total = torch.tensor([value], dtype=torch.float64, device=self._device)
+        with _link():
+            torch.distributed.all_reduce(total)
+        return float(total)
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            self._broadcast(tensor)
+            there = tensor.to(self._device)
+            self._broadcast(there)
+            tensor.copy_(there)
 
     def _broadcast(self, tensor: Tensor) -> None:
         with _link():
@@ -181,7 +187,8 @@ def is_launched() -> bool:
 def joined(device: torch.device, private_link: bool) -> Iterator[World]:
     """The processes that torchrun started together; Alone where it did not.
 
-    Raises UsageError for processes on several machines where `private_link` does not say that nobody listens between.
+    Raises UsageError for processes on several machines where `private_link` does not say that nobody listens between, or
+    nothing says which interface that link is; DeviceError for more processes than cards.
     """
     if not is_launched():
         yield Alone()
@@ -192,20 +199,23 @@ def joined(device: torch.device, private_link: bool) -> Iterator[World]:
             f"This run has {size} processes, {here} of them on this machine; gradients travel between machines unencrypted "
             "and give away what was trained on. Type --private-link where the link is private (WireGuard, SSH)."
         )
+    on_cards = device.type == "cuda"
+    interface = "NCCL_SOCKET_IFNAME" if on_cards else "GLOO_SOCKET_IFNAME"
     if here == size:
-        _stay_on_loopback()
-    if device.type == "cuda":
+        os.environ[interface] = "lo0" if sys.platform == "darwin" else "lo"
+    elif not os.environ.get(interface):
+        raise UsageError(
+            f"{interface} does not say which interface the private link is, so that gradients might take another; type e.g. "
+            f"{interface}=wg0 before the command, on every machine."
+        )
+    if on_cards:
+        if here > torch.cuda.device_count():
+            raise DeviceError(f"{here} processes were started here for {torch.cuda.device_count()} cards; start one for each.")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with _link():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        torch.distributed.init_process_group("nccl" if on_cards else "gloo", timeout=TIMEOUT)
     try:
-        yield Group(device if device.type == "cuda" else torch.device("cpu"), here)
+        yield Group(device if on_cards else torch.device("cpu"), here)
     finally:
         with contextlib.suppress(RuntimeError):
             torch.distributed.destroy_process_group()
-
-
-def _stay_on_loopback() -> None:
-    """Bind the sockets of Gloo and NCCL to this machine alone."""
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}

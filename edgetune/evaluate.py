@@ -57,9 +57,9 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
     """
     reading = read_notes(texts)
     loaded = load_base(model, device)
-    path = registry.find(adapter, loaded.checkpoint.digest)
-    if path is not None:
-        adapters.attach(loaded.model, registry.load_for(path, loaded.checkpoint))
+    name, found = registry.adapter_for(adapter, loaded.checkpoint)
+    if found is not None:
+        adapters.attach(loaded.model, found)
     settings = DataConfig()
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         store = tokenize(reading.documents, loaded.tokenizer, Path(folder) / "tokens")
@@ -72,5 +72,5 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
         bytes=result.bytes,
         documents=len(store.documents),
         model=loaded.choice.name,
-        adapter=registry.NONE if path is None else path.name,
+        adapter=name,
     )

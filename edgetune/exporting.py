@@ -71,11 +71,9 @@ def export_adapter(
     if check:
         check_reader(target, module)
     choice, base = open_base(model)
-    path = registry.find(adapter, base.digest)
-    own = None if path is None else registry.load_for(path, base)
+    name, own = registry.adapter_for(adapter, base)
     if own is not None:
         check_fits(own, base.config)
-    name = registry.NONE if path is None else path.stem if path.is_file() else path.name
     folder = _free_folder(expand(f"{name}-{target}" if out is None else str(out)), target)
     tokenizer = Tokenizer.load(choice.path)
     start = tokenizer.start_ids

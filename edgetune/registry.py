@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgetune.export import gguf_adapter
 from edgetune.export import mlx as mlx_folder
+from edgetune.export import mps as bundle
 from edgetune.runtime import adapter as peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint
@@ -98,6 +99,18 @@ def find(name: str | None, base: str) -> Path | None:
         f"No adapter {name!r}: it is neither a folder, nor a {GGUF} file, nor one of this base's (`edgetune adapters list` "
         "names them); type --adapter none for the bare base."
     )
+
+
+def adapter_for(name: str | None, base: Checkpoint) -> tuple[str, Adapter | None]:
+    """The adapter that `--adapter NAME` stands for, and what to call it; None is the one that lies in the base's own folder
+    (a bundle of `edgetune export mps`), else the current one. Raises AdapterError."""
+    bundled = bundle.read_adapter(base.folder) if name is None else None
+    if bundled is not None:
+        return bundle.ADAPTER, bundled
+    path = find(name, base.digest)
+    if path is None:
+        return NONE, None
+    return path.stem if path.is_file() else path.name, load_for(path, base)
 
 
 def kept_folder(name: str, base: str) -> Path | None:

@@ -161,6 +161,7 @@ def hold_beside(config: TrainConfig, base: str, rank: int) -> Iterator[Path]:
     """A private folder for a process that follows another; it is gone afterwards, and after a crash with the next run."""
     folder, name = private_folder(home() / "unfinished"), f"{key(config, base)}-{rank}"
     with Lock(folder / f"{name}.lock", "this run"):
+        _forget_others(folder)
         path = folder / name
         shutil.rmtree(path, ignore_errors=True)
         try:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgetune import registry
-from edgetune.export import mps as bundle
 from edgetune.models import ModelChoice, resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
@@ -91,13 +89,8 @@ class Session:
         Raises EdgetuneError's children, each a sentence that can be shown.
         """
         loaded = load_base(model, device)
-        bundled = bundle.read_adapter(loaded.choice.path) if adapter is None else None
-        if bundled is not None:
-            return cls(loaded, bundled, bundle.ADAPTER)
-        path = registry.find(adapter, loaded.checkpoint.digest)
-        if path is None:
-            return cls(loaded)
-        return cls(loaded, registry.load_for(path, loaded.checkpoint), Path(path).name)
+        name, found = registry.adapter_for(adapter, loaded.checkpoint)
+        return cls(loaded, found, name)
 
     def use_adapter(self, on: bool) -> None:
         """Switch between the adapted model and the bare base."""

@@ -55,29 +55,26 @@ class Stepper:
         Each token weighs the same, whichever row and process it is in.
         """
         prepared, world = self._prepared, self._world
+        if step % prepared.plan.evaluate_every == 0:  # before anything moves: a death here costs no whole step
+            self.align()
         rows = prepared.packer.micro_batches(step, prepared.plan.setting.row_tokens)
         trained = sum(row.trained for row in rows)
-        loss = torch.zeros(1)
+        loss = 0.0
         for number in range(world.rank, len(rows), world.size):
             go_on()
             loss += float(prepared.runner.train(as_row(rows[number], trained), self._dropout_key(step, number)))
-        if world.size > 1:
-            world.add_up([loss, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
+        loss = world.add_up([parameter.grad for parameter in self.parameters if parameter.grad is not None], loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._config.clip))
         rate = learning_rate(prepared.plan, step, self._config.final_lr)
-        outcome = Outcome(float(loss), norm, rate, trained)
+        outcome = Outcome(loss, norm, rate, trained)
         if outcome.finite:
             self.optimizer.step(rate)
         self.optimizer.zero_grad()
-        if (step + 1) % prepared.plan.evaluate_every == 0:
-            self.align()
         return outcome
 
     def align(self, states: bool = False) -> None:
         """Give every process the leader's adapter, and the optimizer's states where asked: those that round differently
         would drift apart, and a run that is gone on with is kept by the leader alone."""
-        if self._world.size == 1:
-            return
         self._world.copy([parameter.data for parameter in self.parameters])
         if states:
             values = self.optimizer.state()

@@ -8,6 +8,7 @@ crash: runstate.py keeps what that takes. The adapter that is kept is the one wi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -228,9 +229,10 @@ class _Run:
             yield self._keep()  # the last whole step: a step moves nothing before all have done their part
             raise
         except _Stopped:
-            self.world.announce(None)
             if self.kept != (self.state.step, self.state.read_at):
                 yield self._keep()
+            with contextlib.suppress(LinkError):  # torchrun stops us because another process died
+                self.world.announce(None)
             yield Interrupted(self.state.step, self.plan.steps, self.state.tokens, self._seconds())
 
     def _train(self) -> Iterator[Event]:
@@ -244,6 +246,7 @@ class _Run:
                 yield self._keep()
             yield self._step()
             if self.state.skipped_in_a_row >= MOST_SKIPPED:
+                self.world.announce(None)
                 raise TrainingError(
                     f"{MOST_SKIPPED} steps in a row gave a loss or gradient that is not finite, up to step {self.state.step}; "
                     f"the adapter was left as it was. Type a lower --lr than {self.plan.learning_rate:g}."
@@ -322,10 +325,12 @@ class _Run:
     def _step(self) -> Stepped | Skipped:
         """The next step of the plan."""
         start, state = time.monotonic(), self.state
-        if self.world.size > 1:  # the others would wait for one that leaves in the middle of a step
+        if self.world.size == 1:
+            outcome = self.stepper.step(state.step, self._go_on)
+        else:  # the others would wait for one that leaves in the middle of a step
             self._go_on()
-        self.world.announce(state.step)
-        outcome = self.stepper.step(state.step, self._go_on if self.world.size == 1 else lambda: None)
+            self.world.announce(state.step)
+            outcome = self.stepper.step(state.step)
         state.step += 1
         self.step_seconds = time.monotonic() - start
         if not outcome.finite:

@@ -46,6 +46,13 @@ def short(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
 
 
 @pytest.mark.slow
+def test_a_report_tells_no_path() -> None:
+    def fails(device: torch.device) -> str:
+        raise ImportError("cannot open /home/alice/.venv/lib/x.so (C:\\Users\\alice\\x.dll): no such file")
+
+    assert _tried("a check", fails, CPU).detail == "ImportError: cannot open … (…): no such file"
+
+
 def test_this_machines_cpu_confirms_everything_at_full_size() -> None:
     assert [one for one in confirm(CPU) if not one.ok and one.name != "kernels"] == []
 
@@ -58,7 +65,7 @@ def mac(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 def test_this_machines_cpu_confirms_everything(short: None) -> None:
     found = confirm(CPU)
-    assert [one.name for one in found] == list(CHECKS)
+    assert [one.name for one in found] == [name for name in CHECKS if name != "memory"]
     missing = ops.kernels_missing()
     assert [one for one in found if not one.ok and one.name != "kernels"] == []
     assert found[0].ok == (missing is None)

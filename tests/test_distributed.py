@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,13 @@ import safetensors.torch
 import torch
 from tiny import save_trainable
 
+from edgetune.config import DataConfig, TrainConfig
 from edgetune.distributed import BUCKET, Alone, _buckets, joined
-from edgetune.runtime.errors import UsageError
+from edgetune.events import Event, Interrupted, Saved, Stepped
+from edgetune.runstate import Unfinished
+from edgetune.runtime.errors import LinkError, UsageError
 
+training = importlib.import_module("edgetune.train")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no Gloo")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
 TWO = [*LAUNCH, "--nproc-per-node", "2", "-m", "edgetune"]
@@ -176,6 +183,58 @@ def test_without_torchrun_nobody_is_joined(monkeypatch: pytest.MonkeyPatch) -> N
     with joined(torch.device("cpu"), private_link=False) as world:
         assert isinstance(world, Alone)
         assert world.size == 1
+
+
+class Dying(Alone):
+    """A world of two whose other process dies at the n-th copy or, where that is 0, before the end is announced."""
+
+    size = 2
+
+    def __init__(self, dies_at_copy: int) -> None:
+        self.copies, self.dies_at_copy = 0, dies_at_copy
+
+    def copy(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.copies += 1
+        if self.copies == self.dies_at_copy:
+            raise LinkError("gone")
+
+    def announce(self, step: int | None) -> None:
+        if step is None and self.dies_at_copy == 0:
+            raise LinkError("gone")
+
+
+def one_run(place: Path, world: Alone, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    monkeypatch.setenv("EDGETUNE_HOME", str(place / "home"))
+    monkeypatch.setattr(training, "joined", lambda device, private_link: contextlib.nullcontext(world))
+    data = DataConfig(notes=(str(place / "notes"),), seq_len=64, batch_tokens=512)
+    yield from training.train(TrainConfig(data=data, model=str(place / "model"), steps=12, dropout=0.0, compute="fp32"), stop)
+
+
+def test_a_death_between_steps_keeps_a_checkpoint_of_one_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LinkError):
+        list(one_run(place, Dying(dies_at_copy=3), threading.Event(), monkeypatch))
+    folder = next(path for path in (place / "home" / "unfinished").iterdir() if path.is_dir())
+    kept = Unfinished(folder).restore()
+    assert kept.state.step > 0
+    assert int(kept.tensors["optimizer.step"]) == kept.state.step
+
+
+def test_a_stop_because_of_a_death_keeps_a_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, seen = threading.Event(), []
+    for event in one_run(place, Dying(dies_at_copy=0), stop, monkeypatch):
+        seen.append(event)
+        if isinstance(event, Stepped) and event.step == 4:
+            stop.set()
+    assert isinstance(seen[-2], Saved)
+    assert seen[-2].step == 4
+    assert isinstance(seen[-1], Interrupted)
+
+
+def test_a_private_link_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, here=1)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with pytest.raises(UsageError, match="GLOO_SOCKET_IFNAME"), joined(torch.device("cpu"), private_link=True):
+        raise AssertionError("it was not refused")
 
 
 def test_gradients_travel_in_buckets_and_each_once() -> None:

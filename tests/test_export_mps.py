@@ -11,6 +11,7 @@ import torch
 from adapters import random_adapter
 from tiny import FAMILIES, save_model, save_trainable
 
+from edgetune.evaluate import evaluate
 from edgetune.export import mps, verify
 from edgetune.export.target import Job
 from edgetune.runtime import nf4
@@ -77,6 +78,11 @@ def test_a_session_opens_a_bundle_with_its_own_adapter_and_no_metal_of_its(tmp_p
     (folder / "kernels" / "nf4.metal").write_text("#error this is never compiled\n")
     session = Session.load(str(folder), device="cpu")
     assert session.adapter_name == mps.ADAPTER
+    notes = tmp_path / "note.md"
+    notes.write_text("The tide turned at noon, and we walked back along the wet sand.\n")
+    found, bare = evaluate([str(notes)], str(folder), device="cpu"), evaluate([str(notes)], str(folder), "none", "cpu")
+    assert (found.adapter, bare.adapter) == (mps.ADAPTER, "none")
+    assert found.bits_per_byte != bare.bits_per_byte
     adapted = session.generate("The tide", max_tokens=8, temperature=0).text
     assert adapted != Session.load(str(folder), "none", "cpu").generate("The tide", max_tokens=8, temperature=0).text
 

@@ -69,9 +69,7 @@ def plain_failures() -> Iterator[None]:
     except RuntimeError as error:
         if "out of memory" not in str(error):  # torch has a class for it on NVIDIA cards only
             raise
-        click.echo(
-            "edgetune: The device has no memory left; type a smaller --memory, a shorter --seq-len, or --device cpu.", err=True
-        )
+        click.echo("edgetune: The device has no memory left; end other programs that use it, or type --device cpu.", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("edgetune: interrupted.", err=True)
