@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from edgetune.export import verify
 from edgetune.export.target import Job, Target, check_adapter_as, check_reader, check_weights, load_target, reference
 from edgetune.meter import MemoryMeter
 from edgetune.runstate import output_lock
-from edgetune.runtime.adapter import check_fits
-from edgetune.runtime.errors import EdgetuneError, ModelError, UsageError
+from edgetune.runtime.adapter import check_fits, read_json
+from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, mend
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import open_base
@@ -32,6 +31,8 @@ class Exported:
     """What was written and how far it agrees with the reference; None where it was not verified."""
 
     target: str
+    model: str
+    adapter: str
     path: str
     bytes: int
     verified: bool
@@ -78,7 +79,8 @@ def export_adapter(
     tokenizer = Tokenizer.load(choice.path)
     start = tokenizer.start_ids
     documents = [[*start, *tokenizer.encode(document.text)] for document in read_notes(texts).documents] if texts else []
-    job = Job(base, choice.name, own, form, adapter_as, memory, documents, force, check)
+    job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check)
+    job.check_memory()
     if check:
         verify.check_memory(job)
     begun = time.monotonic()
@@ -88,15 +90,20 @@ def export_adapter(
             written = module.write(job, temporary)
             expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job, temporary))
             bound = verify.BOUNDS[target, form]
-            about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest}
+            files = [path.relative_to(temporary).as_posix() for path in sorted(temporary.rglob("*")) if path.is_file()]
+            about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest, "files": files}
             atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
             agreement = _prove(target, module, job, temporary, expected, bound) if check else None
             if agreement is not None and not agreement.holds(bound) and not force:
-                raise ModelError(_out_of_bounds(target, agreement, bound))
+                faults = _out_of_bounds(target, agreement, bound, "not kept")
+                raise ModelError(f"{faults} Type --force to keep it all the same.")
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
             peak = meter.peak()
+    kept = () if agreement is None or agreement.holds(bound) else (_out_of_bounds(target, agreement, bound, "kept by --force"),)
     return Exported(
         target=target,
+        model=choice.name,
+        adapter=name,
         path=str(folder / written.opens),
         bytes=size,
         verified=agreement is not None and agreement.holds(bound),
@@ -107,7 +114,7 @@ def export_adapter(
         greedy_match=None if agreement is None else agreement.greedy_match,
         seconds=time.monotonic() - begun,
         peak_memory_bytes=peak,
-        notices=(*written.notices, *((WARNING,) if own is not None else ())),
+        notices=(*kept, *written.notices, *((WARNING,) if own is not None else ())),
         facts=dict(written.facts),
     )
 
@@ -129,24 +136,43 @@ def _prove(
 
 
 def _free_folder(folder: Path, target: str) -> Path:
-    """`folder`, if nothing is there or an earlier export to the same target, which is replaced. Raises UsageError."""
+    """`folder` in full, if nothing is there or an earlier export to the same target and no more, which is then replaced.
+
+    Raises UsageError for one where anything of somebody else's would go.
+    """
     if folder.suffix in (".gguf", ".mlpackage", ".safetensors"):
         raise UsageError(f"--out {folder} names a file; expected a folder, which will hold it: --out {folder.with_suffix('')}.")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
+    folder = folder.resolve()
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise UsageError(f"--out {folder} is where you are; name a folder that the export may be: --out {folder / target}.")
     try:
-        earlier = json.loads((folder / verify.GOLDEN_FILE).read_text())["target"]
-    except (OSError, ValueError, KeyError, TypeError):
-        earlier = None
-    if earlier != target:
-        raise UsageError(f"{folder} is there already and is no export to {target}; name another --out folder.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return folder
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made ({error.strerror}); name another folder.") from error
+    try:
+        earlier = read_json(folder / verify.GOLDEN_FILE) if folder.is_dir() else {}
+    except AdapterError:
+        earlier = {}
+    ours = {folder / str(name) for name in earlier.get("files", ())} | {folder / verify.GOLDEN_FILE}
+    stranger = next((path for path in found if path not in ours), None)
+    if earlier.get("target") != target or stranger is not None:
+        what = f"is no export to {target}" if stranger is None else f"holds {stranger.name}, which is of no export to {target}"
+        raise UsageError(f"{folder} is there already and {what}; name another --out folder.")
     return folder
 
 
-def _out_of_bounds(target: str, found: verify.Agreement, bound: verify.Bound) -> str:
+def _out_of_bounds(target: str, found: verify.Agreement, bound: verify.Bound, fate: str) -> str:
     return (
-        f"The export to {target} does not agree with edgetune's own model, so it was not kept: logits differ by up to "
+        f"The export to {target} does not agree with edgetune's own model, and was {fate}: logits differ by up to "
         f"{found.max_logit_difference:.3g} (at most {bound.max_logit:g}), {found.mean_logit_difference:.3g} on average "
         f"(at most {bound.mean_logit:g}), KL {found.kl:.3g} (at most {bound.kl:g}), greedy text "
-        f"{'the same' if found.greedy_match else 'another'}; type --force to keep it all the same."
+        f"{'the same' if found.greedy_match else 'another'}."
     )
+
+
+def _public(model: str) -> str:
+    """A model's name without the folders above it, which tell whose it is."""
+    return Path(model).name if Path(model).is_absolute() else model

@@ -98,7 +98,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path) -> Adapter | None:
     """The adapter of a bundle; None where the folder is no bundle, or one of a bare base.
 
-    Raises AdapterError for a bundle whose adapter is not what its manifest says.
+    Raises AdapterError for a bundle of a newer edgetune, and for one whose adapter is not what its manifest says.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -107,7 +107,11 @@ def read_adapter(folder: Path) -> Adapter | None:
         if manifest.stat().st_size > _MAX_MANIFEST:
             raise ValueError("too large")
         found = json.loads(manifest.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT or found["adapter"] is None:
+        if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
+            return None  # another program's
+        if found["format"] != _FORMAT:
+            raise AdapterError(f"{manifest} is of a newer edgetune (format {found['format']!r}); update edgetune.")
+        if found["adapter"] is None:
             return None
         digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)}
         whole = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.budget import TORCH_BYTES
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
@@ -70,6 +71,24 @@ class Job:
     def layer_memory(self) -> int | None:
         """Bytes for the linears of a model that is run, beyond which it is streamed."""
         return None if self.memory is None else int(self.memory * LAYER_SHARE)
+
+    def check_memory(self) -> None:
+        """Raise ResourceError where `memory` does not hold the model that is run beside any export, its layers streamed.
+
+        That is the process, the adapter twice, the embedding, the head in fp32, and fp32 copies of the largest linear.
+        """
+        if self.memory is None:
+            return
+        config = self.base.config
+        adapter = 0 if self.adapter is None else sum(tensor.nbytes for tensor in self.adapter.tensors.values())
+        largest = max(rows * columns for rows, columns in config.linear_shapes().values())
+        fixed = TORCH_BYTES + 2 * adapter + 6 * config.vocab_size * config.hidden_size + 3 * 4 * largest
+        needed = int(fixed / (1 - LAYER_SHARE))
+        if needed > self.memory:
+            raise ResourceError(
+                f"An export takes about {needed / 1e9:.2f} GB with the layers streamed, and --memory allows "
+                f"{self.memory / 1e9:.2f} GB; type --memory {-(-needed // 10**6)}MB or more."
+            )
 
     def model(self, dtype: torch.dtype = torch.float32, quant: QuantConfig | None = None) -> Llama:
         """The base, quantised where `quant` says so, with its adapter attached, on the CPU: what an export must agree with."""

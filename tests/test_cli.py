@@ -89,7 +89,7 @@ def test_the_contracts_flags_are_there() -> None:
 
 def test_every_flag_is_a_field_and_no_default_stands_in_the_command_line() -> None:
     fields = {item.name for owner in (TrainConfig, DataConfig) for item in dataclasses.fields(owner)}
-    own = {"dry_run", "fresh", "as_json"}
+    own = {"dry_run", "fresh", "private_link", "as_json"}
     for parameter in train_command.params:
         assert parameter.name in fields | own, parameter.name
         if parameter.name not in own | {"notes", "exclude", "device"}:

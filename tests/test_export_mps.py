@@ -101,3 +101,15 @@ def test_an_adapter_that_was_changed_is_refused(tmp_path: Path) -> None:
 def test_a_model_folder_is_no_bundle(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     assert mps.read_adapter(tmp_path / "model") is None
+
+
+def test_another_programs_manifest_is_no_bundle_and_a_newer_one_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    for text in ("{}", "[]", '{"name": "my app", "icons": []}'):
+        (tmp_path / "model" / mps.MANIFEST).write_text(text)
+        assert mps.read_adapter(tmp_path / "model") is None
+    folder = export(job(tmp_path / "model"), tmp_path / "out")
+    manifest = json.loads((folder / mps.MANIFEST).read_text())
+    (folder / mps.MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(AdapterError, match="newer edgetune"):
+        mps.read_adapter(folder)

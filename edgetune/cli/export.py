@@ -49,6 +49,7 @@ def export_command(
 
     limit = None if memory is None else parse_bytes(memory)
     result = export_adapter(target, model, adapter, out, weights, adapter_as, texts, limit, not no_verify, force)
+    say(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
     for notice in result.notices:
         say(notice)
     if as_json:

@@ -82,4 +82,11 @@ def main() -> None:
     """Entry point of the `edgetune` command."""
     logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
     with plain_failures():
-        cli.main(standalone_mode=True)
+        try:
+            code = cli.main(standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except click.Abort as error:  # what click makes of Ctrl-C
+            raise KeyboardInterrupt from error
+        sys.exit(code if isinstance(code, int) else 0)

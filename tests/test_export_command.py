@@ -1,0 +1,103 @@
+"""`edgetune export` itself: nobody's file goes, nothing of this machine travels, and Ctrl-C is Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from adapters import random_adapter
+from click.testing import CliRunner
+from tiny import save_trainable
+
+from edgetune import export_adapter
+from edgetune.cli.main import cli
+from edgetune.export.target import Job
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import ResourceError, UsageError
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[str, str]:
+    """A model and an adapter of it."""
+    save_trainable(tmp_path / "somebodys-model")
+    base = open_model(tmp_path / "somebodys-model")
+    adapters.save(random_adapter(base.config), tmp_path / "night", str(base.folder))
+    return str(base.folder), str(tmp_path / "night")
+
+
+def test_an_export_is_replaced_by_the_next_but_nobody_elses_file(tmp_path: Path, made: tuple[str, str]) -> None:
+    out = tmp_path / "out"
+    export_adapter("peft", *made, out, check=False)
+    export_adapter("peft", *made, out, check=False)
+    assert set(json.loads((out / "golden.json").read_text())["files"]) == {path.name for path in out.iterdir()} - {
+        "golden.json"
+    }
+    (out / "my-notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds my-notes.txt, which is of no export to peft"):
+        export_adapter("peft", *made, out, check=False)
+    with pytest.raises(UsageError, match="is no export to mps|holds"):
+        export_adapter("mps", *made, out, check=False)
+    assert (out / "my-notes.txt").read_text() == "mine"
+
+
+def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for place in (".", "..", str(tmp_path)):
+        with pytest.raises(UsageError, match="is where you are"):
+            export_adapter("peft", *made, place, check=False)
+    with pytest.raises(UsageError, match="names a file"):
+        export_adapter("gguf", *made, "model.gguf", check=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        export_adapter("peft", *made, tmp_path / "file" / "out", check=False)
+    with pytest.raises(UsageError, match="no --adapter-as merged"):
+        export_adapter("peft", *made, "out", adapter_as="merged", check=False)
+    assert list((tmp_path / "here" / "below").iterdir()) == []
+
+
+def test_no_path_of_this_machine_travels(tmp_path: Path, made: tuple[str, str]) -> None:
+    for target in ("peft", "mps", "mlx"):
+        export_adapter(target, *made, tmp_path / target, check=False)
+        for file in (tmp_path / target).rglob("*.json"):
+            assert str(tmp_path) not in file.read_text()
+
+
+def test_too_little_memory_for_any_export_is_refused(tmp_path: Path, made: tuple[str, str]) -> None:
+    with pytest.raises(ResourceError, match=r"type --memory \d+MB or more"):
+        export_adapter("peft", *made, tmp_path / "out", memory=100_000_000, check=False)
+    base = open_model(Path(made[0]))
+    Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000).check_memory()
+
+
+def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]) -> None:
+    options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
+    result = CliRunner().invoke(cli, ["export", "peft", *options])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[0] == f"Model {made[0]}, adapter night."
+    assert "can be drawn from this export" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_leaves_nothing_and_says_130(tmp_path: Path, made: tuple[str, str]) -> None:
+    options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
+    slow = "import edgetune.export.peft as t, time; t.write = lambda *_: (print('begun', flush=True), time.sleep(60))"
+    script = (
+        f"{slow}; from edgetune.cli.main import main; import sys; sys.argv = {['edgetune', 'export', 'peft', *options]}; main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "begun\n"
+        time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "edgetune: interrupted." in errors
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
