@@ -88,8 +88,9 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     assert result["bytes"] == sum(file.stat().st_size for file in out.iterdir())
     assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o600}
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
-    assert run.stderr.startswith("What it was trained on")
-    assert run.stderr.count("\n") == 1
+    named, warned = run.stderr.splitlines()
+    assert named == f"Model demo, adapter {demo_adapter.name}."
+    assert warned.startswith("What it was trained on")
     assert capfd.readouterr().err == ""  # no bars, no advice of other packages
 
 
@@ -143,7 +144,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is there already and is no export to peft"):
+    with pytest.raises(UsageError, match="is there already and holds thesis.txt, which is of no export"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "mine")
     with pytest.raises(UsageError, match="export peft has no --weights nf4"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", weights="nf4")
