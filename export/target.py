@@ -83,7 +83,8 @@ class Job:
         adapter = 0 if self.adapter is None else sum(tensor.nbytes for tensor in self.adapter.tensors.values())
         largest = max(rows * columns for rows, columns in config.linear_shapes().values())
         fixed = TORCH_BYTES + 2 * adapter + 6 * config.vocab_size * config.hidden_size + 3 * 4 * largest
-        needed = int(fixed / (1 - LAYER_SHARE))
+        layers = sum(tensor.nbytes for name, tensor in self.base.stored.items() if "_proj.weight" in name)
+        needed = int(min(fixed / (1 - LAYER_SHARE), fixed + layers))
         if needed > self.memory:
             raise ResourceError(
                 f"An export takes about {needed / 1e9:.2f} GB with the layers streamed, and --memory allows "
