@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.gguf_names import LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
+from edgetune.export.gguf_names import ARCHITECTURES, LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS as ORDER
 from edgetune.runtime.config import LlamaConfig, LoraConfig
@@ -61,7 +61,8 @@ def read_adapter(path: Path, base: LlamaConfig | None = None) -> Adapter:
     """Read a GGUF LoRA, whoever wrote it; its tensors become f32.
 
     base: the model it is for, which an adapter for llama's row order needs where the file has no head counts; those of
-    llama.cpp's own converter have none. Raises AdapterError for a file that is none, is damaged or holds anything else.
+    llama.cpp's own converter have none. Raises AdapterError for a file that is none, is damaged or holds anything else, and
+    for one whose rows stand in the order of another architecture or of other heads than `base` has.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -148,6 +149,8 @@ def _read(header: _Header, data: mmap.mmap, path: Path, base: LlamaConfig | None
     arch = keys.get("general.architecture")
     if arch not in ("llama", "qwen2", "qwen3"):
         raise ValueError(f"it is for the architecture {str(arch)[:40]!r}, expected llama, qwen2 or qwen3")
+    if base is not None:
+        _check_base(arch, keys, path, base)
     names = {ours: name for name, ours in LINEARS.items()}
     tensors: dict[tuple[int, str, str], Tensor] = {}
     for full, (shape, kind, place) in header.tensors.items():
@@ -176,6 +179,18 @@ def _read(header: _Header, data: mmap.mmap, path: Path, base: LlamaConfig | None
     alpha = keys.get("adapter.lora.alpha") or float(rank)  # llama.cpp's scale is 1 where there is none
     found = {name for _, name, _ in tensors}
     return Adapter(LoraConfig(rank, float(alpha), 0.0, tuple(name for name in ORDER if name in found)), tensors)
+
+
+def _check_base(arch: str, keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
+    """Raise AdapterError where the rows of q and k, whose shapes may fit, would be taken in another order than they have."""
+    heads = f"{arch}.attention.head_count"
+    expected: dict[str, Any] = {"general.architecture": ARCHITECTURES[base.model_type]}
+    expected |= {
+        key: n for key, n in ((heads, base.num_heads), (f"{heads}_kv", base.num_kv_heads)) if keys.get(key) is not None
+    }
+    wrong = [f"{key} {str(keys[key])[:40]}, expected {value}" for key, value in expected.items() if keys[key] != value]
+    if wrong:
+        raise AdapterError(f"{path} was made for another base: {'; '.join(wrong)}; name its model with --model.")
 
 
 def _heads(name: str, keys: dict[str, Any], path: Path, base: LlamaConfig | None) -> int:

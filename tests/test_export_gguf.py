@@ -176,7 +176,7 @@ def test_an_adapter_comes_back_value_for_value(tmp_path: Path, family: str) -> N
     config = opened(tmp_path / "m", family).config
     adapter = an_adapter(config)
     gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
-    back = gguf.read_adapter(tmp_path / "a.gguf")
+    back = gguf_adapter.read_adapter(tmp_path / "a.gguf")
     assert back.config == adapter.config
     assert set(back.tensors) == set(adapter.tensors)
     assert all(torch.equal(back.tensors[key], tensor) for key, tensor in adapter.tensors.items())
@@ -187,7 +187,7 @@ def test_rslora_and_few_targets_keep_their_scale(tmp_path: Path) -> None:
     config = opened(tmp_path / "m").config
     adapter = an_adapter(config, targets=("k_proj", "up_proj"), rslora=True)
     gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
-    back = gguf.read_adapter(tmp_path / "a.gguf")
+    back = gguf_adapter.read_adapter(tmp_path / "a.gguf")
     assert back.config.scale == adapter.config.scale
     assert back.config.targets == ("k_proj", "up_proj")
 
@@ -197,7 +197,7 @@ def test_from_peft_to_gguf_and_back(tmp_path: Path) -> None:
     adapters.save(an_adapter(config), tmp_path / "peft", "tiny")
     stored = adapters.load(tmp_path / "peft")
     gguf_adapter.write_adapter(stored, config, tmp_path / "a.gguf")
-    adapters.save(gguf.read_adapter(tmp_path / "a.gguf"), tmp_path / "again", "tiny")
+    adapters.save(gguf_adapter.read_adapter(tmp_path / "a.gguf"), tmp_path / "again", "tiny")
     for name in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
 
@@ -219,9 +219,23 @@ def test_a_converters_adapter_needs_the_base_for_its_heads(tmp_path: Path) -> No
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(AdapterError, match="how many heads"):
-        gguf.read_adapter(tmp_path / "a.gguf")
-    back = gguf.read_adapter(tmp_path / "a.gguf", config)
+        gguf_adapter.read_adapter(tmp_path / "a.gguf")
+    back = gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
     assert all(torch.equal(back.tensors[key], tensor.half().float()) for key, tensor in adapter.tensors.items())
+
+
+def test_rows_in_another_bases_order_are_refused(tmp_path: Path) -> None:
+    """Shapes fit in all three; what the rows of q and k mean does not."""
+    config = opened(tmp_path / "m").config
+    adapter = an_adapter(config, targets=("q_proj", "k_proj"))
+    for name, made_for, said in (
+        ("arch", replace(config, model_type="qwen2"), "architecture qwen2, expected llama"),
+        ("heads", replace(config, num_heads=config.num_heads * 2), "head_count 8, expected 4"),
+        ("kv", replace(config, num_kv_heads=1), "head_count_kv 1, expected 2"),
+    ):
+        gguf_adapter.write_adapter(adapter, made_for, tmp_path / f"{name}.gguf")
+        with pytest.raises(AdapterError, match=f"made for another base: .*{said}; name its model"):
+            gguf_adapter.read_adapter(tmp_path / f"{name}.gguf", config)
 
 
 @given(st.integers(1, 4), st.sampled_from([2, 4, 16, 64]), st.integers(1, 3))
@@ -250,7 +264,7 @@ def test_a_damaged_adapter_is_one_sentence(good: bytes, tmp_path: Path, data: st
     path = tmp_path / "a.gguf"
     path.write_bytes(broken)
     try:
-        adapter = gguf.read_adapter(path)
+        adapter = gguf_adapter.read_adapter(path)
     except AdapterError:
         return
     assert all(torch.isfinite(tensor).all() for tensor in adapter.tensors.values())
@@ -277,16 +291,16 @@ def header(tensors: int, keys: int, rest: bytes = b"") -> bytes:
 def test_a_hostile_header_is_refused_at_once(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "a.gguf").write_bytes(data)
     with pytest.raises(AdapterError, match=said):
-        gguf.read_adapter(tmp_path / "a.gguf")
+        gguf_adapter.read_adapter(tmp_path / "a.gguf")
 
 
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     base = opened(tmp_path / "m")
     gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
     with pytest.raises(AdapterError):
-        gguf.read_adapter(tmp_path / "m.gguf")
+        gguf_adapter.read_adapter(tmp_path / "m.gguf")
     with pytest.raises(AdapterError, match="cannot be read"):
-        gguf.read_adapter(tmp_path / "none.gguf")
+        gguf_adapter.read_adapter(tmp_path / "none.gguf")
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------------
