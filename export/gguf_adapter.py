@@ -152,6 +152,11 @@ def _read(header: _Header, data: mmap.mmap, path: Path, base: LlamaConfig | None
     if base is not None:
         _check_base(arch, keys, path, base)
     names = {ours: name for name, ours in LINEARS.items()}
+    # Tensors that lie over each other would make a small file a large adapter.
+    if sum(math.prod(shape) * _DTYPES[kind].itemsize for shape, kind, _ in header.tensors.values() if kind in _DTYPES) > len(
+        data
+    ):
+        raise ValueError("its tensors together are larger than the file")
     tensors: dict[tuple[int, str, str], Tensor] = {}
     for full, (shape, kind, place) in header.tensors.items():
         match = _TENSOR.fullmatch(full)

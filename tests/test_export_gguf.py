@@ -294,6 +294,22 @@ def test_a_hostile_header_is_refused_at_once(tmp_path: Path, data: bytes, said: 
         gguf_adapter.read_adapter(tmp_path / "a.gguf")
 
 
+def test_tensors_over_each_other_are_refused(tmp_path: Path) -> None:
+    """Each lies within the file; together they would make 64 times its size of memory."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    pairs = (("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", "qwen2"))
+    keys = b"".join(text(key.encode()) + struct.pack("<I", 8) + text(value.encode()) for key, value in pairs)
+    count, inputs = 64, 1 << 14
+    infos = [text(b"blk.%d.attn_q.weight.lora_a" % n) + struct.pack("<IQQIQ", 2, inputs, 1, 0, 0) for n in range(count)]
+    for kept, said in ((infos, "together are larger"), (infos[:1], None)):
+        (tmp_path / "a.gguf").write_bytes(header(len(kept), 3, keys + b"".join(kept)) + bytes(4 * inputs + 32))
+        with nullcontext() if said is None else pytest.raises(AdapterError, match=said):
+            gguf_adapter.read_adapter(tmp_path / "a.gguf")
+
+
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     base = opened(tmp_path / "m")
     gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
