@@ -128,6 +128,7 @@ def test_ollamas_own_bos_is_left_to_it() -> None:
         LOOP + "{{ m.content + m.content }}{% endfor %}",  # says it twice
         LOOP + "{{ m.role + loop.index | string + m.content }}{% endfor %}",  # counts
         "{{ raise_exception('no') }}",
+        LOOP + "{{ m.role + '{' + m.content + '}' }}{% endfor %}",  # three braces in a row are an action of nothing
     ],
 )
 def test_a_template_of_another_form_is_left_out(jinja: str) -> None:
