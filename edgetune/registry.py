@@ -175,7 +175,7 @@ def describe(folder: Path) -> Kept:
     adapter, current = peft_folder.load_config(folder), get_current()
     config, about = adapter.config, adapter.about
     scores = [about.get(f"heldout_bits_per_byte_{when}") for when in ("before", "after")]
-    before, after = (float(score) if isinstance(score, int | float) else None for score in scores)
+    before, after = (_score(score) for score in scores)
     return Kept(
         name=folder.name,
         path=str(folder),
@@ -189,6 +189,11 @@ def describe(folder: Path) -> Kept:
         heldout_bits_per_byte_before=before,
         heldout_bits_per_byte_after=after,
     )
+
+
+def _score(found: object) -> float | None:
+    """A measured figure of edgetune.json; None where it is none, or larger than any measurement."""
+    return float(found) if isinstance(found, int | float) and abs(found) < 1e9 else None
 
 
 def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None) -> Path:

@@ -23,7 +23,7 @@ from edgetune.export import effect, merge
 from edgetune.export.mlx_groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.target import Job, Written
-from edgetune.runtime.adapter import Adapter, read_json
+from edgetune.runtime.adapter import Adapter, read_json, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
@@ -40,7 +40,7 @@ PROVED_BY = "mlx-lm"
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0
 """mlx-lm's own, for adapters of versions that did not write it."""
-_KEY = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([ab])")
+_KEY = re.compile(r"model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([ab])")
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -125,7 +125,7 @@ def is_adapter(folder: Path) -> bool:
 def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: tuple[str, ...], folder: Path) -> LoraConfig:
     """mlx-lm's explicit scale as alpha; alpha itself where edgetune wrote it and it still gives that scale."""
     try:
-        rank, scale = int(parameters["rank"]), float(parameters.get("scale", DEFAULT_SCALE))
+        rank, scale = whole_number(parameters["rank"]), float(parameters.get("scale", DEFAULT_SCALE))
         dropout = float(parameters.get("dropout") or 0.0)
         origin = settings.get("edgetune")
         if isinstance(origin, dict):
@@ -133,7 +133,7 @@ def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: 
             if written.scale == scale:
                 return written
         return LoraConfig(rank, scale * rank, dropout, targets)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
 
 

@@ -27,7 +27,7 @@ from edgetune.runtime.model import Llama, hf_linear_name
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
 _MAX_JSON = 8 << 20
-_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
+_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
 # What PEFT writes that changes the function computed, with the only value that we honour.
 _PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
@@ -233,14 +233,21 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
     names = (*(name for name in LINEARS if name in found), *sorted(found - set(LINEARS)))
     try:
         return LoraConfig(
-            int(peft["r"]),
+            whole_number(peft["r"]),
             float(peft["lora_alpha"]),
             float(peft.get("lora_dropout") or 0.0),
             names,
             bool(peft.get("use_rslora")),
         )
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
+
+
+def whole_number(value: object) -> int:
+    """A rank as a file has it. Raises ValueError for anything but a whole number, which int() would cut to one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"the rank is {str(value)[:40]!r}, expected a whole number")
+    return int(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from adapters import random_adapter
 from click.testing import CliRunner, Result
@@ -132,6 +133,46 @@ def test_a_gguf_file_is_read_for_the_base_and_kept(tmp_path: Path, adapter: Adap
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in adapter.tensors.items())
     assert found.config.scale == adapter.config.scale
     assert registry.keep(path, base, "demo").name == "adapter"
+
+
+@pytest.mark.parametrize("rank", ["Infinity", "NaN", "16.7", "1" + "0" * 400, "true", '"4"'])
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_a_rank_that_is_none_is_one_sentence(rank: str, form: str, from_mlx: Path, from_peft: Path) -> None:
+    folder, key = (from_mlx, "rank") if form == "mlx" else (from_peft, "r")
+    config = (folder / "adapter_config.json").read_text()
+    assert config.count(f'"{key}": 4') == 1
+    (folder / "adapter_config.json").write_text(config.replace(f'"{key}": 4', f'"{key}": {rank}'))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json at .* is unusable"):
+        registry.read(folder, open_model(DEMO).config)
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_alpha_beyond_any_float_is_one_sentence(form: str, from_mlx: Path, from_peft: Path) -> None:
+    folder, before = (from_mlx, '"scale": 2.0') if form == "mlx" else (from_peft, '"lora_alpha": 8.0')
+    config = (folder / "adapter_config.json").read_text()
+    assert config.count(before) == 1
+    (folder / "adapter_config.json").write_text(config.replace(before, f"{before.split(':')[0]}: 1{'0' * 400}"))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json at .* is unusable"):
+        registry.read(folder, open_model(DEMO).config)
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_a_layer_of_a_thousand_digits_is_one_sentence(form: str, from_mlx: Path, from_peft: Path) -> None:
+    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, adapters.WEIGHTS_FILE)
+    tensors = safetensors.torch.load_file(folder / file)
+    name = next(name for name in tensors if "layers.7." in name)
+    tensors[name.replace("layers.7.", f"layers.{'7' * 5000}.")] = tensors.pop(name)
+    safetensors.torch.save_file(tensors, folder / file)
+    with pytest.raises(AdapterError, match="holds 1 tensors that are no LoRA"):
+        registry.read(folder, open_model(DEMO).config)
+
+
+def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:
+    kept = Path(str(said("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
+    about = {"heldout_bits_per_byte_before": 10**400, "heldout_bits_per_byte_after": 2.5}
+    (kept / adapters.EDGETUNE_FILE).write_text(json.dumps(about))
+    (found,) = registry.kept()
+    assert (found.heldout_bits_per_byte_before, found.heldout_bits_per_byte_after) == (None, 2.5)
 
 
 def test_an_adapter_on_some_layers_changes_these_alone(tmp_path: Path) -> None:
