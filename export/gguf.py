@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +18,15 @@ import torch
 from torch import Tensor
 
 from edgetune.export import llamacpp
-from edgetune.export.gguf_adapter import read_adapter, write_adapter
+from edgetune.export.gguf_adapter import write_adapter
 from edgetune.export.gguf_model import write_model
 from edgetune.export.gguf_vocab import read_vocabulary
-from edgetune.export.target import Job, Written
+from edgetune.export.target import Job, Written, work_folder
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError
+from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-
-__all__ = ["NEEDS", "PROVED_BY", "WEIGHTS", "read", "read_adapter", "write"]
 
 WEIGHTS = ("", "f16", "bf16", "q8_0")
 NEEDS = ("llama_cpp", "gguf")
@@ -128,15 +126,15 @@ def check(job: Job) -> None:
 
 @contextmanager
 def _bare_base(job: Job, near: Path) -> Iterator[Path]:
-    """The base without its adapter as an f32 GGUF with no tokenizer, on the disk of `near`, gone afterwards."""
+    """The base without its adapter as an f32 GGUF with no tokenizer, within the export's folder `near`, gone afterwards."""
     needed = 5 * job.base.config.parameters  # and a Q4_K_M of it
     if shutil.disk_usage(near).free < needed:
         raise ResourceError(
             f"Proving the adapter takes {needed >> 20} MB of disk beside {near.parent} for a moment, which are not free; free "
             "them, or type --no-verify."
         )
-    with tempfile.TemporaryDirectory(dir=near.parent, prefix=".gguf-") as folder:
-        path = Path(folder) / "base.gguf"
+    with work_folder(near) as folder:
+        path = folder / "base.gguf"
         bare = Job(job.base, job.base_name, None, "f32", memory=job.memory)
         write_model(bare, path, "f32", _no_vocabulary)
         yield path
@@ -153,6 +151,7 @@ def _measured_on_q4_k_m(job: Job, folder: Path) -> Written:
     lora = folder / ADAPTER_FILE
     with _bare_base(job, folder) as base:
         small = base.with_name("q4_k_m.gguf")
+        small.touch(PRIVATE_FILE)  # llama.cpp writes into the file that is there
         llamacpp.quantize(base, small)
         gain, left = (llamacpp.loss(model, None, documents) - llamacpp.loss(model, lora, documents) for model in (base, small))
     if gain < LEAST_GAIN:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.mlx_groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
-from edgetune.export.target import Job, Written
+from edgetune.export.target import Job, Written, work_folder
 from edgetune.runtime.adapter import Adapter, read_json, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
@@ -265,8 +264,7 @@ def read(job: Job, folder: Path) -> MlxReader:
     """A model folder as mlx-lm reads it; an adapter over its base, written as a dense MLX model for as long."""
     if job.weights:
         return MlxReader(open_mlx(folder))
-    with tempfile.TemporaryDirectory(prefix=".edgetune-base-", dir=folder.parent) as temporary:
-        base = Path(temporary)
+    with work_folder(folder) as base:
         recipe = merge.DenseRecipe(merge.Merged(job.base, None), torch.float32)
         write_model(job.base.folder, base, mlx_config(job.base.hf_config, job.base.config), recipe)
         return MlxReader(open_mlx(base, folder))

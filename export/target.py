@@ -16,9 +16,11 @@ Whoever calls it makes the folder appear under its name only when it is whole an
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -126,6 +128,17 @@ class Target(Protocol):
     def write(self, job: Job, folder: Path) -> Written: ...
 
     def read(self, job: Job, folder: Path) -> Reader: ...
+
+
+@contextlib.contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """A private folder within an export's own, gone afterwards: what a killed process leaves in it goes with the export."""
+    place = folder / ".work"
+    place.mkdir(mode=0o700)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def load_target(name: str) -> Target:

@@ -493,7 +493,13 @@ def test_a_share_under_four_fifths_is_warned_of(tmp_path: Path, monkeypatch: pyt
     """The arithmetic alone: losses of base, base + adapter, then the same on Q4_K_M."""
     base = opened(tmp_path / "m")
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(llamacpp, "quantize", lambda model, out: None)
+    lies = []
+
+    def quantize(model: Path, out: Path) -> None:
+        """What lies beside the adapter, within the export's folder, when llama.cpp is asked."""
+        lies.extend((path.relative_to(tmp_path / "out"), path.stat().st_mode & 0o777) for path in (model.parent, model, out))
+
+    monkeypatch.setattr(llamacpp, "quantize", quantize)
     asked = []
 
     def loss(model: Path, lora: Path | None, documents: list[list[int]]) -> float:
@@ -511,6 +517,9 @@ def test_a_share_under_four_fifths_is_warned_of(tmp_path: Path, monkeypatch: pyt
         ("base.gguf", False), ("base.gguf", True), ("q4_k_m.gguf", False), ("q4_k_m.gguf", True),
     ]  # fmt: skip
     assert asked[0][2] == [[1, 2, 3], [5] * 256]
+    work = Path(".work")
+    assert lies == [(work, 0o700), (work / "base.gguf", 0o600), (work / "q4_k_m.gguf", 0o600)]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [gguf.ADAPTER_FILE]
     losses, asked[:] = [3.0, 2.0, 3.2, 2.3], []
     assert gguf.write(job, tmp_path / "out").notices == ()
     assert gguf.write(replace(job, check=False), tmp_path / "out").facts == ()

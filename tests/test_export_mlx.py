@@ -54,6 +54,25 @@ def test_mlx_lm_gives_the_references_logits(family: str, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # the base that was there to prove it
 
 
+def test_the_base_of_a_proof_lies_within_the_export_and_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a killed process leaves is the export's own temporary folder, which the next run removes."""
+    save_model(tmp_path / "base")
+    base = open_model(tmp_path / "base")
+    job, seen = job_for(base, random_adapter(base.config)), []
+
+    def opened(folder: Path, adapter: Path) -> None:
+        seen.extend((path.relative_to(adapter), path.stat().st_mode & 0o777) for path in (folder, *folder.iterdir()))
+
+    monkeypatch.setattr(target, "open_mlx", opened)
+    (tmp_path / "out").mkdir()
+    target.write(job, tmp_path / "out")
+    target.read(job, tmp_path / "out")
+    assert (Path(".work"), 0o700) in seen
+    assert (Path(".work/model.safetensors"), 0o600) in seen
+    assert {mode for _, mode in seen[1:]} == {0o600}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+
+
 def test_a_window_that_mlx_lm_ignores_is_told(tmp_path: Path) -> None:
     save_model(tmp_path / "base", "mistral-window")
     base = open_model(tmp_path / "base")
