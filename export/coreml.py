@@ -46,7 +46,7 @@ from edgetune.runtime.tokenizer import Tokenizer
 PROVED_BY = "edgetune's own evaluator"
 ADAPTER_AS = ("inputs", "functions", "merged")
 WEIGHTS = ("nf4", "int4", "fp16", "none")
-NEEDS = ("coremltools", "coreml")
+NEEDS = (("coremltools",), "coreml")
 ADAPTER_ALONE = "none"
 """--weights none: adapter.safetensors alone, for a package that is there already."""
 CONTEXT_TOKENS = 2048

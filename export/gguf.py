@@ -29,7 +29,7 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
 WEIGHTS = ("", "f16", "bf16", "q8_0")
-NEEDS = ("llama_cpp", "gguf")
+NEEDS = (("llama_cpp", "gguf"), "gguf")
 PROVED_BY = "llama.cpp"
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"
 LEAST_KEPT = 0.8

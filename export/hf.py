@@ -32,7 +32,7 @@ from edgetune.runtime.safetensors_file import TensorSpec
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NF4, NF4_NEAREST = "nf4", "nf4-nearest"
 WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
-NEEDS = ("transformers", "peft")
+NEEDS = (("transformers", "accelerate", "bitsandbytes"), "peft")
 PROVED_BY = "transformers"
 QUANT = QuantConfig()
 

@@ -34,7 +34,7 @@ from edgetune.runtime.safetensors_file import SafetensorsFile
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT4 = "int4"
 WEIGHTS = ("", *DTYPES, INT4)
-NEEDS = ("mlx_lm", "mlx")
+NEEDS = (("mlx_lm", "mlx"), "mlx")
 PROVED_BY = "mlx-lm"
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0

@@ -40,7 +40,7 @@ from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
 
 WEIGHTS = ("nf4",)
-NEEDS = ("torch", "mps")
+NEEDS: tuple[tuple[str, ...], str] = ((), "")
 PROVED_BY = "edgetune on the CPU"
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 _FORMAT = 1

@@ -19,7 +19,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 
 WEIGHTS = ("",)
-NEEDS = ("peft", "peft")
+NEEDS = (("peft", "transformers", "accelerate", "bitsandbytes"), "peft")
 PROVED_BY = "peft"
 
 

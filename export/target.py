@@ -3,7 +3,7 @@
 A target is a module of this package with
 
     WEIGHTS: tuple[str, ...]                       what --weights takes, the default first; "" is an adapter alone
-    NEEDS: tuple[str, str]                         the package that its reader needs and the extra that installs it
+    NEEDS: tuple[tuple[str, ...], str]             the packages that its reader needs and the extra that installs them
     def write(job, folder) -> Written              into an empty private folder; what is to be opened, and what to tell
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
     def reference(job, folder) -> Llama            where it is there: what to agree with in place of job.model(), for weights
@@ -122,7 +122,7 @@ class Target(Protocol):
     """The names that a target's module has."""
 
     WEIGHTS: tuple[str, ...]
-    NEEDS: tuple[str, str]
+    NEEDS: tuple[tuple[str, ...], str]
     PROVED_BY: str
 
     def write(self, job: Job, folder: Path) -> Written: ...
@@ -174,10 +174,11 @@ def check_adapter_as(name: str, target: Target, adapter_as: str | None) -> None:
 
 
 def check_reader(name: str, target: Target) -> None:
-    """Raise ResourceError, before anything is written, where the package that proves an export is not installed."""
-    package, extra = target.NEEDS
-    if importlib.util.find_spec(package) is None:
+    """Raise ResourceError, before anything is written, where a package that proves an export is not installed; all are named."""
+    packages, extra = target.NEEDS
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
         raise ResourceError(
-            f"Proving export {name} needs {package}, which is not installed; type pip install 'edgetune[{extra}]', or "
-            "--no-verify to write it unproved."
+            f"Proving export {name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"type pip install 'edgetune[{extra}]', or --no-verify to write it unproved."
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import edgetune
 from edgetune.cli.main import cli
 from edgetune.export import peft as target
 from edgetune.export import verify
+from edgetune.export.target import TARGETS, load_target
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
@@ -152,11 +155,31 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
         export_adapter("peft", "demo", "none", tmp_path / "out")
     with pytest.raises(ResourceError, match=r"reader holds the whole model in fp32, .*--no-verify"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", memory=248_000_000)
-    monkeypatch.setattr(target, "NEEDS", ("no_such_package", "peft"))
-    with pytest.raises(ResourceError, match=r"no_such_package, which is not installed; type pip install 'edgetune\[peft\]'"):
-        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out")
+    for needs, said in (
+        (("torch", "no_such"), r"needs no_such, which is not installed; type pip install 'edgetune\[peft\]'"),
+        (("no_such", "torch", "nor_this"), "needs no_such and nor_this, which are not installed"),
+    ):
+        monkeypatch.setattr(target, "NEEDS", (needs, "peft"))
+        with pytest.raises(ResourceError, match=said):
+            export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+def test_every_target_names_all_that_its_reader_imports() -> None:
+    """The extra must install each, and none may be found missing after the work is done."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras, spelt = project["project"]["optional-dependencies"], {"llama_cpp": "llama-cpp-python", "mlx_lm": "mlx-lm"}
+    found = {}
+    for name in TARGETS:
+        packages, extra = load_target(name).NEEDS
+        installed = [re.split(r"[\[>;]", line)[0] for line in extras.get(extra, [])]
+        assert {spelt.get(package, package) for package in packages} <= set(installed), name
+        found[name] = set(packages)
+    assert found["peft"] == {"peft", "transformers", "accelerate", "bitsandbytes"}
+    assert found["mlx"] == {"mlx_lm", "mlx"}
+    assert found["gguf"] == found["ollama"] == {"llama_cpp", "gguf"}
 
 
 def test_an_adapter_of_another_base_is_refused_with_all_mismatches(demo_adapter: Path, tmp_path: Path) -> None:
