@@ -21,8 +21,8 @@ from edgetune.export import llamacpp
 from edgetune.export.gguf_adapter import write_adapter
 from edgetune.export.gguf_model import write_model
 from edgetune.export.gguf_vocab import read_vocabulary
-from edgetune.export.target import Job, Written, work_folder
-from edgetune.runtime.errors import AdapterError, ModelError, ResourceError
+from edgetune.export.target import WITHOUT_ADAPTER, Job, Written, work_folder
+from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
@@ -55,9 +55,9 @@ PROBES = (
 
 def write(job: Job, folder: Path) -> Written:
     """adapter.gguf, or model.gguf with the adapter merged into it."""
-    check(job)
+    check_writer()
     if not job.weights:
-        adapter = job.needed_adapter()
+        adapter = job.needed_adapter(WITHOUT_ADAPTER)
         write_adapter(adapter, job.base.config, folder / ADAPTER_FILE)
         if not job.check or importlib.util.find_spec("llama_cpp") is None:
             return Written(ADAPTER_FILE)
@@ -109,19 +109,10 @@ def check_ids(job: Job, model: Path) -> None:
         )
 
 
-def check(job: Job) -> None:
-    """Raise ResourceError where the package that writes GGUF is not installed, AdapterError for another base's adapter."""
+def check_writer() -> None:
+    """Raise ResourceError where the package that writes GGUF is not installed."""
     if importlib.util.find_spec("gguf") is None:
         raise ResourceError("Writing GGUF needs gguf, which is not installed; type pip install 'edgetune[gguf]'.")
-    config, tensors = job.base.config, {} if job.adapter is None else job.adapter.tensors
-    shapes, rank = config.linear_shapes(), 0 if job.adapter is None else job.adapter.config.rank
-    wrong = [
-        f"layer {layer} {name} lora_{part} is {tuple(tensor.shape)}"
-        for (layer, name, part), tensor in sorted(tensors.items())
-        if layer >= config.num_layers or tensor.shape != ((rank, shapes[name][1]) if part == "A" else (shapes[name][0], rank))
-    ]
-    if wrong:
-        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {'; '.join(wrong[:3])}.")
 
 
 @contextmanager

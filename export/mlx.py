@@ -21,7 +21,7 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.mlx_groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
-from edgetune.export.target import Job, Written, work_folder
+from edgetune.export.target import WITHOUT_ADAPTER, Job, Written, work_folder
 from edgetune.runtime.adapter import Adapter, read_json, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
@@ -49,7 +49,7 @@ def write(job: Job, folder: Path) -> Written:
     if job.weights:
         merge.check_memory(job)
         return Written(notices=_write_model(job, folder))
-    adapter = job.needed_adapter()
+    adapter = job.needed_adapter(WITHOUT_ADAPTER)
     write_adapter(adapter, folder, job.base_name, job.base.config.num_layers)
     notices = _window_notice(job.base.config)
     if job.base.quant is not None:

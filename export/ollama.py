@@ -32,7 +32,7 @@ def write(job: Job, folder: Path) -> Written:
     Ollama begins every text with the vocabulary's bos where the GGUF says so. A model whose template writes none was
     trained without it, so that the GGUF says no; where the template writes one, Ollama's stands for it.
     """
-    gguf.check(job)
+    gguf.check_writer()
     tokenizer = Tokenizer.load(job.base.folder)
     vocabulary = read_vocabulary(job.base.folder, job.base.config.vocab_size)
     derived = None

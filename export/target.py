@@ -40,6 +40,8 @@ from edgetune.runtime.model import Llama
 _SPELT = {"fp16": "f16", "f16": "fp16"}
 TARGETS = ("peft", "hf", "mlx", "gguf", "ollama", "coreml", "mps")
 
+WITHOUT_ADAPTER = ", or name --weights to write the base as a model"
+"""What a target that also writes whole models adds where there is no adapter."""
 LAYER_SHARE = 0.25
 """Of the memory that an export may hold, for the layers of a model that it runs."""
 
@@ -63,10 +65,13 @@ class Job:
     force: bool = False
     check: bool = True
 
-    def needed_adapter(self) -> Adapter:
-        """The adapter, of which this target is made. Raises AdapterError where there is none."""
+    def needed_adapter(self, otherwise: str = "") -> Adapter:
+        """The adapter, of which this target is made. otherwise: what can be typed to do without one, for targets that can.
+
+        Raises AdapterError where there is none.
+        """
         if self.adapter is None:
-            raise AdapterError("There is no adapter to export; train one, name one with --adapter, or name --weights to merge.")
+            raise AdapterError(f"There is no adapter to export; train one, or name one with --adapter{otherwise}.")
         return self.adapter
 
     @property
@@ -160,8 +165,11 @@ def check_weights(name: str, target: Target, weights: str | None) -> str:
         return target.WEIGHTS[0]
     weights = next((spelt for spelt in target.WEIGHTS if spelt in (weights, _SPELT.get(weights))), weights)
     if weights not in target.WEIGHTS:
-        known = ", ".join(known for known in target.WEIGHTS if known) or "none: it writes the adapter alone"
-        raise UsageError(f"export {name} has no --weights {weights}; expected one of: {known}.")
+        known = [known for known in target.WEIGHTS if known]
+        if not known:
+            raise UsageError(f"export {name} has no --weights {weights}: it writes the adapter alone; leave --weights out.")
+        alone = ", or no --weights for the adapter alone" if "" in target.WEIGHTS else ""
+        raise UsageError(f"export {name} has no --weights {weights}; expected {_one_of(known)}{alone}.")
     return weights
 
 
@@ -169,12 +177,16 @@ def check_adapter_as(name: str, target: Target, adapter_as: str | None) -> None:
     """Raise UsageError where --adapter-as means nothing to the target."""
     known: tuple[str, ...] = getattr(target, "ADAPTER_AS", ())
     if adapter_as is not None and adapter_as not in known:
-        expected = f"one of {', '.join(known)}" if known else "none: that is for coreml"
-        raise UsageError(f"export {name} has no --adapter-as {adapter_as}; expected {expected}.")
+        advice = f"expected {_one_of(known)}" if known else "leave it out, it is for coreml"
+        raise UsageError(f"export {name} has no --adapter-as {adapter_as}; {advice}.")
+
+
+def _one_of(known: Sequence[str]) -> str:
+    return known[0] if len(known) == 1 else f"one of {', '.join(known)}"
 
 
 def check_reader(name: str, target: Target) -> None:
-    """Raise ResourceError, before anything is written, where a package that proves an export is not installed; all are named."""
+    """Raise ResourceError, before anything is written, where packages that prove an export are not installed, naming all."""
     packages, extra = target.NEEDS
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:

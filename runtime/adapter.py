@@ -75,28 +75,45 @@ def attach(model: Llama, adapter: Adapter) -> None:
 def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
     """Raise AdapterError, naming everything that does not fit, for an adapter that was made for another shape of model."""
     config, shapes = adapter.config, model.linear_shapes()
-    layers = range(model.num_layers) if adapter.layers is None else adapter.layers
-    wanted = {(layer, name) for layer in layers for name in config.targets}
+    layers = set(range(model.num_layers) if adapter.layers is None else adapter.layers)
+    wanted = {(layer, name) for layer in layers & set(range(model.num_layers)) for name in config.targets}
     found = {(layer, name) for layer, name, _ in adapter.tensors}
-    problems = [f"the model has no layer {layer}" for layer in sorted({*layers} - {*range(model.num_layers)})]
+    wrong: dict[tuple[str, str], list[int]] = {}  # linear, what is wrong -> layers
     for layer, name in sorted(found):
         a, b = (adapter.tensors.get((layer, name, part)) for part in "AB")
-        where, (rows, columns) = f"layer {layer} {name}", shapes[name]
+        rows, columns = shapes[name]
         expected = (config.rank, columns), (rows, config.rank)
         if layer >= model.num_layers:
-            problems.append(f"{where}: the model has no such linear")
-        elif a is None or b is None:
-            problems.append(f"{where}: lora_{'A' if a is None else 'B'} is missing")
+            layers.add(layer)
+            continue
+        if a is None or b is None:
+            said = f"lora_{'A' if a is None else 'B'} is missing"
         elif (a.shape, b.shape) != expected:
-            problems.append(
-                f"{where}: lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
-            )
+            said = f"lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
         elif (layer, name) not in wanted:
-            problems.append(f"{where}: adapter_config.json does not name it")
-    problems += [f"layer {layer} {name}: no tensors" for layer, name in sorted(wanted - found) if layer < model.num_layers]
+            said = "adapter_config.json does not name it"
+        else:
+            continue
+        wrong.setdefault((name, said), []).append(layer)
+    for layer, name in sorted(wanted - found):
+        wrong.setdefault((name, "no tensors"), []).append(layer)
+    beyond = sorted(layer for layer in layers if layer >= model.num_layers)
+    problems = [f"the model has no {_named(beyond)}"] if beyond else []
+    problems += [f"{_named(where)} {name}: {said}" for (name, said), where in wrong.items()]
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {shown}.")
+        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {'; '.join(problems)}.")
+
+
+def _named(layers: list[int]) -> str:
+    """Ascending numbers as "layer 3" or "layers 0-7, 9": a mismatch is most often every layer's."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    spelt = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"layer{'s' if len(layers) > 1 else ''} {spelt}"
 
 
 def detach(model: Llama) -> None:
@@ -170,7 +187,7 @@ def load_config(folder: Path) -> Adapter:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
-            f"No adapter at {folder}: found no {CONFIG_FILE}, expected a PEFT folder; type --adapter none for the bare base."
+            f"No adapter at {folder}: found no {CONFIG_FILE}, expected a PEFT or mlx-lm folder or a .gguf file; name one."
         )
     peft = read_json(folder / CONFIG_FILE)
     about = read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}

@@ -157,15 +157,17 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", gguf.WEIGHTS)
 def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
-    other = opened(tmp_path / "other", hidden_size=96, num_attention_heads=6)
-    job = Job(opened(tmp_path / "m"), "tiny", an_adapter(other.config), weights)
-    with pytest.raises(AdapterError, match="made for another base: layer 0 down_proj lora_B is"):
-        gguf.write(job, tmp_path)
-    deeper = opened(tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(AdapterError, match="layer 2 down_proj"):
-        gguf.write(replace(job, adapter=an_adapter(deeper.config)), tmp_path)
-    with pytest.raises(AdapterError, match="no adapter to export"):
-        gguf.write(Job(other, "tiny", None), tmp_path)
+    base = opened(tmp_path / "m")
+    for name, changes, said in (
+        ("wider", {"hidden_size": 96, "num_attention_heads": 6}, "another base: layers 0-1 down_proj: lora_A is"),
+        ("deeper", {"num_hidden_layers": 3}, "the model has no layer 2"),
+    ):
+        adapters.save(an_adapter(opened(tmp_path / name, **changes).config), tmp_path / f"for-{name}", "tiny")
+        with pytest.raises(AdapterError, match=said):
+            export_adapter("gguf", str(tmp_path / "m"), str(tmp_path / f"for-{name}"), tmp_path / "out", weights, check=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AdapterError, match=r"no adapter to export; .* or name --weights to write the base as a model"):
+        gguf.write(Job(base, "tiny", None), tmp_path)
 
 
 # --- the adapter, there and back ----------------------------------------------------------------------------------------

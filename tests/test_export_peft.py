@@ -149,9 +149,16 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"is there already and holds thesis.txt, which is of no export"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "mine")
-    with pytest.raises(UsageError, match="export peft has no --weights nf4"):
-        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", weights="nf4")
-    with pytest.raises(AdapterError, match="There is no adapter to export"):
+    for name, weights, sentence in (
+        ("peft", "none", "export peft has no --weights none: it writes the adapter alone; leave --weights out."),
+        ("mps", "fp16", "export mps has no --weights fp16; expected nf4."),
+        ("mlx", "none", "has no --weights none; expected one of bf16, fp16, int4, or no --weights for the adapter alone."),
+    ):
+        with pytest.raises(UsageError, match=re.escape(sentence)):
+            export_adapter(name, "demo", str(demo_adapter), tmp_path / "out", weights=weights)
+    with pytest.raises(UsageError, match="no --adapter-as inputs; leave it out, it is for coreml"):
+        export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", adapter_as="inputs")
+    with pytest.raises(AdapterError, match=r"no adapter to export; train one, or name one with --adapter\.$"):
         export_adapter("peft", "demo", "none", tmp_path / "out")
     with pytest.raises(ResourceError, match=r"reader holds the whole model in fp32, .*--no-verify"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", memory=248_000_000)
@@ -188,5 +195,9 @@ def test_an_adapter_of_another_base_is_refused_with_all_mismatches(demo_adapter:
     with pytest.raises(AdapterError) as caught:
         adapters.check_fits(adapters.load(demo_adapter), base.config)
     said = str(caught.value)
-    assert "layer 0 q_proj: lora_A is (8, 384) and lora_B (384, 8), expected (8, 64) and (64, 8)" in said
-    assert "and 48 more" in said  # 56 linears of the demo, 8 of them named
+    assert "the model has no layers 2-7; " in said
+    for name, (rows, columns) in open_model(DEMO).config.linear_shapes().items():
+        out, inputs = base.config.linear_shapes()[name]
+        found, expected = f"({8}, {columns}) and lora_B ({rows}, 8)", f"(8, {inputs}) and ({out}, 8)"
+        assert f"layers 0-1 {name}: lora_A is {found}, expected {expected}" in said
+    assert len(said) < 1000
