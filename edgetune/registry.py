@@ -124,6 +124,8 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
 
     Raises AdapterError for anything else.
     """
+    if not path.exists():
+        raise AdapterError(f"There is nothing at {path}; expected a PEFT folder, an mlx-lm folder or a {GGUF} file.")
     if path.suffix == GGUF and path.is_file():
         return gguf_adapter.read_adapter(path, base)
     if mlx_folder.is_adapter(path):
@@ -138,7 +140,7 @@ def load_for(path: Path, base: Checkpoint) -> Adapter:
     if made_for is not None and made_for != base.digest:
         raise AdapterError(
             f"The adapter {path.name} was made for another base ({str(made_for)[:12]}, this one is {base.digest[:12]}); "
-            "name its model with --model, or type --adapter none."
+            "name its model with --model."
         )
     return adapter
 
@@ -160,11 +162,10 @@ class Kept:
     heldout_bits_per_byte_after: float | None
 
 
-def kept(base: str | None = None) -> list[Kept]:
-    """All adapters under this home, or those of one base, oldest name first. Folders that are no adapters are left out."""
-    root, found = home() / "adapters", []
-    folders = [root / base[:12]] if base is not None else sorted(root.glob("*"))
-    for folder in (adapter for parent in folders for adapter in sorted(parent.glob("[!.]*"))):
+def kept() -> list[Kept]:
+    """All adapters under this home, by base, oldest name first. Folders that are no adapters are left out."""
+    found = []
+    for folder in (adapter for parent in sorted((home() / "adapters").glob("*")) for adapter in sorted(parent.glob("[!.]*"))):
         with contextlib.suppress(AdapterError):
             found.append(describe(folder))
     return found
@@ -214,10 +215,12 @@ def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None
 
 
 def delete(folder: Path) -> None:
-    """Remove a kept adapter. Raises AdapterError for the current one."""
+    """Remove a kept adapter. Raises AdapterError for the current one, unless its base has no other to promote."""
     current = get_current()
     if current is not None and current.adapter == folder.resolve():
-        raise AdapterError(
-            f"The adapter {folder.name} is the current one; type `edgetune adapters promote NAME` for another first."
-        )
+        if any(other.base == folder.parent.name and other.name != folder.name for other in kept()):
+            raise AdapterError(
+                f"The adapter {folder.name} is the current one; type `edgetune adapters promote NAME` for another first."
+            )
+        (home() / CURRENT).unlink(missing_ok=True)
     shutil.rmtree(folder)

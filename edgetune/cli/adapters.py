@@ -94,7 +94,7 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
 @model_option
 @json_option
 def delete_command(name: str, model: str | None, as_json: bool) -> None:
-    """Remove the adapter NAME, which is not the current one, for good."""
+    """Remove the adapter NAME for good; not the current one while its base has another."""
     from edgetune import registry
 
     folder, _, _ = _kept(name, model)
