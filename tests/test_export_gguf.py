@@ -427,13 +427,13 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
     base = opened(tmp_path / "m", family)
     job = Job(base, "tiny", an_adapter(base.config, size=0.1))
     ids = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    expected = verify.golden(job, ids)
+    expected = verify.golden(job, ids, job.model())
     gguf_model.write_model(job, tmp_path / "m.gguf", "f32", nothing)
     assert verify.compare(expected, gguf.LlamaCppReader(tmp_path / "m.gguf"), verify.EXACT).max_logit_difference < 1e-4
     (tmp_path / "a").mkdir()
     gguf_adapter.write_adapter(job.needed_adapter(), base.config, tmp_path / "a" / gguf.ADAPTER_FILE)
     assert verify.compare(expected, gguf.read(job, tmp_path / "a"), verify.EXACT).max_logit_difference < 1e-4
-    without = verify.golden(replace(job, adapter=None), ids)
+    without = verify.golden(job, ids, replace(job, adapter=None).model())
     assert not verify.compare(without, gguf.read(job, tmp_path / "a"), verify.EXACT).holds(verify.EXACT)
 
 
@@ -444,7 +444,7 @@ def adapted_demo(llama: None) -> tuple[Job, verify.Golden, verify.Golden]:
     base, tokenizer = open_model(DEMO), Tokenizer.load(DEMO)
     job = Job(base, "demo", an_adapter(base.config))
     prompt = [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)]
-    return job, verify.golden(job, prompt), verify.golden(replace(job, adapter=None), prompt)
+    return job, verify.golden(job, prompt, job.model()), verify.golden(job, prompt, replace(job, adapter=None).model())
 
 
 @pytest.mark.parametrize("weights", gguf.WEIGHTS)

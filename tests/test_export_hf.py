@@ -110,7 +110,7 @@ def test_golden_tokens_of_a_streamed_model_are_those_of_a_whole_one(tmp_path: Pa
     one_layer = 4 * base.config.linear_parameters // base.config.num_layers
     job = job_for(base, adapter, memory=4 * 3 * one_layer)  # a quarter for a ring of two layers and one that stays
     assert job.model().pager.streaming
-    whole, streamed = verify.golden(job_for(base, adapter), PROMPT), verify.golden(job, PROMPT)
+    whole, streamed = (verify.golden(each, PROMPT, each.model()) for each in (job_for(base, adapter), job))
     assert streamed.ids == whole.ids
     assert torch.equal(streamed.logits, whole.logits)
 

@@ -188,7 +188,7 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
     with torch.no_grad():
         from edgetune.export import verify
 
-        expected = verify.golden(job, [1, 5, 9, 17]).logits[:4]
+        expected = verify.golden(job, [1, 5, 9, 17], job.model()).logits[:4]
     found = target.MlxReader(model).logits([1, 5, 9, 17])
     assert (found - expected).abs().max() < 1e-3
 

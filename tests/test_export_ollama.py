@@ -217,5 +217,5 @@ def test_llama_cpp_proves_the_model(tmp_path: Path, weights: str) -> None:
     job = Job(open_model(tmp_path / "m"), "m", None, weights)
     ollama.write(job, tmp_path / "out")
     bound = verify.BOUNDS["ollama", weights]
-    expected = verify.golden(job, list(range(5, 40)))
+    expected = verify.golden(job, list(range(5, 40)), job.model())
     assert verify.compare(expected, ollama.read(job, tmp_path / "out"), bound).holds(bound)

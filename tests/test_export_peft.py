@@ -105,7 +105,7 @@ def test_golden_json_holds_what_the_reference_says(demo_adapter: Path, tmp_path:
     job = job_for(open_model(DEMO), adapters.load(tmp_path / "out"))
     ids, prompt = golden["token_ids"], golden["prompt_tokens"]
     assert len(ids) == prompt + verify.WRITTEN_TOKENS
-    logits = verify.golden(job, ids[:prompt]).logits
+    logits = verify.golden(job, ids[:prompt], job.model()).logits
     values, tokens = logits.topk(verify.STORED_LOGITS)
     assert golden["top_token_ids"] == tokens.tolist()
     assert torch.allclose(torch.tensor(golden["top_logits"]), values, atol=1e-4)

@@ -1,0 +1,119 @@
+"""What the proof of an export lets through and what it does not, with readers that are known to be right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import PROMPT, job_for, random_adapter
+from torch import Tensor
+
+import edgetune
+from edgetune.export import verify
+from edgetune.export.target import Job
+from edgetune.export.verify import Agreement, Bound, Golden
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.checkpoint import open_model
+
+DEMO = Path(edgetune.__file__).parent / "demo"
+FORMS = [("gguf", "q8_0"), ("gguf", "bf16"), ("hf", "bf16"), ("coreml", "nf4"), ("gguf", "f16"), ("peft", "")]
+
+
+class Fixed:
+    """A reader that gives what it was made with."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        return self._logits
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    """The demo with an adapter of about the effect that training on notes has, KL 0.4."""
+    base = open_model(DEMO)
+    return job_for(base, random_adapter(base.config, size=0.06))
+
+
+@pytest.fixture(scope="module")
+def expected(job: Job) -> Golden:
+    return verify.golden(job, PROMPT, job.model())
+
+
+def read_as(job: Job, adapter: Adapter | None, expected: Golden) -> Fixed:
+    """A reader that is right but for the adapter."""
+    model = replace(job, adapter=adapter).model()
+    positions, n = torch.arange(len(expected.ids)), len(expected.ids)
+    with torch.no_grad():
+        h = verify.Runner(model).infer(torch.tensor(expected.ids), positions, [(0, n, 0, n)], None)
+        return Fixed(model.logits(h).float())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_without_its_k_proj_or_with_nine_tenths_of_its_scale_is_no_proof(
+    form: tuple[str, str], job: Job, expected: Golden
+) -> None:
+    bound, adapter = verify.BOUNDS[form], job.needed_adapter()
+    assert expected.kl_of_adapter is not None
+    assert 0.1 < expected.kl_of_adapter < 1.0
+    assert verify.compare(expected, read_as(job, adapter, expected), bound).holds(bound)
+    tensors = {key: tensor * (key[1] != "k_proj") for key, tensor in adapter.tensors.items()}
+    weaker = replace(adapter.config, alpha=0.9 * adapter.config.alpha)
+    for wrong in (replace(adapter, tensors=tensors), replace(adapter, config=weaker)):
+        assert not verify.compare(expected, read_as(job, wrong, expected), bound).holds(bound)
+
+
+def test_the_loss_of_a_weak_adapter_is_seen_where_every_figure_is_small(job: Job) -> None:
+    """One that changes less than q8_0's rounding does is measured by its own effect; one that does nothing, not at all."""
+    bound, base = verify.BOUNDS["gguf", "q8_0"], open_model(DEMO)
+    weak = replace(job, adapter=random_adapter(base.config, size=2e-4))
+    expected = verify.golden(weak, PROMPT, weak.model())
+    assert expected.kl_of_adapter is not None
+    assert verify.LEAST_EFFECT < expected.kl_of_adapter < bound.kl / 5
+    found = verify.compare(expected, read_as(weak, None, expected), bound)
+    assert found.faults(bound) == ["KL is 100% of what the adapter does (at most 5%)"]
+    assert verify.compare(expected, read_as(weak, weak.adapter, expected), bound).holds(bound)
+    new = replace(job, adapter=random_adapter(base.config, size=0.0))
+    expected = verify.golden(new, PROMPT, new.model())
+    found = verify.compare(expected, read_as(new, None, expected), bound)
+    assert expected.kl_of_adapter == 0.0
+    assert found.adapter_lost is None
+    assert found.holds(bound)
+
+
+def test_golden_says_nothing_of_the_bare_base_in_its_file_or_without_an_adapter(job: Job, expected: Golden) -> None:
+    bound = verify.BOUNDS["peft", ""]
+    assert set(expected.as_dict(bound)) == {
+        "format", "prompt_tokens", "token_ids", "top_token_ids", "top_logits", "bounds"
+    }  # fmt: skip
+    bare = replace(job, adapter=None)
+    assert verify.golden(bare, PROMPT, bare.model()).kl_of_adapter is None
+
+
+def test_only_a_tie_may_go_either_way() -> None:
+    """Within twice what a correct export's logits move by, and no further, although the difference itself is in bounds."""
+    bound = Bound(max_logit=0.5, mean_logit=0.5, kl=0.5)
+    logits = torch.zeros(3, 8)
+    for gap, holds in ((0.19, True), (0.21, False)):
+        logits[:, 1], logits[:, 2] = 5.0 + gap, 5.0
+        swapped = logits.clone()
+        swapped[:, 1], swapped[:, 2] = 5.0, 5.0 + gap
+        found = verify.compare(Golden(1, [0, 1, 1], logits.clone()), Fixed(swapped), bound)
+        assert found.holds(bound) is holds
+        assert found.faults(bound) == ([] if holds else ["the greedy text is another (expected the same)"])
+
+
+def test_every_figure_that_is_out_of_bounds_is_named() -> None:
+    bound = Bound(0.1, 0.01, 1e-3)
+    assert Agreement(0.2, 0.02, 2e-3, False, 0.5).faults(bound) == [
+        "logits differ by up to 0.2 (at most 0.1)",
+        "logits differ by 0.02 on average (at most 0.01)",
+        "KL is 0.002 (at most 0.001)",
+        "KL is 50% of what the adapter does (at most 5%)",
+        "the greedy text is another (expected the same)",
+    ]
+    assert Agreement(float("nan"), 0.0, 0.0, True).faults(bound) == ["logits differ by up to nan (at most 0.1)"]
