@@ -212,11 +212,11 @@ def _write_int4(job: Job, folder: Path) -> Written:
     config |= {"torch_dtype": "bfloat16", "quantization": {"group_size": GROUP, "bits": BITS}}
     recipe = RoundedRecipe(merged, affine_specs, rounded(merged, AffineGrid.of, calibration))
     write_model(job.base.folder, folder, config, recipe)
-    notices = _window_notice(job.base.config)
-    if job.adapter is None:
-        return Written(notices=notices)
-    advice = "type --weights bf16, or export mlx without --weights for the adapter alone"
-    return Written(notices=notices, facts=(effect.check(job, _int4_model(job, folder), held_out, advice),))
+    advice = "type --weights bf16"
+    if job.adapter is not None:
+        advice += ", or export mlx without --weights for the adapter alone"
+    left = effect.check(job, _int4_model(job, folder), held_out, advice)
+    return Written(notices=_window_notice(job.base.config), facts=(left,))
 
 
 def _int4_model(job: Job, folder: Path) -> Llama:

@@ -108,6 +108,21 @@ def test_mlx_lm_reads_the_4bit_model_as_edgetune_does(family: str, tmp_path: Pat
     assert stored["model.layers.0.mlp.up_proj.weight"].shape == (128, 8)
 
 
+def test_a_base_whose_codes_say_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written agrees with itself; it is held to the model that it was made of."""
+    monkeypatch.setattr(effect, "TOKENS", 512)
+    job = job_for(open_model(DEMO), None, "int4")
+    (tmp_path / "right").mkdir()
+    ((name, kl),) = target.write(job, tmp_path / "right").facts
+    assert name == "kl_of_rounding"
+    assert 0 < kl < effect.MOST_KL / 5
+    tensors = mlx_groups.AffineGrid.tensors
+    monkeypatch.setattr(mlx_groups.AffineGrid, "tensors", lambda self, name, codes: tensors(self, name, codes * 0))
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(ModelError, match=r"Rounded to int4, the model is KL [\d.]+ from what it was .* --weights bf16, or"):
+        target.write(job, tmp_path / "wrong")
+
+
 @pytest.mark.parametrize("kind", ["normal", "positive", "negative", "tiny", "zero", "constant"])
 def test_groups_are_mlx_cores_bit_for_bit(kind: str) -> None:
     weight = {
