@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from edgetune.export import coreml_app as app
-from edgetune.export import coreml_model, coreml_weights, verify
+from edgetune.export import coreml_model, coreml_weights, effect, verify
 from edgetune.export.coreml_model import Plan, linear_name
 from edgetune.export.coreml_weights import Stored
+from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import MilProgram, quiet_coremltools
 from edgetune.export.target import Job, Written
 from edgetune.runtime import adapter as adapters
@@ -36,10 +37,9 @@ from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.lora import Linear, Weight
+from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Llama, hf_linear_name
 from edgetune.runtime.model_folder import companions
-from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -85,14 +85,9 @@ class _Source:
     def linear(self, layer: int, name: str) -> Stored:
         """A layer's linear as it is to be stored."""
         full = f"model.layers.{layer}.{hf_linear_name(name)}.weight"
-        weight: Weight = self.job.base.tensor(full)
-        adapter = self.job.adapter
-        if self.job.weights == "nf4" and not isinstance(weight, QuantizedTensor):
-            weight = coreml_weights.quantize(weight)
-        if self.merges and adapter is not None and (layer, name, "A") in adapter.tensors:
-            a, b = (adapter.tensors[layer, name, part] for part in "AB")
-            weight = coreml_weights.merged(weight, a, b, adapter.config.scale)
-        return coreml_weights.store(full, weight, self.job.weights)
+        if self.merges:
+            return coreml_weights.store(full, Merged(self.job.base, self.job.adapter).tensor(full), self.job.weights)
+        return coreml_weights.store(full, self.job.base.tensor(full), self.job.weights)
 
     def plan(self, context: int) -> Plan:
         """The program of the bare base, or of the merged model."""
@@ -136,6 +131,7 @@ def write(job: Job, folder: Path) -> Written:
     )
     if source.requantises:
         loss = _loss(job)
+        _hold(source, loss)
         facts += loss.items()
         notices.append(_loss_notice(source, loss))
     return Written(app.PACKAGE, tuple(notices), tuple(facts))
@@ -349,6 +345,16 @@ def _loss(job: Job) -> dict[str, float]:
     return {name: total / count for name, total in sums.items()}
 
 
+def _hold(source: _Source, loss: dict[str, float]) -> None:
+    """Raise ModelError where rounding cost too much: what is stored is held to the model as it was trained, not to itself."""
+    where = "the texts" if source.job.texts else "the golden prompt"
+    if source.merges:
+        lost = loss["kl_of_rounding"] / max(loss["kl_of_adapter"], 1e-12)
+        effect.hold_kept(source.job, 1.0 - lost, where, "type --adapter-as inputs, which keeps it whole")
+    else:
+        effect.hold_rounding(source.job, loss["kl_of_rounding"], where, "type --weights nf4")
+
+
 def _prompt(job: Job) -> list[int]:
     tokenizer = Tokenizer.load(job.base.folder)
     return [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)]
@@ -356,13 +362,13 @@ def _prompt(job: Job) -> list[int]:
 
 def _loss_notice(source: _Source, loss: dict[str, float]) -> str:
     """What rounding the weights anew did to the model, and to the adapter that was merged first."""
-    form, rounding, effect = source.job.weights, loss["kl_of_rounding"], loss.get("kl_of_adapter")
-    if not source.merges or effect is None:
+    form, rounding, whole = source.job.weights, loss["kl_of_rounding"], loss.get("kl_of_adapter")
+    if not source.merges or whole is None:
         return f"The weights were rounded to {form} anew: KL {rounding:.2g} from the model as it was trained; nf4 keeps it."
-    lost = "so the adapter's effect is lost" if rounding >= effect else "which may cost some of the adapter's effect"
+    lost = "so the adapter's effect is lost" if rounding >= whole else "which may cost some of the adapter's effect"
     return (
         f"The adapter was merged into weights rounded to {form}: KL {rounding:.2g} by rounding where the whole adapter makes "
-        f"{effect:.2g}, {lost}; --adapter-as inputs keeps it whole."
+        f"{whole:.2g}, {lost}; --adapter-as inputs keeps it whole."
     )
 
 

@@ -83,11 +83,6 @@ def quantize(weight: Tensor) -> QuantizedTensor:
     return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
 
 
-def merged(weight: Weight, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, dense in fp32. lora_A (r, in), lora_B (out, r)."""
-    return _dense(weight) + scale * (lora_B @ lora_A)
-
-
 def constexpr(stored: Stored, name: str) -> Any:
     """The weight as a variable of the program that is being built."""
     from coremltools.converters.mil import Builder as mb

@@ -24,6 +24,7 @@ import edgetune
 from edgetune import export_adapter
 from edgetune.export import coreml, coreml_app, coreml_weights, verify
 from edgetune.export.coreml_weights import Stored, store
+from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import OPERATIONS, MilProgram
 from edgetune.export.target import Job
 from edgetune.runtime import adapter as adapters
@@ -314,6 +315,43 @@ def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path)
     assert package.call["adapter"] is None
     assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
     assert apart(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real, and not hidden
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int4"])
+def test_a_merge_that_leaves_the_adapter_out_is_refused(
+    weights: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored and what it is compared with are made by the same sum; the model as it was trained is not."""
+    job = replace(job_of(folder, weights, an_adapter(folder), "merged"), texts=[IDS])
+    monkeypatch.setattr(Merged, "scale", 0.0)
+    tmp_path.joinpath("out").mkdir()
+    with pytest.raises(ModelError, match=r"keeps -?\d+% of what the adapter does on the texts, .* type --adapter-as inputs"):
+        coreml.write(job, tmp_path / "out")
+    tmp_path.joinpath("forced").mkdir()
+    facts = dict(coreml.write(replace(job, force=True), tmp_path / "forced").facts)
+    assert facts["kl_of_rounding"] > facts["kl_of_adapter"] / 2
+
+
+@pytest.mark.parametrize("adapter_as", [None, "inputs"])
+def test_a_base_whose_codes_say_nothing_is_refused(
+    adapter_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also below an adapter that is an input. The model is one that is sure of what it says."""
+    folder = tiny(tmp_path / "model")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 10
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    made = coreml_weights._store_int4
+
+    def nothing(name: str, dense: Tensor) -> Stored:
+        right = made(name, dense)
+        return replace(right, codes=right.codes * 0)
+
+    monkeypatch.setattr(coreml_weights, "_store_int4", nothing)
+    job = replace(job_of(folder, "int4", None if adapter_as is None else an_adapter(folder), adapter_as), texts=[IDS])
+    tmp_path.joinpath("out").mkdir()
+    with pytest.raises(ModelError, match=r"Rounded to int4, the model is KL [\d.]+ from what it was .* type --weights nf4, or"):
+        coreml.write(job, tmp_path / "out")
 
 
 # --- the whole ---------------------------------------------------------------------------------------------------------------
