@@ -165,12 +165,7 @@ def _free_folder(folder: Path, target: str) -> Path:
 
 
 def _out_of_bounds(target: str, found: verify.Agreement, bound: verify.Bound, fate: str) -> str:
-    return (
-        f"The export to {target} does not agree with edgetune's own model, and was {fate}: logits differ by up to "
-        f"{found.max_logit_difference:.3g} (at most {bound.max_logit:g}), {found.mean_logit_difference:.3g} on average "
-        f"(at most {bound.mean_logit:g}), KL {found.kl:.3g} (at most {bound.kl:g}), greedy text "
-        f"{'the same' if found.greedy_match else 'another'}."
-    )
+    return f"The export to {target} does not agree with edgetune's own model and was {fate}: {'; '.join(found.faults(bound))}."
 
 
 def _public(model: str) -> str:
