@@ -29,9 +29,8 @@ from edgetune.export.coreml_model import Plan, linear_name
 from edgetune.export.coreml_weights import Stored
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import MilProgram, quiet_coremltools
-from edgetune.export.target import Job, Written
+from edgetune.export.target import Job, Written, work_folder
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import HEAD
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
@@ -40,7 +39,6 @@ from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Llama, hf_linear_name
 from edgetune.runtime.model_folder import companions
-from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
 PROVED_BY = "edgetune's own evaluator"
@@ -206,7 +204,7 @@ class _AdapterFile:
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(N,) -> (N, V) f32."""
-        return _logits(self._model, ids)
+        return verify.reference_logits(self._model, ids)
 
 
 def read(job: Job, folder: Path) -> EvaluatedPackage | _AdapterFile:
@@ -247,16 +245,15 @@ def _source(job: Job) -> _Source:
 @contextlib.contextmanager
 def _workplace(folder: Path) -> Iterator[None]:
     """No progress bars, and coremltools' own copies of the weights inside `folder`: private, and on the result's disk."""
-    before, place = tempfile.tempdir, folder / ".work"
-    place.mkdir(mode=0o700)
-    tempfile.tempdir = str(place)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # what fails raises
-            yield
-    finally:
-        tempfile.tempdir = before
-        gc.collect()  # a program is full of cycles, and holds every weight; its files go with it
-        shutil.rmtree(place, ignore_errors=True)
+    before = tempfile.tempdir
+    with work_folder(folder) as place:
+        tempfile.tempdir = str(place)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # what fails raises
+                yield
+        finally:
+            tempfile.tempdir = before
+            gc.collect()  # a program is full of cycles, and holds every weight; its files go with it
 
 
 def _save(plan: Plan, package: Path) -> None:
@@ -337,9 +334,9 @@ def _loss(job: Job) -> dict[str, float]:
         models["kl_of_adapter"] = _bare(job)
     sums = dict.fromkeys(models, 0.0)
     for text in texts:
-        expected = torch.log_softmax(_logits(whole, text).double(), dim=-1)
+        expected = torch.log_softmax(verify.reference_logits(whole, text).double(), dim=-1)
         for name, model in models.items():
-            found = torch.log_softmax(_logits(model, text).double(), dim=-1)
+            found = torch.log_softmax(verify.reference_logits(model, text).double(), dim=-1)
             sums[name] += float((expected.exp() * (expected - found)).sum())
         count += len(expected)
     return {name: total / count for name, total in sums.items()}
@@ -370,12 +367,3 @@ def _loss_notice(source: _Source, loss: dict[str, float]) -> str:
         f"The adapter was merged into weights rounded to {form}: KL {rounding:.2g} by rounding where the whole adapter makes "
         f"{whole:.2g}, {lost}; --adapter-as inputs keeps it whole."
     )
-
-
-@torch.no_grad()
-def _logits(model: Llama, ids: Sequence[int]) -> Tensor:
-    """(N,) -> (N, V) f32 of the reference back end."""
-    with ops.use_backend("reference"):
-        positions = torch.arange(len(ids))
-        h = Runner(model).infer(torch.tensor(list(ids)), positions, [(0, len(ids), 0, len(ids))], None)
-        return model.logits(h).float()

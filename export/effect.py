@@ -104,11 +104,11 @@ def measure(job: Job, merged: Llama, documents: Documents) -> Effect:
     """Run base, adapted and merged model in fp32 on each document."""
     own = job.model()
     runners, sums, count = Runner(own), torch.zeros(5, dtype=torch.float64), 0
-    hidden = [_hidden(runners, document) for document in documents]
+    hidden = [runners.read(document) for document in documents]
     adapters.detach(own)
     other = Runner(merged)
     for document, adapted in zip(documents, hidden, strict=True):
-        base, changed = _hidden(runners, document), _hidden(other, document)
+        base, changed = runners.read(document), other.read(document)
         for rows, targets in _predictions(document):
             a, b, c = (
                 torch.log_softmax(model.logits(h[rows]).double(), dim=-1)
@@ -119,11 +119,6 @@ def measure(job: Job, merged: Llama, documents: Documents) -> Effect:
             sums += torch.stack([*nats, *divergences])
             count += len(targets)
     return Effect(*(sums / count).tolist())
-
-
-def _hidden(runner: Runner, document: Sequence[int]) -> Tensor:
-    n = len(document)
-    return runner.infer(torch.tensor(document), torch.arange(n), [(0, n, 0, n)], None)
 
 
 def _predictions(document: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:

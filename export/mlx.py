@@ -22,6 +22,7 @@ from edgetune.export import effect, merge
 from edgetune.export.mlx_groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.target import WITHOUT_ADAPTER, Job, Written, work_folder
+from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter, read_json, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
@@ -94,24 +95,8 @@ def read_adapter(folder: Path) -> Adapter:
     kind, parameters = settings.get("fine_tune_type", "lora"), settings.get("lora_parameters")
     if kind != "lora" or not isinstance(parameters, dict):
         raise AdapterError(f"The mlx-lm adapter at {folder} is of type {kind!r}; expected lora with its lora_parameters.")
-    tensors, unknown = {}, []
-    try:
-        with safetensors.safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                match = _KEY.fullmatch(key)
-                if match is None or match[2] not in LINEARS:
-                    unknown.append(key)
-                    continue
-                tensors[int(match[1]), match[2], match[3].upper()] = file.get_tensor(key).float().T.contiguous()
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{folder / ADAPTER_FILE} is damaged ({error}); copy the adapter again.") from error
-    if unknown or not tensors:
-        raise AdapterError(
-            f"The mlx-lm adapter at {folder} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: "
-            f"{unknown[:1]}); train it on linears alone."
-        )
-    if any(tensor.ndim != 2 or not torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise AdapterError(f"The mlx-lm adapter at {folder} holds inf, NaN or a tensor that is no matrix; train it again.")
+    stored = adapters.read_tensors(folder / ADAPTER_FILE, _KEY)
+    tensors = {key: tensor.T.contiguous() for key, tensor in stored.items()}
     targets = tuple(name for name in LINEARS if name in {linear for _, linear, _ in tensors})
     return Adapter(_lora_config(settings, parameters, targets, folder), tensors, {}, _layers(settings, tensors, folder))
 

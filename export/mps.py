@@ -131,9 +131,7 @@ class BundleReader:
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(N,) -> (N, V) f32."""
-        n = len(ids)
-        h = Runner(self.model).infer(torch.tensor(list(ids)), torch.arange(n), [(0, n, 0, n)], None)
-        return self.model.logits(h).float()
+        return self.model.logits(Runner(self.model).read(ids)).float()
 
 
 def reference(job: Job, folder: Path) -> Llama:

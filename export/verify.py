@@ -170,18 +170,18 @@ def golden(job: Job, prompt: Sequence[int], model: Llama) -> Golden:
     runner = Runner(model)
     room = min(len(prompt) + WRITTEN_TOKENS, model.config.max_positions)
     ids = [*prompt, *Generator(runner, room).generate(prompt, WRITTEN_TOKENS, Sampling(temperature=0.0))]
-    logits = _logits(runner, ids)
+    logits = reference_logits(model, ids)
     if job.adapter is None or not adapters.parameters(model):  # it may be in the weights
         return Golden(len(prompt), ids, logits)
     adapters.detach(model)
-    return Golden(len(prompt), ids, logits, _divergence(logits, _logits(Runner(model), ids)))
+    return Golden(len(prompt), ids, logits, _divergence(logits, reference_logits(model, ids)))
 
 
-def _logits(runner: Runner, ids: list[int]) -> Tensor:
-    """(N,) -> (N, V) f32 of the reference back end."""
+@torch.no_grad()
+def reference_logits(model: Llama, ids: Sequence[int]) -> Tensor:
+    """Token ids (N,) of one sequence -> logits (N, V) f32 by the reference back end."""
     with ops.use_backend("reference"):
-        h = runner.infer(torch.tensor(ids), torch.arange(len(ids)), [(0, len(ids), 0, len(ids))], None)
-        return runner.model.logits(h).float()
+        return model.logits(Runner(model).read(ids)).float()
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:

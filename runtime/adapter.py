@@ -204,24 +204,33 @@ def load(folder: Path) -> Adapter:
         raise AdapterError(
             f"The adapter at {folder} has no {WEIGHTS_FILE}; save it with safetensors (pickled .bin files are not opened)."
         )
+    return replace(adapter, tensors=read_tensors(folder / WEIGHTS_FILE, _KEY))
+
+
+def read_tensors(path: Path, key: re.Pattern[str]) -> dict[tuple[int, str, str], Tensor]:
+    """The LoRA matrices of a safetensors file in f32; `key` has a layer's number, a linear's name and a or b as its groups.
+
+    Raises AdapterError for a damaged file, other tensors than these, and numbers that are not finite.
+    """
     tensors, unknown = {}, []
     try:
-        with safetensors.safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                match = _KEY.fullmatch(key)
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                match = key.fullmatch(name)
                 if match is None or match[2] not in LINEARS:
-                    unknown.append(key)
+                    unknown.append(name)
                     continue
-                tensors[int(match[1]), match[2], match[3]] = file.get_tensor(key).float()
+                tensors[int(match[1]), match[2], match[3].upper()] = file.get_tensor(name).float()
     except safetensors.SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged ({error}); copy the adapter again.") from error
+        raise AdapterError(f"{path} is damaged ({error}); copy the adapter again.") from error
     if unknown or not tensors:
         raise AdapterError(
-            f"The adapter at {folder} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: {unknown[:1]})."
+            f"The adapter at {path.parent} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: "
+            f"{unknown[:1]}); train it on linears alone."
         )
-    if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise AdapterError(f"The adapter at {folder} holds inf or NaN; train it again.")
-    return replace(adapter, tensors=tensors)
+    if any(tensor.ndim != 2 or not torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise AdapterError(f"The adapter at {path.parent} holds inf, NaN or a tensor that is no matrix; train it again.")
+    return tensors
 
 
 def _layers(peft: dict[str, Any], folder: Path) -> tuple[int, ...] | None:

@@ -161,6 +161,11 @@ class Runner:
         h = self.infer(row.input_ids, row.positions, packed_segments(row.bounds), None)
         return token_nats(self.model, h, row.targets, row.weights, self.loss_rows)[:n]
 
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Last block's h (N, D) of one sequence of token ids, from its beginning and without a cache."""
+        n, device = len(ids), self.model.device
+        return self.infer(torch.tensor(list(ids), device=device), torch.arange(n, device=device), [(0, n, 0, n)], None)
+
     @torch.no_grad()
     def infer(self, input_ids: Tensor, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Tensor:
         """Last block's h (N, D), storing keys and values in `cache` where given."""
