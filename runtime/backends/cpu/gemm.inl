@@ -5,7 +5,8 @@
 //     backward   dx (M, I) = dy (M, O) W      dequantised pairs of rows, interleaved, are its right form
 // In both, "strips" of the weight, 32 of its `wide` dimension, meet "panels" of 32 rows of x (or dy), which were packed once
 // in the other form. Threads share the wide dimension: each dequantises its part alone, and sums do not depend on how many
-// there are. AMX needs no more than one instruction in 16 cycles, so the next strip is dequantised in between.
+// there are. AMX needs no more than one instruction in 16 cycles, so the next strip is dequantised in between, and the panels
+// of the next piece of depth are fetched into the second cache. Panels are loaded past the first cache, which strips need.
 // project.inl makes whole linears with adapters of these.
 
 namespace gemm {
@@ -90,13 +91,17 @@ struct Strip {
 
 // ---- products ----
 
-// Memory that is wanted soon: the next 32 x 32 sums, and 32 rows of the result, 64 bytes of each.
+// Memory that is wanted soon: the next 32 x 32 sums, and 32 rows of the result, 64 bytes of each; and later: `lines` of the
+// next panels a step.
 struct Ahead {
     const float* sums;
     Bf16* out;
     int64_t out_row;
+    const char* panels;
+    int64_t lines;
 
     ET_MEMBER void fetch(int64_t step) const {
+        for (int64_t i = step * lines; i < (step + 1) * lines; i++) _mm_prefetch(panels + i * 64, _MM_HINT_T1);
         if (step >= 8) return;
         if (sums)
             for (int i = 0; i < 8; i++) _mm_prefetch(reinterpret_cast<const char*>(sums) + (step * 8 + i) * 64, _MM_HINT_T0);
@@ -110,20 +115,31 @@ struct Squares {
     int64_t count;
 };
 
+// PANEL_LEFT: which of the two is the panel's.
+template <bool PANEL_LEFT>
 ET_INLINE void multiply_square(const Bf16* left, const Bf16* right) {
-    _tile_loadd(6, right, 64);
-    _tile_loadd(4, left, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + 512, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + 512, 64);
+    if (PANEL_LEFT) {
+        _tile_loadd(6, right, 64);
+        _tile_stream_loadd(4, left, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_stream_loadd(5, left + 512, 64);
+    } else {
+        _tile_stream_loadd(6, right, 64);
+        _tile_loadd(4, left, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_stream_loadd(7, right + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, left + 512, 64);
+    }
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
 }
 
 // c (four tiles of 16 x 16 sums) = or += the products of `main` and then of `more`; the strip gets `each` chunks further
 // after every one of main's.
-template <class Next>
+template <bool PANEL_LEFT, class Next>
 ET_INLINE void multiply(float* c, const Squares& main, const Squares& more, bool add, Next& next, int64_t each,
                         const Ahead& ahead) {
     ET_MEMORY_BARRIER();
@@ -139,11 +155,12 @@ ET_INLINE void multiply(float* c, const Squares& main, const Squares& more, bool
         _tile_zero(3);
     }
     for (int64_t s = 0; s < main.count; s++) {
-        multiply_square(main.left + s * SQUARE, main.right + s * SQUARE);
+        multiply_square<PANEL_LEFT>(main.left + s * SQUARE, main.right + s * SQUARE);
         ahead.fetch(s);
         for (int64_t i = 0; i < each && next.more(); i++) next.chunk();
     }
-    for (int64_t s = 0; s < more.count; s++) multiply_square(more.left + s * SQUARE, more.right + s * SQUARE);
+    for (int64_t s = 0; s < more.count; s++)
+        multiply_square<PANEL_LEFT>(more.left + s * SQUARE, more.right + s * SQUARE);
     _tile_stored(0, c, 64);
     _tile_stored(1, c + 256, 64);
     _tile_stored(2, c + 512, 64);

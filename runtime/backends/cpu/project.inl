@@ -316,6 +316,12 @@ struct Project {
                 int64_t chunks = (piece.until - piece.from) * SIDE / CHUNK;
                 each = (chunks + here * steps - 1) / (here * steps);
             }
+            // The next piece's panels, or the first's again, in equal parts while this piece's are multiplied.
+            Piece later = now;
+            if (!advance(&later, last)) later = first_piece(BACKWARD ? 0 : part);
+            const int64_t all_steps = (stop - block) / SIDE * here * steps;
+            const int64_t lines = (here * (later.until - later.from) + all_steps - 1) / all_steps;
+            const char* fetched = reinterpret_cast<const char*>(panel(0, later)) + (wide - block) / SIDE * here * steps * lines * 64;
             float* c = sums + (wide - block) * here * SIDE;
             for (int64_t number = 0; number < here; number++, c += SQUARE) {
                 const Bf16 *strip = strips[current], *other = panel(number, now);
@@ -327,8 +333,9 @@ struct Project {
                                *of_weight = more_of_weight + wide * own_squares * SIDE;
                     rest = {BACKWARD ? of_rows : of_weight, BACKWARD ? of_weight : of_rows, BACKWARD && drops ? 0 : own_squares};
                 }
-                Ahead ahead = {now.at > 0 ? c + SQUARE : nullptr, ends && rows == SIDE ? to : nullptr, out_row};
-                multiply(c, main, rest, now.at > 0, next, each, ahead);
+                Ahead ahead = {now.at > 0 ? c + SQUARE : nullptr, ends && rows == SIDE ? to : nullptr, out_row,
+                               fetched + number * steps * lines * 64, lines};
+                multiply<BACKWARD>(c, main, rest, now.at > 0, next, each, ahead);
                 if (!ends) continue;
                 if (!BACKWARD) write_columns(c, to, out_row, rows);
                 else {
