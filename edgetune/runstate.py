@@ -3,7 +3,7 @@
 unfinished/<key>.lock                 held while a process is at the run
 unfinished/<key>/run.json             the plan and what else was settled before step 1; without it the folder is no run
 unfinished/<key>/tokens, held-out     the notes as tokens
-unfinished/<key>/checkpoint-<n>/      the last two: tensors.safetensors, and checkpoint.json with their digest
+unfinished/<key>/checkpoint-<n>.safetensors   the last two, each one file that ends with its own checksum
 
 <key> stands for the settings, the model, the output and the notes' paths: for the command. All of it is private
 (0600/0700), and deleted when the run is finished, started over, or left alone for 30 days.
@@ -18,24 +18,27 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edgetune.config import TrainConfig, expand
 from edgetune.lock import Lock
 from edgetune.runtime.errors import BusyError, EdgetuneError
-from edgetune.runtime.files import atomic_folder, atomic_write, sha256_file
+from edgetune.runtime.files import atomic_write
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgetune.state import home, private_folder
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 FORGOTTEN_AFTER_DAYS = 30
-_RUN, _STATE, _TENSORS = "run.json", "checkpoint.json", "tensors.safetensors"
+_RUN, _CHECKSUM = "run.json", "checksum"
+_CHECKSUM_BYTES = 8
 
 
 @dataclass
@@ -101,29 +104,31 @@ class Unfinished:
 
     def save(self, state: State, tensors: Mapping[str, Tensor]) -> Path:
         """Write a checkpoint and drop all but the last two. Raises ResourceError on a full disk; the others then stay."""
-        number = max((int(path.name.rpartition("-")[2]) for path in self._checkpoints()), default=0) + 1
-        path = self.folder / f"checkpoint-{number:06}"
+        number = max((int(path.stem.rpartition("-")[2]) for path in self._checkpoints()), default=0) + 1
+        path = self.folder / f"checkpoint-{number:06}.safetensors"
         specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with atomic_folder(path) as folder:
-            with SafetensorsWriter(folder / _TENSORS, specs) as writer:
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-            sealed = _sealed({"state": dataclasses.asdict(state), "tensors": sha256_file(folder / _TENSORS)})
-            atomic_write(folder / _STATE, sealed)
+        specs.append(TensorSpec(_CHECKSUM, torch.int64, (1,)))
+        with SafetensorsWriter(path, specs, {"state": json.dumps(dataclasses.asdict(state))}) as writer:
+            checksum = zlib.crc32(writer.header)
+            for name, tensor in tensors.items():
+                values = tensor.detach().cpu().contiguous()
+                checksum = zlib.crc32(values.view(-1).view(torch.uint8).numpy(), checksum)  # CRC-32: no enemy, only a bad disk
+                writer.write(name, values)
+            writer.write(_CHECKSUM, torch.tensor([checksum]))
         for old in self._checkpoints()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink(missing_ok=True)
         return path
 
     def restore(self) -> Restored:
         """The last checkpoint that is whole; what is damaged, or was never finished, is deleted."""
         for left in self.folder.glob(".checkpoint-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            left.unlink(missing_ok=True)
         damaged = 0
         for path in reversed(self._checkpoints()):
             try:
                 restored = _read(path)
             except Damaged:
-                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
                 damaged += 1
                 continue
             if damaged:
@@ -135,7 +140,7 @@ class Unfinished:
 
     def _checkpoints(self) -> list[Path]:
         """Oldest first."""
-        return sorted(self.folder.glob("checkpoint-*"))
+        return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
 
 @contextlib.contextmanager
@@ -189,13 +194,14 @@ def _forget_others(folder: Path) -> None:
 
 def _read(path: Path) -> Restored:
     """A checkpoint, its tensors mapped. Raises Damaged."""
-    record = _unsealed(path / _STATE)
     try:
-        if sha256_file(path / _TENSORS) != record["tensors"]:
+        file = SafetensorsFile.open(path)
+        found = int(file.tensor(_CHECKSUM))
+        if zlib.crc32(memoryview(file.mapping)[:-_CHECKSUM_BYTES]) != found:
             raise Damaged(path)
-        file = SafetensorsFile.open(path / _TENSORS)
-        return Restored(State(**record["state"]), {name: file.tensor(name) for name in file.tensors})
-    except (OSError, KeyError, TypeError, EdgetuneError) as error:
+        tensors = {name: file.tensor(name) for name in file.tensors if name != _CHECKSUM}
+        return Restored(State(**json.loads(file.metadata["state"])), tensors)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, EdgetuneError) as error:
         raise Damaged(path) from error
 
 

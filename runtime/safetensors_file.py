@@ -228,14 +228,15 @@ class SafetensorsWriter:
             position += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        self._header = len(text).to_bytes(8, "little") + text
-        self.nbytes = len(self._header) + position
+        self.header = len(text).to_bytes(8, "little") + text
+        """The bytes before the first tensor's."""
+        self.nbytes = len(self.header) + position
 
     def __enter__(self) -> SafetensorsWriter:
         with explain_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE), "wb")
-            self._put(self._header)
+            self._put(self.header)
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:

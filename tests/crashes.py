@@ -183,7 +183,8 @@ class Driver:
     """The driver's process, from the test's side."""
 
     def __init__(self, home: Path, arguments: list[str]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        tests = Path(__file__).parent
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
