@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from io import FileIO
@@ -71,7 +73,7 @@ def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) 
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a private temporary folder that becomes `path` when the block ends, and vanishes when it raises.
 
-    An existing `path` is replaced: it is moved aside first and removed last, so that a crash leaves one whole folder.
+    An existing `path` is replaced as `replace_folder` does, so that a crash leaves one whole folder.
     """
     path = Path(path)
     with explain_full_disk(path):
@@ -90,15 +92,37 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, path: Path) -> None:
-    """Rename folder `source` to `path`, replacing a folder that stands there."""
+    """Rename folder `source` to `path`, replacing a folder that stands there.
+
+    Where the system can exchange two names, `path` is there all the time. Else the old folder is moved aside first, and
+    `mend` brings it back after a crash in that moment.
+    """
     old = None
     if path.exists():
+        if exchange(source, path):
+            sync_folder(path.parent)
+            shutil.rmtree(source, ignore_errors=True)
+            return
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.", suffix=_SUFFIX))
         os.rename(path, old / path.name)
     os.rename(source, path)
     sync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two files or folders of one file system change names in one step; False, and nothing done, where that cannot be.
+
+    Linux: renameat2(2), from glibc 2.28 and kernel 3.15 on; macOS: renamex_np(2), on APFS.
+    """
+    names, swap, here = (os.fsencode(first), os.fsencode(second)), 2, -100  # RENAME_EXCHANGE and RENAME_SWAP; AT_FDCWD
+    if sys.platform == "win32":
+        return False
+    system = ctypes.CDLL(None)
+    if sys.platform == "darwin":
+        return hasattr(system, "renamex_np") and system.renamex_np(*names, ctypes.c_uint(swap)) == 0
+    return hasattr(system, "renameat2") and system.renameat2(here, names[0], here, names[1], ctypes.c_uint(swap)) == 0
 
 
 def mend(path: Path) -> None:
