@@ -60,6 +60,8 @@ KEEP_SECONDS = 100.0
 """Work that a kill may cost; what is ahead is counted in, so that a long step does not make it more than two minutes."""
 KEEP_SHARE = 0.003
 """Of a run's time, what the checkpoints after readings may take."""
+_KEEP_SPEED = 500e6
+"""Bytes of a checkpoint written a second, as guessed before the first one."""
 _SAMPLE_TOKENS = 80
 
 
@@ -92,7 +94,9 @@ def train(
                 EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
                 meter_for(prepared.loaded.model.device, prepared.loaded.checkpoint.files) as meter,
             ):
-                run = _Run(prepared, restored, world, _Keeper(place, log), stop or threading.Event(), deadline, meter)
+                nbytes = 12 * budget.adapter_parameters(prepared.loaded.model.config, prepared.lora)  # values and two moments
+                keeper = _Keeper(place, log, nbytes)
+                run = _Run(prepared, restored, world, keeper, stop or threading.Event(), deadline, meter)
                 try:
                     for event in run.events(resumed):
                         log.append(event)
@@ -167,9 +171,9 @@ class _Stopped(Exception):
 class _Keeper:
     """When a checkpoint is due. The clock decides that, and nothing else: the run's bits do not depend on it."""
 
-    def __init__(self, place: Unfinished, log: EventLog) -> None:
+    def __init__(self, place: Unfinished, log: EventLog, nbytes: int) -> None:
         self.place, self.log = place, log
-        self.last, self.cost = time.monotonic(), 0.0
+        self.last, self.cost = time.monotonic(), nbytes / _KEEP_SPEED
 
     def is_due(self, ahead: float) -> bool:
         """Whether another `ahead` seconds of work would be too much to lose."""

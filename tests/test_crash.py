@@ -500,13 +500,17 @@ def test_a_checkpoint_is_due_before_two_minutes_could_be_lost(monkeypatch: pytes
     now = [1000.0]
     monkeypatch.setattr("edgetune.train.time.monotonic", lambda: now[0])
     monkeypatch.setattr("edgetune.train.KEEP_SECONDS", 100.0)
-    keeper = _Keeper(None, None)  # type: ignore[arg-type]
+    keeper = _Keeper(None, None, nbytes=150_000_000)  # type: ignore[arg-type]
+    assert not keeper.is_cheap()  # of one whose cost was not measured yet
     assert not keeper.is_due(ahead=5.0)
     now[0] += 94
     assert not keeper.is_due(ahead=5.0)
     assert keeper.is_due(ahead=20.0)
     now[0] += 1
     assert keeper.is_due(ahead=5.0)
+    assert not keeper.is_cheap()  # guessed at 0.3 s of 95
+    now[0] += 10
+    assert keeper.is_cheap()
     keeper.cost = 0.5
     assert not keeper.is_cheap()
     now[0] += 100
