@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from edgetune.cli.main import COMMANDS, cli, plain_failures
 from edgetune.cli.train import train_command
 from edgetune.config import DataConfig, TrainConfig, parse_bytes, seconds_until, train_config
+from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import EdgetuneError, UsageError
 
 TRAIN_KEYS = {
@@ -236,6 +237,16 @@ def test_config_toml_stands_between_defaults_and_flags(private_home: Path) -> No
     (private_home / "config.toml").write_text("[train\n")
     with pytest.raises(UsageError, match="TOML"):
         train_config({})
+
+
+def test_a_device_that_is_typed_overrules_config_toml(private_home: Path) -> None:
+    private_home.mkdir(parents=True)
+    here = pick_device("auto").type
+    other = "mps" if here != "mps" else "cuda"
+    (private_home / "config.toml").write_text(f"[train]\ndevice = '{other}'\n")
+    command = ("plan", "--model", "demo", "--memory", "1GB", "--json")
+    assert run(*command).json["device"] == other
+    assert run(*command, "--device", "auto").json["device"] == here
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import Decorator, device_option, json_option, print_json, say
+from edgetune.cli.options import Decorator, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
 from edgetune.events import Event, Interrupted, Started
 from edgetune.runtime.config import LINEARS
+from edgetune.runtime.device import DEVICES
 from edgetune.ui import human_bytes, one_line, renderer
 
 _SHOWN = 20
@@ -27,7 +28,7 @@ _OPTIONS: tuple[Decorator, ...] = (
         metavar="M",
         help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
     ),
-    device_option,
+    click.option("--device", type=click.Choice(DEVICES), help="Where to run. Default: auto."),
     click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own."),
     click.option("--steps", type=int, metavar="N", help="Optimizer steps."),
     click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3, more for few notes."),
@@ -63,8 +64,6 @@ def training_options(command: Callable[..., None]) -> Callable[..., Any]:
 
 def config_of(flags: dict[str, Any]) -> TrainConfig:
     """The settings that `training_options` gave."""
-    if flags["device"] == "auto":
-        flags.pop("device")
     if flags["targets"] is not None:
         flags["targets"] = tuple(flags["targets"].split(","))
     return train_config(flags)
