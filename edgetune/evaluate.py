@@ -14,7 +14,7 @@ from edgetune.config import DataConfig
 from edgetune.documents import read_notes
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.runner import Row, Runner
-from edgetune.session import load_base
+from edgetune.session import load_base, open_base
 from edgetune.tokens import TokenStore, tokenize
 
 
@@ -56,7 +56,7 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
     adapter: a folder, a name, "none", or None for the current one. Raises EdgetuneError's children.
     """
     reading = read_notes(texts)
-    loaded = load_base(model, device)
+    loaded = load_base(open_base(model), device)
     name, found = registry.adapter_for(adapter, loaded.checkpoint)
     if found is not None:
         adapters.attach(loaded.model, found)

@@ -28,7 +28,7 @@ from edgetune.runtime.files import sha256_file
 from edgetune.runtime.ops import backend_for
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.session import Loaded, load_base, open_base
+from edgetune.session import Base, Loaded, load_base
 from edgetune.split import Split, split
 from edgetune.tokens import ChatFormat, TokenStore, TrainOn, tokenize
 
@@ -137,21 +137,21 @@ def read(config: TrainConfig) -> tuple[Reading, Split]:
     return reading, split(reading.documents)
 
 
-def prepare(config: TrainConfig, folder: Path, run: str = "", processes: int = 1, here: int = 1) -> Prepared:
-    """Read the notes into `folder` as tokens, open the model, put a fresh (or named) adapter on it, make the plan.
+def prepare(config: TrainConfig, base: Base, folder: Path, run: str = "", processes: int = 1, here: int = 1) -> Prepared:
+    """Read the notes into `folder` as tokens, load the model, put a fresh (or named) adapter on it, make the plan.
 
     The plan is for so many processes, `here` of them on this machine.
     """
     _, parted = read(config)
-    choice, checkpoint = open_base(config.model)
+    choice, checkpoint = base
     device = pick_device(config.device)
     store, held_out = tokenize_notes(config, parted, Tokenizer.load(choice.path), folder)
     data, dtype = config.data, _dtype(config, device)
-    adapter = _named_adapter(config, checkpoint)
+    adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     stored = Stored.of(checkpoint)
     chosen = choose_or_refuse(checkpoint.config, lora, stored, config, dtype, device.type, processes, here)
-    loaded = _load(config, dtype, chosen.setting)
+    loaded = _load(config, base, dtype, chosen.setting)
     if adapter is None:
         adapters.attach_new(loaded.model, lora, data.seed)
     else:
@@ -172,7 +172,7 @@ def prepare(config: TrainConfig, folder: Path, run: str = "", processes: int = 1
         threads=torch.get_num_threads(),
         predicted_peak_bytes=chosen.parts.total,
         data_digest=_digest(parted.train),
-        base=loaded.checkpoint.digest,
+        base=checkpoint.digest,
         settings=config.as_dict(),
     )
     record = Record(
@@ -189,7 +189,7 @@ def prepare(config: TrainConfig, folder: Path, run: str = "", processes: int = 1
     return Prepared(config, record, loaded, _runner(loaded, chosen.setting, folder), packer, held_out, folder)
 
 
-def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool) -> Prepared:
+def prepare_again(config: TrainConfig, base: Base, folder: Path, record: Record, begun: bool) -> Prepared:
     """The run of `record` with the tokens in `folder`. One that has `begun` brings its adapter's values with it.
 
     Raises DataError where the tokens are not those of the record.
@@ -197,8 +197,8 @@ def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool
     plan = record.plan
     if _token_files(folder) != record.files:
         raise DataError(f"The tokens in {folder} are damaged; type the same command with --fresh.")
-    loaded = _load(config, getattr(torch, plan.compute_dtype), plan.setting)
-    adapter = None if begun else _named_adapter(config, loaded.checkpoint)
+    loaded = _load(config, base, getattr(torch, plan.compute_dtype), plan.setting)
+    adapter = None if begun else named_adapter(config, loaded.checkpoint)
     if adapter is None:
         adapters.attach_new(loaded.model, record.lora, config.data.seed)
     else:
@@ -210,12 +210,12 @@ def prepare_again(config: TrainConfig, folder: Path, record: Record, begun: bool
     return Prepared(config, record, loaded, _runner(loaded, plan.setting, folder), packer, held_out, folder)
 
 
-def prepare_beside(config: TrainConfig, folder: Path, record: Record) -> Prepared:
+def prepare_beside(config: TrainConfig, base: Base, folder: Path, record: Record) -> Prepared:
     """A follower's side of the run whose leader shared `record`: its own notes, as tokens in `folder`, and its own model.
 
     Raises ModelError or DataError where they are not the leader's. The adapter's values are the leader's to give.
     """
-    choice, checkpoint = open_base(config.model)
+    choice, checkpoint = base
     if checkpoint.digest != record.plan.base:
         raise ModelError("The model here is not that of process 0; copy the same folder to every machine.")
     _, parted = read(config)
@@ -226,7 +226,7 @@ def prepare_beside(config: TrainConfig, folder: Path, record: Record) -> Prepare
             "have changed since it began."
         )
     plan = dataclasses.replace(record.plan, threads=torch.get_num_threads())
-    return prepare_again(config, folder, dataclasses.replace(record, plan=plan), begun=True)
+    return prepare_again(config, base, folder, dataclasses.replace(record, plan=plan), begun=True)
 
 
 def changes_since(prepared: Prepared) -> list[str]:
@@ -276,10 +276,10 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if config.compute == "fp32" else torch.bfloat16
 
 
-def _load(config: TrainConfig, dtype: torch.dtype, setting: Setting) -> Loaded:
+def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting) -> Loaded:
     if setting.compact:
         compact_heap()
-    loaded = load_base(config.model, config.device, layer_memory=setting.layer_memory, vocabulary=setting.vocabulary)
+    loaded = load_base(base, config.device, layer_memory=setting.layer_memory, vocabulary=setting.vocabulary)
     loaded.model.set_dtype(dtype)
     return loaded
 
@@ -301,7 +301,7 @@ def tokenize_notes(
     return store, tokenize(parted.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format)
 
 
-def _named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
+def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
     """The adapter named by --from, whose rank and targets then stand."""
     path = registry.find(config.from_adapter, base.digest) if config.from_adapter is not None else None
     if path is None:

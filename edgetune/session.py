@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgetune import registry
@@ -46,7 +46,11 @@ class Loaded:
     tokenizer: Tokenizer
 
 
-def open_base(name: str | None) -> tuple[ModelChoice, Checkpoint]:
+Base = tuple[ModelChoice, Checkpoint]
+"""A base model that was found and opened, its weights not read yet."""
+
+
+def open_base(name: str | None) -> Base:
     """What `name` stands for (None: the current adapter's model, else the best found), its files mapped but not read."""
     current = registry.get_current()
     choice = resolve(name if name is not None or current is None else current.model)
@@ -54,19 +58,16 @@ def open_base(name: str | None) -> tuple[ModelChoice, Checkpoint]:
 
 
 @explain_card_memory(_SMALLER)
-def load_base(
-    name: str | None,
-    device: str = "auto",
-    progress: Callable[[int, int], None] = lambda done, layers: None,
-    layer_memory: int | None = None,
-    vocabulary: str | None = None,
-) -> Loaded:
-    """Open the model that `name` stands for, ready to run, its linears in NF4; `layer_memory` and `vocabulary` (its
-    embedding's and head's kind) as in load_llama."""
+def load_base(base: Base, device: str = "auto", layer_memory: int | None = None, vocabulary: str | None = None) -> Loaded:
+    """The opened model ready to run, its linears in NF4; `layer_memory` and `vocabulary` (its embedding's and head's kind)
+    as in load_llama."""
     target = pick_device(device)
-    choice, checkpoint = open_base(name)
+    choice, checkpoint = base
     quant = None if checkpoint.quant is not None else QuantConfig()
-    model = load_llama(checkpoint, compute_dtype(target), target, quant, progress, layer_memory, vocabulary, vocabulary)
+    model = load_llama(
+        checkpoint, compute_dtype(target), target, quant,
+        layer_memory=layer_memory, embedding_kind=vocabulary, head_kind=vocabulary,
+    )  # fmt: skip
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
 
 
@@ -88,7 +89,7 @@ class Session:
         adapter: a folder, a name, "none", or None for the one in a bundle of `edgetune export mps`, else the current one.
         Raises EdgetuneError's children, each a sentence that can be shown.
         """
-        loaded = load_base(model, device)
+        loaded = load_base(open_base(model), device)
         name, found = registry.adapter_for(adapter, loaded.checkpoint)
         return cls(loaded, found, name)
 

@@ -49,7 +49,7 @@ from edgetune.runtime.device import explain_card_memory, pick_device, trim_devic
 from edgetune.runtime.errors import DataError, EdgetuneError, LinkError, TrainingError
 from edgetune.runtime.files import mend
 from edgetune.runtime.generate import Generator, Sampling
-from edgetune.session import open_base
+from edgetune.session import Base, open_base
 from edgetune.state import private_folder
 from edgetune.stepper import Stepper
 
@@ -78,13 +78,14 @@ def train(
     deadline = _deadline(config)
     if config.out is not None:
         adapters.refuse_foreign(expand(config.out))
-    _, checkpoint = open_base(config.model)
+    base = open_base(config.model)
+    digest = base[1].digest
     with explain_card_memory("type --memory {less:.2f}GB"), joined(pick_device(config.device), private_link) as world:
         if world.rank > 0:
-            _follow(config, checkpoint.digest, world)
+            _follow(config, base, world)
             return
-        with runstate.hold(config, checkpoint.digest) as place:
-            prepared, restored, resumed = _begin(config, place, checkpoint.digest, fresh, world)
+        with runstate.hold(config, digest) as place:
+            prepared, restored, resumed = _begin(config, base, place, fresh, world)
             folder = private_folder(registry.run_folder(prepared.record.run))
             for path in (_adapter_folder(prepared), folder / REPORT_FILE):
                 mend(path)
@@ -110,12 +111,12 @@ def train(
                     raise
 
 
-def _follow(config: TrainConfig, base: str, world: World) -> None:
+def _follow(config: TrainConfig, base: Base, world: World) -> None:
     """Do the leader's steps until it announces that there are no more, with this process's own notes and model."""
     told = world.hear()
-    with runstate.hold_beside(config, base, world.rank) as folder:
+    with runstate.hold_beside(config, base[1].digest, world.rank) as folder:
         try:
-            prepared = prepare_beside(config, folder, Record.of(told["record"]))
+            prepared = prepare_beside(config, base, folder, Record.of(told["record"]))
         except EdgetuneError as error:
             world.agree(error)
         world.agree()
@@ -126,22 +127,22 @@ def _follow(config: TrainConfig, base: str, world: World) -> None:
 
 
 def _begin(
-    config: TrainConfig, place: Unfinished, base: str, fresh: bool, world: World
+    config: TrainConfig, base: Base, place: Unfinished, fresh: bool, world: World
 ) -> tuple[Prepared, Restored, Resumed | None]:
     """The unfinished run of this command where there is one, else a new one; Resumed where an earlier run matters."""
     resumed = None
     if place.exists and not fresh:
         try:
             record, restored = Record.of(place.record()), place.restore()
-            prepared = prepare_again(config, place.folder, record, begun=bool(restored.tensors))
+            prepared = prepare_again(config, base, place.folder, record, begun=bool(restored.tensors))
             return prepared, restored, Resumed(restored.state.step, (*restored.notices, *changes_since(prepared)))
         except (Damaged, DataError):
             resumed = Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
     place.discard()
     private_folder(place.folder)
-    name = registry.new_run(base)
+    name = registry.new_run(base[1].digest)
     try:
-        prepared = prepare(config, place.folder, name, world.size, world.here)
+        prepared = prepare(config, base, place.folder, name, world.size, world.here)
         place.begin(prepared.record.as_dict())
     except BaseException:
         place.discard()

@@ -18,9 +18,10 @@ from edgetune.evaluate import evaluate
 from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
 from edgetune.prepare import prepare, read
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError
 from edgetune.runtime.lora import LoraLinear
-from edgetune.session import Session, load_base
+from edgetune.session import Session, open_base
 from edgetune.stepper import learning_rate
 from edgetune.train import train
 
@@ -109,7 +110,7 @@ def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: 
     """Gradient accumulation over short rows is the long row's step, whatever the rows' lengths."""
     losses = []
     for rows in (64, 256):
-        prepared = prepare(config(notes, compute="fp32", dropout=0.0), tmp_path / str(rows))
+        prepared = prepare(config(notes, compute="fp32", dropout=0.0), open_base("demo"), tmp_path / str(rows))
         batches = prepared.packer.micro_batches(0, rows)
         trained = sum(batch.trained for batch in batches)
         from edgetune.evaluate import as_row
@@ -204,7 +205,7 @@ def test_training_goes_on_from_an_adapter(notes: Path) -> None:
 def test_edgetune_json_names_base_and_data_and_no_path(notes: Path) -> None:
     end = finished(list(train(config(notes, steps=2, out=str(notes.parent / "out")))))
     about = json.loads((Path(end.adapter) / adapters.EDGETUNE_FILE).read_text())
-    assert about["base"] == load_base("demo").checkpoint.digest
+    assert about["base"] == open_base("demo")[1].digest
     assert about["edgetune"] == edgetune.__version__
     assert str(notes) not in json.dumps(about)
     assert len(about["data"]) == 64
@@ -231,6 +232,18 @@ def test_a_failed_run_leaves_no_tokens_behind(notes: Path, private_home: Path) -
     assert left == []
 
 
+def test_a_run_opens_its_model_once(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def counted(folder: Path) -> Checkpoint:
+        opened.append(folder)
+        return open_model(folder)
+
+    monkeypatch.setattr("edgetune.session.open_model", counted)
+    finished(list(train(config(notes, steps=1))))
+    assert len(opened) == 1
+
+
 def test_everything_in_the_home_is_private(notes: Path, private_home: Path) -> None:
     list(train(config(notes, steps=2)))
     open_to_others = [path for path in [private_home, *private_home.rglob("*")] if path.stat().st_mode & 0o077]
@@ -238,7 +251,7 @@ def test_everything_in_the_home_is_private(notes: Path, private_home: Path) -> N
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path: Path) -> None:
-    plan = prepare(config(notes, steps=100, lr=1e-3), tmp_path / "run").plan
+    plan = prepare(config(notes, steps=100, lr=1e-3), open_base("demo"), tmp_path / "run").plan
     rates = [learning_rate(plan, step, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == rates[10] == pytest.approx(1e-3)
