@@ -19,14 +19,14 @@ from edgetune.bench import random_llama, random_row
 from edgetune.choose import COMPACT, FILE_SPEED, advice, choose, file_bytes, held_already, least, memory_allowed, planned_steps
 from edgetune.config import TrainConfig
 from edgetune.models import resolve
-from edgetune.prepare import read, tokenize_notes
+from edgetune.prepare import named_adapter, read, tokenize_notes
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, vocabulary
 from edgetune.runtime.budget import Setting, Stored
-from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import compute_dtype, pick_device
-from edgetune.runtime.errors import DeviceError
+from edgetune.runtime.errors import DeviceError, UsageError
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class Forecast:
 
 def forecast(train: TrainConfig) -> Forecast:
     """What `edgetune train` with these settings would take, its weights not read."""
-    name, config, stored, folder = _model(train.model)
+    name, config, stored, checkpoint = _model(train.model)
     here = True
     try:
         device = pick_device(train.device)
@@ -71,8 +71,8 @@ def forecast(train: TrainConfig) -> Forecast:
     dtype = compute_dtype(device) if here else torch.bfloat16
     if train.compute != "auto":
         dtype = torch.float32 if train.compute == "fp32" else torch.bfloat16
-    lora, data = train.lora(), train.data
-    steps, tokens = (train.steps, None) if folder is None or not data.notes else _work(train, folder)
+    lora, data = _lora(train, checkpoint), train.data
+    steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder)
     memory, process = memory_allowed(train, kind), held_already(kind) if here else 0
     smallest = least(config, lora, stored, data, dtype, process, kind, train.recompute)
     choice = choose(config, lora, stored, data, dtype, memory, process, kind, train.recompute)
@@ -99,13 +99,28 @@ def forecast(train: TrainConfig) -> Forecast:
     )
 
 
-def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Path | None]:
-    """A model of this machine, or a shape known by its name, whose folder is None."""
+def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
+    """A model of this machine, or a shape known by its name, which has no checkpoint."""
     if name in SHAPES and name != "demo" and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
     choice = resolve(name)
     checkpoint = open_model(choice.path)
-    return choice.name, checkpoint.config, Stored.of(checkpoint), choice.path
+    return choice.name, checkpoint.config, Stored.of(checkpoint), checkpoint
+
+
+def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
+    """The adapter's shape: that of the one named by --from, where one is. Raises AdapterError where it does not fit."""
+    if train.from_adapter is None:
+        return train.lora()
+    if checkpoint is None:
+        raise UsageError(
+            "--from names an adapter, and this model is a shape without any; type the adapter's --rank and --targets instead."
+        )
+    adapter = named_adapter(train, checkpoint)
+    if adapter is None:
+        return train.lora()
+    adapters.check_fits(adapter, checkpoint.config)
+    return adapter.config
 
 
 def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:

@@ -12,13 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny import save_trainable
 
 from edgetune import choose as planner
 from edgetune.cli.main import cli
-from edgetune.config import DataConfig
+from edgetune.config import DataConfig, TrainConfig
+from edgetune.plan import forecast
+from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
-from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
+from edgetune.runtime.errors import AdapterError, UsageError
+from edgetune.runtime.loader import load_llama
 from edgetune.runtime.runner import Recompute
 from edgetune.shapes import SHAPES
 
@@ -137,3 +143,21 @@ def test_plan_tells_of_notes_and_of_machines_that_are_not_here(tmp_path: Path, m
     shown = CliRunner().invoke(cli, [*card[:-3], "1GB"]).stdout
     assert "does not fit" in shown
     assert "type --memory" in shown
+
+
+def test_an_adapter_to_go_on_from_is_forecast_in_its_own_shape(tmp_path: Path) -> None:
+    save_trainable(tmp_path / "model")
+    checkpoint = open_model(tmp_path / "model")
+    model, shape = load_llama(checkpoint, torch.float32, quant=QuantConfig()), LoraConfig(2, 16.0, targets=("q_proj",))
+    adapters.attach_new(model, shape, 0)
+    adapters.save(adapters.snapshot(model, shape), tmp_path / "adapter", "tiny")
+    default = TrainConfig(DataConfig(seq_len=64, batch_tokens=64), str(tmp_path / "model"))
+    named = dataclasses.replace(default, from_adapter=str(tmp_path / "adapter"))
+    alike = dataclasses.replace(default, rank=2, targets=("q_proj",))
+    parts = [forecast(config).parts for config in (named, alike, default)]
+    assert parts[0]["adapter"] == parts[1]["adapter"] < parts[2]["adapter"]
+    assert parts[0]["optimizer"] == parts[1]["optimizer"] < parts[2]["optimizer"]
+    with pytest.raises(UsageError, match="--rank and --targets"):
+        forecast(dataclasses.replace(named, model="llama-7b"))
+    with pytest.raises(AdapterError, match="does not fit"):
+        forecast(dataclasses.replace(named, model="demo"))
