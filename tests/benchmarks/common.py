@@ -46,17 +46,18 @@ class Contender:
     arguments: tuple[str, ...] = ()
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every benchmark takes."""
+def parser(description: str | None, contenders: bool = True) -> argparse.ArgumentParser:
+    """The flags that every benchmark takes; those of rounds and contenders only where there are any."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--shape", default="tinyllama-1.1b", help="of edgetune.shapes.SHAPES; `demo` to try the script")
-    flags.add_argument("--repeats", type=int, default=3, help="rounds over all contenders")
     flags.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     flags.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "edgetune-benchmarks")
-    flags.add_argument("--only", help="contenders to run, by key, separated by commas")
     flags.add_argument("--json", type=Path, help="write everything measured to this file")
-    flags.add_argument("--contender", help=argparse.SUPPRESS)
-    flags.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    if contenders:
+        flags.add_argument("--repeats", type=int, default=3, help="rounds over all contenders")
+        flags.add_argument("--only", help="contenders to run, by key, separated by commas")
+        flags.add_argument("--contender", help=argparse.SUPPRESS)
+        flags.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return flags
 
 

@@ -25,7 +25,7 @@ MARGIN = 0.04  # of a limit: page tables, the reader's pages, what the kernel ch
 
 
 def main() -> None:
-    flags = common.parser(__doc__)
+    flags = common.parser(__doc__, contenders=False)
     flags.add_argument("--tokens", type=int, default=512)
     flags.add_argument("--steps", type=int, default=4, help="timed steps, after a warm-up step")
     flags.add_argument("--limits", default="1GB,700MB,500MB", help="sizes of cgroups")
@@ -75,7 +75,8 @@ def describe(setting: dict[str, Any]) -> str:
 def run(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     """The job in a process of its own, inside a cgroup where it has a limit."""
     command = [sys.executable, __file__, "--workdir", str(arguments.workdir), "--shape", arguments.shape]
-    command += ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--child", json.dumps(job)]
+    command += ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
+    command += ["--child", json.dumps(job)]
     group = Group(job["limit"]) if job["limit"] else None
     try:
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=group.enter if group else None)
