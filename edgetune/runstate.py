@@ -117,19 +117,19 @@ class Unfinished:
                 writer.write(name, values)
             writer.write(_CHECKSUM, torch.tensor([checksum]))
         for old in self._checkpoints()[:-KEPT]:
-            old.unlink(missing_ok=True)
+            _drop(old)
         return path
 
     def restore(self) -> Restored:
         """The last checkpoint that is whole; what is damaged, or was never finished, is deleted."""
         for left in self.folder.glob(".checkpoint-*"):
-            left.unlink(missing_ok=True)
+            _drop(left)
         damaged = 0
         for path in reversed(self._checkpoints()):
             try:
                 restored = _read(path)
             except Damaged:
-                path.unlink(missing_ok=True)
+                _drop(path)
                 damaged += 1
                 continue
             if damaged:
@@ -191,6 +191,12 @@ def _forget_others(folder: Path) -> None:
             newest = max((entry.stat().st_mtime for entry in path.iterdir()), default=0.0)
             if not (path / _RUN).is_file() or time.time() - newest > FORGOTTEN_AFTER_DAYS * 86400:
                 Unfinished(path).discard()
+
+
+def _drop(path: Path) -> None:
+    """Delete a checkpoint; Windows refuses while it is mapped, and then a later one does it."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _read(path: Path) -> Restored:

@@ -99,7 +99,7 @@ def replace_folder(source: Path, path: Path) -> None:
     """
     old = None
     if path.exists():
-        if exchange(source, path):
+        if not path.is_symlink() and exchange(source, path):  # a link goes aside; what it points to stays
             sync_folder(path.parent)
             shutil.rmtree(source, ignore_errors=True)
             return

@@ -58,6 +58,14 @@ def test_a_folder_that_is_replaced_is_never_away(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
+def test_a_link_to_a_folder_is_replaced_and_the_folder_stays(tmp_path: Path) -> None:
+    write(tmp_path / "far", "old")
+    (tmp_path / "out").symlink_to(tmp_path / "far")
+    write(tmp_path / "out", "new")
+    assert ((tmp_path / "out" / "a").read_text(), (tmp_path / "far" / "a").read_text()) == ("new", "old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "out"]
+
+
 @pytest.mark.parametrize(("exchanges", "crash"), [(True, 1), (True, 2), (False, 1), (False, 2), (False, 3), (False, 4)])
 def test_a_crash_while_a_folder_is_replaced_leaves_the_old_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool, crash: int
