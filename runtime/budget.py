@@ -13,9 +13,9 @@ import torch
 from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.int8 import PANEL_ROWS
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
-from edgetune.runtime.vocabulary import PANEL_ROWS
 
 TORCH_BYTES = 190_000_000
 """Anonymous memory of a process that has imported torch and edgetune (measured on Linux, CPU build)."""

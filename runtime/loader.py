@@ -12,11 +12,12 @@ from edgetune.runtime import nf4, vocabulary
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, is_linear
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.lora import Linear, Weight
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
-from edgetune.runtime.vocabulary import Int8Rows, Vocabulary
+from edgetune.runtime.vocabulary import Vocabulary
 
 
 def load_llama(
@@ -34,7 +35,8 @@ def load_llama(
     A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
     linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
     `layer_memory` bytes, those that do not fit are streamed from the files. `embedding_kind` and
-    `head_kind` (of vocabulary.KINDS) quantise these on the way; None leaves them as they are, a tied model has the head's.
+    `head_kind` (of vocabulary.KINDS) quantise these on the way; None leaves them as they are. A tied model has one for both
+    where both kinds are the same, and else a head of its own.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
     ResourceError where `layer_memory` does not hold two layers.
@@ -60,8 +62,9 @@ def load_llama(
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
-    embedding = _vocabulary(checkpoint, EMBEDDING, device, head_kind if config.tie_embeddings else embedding_kind)
-    head = embedding if config.tie_embeddings else _vocabulary(checkpoint, HEAD, device, head_kind)
+    embedding = _vocabulary(checkpoint, EMBEDDING, device, embedding_kind)
+    shared = config.tie_embeddings and embedding_kind == head_kind
+    head = embedding if shared else _vocabulary(checkpoint, EMBEDDING if config.tie_embeddings else HEAD, device, head_kind)
     head = head.to(dtype) if isinstance(head, Tensor) else head
     norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import attention as tiled
+from edgetune.runtime import int8
 from edgetune.runtime.attention import Segment
+from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor
 
 log = logging.getLogger("edgetune")
@@ -118,6 +120,26 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
     _check_matrix(x, "x")
     _check(x.shape[1] == quantized.shape[1], "x has {} features; the weight takes {}", x.shape[1], quantized.shape[1])
     return backend_for(x.device).matvec(x, quantized)
+
+
+def int8_rows(weight: Tensor) -> Int8Rows:
+    """A dense (V, D) in 8 bits: int8.quantize's bits."""
+    _check(weight.dim() == 2 and weight.is_floating_point(), "weight is {} {}", tuple(weight.shape), weight.dtype)
+    quantize = getattr(backend_for(weight.device), "int8_rows", int8.quantize)
+    found: Int8Rows = quantize(weight)
+    return found
+
+
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether `int8_matvec` serves on this device, and its decoder takes a head in 8 bits."""
+    return hasattr(backend_for(device), "int8_matvec")
+
+
+def int8_matvec(x: Tensor, weight: Int8Rows) -> Tensor | None:
+    """x (n, D) -> (n, V), for the few rows of decoding. None: no such kernel here."""
+    _check_matrix(x, "x")
+    _check(x.shape[1] == weight.shape[1], "x has {} features; the weight takes {}", x.shape[1], weight.shape[1])
+    return backend_for(x.device).int8_matvec(x, weight) if multiplies_int8(x.device) else None
 
 
 def product_into(out: Tensor, x: Tensor, w: Tensor) -> None:

@@ -1,55 +1,33 @@
 """The embedding and the head, (V, D) each: dense, 8-bit or NF4. Rows are looked up, and products made, in panels of rows, so
 that a quantised one is never dense as a whole.
 
-8-bit is symmetric, a scale for each row: 8 + 32/D bits a number. NF4 is nf4.py's: 4.127 bits.
+8-bit is int8.py's: 8 + 32/D bits a number. NF4 is nf4.py's: 4.127 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor, QuantState
 from edgetune.runtime.ops import Adapted
 
 KINDS = ("int8", "nf4")
-PANEL_ROWS = 2048
-"""Rows of a quantised head that are dense at once."""
 MPS_TERMS = 16384
 """Terms of a product's sums on MPS, at most: M1 and M2 add what lies behind the matrices from 32,767 on, and torch before
 2.14 lets them (pytorch#183535, #195163). Of all products only the head's backward has so many."""
-
-
-@dataclass(frozen=True, eq=False)
-class Int8Rows:
-    """codes i8 (V, D), scale f32 (V, 1): row i is codes[i] * scale[i]."""
-
-    codes: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
 
 
 Vocabulary = Tensor | QuantizedTensor | Int8Rows
 
 
 def quantize(weight: Tensor, kind: str) -> Vocabulary:
-    """A dense (V, D) in one of KINDS, a few rows at a time; int8 where rows do not end with NF4's blocks.
+    """A dense (V, D) in one of KINDS; int8 where rows do not end with NF4's blocks.
 
     Raises ValueError for inf and NaN.
     """
@@ -58,16 +36,10 @@ def quantize(weight: Tensor, kind: str) -> Vocabulary:
     config = QuantConfig()
     if kind == "nf4" and weight.shape[1] % config.block_size == 0:
         return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
-    for start in range(0, weight.shape[0], PANEL_ROWS):
-        rows = weight[start : start + PANEL_ROWS].float()
-        largest = rows.abs().amax(1, keepdim=True)
-        if not torch.isfinite(largest).all():
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} holds inf or NaN in rows {start} and following")
-        scale[start : start + PANEL_ROWS] = largest / 127
-        codes[start : start + PANEL_ROWS] = (rows / (largest / 127).clamp(min=1e-38)).round_()
-    return Int8Rows(codes, scale)
+    small = ops.int8_rows(weight)
+    if not torch.isfinite(small.scale).all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds inf or NaN")
+    return small
 
 
 def rows(weight: Vocabulary, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,6 +59,8 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
         return x @ head.T
     if isinstance(head, QuantizedTensor) and len(x) <= ops.FEW_ROWS:
         return ops.matvec(x, head)
+    if isinstance(head, Int8Rows) and len(x) <= ops.FEW_ROWS and (few := ops.int8_matvec(x, head)) is not None:
+        return few
     out = x.new_empty(len(x), head.shape[0])
     if isinstance(head, QuantizedTensor) and ops.project(x, [Adapted(head)], out) is not None:
         return out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgetune.runtime import nf4, ops
+from edgetune.runtime import int8, nf4, ops
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.lora import LoraLinear
 from edgetune.runtime.model import Block, KVCache, Llama, hf_linear_name
@@ -108,6 +108,36 @@ def test_bf16_activations_give_bf16(isa: str) -> None:
     assert relative(found, x.float() @ nf4.dequantize(quantized, torch.float32).T) < 8e-3
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(300, 2048), (37, 192), (2, 70), (9, 33), (5, 1)])
+def test_products_of_8_bit_rows_are_exact_but_for_sums(isa: str, rows: int, cols: int) -> None:
+    weight = int8.quantize(torch.randn(rows, cols) * torch.rand(rows, 1))
+    dense = weight.codes * weight.scale
+    for n in (1, 3, 11):
+        x = torch.randn(n, cols)
+        found = decode.int8_matvec(x, weight)
+        assert relative(found, x @ dense.T) < 2e-6
+        torch.set_num_threads(2)
+        assert torch.equal(decode.int8_matvec(x, weight), found)
+        assert torch.equal(torch.cat([decode.int8_matvec(row[None], weight) for row in x]), found)
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_become_8_bits_as_specified(isa: str, dtype: torch.dtype) -> None:
+    for rows, cols in ((70, 2048), (33, 50), (3, 1)):
+        weight = (torch.randn(rows, cols) * torch.rand(rows, 1)).to(dtype)
+        weight[1] = 0
+        weight[2] *= 1e-39  # a scale below fp32's normal numbers
+        found, wanted = cpu.int8_rows(weight), int8.quantize(weight)
+        assert torch.equal(found.codes, wanted.codes)
+        assert torch.equal(found.scale, wanted.scale)
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        weight = torch.randn(5, 70).to(dtype)
+        weight[3, 66] = bad
+        for rows in (cpu.int8_rows(weight), int8.quantize(weight)):
+            assert torch.isfinite(rows.scale)[:, 0].tolist() == [True, True, True, False, True]
+
+
 def test_a_wrong_shape_is_refused_before_a_pointer_crosses() -> None:
     quantized = nf4.quantize(torch.randn(16, 64))
     with pytest.raises(ValueError, match="65 features"):
@@ -150,7 +180,8 @@ def make_model(config: LlamaConfig, quantized: bool = True, rank: int = 0, head:
         blocks.append(block)
     embedding = torch.randn(config.vocab_size, d)
     out = torch.randn(config.vocab_size, d) * d**-0.5
-    return Llama(config, embedding, blocks, torch.ones(d), nf4.quantize(out) if head == "nf4" else out, torch.float32)
+    made = {"dense": lambda: out, "nf4": lambda: nf4.quantize(out), "int8": lambda: int8.quantize(out)}[head]()
+    return Llama(config, embedding, blocks, torch.ones(d), made, torch.float32)
 
 
 def reference(model: Llama, ids: Tensor, length: int) -> tuple[Tensor, KVCache]:
@@ -174,7 +205,7 @@ CASES = {
 @pytest.mark.parametrize("rank", [0, 3, 16])
 @pytest.mark.parametrize("case", CASES)
 def test_step_by_step_decoding_equals_a_whole_pass(isa: str, case: str, rank: int) -> None:
-    model = make_model(make_config(**CASES[case]), rank=rank, head="nf4" if rank == 3 else "dense")
+    model = make_model(make_config(**CASES[case]), rank=rank, head={0: "int8", 3: "nf4", 16: "dense"}[rank])
     ids = torch.randint(model.config.vocab_size, (12,))
     expected, filled = reference(model, ids, 16)
     cache = KVCache(model.config, 16, torch.float32, torch.device("cpu"))

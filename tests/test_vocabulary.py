@@ -16,10 +16,11 @@ from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.runner import Row, Runner
-from edgetune.runtime.vocabulary import PANEL_ROWS, Int8Rows, Vocabulary
+from edgetune.runtime.vocabulary import Vocabulary
 
 SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short last panel, rows that no block ends with
 

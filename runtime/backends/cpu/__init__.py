@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime.backends.cpu.attention import attention_backward, attention_forward
-from edgetune.runtime.backends.cpu.decode import decoder, matvec
+from edgetune.runtime.backends.cpu.decode import decoder, int8_matvec, int8_rows, matvec
 from edgetune.runtime.backends.cpu.library import KernelsMissing, force_isa, isas, kernel, load, selected_isa
 from edgetune.runtime.backends.cpu.project import fuses, project, project_backward
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
@@ -29,6 +29,8 @@ __all__ = [
     "dropout",
     "force_isa",
     "fuses",
+    "int8_matvec",
+    "int8_rows",
     "isas",
     "matvec",
     "project",

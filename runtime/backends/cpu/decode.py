@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edgetune.runtime import int8
 from edgetune.runtime.backends.cpu.library import kernel
+from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
 if TYPE_CHECKING:  # what a back end runs, not what it is made of
@@ -27,6 +29,7 @@ bf16, else f32); weights and activations in 8 bits, a scale for each 64 (error o
 
 _PANEL = 32  # matvec.inl's PANEL
 _KIND = {torch.bfloat16: 1, torch.float32: 2}  # matvec.inl's Kind; 0 is NF4
+_INT8 = 3
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -86,13 +89,17 @@ def _aligned(size: int) -> Tensor:
 # ---- structs that point into our tensors ----
 
 
-def _weight(weight: Tensor | QuantizedTensor, name: str) -> _Linear:
+def _weight(weight: Tensor | QuantizedTensor | Int8Rows, name: str) -> _Linear:
     """The struct of a weight (out, in) without bias and adapter; it points into the weight's own tensors."""
     _require(len(weight.shape) == 2, "{} is {}; expected a matrix", name, tuple(weight.shape))
     rows, cols = weight.shape
     if isinstance(weight, QuantizedTensor):
         return _quantized(weight, rows, cols, name)
-    _require(weight.dtype in _KIND, "{} is {}; expected bf16, f32 or NF4", name, weight.dtype)
+    if isinstance(weight, Int8Rows):
+        codes = _address(weight.codes, f"{name}'s codes", (rows, cols), torch.int8)
+        scale = _address(weight.scale, f"{name}'s scale", (rows, 1), torch.float32)
+        return _Linear(kind=_INT8, rows=rows, cols=cols, weight=codes, codes=scale)
+    _require(weight.dtype in _KIND, "{} is {}; expected bf16, f32, NF4 or 8-bit rows", name, weight.dtype)
     return _Linear(kind=_KIND[weight.dtype], rows=rows, cols=cols, weight=_address(weight, name, (rows, cols), weight.dtype))
 
 
@@ -155,8 +162,6 @@ class Decoder:
         blocks: Any = model.blocks
         self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(blocks)))
         self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
-        if not isinstance(model.head, (Tensor, QuantizedTensor)):
-            raise ValueError(f"the head is {type(model.head).__name__}; expected bf16, f32 or NF4")
         self._head = self._frozen(model.head, None, "head", config.vocab_size, config.hidden_size)
         self._space, self._space_for = torch.empty(0), (0, 0)
         self._own = 0
@@ -167,7 +172,7 @@ class Decoder:
         self._kept.append(x)
         return _address(x, name, shape, dtype)
 
-    def _frozen(self, weight: Tensor | QuantizedTensor, bias: Tensor | None, name: str, rows: int, cols: int) -> _Linear:
+    def _frozen(self, weight: Tensor | QuantizedTensor | Int8Rows, bias: Tensor | None, name: str, rows: int, cols: int) -> _Linear:
         found = tuple(weight.shape)
         _require(found == (rows, cols), "{} is {}; expected {}", name, found, (rows, cols))
         self._kept.append(weight)
@@ -272,16 +277,33 @@ def decoder(model: Llama, cache: KVCache) -> Decoder | None:
         return None
 
 
-def matvec(x: Tensor, quantized: QuantizedTensor, compute: str | None = None) -> Tensor:
+def int8_rows(weight: Tensor) -> Int8Rows:
+    """A dense (V, D) in 8 bits: int8.quantize's bits."""
+    if weight.dtype not in _KIND or not weight.is_contiguous():
+        return int8.quantize(weight)
+    rows, cols = weight.shape
+    small = Int8Rows(torch.empty(rows, cols, dtype=torch.int8), torch.empty(rows, 1))
+    kernel(f"int8_rows_{'bf16' if weight.dtype == torch.bfloat16 else 'f32'}", "pllppi")(
+        weight.data_ptr(), rows, cols, small.codes.data_ptr(), small.scale.data_ptr(), torch.get_num_threads()
+    )
+    return small
+
+
+def int8_matvec(x: Tensor, weight: Int8Rows) -> Tensor:
+    """x (n, in) bf16 or f32 -> x W^T (n, out) in x's dtype, computed in fp32."""
+    return matvec(x, weight)
+
+
+def matvec(x: Tensor, quantized: QuantizedTensor | Int8Rows, compute: str | None = None) -> Tensor:
     """x (n, in) bf16 or f32 -> x W^T (n, out) in x's dtype, 8 rows at a time.
 
-    compute: of `COMPUTE`; None takes f32 for f32 and bf16 for bf16.
+    compute: of `COMPUTE`, for NF4; None takes f32 for f32 and bf16 for bf16. 8-bit rows are computed in fp32.
     """
     found = (tuple(x.shape), x.dtype, x.device.type)
     fits = x.dim() == 2 and x.dtype in _KIND and x.device.type == "cpu"
     _require(fits, "x is {} {} on {}; expected (n, in) bf16 or f32 on cpu", *found)
     _require(x.shape[1] == quantized.shape[1], "x has {} features; the weight takes {}", x.shape[1], quantized.shape[1])
-    how = COMPUTE[compute or ("f32" if x.dtype == torch.float32 else "bf16")]
+    how = COMPUTE["f32" if isinstance(quantized, Int8Rows) else compute or ("f32" if x.dtype == torch.float32 else "bf16")]
     weight = _weight(quantized, "the weight")
     activations = x.detach().float().contiguous()
     y = torch.empty(x.shape[0], weight.rows)

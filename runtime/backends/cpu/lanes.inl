@@ -15,8 +15,12 @@ constexpr int LANES = 1;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Octets __attribute__((vector_size(LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 ET_INLINE Words widen(Halves x) { return __builtin_convertvector(x, Words); }
 ET_INLINE Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
+ET_INLINE Floats to_floats(Octets x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
+ET_INLINE Octets to_octets(Floats x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Octets); }
 ET_INLINE Words as_words(Floats x) { return (Words)x; }
 ET_INLINE Floats as_floats(Words x) { return (Floats)x; }
 ET_INLINE Floats all(float x) { return x - Floats{}; }
@@ -25,8 +29,11 @@ ET_INLINE Words all(uint32_t x) { return x - Words{}; }
 typedef float Floats;
 typedef uint32_t Words;
 typedef uint16_t Halves;
+typedef int8_t Octets;
 ET_INLINE Words widen(Halves x) { return x; }
 ET_INLINE Halves narrow(Words x) { return Halves(x); }
+ET_INLINE Floats to_floats(Octets x) { return x; }
+ET_INLINE Octets to_octets(Floats x) { return Octets(x); }
 ET_INLINE Words as_words(Floats x) { return to_bits(x); }
 ET_INLINE Floats as_floats(Words x) { return from_bits(x); }
 ET_INLINE Floats all(float x) { return x; }
@@ -42,8 +49,21 @@ ET_INLINE To read_as(const From* p) {
 
 ET_INLINE Floats get(const float* p) { return read_as<Floats>(p); }
 ET_INLINE Floats get(const Bf16* p) { return as_floats(widen(read_as<Halves>(p)) << 16); }
+ET_INLINE Floats get(const int8_t* p) {  // compilers take compare-and-shuffle detours over the plain conversion
+#if defined(ET_USE_AVX512)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(ET_USE_AVX2) && defined(__GNUC__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    return to_floats(read_as<Octets>(p));
+#endif
+}
 
 ET_INLINE void put(float* p, Floats value) { memcpy(p, &value, sizeof value); }
+ET_INLINE void put(int8_t* p, Floats value) {  // of integers
+    Octets octets = to_octets(value);
+    memcpy(p, &octets, sizeof octets);
+}
 ET_INLINE void put(Bf16* p, Floats value) {  // to nearest, ties to even; a NaN stays one
 #if defined(ET_USE_AVX512_BF16) && defined(__GNUC__)
     __m256bh halves = _mm512_cvtneps_pbh((__m512)value);  // subnormals (below 1.2e-38) become 0 here, and only here

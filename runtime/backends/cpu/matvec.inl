@@ -5,7 +5,7 @@
 // A linear with neither 64 to a block nor 64 | cols has blocks that cross rows, and is expanded row by row instead.
 #include "forms.inl"
 
-enum Kind : int64_t { NF4 = 0, DENSE_BF16 = 1, DENSE_F32 = 2 };
+enum Kind : int64_t { NF4 = 0, DENSE_BF16 = 1, DENSE_F32 = 2, ROWS_INT8 = 3 };
 enum Compute : int64_t { COMPUTE_F32 = 0, COMPUTE_BF16 = 1, COMPUTE_INT8 = 2 };
 
 constexpr int MAX_TOKENS = 8;
@@ -14,8 +14,8 @@ constexpr int64_t PANEL = 32;  // rows of lora_B that lie together, and the grai
 // A frozen linear with its adapter; decode.py's `Linear` mirrors it field by field.
 struct Linear {
     int64_t kind, rows, cols;
-    const void* weight;  // packed codes (ceil(rows * cols / 2)), or bf16 or fp32 (rows, cols)
-    const float* codes;  // (16,)
+    const void* weight;  // packed codes (ceil(rows * cols / 2)), or bf16, fp32 or int8 (rows, cols)
+    const float* codes;  // (16,); ROWS_INT8: (rows,), what each row is multiplied by
     Absmax absmax;
     int64_t block_size;
     const float* bias;  // (rows,) or null
@@ -162,28 +162,39 @@ static void crossing_range(const Linear& w, const Activations* x, int n, float* 
     }
 }
 
-// Four rows at a time, so that four sums are in flight.
+// Four rows at a time, so that four sums are in flight; from four equal parts of the range, as in form_range.
 template <class T>
 void dense_range(const T* weight, int64_t cols, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
                  int64_t end) {
-    for (; begin + 4 <= end; begin += 4) {
-        const T *a = weight + begin * cols, *b = a + cols, *c = b + cols, *d = c + cols;
+    constexpr int64_t AHEAD = PREFETCH / sizeof(T), LINE_NUMBERS = 64 / sizeof(T);  // of a cache line: whole registers
+    const int64_t part_rows = (end - begin) / 4, gap = part_rows * cols;
+    for (int64_t row = begin; row < begin + part_rows; row++) {
+        const T *a = weight + row * cols, *b = a + gap, *c = b + gap, *d = c + gap;
         for (int t = 0; t < n; t++) {
             const float* values = x[t].x;
             Floats sum_a = {}, sum_b = {}, sum_c = {}, sum_d = {};
-            each(cols, [&](int64_t i, auto part) {
+            auto add = [&](int64_t i, auto part) {
                 Floats value = get(values + i, part);
                 sum_a = fused(get(a + i, part), value, sum_a);
                 sum_b = fused(get(b + i, part), value, sum_b);
                 sum_c = fused(get(c + i, part), value, sum_c);
                 sum_d = fused(get(d + i, part), value, sum_d);
-            });
-            float* out = y + t * stride + begin;
-            out[0] = sum(sum_a), out[1] = sum(sum_b), out[2] = sum(sum_c), out[3] = sum(sum_d);
+            };
+            int64_t line = 0;
+            for (; line + LINE_NUMBERS <= cols; line += LINE_NUMBERS) {
+                ET_PREFETCH(a + line + AHEAD);
+                ET_PREFETCH(b + line + AHEAD);
+                ET_PREFETCH(c + line + AHEAD);
+                ET_PREFETCH(d + line + AHEAD);
+                for (int64_t i = line; i < line + LINE_NUMBERS; i += LANES) add(i, Full());
+            }
+            each(cols - line, [&](int64_t i, auto part) { add(line + i, part); });
+            float* out = y + t * stride + row;
+            out[0] = sum(sum_a), out[part_rows] = sum(sum_b), out[2 * part_rows] = sum(sum_c), out[3 * part_rows] = sum(sum_d);
         }
     }
-    for (; begin < end; begin++)
-        for (int t = 0; t < n; t++) y[t * stride + begin] = dot(weight + begin * cols, x[t].x, cols);
+    for (int64_t row = begin + 4 * part_rows; row < end; row++)
+        for (int t = 0; t < n; t++) y[t * stride + row] = dot(weight + row * cols, x[t].x, cols);
 }
 
 static void dense_range(int64_t kind, const void* weight, int64_t cols, const Activations* x, int n, float* y, int64_t stride,
@@ -192,10 +203,17 @@ static void dense_range(int64_t kind, const void* weight, int64_t cols, const Ac
     else dense_range(static_cast<const float*>(weight), cols, x, n, y, stride, begin, end);
 }
 
+static void int8_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+    dense_range(static_cast<const int8_t*>(w.weight), w.cols, x, n, y, stride, begin, end);
+    for (int t = 0; t < n; t++)
+        for (int64_t row = begin; row < end; row++) y[t * stride + row] *= w.codes[row];
+}
+
 // Rows [begin, end) of x W^T -> y[token * stride + row]; x laid out by lay_out for the same `compute`.
 static void product_range(const Linear& w, int64_t compute, const Activations* x, int n, float* y, int64_t stride,
                           int64_t begin, int64_t end) {
-    if (w.kind != NF4) dense_range(w.kind, w.weight, w.cols, x, n, y, stride, begin, end);
+    if (w.kind == ROWS_INT8) int8_range(w, x, n, y, stride, begin, end);
+    else if (w.kind != NF4) dense_range(w.kind, w.weight, w.cols, x, n, y, stride, begin, end);
     else if (!has_form(w)) crossing_range(w, x, n, y, stride, begin, end);
     else if (compute == COMPUTE_INT8) form_range<Int8Form>(w, x, n, y, stride, begin, end);
     else if (compute == COMPUTE_BF16) form_range<Bf16Form>(w, x, n, y, stride, begin, end);
@@ -216,4 +234,38 @@ static void matvec(const Linear* w, int64_t compute, const float* x, int64_t n, 
 // Bytes of `space` that a token of `cols` activations takes.
 static void matvec_space(int64_t cols, int64_t* bytes) { *bytes = activation_bytes(cols); }
 
-#define ET_MATVEC_KERNELS(X) X(matvec) X(matvec_space)
+// ---- dense rows to 8 bits ----
+
+// weight (rows, cols) -> codes (rows, cols), scale (rows,): a row's largest magnitude becomes 127, the others the nearest
+// integers, ties to even. A row with inf or NaN gets a scale that is not finite either, and codes of no account.
+template <class T>
+void int8_rows(const T* weight, int64_t rows, int64_t cols, int8_t* codes, float* scale, int threads) {
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+    parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* values = weight + row * cols;
+            Words most = {};  // magnitudes compare as integers do, and a NaN is the largest
+            each(cols, [&](int64_t i, auto part) {
+                Words magnitude = as_words(get(values + i, part)) & 0x7fffffff;
+                most = most > magnitude ? most : magnitude;
+            });
+            uint32_t parts[LANES], top = 0;
+            memcpy(parts, &most, sizeof parts);
+            for (uint32_t bits : parts) top = bits > top ? bits : top;
+            scale[row] = from_bits(top) / 127.0f;
+            const float divisor = scale[row] > 1e-38f ? scale[row] : 1e-38f;
+            if (top < 0x7f800000)
+                each(cols, [&](int64_t i, auto part) {
+                    put(codes + row * cols + i, get(values + i, part) / divisor + shift - shift, part);
+                });
+        }
+    });
+}
+static void int8_rows_bf16(const Bf16* weight, int64_t rows, int64_t cols, int8_t* codes, float* scale, int threads) {
+    int8_rows(weight, rows, cols, codes, scale, threads);
+}
+static void int8_rows_f32(const float* weight, int64_t rows, int64_t cols, int8_t* codes, float* scale, int threads) {
+    int8_rows(weight, rows, cols, codes, scale, threads);
+}
+
+#define ET_MATVEC_KERNELS(X) X(matvec) X(matvec_space) X(int8_rows_bf16) X(int8_rows_f32)

@@ -13,6 +13,7 @@ ET_INLINE uint32_t to_bits(float value) {
 }
 
 ET_INLINE float load(const float* p) { return *p; }
+ET_INLINE float load(const int8_t* p) { return *p; }
 ET_INLINE float load(const Bf16* p) { return from_bits(uint32_t(p->bits) << 16); }
 
 ET_INLINE void store(float* p, float value) { *p = value; }
