@@ -21,6 +21,8 @@ from edgetune.state import home
 RECIPES = ("notes", "raw", "chat")
 RECOMPUTE = ("auto", "none", "selective", "full")
 COMPUTE = ("auto", "bf16", "fp32")
+HEADS = ("auto", "stored", "int8", "nf4")
+"""In what form a session holds the head: as its folder does, in one of vocabulary.KINDS, or as is fastest at no cost."""
 CONFIG_FILE = "config.toml"
 
 

@@ -6,9 +6,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from edgetune import registry
+from edgetune.config import HEADS
 from edgetune.models import ModelChoice, resolve
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import ops
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
@@ -58,17 +62,34 @@ def open_base(name: str | None) -> Base:
 
 
 @explain_card_memory(_SMALLER)
-def load_base(base: Base, device: str = "auto", layer_memory: int | None = None, vocabulary: str | None = None) -> Loaded:
+def load_base(
+    base: Base,
+    device: str = "auto",
+    layer_memory: int | None = None,
+    vocabulary: str | None = None,
+    head: str | None = None,
+) -> Loaded:
     """The opened model ready to run, its linears in NF4; `layer_memory` and `vocabulary` (its embedding's and head's kind)
-    as in load_llama."""
+    as in load_llama. `head`, of HEADS, is the head's kind where that is its own."""
     target = pick_device(device)
     choice, checkpoint = base
     quant = None if checkpoint.quant is not None else QuantConfig()
+    head_kind = vocabulary if head is None else _head_kind(head, target)
     model = load_llama(
         checkpoint, compute_dtype(target), target, quant,
-        layer_memory=layer_memory, embedding_kind=vocabulary, head_kind=vocabulary,
+        layer_memory=layer_memory, embedding_kind=vocabulary, head_kind=head_kind,
     )  # fmt: skip
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
+
+
+def _head_kind(head: str, device: torch.device) -> str | None:
+    """What load_llama is asked for. "auto" is int8 where there are kernels for it: half of bf16's bytes for every token, at
+    less than 0.0001 bits a byte (LOG.md)."""
+    if head not in HEADS:
+        raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
+    if head == "auto":
+        return "int8" if ops.multiplies_int8(device) else None
+    return None if head == "stored" else head
 
 
 class Session:
@@ -82,14 +103,15 @@ class Session:
         self.use_adapter(adapter is not None)
 
     @classmethod
-    def load(cls, model: str | None = None, adapter: str | None = None, device: str = "auto") -> Session:
+    def load(cls, model: str | None = None, adapter: str | None = None, device: str = "auto", head: str = "auto") -> Session:
         """Open a model and an adapter by the names that the command line takes.
 
         model: a path, a Hugging Face id in the local cache, "demo", or None for the best one here.
         adapter: a folder, a name, "none", or None for the one in a bundle of `edgetune export mps`, else the current one.
+        head: of HEADS; a head that is stored quantised stays as it is.
         Raises EdgetuneError's children, each a sentence that can be shown.
         """
-        loaded = load_base(open_base(model), device)
+        loaded = load_base(open_base(model), device, head=head)
         name, found = registry.adapter_for(adapter, loaded.checkpoint)
         return cls(loaded, found, name)
 

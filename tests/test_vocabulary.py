@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import tiny
 import torch
 
 from edgetune.meter import anonymous_memory
+from edgetune.models import resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops, vocabulary
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.errors import ModelError
+from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.runner import Row, Runner
 from edgetune.runtime.vocabulary import Vocabulary
+from edgetune.session import Session
 
 SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short last panel, rows that no block ends with
 
@@ -84,6 +87,52 @@ def test_training_equals_that_with_the_dequantised_weight(tmp_path: Path, family
     assert len(results[0]) == 2 + 2 * 7 * 2
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
+@pytest.mark.parametrize("kind", vocabulary.KINDS)
+def test_a_head_of_its_own_kind_leaves_the_embedding_as_it_is(tmp_path: Path, family: str, kind: str) -> None:
+    tiny.save_model(tmp_path / "model", family)
+    plain, model = (load_llama(open_model(tmp_path / "model"), torch.float32, head_kind=k) for k in (None, kind))
+    assert torch.equal(model.embedding, plain.embedding)
+    assert not isinstance(model.head, torch.Tensor)
+    assert torch.equal(dense(model.head), dense(vocabulary.quantize(plain.head, kind)))
+
+
+@pytest.mark.skipif(ops.kernels_missing() is not None, reason="the kernels were not built")
+@pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
+def test_a_session_holds_the_head_in_the_form_asked_for(tmp_path: Path, family: str) -> None:
+    demo = resolve("demo").path
+    tiny.save_model(tmp_path / "model", family, vocab_size=open_model(demo).config.vocab_size)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(demo / name, tmp_path / "model" / name)
+    forms = {"auto": Int8Rows, "stored": torch.Tensor, "int8": Int8Rows, "nf4": QuantizedTensor}
+    for head, form in forms.items():
+        session = Session.load(str(tmp_path / "model"), "none", "cpu", head)
+        assert isinstance(session.model.head, form)
+        assert isinstance(session.model.embedding, torch.Tensor)
+        assert session.generate("The shed", 4, 0.0).tokens == 4
+    with ops.use_backend("reference"):  # has no products for 8 bits: nothing gained, so nothing is rounded
+        assert isinstance(Session.load(str(tmp_path / "model"), "none", "cpu").model.head, torch.Tensor)
+    with pytest.raises(UsageError, match="expected one of auto, stored, int8, nf4"):
+        Session.load(str(tmp_path / "model"), "none", "cpu", "q6_k")
+
+
+@pytest.mark.skipif(ops.kernels_missing() is not None, reason="the kernels were not built")
+def test_writing_with_the_head_in_8_bits_costs_next_to_nothing_on_the_demo() -> None:
+    """Token after token, by the step that writes: the likelihood of a text, and what would have been written."""
+    losses, tops = [], []
+    for head in ("stored", "int8"):
+        session = Session.load("demo", "none", "cpu", head)
+        generator = Generator(Runner(session.model), 256)
+        ids = session.prompt_ids((resolve("demo").path / "README.md").read_text())[:200]
+        generator.prefill(ids[:1])
+        logits = torch.stack([generator.step(id).float() for id in ids[1:-1]])
+        losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2:]))))
+        tops.append(logits.argmax(1))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1] != losses[0]
+    assert (tops[0] == tops[1]).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("kind", vocabulary.KINDS)

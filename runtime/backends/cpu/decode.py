@@ -172,7 +172,9 @@ class Decoder:
         self._kept.append(x)
         return _address(x, name, shape, dtype)
 
-    def _frozen(self, weight: Tensor | QuantizedTensor | Int8Rows, bias: Tensor | None, name: str, rows: int, cols: int) -> _Linear:
+    def _frozen(
+        self, weight: Tensor | QuantizedTensor | Int8Rows, bias: Tensor | None, name: str, rows: int, cols: int
+    ) -> _Linear:
         found = tuple(weight.shape)
         _require(found == (rows, cols), "{} is {}; expected {}", name, found, (rows, cols))
         self._kept.append(weight)
