@@ -383,7 +383,8 @@ def _inspect(folder: Path, name: str, source: str, memory: int) -> Found:
 
 def _quantisation(checkpoint: Checkpoint) -> str:
     if checkpoint.quant is not None:
-        return checkpoint.quant.quant_type + (" double" if checkpoint.quant.double_quant else "")
+        double = " double" if checkpoint.quant.double_quant else ""
+        return checkpoint.quant.quant_type + double + (", head too" if checkpoint.quantized_head else "")
     largest = max(checkpoint.stored.values(), key=lambda tensor: tensor.nbytes)
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     kind = str(largest.dtype).removeprefix("torch.")

@@ -178,6 +178,8 @@ def _check_memory(job: Job) -> None:
     adapter = {} if job.adapter is None else job.adapter.tensors
     needed = TORCH_BYTES + sum(tensor.nbytes for tensor in adapter.values()) + 4 * (3 * largest + 10 * _PANEL)
     needed += max(tensor.nbytes for tensor in job.base.stored.values())
+    if job.base.quantized_head:
+        needed += 4 * job.base.config.vocab_size * job.base.config.hidden_size  # it is dense for a moment
     if job.memory is not None and job.memory < needed:
         megabytes = -(-needed // 1_000_000)
         raise ResourceError(

@@ -37,10 +37,10 @@ class Merged:
             adapters.check_fits(adapter, base.config)
 
     def tensor(self, name: str) -> Tensor:
-        """W + scale * B A in fp32 for a linear of a block, anything else as the base stores it (then it is read-only)."""
-        if not is_linear(name):
-            return self.base.dense(name)
+        """W + scale * B A in fp32 for a linear of a block, a 4-bit head in fp32, anything else as stored (then read-only)."""
         stored = self.base.tensor(name)
+        if not is_linear(name):
+            return stored if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
         dense = stored.to(torch.float32, copy=True) if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
         a, b = self.update(name)
         return dense if a is None or b is None else dense.addmm_(b, a, alpha=self.scale)

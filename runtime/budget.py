@@ -37,7 +37,8 @@ class Stored:
     head: int
     norms: int
     mapped: bool = True
-    head_dtype: torch.dtype = torch.bfloat16
+    head_dtype: torch.dtype | None = torch.bfloat16
+    """None: NF4, which is never dense as a whole."""
 
     @classmethod
     def nf4(cls, config: LlamaConfig, block_size: int = 64, double_quant: bool = True, mapped: bool = True) -> Stored:
@@ -53,9 +54,9 @@ class Stored:
     def of(cls, checkpoint: Checkpoint) -> Stored:
         """Of a folder; one that is not quantised will be, on the way in."""
         config, sizes = checkpoint.config, {name: tensor.nbytes for name, tensor in checkpoint.stored.items()}
-        embedding, head = sizes[EMBEDDING], sizes.get(HEAD, 0)
+        embedding, head = sizes[EMBEDDING], sum(size for name, size in sizes.items() if name.startswith(HEAD))
         own_head = 0 if config.tie_embeddings else head
-        head_dtype = checkpoint.stored[EMBEDDING if config.tie_embeddings else HEAD].dtype
+        head_dtype = None if checkpoint.quantized_head else checkpoint.stored[EMBEDDING if own_head == 0 else HEAD].dtype
         if checkpoint.quant is None:
             later = cls.nf4(config, mapped=False)
             return replace(later, embedding=embedding, head=own_head, head_dtype=head_dtype)
@@ -175,7 +176,7 @@ def parts(
     rows = min(tokens, setting.loss_rows)
     logits = rows * v * size + 3 * tokens * d * size
     vocabulary = stored.embedding + stored.head
-    if stored.head_dtype != dtype:
+    if stored.head_dtype not in (None, dtype):
         vocabulary += v * d * size  # a copy in the compute dtype
     if setting.vocabulary is not None:
         numbers = v * d * (1 if config.tie_embeddings else 2)

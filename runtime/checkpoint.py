@@ -88,6 +88,11 @@ class Checkpoint:
         state = next(iter(self._states.values()))
         return QuantConfig(state.quant_type, state.block_size, state.nested_block_size is not None)
 
+    @property
+    def quantized_head(self) -> bool:
+        """Whether the head is stored in 4 bits too."""
+        return HEAD in self._states
+
     def tensor(self, name: str) -> Tensor | QuantizedTensor:
         """One tensor by its full Hugging Face name, dense or 4-bit, mapped."""
         state = self._states.get(name)

@@ -125,8 +125,8 @@ def companions(folder: Path) -> list[Path]:
     return [file for pattern in _COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
-def quantization_config(double_quant: bool) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig writes for NF4."""
+def quantization_config(double_quant: bool, quantized_head: bool = False) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig writes for NF4. A list of what is dense must be there: without one the head is."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -135,5 +135,5 @@ def quantization_config(double_quant: bool) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": [] if quantized_head else ["lm_head"],
     }

@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a 4-bit one: NF4 linears in bitsandbytes' layout, everything else bf16, a tensor at a time.
+"""A Hugging Face folder to a 4-bit one: NF4 linears in bitsandbytes' layout, everything else (but perhaps the head) bf16.
 
 The work is done in a hidden folder beside the destination, shard by shard; each shard appears there only when whole,
 and the folder takes the destination's name only when complete. A run that was cut is continued by the same call, and
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
-from edgetune.runtime.checkpoint import Checkpoint, is_linear, model_shapes, open_model
+from edgetune.runtime.checkpoint import HEAD, Checkpoint, is_linear, model_shapes, open_model
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import explain_full_disk, sync_folder
 from edgetune.runtime.model_folder import (
@@ -35,6 +35,7 @@ from edgetune.runtime.model_folder import (
 )
 from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
 
+HEADS = ("bf16", "nf4")
 _LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
 
 Progress = Callable[[int, int], None]
@@ -59,15 +60,19 @@ class _Recipe:
     shapes: dict[str, tuple[int, ...]]
     block_size: int
     double_quant: bool
+    head: str
+
+    def becomes_nf4(self, name: str) -> bool:
+        return is_linear(name) or (name == HEAD and self.head == "nf4")
 
     def specs(self, name: str) -> list[TensorSpec]:
-        if is_linear(name):
+        if self.becomes_nf4(name):
             return bnb_layout.weight_specs(name, self.shapes[name], self.block_size, self.double_quant)
         return [TensorSpec(name, torch.bfloat16, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         weight = self.checkpoint.dense(name)
-        if not is_linear(name):
+        if not self.becomes_nf4(name):
             return {name: weight}
         try:
             quantized = nf4.quantize(weight, "nf4", self.block_size, double_quant=False)
@@ -99,15 +104,20 @@ def quantize_folder(
     *,
     double_quant: bool = True,
     block_size: int = 64,
+    head: str = "bf16",
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizeResult:
     """Quantise the linears of the model in `src` to NF4 (QLoRA §3) into a folder that transformers opens too.
 
-    Raises ModelError for a source that is unreadable, already quantised or not finite, UsageError when `dest` is
-    there, ResourceError when the disk is or becomes full. What was finished by then is used by the next call.
+    head: of HEADS; "nf4" quantises it like a linear.
+    Raises ModelError for a source that is unreadable, already quantised or not finite, UsageError when `dest` is there or
+    the head to be quantised is the embedding too, ResourceError when the disk is or becomes full. What was finished by then
+    is used by the next call.
     """
     src, dest = Path(src), Path(dest)
+    if head not in HEADS:
+        raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
     if block_size not in nf4.BLOCK_SIZES:
         raise UsageError(f"The block size is {block_size}; expected one of {', '.join(map(str, nf4.BLOCK_SIZES))}.")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
@@ -115,14 +125,16 @@ def quantize_folder(
     checkpoint = open_model(src)
     if checkpoint.quant is not None:
         raise ModelError(f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from.")
-    recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), block_size, double_quant)
+    if head != "bf16" and checkpoint.config.tie_embeddings:
+        raise UsageError(f"{src} has one tensor as embedding and head, and an embedding stays dense: leave --head out.")
+    recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), block_size, double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
-        partial = _partial_folder(checkpoint, dest, [block_size, double_quant, shard_bytes])
+        partial = _partial_folder(checkpoint, dest, [block_size, double_quant, shard_bytes, head])
         _check_space(partial, dest, recipe, shards)
         _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
         config = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
-        config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant)}
+        config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
         write_companions(src, partial, config, recipe, shards)
         _publish(partial, dest)
     parameters = sum(map(math.prod, recipe.shapes.values()))
