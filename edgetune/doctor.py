@@ -18,7 +18,7 @@ import edgetune
 from edgetune.confirm import confirm
 from edgetune.prepare import backend_name
 from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
-from edgetune.runtime.ops import kernels_missing
+from edgetune.runtime.ops import kernels_missing, multiplies_int8
 from edgetune.state import home
 
 
@@ -50,6 +50,7 @@ def examine() -> dict[str, Any]:
         "mps": torch.backends.mps.is_available(),
         "device": best.type,
         "device_backend": backend_name(best),
+        "writes_with_head": "int8" if multiplies_int8(best) else "as stored",
         "device_dtype": str(compute_dtype(best)).removeprefix("torch."),
         "confirmations": [dataclasses.asdict(found) for found in confirmations],
         "memory_available_bytes": available_memory(),

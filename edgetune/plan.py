@@ -46,6 +46,8 @@ class Forecast:
     least_memory_bytes: int
     parts: dict[str, int]
     setting: dict[str, Any]
+    head: str
+    """The head's form in training: how it is stored, or what the setting makes of it."""
     tokens_per_second: float | None
     seconds: float | None
     steps: int | None
@@ -91,12 +93,20 @@ def forecast(train: TrainConfig) -> Forecast:
         least_memory_bytes=smallest.parts.total,
         parts=dataclasses.asdict(shown.parts),
         setting=dataclasses.asdict(shown.setting),
+        head=_head_form(stored, shown.setting),
         tokens_per_second=speed,
         seconds=seconds,
         steps=steps,
         tokens=tokens,
         advice=None if choice is not None else advice(stored, smallest.parts.total),
     )
+
+
+def _head_form(stored: Stored, setting: Setting) -> str:
+    """A dtype's name or one of vocabulary.KINDS; a head in 4 bits stays so."""
+    if stored.head_dtype is None:
+        return "nf4"
+    return setting.vocabulary or str(stored.head_dtype).removeprefix("torch.")
 
 
 def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:

@@ -13,8 +13,10 @@ from adapters import job_for, random_adapter, write_and_compare
 from safetensors.torch import load_file
 from tiny import save_model
 
+from edgetune.config import TrainConfig
 from edgetune.export import verify
 from edgetune.models import DEMO, resolve, scan
+from edgetune.plan import forecast
 from edgetune.runtime import nf4
 from edgetune.runtime.budget import Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -140,4 +142,6 @@ def test_sizes_and_lists_tell_the_form(base: Checkpoint, tmp_path: Path) -> None
     parts = sum(tensor.nbytes for name, tensor in base.stored.items() if name.startswith(HEAD))
     assert stored.head == parts
     assert stored.head_dtype is None
+    assert forecast(TrainConfig(model=str(base.folder))).head == "nf4"
+    assert forecast(TrainConfig(model=str(tmp_path / "dense"))).head == "float32"
     assert [found.quantisation for found in scan(base.folder)] == ["nf4 double, head too"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PARTS = {
     "process": "Python, torch and edgetune",
     "weights": "weights of the layers",
-    "embeddings": "embedding and head",
+    "embeddings": "embedding, head",
     "adapter": "adapter, and the best so far",
     "gradients": "its gradients",
     "optimizer": "optimizer states",
@@ -48,7 +48,8 @@ def _show(result: Forecast) -> None:
     may = f"{human_bytes(result.memory_bytes)} may be used on {result.device}"
     click.echo(f"{result.model}: {'fits' if result.fits else 'does not fit'}; {may}.")
     for name, label in _PARTS.items():
-        click.echo(f"  {label:<30}{human_bytes(result.parts[name]):>10}")
+        told = f"{label} in {result.head}" if name == "embeddings" else label
+        click.echo(f"  {told:<30}{human_bytes(result.parts[name]):>10}")
     click.echo(f"  {'peak' if result.fits else 'at the least':<30}{human_bytes(result.peak_memory_bytes):>10}")
     if result.fits:
         click.echo(f"The least that would do is {human_bytes(result.least_memory_bytes)}.")

@@ -28,9 +28,11 @@ from common import Contender, Result
 
 PROMPT = 16
 OURS = {
-    "ours-nf4": "edgetune NF4, head bf16",
-    "ours-nf4-head": "edgetune NF4, head NF4",
+    "ours-nf4": "edgetune NF4, head bf16 (`--head stored`)",
+    "ours-int8-head": "edgetune NF4, head int8 (what `generate` takes)",
+    "ours-nf4-head": "edgetune NF4, head NF4 (`--head nf4`)",
 }
+HEAD_KINDS = {"ours-nf4": None, "ours-int8-head": "int8", "ours-nf4-head": "nf4"}
 LLAMA = {
     "llama-q4_0": "llama.cpp Q4_0 (output Q6_K, as llama-quantize writes it)",
     "llama-q4_0-pure": "llama.cpp Q4_0 (output Q4_0 too)",
@@ -139,9 +141,11 @@ def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
 
     return {
         "decode_ratio_head_bf16_to_q4_0": ratio("ours-nf4", ("llama-q4_0",), decode),
+        "decode_ratio_head_int8_to_q4_0": ratio("ours-int8-head", ("llama-q4_0",), decode),
         "decode_ratio_head_nf4_to_q4_0": ratio("ours-nf4-head", ("llama-q4_0",), decode),
         "decode_ratio_head_nf4_to_q4_0_pure": ratio("ours-nf4-head", ("llama-q4_0-pure",), decode),
         "decode_bandwidth_share_head_bf16": common.median(results.get("ours-nf4", []), "bandwidth_share"),
+        "decode_bandwidth_share_head_int8": common.median(results.get("ours-int8-head", []), "bandwidth_share"),
         "decode_bandwidth_share_head_nf4": common.median(results.get("ours-nf4-head", []), "bandwidth_share"),
         "prefill_ours": ours_prefill,
         "prefill_best_peer": peer,
@@ -204,14 +208,13 @@ def contend(arguments: argparse.Namespace) -> Result:
         from edgetune.bench import read_gb_per_second
 
         return {"read_gb_per_second": read_gb_per_second()}
-    return ours(arguments, key == "ours-nf4-head", bare)
+    return ours(arguments, HEAD_KINDS[key], bare)
 
 
-def ours(arguments: argparse.Namespace, quantised_head: bool, bare: int) -> Result:
+def ours(arguments: argparse.Namespace, head_kind: str | None, bare: int) -> Result:
     import torch
 
     from edgetune.bench import decode_bytes
-    from edgetune.runtime import nf4
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.device import compute_dtype
     from edgetune.runtime.generate import Generator
@@ -219,10 +222,7 @@ def ours(arguments: argparse.Namespace, quantised_head: bool, bare: int) -> Resu
     from edgetune.runtime.runner import Runner
 
     checkpoint = open_model(arguments.workdir / f"{arguments.shape}-nf4")
-    model = load_llama(checkpoint, compute_dtype(torch.device("cpu")))
-    if quantised_head:
-        assert isinstance(model.head, torch.Tensor)
-        model.head = nf4.quantize(model.head.float())
+    model = load_llama(checkpoint, compute_dtype(torch.device("cpu")), head_kind=head_kind)
     generator = Generator(Runner(model), arguments.prefill + PROMPT + arguments.tokens)
 
     @torch.no_grad()
