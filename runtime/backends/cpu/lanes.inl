@@ -54,6 +54,9 @@ ET_INLINE Floats get(const int8_t* p) {  // compilers take compare-and-shuffle d
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(ET_USE_AVX2) && defined(__GNUC__)
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(ET_USE_NEON) && defined(__GNUC__)
+    int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(read_as<uint32_t>(p))));  // four bytes, twice
+    return (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 #else
     return to_floats(read_as<Octets>(p));
 #endif
