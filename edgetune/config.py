@@ -20,7 +20,10 @@ from edgetune.state import home
 
 RECIPES = ("notes", "raw", "chat")
 RECOMPUTE = ("auto", "none", "selective", "full")
-COMPUTE = ("auto", "bf16", "fp32")
+COMPUTE = ("auto", "bf16", "int8", "fp32")
+"""int8: activations are bf16, and the frozen weights' products are in 8 bits while training."""
+INT8_BY = ("auto", "int8")
+"""What of COMPUTE asks for 8 bits where there are kernels."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """In what form a session holds the head: as its folder does, in one of vocabulary.KINDS, or as is fastest at no cost."""
 CONFIG_FILE = "config.toml"

@@ -14,7 +14,7 @@ import torch
 from edgetune import registry
 from edgetune.batches import Packer
 from edgetune.choose import choose_or_refuse, planned_steps
-from edgetune.config import TrainConfig
+from edgetune.config import INT8_BY, TrainConfig
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
@@ -23,9 +23,9 @@ from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
-from edgetune.runtime.errors import AdapterError, DataError, ModelError
+from edgetune.runtime.errors import AdapterError, DataError, ModelError, UsageError
 from edgetune.runtime.files import sha256_file
-from edgetune.runtime.ops import backend_for
+from edgetune.runtime.ops import backend_for, fuses
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import Base, Loaded, load_base
@@ -49,6 +49,7 @@ class Plan:
     warmup_steps: int
     evaluate_every: int
     compute_dtype: str
+    int8: bool
     backend: str
     threads: int
     predicted_peak_bytes: int
@@ -168,6 +169,7 @@ def prepare(config: TrainConfig, base: Base, folder: Path, run: str = "", proces
         warmup_steps=min(config.warmup_steps, steps // 4),
         evaluate_every=max(1, -(-steps // max(config.evaluations, 1))),
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
+        int8=chooses_int8(config, device, loaded.model.dtype),
         backend=backend_name(loaded.model.device),
         threads=torch.get_num_threads(),
         predicted_peak_bytes=chosen.parts.total,
@@ -186,7 +188,7 @@ def prepare(config: TrainConfig, base: Base, folder: Path, run: str = "", proces
         torch=torch.__version__,
         files=_token_files(folder),
     )
-    return Prepared(config, record, loaded, _runner(loaded, chosen.setting, folder), packer, held_out, folder)
+    return Prepared(config, record, loaded, _runner(loaded, plan, folder), packer, held_out, folder)
 
 
 def prepare_again(config: TrainConfig, base: Base, folder: Path, record: Record, begun: bool) -> Prepared:
@@ -207,7 +209,7 @@ def prepare_again(config: TrainConfig, base: Base, folder: Path, record: Record,
         torch.set_num_threads(plan.threads)
     packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
     held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
-    return Prepared(config, record, loaded, _runner(loaded, plan.setting, folder), packer, held_out, folder)
+    return Prepared(config, record, loaded, _runner(loaded, plan, folder), packer, held_out, folder)
 
 
 def prepare_beside(config: TrainConfig, base: Base, folder: Path, record: Record) -> Prepared:
@@ -276,6 +278,17 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if config.compute == "fp32" else torch.bfloat16
 
 
+def chooses_int8(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether training's large products are in 8 bits: where asked for, or by default, and there are kernels.
+
+    Raises UsageError where they are asked for and there are none.
+    """
+    able = device.type == "cpu" and fuses(device, dtype)
+    if config.compute == "int8" and not able:
+        raise UsageError("--compute int8 needs a CPU with AMX (Xeon of 2023 and later, on Linux); type --compute bf16.")
+    return able and config.compute in INT8_BY
+
+
 def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting) -> Loaded:
     if setting.compact:
         compact_heap()
@@ -284,8 +297,9 @@ def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting)
     return loaded
 
 
-def _runner(loaded: Loaded, setting: Setting, folder: Path) -> Runner:
-    return Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None)
+def _runner(loaded: Loaded, plan: Plan, folder: Path) -> Runner:
+    setting = plan.setting
+    return Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None, plan.int8)
 
 
 def tokenize_notes(

@@ -133,6 +133,8 @@ class ProjectPlan:
     """32 bits of (seed, step, layer); None: no dropout (evaluation)."""
     save_input: bool = False
     """Keep the prologue's output too, instead of computing it again in backward."""
+    int8: bool = False
+    """Large products in 8 bits where ops.project can: in training alone, for what is evaluated is the model as it is stored."""
     values: bool = True
     """False in a recomputation whose result nobody reads: only what the backward needs is made."""
 
@@ -164,7 +166,7 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
     """The products, and what their backward wants."""
     y = x.new_empty(x.shape[0], sum(linear.out_features for linear in linears))
     fused = _fusible(x, linears, plan)
-    reduced = ops.project(x, fused, y if plan.values else None) if fused is not None else None
+    reduced = ops.project(x, fused, y if plan.values else None, plan.int8) if fused is not None else None
     kept = _Kept([reduced], True) if reduced is not None else _Kept([], False)
     column = 0
     for number, linear in enumerate(linears):
@@ -192,7 +194,8 @@ def _backward(dy: Tensor, x: Tensor, kept: _Kept, linears: Sequence[AnyLinear], 
         gradients = [_gradients(linear) for linear in linears if isinstance(linear, LoraLinear)]
         here = _fusible(x, linears, plan)  # again: a streamed layer may lie elsewhere by now
         assert here is not None
-        fused = ops.project_backward(dy if dy.stride(1) == 1 else dy.contiguous(), x, kept.reduced[0], here, gradients)
+        dy = dy if dy.stride(1) == 1 else dy.contiguous()
+        fused = ops.project_backward(dy, x, kept.reduced[0], here, gradients, plan.int8)
         assert fused is not None
         return fused
     dx, reduced, column = torch.zeros_like(x), iter(kept.reduced), 0

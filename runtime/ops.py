@@ -182,25 +182,31 @@ def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(backend_for(device).fuses(dtype))
 
 
-def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor | None:
+def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:
     """y (M, sum of O) = x W^T + scale * dropout(x) A^T B^T of each linear, side by side, without a dense copy of any W.
 
-    Returns what project_backward wants; y None: only that. None: no such kernel here, nothing written.
+    Returns what project_backward wants; y None: only that. None: no such kernel here, nothing written. int8: x and W in 8
+    bits, where a kernel can and x has no outliers that this would cost too much; the adapters' share stays as it is.
     """
     _check_matrix(x, "x")
-    found: Tensor | None = backend_for(x.device).project(x, linears, y)
+    found: Tensor | None = backend_for(x.device).project(x, linears, y, int8)
     return found
 
 
 def project_backward(
-    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted], gradients: Sequence[tuple[Tensor, Tensor]]
+    dy: Tensor,
+    x: Tensor,
+    reduced: Tensor,
+    linears: Sequence[Adapted],
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    int8: bool = False,
 ) -> Tensor | None:
     """dx (M, I); adds to (dA, dB) f32 of each linear that has an adapter. `reduced` is what project returned.
 
-    None: no such kernel here, nothing added. x is read for adapters alone.
+    None: no such kernel here, nothing added. x is read for adapters alone. int8: dy and W in 8 bits, as in project.
     """
     _check_matrix(dy, "dy")
-    dx: Tensor | None = backend_for(dy.device).project_backward(dy, x, reduced, linears, gradients)
+    dx: Tensor | None = backend_for(dy.device).project_backward(dy, x, reduced, linears, gradients, int8)
     return dx
 
 

@@ -113,7 +113,8 @@ class _Pass:
 class Runner:
     """Runs a model's blocks. One runner a model: it owns the panel that weights are dequantised into.
 
-    offload: a folder for the blocks' inputs, where every block is recomputed from its own.
+    offload: a folder for the blocks' inputs, where every block is recomputed from its own. int8: `train` makes its large
+    products in 8 bits where ops.project can.
     """
 
     def __init__(
@@ -122,10 +123,11 @@ class Runner:
         recompute: Recompute = Recompute.FULL,
         loss_rows: int = LOSS_ROWS,
         offload: Path | None = None,
+        int8: bool = False,
     ) -> None:
         if offload is not None and recompute is not Recompute.FULL:
             raise ValueError(f"recompute is {recompute}; only full recomputation leaves nothing but inputs to offload")
-        self.model, self.recompute, self.loss_rows = model, recompute, loss_rows
+        self.model, self.recompute, self.loss_rows, self.int8 = model, recompute, loss_rows, int8
         self.panel = Panel()
         self.offload = None if offload is None else Offload(offload)
 
@@ -136,6 +138,7 @@ class Runner:
         """
         row = padded(row).to(self.model.device)
         ctx = self._context(row.positions, packed_segments(row.bounds), None)
+        ctx = replace(ctx, plan=replace(ctx.plan, int8=self.int8))
         layers, pager = range(len(self.model.blocks)), self.model.pager
         pager.expect([*layers, *reversed(layers)])
         h, passes = self.model.embed(row.input_ids), []

@@ -17,6 +17,7 @@ cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError,
 
 BF16 = torch.bfloat16
 TOLERANCE = 5e-3  # of a tensor's norm: one rounding to bf16 is 1.7e-3, and adapters round twice more
+INT8_ERROR = 0.02  # of a product with numbers like these in steps of a row's largest / 127: about 1% each side
 ROWS = [1, 7, 32, 100, 513, 1100]
 SHAPES = {  # inputs, outputs of each linear, rank of each (0: none), block size, double quantised
     "one strip": (64, (32,), (16,), 64, True),
@@ -26,13 +27,17 @@ SHAPES = {  # inputs, outputs of each linear, rank of each (0: none), block size
     "ranks of one and of three squares": (320, (64, 608), (1, 70), 64, False),
     "wider than the sums": (640, (608,), (40,), 128, False),
 }
+SHAPES_IN_INT8 = {
+    "in eights": (832, (640, 64, 128), (16, 40, 0), 64, True),
+    "in eights, no adapter": (384, (64, 192), (0, 0), 128, False),
+}
 
 needs_amx = pytest.mark.skipif("amx" not in cpu.isas(), reason="this machine has no AMX")
 
 
 def adapted(case: str, dropout: float = 0.0) -> tuple[list[Adapted], list[Tensor]]:
     """Linears that share their input, and their dequantised bf16 weights in f32."""
-    inputs, outputs, ranks, block_size, double_quant = SHAPES[case]
+    inputs, outputs, ranks, block_size, double_quant = (SHAPES | SHAPES_IN_INT8)[case]
     generator = torch.Generator().manual_seed(inputs)
     linears, dense = [], []
     for number, (width, rank) in enumerate(zip(outputs, ranks, strict=True)):
@@ -107,6 +112,67 @@ def test_forward_and_backward_are_the_dense_products(rows: int, case: str, dropo
         )
 
 
+def steps(matrix: Tensor) -> Tensor:
+    """Each row rounded to 127 steps on either side of 0."""
+    scale = matrix.abs().amax(1, keepdim=True) / 127
+    return torch.where(scale > 0, (matrix / scale).round() * scale, matrix)
+
+
+@needs_amx
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("case", ["in eights", "in eights, no adapter"])
+@pytest.mark.parametrize("rows", [1, 100, 600])
+def test_in_int8_the_large_products_are_those_of_rounded_rows_and_the_adapters_as_they_were(
+    rows: int, case: str, dropout: float
+) -> None:
+    linears, dense = adapted(case, dropout)
+    x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
+    weights = [nf4.dequantize(linear.weight, torch.float32) for linear in linears]
+    exact = torch.cat([steps(x.float()) @ steps(weight).T for weight in weights], 1)
+    exact += forward_exactly(x, linears, [torch.zeros_like(weight) for weight in dense])
+    y = torch.empty_like(dy)
+    reduced = cpu.project(x, linears, y, int8=True)
+    assert reduced is not None
+    assert_near(y, exact)
+    wanted = forward_exactly(x, linears, dense)
+    assert TOLERANCE / 10 < (y.float() - wanted).norm() / wanted.norm() < INT8_ERROR
+
+    in_bf16, in_int8 = zeros(linears), zeros(linears)
+    plain = cpu.project_backward(dy, x, reduced, linears, in_bf16)
+    dx = cpu.project_backward(dy, x, reduced, linears, in_int8, int8=True)
+    scaled = torch.cat([weight.abs().amax(1) / 127 for weight in weights])
+    whole = torch.cat([steps(weight) for weight in weights]) / scaled[:, None]
+    adapters_alone = plain.float() - dy.float() @ torch.cat(dense)
+    assert_near(dx, steps(dy.float() * scaled) @ whole + adapters_alone)
+    assert all(torch.equal(one, two) for pair in zip(in_bf16, in_int8, strict=True) for one, two in zip(*pair, strict=True))
+
+
+@needs_amx
+def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16() -> None:
+    linears, dense = adapted("in eights")
+    for outlier in (200.0, float("inf"), float("nan")):
+        x, dy = numbers(100, dense[0].shape[1]), numbers(100, sum(len(weight) for weight in dense), seed=1)
+        x[:, 5], dy[:, 7] = outlier, outlier
+        results = []
+        for int8 in (False, True):
+            y = torch.empty_like(dy)
+            reduced = cpu.project(x, linears, y, int8)
+            assert reduced is not None
+            results.append((y, cpu.project_backward(dy, x, reduced, linears, zeros(linears), int8)))
+        for plain, asked in zip(*results, strict=True):
+            assert torch.equal(plain.nan_to_num(7), asked.nan_to_num(7))
+
+
+@needs_amx
+def test_outputs_that_int8_s_tiles_do_not_take_are_multiplied_in_bf16() -> None:
+    linears, dense = adapted("three, several depths")
+    x = numbers(100, dense[0].shape[1])
+    results = [torch.empty(100, sum(len(weight) for weight in dense), dtype=BF16) for _ in range(2)]
+    for int8, y in enumerate(results):
+        assert cpu.project(x, linears, y, bool(int8)) is not None
+    assert torch.equal(*results)
+
+
 @needs_amx
 def test_without_a_result_the_same_is_kept_for_the_backward() -> None:
     linears, dense = adapted("three, several depths", 0.1)
@@ -138,19 +204,21 @@ def test_column_slices_are_read_and_written_in_place(rows: int) -> None:
 
 
 @needs_amx
-@pytest.mark.parametrize("case", ["three, several depths", "wider than the sums"])
+@pytest.mark.parametrize(
+    ("case", "int8"), [("three, several depths", False), ("wider than the sums", False), ("in eights", True)]
+)
 @pytest.mark.parametrize("rows", [100, 600])
-def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str) -> None:
+def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str, int8: bool) -> None:
     linears, dense = adapted(case, 0.1)
     x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
     results = []
     for count in (1, 2, 3):
         with threads(count):
             y = torch.empty_like(dy)
-            reduced = cpu.project(x, linears, y)
+            reduced = cpu.project(x, linears, y, int8)
             assert reduced is not None
             gradients = zeros(linears)
-            dx = cpu.project_backward(dy, x, reduced, linears, gradients)
+            dx = cpu.project_backward(dy, x, reduced, linears, gradients, int8)
         results.append([y, reduced, dx, *(gradient for pair in gradients for gradient in pair)])
     for result in results[1:]:
         assert all(torch.equal(tensor, first) for tensor, first in zip(result, results[0], strict=True))

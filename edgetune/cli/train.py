@@ -49,7 +49,9 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option("--from", "from_adapter", metavar="A", help="Continue from this adapter."),
     click.option("--recompute", type=click.Choice(RECOMPUTE), help="Trade speed for memory. Default: the fastest that fits."),
     click.option(
-        "--compute", type=click.Choice(COMPUTE), help="Number format of the products. Default: bf16 where it is fast."
+        "--compute",
+        type=click.Choice(COMPUTE),
+        help="Number format of the products. int8: the base's products while training, on a CPU with AMX. Default: auto.",
     ),
 )
 

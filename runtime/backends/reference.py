@@ -35,13 +35,18 @@ def fuses(dtype: torch.dtype) -> bool:
     return False
 
 
-def project(x: Tensor, linears: Sequence[Any], y: Tensor | None) -> Tensor | None:
+def project(x: Tensor, linears: Sequence[Any], y: Tensor | None, int8: bool = False) -> Tensor | None:
     """None: there is no fused product here, and callers dequantise."""
     return None
 
 
 def project_backward(
-    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Any], gradients: Sequence[tuple[Tensor, Tensor]]
+    dy: Tensor,
+    x: Tensor,
+    reduced: Tensor,
+    linears: Sequence[Any],
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    int8: bool = False,
 ) -> Tensor | None:
     """None: there is no fused product here, and callers dequantise."""
     return None

@@ -28,7 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
-_AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
+_AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 # Instruction set -> flags of gcc and clang, flags of MSVC. dispatch.cpp knows the same names.
 Flags = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]

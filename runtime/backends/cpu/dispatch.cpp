@@ -88,7 +88,7 @@ static bool has_avx512_bf16() {
 
 // Linux wants to be asked once a process, since tiles make a thread's saved state 8 KiB larger.
 static bool has_amx() {
-    uint32_t wanted = (1u << 22) | (1u << 24);  // AMX-BF16, AMX-TILE
+    uint32_t wanted = (1u << 22) | (1u << 24) | (1u << 25);  // AMX-BF16, AMX-TILE, AMX-INT8
     if (!has_avx512_bf16() || (saved_registers() & 0x60000) != 0x60000 || !bits(leaf7(0, 3), wanted)) return false;
 #if defined(__linux__)
     const int request_permission = 0x1023, tile_data = 18;

@@ -8,12 +8,18 @@
 // there are. AMX needs no more than one instruction in 16 cycles, so the next strip is dequantised in between, and the panels
 // of the next piece of depth are fetched into the second cache. Panels are loaded past the first cache, which strips need.
 // project.inl makes whole linears with adapters of these.
+//
+// In int8 the same squares hold twice the depth: a row of the weight in units of its largest / 127, a row of x (backward: of dy
+// times the weight's scales) in units of its own largest / 127. Sums are whole numbers until all depth is done.
 
 namespace gemm {
 
 using namespace attention;  // its squares, in left and right form
 
-constexpr int64_t DEEP = 256;              // of a strip: two strips, a panel and its sums fit the first cache
+template <class E>
+constexpr int64_t DEPTH = 64 / sizeof(E);  // of a square of E: 32 bf16 or 64 int8, 2 KB of either
+template <class E>
+constexpr int64_t DEEP = 8 * DEPTH<E>;     // of a strip: two strips, a panel and its sums fit the first cache
 constexpr int64_t WIDE = 512, TALL = 512;  // sums at a time: they fit the second cache
 constexpr int64_t CHUNK = 64;              // weights dequantised at once: never of two blocks
 
@@ -29,32 +35,40 @@ ET_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 
 // ---- a strip, one chunk after the other ----
 
-template <bool BACKWARD>
+template <bool BACKWARD, class E>
 struct Strip {
     Absmax absmax;  // copies: the compiler must believe that a store changes what a pointer shows
     const uint8_t* packed;
     int64_t inputs, shift;
     __m512 table;
-    Bf16* to;           // squares along the depth
+    const float* inverse;  // int8: 1 / the scale of every row of the weight
+    E* to;              // squares along the depth
     int64_t wide;       // the first of its 32 rows (forward) or columns (backward) of the weight
     int64_t deep, end;  // the part of the other dimension
     int64_t row, column;  // the next chunk
 
-    ET_MEMBER Strip(const Weight& weight, int64_t inputs)
+    ET_MEMBER Strip(const Weight& weight, int64_t inputs, const float* inverse)
         : absmax(weight.absmax), packed(weight.packed), inputs(inputs), shift(weight.block_shift),
-          table(_mm512_loadu_ps(weight.codes)) {}
-    ET_MEMBER void begin(Bf16* squares, int64_t first, int64_t from, int64_t until) {
+          table(_mm512_loadu_ps(weight.codes)), inverse(inverse) {}
+    ET_MEMBER void begin(E* squares, int64_t first, int64_t from, int64_t until) {
         to = squares, wide = first, deep = from, end = until;
         row = BACKWARD ? from : first, column = BACKWARD ? first : from;
     }
     ET_MEMBER bool more() const { return BACKWARD ? row < end : row < wide + SIDE; }
+    // How many chunks a strip of this depth has.
+    static int64_t chunks(int64_t depth) { return depth * SIDE / (BACKWARD && sizeof(E) == 1 ? 2 * CHUNK : CHUNK); }
 
     ET_MEMBER __m512 products(int64_t weight) const {
         return _mm512_mul_ps(table, _mm512_set1_ps(absmax.at(weight >> shift)));
     }
+    // The same of row `of`, in units of its scale, rounded to 16 bytes.
+    ET_MEMBER __m128i bytes(int64_t weight, int64_t of) const {
+        return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of]))));
+    }
+    ET_MEMBER void chunk() { chunk(static_cast<const E*>(nullptr)); }
 
     // Where bf16 rounds to a subnormal this gives zero, and dequantize does not; a tile product reads both as zero.
-    ET_MEMBER void chunk() {
+    ET_MEMBER void chunk(const Bf16*) {
         const int64_t weight = row * inputs + column;
         const uint8_t* from = packed + (weight >> 1);
         if (BACKWARD) {
@@ -62,7 +76,7 @@ struct Strip {
             __m128i even = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
             __m128i odd = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (inputs >> 1)));
             _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
-            Bf16* out = to + (row - deep) / SIDE * SQUARE + (row - deep) % SIDE * 16;
+            E* out = to + (row - deep) / SIDE * SQUARE + (row - deep) % SIDE * 16;
             _mm512_storeu_si512(out, _mm512_permutexvar_epi16(pairs(_mm_unpacklo_epi8(even, odd)), values));
             _mm512_storeu_si512(out + 512, _mm512_permutexvar_epi16(pairs(_mm_unpackhi_epi8(even, odd)), values));
             row += 2;
@@ -70,11 +84,56 @@ struct Strip {
             __m512 all = products(weight);
             __m512i values = (__m512i)_mm512_cvtne2ps_pbh(all, all);
             _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
-            Bf16* out = to + (column - deep) / SIDE * SQUARE + (row - wide) * SIDE;
+            E* out = to + (column - deep) / SIDE * SQUARE + (row - wide) * SIDE;
             for (int i = 0; i < 2; i++) _mm512_storeu_si512(out + i * SQUARE, _mm512_permutexvar_epi16(codes(from + 16 * i), values));
-            column += CHUNK;
-            if (column >= end) column = deep, row++;
+            next_columns();
         }
+    }
+
+    // int8: forward a row's 64 columns are 64 bytes; backward 16 words are made of four rows' 16 columns, twice.
+    ET_MEMBER void chunk(const int8_t*) {
+        const int64_t weight = row * inputs + column;
+        const uint8_t* from = packed + (weight >> 1);
+        E* square = to + (BACKWARD ? row - deep : column - deep) / 64 * 2048;
+        if (BACKWARD) {
+            __m512i values = _mm512_castsi128_si512(bytes(weight, row)), nibbles = lane(from);
+            values = _mm512_inserti32x4(values, bytes(weight + inputs, row + 1), 1);
+            values = _mm512_inserti32x4(values, bytes(weight + 2 * inputs, row + 2), 2);
+            values = _mm512_inserti32x4(values, bytes(weight + 3 * inputs, row + 3), 3);
+            nibbles = _mm512_inserti32x4(nibbles, _mm512_castsi512_si128(lane(from + inputs / 2)), 1);
+            nibbles = _mm512_inserti32x4(nibbles, _mm512_castsi512_si128(lane(from + inputs)), 2);
+            nibbles = _mm512_inserti32x4(nibbles, _mm512_castsi512_si128(lane(from + inputs / 2 * 3)), 3);
+            _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
+            const __m512i low = _mm512_set1_epi8(15);
+            __m512i even = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
+            __m512i odd = _mm512_shuffle_epi8(values, _mm512_and_si512(nibbles, low));
+            // Byte r of word 2i is even[16 r + i], of word 2i + 1 odd[16 r + i]; the second half's words follow 8 further on.
+            alignas(64) static const uint8_t order[64] = {
+                0, 16, 32, 48, 64, 80, 96, 112, 1, 17, 33, 49, 65, 81, 97, 113,
+                2, 18, 34, 50, 66, 82, 98, 114, 3, 19, 35, 51, 67, 83, 99, 115,
+                4, 20, 36, 52, 68, 84, 100, 116, 5, 21, 37, 53, 69, 85, 101, 117,
+                6, 22, 38, 54, 70, 86, 102, 118, 7, 23, 39, 55, 71, 87, 103, 119};
+            const __m512i first = _mm512_load_si512(order), second = _mm512_add_epi8(first, _mm512_set1_epi8(8));
+            E* out = square + (row - deep) % 64 * 16;
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi8(even, first, odd));
+            _mm512_storeu_si512(out + 1024, _mm512_permutex2var_epi8(even, second, odd));
+            row += 4;
+        } else {
+            __m512i values = _mm512_broadcast_i32x4(bytes(weight, row));
+            __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+            _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
+            __m512i nibbles = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
+            nibbles = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+            _mm512_storeu_si512(square + (row - wide) * 64, _mm512_shuffle_epi8(values, nibbles));
+            next_columns();
+        }
+    }
+    ET_MEMBER void next_columns() {
+        column += CHUNK;
+        if (column >= end) column = deep, row++;
+    }
+    ET_MEMBER static __m512i lane(const uint8_t* from) {
+        return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
 
     // 16 bytes of a row -> 32 words whose low 4 bits are its codes; the table repeats itself after 16.
@@ -110,37 +169,46 @@ struct Ahead {
     }
 };
 
+template <class E>
 struct Squares {
-    const Bf16 *left, *right;
+    const E *left, *right;
     int64_t count;
 };
 
+// A tile of sums += left x right.
+#define ET_TILE_PRODUCT(sums, left, right) \
+    do { \
+        if (sizeof(E) == 1) _tile_dpbssd(sums, left, right); \
+        else _tile_dpbf16ps(sums, left, right); \
+    } while (0)
+
 // PANEL_LEFT: which of the two is the panel's.
-template <bool PANEL_LEFT>
-ET_INLINE void multiply_square(const Bf16* left, const Bf16* right) {
+template <bool PANEL_LEFT, class E>
+ET_INLINE void multiply_square(const E* left, const E* right) {
+    constexpr int64_t tile = 1024 / sizeof(E);
     if (PANEL_LEFT) {
         _tile_loadd(6, right, 64);
         _tile_stream_loadd(4, left, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right + 512, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_stream_loadd(5, left + 512, 64);
+        ET_TILE_PRODUCT(0, 4, 6);
+        _tile_loadd(7, right + tile, 64);
+        ET_TILE_PRODUCT(1, 4, 7);
+        _tile_stream_loadd(5, left + tile, 64);
     } else {
         _tile_stream_loadd(6, right, 64);
         _tile_loadd(4, left, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_stream_loadd(7, right + 512, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left + 512, 64);
+        ET_TILE_PRODUCT(0, 4, 6);
+        _tile_stream_loadd(7, right + tile, 64);
+        ET_TILE_PRODUCT(1, 4, 7);
+        _tile_loadd(5, left + tile, 64);
     }
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    ET_TILE_PRODUCT(2, 5, 6);
+    ET_TILE_PRODUCT(3, 5, 7);
 }
 
-// c (four tiles of 16 x 16 sums) = or += the products of `main` and then of `more`; the strip gets `each` chunks further
+// c (four tiles of 16 x 16 sums, int32 of int8) = or += the products of `main` and then of `more`; the strip gets `each` chunks further
 // after every one of main's.
-template <bool PANEL_LEFT, class Next>
-ET_INLINE void multiply(float* c, const Squares& main, const Squares& more, bool add, Next& next, int64_t each,
+template <bool PANEL_LEFT, class E, class Next>
+ET_INLINE void multiply(float* c, const Squares<E>& main, const Squares<E>& more, bool add, Next& next, int64_t each,
                         const Ahead& ahead) {
     ET_MEMORY_BARRIER();
     if (add) {
@@ -155,17 +223,27 @@ ET_INLINE void multiply(float* c, const Squares& main, const Squares& more, bool
         _tile_zero(3);
     }
     for (int64_t s = 0; s < main.count; s++) {
-        multiply_square<PANEL_LEFT>(main.left + s * SQUARE, main.right + s * SQUARE);
+        multiply_square<PANEL_LEFT>(main.left + s * SIDE * DEPTH<E>, main.right + s * SIDE * DEPTH<E>);
         ahead.fetch(s);
         for (int64_t i = 0; i < each && next.more(); i++) next.chunk();
     }
     for (int64_t s = 0; s < more.count; s++)
-        multiply_square<PANEL_LEFT>(more.left + s * SQUARE, more.right + s * SQUARE);
+        multiply_square<PANEL_LEFT>(more.left + s * SIDE * DEPTH<E>, more.right + s * SIDE * DEPTH<E>);
     _tile_stored(0, c, 64);
     _tile_stored(1, c + 256, 64);
     _tile_stored(2, c + 512, 64);
     _tile_stored(3, c + 768, 64);
     ET_MEMORY_BARRIER();
+}
+
+// The same of one product, no sums before it and nothing to do in between.
+template <class E>
+static void multiply_alone(float* c, const Squares<E>& squares) {
+    struct {
+        ET_MEMBER bool more() const { return false; }
+        ET_MEMBER void chunk() const {}
+    } nothing;
+    multiply<false>(c, squares, Squares<E>{}, false, nothing, 0, Ahead{});
 }
 
 ET_INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -197,6 +275,36 @@ static void write_columns(const float* c, Bf16* out, int64_t out_row, int64_t ro
         for (int64_t r = 0; r < least(16, rows - 16 * half); r++)
             _mm512_storeu_si512(out + r * out_row, _mm512_load_si512(turned + 32 * r));
     }
+}
+
+// ---- int8: a row's numbers in units of its largest / 127 ----
+
+constexpr float INT8_STEPS = 127.0f;
+
+// The scale of every row of a weight, and 1 / it: the largest absmax of its blocks, for 1 is the largest of the codes.
+static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
+    const int64_t blocks = inputs >> weight.block_shift;
+    for (int64_t row = from; row < until; row++) {
+        float largest = 0.0f;
+        for (int64_t i = row * blocks; i < (row + 1) * blocks; i++) {
+            float absmax = weight.absmax.at(i);
+            largest = absmax > largest ? absmax : largest;
+        }
+        scales[row] = largest / INT8_STEPS, inverses[row] = largest > 0.0f ? INT8_STEPS / largest : 0.0f;
+    }
+}
+
+// 32 x 32 whole-number sums (four tiles) -> fp32, in place, times the factors of their rows and columns (null: 1), plus `more`.
+static void scale_sums(float* c, const float* rows, const float* columns, const float* more) {
+    for (int64_t tile = 0; tile < 4; tile++)
+        for (int64_t r = 0; r < 16; r++) {
+            float* at = c + tile * 256 + r * 16;
+            __m512 factor = columns ? _mm512_loadu_ps(columns + tile % 2 * 16) : _mm512_set1_ps(1.0f);
+            factor = _mm512_mul_ps(_mm512_set1_ps(rows[tile / 2 * 16 + r]), factor);
+            __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
+            __m512 rest = more ? _mm512_loadu_ps(more + (at - c)) : _mm512_setzero_ps();
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(sums, factor, rest));
+        }
 }
 
 }  // namespace gemm

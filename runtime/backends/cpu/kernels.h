@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ET_ABI 2
+#define ET_ABI 3
 
 #if defined(_MSC_VER)
 #define ET_EXPORT extern "C" __declspec(dllexport)

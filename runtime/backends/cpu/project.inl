@@ -9,7 +9,9 @@ namespace project {
 
 using namespace gemm;
 
-constexpr int64_t LONG = DEEP / SIDE;  // squares of a piece
+template <class E>
+constexpr int64_t LONG = DEEP<E> / SIDE;  // bf16 squares of a piece
+constexpr float COARSE = 0.03f;  // an error of int8's rounding, as a share of what is rounded, that asks for bf16 instead
 
 struct Linear {  // project.py's _Linear, field for field
     Weight weight;
@@ -30,6 +32,7 @@ struct Call {  // project.py's _Call, field for field
     Bf16* reduced;  // (rows, 32 a square)
     const Linear* linears;
     int64_t count, rows, inputs, threads;
+    int64_t int8;    // large products in int8, where the rows are even enough
     char* scratch;  // null: only say how much is needed
     int64_t scratch_bytes;
 };
@@ -104,14 +107,17 @@ struct Piece {
     int64_t part, from, until, at;  // at: where it begins in the whole depth
 };
 
-template <bool BACKWARD>
+template <bool BACKWARD, class E>  // E: what large products take, Bf16 or int8_t
 struct Project {
+    static constexpr bool SCALED = sizeof(E) == 1;
     Call* call;
     edgetune::Meeting meeting;
     int64_t depth, panels;  // panels: of the rows that are packed at a time
     int64_t squares;        // of all ranks
     bool drops;
-    Bf16 *packed;           // panels of x or dy
+    E* packed;              // panels of x or dy
+    float *row_scales, *errors;  // int8: of x's or dy's rows, and what rounding costs each
+    float *scales, *inverses;    // int8: of all weights' rows
     Bf16 *packed_a, *packed_b;
     Bf16* thin;             // reduced (right form) or dreduced (left form): [panel][square]
     Bf16 *turned, *turned_d;  // backward: reduced^T and dreduced^T, left form: [square][panel]
@@ -138,7 +144,11 @@ struct Project {
             next += round_up(bytes, 64);
             return taken;
         };
-        packed = reinterpret_cast<Bf16*>(take(panels * SIDE * depth * 2));
+        packed = reinterpret_cast<E*>(take(panels * SIDE * depth * sizeof(E)));
+        row_scales = reinterpret_cast<float*>(take(SCALED ? round_up(call->rows, SIDE) * 4 : 0));
+        errors = reinterpret_cast<float*>(take(SCALED ? call->rows * 4 : 0));
+        scales = reinterpret_cast<float*>(take(SCALED ? outputs * 4 : 0));
+        inverses = reinterpret_cast<float*>(take(SCALED ? outputs * 4 : 0));
         packed_a = reinterpret_cast<Bf16*>(take(call->inputs * squares * SIDE * 2));
         packed_b = reinterpret_cast<Bf16*>(take(numbers_b * 2));
         thin = reinterpret_cast<Bf16*>(take(panels * squares * SQUARE * 2));
@@ -146,20 +156,20 @@ struct Project {
         turned_d = reinterpret_cast<Bf16*>(take(BACKWARD ? panels * squares * SQUARE * 2 : 0));
         // sums and two strips, which products need; sums of thin products and squares, which packing and gradients need
         sums_bytes = panels * SIDE * least(widest, WIDE) * 4;
-        int64_t products = sums_bytes + 2 * DEEP * SIDE * 2, thins = (squares + 1) * SQUARE * 4 + (2 * LONG + 2 * panels) * SQUARE * 2;
+        int64_t products = sums_bytes + 2 * DEEP<E> * SIDE * sizeof(E), thins = (squares + 1) * SQUARE * 4 + (2 * LONG<E> + 2 * panels) * SQUARE * 2;
         own_bytes = round_up(products > thins ? products : thins, 64);
         own = take(call->threads * own_bytes);
         call->scratch_bytes = next - call->scratch;
     }
 
-    Bf16* panel(int64_t number, const Piece& piece) const {
+    E* panel(int64_t number, const Piece& piece) const {
         return packed + piece.at * panels * SIDE + number * SIDE * (piece.until - piece.from);
     }
 
     Piece first_piece(int64_t part) const {
         int64_t at = 0;
         for (int64_t p = 0; BACKWARD && p < part; p++) at += depth_of(p);
-        return {part, 0, least(DEEP, depth_of(part)), at};
+        return {part, 0, least(DEEP<E>, depth_of(part)), at};
     }
     // The piece after; false after the last of linear `last`.
     bool advance(Piece* piece, int64_t last) const {
@@ -170,7 +180,7 @@ struct Project {
         } else {
             *piece = {piece->part, piece->until, 0, piece->at + length};
         }
-        piece->until = least(piece->from + DEEP, depth_of(piece->part));
+        piece->until = least(piece->from + DEEP<E>, depth_of(piece->part));
         return true;
     }
 
@@ -206,6 +216,46 @@ struct Project {
         }
     }
 
+    // ---- int8: scales, and whether they serve ----
+
+    void scale_weights(int index, int count) const {
+        int64_t before = 0;
+        for (int64_t p = 0; p < call->count; p++) {
+            const Linear& linear = call->linears[p];
+            const Range mine = share(linear.outputs, 1, index, count);
+            scale_rows(linear.weight, call->inputs, mine.begin, mine.end, scales + before, inverses + before);
+            before += linear.outputs;
+        }
+    }
+
+    // A row's scale, and the square of the relative error that rounding to its steps makes: steps^2 / 12 a number.
+    void scale_matrix(int index, int count) const {
+        const Bf16* matrix = BACKWARD ? call->y : call->x;
+        const Range mine = share(round_up(call->rows, SIDE), 1, index, count);
+        for (int64_t row = mine.begin; row < mine.end; row++) {
+            row_scales[row] = 0.0f;
+            if (row >= call->rows) continue;
+            const Bf16* from = matrix + row * (BACKWARD ? call->y_row : call->x_row);
+            __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+            for (int64_t i = 0; i < depth; i += 16) {
+                __m512 values = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+                if (BACKWARD) values = _mm512_mul_ps(values, _mm512_loadu_ps(scales + i));
+                largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
+                squares = _mm512_fmadd_ps(values, values, squares);
+            }
+            const float scale = _mm512_reduce_max_ps(largest) / INT8_STEPS, all = _mm512_reduce_add_ps(squares);
+            row_scales[row] = scale;
+            errors[row] = all == 0.0f ? 0.0f : scale * scale / 12.0f * float(depth) / all;  // NaN where anything is
+        }
+    }
+
+    // Whether the rows are even enough, and finite; of all rows, so that every thread comes to the same answer.
+    bool serves() const {
+        float all = 0.0f;
+        for (int64_t row = 0; row < call->rows; row++) all += errors[row];
+        return all <= COARSE * COARSE * float(call->rows);
+    }
+
     // ---- a panel of rows, packed, and the thin products of it ----
 
     struct Desk {  // a thread's scratch while it packs and makes gradients
@@ -216,16 +266,41 @@ struct Project {
         char* mine = own + index * own_bytes;
         float* sums = reinterpret_cast<float*>(mine);
         Bf16* lines = reinterpret_cast<Bf16*>(sums + (squares + 1) * SQUARE);
-        return {sums, lines, lines + LONG * SQUARE, lines + 2 * LONG * SQUARE};
+        return {sums, lines, lines + LONG<E> * SQUARE, lines + 2 * LONG<E> * SQUARE};
     }
 
+    // A piece of 32 rows, as squares in left form, to the form of a panel.
+    void enter(Bf16* panel, const Bf16* lines, int64_t, const Piece& piece) const {
+        if (!BACKWARD) transpose_squares(lines, panel, (piece.until - piece.from) / SIDE);
+    }
+    void enter(int8_t* panel, const Bf16* lines, int64_t top, const Piece& piece) const {
+        alignas(64) int8_t square[2048];
+        for (int64_t deep = piece.from; deep < piece.until; deep += 64, lines += 2 * SQUARE, panel += 2048) {
+            int8_t* to = BACKWARD ? panel : square;
+            const float* weight_scales = scales + piece.at - piece.from + deep;
+            for (int64_t r = 0; r < SIDE; r++) {
+                const float scale = row_scales[top + r];
+                const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
+                for (int64_t i = 0; i < 4; i++) {
+                    const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
+                    __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
+                    values = _mm512_mul_ps(values, inverse);
+                    if (BACKWARD) values = _mm512_mul_ps(values, _mm512_loadu_ps(weight_scales + 16 * i));
+                    __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values));
+                    _mm_store_si128(reinterpret_cast<__m128i*>(to + r * 64 + i * 16), steps);
+                }
+            }
+            if (!BACKWARD)
+                for (int64_t tile = 0; tile < 2048; tile += 1024) transpose_words(square + tile, 64, panel + tile);
+        }
+    }
     void enter_forward(int64_t row, int64_t number, const Desk& desk) const {
         Piece piece = first_piece(0);
         const int64_t top = row + number * SIDE;
         do {
             const int64_t n = (piece.until - piece.from) / SIDE;
             read_squares(call->x, call->x_row, call->rows, top, piece.from, n, desk.lines);
-            if (call->y) transpose_squares(desk.lines, panel(number, piece), n);
+            if (call->y) enter(panel(number, piece), desk.lines, top, piece);
             int64_t before = 0;
             for (int64_t p = 0; p < call->count; p++) {
                 const Linear& linear = call->linears[p];
@@ -259,8 +334,9 @@ struct Project {
             const int64_t n = (piece.until - piece.from) / SIDE;
             const Linear& linear = call->linears[piece.part];
             const int64_t here = squares_of(linear);
-            Bf16* lines = panel(number, piece);
+            Bf16* lines = SCALED ? desk.lines : reinterpret_cast<Bf16*>(panel(number, piece));
             read_squares(call->y, call->y_row, call->rows, top, piece.at, n, lines);
+            enter(panel(number, piece), lines, top, piece);
             for (int64_t s = 0; s < here; s++)
                 multiply_squares(desk.sums + (before + s) * SQUARE, SIDE, lines, SQUARE,
                                  b + (piece.from / SIDE * here + s) * SQUARE, here * SQUARE, n, piece.from > 0);
@@ -283,17 +359,18 @@ struct Project {
     void multiply_share(int64_t row, int64_t here, Range mine, int64_t part, char* scratch) const {
         const int64_t last = BACKWARD ? call->count - 1 : part, own_squares = BACKWARD ? squares : squares_of(call->linears[part]);
         float* sums = reinterpret_cast<float*>(scratch);
-        Bf16* strips[2];
-        strips[0] = reinterpret_cast<Bf16*>(scratch + sums_bytes), strips[1] = strips[0] + DEEP * SIDE;
+        E* strips[2];
+        strips[0] = reinterpret_cast<E*>(scratch + sums_bytes), strips[1] = strips[0] + DEEP<E> * SIDE;
         const Bf16* more_of_weight = BACKWARD ? packed_a : packed_b;
-        int64_t before = 0;
+        int64_t before = 0, outputs = 0;  // of the linears before this one
         Bf16* out = BACKWARD ? call->dx : call->y;
         const int64_t out_row = BACKWARD ? call->dx_row : call->y_row;
         for (int64_t p = 0; !BACKWARD && p < part; p++) {
             const int64_t passed = squares_of(call->linears[p]);
-            before += passed, more_of_weight += call->linears[p].outputs * passed * SIDE, out += call->linears[p].outputs;
+            before += passed, more_of_weight += call->linears[p].outputs * passed * SIDE, outputs += call->linears[p].outputs;
         }
-        Strip<BACKWARD> next(call->linears[BACKWARD ? 0 : part].weight, call->inputs);
+        if (!BACKWARD) out += outputs;
+        Strip<BACKWARD, E> next(call->linears[BACKWARD ? 0 : part].weight, call->inputs, inverses + outputs);
         Piece piece = first_piece(BACKWARD ? 0 : part);
         int64_t wide = mine.begin;
         next.begin(strips[0], wide, piece.from, piece.until);
@@ -302,7 +379,7 @@ struct Project {
             // The next strip: the next 32 of this block of columns, then the next piece of the depth, then the next block.
             const Piece now = piece;
             const int64_t block = mine.begin + (wide - mine.begin) / WIDE * WIDE, stop = least(block + WIDE, mine.end);
-            const int64_t steps = (now.until - now.from) / SIDE;
+            const int64_t steps = (now.until - now.from) / DEPTH<E>;
             int64_t then = wide + SIDE;
             bool ends = now.part == last && now.until == depth_of(last), more = true;
             if (then >= stop) {
@@ -311,23 +388,26 @@ struct Project {
             }
             int64_t each = 0;
             if (more) {
-                if (BACKWARD && piece.part != now.part) next = Strip<BACKWARD>(call->linears[piece.part].weight, call->inputs);
+                if (BACKWARD && piece.part != now.part)
+                    next = Strip<BACKWARD, E>(call->linears[piece.part].weight, call->inputs, inverses + piece.at - piece.from);
                 next.begin(strips[current ^ 1], then, piece.from, piece.until);
-                int64_t chunks = (piece.until - piece.from) * SIDE / CHUNK;
+                const int64_t chunks = Strip<BACKWARD, E>::chunks(piece.until - piece.from);
                 each = (chunks + here * steps - 1) / (here * steps);
             }
             // The next piece's panels, or the first's again, in equal parts while this piece's are multiplied.
             Piece later = now;
             if (!advance(&later, last)) later = first_piece(BACKWARD ? 0 : part);
             const int64_t all_steps = (stop - block) / SIDE * here * steps;
-            const int64_t lines = (here * (later.until - later.from) + all_steps - 1) / all_steps;
+            const int64_t later_lines = here * SIDE * (later.until - later.from) * int64_t(sizeof(E)) / 64;
+            const int64_t lines = (later_lines + all_steps - 1) / all_steps;
             const char* fetched = reinterpret_cast<const char*>(panel(0, later)) + (wide - block) / SIDE * here * steps * lines * 64;
             float* c = sums + (wide - block) * here * SIDE;
             for (int64_t number = 0; number < here; number++, c += SQUARE) {
-                const Bf16 *strip = strips[current], *other = panel(number, now);
+                const E *strip = strips[current], *other = panel(number, now);
                 const int64_t top = row + number * SIDE, rows = least(SIDE, call->rows - top);
                 Bf16* to = out + top * out_row + wide;
-                Squares main = {BACKWARD ? other : strip, BACKWARD ? strip : other, steps}, rest = {};
+                Squares<E> main = {BACKWARD ? other : strip, BACKWARD ? strip : other, steps};
+                Squares<Bf16> rest = {};
                 if (ends && own_squares > 0) {
                     const Bf16 *of_rows = thin + (number * squares + before) * SQUARE,
                                *of_weight = more_of_weight + wide * own_squares * SIDE;
@@ -335,8 +415,16 @@ struct Project {
                 }
                 Ahead ahead = {now.at > 0 ? c + SQUARE : nullptr, ends && rows == SIDE ? to : nullptr, out_row,
                                fetched + number * steps * lines * 64, lines};
-                multiply<BACKWARD>(c, main, rest, now.at > 0, next, each, ahead);
+                const Squares<E> joining = joined(rest, static_cast<const E*>(nullptr));
+                multiply<BACKWARD>(c, main, joining, now.at > 0, next, each, ahead);
                 if (!ends) continue;
+                if (SCALED) {
+                    alignas(64) float part[SQUARE];
+                    if (rest.count) multiply_alone(part, rest);
+                    const float *of_rows = row_scales + top, *of_weight = scales + outputs + wide;
+                    const float* thin_sums = rest.count ? part : nullptr;
+                    scale_sums(c, BACKWARD ? of_rows : of_weight, BACKWARD ? nullptr : of_rows, thin_sums);
+                }
                 if (!BACKWARD) write_columns(c, to, out_row, rows);
                 else {
                     if (drops) add_dropped(c, rest, top, wide);
@@ -348,8 +436,12 @@ struct Project {
         }
     }
 
+    // What of the thin product joins the large one as more depth: all of it in bf16, nothing in int8, whose sums are integers.
+    static const Squares<Bf16>& joined(const Squares<Bf16>& rest, const Bf16*) { return rest; }
+    static Squares<int8_t> joined(const Squares<Bf16>&, const int8_t*) { return {}; }
+
     // c (four tiles) += the adapters' dx of 32 rows and columns, each with its own dropout.
-    void add_dropped(float* c, Squares thin, int64_t row, int64_t column) const {
+    void add_dropped(float* c, Squares<Bf16> thin, int64_t row, int64_t column) const {
         alignas(64) float part[SQUARE];
         for (int64_t p = 0; p < call->count; p++) {
             const int64_t here = squares_of(call->linears[p]);
@@ -368,7 +460,7 @@ struct Project {
 
     // ---- gradients of the adapters ----
 
-    void gradients_b(int64_t here, int index, int count, const Desk& desk) const {
+    void gradients_b(int64_t row, int64_t here, int index, int count, const Desk& desk) const {
         Range mine = share(depth, SIDE, index, count);
         Piece piece = first_piece(0);
         int64_t before = 0, part = 0;
@@ -379,8 +471,12 @@ struct Project {
             for (int64_t o = piece.from; o < piece.until && of_part > 0; o += SIDE) {
                 const int64_t column = piece.at + o - piece.from;
                 if (column < mine.begin || column >= mine.end) continue;
-                for (int64_t number = 0; number < here; number++)
-                    turn_squares(panel(number, piece) + (o - piece.from) / SIDE * SQUARE, desk.rights + number * SQUARE, 1);
+                for (int64_t number = 0; number < here; number++) {
+                    const Bf16* lines = desk.lines;
+                    if (SCALED) read_squares(call->y, call->y_row, call->rows, row + number * SIDE, column, 1, desk.lines);
+                    else lines = reinterpret_cast<const Bf16*>(panel(number, piece)) + (o - piece.from) / SIDE * SQUARE;
+                    turn_squares(lines, desk.rights + number * SQUARE, 1);
+                }
                 for (int64_t s = 0; s < of_part; s++) {
                     multiply_squares(desk.sums, SIDE, turned + (before + s) * panels * SQUARE, SQUARE, desk.rights, SQUARE, here, false);
                     for (int64_t j = 0; j < SIDE; j++)
@@ -425,6 +521,13 @@ struct Project {
 
     void work(int index, int count) {
         products_begin();
+        if (SCALED) {
+            scale_weights(index, count);
+            edgetune::meet(&meeting, count);
+            scale_matrix(index, count);
+            edgetune::meet(&meeting, count);
+            if (!serves()) return products_end();
+        }
         pack_adapters(index, count);
         edgetune::meet(&meeting, count);
         for (int64_t row = 0; row < call->rows; row += panels * SIDE) {
@@ -440,7 +543,7 @@ struct Project {
                 if (mine.begin < mine.end) multiply_share(row, here, mine, part, own + index * own_bytes);
             }
             if (BACKWARD && squares > 0) {
-                gradients_b(here, index, count, desk(index));
+                gradients_b(row, here, index, count, desk(index));
                 gradients_a(row, here, index, count, desk(index));
             }
             edgetune::meet(&meeting, count);
@@ -449,19 +552,29 @@ struct Project {
     }
 };
 
-template <bool BACKWARD>
-static void run(Call* call) {
-    Project<BACKWARD> project;
+// False: int8 does not serve, and nothing is done.
+template <bool BACKWARD, class E>
+static bool run(Call* call) {
+    Project<BACKWARD, E> project;
     project.plan(call);
-    if (!call->scratch) return;
+    if (!call->scratch) return true;
     edgetune::parallel(
         int(call->threads),
-        [](void* project, int index, int count) { static_cast<Project<BACKWARD>*>(project)->work(index, count); }, &project);
+        [](void* project, int index, int count) { static_cast<Project<BACKWARD, E>*>(project)->work(index, count); }, &project);
+    return sizeof(E) != 1 || project.serves();
+}
+
+template <bool BACKWARD>
+static void run_either(Call* call) {
+    if (call->int8 && run<BACKWARD, int8_t>(call) && call->scratch) return;
+    const int64_t needed = call->int8 ? call->scratch_bytes : 0;
+    run<BACKWARD, Bf16>(call);
+    if (call->scratch_bytes < needed) call->scratch_bytes = needed;
 }
 
 }  // namespace project
 
-void project_nf4(project::Call* call) { project::run<false>(call); }
-void project_nf4_backward(project::Call* call) { project::run<true>(call); }
+void project_nf4(project::Call* call) { project::run_either<false>(call); }
+void project_nf4_backward(project::Call* call) { project::run_either<true>(call); }
 
 #define ET_PROJECT_KERNELS(X) X(project_nf4) X(project_nf4_backward)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ISA = "amx"
 STRIP = 32  # gemm.inl's SIDE: ranks are padded to it, outputs are multiples of it
+INT8_STRIP = 64  # gemm.inl's DEPTH of int8: outputs, the backward's depth, are multiples of it
 CHUNK = 64  # gemm.inl's CHUNK
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -51,7 +52,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, kind) for matrix in ("x", "y", "dx") for name, kind in ((matrix, _pointer), (f"{matrix}_row", _int))),
         *((name, _pointer) for name in ("reduced", "linears")),
-        *((name, _int) for name in ("count", "rows", "inputs", "threads")),
+        *((name, _int) for name in ("count", "rows", "inputs", "threads", "int8")),
         *(("scratch", _pointer), ("scratch_bytes", _int)),
     )
 
@@ -71,12 +72,13 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor | None:
+def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:
     """y (M, sum of O) = x (M, I) times each linear's W^T, plus its adapter's share; bf16, fp32 sums rounded once.
 
     y None: only what the backward needs. Returns that: dropout(x) A^T of each adapter, (M, ranks padded to 32), bf16. None
     where no fused kernel fits this machine, dtype or shape: nothing was written. Raises ValueError for arguments that do not
-    fit together. W has dequantize's bits; y may be a slice of columns.
+    fit together. W has dequantize's bits; y may be a slice of columns. int8: x and W are rounded to 8 bits, each row in steps
+    of its largest / 127, where that costs x less than 3% (project.inl's COARSE) and the shapes allow it.
     """
     _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
     if y is not None:
@@ -85,16 +87,21 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None) -> Tensor |
     if not _fits(x, linears):
         return None
     reduced = x.new_empty(x.shape[0], _padded_ranks(linears))
-    _run("project_nf4", [_linear(linear, None) for linear in linears], x, y, None, reduced)
+    _run("project_nf4", [_linear(linear, None) for linear in linears], x, y, None, reduced, int8 and y is not None)
     return reduced
 
 
 def project_backward(
-    dy: Tensor, x: Tensor, reduced: Tensor, linears: Sequence[Adapted], gradients: Sequence[tuple[Tensor, Tensor]]
+    dy: Tensor,
+    x: Tensor,
+    reduced: Tensor,
+    linears: Sequence[Adapted],
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    int8: bool = False,
 ) -> Tensor | None:
     """dx (M, I) bf16; adds to (dA, dB) f32 of each linear that has an adapter, from project's own `reduced`.
 
-    None and ValueError as in `project`.
+    None, ValueError and int8 as in `project`; it is dy with the scales of W's rows that is rounded.
     """
     _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
     _check(dy, "dy", x.shape[0], sum(linear.weight.shape[0] for linear in linears), x.dtype)
@@ -107,7 +114,7 @@ def project_backward(
         raise ValueError(f"there are {len(gradients)} pairs of gradients; expected one for each adapter")
     dx, pairs = torch.empty(x.shape, dtype=x.dtype), iter(gradients)
     structs = [_linear(linear, next(pairs) if linear.a is not None else None) for linear in linears]
-    _run("project_nf4_backward", structs, x, dy, dx, reduced)
+    _run("project_nf4_backward", structs, x, dy, dx, reduced, int8)
     return dx
 
 
@@ -175,7 +182,9 @@ def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear
     return struct
 
 
-def _run(name: str, linears: list[_Linear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor) -> None:
+def _run(
+    name: str, linears: list[_Linear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor, int8: bool
+) -> None:
     """Call a kernel twice: it says how much scratch it needs, then works in it."""
     rows, inputs = x.shape
     if rows == 0:
@@ -194,6 +203,7 @@ def _run(name: str, linears: list[_Linear], x: Tensor, y: Tensor | None, dx: Ten
         rows=rows,
         inputs=inputs,
         threads=torch.get_num_threads(),
+        int8=int8 and all(linear.outputs % INT8_STRIP == 0 for linear in linears),
     )
     function, address = kernel(name, "p"), ctypes.addressof(call)
     function(address)
