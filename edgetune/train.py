@@ -20,6 +20,7 @@ from torch import Tensor
 
 import edgetune
 from edgetune import registry, runstate
+from edgetune.best import BestAdapter
 from edgetune.config import TrainConfig, expand, seconds_until
 from edgetune.distributed import World, joined
 from edgetune.evaluate import evaluate_store
@@ -213,7 +214,7 @@ class _Run:
         self.stepper, self.world = Stepper(prepared, world), world
         self.parameters, self.optimizer = self.stepper.parameters, self.stepper.optimizer
         self.state = restored.state
-        self.best: Adapter | None = None
+        self.best = BestAdapter(prepared.folder, prepared.lora)
         begun = bool(restored.tensors)
         if begun:
             self._restore(restored)
@@ -271,7 +272,8 @@ class _Run:
         if step == 0:
             self.state.before = reading.bits_per_byte
         elif self._is_best(reading):
-            self.state.best_score, self.state.best_step, self.best = reading.bits_per_byte, step, self._snapshot()
+            self.state.best_score, self.state.best_step = reading.bits_per_byte, step
+            self.best.keep_live(adapters.live_tensors(self.model))
         yield reading
         if self.keeper.is_cheap():
             yield self._keep()
@@ -309,8 +311,7 @@ class _Run:
         state.seconds, state.peak_memory_bytes = self._seconds(), max(state.peak_memory_bytes, self.meter.peak())
         tensors = {f"adapter.{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
-        best = self.best.tensors if self.best is not None else {}
-        tensors |= {f"best.{layer}.{linear}.{part}": tensor for (layer, linear, part), tensor in best.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.tensors().items()}
         path = self.keeper.keep(state, tensors)
         self.kept = state.step, state.read_at
         return Saved(state.step, str(path))
@@ -320,11 +321,8 @@ class _Run:
         for name, tensor in restored.group("adapter").items():
             self.parameters[int(name)].data.copy_(tensor)
         self.optimizer.load(restored.group("optimizer"))
-        best = {}
-        for name, tensor in restored.group("best").items():
-            layer, linear, part = name.split(".")
-            best[int(layer), linear, part] = tensor.clone()
-        self.best = Adapter(self.prepared.lora, best) if best else None
+        if best := restored.group("best"):
+            self.best.keep(best)
         restored.tensors.clear()  # whoever holds the checkpoint need not hold these for the rest of the run
 
     def _step(self) -> Stepped | Skipped:
@@ -367,9 +365,6 @@ class _Run:
         score, best = reading.bits_per_byte, self.state.best_score
         return math.isfinite(score) and (best is None or score < best)
 
-    def _snapshot(self) -> Adapter:
-        return adapters.snapshot(self.model, self.prepared.lora)
-
     def _samples(self, when: str) -> Iterator[Event]:
         """What the model writes after the beginnings of some notes, held out where there are any."""
         tokenizer = self.prepared.loaded.tokenizer
@@ -390,21 +385,22 @@ class _Run:
         That one is not the plan's: the checkpoint comes before it, so that the rest of the plan gives what it would have.
         """
         state, cut = self.state, None if self.state.step >= self.plan.steps else "deadline"
-        score, best_step, best = state.best_score, state.best_step, self.best
+        score, best_step = state.best_score, state.best_step
         if cut is not None:
             yield self._keep()
             if self.prepared.held_out is not None and state.read_at != state.step:
                 reading = self._evaluate()
                 yield reading
                 if self._is_best(reading):
-                    score, best_step, best = reading.bits_per_byte, state.step, self._snapshot()
-        if best is None or best_step is None:
-            best_step, best = state.step, self._snapshot()
+                    score, best_step = reading.bits_per_byte, state.step
+        if best_step is None:
+            best_step = state.step
         if best_step != state.step:
-            adapters.attach(self.model, best)
+            adapters.copy_into(self.model, self.best.adapter())
         yield from self._samples("after")
         promoted = score is None or state.before is None or score < state.before
-        folder = self._save(Adapter(best.config, best.tensors, self._about(score, best_step)), promoted)
+        best = Adapter(self.prepared.lora, adapters.live_tensors(self.model), self._about(score, best_step))
+        folder = self._save(best, promoted)
         yield Saved(best_step, str(folder), score)
         peak = max(state.peak_memory_bytes, self.meter.peak())
         trim_memory()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.lora import Linear, LoraLinear
 from edgetune.runtime.model import Llama, hf_linear_name
+from edgetune.runtime.safetensors_file import write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
@@ -123,17 +123,28 @@ def detach(model: Llama) -> None:
             setattr(block, name, _bare(linear))
 
 
-def snapshot(model: Llama, config: LoraConfig, about: dict[str, Any] | None = None) -> Adapter:
-    """The model's adapter as it stands now, copied."""
-    tensors = {
-        (layer, name, part): getattr(linear, f"lora_{part}").detach().cpu().clone()
+def live_tensors(model: Llama) -> dict[tuple[int, str, str], Tensor]:
+    """The model's adapter itself, by (layer, linear, "A" or "B"): writing to one changes the model."""
+    return {
+        (layer, name, part): getattr(linear, f"lora_{part}").detach()
         for layer, block in enumerate(model.blocks)
         for name, linear in block.linears().items()
         if isinstance(linear, LoraLinear)
         for part in "AB"
     }
-    layers = tuple(sorted({layer for layer, _, _ in tensors}))
-    return Adapter(config, tensors, about or {}, None if len(layers) == len(model.blocks) else layers)
+
+
+def copy_into(model: Llama, adapter: Adapter) -> None:
+    """Give the model's adapter the values of one of the same shape; what holds its tensors keeps them."""
+    for key, tensor in live_tensors(model).items():
+        tensor.copy_(adapter.tensors[key])
+
+
+def snapshot(model: Llama, config: LoraConfig, about: dict[str, Any] | None = None) -> Adapter:
+    """The model's adapter as it stands now, copied."""
+    copies = {key: tensor.cpu().clone() for key, tensor in live_tensors(model).items()}
+    layers = tuple(sorted({layer for layer, _, _ in copies}))
+    return Adapter(config, copies, about or {}, None if len(layers) == len(model.blocks) else layers)
 
 
 def parameters(model: Llama) -> list[torch.nn.Parameter]:
@@ -160,12 +171,12 @@ def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
         "use_rslora": config.rslora, "inference_mode": True, "init_lora_weights": True, **_PLAIN,
         "layers_to_transform": None if adapter.layers is None else list(adapter.layers),
     }  # fmt: skip
-    tensors = {
-        f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor.contiguous()
+    named = {
+        f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor
         for (layer, name, part), tensor in sorted(adapter.tensors.items())
     }
     atomic_write(folder / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")
-    atomic_write(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS_FILE, named, {"format": "pt"})
     atomic_write(folder / EDGETUNE_FILE, json.dumps(adapter.about, indent=2, sort_keys=True) + "\n")
 
 

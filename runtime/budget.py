@@ -94,7 +94,6 @@ class Parts:
     weights: int
     embeddings: int
     adapter: int
-    """The adapter, and the best one so far."""
     gradients: int
     optimizer: int
     activations: int
@@ -152,8 +151,7 @@ def parts(
 ) -> Parts:
     """What training one row after the other in `dtype` takes. `process`: bytes held before the model is opened.
 
-    device: whose memory it is. A card ("cuda") leaves the best adapter so far to the host, and has weights made dense in a
-    panel where the CPU has fused products.
+    device: whose memory it is. A card ("cuda") has weights made dense in a panel where the CPU has fused products.
     """
     d, f, v, size = config.hidden_size, config.intermediate_size, config.vocab_size, dtype.itemsize
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -192,7 +190,7 @@ def parts(
         process=process,
         weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
         embeddings=vocabulary,
-        adapter=trained * (1 if device == "cuda" else 2),
+        adapter=trained,
         gradients=trained,
         optimizer=4 * largest if setting.paged_optimizer else states,
         activations=activations,

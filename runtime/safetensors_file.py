@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -272,3 +272,11 @@ class SafetensorsWriter:
         with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
             self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors that are all there, in their order, without a second copy of them in memory. Raises as the writer does."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsWriter(path, specs, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)

@@ -17,7 +17,7 @@ _PARTS = {
     "process": "Python, torch and edgetune",
     "weights": "weights of the layers",
     "embeddings": "embedding, head",
-    "adapter": "adapter, and the best so far",
+    "adapter": "adapter",
     "gradients": "its gradients",
     "optimizer": "optimizer states",
     "activations": "kept for the backward",
