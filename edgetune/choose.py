@@ -15,7 +15,7 @@ import torch
 from edgetune.config import DataConfig, TrainConfig, default_epochs, parse_bytes
 from edgetune.meter import anonymous_memory
 from edgetune.runtime import budget
-from edgetune.runtime.budget import Parts, Setting, Stored
+from edgetune.runtime.budget import Parts, Setting, Stored, Vocabulary
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import available_memory, can_compact_heap, card_memory, process_memory
 from edgetune.runtime.errors import ResourceError
@@ -27,11 +27,13 @@ LATER_BYTES = 70_000_000
 CARD_LATER_BYTES = 300_000_000
 """The same on a card: kernels' code and cuBLAS's workspace. A guess, since none has been measured."""
 FEW_LOSS_ROWS = 64
+OPTIMIZER_BITS = (32, 8)
+"""Of the optimizer's states, the ones to be preferred first."""
 
 # Nominal, for ranking alone: what a device computes (FLOP/s), and what files and a copied head take (bytes/s).
 _FLOPS = {"cpu": 8e11, "mps": 3e12, "cuda": 5e13}
 FILE_SPEED = 1.5e9
-_DENSE_SPEED = 0.7e9
+_ROW_OVERHEAD = 10_000  # bytes a file gives in the time that one row's own read takes
 _SELECTIVE, COMPACT, _FEW_ROWS = 1.03, 1.3, 1.02
 
 
@@ -59,25 +61,26 @@ def held_already(device: str) -> int:
 
 
 def settings(
-    data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1, device: str = "cpu"
+    data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1, device: str = "cpu", bits: int = 32
 ) -> Iterator[Setting]:
-    """Every way to run a step that is worth trying, where each of `processes` is to have a row of its own."""
+    """Every way to run a step that is worth trying with optimizer states of so many bits, where each of `processes` is to
+    have a row of its own."""
     heap = device != "cuda" and can_compact_heap()
     longest = -(-data.batch_tokens // processes)
     lengths = sorted({max(data.seq_len, longest >> halvings) for halvings in range(8)}, reverse=True)
     for recompute in allowed:
         for length in lengths:
-            for paged, offload, vocabulary, compact, rows in _variants(recompute is Recompute.FULL, streams, heap):
-                yield Setting(length, recompute, rows, None, 32, paged, offload, vocabulary, compact)
+            for paged, offload, in_file, compact, rows in _variants(recompute is Recompute.FULL, streams, heap):
+                yield Setting(length, recompute, rows, None, bits, paged, offload, in_file, compact)
 
 
-def _variants(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool, bool, str | None, bool, int]]:
-    for vocabulary in (None, "int8") if streams else (None,):
+def _variants(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool, bool, Vocabulary, bool, int]]:
+    for in_file in Vocabulary if streams else (Vocabulary.NEITHER,):
         for compact in (False, True) if heap else (False,):
             for offload in (False, True) if offloads else (False,):
                 for paged in (False, True):
                     for rows in (LOSS_ROWS, FEW_LOSS_ROWS):
-                        yield paged, offload, vocabulary, compact, rows
+                        yield paged, offload, in_file, compact, rows
 
 
 def cost(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int, device: str) -> float:
@@ -91,17 +94,22 @@ def cost(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting
     seconds *= _FEW_ROWS if setting.loss_rows < LOSS_ROWS else 1.0
     read = rows * budget.streamed_bytes(config, stored, setting) / FILE_SPEED
     seconds = max(seconds, read) + 0.05 * read
-    files = file_bytes(config, lora, setting, batch_tokens)
-    if setting.vocabulary is not None:
-        chunks = rows * -(-setting.row_tokens // setting.loss_rows)
-        seconds += chunks * 2 * config.vocab_size * config.hidden_size / _DENSE_SPEED
-    return seconds + files / FILE_SPEED
+    return seconds + file_bytes(config, lora, stored, setting, batch_tokens) / FILE_SPEED
 
 
-def file_bytes(config: LlamaConfig, lora: LoraConfig, setting: Setting, batch_tokens: int) -> int:
-    """Bytes that a step writes to files and reads again: optimizer states and blocks' inputs."""
-    states = 16 * budget.adapter_parameters(config, lora) if setting.paged_optimizer else 0
-    return states + (4 * config.num_layers * batch_tokens * config.hidden_size if setting.offload else 0)
+def file_bytes(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int) -> int:
+    """Bytes that a step moves between memory and files, linears apart: optimizer states, blocks' inputs, embedding, head."""
+    moved = 0
+    if setting.paged_optimizer:
+        moved += setting.optimizer_bits // 2 * budget.adapter_parameters(config, lora)
+    if setting.offload:
+        moved += 4 * config.num_layers * batch_tokens * config.hidden_size
+    if setting.in_file is not Vocabulary.NEITHER:
+        moved += _ROW_OVERHEAD * batch_tokens
+    if setting.in_file is Vocabulary.BOTH and stored.head_dtype is not None:
+        chunks = -(-batch_tokens // setting.row_tokens) * -(-setting.row_tokens // setting.loss_rows)
+        moved += chunks * 2 * config.vocab_size * config.hidden_size * stored.head_dtype.itemsize
+    return moved
 
 
 def choose(
@@ -116,17 +124,21 @@ def choose(
     recompute: str = "auto",
     processes: int = 1,
 ) -> Choice | None:
-    """The fastest setting that fits in `memory` bytes; None where none does."""
-    best: tuple[float, Choice] | None = None
+    """The fastest setting that fits in `memory` bytes; None where none does. 8-bit optimizer states, which change what is
+    learnt, only where no setting with 32-bit ones fits."""
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
-    for setting in settings(data, allowed, stored.mapped, processes, device):
-        found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device)
-        if found is None:
-            continue
-        seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
-        if best is None or seconds < best[0]:
-            best = seconds, Choice(*found)
-    return None if best is None else best[1]
+    for bits in OPTIMIZER_BITS:
+        best: tuple[float, Choice] | None = None
+        for setting in settings(data, allowed, stored.mapped, processes, device, bits):
+            found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device)
+            if found is None:
+                continue
+            seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
+            if best is None or seconds < best[0]:
+                best = seconds, Choice(*found)
+        if best is not None:
+            return best[1]
+    return None
 
 
 def least(
@@ -145,9 +157,10 @@ def least(
     if streaming is not None and streaming >= config.num_layers * stored.layer:
         streaming = None
     choices = []
-    for setting in settings(data, allowed, stored.mapped, device=device):
-        small = dataclasses.replace(setting, layer_memory=streaming)
-        choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
+    for bits in OPTIMIZER_BITS:
+        for setting in settings(data, allowed, stored.mapped, device=device, bits=bits):
+            small = dataclasses.replace(setting, layer_memory=streaming)
+            choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
     return min(choices, key=lambda choice: choice.parts.total)
 
 

@@ -21,7 +21,7 @@ from edgetune.config import TrainConfig
 from edgetune.models import resolve
 from edgetune.prepare import named_adapter, read, tokenize_notes
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget, vocabulary
+from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
@@ -93,7 +93,7 @@ def forecast(train: TrainConfig) -> Forecast:
         least_memory_bytes=smallest.parts.total,
         parts=dataclasses.asdict(shown.parts),
         setting=dataclasses.asdict(shown.setting),
-        head=_head_form(stored, shown.setting),
+        head=_head_form(stored),
         tokens_per_second=speed,
         seconds=seconds,
         steps=steps,
@@ -102,11 +102,9 @@ def forecast(train: TrainConfig) -> Forecast:
     )
 
 
-def _head_form(stored: Stored, setting: Setting) -> str:
-    """A dtype's name or one of vocabulary.KINDS; a head in 4 bits stays so."""
-    if stored.head_dtype is None:
-        return "nf4"
-    return setting.vocabulary or str(stored.head_dtype).removeprefix("torch.")
+def _head_form(stored: Stored) -> str:
+    """A dtype's name, or "nf4"."""
+    return "nf4" if stored.head_dtype is None else str(stored.head_dtype).removeprefix("torch.")
 
 
 def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
@@ -152,17 +150,13 @@ def seconds_a_step(
     row = (one + layer * (config.num_layers - 1)) * (COMPACT if setting.compact else 1.0)
     rows = -(-batch_tokens // setting.row_tokens)
     read = budget.streamed_bytes(config, stored, setting) / FILE_SPEED
-    files = file_bytes(config, lora, setting, batch_tokens)
+    files = file_bytes(config, lora, stored, setting, batch_tokens)
     return rows * (max(row, read) + 0.05 * read) + files / FILE_SPEED
 
 
 def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, layers: int) -> float:
     """The fastest of three times that a row of this setting takes, on random weights."""
     model = random_llama(dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers]), dtype)
-    if setting.vocabulary is not None:
-        model.embedding = model.head = vocabulary.quantize(
-            torch.zeros(config.vocab_size, config.hidden_size), setting.vocabulary
-        )
     adapters.attach_new(model, lora, 0)
     runner = Runner(model, setting.recompute, setting.loss_rows)
     optimizer = PagedAdamW(adapters.parameters(model))

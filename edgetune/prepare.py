@@ -19,7 +19,7 @@ from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import Setting, Stored
+from edgetune.runtime.budget import Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
@@ -92,7 +92,8 @@ class Record:
         lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
         paths, prompts = tuple(values["heldout_paths"]), tuple(values["prompts"])
         setting = values["plan"]["setting"]
-        setting = Setting(**{**setting, "recompute": Recompute(setting["recompute"])})
+        enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
+        setting = Setting(**{**setting, **enums})
         plan = Plan(**{**values["plan"], "setting": setting})
         return cls(**{**values, "plan": plan, "lora": lora, "heldout_paths": paths, "prompts": prompts})
 
@@ -292,7 +293,7 @@ def chooses_int8(config: TrainConfig, device: torch.device, dtype: torch.dtype) 
 def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting) -> Loaded:
     if setting.compact:
         compact_heap()
-    loaded = load_base(base, config.device, layer_memory=setting.layer_memory, vocabulary=setting.vocabulary)
+    loaded = load_base(base, config.device, layer_memory=setting.layer_memory, in_file=setting.in_file)
     loaded.model.set_dtype(dtype)
     return loaded
 

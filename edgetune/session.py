@@ -14,6 +14,7 @@ from edgetune.models import ModelChoice, resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.budget import Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
@@ -23,6 +24,7 @@ from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.runtime.vocabulary import FILE
 
 MAX_TOKENS = 256
 CONTEXT_TOKENS = 4096
@@ -66,19 +68,23 @@ def load_base(
     base: Base,
     device: str = "auto",
     layer_memory: int | None = None,
-    vocabulary: str | None = None,
-    head: str | None = None,
+    in_file: Vocabulary = Vocabulary.NEITHER,
+    head: str = "stored",
 ) -> Loaded:
-    """The opened model ready to run, its linears in NF4; `layer_memory` and `vocabulary` (its embedding's and head's kind)
-    as in load_llama. `head`, of HEADS, is the head's kind where that is its own."""
+    """The opened model ready to run, its linears in NF4; `layer_memory` as in load_llama, `in_file` as a training's Setting
+    has it, `head` of HEADS."""
     target = pick_device(device)
     choice, checkpoint = base
     quant = None if checkpoint.quant is not None else QuantConfig()
-    head_kind = vocabulary if head is None else _head_kind(head, target)
     model = load_llama(
-        checkpoint, compute_dtype(target), target, quant,
-        layer_memory=layer_memory, embedding_kind=vocabulary, head_kind=head_kind,
-    )  # fmt: skip
+        checkpoint,
+        compute_dtype(target),
+        target,
+        quant,
+        layer_memory=layer_memory,
+        embedding_kind=None if in_file is Vocabulary.NEITHER else FILE,
+        head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target),
+    )
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
 
 

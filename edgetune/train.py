@@ -370,7 +370,7 @@ class _Run:
         tokenizer = self.prepared.loaded.tokenizer
         sampling = Sampling(seed=self.config.data.seed)
         prompts, tokens = self.prepared.record.prompts, _SAMPLE_TOKENS
-        if self.model.pager.streaming:  # every token reads the streamed layers again
+        if not self.model.whole:  # every token reads again what is in files
             prompts, tokens = prompts[:1], _SAMPLE_TOKENS // 2
         for prompt in prompts:
             self._go_on()

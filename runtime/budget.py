@@ -7,6 +7,7 @@ anonymous memory, and the pages of weight files that are in memory.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 
 import torch
 
@@ -65,6 +66,14 @@ class Stored:
         return cls(linears // config.num_layers, embedding, own_head, norms, True, head_dtype)
 
 
+class Vocabulary(StrEnum):
+    """The embedding and the head: which of them stays in its file. A tied model has one tensor for both."""
+
+    NEITHER = "neither"
+    EMBEDDING = "embedding"
+    BOTH = "both"
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a step is run: what a planner chooses from."""
@@ -79,8 +88,8 @@ class Setting:
     """States in a file, one parameter's in memory at a time."""
     offload: bool = False
     """Blocks' inputs in a file."""
-    vocabulary: str | None = None
-    """Embedding and head quantised on the way in, of vocabulary.KINDS."""
+    in_file: Vocabulary = Vocabulary.NEITHER
+    """What of the embedding and the head is read from its file when it is needed, and takes no memory."""
     compact: bool = False
     """Large tensors in pages of their own, which go back at once: no holes in the heap, but new pages cost time."""
 
@@ -157,7 +166,9 @@ def parts(
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
     trained = 4 * adapter_parameters(config, lora)
     largest = 4 * max(lora.rank * max(shape) for shape in config.linear_shapes().values())
-    states = 2 * trained if setting.optimizer_bits == 32 else trained // 2 + trained // 128
+    states, page = 2 * trained, 4 * largest
+    if setting.optimizer_bits == 8:
+        states, page = trained // 2 + trained // 128 + CODES_BYTES, largest + CODES_BYTES
     layers, one = config.num_layers, kept_bytes(config, lora, size, Recompute.SELECTIVE)
     kept = kept_bytes(config, lora, size, setting.recompute)
     if setting.recompute is not Recompute.FULL:
@@ -174,31 +185,33 @@ def parts(
     rows = min(tokens, setting.loss_rows)
     logits = rows * v * size + 3 * tokens * d * size
     vocabulary = stored.embedding + stored.head
-    if stored.head_dtype not in (None, dtype):
+    if setting.in_file is not Vocabulary.NEITHER and not config.tie_embeddings:
+        vocabulary = stored.head
+    if setting.in_file is Vocabulary.BOTH and stored.head_dtype is not None:
+        vocabulary = 0
+        logits += min(PANEL_ROWS, v) * d * (size + stored.head_dtype.itemsize * (stored.head_dtype != dtype))
+        logits += 4 * rows * d  # the gradient's sum over panels
+    elif stored.head_dtype not in (None, dtype):
         vocabulary += v * d * size  # a copy in the compute dtype
-    if setting.vocabulary is not None:
-        numbers = v * d * (1 if config.tie_embeddings else 2)
-        vocabulary = numbers + 4 * v if setting.vocabulary == "int8" else round(numbers * 0.516)
-        logits += PANEL_ROWS * d * size  # rows that are dense at once
     activations = tokens * kept * kept_layers
     holes = HOLES * (working + logits)
     if setting.recompute is not Recompute.FULL:
         holes += KEPT_HOLES * activations
-    if setting.vocabulary is not None:
-        holes += 8 * PANEL_ROWS * d  # rows are quantised in fp32, twice
     return Parts(
         process=process,
         weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
         embeddings=vocabulary,
         adapter=trained,
         gradients=trained,
-        optimizer=4 * largest if setting.paged_optimizer else states,
+        optimizer=page if setting.paged_optimizer else states,
         activations=activations,
         logits=logits,
         scratch=working + (0 if setting.compact else round(holes)),
     )
 
 
+CODES_BYTES = 3_000_000
+"""What an update of 8-bit states works in, beside the states: optim.py's chunk in fp32, several times, and its tables."""
 HOLES, KEPT_HOLES = 0.9, 0.08
 """Free memory inside the heap, as a share of what comes and goes in it, and of what blocks keep (measured: LOG.md)."""
 

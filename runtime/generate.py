@@ -48,7 +48,7 @@ class Generator:
         self.runner, model = runner, runner.model
         self.cache = KVCache(model.config, max_length, model.dtype, model.device)
         self.tokens: list[int] = []
-        self._step = None if model.pager.streaming else ops.decoder(model, self.cache)  # it needs every layer at once
+        self._step = ops.decoder(model, self.cache) if model.whole else None  # it needs every weight at once
 
     def prefill(self, input_ids: Sequence[int]) -> Tensor:
         """Run a prompt, reusing the part that the cache already holds -> logits (V,) after its last token."""

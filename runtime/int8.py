@@ -34,6 +34,10 @@ class Int8Rows:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
 
+    def to(self, device: torch.device) -> Int8Rows:
+        """The same on a device."""
+        return Int8Rows(self.codes.to(device), self.scale.to(device))
+
 
 def quantize(weight: Tensor) -> Int8Rows:
     """A dense (V, D) of any float dtype. A row with inf or NaN gets a scale that is not finite either, and any codes."""

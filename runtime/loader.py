@@ -12,12 +12,11 @@ from edgetune.runtime import nf4, vocabulary
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, is_linear
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.lora import Linear, Weight
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
-from edgetune.runtime.vocabulary import Vocabulary
+from edgetune.runtime.vocabulary import StoredRows, Vocabulary
 
 
 def load_llama(
@@ -35,8 +34,8 @@ def load_llama(
     A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
     linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
     `layer_memory` bytes, those that do not fit are streamed from the files. `embedding_kind` and
-    `head_kind` (of vocabulary.KINDS) quantise these on the way; None leaves them as they are. A tied model has one for both
-    where both kinds are the same, and else a head of its own.
+    `head_kind` quantise these on the way (vocabulary.KINDS) or leave them in their file (vocabulary.FILE); None maps them. A
+    tied model has one for both where both kinds are the same, and else a head of its own.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
     ResourceError where `layer_memory` does not hold two layers.
@@ -71,15 +70,19 @@ def load_llama(
 
 
 def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Vocabulary:
-    """The embedding or the head; a quantised one lets go of the mapping that it was made from."""
+    """The embedding or the head; one that is quantised or read lets go of the mapping."""
     weight = checkpoint.tensor(name)
+    if isinstance(weight, Tensor) and kind == vocabulary.FILE:
+        path, stored = checkpoint.located(name)
+        checkpoint.release(name)
+        return StoredRows(path.open("rb", buffering=0), stored.start, stored.dtype, stored.shape, device)
     if isinstance(weight, Tensor) and kind is not None:
         try:
             small = vocabulary.quantize(weight, kind)
         except ValueError as error:
             raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
         checkpoint.release(name)
-        return Int8Rows(small.codes.to(device), small.scale.to(device)) if isinstance(small, Int8Rows) else small.to(device)
+        return small.to(device)
     if device.type != "cpu":
         weight = weight.to(device)
         checkpoint.release(name)

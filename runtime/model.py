@@ -25,7 +25,7 @@ from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
 from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
 from edgetune.runtime.pager import Pager, Resident
-from edgetune.runtime.vocabulary import Vocabulary
+from edgetune.runtime.vocabulary import StoredRows, Vocabulary
 
 
 class KVCache:
@@ -202,6 +202,11 @@ class Llama(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.device
+
+    @property
+    def whole(self) -> bool:
+        """Whether every weight stays in memory: none is read from its file while the model runs."""
+        return not (self.pager.streaming or any(isinstance(weight, StoredRows) for weight in (self.embedding, self.head)))
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Compute in another dtype from now on; quantised weights stay as they are."""

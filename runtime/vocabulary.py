@@ -1,5 +1,5 @@
-"""The embedding and the head, (V, D) each: dense, 8-bit or NF4. Rows are looked up, and products made, in panels of rows, so
-that a quantised one is never dense as a whole.
+"""The embedding and the head, (V, D) each: dense, 8-bit, NF4, or left in their file. Rows are looked up, and products made, in
+panels of rows, so that a quantised one is never dense as a whole, and one in a file never in memory.
 
 8-bit is int8.py's: 8 + 32/D bits a number. NF4 is nf4.py's: 4.127 bits.
 """
@@ -7,26 +7,65 @@ that a quantised one is never dense as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
 
 import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.files import read_at
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor, QuantState
 from edgetune.runtime.ops import Adapted
 
 KINDS = ("int8", "nf4")
+FILE = "file"
+"""The kind that is not quantised but stays in its file."""
 MPS_TERMS = 16384
 """Terms of a product's sums on MPS, at most: M1 and M2 add what lies behind the matrices from 32,767 on, and torch before
 2.14 lets them (pytorch#183535, #195163). Of all products only the head's backward has so many."""
 
 
-Vocabulary = Tensor | QuantizedTensor | Int8Rows
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """A dense weight whose numbers stay in `file`, the first at byte `start`: what is read of it takes memory, no more."""
+
+    file: FileIO
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: torch.device
+
+    nbytes = 0
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill `out` (n, D), of our dtype on the CPU, with rows from `first` on. Raises ModelError where the file is gone."""
+        width = self.shape[1] * self.dtype.itemsize
+        try:
+            read_at(self.file, out.view(torch.uint8).numpy().data.cast("B"), self.start + first * width)
+        except OSError as error:
+            raise ModelError(
+                f"{self.file.name} cannot be read any more: {error.strerror}; copy the model folder again."
+            ) from error
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids (N,) -> (N, D) in our dtype, on the compute device."""
+        wanted = ids.tolist()
+        if wanted and not 0 <= min(wanted) <= max(wanted) < self.shape[0]:
+            raise IndexError(f"ids lie between {min(wanted)} and {max(wanted)}; expected 0 to {self.shape[0] - 1}")
+        found = torch.empty(len(wanted), self.shape[1], dtype=self.dtype)
+        for number, row in enumerate(wanted):
+            self.read(row, found[number : number + 1])
+        return found.to(self.device)
 
 
-def quantize(weight: Tensor, kind: str) -> Vocabulary:
+Vocabulary = Tensor | QuantizedTensor | Int8Rows | StoredRows
+
+
+def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
     """A dense (V, D) in one of KINDS; int8 where rows do not end with NF4's blocks.
 
     Raises ValueError for inf and NaN.
@@ -48,6 +87,8 @@ def rows(weight: Vocabulary, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.nn.functional.embedding(ids, weight).to(dtype)
     if isinstance(weight, Int8Rows):
         return (weight.codes[ids] * weight.scale[ids]).to(dtype)
+    if isinstance(weight, StoredRows):
+        return weight.rows(ids).to(dtype)
     if weight.shape[1] % weight.state.block_size:  # blocks cross rows
         return ops.dequantize(weight, dtype)[ids]
     return ops.dequantize(_nf4_rows(weight, ids), dtype)
@@ -98,6 +139,13 @@ def _panels(head: Vocabulary, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
         return
     crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
     height = count if crossing else PANEL_ROWS
+    if isinstance(head, StoredRows):
+        buffer = torch.empty(min(height, count), head.shape[1], dtype=head.dtype)
+        for start in range(0, count, height):
+            part = slice(start, min(start + height, count))
+            head.read(start, buffer[: part.stop - start])
+            yield part, buffer[: part.stop - start].to(head.device, dtype), None
+        return
     panel = torch.empty(min(height, count) if isinstance(head, Int8Rows) else 0, head.shape[1], dtype=dtype, device=head.device)
     for start in range(0, count, height):
         part = slice(start, min(start + height, count))

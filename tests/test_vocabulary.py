@@ -1,7 +1,9 @@
-"""Quantised embeddings and heads: rows and products are those of the dequantised weight, and nothing whole is ever dense."""
+"""Embeddings and heads that are quantised, or stay in their file: rows and products are those of the dense weight, and nothing
+whole is ever dense, or in memory."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.runner import Row, Runner
-from edgetune.runtime.vocabulary import Vocabulary
+from edgetune.runtime.vocabulary import StoredRows, Vocabulary
 from edgetune.session import Session
 
 SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short last panel, rows that no block ends with
@@ -31,7 +33,36 @@ SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short la
 def dense(weight: Vocabulary) -> torch.Tensor:
     if isinstance(weight, QuantizedTensor):
         return nf4.dequantize(weight, torch.float32)
+    if isinstance(weight, StoredRows):
+        return weight.rows(torch.arange(weight.shape[0]))
     return weight.codes * weight.scale if isinstance(weight, Int8Rows) else weight
+
+
+def in_file(folder: Path, weight: torch.Tensor) -> StoredRows:
+    """The weight as a checkpoint's file has it, some bytes before it."""
+    path = folder / "weight"
+    path.write_bytes(b"before" + weight.contiguous().view(torch.uint8).numpy().tobytes())
+    return StoredRows(path.open("rb", buffering=0), 6, weight.dtype, tuple(weight.shape), weight.device)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_in_its_file_gives_what_it_gives_in_memory(
+    tmp_path: Path, shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(stored)
+    away, x, dy = in_file(tmp_path, weight), torch.randn(70, shape[1]).to(dtype), torch.randn(70, shape[0]).to(dtype)
+    ids = torch.randint(0, shape[0], (70,))
+    tolerance = {"rtol": 0.0, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.3}
+    assert torch.equal(vocabulary.rows(away, ids, dtype), weight[ids].to(dtype))
+    torch.testing.assert_close(vocabulary.logits(x, away), x @ weight.to(dtype).T, **tolerance)
+    torch.testing.assert_close(vocabulary.input_gradient(dy, away), dy @ weight.to(dtype), **tolerance)
+    with pytest.raises(IndexError, match="expected 0 to"):
+        vocabulary.rows(away, torch.tensor([0, shape[0]]), dtype)
+    os.truncate(tmp_path / "weight", 100)
+    with pytest.raises(ModelError, match="cannot be read any more"):
+        vocabulary.logits(x, away)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -70,8 +101,8 @@ def row() -> Row:
 
 
 @pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
-@pytest.mark.parametrize("kind", vocabulary.KINDS)
-def test_training_equals_that_with_the_dequantised_weight(tmp_path: Path, family: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*vocabulary.KINDS, vocabulary.FILE])
+def test_training_equals_that_with_the_dense_weight(tmp_path: Path, family: str, kind: str) -> None:
     tiny.save_model(tmp_path / "model", family)
     quantised, plain = (
         load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=k, head_kind=k) for k in (kind, None)
@@ -137,8 +168,8 @@ def test_writing_with_the_head_in_8_bits_costs_next_to_nothing_on_the_demo() -> 
 
 @pytest.mark.parametrize("kind", vocabulary.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_with_a_quantised_vocabulary_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    """In fp32 the same text as with the dequantised weight, by whichever step the back end has."""
+def test_a_model_with_a_quantised_or_stored_vocabulary_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """In fp32 the same text as with the dense weight, by whichever step the back end has."""
     tiny.save_model(tmp_path / "model")
     checkpoint = open_model(tmp_path / "model")
     model, plain = (load_llama(checkpoint, dtype, embedding_kind=k, head_kind=k) for k in (kind, None))

@@ -53,7 +53,7 @@ def _show(result: Forecast) -> None:
     click.echo(f"  {'peak' if result.fits else 'at the least':<30}{human_bytes(result.peak_memory_bytes):>10}")
     if result.fits:
         click.echo(f"The least that would do is {human_bytes(result.least_memory_bytes)}.")
-        click.echo(f"Settings: {_settings(result.setting)}.")
+        click.echo(f"Settings: {described(result.setting)}.")
     if result.tokens_per_second is not None:
         took = f"; {result.steps} steps in {human_time(result.seconds)}" if result.seconds is not None else ""
         click.echo(f"About {result.tokens_per_second:,.0f} tokens/s{took}, measured on two layers with random weights.")
@@ -63,11 +63,14 @@ def _show(result: Forecast) -> None:
         click.echo(f"To make it fit, {result.advice}.")
 
 
-def _settings(setting: dict[str, Any]) -> str:
+def described(setting: dict[str, Any]) -> str:
+    """A setting in words."""
     told = [f"rows of {setting['row_tokens']} tokens", f"recompute {setting['recompute']}"]
     if setting["layer_memory"] is not None:
         told.append(f"{human_bytes(setting['layer_memory'])} of layers in memory, the others streamed")
     told += ["optimizer states in a file"] * setting["paged_optimizer"] + ["activations in a file"] * setting["offload"]
-    if setting["vocabulary"] is not None:
-        told.append(f"embedding and head in {setting['vocabulary']}")
+    told += ["8-bit optimizer states"] * (setting["optimizer_bits"] == 8)
+    told += {"neither": [], "embedding": ["embedding in its file"], "both": ["embedding and head in their file"]}[
+        setting["in_file"]
+    ]
     return ", ".join(told + ["large tensors given back at once"] * setting["compact"])

@@ -67,9 +67,9 @@ def describe(setting: dict[str, Any]) -> str:
     layers = setting["layer_memory"]
     told = [setting["recompute"], f"{layers / 1e6:.0f} MB of layers" if layers is not None else "resident"]
     told += [name for name in ("paged_optimizer", "offload", "compact") if setting[name]]
-    return ", ".join(
-        told + [setting["vocabulary"]] * (setting["vocabulary"] is not None) + [f"{setting['loss_rows']} loss rows"]
-    )
+    told += [f"{setting['in_file']} in file"] * (setting["in_file"] != "neither")
+    told += ["8-bit states"] * (setting["optimizer_bits"] == 8)
+    return ", ".join([*told, f"{setting['loss_rows']} loss rows"])
 
 
 def run(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
@@ -127,13 +127,14 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     from edgetune.config import DataConfig
     from edgetune.meter import MemoryMeter, anonymous_memory
     from edgetune.runtime import adapter as adapters
-    from edgetune.runtime.budget import Stored
+    from edgetune.runtime.budget import Stored, Vocabulary
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.config import LINEARS, LoraConfig
     from edgetune.runtime.device import compact_heap, compute_dtype, trim_memory
     from edgetune.runtime.loader import load_llama
     from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Runner
+    from edgetune.runtime.vocabulary import FILE
 
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     folder = arguments.workdir / f"{arguments.shape}-nf4"
@@ -149,12 +150,13 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     setting = choice.setting
     if setting.compact:
         compact_heap()
-    model = load_llama(
-        checkpoint, dtype, layer_memory=setting.layer_memory, embedding_kind=setting.vocabulary, head_kind=setting.vocabulary
-    )
+    embedding = FILE if setting.in_file is not Vocabulary.NEITHER else None
+    head = FILE if setting.in_file is Vocabulary.BOTH else None
+    model = load_llama(checkpoint, dtype, layer_memory=setting.layer_memory, embedding_kind=embedding, head_kind=head)
     adapters.attach_new(model, lora, 0)
     parameters = adapters.parameters(model)
-    optimizer = PagedAdamW(parameters, pages=arguments.workdir if setting.paged_optimizer else None)
+    pages = arguments.workdir if setting.paged_optimizer else None
+    optimizer = PagedAdamW(parameters, bits=setting.optimizer_bits, pages=pages)
     runner = Runner(model, setting.recompute, setting.loss_rows, arguments.workdir if setting.offload else None)
     row, seconds, losses = random_row(checkpoint.config, arguments.tokens), [], []
     trim_memory()
@@ -168,10 +170,9 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
         peak = meter.peak()
     timed = sorted(seconds[1:])
-    predicted = choice.parts.total - choice.parts.adapter // 2  # no best adapter is kept here
     return {
-        "setting": dataclasses.asdict(setting), "predicted": predicted, "parts": dataclasses.asdict(choice.parts), "peak": peak,
-        "tokens_per_second": arguments.tokens / timed[len(timed) // 2], "losses": losses,
+        "setting": dataclasses.asdict(setting), "predicted": choice.parts.total, "parts": dataclasses.asdict(choice.parts),
+        "peak": peak, "tokens_per_second": arguments.tokens / timed[len(timed) // 2], "losses": losses,
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from edgetune.runtime import int8
 from edgetune.runtime.backends.cpu.library import kernel
 from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
+from edgetune.runtime.vocabulary import StoredRows
 
 if TYPE_CHECKING:  # what a back end runs, not what it is made of
     from edgetune.runtime.lora import AnyLinear
@@ -162,6 +163,7 @@ class Decoder:
         blocks: Any = model.blocks
         self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(blocks)))
         self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
+        assert not isinstance(model.head, StoredRows)  # such a model is not `whole`
         self._head = self._frozen(model.head, None, "head", config.vocab_size, config.hidden_size)
         self._space, self._space_for = torch.empty(0), (0, 0)
         self._own = 0
