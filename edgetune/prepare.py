@@ -22,7 +22,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.device import compact_heap, compute_dtype, pick_device
+from edgetune.runtime.device import compact_heap, compute_dtype, pick_device, steady_heap
 from edgetune.runtime.errors import AdapterError, DataError, ModelError, UsageError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.ops import backend_for, fuses
@@ -291,6 +291,7 @@ def chooses_int8(config: TrainConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting) -> Loaded:
+    steady_heap()  # before any thread of the kernels'
     if setting.compact:
         compact_heap()
     loaded = load_base(base, config.device, layer_memory=setting.layer_memory, in_file=setting.in_file)

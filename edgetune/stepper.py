@@ -12,7 +12,11 @@ from edgetune.distributed import World
 from edgetune.evaluate import as_row
 from edgetune.prepare import Plan, Prepared
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime.device import trim_memory
 from edgetune.runtime.optim import PagedAdamW
+
+TRIM_STEPS = 16
+"""Steps after which free pages of the heap go back: rows of other lengths leave other holes, which would add up."""
 
 
 def learning_rate(plan: Plan, step: int, final: float) -> float:
@@ -70,6 +74,8 @@ class Stepper:
         if outcome.finite:
             self.optimizer.step(rate)
         self.optimizer.zero_grad()
+        if (step + 1) % TRIM_STEPS == 0:
+            trim_memory()
         return outcome
 
     def align(self, states: bool = False) -> None:

@@ -153,6 +153,18 @@ def end_command_buffer(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def steady_heap() -> None:
+    """From now on keep the heap whole, so that the same step takes the same memory again and again; glibc alone needs it.
+
+    New threads share one heap. And the slivers that glibc cuts from both ends of an aligned tensor join it again when it is
+    freed: set aside for small requests, as they would be, they leave a hole too short for a tensor of the same size.
+    """
+    set_aside, most_heaps = 1, -8  # M_MXFAST, M_ARENA_MAX
+    if can_compact_heap():
+        ctypes.CDLL(None).mallopt(set_aside, 0)
+        ctypes.CDLL(None).mallopt(most_heaps, 1)
+
+
 def can_compact_heap() -> bool:
     """Whether `compact_heap` does anything here."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")

@@ -71,7 +71,7 @@ def load_llama(
 
 def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Vocabulary:
     """The embedding or the head; one that is quantised or read lets go of the mapping."""
-    weight = checkpoint.tensor(name)
+    weight: Weight = checkpoint.tensor(name)
     if isinstance(weight, Tensor) and kind == vocabulary.FILE:
         path, stored = checkpoint.located(name)
         checkpoint.release(name)
@@ -84,8 +84,9 @@ def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: s
         checkpoint.release(name)
         return small.to(device)
     if device.type != "cpu":
-        weight = weight.to(device)
+        placed = weight.to(device)
         checkpoint.release(name)
+        return placed
     return weight
 
 
