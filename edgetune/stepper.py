@@ -19,6 +19,12 @@ TRIM_STEPS = 16
 """Steps after which free pages of the heap go back: rows of other lengths leave other holes, which would add up."""
 
 
+def give_back(step: int) -> None:
+    """What is to be given back to the system after step `step`, counted from 0."""
+    if (step + 1) % TRIM_STEPS == 0:
+        trim_memory()
+
+
 def learning_rate(plan: Plan, step: int, final: float) -> float:
     """Linear warm-up, then linear decay to `final` of the peak; steps count from 0."""
     if step < plan.warmup_steps:
@@ -74,8 +80,7 @@ class Stepper:
         if outcome.finite:
             self.optimizer.step(rate)
         self.optimizer.zero_grad()
-        if (step + 1) % TRIM_STEPS == 0:
-            trim_memory()
+        give_back(step)
         return outcome
 
     def align(self, states: bool = False) -> None:
