@@ -212,7 +212,7 @@ def parts(
 
 CODES_BYTES = 3_000_000
 """What an update of 8-bit states works in, beside the states: optim.py's chunk in fp32, several times, and its tables."""
-HOLES, KEPT_HOLES = 0.9, 0.08
+HOLES, KEPT_HOLES = 0.9, 0.05
 """Free memory inside the heap, as a share of what comes and goes in it, and of what blocks keep (measured: LOG.md)."""
 
 
