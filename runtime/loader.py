@@ -71,7 +71,7 @@ def load_llama(
 
 def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Vocabulary:
     """The embedding or the head; one that is quantised or read lets go of the mapping."""
-    weight: Weight = checkpoint.tensor(name)
+    weight = checkpoint.tensor(name)
     if isinstance(weight, Tensor) and kind == vocabulary.FILE:
         path, stored = checkpoint.located(name)
         checkpoint.release(name)
