@@ -10,12 +10,12 @@ that graph and weights are right, and nothing about Apple's kernels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import io
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,19 +26,21 @@ from torch import Tensor
 from edgetune.export import coreml_app as app
 from edgetune.export import coreml_model, coreml_weights, effect, verify
 from edgetune.export.coreml_model import Plan, linear_name
-from edgetune.export.coreml_weights import Stored
+from edgetune.export.coreml_package import Array, Package
+from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import MilProgram, quiet_coremltools
 from edgetune.export.target import Job, Written, work_folder
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime.checkpoint import HEAD
+from edgetune.runtime.checkpoint import EMBEDDING, HEAD, is_linear, open_model
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Llama, hf_linear_name
-from edgetune.runtime.model_folder import companions
+from edgetune.runtime.model_folder import companions, write_model
+from edgetune.runtime.quantize import quantize_folder
+from edgetune.runtime.safetensors_file import TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer
 
 PROVED_BY = "edgetune's own evaluator"
@@ -54,7 +56,9 @@ PROCESS_BYTES, COPIES = 400 << 20, 4
 """What an export holds: Python with torch and coremltools, and so many times the weights in fp16. Measured on 4 and 8 layers of
 a 1.1B's shape and a 16M: 2.8 times (nf4), 3.4 (fp16), 3.7 (int4)."""
 TEXTS, TEXT_TOKENS = 16, 256
-"""How many texts, and how much of each, what rounding does is measured on: logits of a text exist at once, in fp64."""
+"""How many texts, and how much of each, what rounding does is measured on."""
+SINGLE = 4
+"""Tokens that a proof reads one by one; the others come in chunks."""
 BASE, ADAPTED = "base", "adapted"
 LIMIT_OF_PROOF = (
     "What is proved here of a Core ML package, by edgetune's own evaluator, is its graph and its weights, not Apple's kernels: "
@@ -80,18 +84,37 @@ class _Source:
         """Whether the stored weights are others than the engine's."""
         return self.job.weights == "int4" or (self.job.weights == "nf4" and self.merges)
 
-    def linear(self, layer: int, name: str) -> Stored:
-        """A layer's linear as it is to be stored."""
-        full = f"model.layers.{layer}.{hf_linear_name(name)}.weight"
-        if self.merges:
-            return coreml_weights.store(full, Merged(self.job.base, self.job.adapter).tensor(full), self.job.weights)
-        return coreml_weights.store(full, self.job.base.tensor(full), self.job.weights)
+    @functools.cached_property
+    def merged(self) -> Merged:
+        return Merged(self.job.base, self.job.adapter if self.merges else None)
+
+    def weight(self, name: str) -> Stored:
+        """A weight as it is to be stored, by its Hugging Face name; embedding and head are fp16."""
+        if not is_linear(name):
+            return coreml_weights.store(name, self.job.base.tensor(name), "fp16")
+        weight = self.merged.tensor(name) if self.merges else self.job.base.tensor(name)
+        return coreml_weights.store(name, weight, self.job.weights)
+
+    def blank(self, name: str, shape: tuple[int, int]) -> Stored:
+        """What holds its place while the package is laid out."""
+        quant = None if self.merges else self.job.base.quant  # a sum is dense, and quantised anew
+        return coreml_weights.blank(name, shape, self.job.weights if is_linear(name) else "fp16", (quant or QuantConfig()).block_size)
 
     def plan(self, context: int) -> Plan:
         """The program of the bare base, or of the merged model."""
         base = self.job.base
-        head = None if base.config.tie_embeddings else coreml_weights.store(HEAD, base.tensor(HEAD), "fp16")
-        return Plan(base.config, context, min(PREFILL_TOKENS, context), base.dense, self.linear, head)
+        return Plan(base.config, context, min(PREFILL_TOKENS, context), base.dense, self.blank)
+
+    def stored(self) -> dict[str, str]:
+        """Hugging Face names of all weights, layer by layer, by the name that coreml_weights.places has for each."""
+        config = self.job.base.config
+        head = {} if config.tie_embeddings else {"logits": HEAD}
+        layers = {
+            linear_name(layer, name): f"model.layers.{layer}.{hf_linear_name(name)}.weight"
+            for layer in range(config.num_layers)
+            for name in LINEARS
+        }
+        return {EMBEDDING_NAME: EMBEDDING, **layers, **head}
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -111,12 +134,12 @@ def write(job: Job, folder: Path) -> Written:
         targets = job.needed_adapter().config
         plan = replace(plan, input_ranks={name: targets.rank for name in LINEARS if name in targets.targets})
         app.write_adapter(job.needed_adapter(), config, job.base.digest, folder / app.ADAPTER_FILE)
-    with _workplace(folder):
-        if source.adapter_as == "functions":
-            functions = [ADAPTED, BASE]
-            _save_functions(plan, job, folder)
-        else:
-            _save(plan, folder / app.PACKAGE)
+    plans = {"main": plan}
+    if source.adapter_as == "functions":
+        plans = {ADAPTED: replace(plan, constants=_constants(job)), BASE: plan}
+        functions = list(plans)
+    _lay_out(plans, folder)
+    _fill(folder / app.PACKAGE, source)
     app.write_call(app.how_to_call(plan, job.base.folder, job.base.digest, functions), folder)
     for file in companions(job.base.folder):
         atomic_write(folder / file.name, file.read_bytes())
@@ -128,7 +151,7 @@ def write(job: Job, folder: Path) -> Written:
         [("stored_numbers_compared", float(compared))],
     )
     if source.requantises:
-        loss = _loss(job)
+        loss = _loss(job, folder)
         _hold(source, loss)
         facts += loss.items()
         notices.append(_loss_notice(source, loss))
@@ -136,37 +159,73 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def reference(job: Job, folder: Path) -> Llama:
-    """What the package has to agree with, whatever is in `folder`."""
-    return stored_model(job)
+    """What the package has to agree with."""
+    return stored_model(job, folder)
 
 
-def stored_model(job: Job) -> Llama:
+def stored_model(job: Job, folder: Path) -> Llama:
     """The engine's model, with the weights as stored where they were quantised anew. Not read from the package: made a second
-    time from the base."""
-    source, model = _source(job), _bare(job)
+    time from the base. `folder`: where its files may stand until it is open."""
+    source = _source(job)
     if source.requantises:
-        for layer, block in enumerate(model.blocks):
-            for name, linear in block.linears().items():
-                values = torch.from_numpy(source.linear(layer, name).values()).float()
-                bias = linear.bias if isinstance(linear, Linear) else linear.base.bias
-                setattr(block, name, Linear(values, bias))
+        config = {key: value for key, value in job.base.hf_config.items() if key != "quantization_config"}
+        model = _through_files(job, folder, lambda made: write_model(job.base.folder, made, config, _StoredRecipe(source)))
+    else:
+        model = _bare(job, folder)
     if job.adapter is not None and not (source.merges and source.requantises):
         adapters.attach(model, job.adapter)
     return model
 
 
-def _bare(job: Job) -> Llama:
+@dataclass(frozen=True)
+class _StoredRecipe:
+    """A model folder of the weights as a package has them, fp16, beside the base's own other tensors; a Recipe of
+    model_folder.py."""
+
+    source: _Source
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.source.merged.shapes
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        dtype = torch.float16 if is_linear(name) else self.source.job.base.dense(name).dtype
+        return [TensorSpec(name, dtype, self.shapes[name])]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        if not is_linear(name):
+            return {name: self.source.job.base.dense(name)}
+        return {name: torch.from_numpy(self.source.weight(name).values())}
+
+    def release(self, name: str) -> None:
+        self.source.job.base.release(name)
+
+
+def _bare(job: Job, folder: Path) -> Llama:
     """The base in fp32; a dense one in NF4 where it is exported so, as it was while the adapter was trained."""
     quant = QuantConfig() if job.weights == "nf4" and job.base.quant is None else None
-    return load_llama(job.base, torch.float32, quant=quant)
+    if quant is not None and job.layer_memory is not None:
+        return _through_files(job, folder, lambda made: quantize_folder(job.base.folder, made))
+    return load_llama(job.base, torch.float32, quant=quant, layer_memory=None if quant is not None else job.layer_memory)
+
+
+def _through_files(job: Job, folder: Path, write: Callable[[Path], object]) -> Llama:
+    """A model in fp32 out of files that `write` makes, streamed from them where memory is short. They have no name any more
+    once it is open, and go with it."""
+    with work_folder(folder) as place:
+        made = place / "model"
+        made.mkdir(mode=0o700)
+        write(made)
+        return load_llama(open_model(made), torch.float32, layer_memory=job.layer_memory)
 
 
 class EvaluatedPackage:
     """A written package, called as how-to-call.json says."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, room: int | None = None) -> None:
+        """room: bytes of weights that may be kept in memory, None for all."""
         self.call = app.read_call(folder)
-        self.program = MilProgram(folder / app.PACKAGE)
+        self.program = MilProgram(folder / app.PACKAGE, room)
         self._folder = folder
         self._adapter = {} if self.call["adapter"] is None else app.read_adapter(folder / app.ADAPTER_FILE, self.call)
 
@@ -175,11 +234,13 @@ class EvaluatedPackage:
         self._adapter = app.read_adapter(file, self.call)
 
     def logits(self, ids: Sequence[int], function: str | None = None) -> Tensor:
-        """(N,) -> (N, V) f32: the first half in chunks, the other half token by token through the same states."""
+        """(N,) -> (N, V) f32 through the same states: half of them in chunks, others in chunks on top of that, and the last
+        SINGLE token by token."""
         states, rows, at = self.program.states(function), [], 0
-        prompt = -(-len(ids) // 2)
+        half, singles = -(-len(ids) // 2), max(len(ids) - SINGLE, 1)
         while at < len(ids):
-            end = min(at + self.call["prefill_tokens"], prompt) if at < prompt else at + 1
+            stop = half if at < half else max(singles, at + 1)
+            end = min(at + self.call["prefill_tokens"], stop)
             chunk = np.array([ids[at:end]], np.int32)
             inputs = {"input_ids": chunk, **app.masks(self.call, end - at, end), **self._adapter}
             rows.append(self.program.run(inputs, states, function)["logits"][0])
@@ -211,7 +272,7 @@ def read(job: Job, folder: Path) -> EvaluatedPackage | _AdapterFile:
     """What was written, opened by our evaluator."""
     if job.weights == ADAPTER_ALONE:
         return _AdapterFile(job, folder / app.ADAPTER_FILE)
-    return EvaluatedPackage(folder)
+    return EvaluatedPackage(folder, job.layer_memory)
 
 
 def _check_coremltools() -> None:
@@ -256,90 +317,81 @@ def _workplace(folder: Path) -> Iterator[None]:
             gc.collect()  # a program is full of cycles, and holds every weight; its files go with it
 
 
-def _save(plan: Plan, package: Path) -> None:
-    """Build a program and write it as a package.
-
-    Two default passes would rearrange a table and the scales behind it into a table for each block: 8 bits for 4. The precision
-    is called fp32 so that no pass casts anything: the program says itself what is fp16.
-    """
-    import coremltools as ct
-
-    program, inputs = coreml_model.build(plan)
-    pipeline = ct.PassPipeline.DEFAULT
-    pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern", "common::reorder_lut_per_channel_scale"})
-    ct.convert(
-        program,
-        convert_to="mlprogram",
-        inputs=inputs,
-        minimum_deployment_target=ct.target.iOS18,
-        compute_precision=ct.precision.FLOAT32,
-        compute_units=ct.ComputeUnit.CPU_AND_GPU,
-        pass_pipeline=pipeline,
-        skip_model_load=True,
-        package_dir=str(package),
-    )
-
-
-def _save_functions(plan: Plan, job: Job, folder: Path) -> None:
-    """The adapted model and the bare base as functions of one package; weights that both use are stored once."""
-    from coremltools.models.utils import MultiFunctionDescriptor, save_multifunction
-
+def _constants(job: Job) -> dict[tuple[int, str], tuple[Array, Array]]:
+    """lora_A and lora_B f16 of each linear that has them, the scale in B."""
     adapter = job.needed_adapter()
     stacked = app.stacked(adapter, job.base.config)
-    constants = {
+    return {
         (layer, name): (stacked[f"{name}_a"][layer], stacked[f"{name}_b"][layer])
         for layer in range(job.base.config.num_layers)
         for name in adapter.config.targets
         if (layer, name, "A") in adapter.tensors
     }
-    description = MultiFunctionDescriptor()
-    parts = {ADAPTED: replace(plan, constants=constants), BASE: plan}
-    for name, part in parts.items():
-        _save(part, folder / f"{name}.mlpackage")
-        description.add_function(str(folder / f"{name}.mlpackage"), "main", name)
-    description.default_function_name = ADAPTED
-    save_multifunction(description, str(folder / app.PACKAGE))
-    for name in parts:
-        shutil.rmtree(folder / f"{name}.mlpackage")
 
 
-def _compare_weights(package: Path, source: _Source) -> int:
-    """Hold every linear's stored codes and scales, in every function, to what was to be stored; returns how many numbers.
+def _lay_out(plans: Mapping[str, Plan], folder: Path) -> None:
+    """Write the package by coremltools, with zeros where the weights of the model will stand.
+
+    Two default passes would rearrange a table and the scales behind it into a table for each block: 8 bits for 4. One would
+    find that the zeros are all the same. The precision is called fp32 so that no pass casts anything: the program says itself
+    what is fp16.
+    """
+    import coremltools as ct
+
+    pipeline = ct.PassPipeline.DEFAULT
+    pipeline.remove_passes(
+        {"common::canonicalize_quantized_lut_pattern", "common::reorder_lut_per_channel_scale", "common::const_deduplication"}
+    )
+    with _workplace(folder):
+        ct.convert(
+            coreml_model.build(plans),
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=ct.precision.FLOAT32,
+            compute_units=ct.ComputeUnit.CPU_AND_GPU,
+            pass_pipeline=pipeline,
+            skip_model_load=True,
+            package_dir=str(folder / app.PACKAGE),
+        )
+
+
+def _fill(path: Path, source: _Source) -> None:
+    """Put the weights in their places, one after the other; the functions of a package share them."""
+    package = Package(path)
+    places = coreml_weights.places(package, package.default)
+    for called, name in source.stored().items():
+        places[called].write(package, source.weight(name))
+        source.job.base.release(name)
+
+
+def _compare_weights(path: Path, source: _Source) -> int:
+    """Hold every weight's stored codes and scales, in every function, to what was to be stored; returns how many numbers.
 
     Raises ModelError where one differs.
     """
-    program, compared = MilProgram(package), 0
-    functions = [
-        {op.outputs[0].name: op.inputs["weight"].op for op in program.operations(function) if op.op_type == "linear"}
-        for function in program.functions
-    ]
-    for layer, name in ((layer, name) for layer in range(source.job.base.config.num_layers) for name in LINEARS):
-        expected, called = source.linear(layer, name), linear_name(layer, name)
-        for weights in functions:
-            if called not in weights:
-                raise ModelError(f"The package has no linear {called}; export it again.")
-            stored = coreml_weights.stored_in(weights[called])
+    package, compared = Package(path), 0
+    functions = [coreml_weights.places(package, function) for function in package.functions]
+    for called, name in source.stored().items():
+        expected = source.weight(name)
+        for places in functions:
+            if called not in places:
+                raise ModelError(f"The package has no weight {called}; export it again.")
+            stored = places[called].read(package)
             if stored.form != expected.form or stored.differences(expected):
                 raise ModelError(f"The package's {called} differs from the engine's weight; export it again.")
             compared += stored.codes.size + (0 if stored.scale is None else stored.scale.size)
+        source.job.base.release(name)
     return compared
 
 
-def _loss(job: Job) -> dict[str, float]:
+def _loss(job: Job, folder: Path) -> dict[str, float]:
     """KL in nats of the engine's model to the stored one, and to the bare base, over the job's texts or the golden prompt."""
-    texts = [text[:TEXT_TOKENS] for text in job.texts[:TEXTS] or [_prompt(job)]]
-    whole, models, count = _bare(job), {"kl_of_rounding": stored_model(job)}, 0
+    texts = [list(text[:TEXT_TOKENS]) for text in job.texts if len(text) > 1][:TEXTS]
+    own = _bare(job, folder)
     if job.adapter is not None:
-        adapters.attach(whole, job.adapter)
-        models["kl_of_adapter"] = _bare(job)
-    sums = dict.fromkeys(models, 0.0)
-    for text in texts:
-        expected = torch.log_softmax(verify.reference_logits(whole, text).double(), dim=-1)
-        for name, model in models.items():
-            found = torch.log_softmax(verify.reference_logits(model, text).double(), dim=-1)
-            sums[name] += float((expected.exp() * (expected - found)).sum())
-        count += len(expected)
-    return {name: total / count for name, total in sums.items()}
+        adapters.attach(own, job.adapter)
+    found = effect.measure(own, stored_model(job, folder), texts or [_prompt(job)])
+    return {"kl_of_rounding": found.kl_merged, **({} if job.adapter is None else {"kl_of_adapter": found.kl_base})}
 
 
 def _hold(source: _Source, loss: dict[str, float]) -> None:

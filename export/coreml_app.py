@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from edgetune.export.coreml_model import HIDDEN, Plan
-from edgetune.export.coreml_weights import Array
+from edgetune.export.coreml_package import Array
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import read_json
 from edgetune.runtime.config import LINEARS, LlamaConfig

@@ -23,29 +23,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgetune.export.coreml_weights import Array, Stored, constexpr
-from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM
+from edgetune.export.coreml_package import Array
+from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored, constexpr
+from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.model import hf_linear_name, rope_frequencies
 
 HIDDEN = -1e4
 """What a mask adds to the score of a position that is not seen: nothing is left of it, and fp16 can add to it."""
+FILED = 10
+"""Constants of so many numbers stand in the file of weights, which is coremltools' rule; each of ours is named, or the same."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a program is made of.
 
-    tensor: a dense tensor by its full Hugging Face name. linear: the weight of a layer's linear. head: None where tied.
-    input_ranks: rank of the adapter that each linear takes as input. constants: lora_A, lora_B f16 of those that are built in.
+    tensor: a norm or a bias by its full Hugging Face name. weight: what holds the place of a weight (out, in), by its name and
+    shape, see coreml_weights.blank. input_ranks: rank of the adapter that each linear takes as input. constants: lora_A, lora_B
+    f16 of those that are built in.
     """
 
     config: LlamaConfig
     context: int
     prefill: int
     tensor: Callable[[str], Tensor]
-    linear: Callable[[int, str], Stored]
-    head: Stored | None
+    weight: Callable[[str, tuple[int, int]], Stored]
     input_ranks: Mapping[str, int] = field(default_factory=dict)
     constants: Mapping[tuple[int, str], tuple[Array, Array]] = field(default_factory=dict)
 
@@ -78,11 +81,30 @@ def linear_name(layer: int, name: str) -> str:
     return f"layers_{layer}_{name}"
 
 
-def build(plan: Plan) -> tuple[Any, list[Any]]:
-    """The program, and its inputs as `coremltools.convert` wants them."""
+def build(plans: Mapping[str, Plan]) -> Any:
+    """The program: a function for each plan, the first of them the default. What they have in common is stored once."""
+    from coremltools.converters.mil.mil import Program
+
+    program = Program()
+    for name, plan in plans.items():
+        function, inputs = _function(plan)
+        function.set_input_types(tuple(inputs))
+        program.add_function(name, function)
+    program.default_function_name = next(iter(plans))
+    if len(plans) > 1:
+        program.export_as_multifunction = True
+        for function in program.functions.values():
+            for operation in function.operations:
+                if operation.op_type == "const" and np.size(operation.outputs[0].val) >= FILED:
+                    operation.weight_id = operation.name
+    return program
+
+
+def _function(plan: Plan) -> tuple[Any, list[Any]]:
+    """A function, and its inputs as coremltools describes them."""
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.mil import Function, Program, types
+    from coremltools.converters.mil.mil import Function, types
 
     tokens, length = ct.RangeDim(1, plan.prefill, default=1), ct.RangeDim(1, plan.context, default=1)
     masks = ["causal_mask", *(["window_mask"] if plan.windowed else [])]
@@ -97,9 +119,7 @@ def build(plan: Plan) -> tuple[Any, list[Any]]:
         inputs[name] = mb.state_tensor_placeholder(shape=plan.state_shape, dtype=types.fp16)
     with Function(inputs, opset_version=ct.target.iOS18) as function:
         function.set_outputs([_Graph(plan, function.inputs).logits()])
-    program = Program()
-    program.add_function("main", function)
-    return program, typed
+    return function, typed
 
 
 class _Graph:
@@ -119,11 +139,12 @@ class _Graph:
     def logits(self) -> Any:
         """(1, T, V)."""
         mb, plan = self.mb, self.plan
-        embedding = mb.const(val=_half(plan.tensor(EMBEDDING)), name="embedding")
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        embedding = constexpr(plan.weight(EMBEDDING, shape), EMBEDDING_NAME)
         h = mb.gather(x=embedding, indices=self.inputs["input_ids"], axis=0, batch_dims=0, validate_indices=False, name="h")
         for layer in range(self.config.num_layers):
             h = self.block(layer, h)
-        head = embedding if plan.head is None else constexpr(plan.head, "lm_head_weight")
+        head = embedding if self.config.tie_embeddings else constexpr(plan.weight(HEAD, shape), "lm_head_weight")
         return mb.linear(x=self.norm(h, plan.tensor(FINAL_NORM), "norm"), weight=head, name="logits")
 
     def block(self, layer: int, h: Any) -> Any:
@@ -152,7 +173,8 @@ class _Graph:
     def linear(self, layer: int, part: str, x: Any) -> Any:
         """(1, T, in) -> (1, T, out), with bias and adapter where there are any."""
         mb, name = self.mb, linear_name(layer, part)
-        weight = constexpr(self.plan.linear(layer, part), f"{name}_weight")
+        full, shape = f"model.layers.{layer}.{hf_linear_name(part)}.weight", self.config.linear_shapes()[part]
+        weight = constexpr(self.plan.weight(full, shape), f"{name}_weight")
         biased = self.config.o_bias if part == "o_proj" else self.config.qkv_bias and part in ("q_proj", "k_proj", "v_proj")
         bias = {}
         if biased:

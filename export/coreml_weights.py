@@ -9,21 +9,23 @@ Shapes: codes (out, in), scale (out, in / block), values (out, in).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from edgetune.export.coreml_package import Array, Package
 from edgetune.runtime import nf4
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.lora import Weight
 from edgetune.runtime.nf4 import QuantizedTensor
 
-Array = npt.NDArray[Any]
+EMBEDDING_NAME = "embedding"
+"""What the embedding is called in the program."""
 INT4_BLOCK = 32
 """Inputs that share a scale: what Apple's 4-bit linear kernels are made for."""
 _HALF_MAX = 65504.0
@@ -73,14 +75,30 @@ def store(name: str, weight: Weight, form: str) -> Stored:
         except ValueError as error:
             raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
         return _store_nf4(name, quantized)
-    dense = _dense(weight)
-    return _store_int4(name, dense) if form == "int4" else Stored("fp16", _half(name, dense))
+    if form == "int4":
+        return _store_int4(name, _dense(weight))
+    return Stored("fp16", _half(name, weight if isinstance(weight, Tensor) else _dense(weight)))
 
 
 def quantize(weight: Tensor) -> QuantizedTensor:
     """NF4 as the engine quantises a dense base."""
     config = QuantConfig()
     return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
+
+
+def blank(name: str, shape: tuple[int, int], form: str, block: int) -> Stored:
+    """What holds the place of a weight (out, in) in a program until the weight is written into its file: zeros, which take no
+    memory. block: of the base's absmax, for NF4.
+
+    Raises ModelError where rows do not end with blocks.
+    """
+    if form == "fp16":
+        return Stored("fp16", np.broadcast_to(np.float16(0), shape))
+    block = block if form == "nf4" else INT4_BLOCK
+    if shape[1] % block:
+        raise _uneven(name, shape[1], block)
+    codes = np.broadcast_to(np.uint8(0) if form == "nf4" else np.int8(0), shape)
+    return Stored(form, codes, np.broadcast_to(np.float16(0), (shape[0], shape[1] // block)))
 
 
 def constexpr(stored: Stored, name: str) -> Any:
@@ -90,27 +108,61 @@ def constexpr(stored: Stored, name: str) -> Any:
 
     if stored.form == "fp16":
         return mb.const(val=stored.codes, name=name)
-    if stored.form == "int4":
-        codes = stored.codes.astype(types.nptype_from_builtin(types.int4))
-        return mb.constexpr_blockwise_shift_scale(data=codes, scale=stored.scale, name=name)
-    indices = stored.codes.astype(types.nptype_from_builtin(types.uint4))
-    table = mb.constexpr_lut_to_dense(indices=indices, lut=nf4_table().reshape(1, 1, 16, 1), name=f"{name}_codes")
-    return mb.constexpr_blockwise_shift_scale(data=table, scale=stored.scale, name=name)
+    kind = types.nptype_from_builtin(types.int4 if stored.form == "int4" else types.uint4)
+    codes = mb.const(val=stored.codes.view(kind), name=f"{name}_codes")
+    scale = mb.const(val=stored.scale, name=f"{name}_scale")
+    if stored.form == "nf4":
+        table = mb.const(val=nf4_table().reshape(1, 1, 16, 1), name=f"{name}_table")
+        codes = mb.constexpr_lut_to_dense(indices=codes, lut=table, name=f"{name}_looked_up")
+    return mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, name=name)
 
 
-def stored_in(operation: Any) -> Stored:
-    """What a saved package holds for a linear: `operation` is what makes its weight. Raises ModelError for another form."""
-    inputs = operation.inputs
-    if operation.op_type == "const":
-        return Stored("fp16", np.asarray(operation.outputs[0].val))
-    if operation.op_type == "constexpr_blockwise_shift_scale" and inputs.get("offset") is None:
-        data, scale = inputs["data"], np.asarray(inputs["scale"].val)
-        if data.op is None or data.op.op_type == "const":
-            return Stored("int4", np.asarray(data.val).astype(np.int8), scale)
-        if data.op.op_type == "constexpr_lut_to_dense" and np.array_equal(data.op.inputs["lut"].val.reshape(-1), nf4_table()):
-            return Stored("nf4", np.asarray(data.op.inputs["indices"].val).astype(np.uint8), scale)
-    found = operation.outputs[0].name
-    raise ModelError(f"The package stores {found} as {operation.op_type}, which edgetune does not write; export it again.")
+@dataclass(frozen=True)
+class Place:
+    """Where a package keeps a weight: the graph's values of codes and, in 4 bits, of scales."""
+
+    form: str
+    codes: Any
+    scale: Any = None
+
+    def read(self, package: Package) -> Stored:
+        """What is stored there."""
+        return Stored(self.form, package.constant(self.codes), None if self.scale is None else package.constant(self.scale))
+
+    def write(self, package: Package, stored: Stored) -> None:
+        """Put a weight there."""
+        assert stored.form == self.form
+        package.fill(self.codes, stored.codes)
+        if self.scale is not None:
+            package.fill(self.scale, stored.scale)
+
+
+def places(package: Package, function: str) -> dict[str, Place]:
+    """The weights of a function by the name of the linear that uses each; the embedding's by "embedding".
+
+    Raises ModelError for a form that edgetune does not write.
+    """
+    operations = package.functions[function].operations
+    makers = {operation.outputs[0].name: operation for operation in operations if operation.type.startswith("const")}
+    users = {operation.outputs[0].name: operation.inputs["weight"] for operation in operations if operation.type == "linear"}
+    found = {name: _place(package, makers, weight.arguments[0].name) for name, weight in users.items()}
+    return found | ({EMBEDDING_NAME: _place(package, makers, EMBEDDING_NAME)} if EMBEDDING_NAME in makers else {})
+
+
+def _place(package: Package, makers: Mapping[str, Any], name: str) -> Place:
+    maker = makers.get(name)
+    if maker is not None and maker.type == "const":
+        return Place("fp16", maker.attributes["val"])
+    if maker is not None and maker.type == "constexpr_blockwise_shift_scale" and "offset" not in maker.inputs:
+        data, scale = (maker.inputs[part].arguments[0] for part in ("data", "scale"))
+        if data.WhichOneof("binding") == "value":
+            return Place("int4", data.value, scale.value)
+        table = makers[data.name]
+        if table.type == "constexpr_lut_to_dense":
+            indices, lut = (table.inputs[part].arguments[0].value for part in ("indices", "lut"))
+            if np.array_equal(package.constant(lut).reshape(-1), nf4_table()):
+                return Place("nf4", indices, scale.value)
+    raise ModelError(f"The package stores {name} in a form which edgetune does not write; export it again.")
 
 
 def _dense(weight: Weight) -> Tensor:
@@ -119,7 +171,7 @@ def _dense(weight: Weight) -> Tensor:
 
 def _half(name: str, values: Tensor) -> Array:
     """f16 numpy, refused where a number leaves fp16's range."""
-    largest = float(values.abs().max())
+    largest = max(-float(values.min()), float(values.max()))
     if not largest <= _HALF_MAX:
         raise ModelError(
             f"{name} holds {largest:g}, and Core ML's fp16 ends at {_HALF_MAX:g}; this model cannot be exported to it."

@@ -100,9 +100,8 @@ def packed(documents: Documents) -> tuple[Tensor, Tensor, list[tuple[int, int]]]
 
 
 @torch.no_grad()
-def measure(job: Job, merged: Llama, documents: Documents) -> Effect:
-    """Run base, adapted and merged model in fp32 on each document."""
-    own = job.model()
+def measure(own: Llama, merged: Llama, documents: Documents) -> Effect:
+    """Run base, adapted and merged model on each document. own: base and adapter, which is detached."""
     runners, sums, count = Runner(own), torch.zeros(5, dtype=torch.float64), 0
     hidden = [runners.read(document) for document in documents]
     adapters.detach(own)
@@ -134,7 +133,7 @@ def check(job: Job, merged: Llama, documents: Documents, advice: str) -> tuple[s
 
     Raises ModelError, with `advice` at its end, where that is out of bounds and the job does not insist.
     """
-    found = measure(job, merged, documents)
+    found = measure(job.model(), merged, documents)
     given = any(len(text) > 1 for text in job.texts)
     where = "the texts" if given else "text that it writes itself"
     if job.adapter is None:

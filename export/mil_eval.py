@@ -10,23 +10,20 @@ Operations: Core ML's specification (MIL, opset iOS 18), as far as our exporter 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from edgetune.runtime.checkpoint import read_json
+from edgetune.export.coreml_package import DTYPES, Array, Package, tensor_type
 from edgetune.runtime.errors import ModelError
 
-Array = npt.NDArray[Any]
 Arguments = dict[str, Any]
-_DTYPES = {
-    "fp16": np.float16, "fp32": np.float32, "int32": np.int32, "int16": np.int16, "uint16": np.uint16, "int8": np.int8,
-    "uint8": np.uint8, "bool": np.bool_,
-}  # fmt: skip
+_CASTS = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32, "int16": np.int16, "uint16": np.uint16, "bool": np.bool_}
+_SMALL = 1 << 16
+"""Bytes of a constant that is kept whatever the room: norms, shapes and flags."""
 _PANEL = 1 << 20
 """Numbers of a weight that are fp32 at once: no more than a processor's cache holds."""
 
@@ -152,7 +149,7 @@ def _scaled(i: Arguments) -> Array:
 OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "add": _elementwise(np.add), "sub": _elementwise(np.subtract), "mul": _elementwise(np.multiply),
     "greater_equal": _elementwise(np.greater_equal), "select": lambda i: np.where(i["cond"], i["a"], i["b"]),
-    "cast": lambda i: i["x"].astype(_DTYPES[str(i["dtype"])]), "shape": lambda i: np.array(i["x"].shape, np.int32),
+    "cast": lambda i: i["x"].astype(_CASTS[str(i["dtype"])]), "shape": lambda i: np.array(i["x"].shape, np.int32),
     "reshape": _reshape, "transpose": lambda i: np.transpose(i["x"], [int(axis) for axis in i["perm"]]),
     "expand_dims": lambda i: np.expand_dims(i["x"], tuple(int(axis) for axis in i["axes"])),
     "tile": lambda i: np.tile(i["x"], [int(count) for count in i["reps"]]), "split": _split,
@@ -168,85 +165,120 @@ OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
 class MilProgram:
     """A saved package, opened. `functions` are coremltools' own, by name; `default` is the one that runs unless told."""
 
-    def __init__(self, package: Path) -> None:
-        """Raises ModelError for what coremltools cannot open."""
+    def __init__(self, path: Path, room: int | None = None) -> None:
+        """room: bytes of weights that may be kept from call to call, None for all; the others are read again for each.
+
+        Raises ModelError for what is no package.
+        """
         quiet_coremltools()
-        from coremltools.converters.mil.frontend.milproto.load import load
-        from coremltools.models.utils import load_spec
-
-        try:
-            manifest = read_json(package / "Manifest.json")  # opening by MLModel would write it anew
-            file = package / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-            spec = load_spec(str(file))
-            program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(file.parent / "weights"))
-        except Exception as error:  # whatever a damaged file makes of a parser
-            raise ModelError(f"{package} is no readable Core ML package ({type(error).__name__}); export it again.") from error
-        self.functions: dict[str, Any] = dict(program.functions)
-        self.default: str = spec.description.defaultFunctionName or "main"
-        self._constants: dict[Any, Array] = {}
-
-    def operations(self, function: str | None = None) -> Iterator[Any]:
-        """The operations of a function in their order."""
-        yield from self.functions[function or self.default].operations
+        self.package = Package(path)
+        self.functions, self.default = self.package.functions, self.package.default
+        self._room = room
+        self._kept: dict[tuple[str, str], Array] = {}
 
     def states(self, function: str | None = None) -> dict[str, Array]:
         """Fresh states, all zero."""
-        from coremltools.converters.mil.mil import types
-
+        inputs = self.package.inputs[function or self.default]
         return {
-            name: np.zeros(variable.sym_type.wrapped_type().get_shape(), np.float16)
-            for name, variable in self.functions[function or self.default].inputs.items()
-            if types.is_state(variable.sym_type)
+            value.name: np.zeros(tensor_type(value.type)[1], np.float16)
+            for value in inputs
+            if value.type.WhichOneof("type") == "stateType"
         }
 
-    def run(self, inputs: Mapping[str, Array], states: Mapping[str, Array], function: str | None = None) -> dict[str, Array]:
-        """One prediction: outputs by name. `states` are changed in place.
+    def run(self, inputs: Mapping[str, Array], states: dict[str, Array], function: str | None = None) -> dict[str, Array]:
+        """One prediction: outputs by name. `states` are changed.
 
         Raises ModelError for an operation that is not known here, and for an input that is missing.
         """
-        body = self.functions[function or self.default]
-        known: dict[Any, Any] = {}
-        for name, variable in body.inputs.items():
-            if name not in states and name not in inputs:
-                raise ModelError(f"The package takes an input {name}, which was not given.")
-            known[variable] = states[name] if name in states else inputs[name]
-        for operation in body.operations:
-            if operation.op_type.startswith("const"):  # and constexpr: made when they are used
+        name = function or self.default
+        block = self.functions[name]
+        known: dict[str, Array] = {}
+        for value in self.package.inputs[name]:
+            if value.name not in states and value.name not in inputs:
+                raise ModelError(f"The package takes an input {value.name}, which was not given.")
+            if value.name in inputs:
+                known[value.name] = inputs[value.name]
+        makers = {each.outputs[0].name: each for each in block.operations if each.type.startswith("const")}
+        last = {used: index for index, each in enumerate(block.operations) for used in _used(each)}
+        last |= dict.fromkeys(block.outputs, len(block.operations))
+        for index, operation in enumerate(block.operations):
+            if operation.type.startswith("const"):  # and constexpr: made when they are used
                 continue
-            results = self._results(operation, known)
-            for variable, result in zip(operation.outputs, results, strict=True):
-                known[variable] = _rounded(variable, result)
-        return {variable.name: known[variable] for variable in body.outputs}
+            arguments = {
+                part: self._argument(part, argument, known, makers, name, states) for part, argument in operation.inputs.items()
+            }
+            if operation.type == "write_state":
+                states[operation.inputs["input"].arguments[0].name] = arguments["data"]
+            else:
+                made = arguments["input"] if operation.type == "read_state" else _known(operation.type)(arguments)
+                results = made if isinstance(made, list) else [made]
+                for output, result in zip(operation.outputs, results, strict=True):
+                    known[output.name] = _as_declared(output, result)
+            for used in _used(operation):
+                if last[used] == index:
+                    known.pop(used, None)
+        return {output: known[output] for output in block.outputs}
 
-    def value(self, variable: Any) -> Array:
-        """A constant, or what a chain of constexpr operations makes of constants, kept from call to call."""
-        if variable not in self._constants:
-            self._constants[variable] = self._constant(variable)
-        return self._constants[variable]
+    def weight(self, name: str, function: str | None = None) -> Array:
+        """A constant, or what a chain of constexpr operations makes of constants, by its name."""
+        block = self.functions[function or self.default]
+        return self._made({each.outputs[0].name: each for each in block.operations if each.type.startswith("const")}, name)
 
-    def _constant(self, variable: Any) -> Array:
-        operation = variable.op
-        if operation is not None and operation.op_type == "const":
-            return np.asarray(variable.val)
-        if operation is None or not operation.op_type.startswith("constexpr"):
-            raise ModelError(f"The package uses {variable.name} before it is made; export it again.")
-        arguments = {name: self._constant(its) for name, its in operation.inputs.items() if its is not None}
-        return _rounded(variable, _known(operation.op_type)(arguments))
+    def _argument(
+        self,
+        part: str,
+        argument: Any,
+        known: Mapping[str, Array],
+        makers: Mapping[str, Any],
+        function: str,
+        states: Mapping[str, Array],
+    ) -> Any:
+        """What an operation is given under a name; "values" are several."""
+        values = []
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "value":
+                values.append(self.package.constant(binding.value))
+            elif binding.name in known:
+                values.append(known[binding.name])
+            elif binding.name in states:
+                values.append(states[binding.name])
+            else:
+                values.append(self._constant(function, binding.name, makers))
+        return values if part == "values" else values[0]
 
-    def _results(self, operation: Any, known: dict[Any, Any]) -> list[Array]:
-        arguments = {name: self._argument(its, known) for name, its in operation.inputs.items() if its is not None}
-        if operation.op_type == "read_state":
-            return [arguments["input"].copy()]
-        if operation.op_type == "coreml_update_state":
-            arguments["state"][...] = arguments["value"]
-            return [arguments["value"]]
-        result = _known(operation.op_type)(arguments)
-        return result if isinstance(result, list) else [result]
+    def _constant(self, function: str, name: str, makers: Mapping[str, Any]) -> Array:
+        """A constant out of what is kept, or made, and kept where there is room."""
+        if (function, name) not in self._kept:
+            made = self._made(makers, name)
+            if made.nbytes > _SMALL and self._room is not None:
+                if made.nbytes > self._room:
+                    return made
+                self._room -= made.nbytes
+            self._kept[function, name] = made
+        return self._kept[function, name]
 
-    def _argument(self, variable: Any, known: dict[Any, Any]) -> Any:
-        if isinstance(variable, list | tuple):
-            return [self._argument(each, known) for each in variable]
-        return known[variable] if variable in known else self.value(variable)
+    def _made(self, makers: Mapping[str, Any], name: str) -> Array:
+        maker = makers.get(name)
+        if maker is None:
+            raise ModelError(f"The package uses {name} before it is made; export it again.")
+        if maker.type == "const":
+            return self.package.constant(maker.attributes["val"])
+        arguments = {}
+        for part, argument in maker.inputs.items():
+            (binding,) = argument.arguments
+            named = binding.WhichOneof("binding") == "name"
+            arguments[part] = self._made(makers, binding.name) if named else self.package.constant(binding.value)
+        return _as_declared(maker.outputs[0], _known(maker.type)(arguments))
+
+
+def _used(operation: Any) -> list[str]:
+    """The names of the values that an operation takes."""
+    return [
+        binding.name
+        for argument in operation.inputs.values()
+        for binding in argument.arguments
+        if binding.WhichOneof("binding") == "name"
+    ]
 
 
 def _known(kind: str) -> Callable[[Arguments], Any]:
@@ -255,15 +287,15 @@ def _known(kind: str) -> Callable[[Arguments], Any]:
     return OPERATIONS[kind]
 
 
-def _rounded(variable: Any, result: Any) -> Array:
-    """A result in the dtype that the program declares."""
-    from coremltools.converters.mil.mil.types import builtin_to_string
-
-    dtype = _DTYPES.get(builtin_to_string(variable.dtype))
+def _as_declared(output: Any, result: Any) -> Array:
+    """A result in the dtype that the program declares. Raises ModelError where it has another shape."""
+    name, shape = tensor_type(output.type)
     result = np.asarray(result)
-    if dtype == np.float16 and result.dtype == np.float32:
+    if len(shape) != result.ndim or any(size not in (-1, found) for size, found in zip(shape, result.shape, strict=True)):
+        raise ModelError(f"The package says that {output.name} is {list(shape)} and it is {list(result.shape)}; export it again.")
+    if name == "FLOAT16" and result.dtype == np.float32:
         return to_half(result)
-    return result if dtype is None else result.astype(dtype, copy=False)
+    return result.astype(DTYPES[name], copy=False)
 
 
 def quiet_coremltools() -> None:
