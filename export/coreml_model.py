@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.coreml_package import Array
-from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored, constexpr
+from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored, constexpr, nf4_table
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.model import hf_linear_name, rope_frequencies
@@ -129,6 +129,7 @@ class _Graph:
         from coremltools.converters.mil import Builder as mb
 
         self.mb, self.plan, self.inputs, self.config = mb, plan, inputs, plan.config
+        self.constants: dict[str, Any] = {}
         self.caches = {name: mb.read_state(input=inputs[name]) for name in ("k_cache", "v_cache")}
         length = mb.shape(x=inputs["causal_mask"])
         self.end = mb.slice_by_index(x=length, begin=[3], end=[4], name="end")
@@ -140,12 +141,12 @@ class _Graph:
         """(1, T, V)."""
         mb, plan = self.mb, self.plan
         shape = (self.config.vocab_size, self.config.hidden_size)
-        embedding = constexpr(plan.weight(EMBEDDING, shape), EMBEDDING_NAME)
+        embedding = self.weight(EMBEDDING, shape, EMBEDDING_NAME)
         h = mb.gather(x=embedding, indices=self.inputs["input_ids"], axis=0, batch_dims=0, validate_indices=False, name="h")
         for layer in range(self.config.num_layers):
             h = self.block(layer, h)
-        head = embedding if self.config.tie_embeddings else constexpr(plan.weight(HEAD, shape), "lm_head_weight")
-        return mb.linear(x=self.norm(h, plan.tensor(FINAL_NORM), "norm"), weight=head, name="logits")
+        head = embedding if self.config.tie_embeddings else self.weight(HEAD, shape, "lm_head_weight")
+        return self.product(self.norm(h, plan.tensor(FINAL_NORM), "norm"), head, name="logits")
 
     def block(self, layer: int, h: Any) -> Any:
         """(1, T, D) -> (1, T, D)."""
@@ -174,13 +175,13 @@ class _Graph:
         """(1, T, in) -> (1, T, out), with bias and adapter where there are any."""
         mb, name = self.mb, linear_name(layer, part)
         full, shape = f"model.layers.{layer}.{hf_linear_name(part)}.weight", self.config.linear_shapes()[part]
-        weight = constexpr(self.plan.weight(full, shape), f"{name}_weight")
+        weight = self.weight(full, shape, f"{name}_weight")
         biased = self.config.o_bias if part == "o_proj" else self.config.qkv_bias and part in ("q_proj", "k_proj", "v_proj")
         bias = {}
         if biased:
             values = _half(self.tensor(layer, f"{hf_linear_name(part)}.bias"))
             bias = {"bias": mb.const(val=values, name=f"{name}_bias")}
-        y = mb.linear(x=x, weight=weight, **bias, name=name)
+        y = self.product(x, weight, **bias, name=name)
         if part in self.plan.input_ranks:
             a, b = (self.of_layer(layer, self.inputs[f"{part}_{which}"]) for which in "ab")
             reduced = mb.matmul(x=x, y=a, transpose_y=True)
@@ -188,8 +189,26 @@ class _Graph:
         if (layer, part) in self.plan.constants:
             a, b = (mb.const(val=values, name=f"{name}_{which}") for values, which in
                     zip(self.plan.constants[layer, part], "ab", strict=True))  # fmt: skip
-            return mb.add(x=y, y=mb.linear(x=mb.linear(x=x, weight=a), weight=b), name=f"{name}_adapted")
+            return mb.add(x=y, y=self.product(self.product(x, a), b), name=f"{name}_adapted")
         return y
+
+    def product(self, x: Any, weight: Any, **more: Any) -> Any:
+        """x W^T with the zeros, stored once for all of a width, that Core ML adds where there is no bias."""
+        if "bias" not in more:
+            more["bias"] = self.shared(f"zeros_{weight.shape[0]}", lambda: np.zeros(weight.shape[0], np.float16))
+        return self.mb.linear(x=x, weight=weight, **more)
+
+    def weight(self, full: str, shape: tuple[int, int], name: str) -> Any:
+        """The place of a weight (out, in), by its Hugging Face name, called `name` here."""
+        stored = self.plan.weight(full, shape)
+        table = self.shared("nf4_table", lambda: nf4_table().reshape(1, 1, 16, 1)) if stored.form == "nf4" else None
+        return constexpr(stored, name, table)
+
+    def shared(self, name: str, make: Callable[[], Array]) -> Any:
+        """A constant that several operations take."""
+        if name not in self.constants:
+            self.constants[name] = self.mb.const(val=make(), name=name)
+        return self.constants[name]
 
     def of_layer(self, layer: int, stacked: Any) -> Any:
         """(L, ...) -> (1, ...)."""

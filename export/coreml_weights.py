@@ -101,8 +101,8 @@ def blank(name: str, shape: tuple[int, int], form: str, block: int) -> Stored:
     return Stored(form, codes, np.broadcast_to(np.float16(0), (shape[0], shape[1] // block)))
 
 
-def constexpr(stored: Stored, name: str) -> Any:
-    """The weight as a variable of the program that is being built."""
+def constexpr(stored: Stored, name: str, table: Any) -> Any:
+    """The weight as a variable of the program that is being built. table: NF4's, as one."""
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import types
 
@@ -112,7 +112,6 @@ def constexpr(stored: Stored, name: str) -> Any:
     codes = mb.const(val=stored.codes.view(kind), name=f"{name}_codes")
     scale = mb.const(val=stored.scale, name=f"{name}_scale")
     if stored.form == "nf4":
-        table = mb.const(val=nf4_table().reshape(1, 1, 16, 1), name=f"{name}_table")
         codes = mb.constexpr_lut_to_dense(indices=codes, lut=table, name=f"{name}_looked_up")
     return mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, name=name)
 

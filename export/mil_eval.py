@@ -10,7 +10,7 @@ Operations: Core ML's specification (MIL, opset iOS 18), as far as our exporter 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def _slices(i: Arguments) -> tuple[slice | int, ...]:
     )
 
 
-def _slice_update(i: Arguments) -> Array:
-    out = i["x"].copy()
+def _update(i: Arguments, out: Array) -> Array:
+    """slice_update into `out`."""
     place = out[_slices(i)]
     if place.shape != i["update"].shape:  # numpy would broadcast, Core ML would not
         raise ModelError(f"slice_update writes {i['update'].shape} where the slice is {place.shape}; export the package again.")
@@ -140,10 +140,12 @@ def _scaled(i: Arguments) -> Array:
     """
     if i.get("offset") is not None:
         raise ModelError("The package shifts its weights by offsets, which edgetune's evaluator does not know.")
-    data, scale = _wide(i["data"]).astype(np.float32, copy=False), _wide(i["scale"])
+    data, scale = _wide(i["data"]).astype(np.float32, copy=i["data"].dtype == np.float32), _wide(i["scale"])
     blocks = [part for size, count in zip(data.shape, scale.shape, strict=True) for part in (count, size // count)]
     each = [part for count in scale.shape for part in (count, 1)]
-    return (data.reshape(blocks) * scale.reshape(each)).reshape(data.shape)
+    spread = data.reshape(blocks)
+    spread *= scale.reshape(each)
+    return data
 
 
 OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
@@ -154,7 +156,7 @@ OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "expand_dims": lambda i: np.expand_dims(i["x"], tuple(int(axis) for axis in i["axes"])),
     "tile": lambda i: np.tile(i["x"], [int(count) for count in i["reps"]]), "split": _split,
     "concat": lambda i: np.concatenate(i["values"], axis=int(i["axis"])), "gather": _gather,
-    "slice_by_index": lambda i: i["x"][_slices(i)], "slice_update": _slice_update,
+    "slice_by_index": lambda i: i["x"][_slices(i)].copy(), "slice_update": lambda i: _update(i, i["x"].copy()),
     "reduce_mean": _reduce_mean, "rsqrt": _rsqrt, "silu": _silu, "scaled_dot_product_attention": _attention,
     "linear": _linear, "matmul": _matmul,
     "constexpr_lut_to_dense": _table, "constexpr_blockwise_shift_scale": _scaled,
@@ -163,7 +165,7 @@ OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
 
 
 class MilProgram:
-    """A saved package, opened. `functions` are coremltools' own, by name; `default` is the one that runs unless told."""
+    """A saved package, opened. `functions` by name; `default` is the one that runs unless told."""
 
     def __init__(self, path: Path, room: int | None = None) -> None:
         """room: bytes of weights that may be kept from call to call, None for all; the others are read again for each.
@@ -172,12 +174,13 @@ class MilProgram:
         """
         quiet_coremltools()
         self.package = Package(path)
-        self.functions, self.default = self.package.functions, self.package.default
+        self.default = self.package.default
+        self.functions = {name: _Function(block.operations) for name, block in self.package.functions.items()}
         self._room = room
         self._kept: dict[tuple[str, str], Array] = {}
 
     def states(self, function: str | None = None) -> dict[str, Array]:
-        """Fresh states, all zero."""
+        """Fresh states, all zero; what is never written takes no memory."""
         inputs = self.package.inputs[function or self.default]
         return {
             value.name: np.zeros(tensor_type(value.type)[1], np.float16)
@@ -191,74 +194,50 @@ class MilProgram:
         Raises ModelError for an operation that is not known here, and for an input that is missing.
         """
         name = function or self.default
-        block = self.functions[name]
+        body, outputs = self.functions[name], self.package.functions[name].outputs
         known: dict[str, Array] = {}
         for value in self.package.inputs[name]:
             if value.name not in states and value.name not in inputs:
                 raise ModelError(f"The package takes an input {value.name}, which was not given.")
-            if value.name in inputs:
-                known[value.name] = inputs[value.name]
-        makers = {each.outputs[0].name: each for each in block.operations if each.type.startswith("const")}
-        last = {used: index for index, each in enumerate(block.operations) for used in _used(each)}
-        last |= dict.fromkeys(block.outputs, len(block.operations))
-        for index, operation in enumerate(block.operations):
-            if operation.type.startswith("const"):  # and constexpr: made when they are used
-                continue
+            known[value.name] = states[value.name] if value.name in states else inputs[value.name]
+        for index, operation in enumerate(body.operations):
             arguments = {
-                part: self._argument(part, argument, known, makers, name, states) for part, argument in operation.inputs.items()
+                part: [self._argument(name, binding, known) for binding in argument.arguments]
+                for part, argument in operation.inputs.items()
             }
             if operation.type == "write_state":
-                states[operation.inputs["input"].arguments[0].name] = arguments["data"]
-            else:
-                made = arguments["input"] if operation.type == "read_state" else _known(operation.type)(arguments)
-                results = made if isinstance(made, list) else [made]
-                for output, result in zip(operation.outputs, results, strict=True):
-                    known[output.name] = _as_declared(output, result)
+                state, (data,) = operation.inputs["input"].arguments[0].name, arguments["data"]
+                states[state] = known[state] = data if data is known[state] else data.copy()
+            for output, result in zip(operation.outputs, _results(operation, arguments, index in body.in_place), strict=True):
+                known[output.name] = _as_declared(output, result)
             for used in _used(operation):
-                if last[used] == index:
+                if body.last[used] == index and used not in outputs:
                     known.pop(used, None)
-        return {output: known[output] for output in block.outputs}
+        return {output: known[output] for output in outputs}
 
     def weight(self, name: str, function: str | None = None) -> Array:
         """A constant, or what a chain of constexpr operations makes of constants, by its name."""
-        block = self.functions[function or self.default]
-        return self._made({each.outputs[0].name: each for each in block.operations if each.type.startswith("const")}, name)
+        return self._made(function or self.default, name)
 
-    def _argument(
-        self,
-        part: str,
-        argument: Any,
-        known: Mapping[str, Array],
-        makers: Mapping[str, Any],
-        function: str,
-        states: Mapping[str, Array],
-    ) -> Any:
-        """What an operation is given under a name; "values" are several."""
-        values = []
-        for binding in argument.arguments:
-            if binding.WhichOneof("binding") == "value":
-                values.append(self.package.constant(binding.value))
-            elif binding.name in known:
-                values.append(known[binding.name])
-            elif binding.name in states:
-                values.append(states[binding.name])
-            else:
-                values.append(self._constant(function, binding.name, makers))
-        return values if part == "values" else values[0]
+    def _argument(self, function: str, binding: Any, known: Mapping[str, Array]) -> Array:
+        """What an operation is given: a value of this call, or a constant, which is kept where there is room."""
+        if binding.WhichOneof("binding") == "value":
+            return self.package.constant(binding.value)
+        if binding.name in known:
+            return known[binding.name]
+        key = (function, binding.name)
+        if key in self._kept:
+            return self._kept[key]
+        made = self._made(*key)
+        if made.nbytes > _SMALL and self._room is not None:
+            if made.nbytes > self._room:
+                return made
+            self._room -= made.nbytes
+        self._kept[key] = made
+        return made
 
-    def _constant(self, function: str, name: str, makers: Mapping[str, Any]) -> Array:
-        """A constant out of what is kept, or made, and kept where there is room."""
-        if (function, name) not in self._kept:
-            made = self._made(makers, name)
-            if made.nbytes > _SMALL and self._room is not None:
-                if made.nbytes > self._room:
-                    return made
-                self._room -= made.nbytes
-            self._kept[function, name] = made
-        return self._kept[function, name]
-
-    def _made(self, makers: Mapping[str, Any], name: str) -> Array:
-        maker = makers.get(name)
+    def _made(self, function: str, name: str) -> Array:
+        maker = self.functions[function].makers.get(name)
         if maker is None:
             raise ModelError(f"The package uses {name} before it is made; export it again.")
         if maker.type == "const":
@@ -267,8 +246,50 @@ class MilProgram:
         for part, argument in maker.inputs.items():
             (binding,) = argument.arguments
             named = binding.WhichOneof("binding") == "name"
-            arguments[part] = self._made(makers, binding.name) if named else self.package.constant(binding.value)
+            arguments[part] = self._made(function, binding.name) if named else self.package.constant(binding.value)
         return _as_declared(maker.outputs[0], _known(maker.type)(arguments))
+
+
+class _Function:
+    """A function's operations apart from what makes its constants, and what can be known of them before they run.
+
+    makers: what makes each constant, by its name. last: where each value is used for the last time. in_place: the places of
+    updates that may write into the state itself, since it is what they make next, and nothing later uses what was in it.
+    """
+
+    def __init__(self, operations: Sequence[Any]) -> None:
+        self.makers = {each.outputs[0].name: each for each in operations if each.type.startswith("const")}
+        self.operations = [each for each in operations if not each.type.startswith("const")]
+        self.last = {used: index for index, each in enumerate(self.operations) for used in _used(each)}
+        self.in_place: set[int] = set()
+        states: dict[str, str] = {}  # by the name under which one was read
+        viewed = set()  # other operations than slices, which copy, may keep looking at what they were given
+        for index, each in enumerate(self.operations):
+            if each.type == "read_state":
+                states[each.outputs[0].name] = _used(each)[0]
+            elif each.type not in ("slice_by_index", "slice_update", "write_state"):
+                viewed |= {states[used] for used in _used(each) if used in states}
+            following = self.operations[index + 1] if index + 1 < len(self.operations) else None
+            if each.type == "slice_update" and following is not None and following.type == "write_state":
+                state = states.get(each.inputs["x"].arguments[0].name)
+                done = all(self.last.get(name, 0) <= index for name, its in states.items() if its == state)
+                made = each.outputs[0].name
+                own = set(_used(following)) == {state, made} and self.last[made] == index + 1
+                if own and done and state not in viewed:
+                    self.in_place.add(index)
+
+
+def _results(operation: Any, arguments: Mapping[str, list[Array]], in_place: bool) -> list[Array]:
+    """What an operation makes of its arguments; a state is read as it lies."""
+    if operation.type == "write_state":
+        return []
+    if operation.type == "read_state":
+        return arguments["input"]
+    single = {part: values if part == "values" else values[0] for part, values in arguments.items()}  # concat alone takes several
+    if in_place:
+        return [_update(single, single["x"])]
+    made = _known(operation.type)(single)
+    return made if isinstance(made, list) else [made]
 
 
 def _used(operation: Any) -> list[str]:

@@ -64,6 +64,12 @@ def an_adapter(folder: Path, rank: int = 4, seed: int = 0, targets: tuple[str, .
     return adapters.snapshot(model, config)
 
 
+def stored_model(job: Job) -> Llama:
+    """coreml.stored_model, with a place for its files."""
+    with tempfile.TemporaryDirectory() as place:
+        return coreml.stored_model(job, Path(place))
+
+
 def written(job: Job, folder: Path) -> coreml.EvaluatedPackage:
     folder.mkdir()
     coreml.write(job, folder)
@@ -168,11 +174,10 @@ def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -
 def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> None:
     """Codes and absmax out of the saved file, against a quantisation of the folder's weight done here."""
     program, base = MilProgram(inputs_package / coreml_app.PACKAGE), open_model(folder)
-    found = {op.outputs[0].name: op.inputs["weight"] for op in program.operations() if op.op_type == "linear"}
+    found = coreml_weights.places(program.package, "main")
     weight = base.dense("model.layers.1.mlp.down_proj.weight")
     quantized = nf4.quantize(weight)
-    variable = found["layers_1_down_proj"]
-    stored = coreml_weights.stored_in(variable.op)
+    stored = found["layers_1_down_proj"].read(program.package)
     high_first = np.stack((quantized.packed.numpy() >> 4, quantized.packed.numpy() & 15), 1).reshape(weight.shape)
     assert stored.form == "nf4"
     assert (stored.codes == high_first).all()
@@ -180,7 +185,7 @@ def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> N
     absmax = nf4.expand_absmax(quantized.state).half().view(weight.shape[0], -1)
     assert (torch.from_numpy(stored.scale).view(torch.int16) == absmax.view(torch.int16)).all()
     halves = nf4.NF4_TABLE.half()[torch.from_numpy(high_first).int()].view(weight.shape[0], -1, 64) * absmax.unsqueeze(2)
-    assert torch.equal(torch.from_numpy(program.value(variable)), halves.view(weight.shape))  # as the evaluator makes it
+    assert torch.equal(torch.from_numpy(program.weight("layers_1_down_proj_weight")), halves.view(weight.shape))  # as the evaluator makes it
     assert torch.equal(torch.from_numpy(stored.values()), halves.view(weight.shape))  # as the reference has it
     relative = (halves.view(weight.shape).float() / nf4.dequantize(quantized, torch.float32) - 1).nan_to_num().abs()
     assert relative.max() < 2e-3
@@ -243,13 +248,13 @@ def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path
     """Also one of a lower rank."""
     package = coreml.EvaluatedPackage(inputs_package)
     job = job_of(folder, "nf4", an_adapter(folder))
-    assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=coreml.ADAPTER_ALONE)
     assert coreml.write(other, tmp_path).opens == coreml_app.ADAPTER_FILE
     package.use_adapter(tmp_path / coreml_app.ADAPTER_FILE)
-    expected = engine(coreml.stored_model(replace(other, weights="nf4")), IDS)
+    expected = engine(stored_model(replace(other, weights="nf4")), IDS)
     assert apart(package.logits(IDS), expected) < CLOSE
-    assert apart(engine(coreml.stored_model(job), IDS), expected) > 20 * CLOSE
+    assert apart(engine(stored_model(job), IDS), expected) > 20 * CLOSE
     assert apart(coreml.read(other, tmp_path).logits(IDS), engine(other.model(), IDS)) < CLOSE
 
 
@@ -279,9 +284,9 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     job = job_of(folder, "nf4", adapter, "functions")
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
-    assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     assert (
-        apart(package.logits(IDS, "base"), engine(coreml.stored_model(replace(job, adapter=None, adapter_as=None)), IDS))
+        apart(package.logits(IDS, "base"), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS))
         < CLOSE
     )
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
@@ -313,7 +318,7 @@ def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path)
     assert "--adapter-as inputs keeps it whole" in result.notices[-1]
     package = coreml.read(job, tmp_path / "out")
     assert package.call["adapter"] is None
-    assert apart(package.logits(IDS), engine(coreml.stored_model(job), IDS)) < CLOSE
+    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     assert apart(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real, and not hidden
 
 
@@ -475,7 +480,7 @@ def test_the_demo_in_every_form(weights: str, adapter_as: str | None, tmp_path: 
     adapter = None if adapter_as is None else an_adapter(DEMO, rank=8)
     job = job_of(DEMO, weights, adapter, adapter_as)
     package = written(job, tmp_path / "out")
-    expected = verify.golden(job, IDS, coreml.stored_model(job))  # type: ignore[arg-type]
+    expected = verify.golden(job, IDS, stored_model(job))  # type: ignore[arg-type]
     found = verify.compare(expected, package, verify.BOUNDS["coreml", weights])
     assert found.holds(verify.BOUNDS["coreml", weights])
     assert found.max_logit_difference < 0.1
