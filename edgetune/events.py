@@ -1,4 +1,5 @@
-"""The one schema of what happens in a run. `train` yields these events; ui.py and report.py only render them.
+"""The one schema of what happens in a run. `train` yields these events, an export tells of its own; ui.py and report.py only
+render them.
 
 A line of the log is `{"event": kind, ...fields in this file's order}`. Units: seconds, bytes, bits per byte of text,
 nats a trained token. A number that is not finite is written as null and read back as nan: every line is strict JSON.
@@ -154,8 +155,21 @@ class Interrupted(Event):
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Exporting(Event):
+    """How far a stage of an export is: `done` of `total` pieces, `seconds` since its start. The stages are those of its target:
+    writing, comparing, measuring, proving."""
+
+    kind: ClassVar[str] = "exporting"
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+
 KINDS: dict[str, type[Event]] = {
-    event.kind: event for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted)
+    event.kind: event
+    for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted, Exporting)
 }
 
 

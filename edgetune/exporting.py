@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,19 @@ import edgetune
 from edgetune import registry
 from edgetune.config import expand
 from edgetune.documents.reading import read_notes
+from edgetune.events import Event, Exporting
 from edgetune.export import verify
-from edgetune.export.target import Job, Target, check_adapter_as, check_reader, check_weights, load_target, reference
+from edgetune.export.target import (
+    Job,
+    Target,
+    Written,
+    check_adapter_as,
+    check_reader,
+    check_weights,
+    load_target,
+    reference,
+    seal,
+)
 from edgetune.meter import MemoryMeter
 from edgetune.runstate import output_lock
 from edgetune.runtime.adapter import check_fits, read_json
@@ -58,55 +70,48 @@ def export_adapter(
     memory: int | None = None,
     check: bool = True,
     force: bool = False,
+    show: Callable[[Event], None] = lambda event: None,
 ) -> Exported:
     """Write an adapter, or the model it makes of its base, for one of export.target's TARGETS.
 
     model and adapter: as the command line takes them. out: a folder; None is "<adapter>-<target>" here. weights: as the
     target has them; None is its default. texts: files and folders to measure a lossy merge on. check: prove it with the
-    target's own reader, which must be installed then.
+    target's own reader, which must be installed then. show: told how far it is, by events.Exporting.
     Raises EdgetuneError's children; nothing is left behind then, and what was at `out` is still there.
     """
     module = load_target(target)
     form = check_weights(target, module, weights)
     check_adapter_as(target, module, adapter_as)
     if check:
-        check_reader(target, module)
+        check_reader(target, module, form)
     choice, base = open_base(model)
     name, own = registry.adapter_for(adapter, base)
     if own is not None:
         check_fits(own, base.config)
     folder = _free_folder(expand(f"{name}-{target}" if out is None else str(out)), target)
-    tokenizer = Tokenizer.load(choice.path)
-    start = tokenizer.start_ids
-    documents = [[*start, *tokenizer.encode(document.text)] for document in read_notes(texts).documents] if texts else []
-    job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check)
+    tokenizer, begun = Tokenizer.load(choice.path), time.monotonic()
+    documents = [_tokens(tokenizer, document.text) for document in read_notes(texts).documents] if texts else []
+    progress = _Events(show, begun)
+    job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
     job.check_memory()
     if check:
         verify.check_memory(job)
-    begun = time.monotonic()
+    bound = verify.BOUNDS[target, form]
     with output_lock(folder), MemoryMeter(base.files) as meter:
         mend(folder)
         with atomic_folder(folder) as temporary:
-            written = module.write(job, temporary)
-            expected = verify.golden(job, [*start, *tokenizer.encode(verify.PROMPT)], reference(module, job, temporary))
-            bound = verify.BOUNDS[target, form]
-            files = [path.relative_to(temporary).as_posix() for path in sorted(temporary.rglob("*")) if path.is_file()]
-            about = {"edgetune": edgetune.__version__, "target": target, "weights": form, "base": base.digest, "files": files}
-            atomic_write(temporary / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
-            agreement = _prove(target, module, job, temporary, expected, bound) if check else None
-            if agreement is not None and not agreement.holds(bound) and not force:
-                faults = _out_of_bounds(target, agreement, bound, "not kept")
-                raise ModelError(f"{faults} Type --force to keep it all the same.")
+            written, agreement = _write(target, module, job, temporary, _tokens(tokenizer, verify.PROMPT), bound)
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
             peak = meter.peak()
-    kept = () if agreement is None or agreement.holds(bound) else (_out_of_bounds(target, agreement, bound, "kept by --force"),)
+    proved = agreement is not None and agreement.holds(bound)
+    kept = () if agreement is None or proved else (_out_of_bounds(target, agreement, bound, "kept by --force"),)
     return Exported(
         target=target,
         model=choice.name,
         adapter=name,
         path=str(folder / written.opens),
         bytes=size,
-        verified=agreement is not None and agreement.holds(bound),
+        verified=proved,
         proved_by=module.PROVED_BY,
         max_logit_difference=None if agreement is None else agreement.max_logit_difference,
         mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
@@ -117,6 +122,55 @@ def export_adapter(
         notices=(*kept, *written.notices, *((WARNING,) if own is not None else ())),
         facts=dict(written.facts),
     )
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [*tokenizer.start_ids, *tokenizer.encode(text)]
+
+
+def _write(
+    target: str, module: Target, job: Job, folder: Path, prompt: list[int], bound: verify.Bound
+) -> tuple[Written, verify.Agreement | None]:
+    """All that the folder is to hold, and how far it agrees with the reference where that is to be checked.
+
+    Raises ModelError where it does not, unless the job insists.
+    """
+    written = module.write(job, folder)
+    job.progress("measuring", 0, 1)
+    expected = verify.golden(job, prompt, reference(module, job, folder))
+    job.progress("measuring", 1, 1)
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    about = {
+        "edgetune": edgetune.__version__,
+        "target": target,
+        "weights": job.weights,
+        "base": job.base.digest,
+        "files": files,
+    }
+    atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
+    seal(module, folder)
+    if not job.check:
+        return written, None
+    job.progress("proving", 0, 1)
+    agreement = _prove(target, module, job, folder, expected, bound)
+    job.progress("proving", 1, 1)
+    if not agreement.holds(bound) and not job.force:
+        raise ModelError(f"{_out_of_bounds(target, agreement, bound, 'not kept')} Type --force to keep it all the same.")
+    return written, agreement
+
+
+class _Events:
+    """A Job's progress as events: each stage's begin and end, and every whole percent between."""
+
+    def __init__(self, show: Callable[[Event], None], begun: float) -> None:
+        self._show, self._begun = show, begun
+        self._last = ("", -1)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = (stage, done * 100 // max(total, 1))
+        if now != self._last:
+            self._last = now
+            self._show(Exporting(stage, done, total, time.monotonic() - self._begun))
 
 
 def _prove(

@@ -9,7 +9,7 @@ import collections
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Skipped, Started, Stepped, line
+from edgetune.events import Evaluated, Event, Exporting, Finished, Interrupted, Resumed, Skipped, Started, Stepped, line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -72,6 +72,7 @@ class Progress:
         self.before: float | None = None
         self.heldout: float | None = None
         self.last: Stepped | None = None
+        self.export: Exporting | None = None
         self.skipped = 0
         self._pace: collections.deque[tuple[int, float]] = collections.deque(maxlen=40)
 
@@ -86,9 +87,18 @@ class Progress:
             self.heldout = event.bits_per_byte
         elif isinstance(event, Skipped):
             self.skipped += 1
+        elif isinstance(event, Exporting):
+            self.export = event
         elif isinstance(event, Stepped):
             self.last = event
             self._pace.append((event.step, event.seconds))
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Steps or pieces done, and all there are; 0 where that is not known."""
+        if self.export is not None:
+            return self.export.done, self.export.total
+        return 0 if self.last is None else self.last.step, self.steps
 
     @property
     def seconds_left(self) -> float | None:
@@ -101,6 +111,8 @@ class Progress:
     def figures(self) -> list[str]:
         """Tokens/s, loss, held-out bits per byte, memory, time left: those that are known."""
         shown = []
+        if self.export is not None:
+            shown += [self.export.stage, human_time(self.export.seconds)]
         if self.last is not None:
             shown += [f"{self.last.tokens_per_second:,.0f} tok/s", f"loss {self.last.loss:.3f}"]
         if self.heldout is not None:
@@ -191,7 +203,8 @@ class JsonLines(Renderer):
 
 
 class Plain(Renderer):
-    """A few lines for a log or a pipe: at each tenth of the steps, and after 5 s or a tenth of the time so far."""
+    """A few lines for a log or a pipe: at each tenth of the steps, and after 5 s or a tenth of the time so far; of an export,
+    each 5 s."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
@@ -215,6 +228,9 @@ class Plain(Renderer):
         elif isinstance(event, Stepped) and self._is_due(event):
             self._spoke = (event.step, event.seconds)
             self._write(", ".join([f"step {event.step}/{self.progress.steps or '?'}", *self.progress.figures()]))
+        elif isinstance(event, Exporting) and event.seconds - self._spoke[1] >= LINE_EVERY_SECONDS:
+            self._spoke = (event.done, event.seconds)
+            self._write(f"{event.stage}: {event.done * 100 // max(event.total, 1)} % after {human_time(event.seconds)}")
         elif isinstance(event, Finished):
             for text in finished_lines(event):
                 self._write(text)
@@ -281,8 +297,7 @@ class Live(Renderer):
         from rich.table import Table
         from rich.text import Text
 
-        step = self.progress.last.step if self.progress.last else 0
-        steps = self.progress.steps
+        step, steps = self.progress.done
         row = Table.grid(padding=(0, 1), expand=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)

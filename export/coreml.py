@@ -97,8 +97,8 @@ class _Source:
 
     def blank(self, name: str, shape: tuple[int, int]) -> Stored:
         """What holds its place while the package is laid out."""
-        quant = None if self.merges else self.job.base.quant  # a sum is dense, and quantised anew
-        return coreml_weights.blank(name, shape, self.job.weights if is_linear(name) else "fp16", (quant or QuantConfig()).block_size)
+        quant = (None if self.merges else self.job.base.quant) or QuantConfig()  # a sum is dense, and quantised anew
+        return coreml_weights.blank(name, shape, self.job.weights if is_linear(name) else "fp16", quant.block_size)
 
     def plan(self, context: int) -> Plan:
         """The program of the bare base, or of the merged model."""
@@ -358,10 +358,12 @@ def _lay_out(plans: Mapping[str, Plan], folder: Path) -> None:
 def _fill(path: Path, source: _Source) -> None:
     """Put the weights in their places, one after the other; the functions of a package share them."""
     package = Package(path)
-    places = coreml_weights.places(package, package.default)
-    for called, name in source.stored().items():
+    places, names = coreml_weights.places(package, package.default), source.stored()
+    done = source.job.counter("writing", len(names))
+    for called, name in names.items():
         places[called].write(package, source.weight(name))
         source.job.base.release(name)
+        done(name)
 
 
 def _compare_weights(path: Path, source: _Source) -> int:
@@ -370,8 +372,9 @@ def _compare_weights(path: Path, source: _Source) -> int:
     Raises ModelError where one differs.
     """
     package, compared = Package(path), 0
-    functions = [coreml_weights.places(package, function) for function in package.functions]
-    for called, name in source.stored().items():
+    functions, names = [coreml_weights.places(package, function) for function in package.functions], source.stored()
+    done = source.job.counter("comparing", len(names))
+    for called, name in names.items():
         expected = source.weight(name)
         for places in functions:
             if called not in places:
@@ -381,6 +384,7 @@ def _compare_weights(path: Path, source: _Source) -> int:
                 raise ModelError(f"The package's {called} differs from the engine's weight; export it again.")
             compared += stored.codes.size + (0 if stored.scale is None else stored.scale.size)
         source.job.base.release(name)
+        done(name)
     return compared
 
 

@@ -72,12 +72,14 @@ def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], Non
         writer.write_padding(file, file.tell())
         if factors is not None:
             _write(writer, file, factors, "f32")
+        done = job.counter("writing", len(kinds))
         for expected, (name, tensor) in zip(kinds, merged(job), strict=True):
             if name != expected or tensor.shape != model_shapes(config)[name]:
                 raise ValueError(f"merged gave {name} {tuple(tensor.shape)} where {expected} was announced")
             if is_rotated(arch, name):
                 tensor = to_llama_rows(tensor, config.head_dim)
             _write(writer, file, tensor, kinds[name])
+            done(name)
         file.flush()
         os.fsync(file.fileno())
     finally:

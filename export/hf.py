@@ -32,7 +32,8 @@ from edgetune.runtime.safetensors_file import TensorSpec
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NF4, NF4_NEAREST = "nf4", "nf4-nearest"
 WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
-NEEDS = (("transformers", "accelerate", "bitsandbytes"), "peft")
+NEEDS = (("transformers", "accelerate"), "peft")
+ALSO_NEEDS = dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",))
 PROVED_BY = "transformers"
 QUANT = QuantConfig()
 
@@ -45,7 +46,8 @@ def write(job: Job, folder: Path) -> Written:
     merge.check_memory(job)
     dtype = DTYPES[job.weights]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    write_model(job.base.folder, folder, config, merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype))
+    recipe = merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype)
+    write_model(job.base.folder, folder, config, recipe, done=job.counter("writing", len(recipe.shapes)))
     return Written()
 
 
@@ -59,7 +61,8 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
     merged = merge.Merged(job.base, job.adapter)
     linears = rounded(merged, Nf4Grid.of, calibration if job.weights == NF4 else None)
     config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(QUANT.double_quant)}
-    write_model(job.base.folder, folder, config, RoundedRecipe(merged, _linear_specs, linears))
+    recipe = RoundedRecipe(merged, _linear_specs, linears)
+    write_model(job.base.folder, folder, config, recipe, done=job.counter("writing", len(recipe.shapes)))
     advice = "type --weights bf16, or export peft" if job.weights == NF4 else "type --weights nf4, which rounds with feedback"
     return Written(facts=(effect.check(job, reference_model(job, folder), held_out, advice),))
 

@@ -285,7 +285,7 @@ def _results(operation: Any, arguments: Mapping[str, list[Array]], in_place: boo
         return []
     if operation.type == "read_state":
         return arguments["input"]
-    single = {part: values if part == "values" else values[0] for part, values in arguments.items()}  # concat alone takes several
+    single = {part: values if part == "values" else values[0] for part, values in arguments.items()}  # concat takes several
     if in_place:
         return [_update(single, single["x"])]
     made = _known(operation.type)(single)
@@ -313,7 +313,7 @@ def _as_declared(output: Any, result: Any) -> Array:
     name, shape = tensor_type(output.type)
     result = np.asarray(result)
     if len(shape) != result.ndim or any(size not in (-1, found) for size, found in zip(shape, result.shape, strict=True)):
-        raise ModelError(f"The package says that {output.name} is {list(shape)} and it is {list(result.shape)}; export it again.")
+        raise ModelError(f"The package says that {output.name} is {list(shape)}, not {list(result.shape)}; export it again.")
     if name == "FLOAT16" and result.dtype == np.float32:
         return to_half(result)
     return result.astype(DTYPES[name], copy=False)

@@ -179,7 +179,8 @@ def _write_model(job: Job, folder: Path) -> tuple[str, ...]:
     config = mlx_config(job.base.hf_config, job.base.config)
     dtype = DTYPES[job.weights]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    write_model(job.base.folder, folder, config, merge.DenseRecipe(merged, dtype))
+    recipe = merge.DenseRecipe(merged, dtype)
+    write_model(job.base.folder, folder, config, recipe, done=job.counter("writing", len(recipe.shapes)))
     return _window_notice(job.base.config)
 
 
@@ -196,7 +197,7 @@ def _write_int4(job: Job, folder: Path) -> Written:
     calibration, held_out = effect.texts_for(job)
     config |= {"torch_dtype": "bfloat16", "quantization": {"group_size": GROUP, "bits": BITS}}
     recipe = RoundedRecipe(merged, affine_specs, rounded(merged, AffineGrid.of, calibration))
-    write_model(job.base.folder, folder, config, recipe)
+    write_model(job.base.folder, folder, config, recipe, done=job.counter("writing", len(recipe.shapes)))
     advice = "type --weights bf16"
     if job.adapter is not None:
         advice += ", or export mlx without --weights for the adapter alone"

@@ -3,6 +3,7 @@
     config.json, *.safetensors, tokenizer …   a Hugging Face folder like any other
     adapter/                                  a PEFT folder
     kernels/nf4.metal                         for apps that run the kernels without edgetune
+    golden.json                               what the model must say, to prove it there
     manifest.json                             digests of all that, the kernels' arguments, the table of the 4-bit codes
 
 `Session.load(folder, device="mps")` opens it with its adapter, and compiles the Metal source that edgetune was installed
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.target import Job, Written
+from edgetune.export.verify import GOLDEN_FILE
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.backends.metal.contract import KERNELS
@@ -50,7 +52,7 @@ _MAX_MANIFEST = 1 << 20
 def write(job: Job, folder: Path) -> Written:
     """The bundle. A base that is not 4-bit yet is quantised on the way, a tensor at a time."""
     if job.base.quant is None:
-        quantize_folder(job.base.folder, folder / "base")
+        quantize_folder(job.base.folder, folder / "base", progress=lambda done, total: job.progress("writing", done, total))
         for file in sorted((folder / "base").iterdir()):
             os.rename(file, folder / file.name)
         (folder / "base").rmdir()
@@ -67,6 +69,13 @@ def write(job: Job, folder: Path) -> Written:
     atomic_write(folder / MANIFEST, json.dumps(_manifest(folder), indent=2) + "\n")
     told = "Checked on the CPU: that an Apple GPU computes the same can only be seen on one (edgetune doctor there)."
     return Written(notices=(told,))
+
+
+def seal(folder: Path) -> None:
+    """Put golden.json's digest beside the others."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["sha256"][GOLDEN_FILE] = sha256_file(folder / GOLDEN_FILE)
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def kernel_source() -> str:

@@ -4,10 +4,12 @@ A target is a module of this package with
 
     WEIGHTS: tuple[str, ...]                       what --weights takes, the default first; "" is an adapter alone
     NEEDS: tuple[tuple[str, ...], str]             the packages that its reader needs and the extra that installs them
+    ALSO_NEEDS: dict[str, tuple[str, ...]]         where it is there: those that a form of the weights needs besides
     def write(job, folder) -> Written              into an empty private folder; what is to be opened, and what to tell
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
     def reference(job, folder) -> Llama            where it is there: what to agree with in place of job.model(), for weights
                                                    that the target rounds to few bits on purpose
+    def seal(folder) -> None                       where it is there: called once golden.json is in the folder, too
     PROVED_BY: str                                 what `read` is, for people
     ADAPTER_AS: tuple[str, ...]                    where it is there: what --adapter-as takes
 
@@ -19,8 +21,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -37,6 +40,7 @@ from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 
+Progress = Callable[[str, int, int], None]
 _SPELT = {"fp16": "f16", "f16": "fp16"}
 TARGETS = ("peft", "hf", "mlx", "gguf", "ollama", "coreml", "mps")
 
@@ -52,7 +56,8 @@ class Job:
 
     weights: one of the target's WEIGHTS. adapter_as: Core ML's form of the adapter. memory: bytes that may be held, None
     for no limit. texts: token ids of documents to measure a lossy merge on. force: write even what was found useless.
-    check: whether the target's own reader is to be used, for proof and for what only it can measure.
+    check: whether the target's own reader is to be used, for proof and for what only it can measure. progress: told what is
+    being done, how much of it is, and how much there is.
     """
 
     base: Checkpoint
@@ -64,6 +69,12 @@ class Job:
     texts: Sequence[Sequence[int]] = ()
     force: bool = False
     check: bool = True
+    progress: Progress = lambda stage, done, total: None
+
+    def counter(self, stage: str, total: int) -> Callable[[str], None]:
+        """What is to be told of each of `total` pieces of a stage of the work."""
+        numbers = itertools.count(1)
+        return lambda name: self.progress(stage, next(numbers), total)
 
     def needed_adapter(self, otherwise: str = "") -> Adapter:
         """The adapter, of which this target is made. otherwise: what can be typed to do without one, for targets that can.
@@ -159,6 +170,13 @@ def reference(target: Target, job: Job, folder: Path) -> Llama:
     return job.model() if own is None else own(job, folder)
 
 
+def seal(target: Target, folder: Path) -> None:
+    """What a target does when golden.json has been written."""
+    own = getattr(target, "seal", None)
+    if own is not None:
+        own(folder)
+
+
 def check_weights(name: str, target: Target, weights: str | None) -> str:
     """The form of the weights, the target's default where None; fp16 and f16 are one. Raises UsageError for one it has not."""
     if weights is None:
@@ -185,10 +203,11 @@ def _one_of(known: Sequence[str]) -> str:
     return known[0] if len(known) == 1 else f"one of {', '.join(known)}"
 
 
-def check_reader(name: str, target: Target) -> None:
+def check_reader(name: str, target: Target, weights: str) -> None:
     """Raise ResourceError, before anything is written, where packages that prove an export are not installed, naming all."""
     packages, extra = target.NEEDS
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    also: dict[str, tuple[str, ...]] = getattr(target, "ALSO_NEEDS", {})
+    missing = [package for package in (*packages, *also.get(weights, ())) if importlib.util.find_spec(package) is None]
     if missing:
         raise ResourceError(
             f"Proving export {name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "

@@ -112,11 +112,18 @@ def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe:
         atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_model(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> None:
-    """The whole of it into `folder`, which whoever calls makes appear."""
+def write_model(
+    source: Path,
+    folder: Path,
+    config: dict[str, Any],
+    recipe: Recipe,
+    shard_bytes: int = SHARD_BYTES,
+    done: Callable[[str], None] = lambda name: None,
+) -> None:
+    """The whole of it into `folder`, which whoever calls makes appear; `done` is told the name of each tensor."""
     shards = plan_shards(recipe, shard_bytes)
     for file, names in shards.items():
-        write_shard(folder / file, recipe, names, lambda name: None)
+        write_shard(folder / file, recipe, names, done)
     write_companions(source, folder, config, recipe, shards)
 
 

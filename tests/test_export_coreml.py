@@ -185,7 +185,8 @@ def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> N
     absmax = nf4.expand_absmax(quantized.state).half().view(weight.shape[0], -1)
     assert (torch.from_numpy(stored.scale).view(torch.int16) == absmax.view(torch.int16)).all()
     halves = nf4.NF4_TABLE.half()[torch.from_numpy(high_first).int()].view(weight.shape[0], -1, 64) * absmax.unsqueeze(2)
-    assert torch.equal(torch.from_numpy(program.weight("layers_1_down_proj_weight")), halves.view(weight.shape))  # as the evaluator makes it
+    made = torch.from_numpy(program.weight("layers_1_down_proj_weight"))  # as the evaluator has it
+    assert torch.equal(made, halves.view(weight.shape))
     assert torch.equal(torch.from_numpy(stored.values()), halves.view(weight.shape))  # as the reference has it
     relative = (halves.view(weight.shape).float() / nf4.dequantize(quantized, torch.float32) - 1).nan_to_num().abs()
     assert relative.max() < 2e-3
@@ -285,10 +286,7 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
     assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
-    assert (
-        apart(package.logits(IDS, "base"), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS))
-        < CLOSE
-    )
+    assert apart(package.logits(IDS, "base"), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
     own = sum(tensor.numel() * 2 + 128 for tensor in adapter.tensors.values())  # and each tensor's header and padding

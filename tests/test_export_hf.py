@@ -183,7 +183,7 @@ def test_the_measure_is_the_share_of_the_gain(base: Checkpoint) -> None:
     job = job_for(base, adapter, texts=[[1, *range(3, 90)]])
     documents = [[1, *range(3, 90)], [1, *range(60, 20, -1)]]
     for merged, expected in ((job.model(), 1.0), (load_llama(base, torch.float32), 0.0)):
-        found = effect.measure(job, merged, documents)
+        found = effect.measure(job.model(), merged, documents)
         assert found.kept(by_nats=False) == pytest.approx(expected, abs=1e-9)
         assert found.kl_base > 0.01
         share = (found.nats_base - found.nats_merged) / (found.nats_base - found.nats_adapted)

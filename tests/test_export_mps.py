@@ -113,3 +113,12 @@ def test_another_programs_manifest_is_no_bundle_and_a_newer_one_is_refused(tmp_p
     (folder / mps.MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(AdapterError, match="newer edgetune"):
         mps.read_adapter(folder)
+
+
+def test_golden_json_is_among_the_manifests_digests(tmp_path: Path) -> None:
+    save_trainable(tmp_path / "model")
+    export_adapter("mps", str(tmp_path / "model"), "none", tmp_path / "out", check=False)
+    digests = json.loads((tmp_path / "out" / mps.MANIFEST).read_text())["sha256"]
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(digests) == files - {mps.MANIFEST}
+    assert digests["golden.json"] == sha256_file(tmp_path / "out" / "golden.json")

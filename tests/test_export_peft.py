@@ -83,7 +83,10 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     arguments = ["export", "peft", "--model", "demo", "--adapter", str(demo_adapter), "--out", str(out), "--json"]
     run = CliRunner().invoke(cli, arguments)
     assert run.exit_code == 0, run.output
-    result = json.loads(run.stdout)
+    *events, result = (json.loads(line) for line in run.stdout.splitlines())
+    assert [(event["event"], event["stage"], event["done"]) for event in events] == [
+        ("exporting", "measuring", 0), ("exporting", "measuring", 1), ("exporting", "proving", 0), ("exporting", "proving", 1)
+    ]  # fmt: skip
     assert result["target"] == "peft"
     assert result["verified"]
     assert result["greedy_match"]
@@ -182,8 +185,10 @@ def test_every_target_names_all_that_its_reader_imports() -> None:
     for name in TARGETS:
         packages, extra = load_target(name).NEEDS
         installed = [re.split(r"[\[>;]", line)[0] for line in extras.get(extra, [])]
-        assert {spelt.get(package, package) for package in packages} <= set(installed), name
+        also = [package for form in getattr(load_target(name), "ALSO_NEEDS", {}).values() for package in form]
+        assert {spelt.get(package, package) for package in (*packages, *also)} <= set(installed), name
         found[name] = set(packages)
+    assert found["hf"] == {"transformers", "accelerate"}
     assert found["peft"] == {"peft", "transformers", "accelerate", "bitsandbytes"}
     assert found["mlx"] == {"mlx_lm", "mlx"}
     assert found["gguf"] == found["ollama"] == {"llama_cpp", "gguf"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import click
 
 from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
 from edgetune.config import parse_bytes
-from edgetune.ui import human_bytes, human_time, one_line
+from edgetune.ui import human_bytes, human_time, one_line, renderer
 
 
 @click.command("export")
@@ -48,7 +49,9 @@ def export_command(
     from edgetune.exporting import export_adapter
 
     limit = None if memory is None else parse_bytes(memory)
-    result = export_adapter(target, model, adapter, out, weights, adapter_as, texts, limit, not no_verify, force)
+    with renderer(as_json, None if as_json else sys.stderr) as shown:
+        given = (target, model, adapter, out, weights, adapter_as, texts, limit)
+        result = export_adapter(*given, check=not no_verify, force=force, show=shown.show)
     say(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
     for notice in result.notices:
         say(notice)
