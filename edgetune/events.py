@@ -157,7 +157,7 @@ class Interrupted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Exporting(Event):
-    """How far a stage of an export is: `done` of `total` pieces, `seconds` since its start. The stages are those of its target:
+    """How far a stage of an export is: `done` of `total` pieces, `seconds` since the export began. The stages are those of its target:
     writing, comparing, measuring, proving."""
 
     kind: ClassVar[str] = "exporting"

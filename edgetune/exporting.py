@@ -21,6 +21,7 @@ from edgetune.export.target import (
     Target,
     Written,
     check_adapter_as,
+    check_memory,
     check_reader,
     check_weights,
     load_target,
@@ -93,9 +94,7 @@ def export_adapter(
     documents = [_tokens(tokenizer, document.text) for document in read_notes(texts).documents] if texts else []
     progress = _Events(show, begun)
     job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
-    job.check_memory()
-    if check:
-        verify.check_memory(job)
+    check_memory(module, job)
     bound = verify.BOUNDS[target, form]
     with output_lock(folder), MemoryMeter(base.files) as meter:
         mend(folder)

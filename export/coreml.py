@@ -30,7 +30,7 @@ from edgetune.export.coreml_package import Array, Package
 from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import MilProgram, quiet_coremltools
-from edgetune.export.target import Job, Written, work_folder
+from edgetune.export.target import LOGITS, PROCESS_BYTES, Held, Job, Written, held_by_reference, work_folder
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, is_linear, open_model
 from edgetune.runtime.config import LINEARS, QuantConfig
@@ -52,9 +52,10 @@ ADAPTER_ALONE = "none"
 CONTEXT_TOKENS = 2048
 PREFILL_TOKENS = 128
 """Logits of a whole chunk come out, 2 bytes for each word of the vocabulary: this keeps them near 30 MB."""
-PROCESS_BYTES, COPIES = 400 << 20, 4
-"""What an export holds: Python with torch and coremltools, and so many times the weights in fp16. Measured on 4 and 8 layers of
-a 1.1B's shape and a 16M: 2.8 times (nf4), 3.4 (fp16), 3.7 (int4)."""
+COREMLTOOLS_BYTES, LAYER_BYTES = 272_000_000, 4_000_000
+"""Held by Python with torch and coremltools, and by the graph of a layer. Measured: 328 MB after writing 22 layers."""
+STORED_BYTES, DENSE_BYTES = {"nf4": 5, "int4": 18, "fp16": 4}, 22
+"""For each number of a linear, while it is stored and compared, and while the evaluator makes it dense."""
 TEXTS, TEXT_TOKENS = 16, 256
 """How many texts, and how much of each, what rounding does is measured on."""
 SINGLE = 4
@@ -126,7 +127,6 @@ def write(job: Job, folder: Path) -> Written:
         app.write_adapter(job.needed_adapter(), job.base.config, job.base.digest, folder / app.ADAPTER_FILE)
         return Written(app.ADAPTER_FILE, ("This is the adapter alone, for a package of the same base and linears.",))
     _check_coremltools()
-    _check_memory(job)
     source, config = _source(job), job.base.config
     plan = source.plan(min(CONTEXT_TOKENS, config.max_positions))
     functions: list[str] = []
@@ -284,14 +284,19 @@ def _check_coremltools() -> None:
     quiet_coremltools()
 
 
-def _check_memory(job: Job) -> None:
-    """Refuse before the work what would not end within job.memory; coremltools holds a model as a whole."""
-    needed = PROCESS_BYTES + COPIES * 2 * job.base.config.parameters
-    if job.memory is not None and needed > job.memory:
-        raise ResourceError(
-            f"A Core ML export of this model holds up to {needed / 1e9:.1f} GB while it is made and proved; --memory allows "
-            f"{job.memory / 1e9:.1f} GB: allow more, or export on a larger machine."
-        )
+def held(job: Job) -> dict[str, list[Held]]:
+    """coremltools, its graph and a weight as it is stored and compared; a model or two; the evaluator and a dense weight."""
+    source, config = _source(job), job.base.config
+    if job.weights == ADAPTER_ALONE:
+        return {"write": [Held(PROCESS_BYTES + 3 * job.adapter_bytes)], "read": [held_by_reference(job)]}
+    process = COREMLTOOLS_BYTES + LAYER_BYTES * config.num_layers
+    vocabulary, number = config.vocab_size * config.hidden_size, STORED_BYTES[job.weights] + 8 * source.merges
+    stored = Held(process + 2 * job.adapter_bytes + max(3 * vocabulary, number * job.largest_linear))
+    model = held_by_reference(job, process)
+    if source.requantises:
+        model = Held(model.fixed + 6 * vocabulary, models=2)
+    made = Held(process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGITS * config.vocab_size, models=1)
+    return {"write": [stored, model], "read": [made]}
 
 
 def _source(job: Job) -> _Source:

@@ -19,9 +19,17 @@ from torch import Tensor
 
 from edgetune.export import llamacpp
 from edgetune.export.gguf_adapter import write_adapter
-from edgetune.export.gguf_model import write_model
+from edgetune.export.gguf_model import held_by_gguf, write_model
 from edgetune.export.gguf_vocab import read_vocabulary
-from edgetune.export.target import WITHOUT_ADAPTER, Job, Written, work_folder
+from edgetune.export.target import (
+    WITHOUT_ADAPTER,
+    Held,
+    Job,
+    Written,
+    held_by_fp32_reader,
+    held_by_reference,
+    work_folder,
+)
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.generate import Generator, Sampling
@@ -51,6 +59,11 @@ PROBES = (
     "a</s>b<s> <unk> <|eot_id|><|im_end|>\n",
 )
 """Texts whose ids must be ours; none begins with a space, to which llama.cpp and sentencepiece add another."""
+
+
+def held(job: Job) -> dict[str, list[Held]]:
+    """The adapter alone is tried on a bare base in f32."""
+    return {"write": [held_by_gguf(job), held_by_reference(job)], "read": [held_by_fp32_reader(job)]}
 
 
 def write(job: Job, folder: Path) -> Written:

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from edgetune.export.gguf_names import architecture, is_rotated, tensor_name, to_llama_rows
 from edgetune.export.merge import merged
-from edgetune.export.target import Job
-from edgetune.runtime.budget import TORCH_BYTES
+from edgetune.export.target import PROCESS_BYTES, Held, Job
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig, RopeConfig
-from edgetune.runtime.errors import ModelError, ResourceError
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.model import rope_frequencies
 
@@ -35,7 +34,7 @@ def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], Non
     """Write the base with its adapter merged into it, its matrices in one of KINDS, its vectors in f32.
 
     vocabulary: adds the tokenizer's keys to a gguf.GGUFWriter. Returns notices. Raises ModelError for a model that
-    llama.cpp would compute otherwise or f16 cannot hold, ResourceError where --memory does not hold the work.
+    llama.cpp would compute otherwise or f16 cannot hold.
     """
     import gguf
 
@@ -51,7 +50,6 @@ def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], Non
             f"llama.cpp's {arch} has no sliding window, which this model has: use at most {window} tokens of context, as the "
             "file says; longer texts would be seen whole."
         )
-    _check_memory(job)
     writer = gguf.GGUFWriter(path, arch)
     _describe(writer, config, job, kind, min(window, config.max_positions))
     vocabulary(writer)
@@ -173,18 +171,10 @@ def _q8_0(panel: Tensor) -> bytes:
     return torch.cat([scale.half().view(torch.uint8), bytes_of_codes], dim=1).numpy().tobytes()
 
 
-def _check_memory(job: Job) -> None:
-    """Raise ResourceError where job.memory holds less than the work: the process and the adapter, a tensor as the file
-    has it, a linear merged and the next being merged, and a panel."""
-    largest = max(out * inputs for out, inputs in job.base.config.linear_shapes().values())
-    adapter = {} if job.adapter is None else job.adapter.tensors
-    needed = TORCH_BYTES + sum(tensor.nbytes for tensor in adapter.values()) + 4 * (3 * largest + 10 * _PANEL)
-    needed += max(tensor.nbytes for tensor in job.base.stored.values())
+def held_by_gguf(job: Job) -> Held:
+    """Writing a model: the process and the adapter, a tensor as the file has it, a linear merged and the next being merged, and
+    a panel."""
+    largest = max(tensor.nbytes for tensor in job.base.stored.values())
     if job.base.quantized_head:
-        needed += 4 * job.base.config.vocab_size * job.base.config.hidden_size  # it is dense for a moment
-    if job.memory is not None and job.memory < needed:
-        megabytes = -(-needed // 1_000_000)
-        raise ResourceError(
-            f"--memory allows {job.memory // 1_000_000} MB and writing this model a tensor at a time takes {megabytes} MB; "
-            f"type --memory {megabytes}MB or leave it out."
-        )
+        largest += 4 * job.base.config.vocab_size * job.base.config.hidden_size  # it is dense for a moment
+    return Held(PROCESS_BYTES + job.adapter_bytes + 4 * (3 * job.largest_linear + 10 * _PANEL) + largest)

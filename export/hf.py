@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from edgetune.export import effect, merge
-from edgetune.export.peft import TransformersReader, open_transformers
-from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
-from edgetune.export.target import Job, Written
+from edgetune.export.peft import TRANSFORMERS_BYTES, TransformersReader, open_transformers
+from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
+from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
@@ -38,12 +38,17 @@ PROVED_BY = "transformers"
 QUANT = QuantConfig()
 
 
+def held(job: Job) -> dict[str, list[Held]]:
+    """A 4-bit form is rounded and measured; transformers reads dense ones whole, in fp32."""
+    made = merge.held_by_merge(job) if job.weights in DTYPES else held_by_rounding(job)
+    return {"write": [made, held_by_reference(job)], "read": [held_by_fp32_reader(job, TRANSFORMERS_BYTES)]}
+
+
 def write(job: Job, folder: Path) -> Written:
     """config.json, model.safetensors or its shards, and the base's tokenizer and settings."""
     config = {key: value for key, value in job.base.hf_config.items() if key not in ("dtype", "quantization_config")}
     if job.weights not in DTYPES:
         return _write_nf4(job, folder, config)
-    merge.check_memory(job)
     dtype = DTYPES[job.weights]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     recipe = merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype)
@@ -56,7 +61,6 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
         raise UsageError(
             f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` for the base alone in 4 bits."
         )
-    merge.check_memory(job, *rounding_memory(job), models=2)
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)
     linears = rounded(merged, Nf4Grid.of, calibration if job.weights == NF4 else None)

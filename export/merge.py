@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from edgetune.export.target import LAYER_SHARE, Job
+from edgetune.export.target import PROCESS_BYTES, Held, Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import LINEAR, TORCH_BYTES
 from edgetune.runtime.checkpoint import Checkpoint, is_linear, model_shapes
-from edgetune.runtime.errors import ModelError, ResourceError
-from edgetune.runtime.pager import SLOTS
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.safetensors_file import TensorSpec
 
 COPIES = 3
@@ -95,24 +92,7 @@ class DenseRecipe:
         self.merged.base.release(name)
 
 
-def check_memory(job: Job, copies: int = COPIES, beside: int = 0, models: int = 1) -> None:
-    """Raise ResourceError where `job.memory` is not enough for the export even a linear at a time.
-
-    Held are fp32 `copies` of the largest linear, the adapter, an fp32 head, `beside` bytes, and of each of the `models` that
-    are run for golden.json or a measurement the layers that Job.layer_memory allows.
-    """
-    if job.memory is None:
-        return
-    config = job.base.config
-    largest = max(math.prod(shape) for shape in config.linear_shapes().values())
-    adapter = 0 if job.adapter is None else sum(tensor.nbytes for tensor in job.adapter.tensors.values())
-    head = (4 + 2) * config.vocab_size * config.hidden_size  # and the 16 bits that it is made from
-    fixed = TORCH_BYTES + 2 * adapter + models * head + 4 * copies * largest + beside
-    linears = sum(tensor.nbytes for name, tensor in job.base.stored.items() if LINEAR in name)
-    ring = SLOTS * linears / config.num_layers  # the least that a model can be run with
-    enough = max(fixed / (1 - models * LAYER_SHARE), min(ring, linears) / LAYER_SHARE)
-    if enough > job.memory:
-        raise ResourceError(
-            f"Merging takes {enough / 1e9:.2f} GB even a linear at a time and --memory allows {job.memory / 1e9:.2f} GB; "
-            f"type --memory {math.ceil(enough / 1e6)}MB or more."
-        )
+def held_by_merge(job: Job) -> Held:
+    """Writing a merged model a tensor at a time: the adapter, and copies of the largest linear or of the embedding."""
+    copies = max(4 * COPIES * job.largest_linear, 4 * job.base.config.vocab_size * job.base.config.hidden_size)
+    return Held(PROCESS_BYTES + job.adapter_bytes + copies)

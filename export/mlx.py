@@ -20,8 +20,16 @@ from torch import Tensor
 
 from edgetune.export import effect, merge
 from edgetune.export.mlx_groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
-from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
-from edgetune.export.target import WITHOUT_ADAPTER, Job, Written, work_folder
+from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
+from edgetune.export.target import (
+    WITHOUT_ADAPTER,
+    Held,
+    Job,
+    Written,
+    held_by_fp32_reader,
+    held_by_reference,
+    work_folder,
+)
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter, read_json, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
@@ -43,12 +51,19 @@ DEFAULT_SCALE = 20.0
 _KEY = re.compile(r"model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([ab])")
 
 
+def held(job: Job) -> dict[str, list[Held]]:
+    """MLX's own 4-bit model is dense where it is measured."""
+    made = [] if not job.weights else [merge.held_by_merge(job)]
+    if job.weights == INT4:
+        made = [held_by_rounding(job, 4 * job.base.config.linear_parameters)]
+    return {"write": [*made, held_by_reference(job)], "read": [held_by_fp32_reader(job)]}
+
+
 def write(job: Job, folder: Path) -> Written:
     """An adapter folder without --weights, else a model folder."""
     if job.weights == INT4:
         return _write_int4(job, folder)
     if job.weights:
-        merge.check_memory(job)
         return Written(notices=_write_model(job, folder))
     adapter = job.needed_adapter(WITHOUT_ADAPTER)
     write_adapter(adapter, folder, job.base_name, job.base.config.num_layers)
@@ -192,8 +207,6 @@ def _write_int4(job: Job, folder: Path) -> Written:
         raise UsageError(
             f"This model has linears of {odd[0]} inputs and MLX quantises groups of {GROUP}; type --weights bf16 instead."
         )
-    copies, beside = rounding_memory(job)
-    merge.check_memory(job, copies, beside + 4 * job.base.config.linear_parameters, models=2)  # it is dense when it is measured
     calibration, held_out = effect.texts_for(job)
     config |= {"torch_dtype": "bfloat16", "quantization": {"group_size": GROUP, "bits": BITS}}
     recipe = RoundedRecipe(merged, affine_specs, rounded(merged, AffineGrid.of, calibration))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.target import Job, Written
+from edgetune.export.target import Held, Job, Written, held_by_reference
 from edgetune.export.verify import GOLDEN_FILE
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
@@ -47,6 +47,14 @@ PROVED_BY = "edgetune on the CPU"
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 _FORMAT = 1
 _MAX_MANIFEST = 1 << 20
+
+
+def held(job: Job) -> dict[str, list[Held]]:
+    """Both models are edgetune's own; one that is quantised on the way is in memory as a whole."""
+    made = held_by_reference(job)
+    if job.base.quant is None:
+        made = Held(made.fixed + job.base.config.linear_parameters * 9 // 16)
+    return {"write": [made], "read": [held_by_reference(job)]}
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -150,7 +158,7 @@ def reference(job: Job, folder: Path) -> Llama:
 
 def read(job: Job, folder: Path) -> BundleReader:
     """Open what was written, by this machine's own kernels."""
-    model = load_llama(open_model(folder), torch.float32)
+    model = load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
     adapter = read_adapter(folder)
     if adapter is not None:
         adapters.attach(model, adapter)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune.export import gguf
-from edgetune.export.gguf_model import write_model
+from edgetune.export.gguf_model import held_by_gguf, write_model
 from edgetune.export.gguf_vocab import CONTROL, Vocabulary, read_vocabulary
 from edgetune.export.go_template import Derived, derive
-from edgetune.export.target import Job, Written
+from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -24,6 +24,11 @@ PROVED_BY = "llama.cpp"
 MODELFILE = "Modelfile"
 
 read = gguf.read
+
+
+def held(job: Job) -> dict[str, list[Held]]:
+    """As a GGUF model."""
+    return {"write": [held_by_gguf(job), held_by_reference(job)], "read": [held_by_fp32_reader(job)]}
 
 
 def write(job: Job, folder: Path) -> Written:

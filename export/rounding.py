@@ -20,7 +20,7 @@ from torch import Tensor
 
 from edgetune.export.effect import TOKENS, Documents, packed
 from edgetune.export.merge import COPIES, Merged
-from edgetune.export.target import Job
+from edgetune.export.target import Held, Job, held_by_reference
 from edgetune.runtime import vocabulary
 from edgetune.runtime.attention import packed_segments
 from edgetune.runtime.checkpoint import EMBEDDING, is_linear
@@ -164,12 +164,14 @@ def _block(merged: Merged, layer: int) -> Block:
     return Block(merged.base.config, layer, tensors)
 
 
-def rounding_memory(job: Job) -> tuple[int, int]:
-    """Copies of a linear, and bytes beside them, that rounding with feedback holds: for merge.check_memory."""
+def held_by_rounding(job: Job, beside: int = 0) -> Held:
+    """Rounding with feedback, calibrated, and measuring what is left: two models at once, and `beside` bytes."""
     config = job.base.config
     widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     moments = 3 * max(config.hidden_size, config.intermediate_size) ** 2
-    return COPIES + 3, 4 * (TOKENS * widths + moments)
+    model = held_by_reference(job)
+    extra = 6 * config.vocab_size * config.hidden_size + 4 * (COPIES * job.largest_linear + TOKENS * widths + moments)
+    return Held(model.fixed + extra + beside, models=2)
 
 
 class RoundedRecipe:

@@ -5,6 +5,7 @@ A target is a module of this package with
     WEIGHTS: tuple[str, ...]                       what --weights takes, the default first; "" is an adapter alone
     NEEDS: tuple[tuple[str, ...], str]             the packages that its reader needs and the extra that installs them
     ALSO_NEEDS: dict[str, tuple[str, ...]]         where it is there: those that a form of the weights needs besides
+    def held(job) -> {"write": …, "read": …}        Held of each stage of writing, with the model to agree with, and of proof
     def write(job, folder) -> Written              into an empty private folder; what is to be opened, and what to tell
     def read(job, folder) -> Reader                what was written, opened by the target's own reader
     def reference(job, folder) -> Llama            where it is there: what to agree with in place of job.model(), for weights
@@ -22,6 +23,7 @@ import contextlib
 import importlib
 import importlib.util
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,12 +35,13 @@ from torch import Tensor
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import TORCH_BYTES
+from edgetune.runtime.budget import LINEAR
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
+from edgetune.runtime.pager import SLOTS
 
 Progress = Callable[[str, int, int], None]
 _SPELT = {"fp16": "f16", "f16": "fp16"}
@@ -48,6 +51,10 @@ WITHOUT_ADAPTER = ", or name --weights to write the base as a model"
 """What a target that also writes whole models adds where there is no adapter."""
 LAYER_SHARE = 0.25
 """Of the memory that an export may hold, for the layers of a model that it runs."""
+PROCESS_BYTES = 170_000_000
+"""Anonymous memory of a process that has imported torch and all that exports share (measured on Linux, CPU build: 152 MB)."""
+LOGITS = 1200
+"""Bytes for each word of the vocabulary: golden.json's rows of logits, in fp32 and fp64."""
 
 
 @dataclass(frozen=True)
@@ -90,24 +97,14 @@ class Job:
         """Bytes for the linears of a model that is run, beyond which it is streamed."""
         return None if self.memory is None else int(self.memory * LAYER_SHARE)
 
-    def check_memory(self) -> None:
-        """Raise ResourceError where `memory` does not hold the model that is run beside any export, its layers streamed.
+    @property
+    def adapter_bytes(self) -> int:
+        return 0 if self.adapter is None else sum(tensor.nbytes for tensor in self.adapter.tensors.values())
 
-        That is the process, the adapter twice, the embedding, the head in fp32, and fp32 copies of the largest linear.
-        """
-        if self.memory is None:
-            return
-        config = self.base.config
-        adapter = 0 if self.adapter is None else sum(tensor.nbytes for tensor in self.adapter.tensors.values())
-        largest = max(rows * columns for rows, columns in config.linear_shapes().values())
-        fixed = TORCH_BYTES + 2 * adapter + 6 * config.vocab_size * config.hidden_size + 3 * 4 * largest
-        layers = sum(tensor.nbytes for name, tensor in self.base.stored.items() if "_proj.weight" in name)
-        needed = int(min(fixed / (1 - LAYER_SHARE), fixed + layers))
-        if needed > self.memory:
-            raise ResourceError(
-                f"An export takes about {needed / 1e9:.2f} GB with the layers streamed, and --memory allows "
-                f"{self.memory / 1e9:.2f} GB; type --memory {-(-needed // 10**6)}MB or more."
-            )
+    @property
+    def largest_linear(self) -> int:
+        """Its weights' number."""
+        return max(rows * columns for rows, columns in self.base.config.linear_shapes().values())
 
     def model(self, dtype: torch.dtype = torch.float32, quant: QuantConfig | None = None) -> Llama:
         """The base, quantised where `quant` says so, with its adapter attached, on the CPU: what an export must agree with."""
@@ -115,6 +112,57 @@ class Job:
         if self.adapter is not None:
             adapters.attach(model, self.adapter)
         return model
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a stage of an export holds at its highest: `fixed` bytes and, of each of the `models` that it runs, the linears of
+    the layers that Job.layer_memory allows."""
+
+    fixed: int
+    models: int = 0
+
+    def least(self, base: Checkpoint) -> int:
+        """The smallest Job.memory that is enough: with layers streamed, or with all of them in memory where that is less."""
+        if not self.models:
+            return self.fixed
+        config, stored = base.config, sum(tensor.nbytes for name, tensor in base.stored.items() if LINEAR in name)
+        kept = stored if base.quant is not None else 4 * config.linear_parameters  # a dense one becomes fp32 as a whole
+        ring = min(SLOTS * stored // config.num_layers, stored)
+        streamed = max(self.fixed / (1 - self.models * LAYER_SHARE), ring / LAYER_SHARE)
+        return math.ceil(min(streamed, max(self.fixed + self.models * kept, stored / LAYER_SHARE)))
+
+
+def held_by_reference(job: Job, process: int = PROCESS_BYTES) -> Held:
+    """Running the model that an export is compared with: `process` bytes before it is opened, its adapter twice, a head in fp32
+    and what it is made from, fp32 copies of the largest linear, and rows of logits."""
+    config = job.base.config
+    head = (4 + 2) * config.vocab_size * config.hidden_size
+    return Held(process + 2 * job.adapter_bytes + head + 12 * job.largest_linear + LOGITS * config.vocab_size, models=1)
+
+
+def held_by_fp32_reader(job: Job, process: int = PROCESS_BYTES) -> Held:
+    """A reader that has the whole model in fp32."""
+    return Held(process + 4 * job.base.config.parameters)
+
+
+def check_memory(target: Target, job: Job) -> None:
+    """Raise ResourceError, before anything is written, where job.memory does not hold a stage of the export."""
+    if job.memory is None:
+        return
+    stages = target.held(job)
+    written, read = (max(held.least(job.base) for held in stages[name]) for name in ("write", "read"))
+    needed = max(written, read) if job.check else written
+    if needed > job.memory:
+        unproved = f", or --no-verify and {_megabytes(written)} to write it unproved" if needed > written else ""
+        raise ResourceError(
+            f"This export takes about {needed / 1e9:.2f} GB with the layers streamed, and --memory allows "
+            f"{job.memory / 1e9:.2f} GB; type --memory {_megabytes(needed)} or more{unproved}."
+        )
+
+
+def _megabytes(count: int) -> str:
+    return f"{math.ceil(count / 1e6)}MB"
 
 
 @dataclass(frozen=True)
@@ -140,6 +188,8 @@ class Target(Protocol):
     WEIGHTS: tuple[str, ...]
     NEEDS: tuple[tuple[str, ...], str]
     PROVED_BY: str
+
+    def held(self, job: Job) -> dict[str, list[Held]]: ...
 
     def write(self, job: Job, folder: Path) -> Written: ...
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from edgetune.export.target import Job, Reader
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
-from edgetune.runtime.budget import TORCH_BYTES
-from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
@@ -150,16 +148,6 @@ class Agreement:
         if not self.greedy_match:
             said.append("the greedy text is another (expected the same)")
         return said
-
-
-def check_memory(job: Job) -> None:
-    """Raise ResourceError, before anything is written, where `job.memory` does not hold the model in fp32, as readers do."""
-    needed = TORCH_BYTES + 4 * job.base.config.parameters
-    if job.memory is not None and needed > job.memory:
-        raise ResourceError(
-            f"Proving the export takes about {needed / 1e9:.2f} GB, since its reader holds the whole model in fp32, and "
-            f"--memory allows {job.memory / 1e9:.2f} GB; type --no-verify to write it unproved."
-        )
 
 
 @torch.no_grad()

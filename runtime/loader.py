@@ -62,9 +62,12 @@ def load_llama(
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
     embedding = _vocabulary(checkpoint, EMBEDDING, device, embedding_kind)
+    head_name = EMBEDDING if config.tie_embeddings else HEAD
     shared = config.tie_embeddings and embedding_kind == head_kind
-    head = embedding if shared else _vocabulary(checkpoint, EMBEDDING if config.tie_embeddings else HEAD, device, head_kind)
-    head = head.to(dtype) if isinstance(head, Tensor) else head
+    head = embedding if shared else _vocabulary(checkpoint, head_name, device, head_kind)
+    if isinstance(head, Tensor) and head.dtype != dtype:
+        head = head.to(dtype)
+        checkpoint.release(head_name)
     norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)
 

@@ -17,7 +17,7 @@ from tiny import save_trainable
 
 from edgetune import export_adapter
 from edgetune.cli.main import cli
-from edgetune.export.target import Job
+from edgetune.export.target import Job, check_memory, load_target
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError, UsageError
@@ -74,7 +74,7 @@ def test_too_little_memory_for_any_export_is_refused(tmp_path: Path, made: tuple
     with pytest.raises(ResourceError, match=r"type --memory \d+MB or more"):
         export_adapter("peft", *made, tmp_path / "out", memory=100_000_000, check=False)
     base = open_model(Path(made[0]))
-    Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000).check_memory()
+    check_memory(load_target("peft"), Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000))
 
 
 def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]) -> None:

@@ -26,7 +26,7 @@ from edgetune.export import coreml, coreml_app, coreml_weights, verify
 from edgetune.export.coreml_weights import Stored, store
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import OPERATIONS, MilProgram
-from edgetune.export.target import Job
+from edgetune.export.target import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.adapter import Adapter
@@ -383,8 +383,8 @@ def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Pat
         coreml.write(job_of(folder, adapter_as="functions"), tmp_path)
     with pytest.raises(UsageError, match="inputs, functions or merged"):
         coreml.write(job_of(folder, adapter_as="state"), tmp_path)
-    with pytest.raises(ResourceError, match=r"--memory allows 0\.1 GB"):
-        coreml.write(replace(job_of(folder), memory=100 << 20), tmp_path)
+    with pytest.raises(ResourceError, match=r"--memory allows 0\.10 GB"):
+        check_memory(coreml, replace(job_of(folder), memory=100 << 20))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "coremltools" else find(name))
     with pytest.raises(ResourceError, match="needs coremltools"):

@@ -23,7 +23,7 @@ from edgetune.export import gguf, gguf_adapter, gguf_model, llamacpp, verify
 from edgetune.export.gguf_names import from_llama_rows, to_llama_rows
 from edgetune.export.gguf_vocab import SPLITS, read_vocabulary
 from edgetune.export.merge import merged
-from edgetune.export.target import Job
+from edgetune.export.target import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
@@ -148,8 +148,8 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="llama3 rope scaling"):
         gguf_model.write_model(Job(scaled, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
     base = opened(tmp_path / "plain")
-    with pytest.raises(ResourceError, match=r"--memory allows 1 MB and .* takes 2\d\d MB"):
-        gguf_model.write_model(Job(base, "tiny", None, memory=1 << 20), tmp_path / "m.gguf", "f16", nothing)
+    with pytest.raises(ResourceError, match=r"takes about 0\.2\d GB .*; type --memory 2\d\dMB or more"):
+        check_memory(gguf, Job(base, "tiny", None, "f16", memory=1 << 20))
     huge = an_adapter(base.config, size=1e6)
     with pytest.raises(ModelError, match="--weights bf16"):
         gguf_model.write_model(Job(base, "tiny", huge), tmp_path / "m.gguf", "f16", nothing)

@@ -11,6 +11,7 @@ import torch
 from adapters import random_adapter
 from tiny import FAMILIES, save_model, save_trainable
 
+from edgetune import export_adapter
 from edgetune.evaluate import evaluate
 from edgetune.export import mps, verify
 from edgetune.export.target import Job
