@@ -157,8 +157,10 @@ class Interrupted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Exporting(Event):
-    """How far a stage of an export is: `done` of `total` pieces, `seconds` since the export began. The stages are those of its target:
-    writing, comparing, measuring, proving."""
+    """How far a stage of an export is: `done` of `total` pieces, `seconds` since the export began.
+
+    The stages: writing, comparing (of Core ML), measuring, proving.
+    """
 
     kind: ClassVar[str] = "exporting"
     stage: str

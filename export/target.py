@@ -134,11 +134,12 @@ class Held:
 
 
 def held_by_reference(job: Job, process: int = PROCESS_BYTES) -> Held:
-    """Running the model that an export is compared with: `process` bytes before it is opened, its adapter twice, a head in fp32
-    and what it is made from, fp32 copies of the largest linear, and rows of logits."""
+    """Running the model that an export is compared with: `process` bytes before it is opened, its adapter twice, and a head in
+    fp32 beside what it is made from, or then beside fp32 copies of the largest linear and rows of logits."""
     config = job.base.config
-    head = (4 + 2) * config.vocab_size * config.hidden_size
-    return Held(process + 2 * job.adapter_bytes + head + 12 * job.largest_linear + LOGITS * config.vocab_size, models=1)
+    head = config.vocab_size * config.hidden_size
+    beside = max(2 * head, 12 * job.largest_linear + LOGITS * config.vocab_size)
+    return Held(process + 2 * job.adapter_bytes + 4 * head + beside, models=1)
 
 
 def held_by_fp32_reader(job: Job, process: int = PROCESS_BYTES) -> Held:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import edgetune
 from edgetune import export_adapter
-from edgetune.export import coreml, coreml_app, coreml_weights, verify
-from edgetune.export.coreml_weights import Stored, store
+from edgetune.export import coreml, coreml_app, coreml_weights, mil_eval, verify
+from edgetune.export.coreml_weights import Stored, blank, store
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import OPERATIONS, MilProgram
 from edgetune.export.target import Job, check_memory
@@ -240,6 +240,55 @@ def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_pat
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(ModelError, match="no readable Core ML package"):
         MilProgram(copy / coreml_app.PACKAGE)
+
+
+def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() -> None:
+    for form in ("nf4", "int4", "fp16"):
+        made, real = blank("w", (1 << 20, 1 << 16), form, 64), store("w", torch.randn(2, 128), form)
+        assert made.codes.strides == (0, 0)
+        assert made.codes.dtype == real.codes.dtype
+        assert (made.scale is None) == (real.scale is None)
+    with pytest.raises(ModelError, match=r"w has 96 inputs, .* --weights fp16"):
+        blank("w", (2, 96), "nf4", 64)
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
+def test_coremltools_reads_the_weights_that_were_written(weights: str, folder: Path, tmp_path: Path) -> None:
+    """By its own loader and the blob reader in it, every constant; ours, which proofs use, reads the same."""
+    from coremltools.converters.mil.frontend.milproto.load import load
+    from coremltools.models.utils import load_spec
+
+    job = replace(job_of(folder, weights, an_adapter(folder), "functions"), texts=[IDS])
+    package = written(job, tmp_path / "out").program
+    graph = tmp_path / "out" / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    spec = load_spec(str(graph))
+    program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(graph.parent / "weights"))
+    assert set(program.functions) == set(package.functions) == {"adapted", "base"}
+    source = coreml._source(job)
+    for name, function in program.functions.items():
+        places = coreml_weights.places(package.package, name)
+        linears = {op.outputs[0].name: op.inputs["weight"] for op in function.operations if op.op_type == "linear"}
+        for called, full in source.stored().items():
+            ours, expected = places[called].read(package.package), source.weight(full)
+            assert ours.differences(expected) == 0
+            if called == coreml_weights.EMBEDDING_NAME:
+                continue
+            weight = linears[called]
+            if weights == "fp16" or called == "logits":
+                assert np.array_equal(weight.val.view(np.uint16), expected.codes.view(np.uint16))
+                continue
+            scaled = weight.op.inputs
+            codes = scaled["data"].op.inputs["indices"].val if weights == "nf4" else scaled["data"].val
+            assert np.array_equal(np.asarray(codes).astype(np.int16), expected.codes.astype(np.int16))
+            assert np.array_equal(scaled["scale"].val.view(np.uint16), expected.scale.view(np.uint16))
+
+
+def test_weights_that_there_is_no_room_for_are_read_again(inputs_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mil_eval, "_SMALL", 256)
+    whole, none = coreml.EvaluatedPackage(inputs_package), coreml.EvaluatedPackage(inputs_package, room=0)
+    assert torch.equal(whole.logits(IDS), none.logits(IDS))
+    assert any(name.endswith("_weight") for _, name in whole.program._kept)
+    assert not any(name.endswith("_proj_weight") for _, name in none.program._kept)
 
 
 # --- the adapter -------------------------------------------------------------------------------------------------------------
