@@ -132,7 +132,7 @@ class Place:
         """Put a weight there."""
         assert stored.form == self.form
         package.fill(self.codes, stored.codes)
-        if self.scale is not None:
+        if stored.scale is not None:
             package.fill(self.scale, stored.scale)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export import effect, merge
-from edgetune.export.peft import TRANSFORMERS_BYTES, TransformersReader, open_transformers
+from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers
 from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
 from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime import bnb_layout, nf4
@@ -40,8 +40,10 @@ QUANT = QuantConfig()
 
 def held(job: Job) -> dict[str, list[Held]]:
     """A 4-bit form is rounded and measured; transformers reads dense ones whole, in fp32."""
-    made = merge.held_by_merge(job) if job.weights in DTYPES else held_by_rounding(job)
-    return {"write": [made, held_by_reference(job)], "read": [held_by_fp32_reader(job, TRANSFORMERS_BYTES)]}
+    dense = job.weights in DTYPES
+    made = merge.held_by_merge(job) if dense else held_by_rounding(job)
+    reader = held_by_fp32_reader(job, TRANSFORMERS_BYTES if dense else TRANSFORMERS_BYTES + PEFT_BYTES)
+    return {"write": [made, held_by_reference(job)], "read": [reader]}
 
 
 def write(job: Job, folder: Path) -> Written:

@@ -285,7 +285,9 @@ def _results(operation: Any, arguments: Mapping[str, list[Array]], in_place: boo
         return []
     if operation.type == "read_state":
         return arguments["input"]
-    single = {part: values if part == "values" else values[0] for part, values in arguments.items()}  # concat takes several
+    single: Arguments = {
+        part: values if part == "values" else values[0] for part, values in arguments.items()
+    }  # concat takes several
     if in_place:
         return [_update(single, single["x"])]
     made = _known(operation.type)(single)
