@@ -280,14 +280,12 @@ class _Function:
 
 
 def _results(operation: Any, arguments: Mapping[str, list[Array]], in_place: bool) -> list[Array]:
-    """What an operation makes of its arguments; a state is read as it lies."""
+    """What an operation makes of its arguments, of which only concat takes several under a name; a state is read as it lies."""
     if operation.type == "write_state":
         return []
     if operation.type == "read_state":
         return arguments["input"]
-    single: Arguments = {
-        part: values if part == "values" else values[0] for part, values in arguments.items()
-    }  # concat takes several
+    single: Arguments = {part: values if part == "values" else values[0] for part, values in arguments.items()}
     if in_place:
         return [_update(single, single["x"])]
     made = _known(operation.type)(single)
