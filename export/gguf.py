@@ -22,7 +22,6 @@ from edgetune.export.gguf_adapter import write_adapter
 from edgetune.export.gguf_model import GGUF_BYTES, held_by_gguf, write_model
 from edgetune.export.gguf_vocab import read_vocabulary
 from edgetune.export.target import (
-    PROCESS_BYTES,
     WITHOUT_ADAPTER,
     Held,
     Job,
@@ -65,7 +64,7 @@ PROBES = (
 def held(job: Job) -> dict[str, list[Held]]:
     """The adapter alone is tried on a bare base in f32."""
     return {
-        "write": [held_by_gguf(job), held_by_reference(job, PROCESS_BYTES + GGUF_BYTES)],
+        "write": [held_by_gguf(job), held_by_reference(job, GGUF_BYTES)],
         "read": [held_by_fp32_reader(job)],
     }
 

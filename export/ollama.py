@@ -14,7 +14,7 @@ from edgetune.export import gguf
 from edgetune.export.gguf_model import GGUF_BYTES, held_by_gguf, write_model
 from edgetune.export.gguf_vocab import CONTROL, Vocabulary, read_vocabulary
 from edgetune.export.go_template import Derived, derive
-from edgetune.export.target import PROCESS_BYTES, Held, Job, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ read = gguf.read
 def held(job: Job) -> dict[str, list[Held]]:
     """As a GGUF model."""
     return {
-        "write": [held_by_gguf(job), held_by_reference(job, PROCESS_BYTES + GGUF_BYTES)],
+        "write": [held_by_gguf(job), held_by_reference(job, GGUF_BYTES)],
         "read": [held_by_fp32_reader(job)],
     }
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from edgetune import ui
-from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
+from edgetune.events import Evaluated, Event, Exporting, Finished, Sampled, Skipped, Started, Stepped, from_dict
 
 
 def run_of(steps: int, seconds_per_step: float = 1.0, heldout: bool = True) -> Iterator[Event]:
@@ -173,3 +173,15 @@ def test_a_hostile_name_of_an_adapter_is_disarmed() -> None:
     assert isinstance(last, Finished)
     lines = plain(iter([*events, dataclasses.replace(last, adapter="x\x1b[2J\nfake line")]))
     assert "Adapter: x␛[2J fake line" in lines
+
+
+def test_an_export_is_told_of_each_five_seconds_and_as_json() -> None:
+    events = [Exporting("writing", 10 * done, 40, 2.0 * done) for done in range(5)] + [Exporting("proving", 0, 1, 11.0)]
+    assert [from_dict(event.as_dict()) for event in events] == events
+    shown = [io.StringIO(), io.StringIO()]
+    with ui.Plain(shown[0]) as plain, ui.JsonLines(shown[1]) as lines:
+        for event in events:
+            plain.show(event)
+            lines.show(event)
+    assert shown[0].getvalue().splitlines() == ["writing: 75 % after 6.0 s", "proving: 0 % after 11 s"]
+    assert [json.loads(text) for text in shown[1].getvalue().splitlines()] == [event.as_dict() for event in events]
