@@ -138,7 +138,7 @@ def test_the_swift_sketch_reads_keys_that_an_export_writes() -> None:
     """Of how-to-call.json and golden.json; the sketch itself is compiled by nobody here, and says so."""
     base = open_model(DEMO)
     ranks = dict.fromkeys(("q_proj", "v_proj"), 4)
-    plan = coreml_model.Plan(base.config, 64, 8, base.dense, lambda layer, name: None, None, ranks)  # type: ignore[arg-type, return-value]
+    plan = coreml_model.Plan(base.config, 64, 8, base.dense, lambda name, shape: None, ranks)  # type: ignore[arg-type, return-value]
     call = coreml_app.how_to_call(plan, DEMO, base.digest, [])
     swift = (EXAMPLES / "swiftui" / "HowToCall.swift").read_text()
     call_keys, golden_keys = (re.findall(r'case \w+ = "(\w+)"', part) for part in swift.split("struct Golden"))
