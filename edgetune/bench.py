@@ -23,6 +23,7 @@ from edgetune.runtime.generate import Generator
 from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
+from edgetune.runtime.ops import fuses
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Row, Runner
 from edgetune.shapes import SHAPES
@@ -139,12 +140,18 @@ def linear_flops(config: LlamaConfig, recompute: Recompute) -> float:
 
 
 def train_speed(
-    model: Llama, recompute: Recompute, tokens: int, peak_gflops: float, repeats: int, files: Sequence[Path] = ()
+    model: Llama,
+    recompute: Recompute,
+    tokens: int,
+    peak_gflops: float,
+    repeats: int,
+    files: Sequence[Path] = (),
+    int8: bool = False,
 ) -> TrainSpeed:
-    """Forward, backward and AdamW of one row of `tokens`, r16 on all linears."""
+    """Forward, backward and AdamW of one row of `tokens`, r16 on all linears; int8 as Runner's."""
     adapters.attach_new(model, LORA, 0)
     trim_memory()
-    runner = Runner(model, recompute)
+    runner = Runner(model, recompute, int8=int8)
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters)
     row = random_row(model.config, tokens)
@@ -208,7 +215,10 @@ def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) ->
     read = read_gb_per_second()
     trim_memory()
     model = random_llama(config, dtype)
-    train = {str(kind): train_speed(model, kind, tokens, peak, repeats) for kind in Recompute}
+    int8 = fuses(device, dtype)  # as `edgetune train` does
+    train = {str(kind): train_speed(model, kind, tokens, peak, repeats, int8=int8) for kind in Recompute}
+    if int8:
+        train["none, bf16"] = train_speed(model, Recompute.NONE, tokens, peak, repeats)
     fastest = max(train.values(), key=lambda speed: speed.tokens_per_second)
     decode = decode_tokens_per_second(model)
     return Bench(

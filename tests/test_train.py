@@ -18,8 +18,9 @@ from edgetune.evaluate import evaluate
 from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
 from edgetune.prepare import prepare, read
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import Checkpoint, open_model
-from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError
+from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError, UsageError
 from edgetune.runtime.lora import LoraLinear
 from edgetune.session import Session, open_base
 from edgetune.stepper import learning_rate
@@ -104,6 +105,23 @@ def test_recomputation_does_not_change_the_adapter(notes: Path, recompute: str) 
     full = finished(list(train(config(notes, recompute="full", steps=3))))
     other = finished(list(train(config(notes, recompute=recompute, steps=3))))
     assert adapter_bytes(full.adapter) == adapter_bytes(other.adapter)
+
+
+@pytest.mark.skipif(not ops.fuses(torch.device("cpu"), torch.bfloat16), reason="this machine has no AMX")
+def test_products_in_8_bits_train_as_well_and_are_the_default(notes: Path, tmp_path: Path) -> None:
+    ends, adapters_found = {}, {}
+    for compute in ("auto", "int8", "bf16"):
+        events = list(train(config(notes, compute=compute, steps=12, out=str(tmp_path / compute))))
+        assert next(event for event in events if isinstance(event, Started)).plan["int8"] == (compute != "bf16")
+        ends[compute], adapters_found[compute] = finished(events), adapter_bytes(str(tmp_path / compute))
+    assert adapters_found["auto"] == adapters_found["int8"] != adapters_found["bf16"]
+    assert ends["int8"].heldout_bits_per_byte_before == ends["bf16"].heldout_bits_per_byte_before  # read in bf16
+    assert ends["int8"].heldout_bits_per_byte_after == pytest.approx(ends["bf16"].heldout_bits_per_byte_after, rel=1e-2)
+
+
+def test_8_bits_without_a_kernel_for_them_are_refused(notes: Path) -> None:
+    with ops.use_backend("reference"), pytest.raises(UsageError, match=r"needs a CPU with AMX .* type --compute bf16"):
+        list(train(config(notes, compute="int8")))
 
 
 def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
     click.echo(f"  memory read              {result.read_gb_per_second:10.1f} GB/s")
     for name, speed in result.train.items():
         click.echo(
-            f"  train, recompute {name:<9}{speed.tokens_per_second:9,.1f} tok/s, {speed.gemm_share:4.0%} of the peak, "
+            f"  train, recompute {name:<11}{speed.tokens_per_second:9,.1f} tok/s, {speed.gemm_share:4.0%} of the peak, "
             f"{human_bytes(speed.peak_memory_bytes)}"
         )
     click.echo(f"  read a prompt            {result.prefill_tokens_per_second:10,.1f} tok/s")

@@ -39,6 +39,7 @@ PEERS = {
 }
 OURS = {
     "ours-none": "edgetune NF4, recompute none",
+    "ours-none-bf16": "edgetune NF4, recompute none, products in bf16",
     "ours-selective": "edgetune NF4, recompute selective",
     "ours-full": "edgetune NF4, recompute full",
     "ours-smallest": "edgetune NF4, smallest: recompute, states and activations in files",
@@ -228,6 +229,7 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.device import compact_heap, compute_dtype
     from edgetune.runtime.loader import load_llama
+    from edgetune.runtime.ops import fuses
     from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Recompute, Row, Runner
 
@@ -237,8 +239,9 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     checkpoint = open_model(arguments.workdir / f"{arguments.shape}-nf4")
     model = load_llama(checkpoint, compute_dtype(torch.device("cpu")))
     adapters.attach_new(model, bench.LORA, 0)
-    recompute = Recompute.FULL if small else Recompute(setting)
-    runner = Runner(model, recompute, arguments.loss_rows, arguments.workdir if small else None)
+    recompute = Recompute.FULL if small else Recompute(setting.removesuffix("-bf16"))
+    int8 = fuses(model.device, model.dtype) and not setting.endswith("-bf16")  # as `edgetune train` does
+    runner = Runner(model, recompute, arguments.loss_rows, arguments.workdir if small else None, int8)
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters, pages=arguments.workdir if small else None)
     tokens, ids = arguments.tokens, row_of_ids(arguments)

@@ -11,7 +11,7 @@ using namespace gemm;
 
 template <class E>
 constexpr int64_t LONG = DEEP<E> / SIDE;  // bf16 squares of a piece
-constexpr float COARSE = 0.03f;  // an error of int8's rounding, as a share of what is rounded, that asks for bf16 instead
+constexpr float COARSE = 0.06f;  // an error of int8's rounding, as a share of what is rounded, that asks for bf16 instead
 
 struct Linear {  // project.py's _Linear, field for field
     Weight weight;
