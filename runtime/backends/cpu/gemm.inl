@@ -8,9 +8,7 @@
 // there are. AMX needs no more than one instruction in 16 cycles, so the next strip is dequantised in between, and the panels
 // of the next piece of depth are fetched into the second cache. Panels are loaded past the first cache, which strips need.
 // project.inl makes whole linears with adapters of these.
-//
-// In int8 the same squares hold twice the depth: a row of the weight in units of its largest / 127, a row of x (backward: of dy
-// times the weight's scales) in units of its own largest / 127. Sums are whole numbers until all depth is done.
+// In int8 the same squares hold twice the depth: int8.inl.
 
 namespace gemm {
 
@@ -205,8 +203,8 @@ ET_INLINE void multiply_square(const E* left, const E* right) {
     ET_TILE_PRODUCT(3, 5, 7);
 }
 
-// c (four tiles of 16 x 16 sums, int32 of int8) = or += the products of `main` and then of `more`; the strip gets `each` chunks further
-// after every one of main's.
+// c (four tiles of 16 x 16 sums, whole numbers of int8) = or += the products of `main` and then of `more`; the strip gets `each`
+// chunks further after every one of main's.
 template <bool PANEL_LEFT, class E, class Next>
 ET_INLINE void multiply(float* c, const Squares<E>& main, const Squares<E>& more, bool add, Next& next, int64_t each,
                         const Ahead& ahead) {
@@ -275,36 +273,6 @@ static void write_columns(const float* c, Bf16* out, int64_t out_row, int64_t ro
         for (int64_t r = 0; r < least(16, rows - 16 * half); r++)
             _mm512_storeu_si512(out + r * out_row, _mm512_load_si512(turned + 32 * r));
     }
-}
-
-// ---- int8: a row's numbers in units of its largest / 127 ----
-
-constexpr float INT8_STEPS = 127.0f;
-
-// The scale of every row of a weight, and 1 / it: the largest absmax of its blocks, for 1 is the largest of the codes.
-static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
-    const int64_t blocks = inputs >> weight.block_shift;
-    for (int64_t row = from; row < until; row++) {
-        float largest = 0.0f;
-        for (int64_t i = row * blocks; i < (row + 1) * blocks; i++) {
-            float absmax = weight.absmax.at(i);
-            largest = absmax > largest ? absmax : largest;
-        }
-        scales[row] = largest / INT8_STEPS, inverses[row] = largest > 0.0f ? INT8_STEPS / largest : 0.0f;
-    }
-}
-
-// 32 x 32 whole-number sums (four tiles) -> fp32, in place, times the factors of their rows and columns (null: 1), plus `more`.
-static void scale_sums(float* c, const float* rows, const float* columns, const float* more) {
-    for (int64_t tile = 0; tile < 4; tile++)
-        for (int64_t r = 0; r < 16; r++) {
-            float* at = c + tile * 256 + r * 16;
-            __m512 factor = columns ? _mm512_loadu_ps(columns + tile % 2 * 16) : _mm512_set1_ps(1.0f);
-            factor = _mm512_mul_ps(_mm512_set1_ps(rows[tile / 2 * 16 + r]), factor);
-            __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
-            __m512 rest = more ? _mm512_loadu_ps(more + (at - c)) : _mm512_setzero_ps();
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(sums, factor, rest));
-        }
 }
 
 }  // namespace gemm

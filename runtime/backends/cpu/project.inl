@@ -11,7 +11,6 @@ using namespace gemm;
 
 template <class E>
 constexpr int64_t LONG = DEEP<E> / SIDE;  // bf16 squares of a piece
-constexpr float COARSE = 0.06f;  // an error of int8's rounding, as a share of what is rounded, that asks for bf16 instead
 
 struct Linear {  // project.py's _Linear, field for field
     Weight weight;
@@ -218,6 +217,21 @@ struct Project {
 
     // ---- int8: scales, and whether they serve ----
 
+    // Every thread comes to the same answer, since it looks at all rows.
+    bool serves() const { return even_enough(errors, call->rows); }
+
+    void scale_matrix(int index, int count) const {
+        const Range mine = share(round_up(call->rows, SIDE), 1, index, count);
+        const Bf16* matrix = BACKWARD ? call->y : call->x;
+        const float* factors = BACKWARD ? scales : nullptr;
+        for (int64_t row = mine.begin; row < mine.end; row++) {
+            row_scales[row] = 0.0f;
+            if (row >= call->rows) continue;
+            const Bf16* from = matrix + row * (BACKWARD ? call->y_row : call->x_row);
+            errors[row] = scale_numbers(from, factors, depth, &row_scales[row]);
+        }
+    }
+
     void scale_weights(int index, int count) const {
         int64_t before = 0;
         for (int64_t p = 0; p < call->count; p++) {
@@ -226,34 +240,6 @@ struct Project {
             scale_rows(linear.weight, call->inputs, mine.begin, mine.end, scales + before, inverses + before);
             before += linear.outputs;
         }
-    }
-
-    // A row's scale, and the square of the relative error that rounding to its steps makes: steps^2 / 12 a number.
-    void scale_matrix(int index, int count) const {
-        const Bf16* matrix = BACKWARD ? call->y : call->x;
-        const Range mine = share(round_up(call->rows, SIDE), 1, index, count);
-        for (int64_t row = mine.begin; row < mine.end; row++) {
-            row_scales[row] = 0.0f;
-            if (row >= call->rows) continue;
-            const Bf16* from = matrix + row * (BACKWARD ? call->y_row : call->x_row);
-            __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-            for (int64_t i = 0; i < depth; i += 16) {
-                __m512 values = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-                if (BACKWARD) values = _mm512_mul_ps(values, _mm512_loadu_ps(scales + i));
-                largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
-                squares = _mm512_fmadd_ps(values, values, squares);
-            }
-            const float scale = _mm512_reduce_max_ps(largest) / INT8_STEPS, all = _mm512_reduce_add_ps(squares);
-            row_scales[row] = scale;
-            errors[row] = all == 0.0f ? 0.0f : scale * scale / 12.0f * float(depth) / all;  // NaN where anything is
-        }
-    }
-
-    // Whether the rows are even enough, and finite; of all rows, so that every thread comes to the same answer.
-    bool serves() const {
-        float all = 0.0f;
-        for (int64_t row = 0; row < call->rows; row++) all += errors[row];
-        return all <= COARSE * COARSE * float(call->rows);
     }
 
     // ---- a panel of rows, packed, and the thin products of it ----
@@ -274,26 +260,9 @@ struct Project {
         if (!BACKWARD) transpose_squares(lines, panel, (piece.until - piece.from) / SIDE);
     }
     void enter(int8_t* panel, const Bf16* lines, int64_t top, const Piece& piece) const {
-        alignas(64) int8_t square[2048];
-        for (int64_t deep = piece.from; deep < piece.until; deep += 64, lines += 2 * SQUARE, panel += 2048) {
-            int8_t* to = BACKWARD ? panel : square;
-            const float* weight_scales = scales + piece.at - piece.from + deep;
-            for (int64_t r = 0; r < SIDE; r++) {
-                const float scale = row_scales[top + r];
-                const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
-                for (int64_t i = 0; i < 4; i++) {
-                    const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
-                    __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
-                    values = _mm512_mul_ps(values, inverse);
-                    if (BACKWARD) values = _mm512_mul_ps(values, _mm512_loadu_ps(weight_scales + 16 * i));
-                    __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values));
-                    _mm_store_si128(reinterpret_cast<__m128i*>(to + r * 64 + i * 16), steps);
-                }
-            }
-            if (!BACKWARD)
-                for (int64_t tile = 0; tile < 2048; tile += 1024) transpose_words(square + tile, 64, panel + tile);
-        }
+        round_squares(lines, row_scales + top, BACKWARD ? scales + piece.at : nullptr, piece.until - piece.from, !BACKWARD, panel);
     }
+
     void enter_forward(int64_t row, int64_t number, const Desk& desk) const {
         Piece piece = first_piece(0);
         const int64_t top = row + number * SIDE;

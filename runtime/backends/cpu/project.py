@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ISA = "amx"
 STRIP = 32  # gemm.inl's SIDE: ranks are padded to it, outputs are multiples of it
 INT8_STRIP = 64  # gemm.inl's DEPTH of int8: outputs, the backward's depth, are multiples of it
+INT8_DEPTH = 2**31 // 127**2  # of so many numbers the sums of int8 products fit 32 bits
 CHUNK = 64  # gemm.inl's CHUNK
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -78,7 +79,7 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool 
     y None: only what the backward needs. Returns that: dropout(x) A^T of each adapter, (M, ranks padded to 32), bf16. None
     where no fused kernel fits this machine, dtype or shape: nothing was written. Raises ValueError for arguments that do not
     fit together. W has dequantize's bits; y may be a slice of columns. int8: x and W are rounded to 8 bits, each row in steps
-    of its largest / 127, where that costs x less than 3% (project.inl's COARSE) and the shapes allow it.
+    of its largest / 127, where that costs x less than 6% (project.inl's COARSE) and the shapes allow it.
     """
     _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
     if y is not None:
@@ -182,6 +183,11 @@ def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear
     return struct
 
 
+def _fits_int8(linears: list[_Linear], inputs: int) -> bool:
+    outputs = [linear.outputs for linear in linears]
+    return all(width % INT8_STRIP == 0 for width in outputs) and max(inputs, sum(outputs)) <= INT8_DEPTH
+
+
 def _run(
     name: str, linears: list[_Linear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor, int8: bool
 ) -> None:
@@ -203,7 +209,7 @@ def _run(
         rows=rows,
         inputs=inputs,
         threads=torch.get_num_threads(),
-        int8=int8 and all(linear.outputs % INT8_STRIP == 0 for linear in linears),
+        int8=int8 and _fits_int8(linears, inputs),
     )
     function, address = kernel(name, "p"), ctypes.addressof(call)
     function(address)

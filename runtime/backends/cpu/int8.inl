@@ -1,0 +1,81 @@
+// Numbers in 8 bits for gemm.inl's products: a row of the weight in steps of its largest / 127, a row of x in steps of its own
+// largest / 127, and sums that are whole numbers until all depth is done. Backward, where the depth is the weight's rows, it is
+// dy times their scales that is rounded. After "LLM.int8()" (Dettmers et al. 2022, arXiv 2208.07339), which sets outlier
+// columns apart; here a product whose rows are too uneven is left to bf16 as a whole.
+
+namespace gemm {
+
+constexpr float INT8_STEPS = 127.0f;
+constexpr float COARSE = 0.06f;  // an error of rounding, as a share of what is rounded, that asks for bf16 instead (LOG.md)
+
+// The scale of every row of a weight, and 1 / it: the largest absmax of its blocks, for 1 is the largest of the codes.
+static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
+    const int64_t blocks = inputs >> weight.block_shift;
+    for (int64_t row = from; row < until; row++) {
+        float largest = 0.0f;
+        for (int64_t i = row * blocks; i < (row + 1) * blocks; i++) {
+            float absmax = weight.absmax.at(i);
+            largest = absmax > largest ? absmax : largest;
+        }
+        scales[row] = largest / INT8_STEPS, inverses[row] = largest > 0.0f ? INT8_STEPS / largest : 0.0f;
+    }
+}
+
+// 32 x 32 whole-number sums (four tiles) -> fp32, in place, times the factors of their rows and columns (null: 1), plus `more`.
+static void scale_sums(float* c, const float* rows, const float* columns, const float* more) {
+    for (int64_t tile = 0; tile < 4; tile++)
+        for (int64_t r = 0; r < 16; r++) {
+            float* at = c + tile * 256 + r * 16;
+            __m512 factor = columns ? _mm512_loadu_ps(columns + tile % 2 * 16) : _mm512_set1_ps(1.0f);
+            factor = _mm512_mul_ps(_mm512_set1_ps(rows[tile / 2 * 16 + r]), factor);
+            __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
+            __m512 rest = more ? _mm512_loadu_ps(more + (at - c)) : _mm512_setzero_ps();
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(sums, factor, rest));
+        }
+}
+
+// The scale of a row of `depth` numbers, each times its factor (null: 1), and the square of the relative error that rounding
+// to its steps makes: steps^2 / 12 a number; NaN where a number is not finite.
+static float scale_numbers(const Bf16* row, const float* factors, int64_t depth, float* scale) {
+    __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < depth; i += 16) {
+        __m512 values = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
+        if (factors) values = _mm512_mul_ps(values, _mm512_loadu_ps(factors + i));
+        largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
+        squares = _mm512_fmadd_ps(values, values, squares);
+    }
+    *scale = _mm512_reduce_max_ps(largest) / INT8_STEPS;
+    const float all = _mm512_reduce_add_ps(squares);
+    return all == 0.0f ? 0.0f : *scale * *scale / 12.0f * float(depth) / all;
+}
+
+// Whether the rows with these errors may be rounded: false for any that is not finite.
+static bool even_enough(const float* errors, int64_t rows) {
+    float all = 0.0f;
+    for (int64_t row = 0; row < rows; row++) all += errors[row];
+    return all <= COARSE * COARSE * float(rows);
+}
+
+// 32 rows of bf16 squares in left form, `depth` deep, rounded: int8 squares in left form, or turned to the right form.
+static void round_squares(const Bf16* lines, const float* row_scales, const float* factors, int64_t depth, bool turned,
+                          int8_t* to) {
+    alignas(64) int8_t left[2048];
+    for (int64_t deep = 0; deep < depth; deep += 64, lines += 2 * SQUARE, to += 2048) {
+        int8_t* square = turned ? left : to;
+        for (int64_t r = 0; r < SIDE; r++) {
+            const __m512 inverse = _mm512_set1_ps(row_scales[r] > 0.0f ? 1.0f / row_scales[r] : 0.0f);
+            for (int64_t i = 0; i < 4; i++) {
+                const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
+                __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
+                values = _mm512_mul_ps(values, inverse);
+                if (factors) values = _mm512_mul_ps(values, _mm512_loadu_ps(factors + deep + 16 * i));
+                __m128i rounded = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values));
+                _mm_store_si128(reinterpret_cast<__m128i*>(square + r * 64 + i * 16), rounded);
+            }
+        }
+        if (turned)
+            for (int64_t tile = 0; tile < 2048; tile += 1024) transpose_words(left + tile, 64, to + tile);
+    }
+}
+
+}  // namespace gemm
