@@ -33,7 +33,10 @@ LORA = LoraConfig(rank=16, alpha=16.0)
 
 @dataclass(frozen=True)
 class TrainSpeed:
-    """One recomputation setting: tokens/s, the share of the GEMM peak that its linears reached, peak memory."""
+    """One recomputation setting: tokens/s, the share of the GEMM peak that its linears reached, peak memory.
+
+    Products in 8 bits count as the bf16 ones that they stand for.
+    """
 
     tokens_per_second: float
     gemm_share: float
@@ -42,7 +45,8 @@ class TrainSpeed:
 
 @dataclass(frozen=True)
 class Bench:
-    """`edgetune bench`'s answer; gemm_gflops is the peak of the dtype computed in."""
+    """`edgetune bench`'s answer; gemm_gflops is the peak of `dtype`, the activations'. train_int8: of `train`, all but "none,
+    bf16" made their large products in 8 bits."""
 
     machine: str
     threads: int
@@ -54,6 +58,7 @@ class Bench:
     read_gb_per_second: float
     train_tokens_per_second: float
     train_gemm_share: float
+    train_int8: bool
     train: dict[str, TrainSpeed] = field(default_factory=dict)
     prefill_tokens_per_second: float = 0.0
     decode_tokens_per_second: float = 0.0
@@ -232,6 +237,7 @@ def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) ->
         read_gb_per_second=read,
         train_tokens_per_second=fastest.tokens_per_second,
         train_gemm_share=fastest.gemm_share,
+        train_int8=int8,
         train=train,
         prefill_tokens_per_second=prefill_tokens_per_second(model, min(tokens, config.max_positions)),
         decode_tokens_per_second=decode,

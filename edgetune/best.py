@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from edgetune.runstate import Damaged, read_sealed, write_sealed
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.safetensors_file import SafetensorsFile, write_tensors
+from edgetune.runtime.errors import ResourceError
 
 FILE = "best.safetensors"
 
@@ -23,7 +24,7 @@ class BestAdapter:
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace it, at once or not at all. Raises ResourceError when the disk is full."""
-        write_tensors(self._path, tensors)
+        write_sealed(self._path, tensors)
         self.exists = True
 
     def keep_live(self, tensors: Mapping[tuple[int, str, str], Tensor]) -> None:
@@ -31,11 +32,19 @@ class BestAdapter:
         self.keep({".".join(map(str, key)): tensor for key, tensor in tensors.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Mapped: they take memory while they are read. None where nothing was kept yet."""
+        """Mapped: they take memory while they are read. Empty where nothing was kept yet.
+
+        Raises ResourceError where the file is not what was written.
+        """
         if not self.exists:
             return {}
-        file = SafetensorsFile.open(self._path)
-        return {name: file.tensor(name) for name in file.tensors}
+        try:
+            return read_sealed(self._path)[0]
+        except Damaged as error:
+            raise ResourceError(
+                "The best adapter so far cannot be read back from the disk; type the same command again: it goes on from the "
+                "last checkpoint."
+            ) from error
 
     def adapter(self) -> Adapter:
         """All of it, mapped."""

@@ -14,11 +14,11 @@ import torch
 
 from edgetune.config import DataConfig, TrainConfig, default_epochs, parse_bytes
 from edgetune.meter import anonymous_memory
-from edgetune.runtime import budget
+from edgetune.runtime import budget, ops
 from edgetune.runtime.budget import Parts, Setting, Stored, Vocabulary
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import available_memory, can_compact_heap, card_memory, process_memory
-from edgetune.runtime.errors import ResourceError
+from edgetune.runtime.device import available_memory, can_compact_heap, card_memory, compute_dtype, process_memory
+from edgetune.runtime.errors import ResourceError, UsageError
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8
@@ -110,6 +110,28 @@ def file_bytes(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: S
         chunks = -(-batch_tokens // setting.row_tokens) * -(-setting.row_tokens // setting.loss_rows)
         moved += chunks * 2 * config.vocab_size * config.hidden_size * stored.head_dtype.itemsize
     return moved
+
+
+def number_format(compute: str, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The activations' dtype, and whether training's large products are in 8 bits, for one of COMPUTE.
+
+    Raises UsageError where 8 bits are asked for and there is no kernel for them.
+    """
+    dtype = compute_dtype(device) if compute == "auto" else torch.float32 if compute == "fp32" else torch.bfloat16
+    able = device.type == "cpu" and ops.fuses(device, dtype)
+    if compute == "int8" and not able:
+        raise UsageError(
+            f"--compute int8 needs a CPU with AMX (Xeon of 2023 and later, on Linux) and edgetune's kernels; found "
+            f"{device.type} with {ops.backend_name(device)}. Type --compute bf16."
+        )
+    return dtype, able and compute in ("auto", "int8")
+
+
+def described_format(compute: str) -> torch.dtype:
+    """The activations' dtype on a machine that is not this one: a card. Raises UsageError for 8 bits, which are a CPU's."""
+    if compute == "int8":
+        raise UsageError("--compute int8 is for a CPU with AMX; type --compute bf16.")
+    return torch.float32 if compute == "fp32" else torch.bfloat16
 
 
 def choose(

@@ -21,9 +21,8 @@ from edgetune.state import home
 RECIPES = ("notes", "raw", "chat")
 RECOMPUTE = ("auto", "none", "selective", "full")
 COMPUTE = ("auto", "bf16", "int8", "fp32")
-"""int8: activations are bf16, and the frozen weights' products are in 8 bits while training."""
-INT8_BY = ("auto", "int8")
-"""What of COMPUTE asks for 8 bits where there are kernels."""
+"""int8: activations are bf16, and the frozen weights' products are in 8 bits while training. auto: that on a CPU with AMX, else
+bf16 where the hardware multiplies it, else fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """In what form a session holds the head: as its folder does, in one of vocabulary.KINDS, or as is fastest at no cost."""
 CONFIG_FILE = "config.toml"
@@ -82,7 +81,7 @@ class TrainConfig:
     beta2: float = 0.999  # the paper's
     clip: float = 1.0  # the paper's 0.3 would bind at every step of a small model's short run
     recompute: str = "auto"  # the fastest that fits
-    compute: str = "auto"  # bf16 where the hardware multiplies it
+    compute: str = "auto"  # the fastest here: COMPUTE
     evaluations: int = 5  # readings of the held-out notes during the run: enough to catch the turn, under a tenth of its time
     from_adapter: str | None = None
 

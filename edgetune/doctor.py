@@ -16,9 +16,8 @@ import torch
 
 import edgetune
 from edgetune.confirm import confirm
-from edgetune.prepare import backend_name
 from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
-from edgetune.runtime.ops import kernels_missing, multiplies_int8
+from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
 from edgetune.state import home
 
 

@@ -16,7 +16,19 @@ import torch
 
 from edgetune.batches import Packer
 from edgetune.bench import random_llama, random_row
-from edgetune.choose import COMPACT, FILE_SPEED, advice, choose, file_bytes, held_already, least, memory_allowed, planned_steps
+from edgetune.choose import (
+    COMPACT,
+    FILE_SPEED,
+    advice,
+    choose,
+    described_format,
+    file_bytes,
+    held_already,
+    least,
+    memory_allowed,
+    number_format,
+    planned_steps,
+)
 from edgetune.config import TrainConfig
 from edgetune.models import resolve
 from edgetune.prepare import named_adapter, read, tokenize_notes
@@ -25,7 +37,7 @@ from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import compute_dtype, pick_device
+from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import DeviceError, UsageError
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
@@ -70,9 +82,10 @@ def forecast(train: TrainConfig) -> Forecast:
             raise
         device, here = torch.device("cpu"), False
     kind = device.type if here else train.device
-    dtype = compute_dtype(device) if here else torch.bfloat16
-    if train.compute != "auto":
-        dtype = torch.float32 if train.compute == "fp32" else torch.bfloat16
+    if here:
+        dtype, int8 = number_format(train.compute, device)
+    else:
+        dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
     steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder)
     memory, process = memory_allowed(train, kind), held_already(kind) if here else 0
@@ -81,7 +94,7 @@ def forecast(train: TrainConfig) -> Forecast:
     shown = choice or smallest
     speed = seconds = None
     if choice is not None and here and kind == "cpu":
-        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype)
+        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8)
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
     return Forecast(
@@ -142,10 +155,16 @@ def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:
 
 
 def seconds_a_step(
-    config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int, dtype: torch.dtype
+    config: LlamaConfig,
+    lora: LoraConfig,
+    stored: Stored,
+    setting: Setting,
+    batch_tokens: int,
+    dtype: torch.dtype,
+    int8: bool,
 ) -> float:
     """Measured on one and on two layers, the rest by their difference; what files take is nominal."""
-    one, two = (_row_seconds(config, lora, setting, dtype, layers) for layers in (1, 2))
+    one, two = (_row_seconds(config, lora, setting, dtype, int8, layers) for layers in (1, 2))
     layer = max(two - one, 0.0)
     row = (one + layer * (config.num_layers - 1)) * (COMPACT if setting.compact else 1.0)
     rows = -(-batch_tokens // setting.row_tokens)
@@ -154,11 +173,11 @@ def seconds_a_step(
     return rows * (max(row, read) + 0.05 * read) + files / FILE_SPEED
 
 
-def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, layers: int) -> float:
+def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, int8: bool, layers: int) -> float:
     """The fastest of three times that a row of this setting takes, on random weights."""
     model = random_llama(dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers]), dtype)
     adapters.attach_new(model, lora, 0)
-    runner = Runner(model, setting.recompute, setting.loss_rows)
+    runner = Runner(model, setting.recompute, setting.loss_rows, int8=int8)
     optimizer = PagedAdamW(adapters.parameters(model))
     row = random_row(config, setting.row_tokens)
     seconds = []

@@ -13,19 +13,19 @@ import torch
 
 from edgetune import registry
 from edgetune.batches import Packer
-from edgetune.choose import choose_or_refuse, planned_steps
-from edgetune.config import INT8_BY, TrainConfig
+from edgetune.choose import choose_or_refuse, number_format, planned_steps
+from edgetune.config import TrainConfig
 from edgetune.documents import Reading, read_notes
 from edgetune.documents.document import Document
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import ops
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.device import compact_heap, compute_dtype, pick_device, steady_heap
-from edgetune.runtime.errors import AdapterError, DataError, ModelError, UsageError
+from edgetune.runtime.device import compact_heap, pick_device, steady_heap
+from edgetune.runtime.errors import AdapterError, DataError, ModelError
 from edgetune.runtime.files import sha256_file
-from edgetune.runtime.ops import backend_for, fuses
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import Base, Loaded, load_base
@@ -148,7 +148,7 @@ def prepare(config: TrainConfig, base: Base, folder: Path, run: str = "", proces
     choice, checkpoint = base
     device = pick_device(config.device)
     store, held_out = tokenize_notes(config, parted, Tokenizer.load(choice.path), folder)
-    data, dtype = config.data, _dtype(config, device)
+    data, (dtype, int8) = config.data, number_format(config.compute, device)
     adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     stored = Stored.of(checkpoint)
@@ -170,8 +170,8 @@ def prepare(config: TrainConfig, base: Base, folder: Path, run: str = "", proces
         warmup_steps=min(config.warmup_steps, steps // 4),
         evaluate_every=max(1, -(-steps // max(config.evaluations, 1))),
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
-        int8=chooses_int8(config, device, loaded.model.dtype),
-        backend=backend_name(loaded.model.device),
+        int8=int8,
+        backend=ops.backend_name(loaded.model.device),
         threads=torch.get_num_threads(),
         predicted_peak_bytes=chosen.parts.total,
         data_digest=_digest(parted.train),
@@ -244,11 +244,17 @@ def changes_since(prepared: Prepared) -> list[str]:
             )
     except DataError:
         told.append("The notes cannot be read any more; the run goes on with them as they were when it began.")
-    then, now = (record.torch, record.plan.backend), (torch.__version__, backend_name(prepared.loaded.model.device))
+    then, now = (record.torch, record.plan.backend), (torch.__version__, ops.backend_name(prepared.loaded.model.device))
     if then != now:
         told.append(
             f"The run began with torch {then[0]} on {then[1]} and goes on with torch {now[0]} on {now[1]}: "
             "the last bits of the adapter may differ from those of a run in one piece."
+        )
+    model = prepared.loaded.model
+    if record.plan.int8 and not (model.device.type == "cpu" and ops.fuses(model.device, model.dtype)):
+        told.append(
+            "The run began with products in 8 bits, which nothing here makes; it goes on in bf16, and the adapter will not be "
+            "that of a run in one piece."
         )
     return told
 
@@ -264,30 +270,6 @@ def _token_files(folder: Path) -> dict[str, str]:
     """Digests of the token files, by their places in `folder`."""
     files = sorted(path for side in (TOKENS, HELD_OUT) for path in (folder / side).glob("*"))
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
-
-
-def backend_name(device: torch.device) -> str:
-    """The back end and, for the C++ kernels, the instruction set in use."""
-    module = backend_for(device)
-    isa = getattr(module, "selected_isa", None)
-    return f"{module.NAME}/{isa()}" if isa is not None else str(module.NAME)
-
-
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.compute == "auto":
-        return compute_dtype(device)
-    return torch.float32 if config.compute == "fp32" else torch.bfloat16
-
-
-def chooses_int8(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether training's large products are in 8 bits: where asked for, or by default, and there are kernels.
-
-    Raises UsageError where they are asked for and there are none.
-    """
-    able = device.type == "cpu" and fuses(device, dtype)
-    if config.compute == "int8" and not able:
-        raise UsageError("--compute int8 needs a CPU with AMX (Xeon of 2023 and later, on Linux); type --compute bf16.")
-    return able and config.compute in INT8_BY
 
 
 def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting) -> Loaded:

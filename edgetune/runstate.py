@@ -4,6 +4,7 @@ unfinished/<key>.lock                 held while a process is at the run
 unfinished/<key>/run.json             the plan and what else was settled before step 1; without it the folder is no run
 unfinished/<key>/tokens, held-out     the notes as tokens
 unfinished/<key>/checkpoint-<n>.safetensors   the last two, each one file that ends with its own checksum
+unfinished/<key>/best.safetensors     the best adapter since, likewise; a checkpoint has the one of its own moment
 
 <key> stands for the settings, the model, the output and the notes' paths: for the command. All of it is private
 (0600/0700), and deleted when the run is finished, started over, or left alone for 30 days.
@@ -34,7 +35,7 @@ from edgetune.runtime.files import atomic_write
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgetune.state import home, private_folder
 
-FORMAT = 3
+FORMAT = 4
 KEPT = 2
 FORGOTTEN_AFTER_DAYS = 30
 _RUN, _CHECKSUM = "run.json", "checksum"
@@ -78,6 +79,10 @@ class Damaged(Exception):
     """What was kept is not what was written."""
 
 
+class OtherVersion(Damaged):
+    """What was kept is another version's."""
+
+
 class Unfinished:
     """One unfinished run's folder, of which this process holds the lock."""
 
@@ -106,23 +111,14 @@ class Unfinished:
         """Write a checkpoint and drop all but the last two. Raises ResourceError on a full disk; the others then stay."""
         number = max((int(path.stem.rpartition("-")[2]) for path in self._checkpoints()), default=0) + 1
         path = self.folder / f"checkpoint-{number:06}.safetensors"
-        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        specs.append(TensorSpec(_CHECKSUM, torch.int64, (1,)))
-        with SafetensorsWriter(path, specs, {"state": json.dumps(dataclasses.asdict(state))}) as writer:
-            checksum = zlib.crc32(writer.header)
-            for name, tensor in tensors.items():
-                values = tensor.detach().cpu().contiguous()
-                # CRC-32, twice as quick as SHA-256: what it guards against is a bad disk and no enemy.
-                checksum = zlib.crc32(values.view(-1).view(torch.uint8).numpy().data, checksum)
-                writer.write(name, values)
-            writer.write(_CHECKSUM, torch.tensor([checksum]))
+        write_sealed(path, tensors, {"state": json.dumps(dataclasses.asdict(state))})
         for old in self._checkpoints()[:-KEPT]:
             _drop(old)
         return path
 
     def restore(self) -> Restored:
         """The last checkpoint that is whole; what is damaged, or was never finished, is deleted."""
-        for left in self.folder.glob(".checkpoint-*"):
+        for left in (*self.folder.glob(".checkpoint-*"), *self.folder.glob(".best.*")):  # a kill ended their writing
             _drop(left)
         damaged = 0
         for path in reversed(self._checkpoints()):
@@ -201,13 +197,35 @@ def _drop(path: Path) -> None:
 
 def _read(path: Path) -> Restored:
     """A checkpoint, its tensors mapped. Raises Damaged."""
+    tensors, metadata = read_sealed(path)
+    try:
+        return Restored(State(**json.loads(metadata["state"])), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(path) from error
+
+
+def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file whose last tensor is a checksum of all before it. Raises ResourceError on a full disk."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs.append(TensorSpec(_CHECKSUM, torch.int64, (1,)))
+    with SafetensorsWriter(path, specs, metadata) as writer:
+        checksum = zlib.crc32(writer.header)
+        for name, tensor in tensors.items():
+            values = tensor.detach().cpu().contiguous()
+            # CRC-32, twice as quick as SHA-256: what it guards against is a bad disk and no enemy.
+            checksum = zlib.crc32(values.view(-1).view(torch.uint8).numpy().data, checksum)
+            writer.write(name, values)
+        writer.write(_CHECKSUM, torch.tensor([checksum]))
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """What `write_sealed` wrote, mapped, and its metadata. Raises Damaged."""
     try:
         file = SafetensorsFile.open(path)
         found = int(file.tensor(_CHECKSUM))
         if zlib.crc32(memoryview(file.mapping)[:-_CHECKSUM_BYTES]) != found:
             raise Damaged(path)
-        tensors = {name: file.tensor(name) for name in file.tensors if name != _CHECKSUM}
-        return Restored(State(**json.loads(file.metadata["state"])), tensors)
+        return {name: file.tensor(name) for name in file.tensors if name != _CHECKSUM}, file.metadata
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, EdgetuneError) as error:
         raise Damaged(path) from error
 
@@ -222,12 +240,14 @@ def _unsealed(path: Path) -> dict[str, Any]:
     """What `_sealed` wrote. Raises Damaged."""
     try:
         sealed = json.loads(path.read_bytes())
-        record = sealed["record"]
-        whole = sealed["format"] == FORMAT and sealed["sha256"] == _digest(json.dumps(record, sort_keys=True))
+        record, version = sealed["record"], sealed["format"]
+        whole = sealed["sha256"] == _digest(json.dumps(record, sort_keys=True))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(path) from error
     if not whole or not isinstance(record, dict):
         raise Damaged(path)
+    if version != FORMAT:
+        raise OtherVersion(path)
     return record
 
 

@@ -42,7 +42,7 @@ from edgetune.meter import Meter, meter_for
 from edgetune.prepare import Prepared, Record, changes_since, prepare, prepare_again, prepare_beside
 from edgetune.registry import Current
 from edgetune.report import write_report
-from edgetune.runstate import Damaged, Restored, Unfinished
+from edgetune.runstate import Damaged, OtherVersion, Restored, Unfinished
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.adapter import Adapter
@@ -96,7 +96,8 @@ def train(
                 EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
                 meter_for(prepared.loaded.model.device, prepared.loaded.checkpoint.files) as meter,
             ):
-                nbytes = 12 * budget.adapter_parameters(prepared.loaded.model.config, prepared.lora)  # values and two moments
+                numbers = budget.adapter_parameters(prepared.loaded.model.config, prepared.lora)
+                nbytes = (8 + prepared.plan.setting.optimizer_bits // 4) * numbers  # values, the best of them, two moments
                 keeper = _Keeper(place, log, nbytes)
                 run = _Run(prepared, restored, world, keeper, stop or threading.Event(), deadline, meter)
                 try:
@@ -137,6 +138,9 @@ def _begin(
             record, restored = Record.of(place.record()), place.restore()
             prepared = prepare_again(config, base, place.folder, record, begun=bool(restored.tensors))
             return prepared, restored, Resumed(restored.state.step, (*restored.notices, *changes_since(prepared)))
+        except OtherVersion:
+            notice = "This command's unfinished run was begun by another version of edgetune, so it starts over."
+            resumed = Resumed(0, (notice,))
         except (Damaged, DataError):
             resumed = Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
     place.discard()
@@ -267,7 +271,6 @@ class _Run:
         if self.keeper.is_due(self.reading_seconds):
             yield self._keep()
         reading = self._evaluate()
-        trim_device(self.model.device)  # its rows had other shapes than a step's
         self.reading_seconds, self.state.read_at = reading.seconds, step
         if step == 0:
             self.state.before = reading.bits_per_byte
@@ -356,10 +359,17 @@ class _Run:
     def _evaluate(self) -> Evaluated:
         start = time.monotonic()
         assert self.prepared.held_out is not None
+        self._trim()
         result = evaluate_store(
             self.runner, self.prepared.held_out, self.plan.seq_len, self.plan.setting.row_tokens, self._go_on
         )
+        self._trim()
         return Evaluated(self.state.step, result.bits_per_byte, result.tokens, time.monotonic() - start)
+
+    def _trim(self) -> None:
+        """Give back what lies free: rows of steps, of readings and of texts have other shapes, and their holes would add up."""
+        trim_memory()
+        trim_device(self.model.device)
 
     def _is_best(self, reading: Evaluated) -> bool:
         score, best = reading.bits_per_byte, self.state.best_score
@@ -378,6 +388,7 @@ class _Run:
             generator = Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
             written = generator.generate(ids, tokens, sampling, tokenizer.eos_ids)
             yield Sampled(when, prompt, tokenizer.decode(written, continuing=True))
+        self._trim()
 
     def _finish(self) -> Iterator[Event]:
         """Save the best adapter, by the plan's readings and, where the deadline cut the run, by one more.
@@ -396,6 +407,8 @@ class _Run:
         if best_step is None:
             best_step = state.step
         if best_step != state.step:
+            if self.kept != (state.step, state.read_at):
+                yield self._keep()  # while the trained values are still here
             adapters.copy_into(self.model, self.best.adapter())
         yield from self._samples("after")
         promoted = score is None or state.before is None or score < state.before
@@ -403,8 +416,7 @@ class _Run:
         folder = self._save(best, promoted)
         yield Saved(best_step, str(folder), score)
         peak = max(state.peak_memory_bytes, self.meter.peak())
-        trim_memory()
-        trim_device(self.model.device)
+        self._trim()
         yield Finished(
             adapter=str(folder),
             steps=state.step,
@@ -435,6 +447,9 @@ class _Run:
             "heldout_bits_per_byte_after": score,
             "best_step": best_step,
             "steps": self.plan.steps,
+            "compute_dtype": self.plan.compute_dtype,
+            "int8": self.plan.int8,
+            "optimizer_bits": self.plan.setting.optimizer_bits,
             "settings": settings,
         }
 

@@ -123,6 +123,11 @@ def write(job: Job, folder: Path) -> Written:
 
     Raises ResourceError where coremltools is not there, UsageError for an --adapter-as that is not known.
     """
+    if job.weights == ADAPTER_ALONE and job.adapter_as is not None:
+        raise UsageError(
+            f"--weights none writes the adapter's file alone, of which --adapter-as {job.adapter_as} makes nothing; leave one "
+            "out."
+        )
     if job.weights == ADAPTER_ALONE:
         app.write_adapter(job.needed_adapter(), job.base.config, job.base.digest, folder / app.ADAPTER_FILE)
         return Written(app.ADAPTER_FILE, ("This is the adapter alone, for a package of the same base and linears.",))

@@ -25,7 +25,7 @@ import importlib.util
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -122,15 +122,23 @@ class Held:
     fixed: int
     models: int = 0
 
-    def least(self, base: Checkpoint) -> int:
-        """The smallest Job.memory that is enough: with layers streamed, or with all of them in memory where that is less."""
+    def needed(self, base: Checkpoint, memory: int) -> int:
+        """The Job.memory that is enough where `memory` decides how the layers are held: streamed, or, where they fit their
+        share as they are stored, all of them, a dense base's as fp32."""
         if not self.models:
             return self.fixed
         config, stored = base.config, sum(tensor.nbytes for name, tensor in base.stored.items() if LINEAR in name)
-        kept = stored if base.quant is not None else 4 * config.linear_parameters  # a dense one becomes fp32 as a whole
+        if memory * LAYER_SHARE >= stored:
+            kept = stored if base.quant is not None else 4 * config.linear_parameters
+            return self.fixed + self.models * kept
         ring = min(SLOTS * stored // config.num_layers, stored)
-        streamed = max(self.fixed / (1 - self.models * LAYER_SHARE), ring / LAYER_SHARE)
-        return math.ceil(min(streamed, max(self.fixed + self.models * kept, stored / LAYER_SHARE)))
+        return math.ceil(max(self.fixed / (1 - self.models * LAYER_SHARE), ring / LAYER_SHARE))
+
+    def enough(self, base: Checkpoint, memory: int) -> int:
+        """`memory` where it is enough, else a larger amount that is: more may load what less would have streamed."""
+        while (needed := self.needed(base, memory)) > memory:
+            memory = needed
+        return memory
 
 
 def held_by_reference(job: Job, process: int = PROCESS_BYTES) -> Held:
@@ -152,14 +160,22 @@ def check_memory(target: Target, job: Job) -> None:
     if job.memory is None:
         return
     stages = target.held(job)
-    written, read = (max(held.least(job.base) for held in stages[name]) for name in ("write", "read"))
-    needed = max(written, read) if job.check else written
+    written = _enough(stages["write"], job.base, job.memory)
+    needed = _enough([*stages["write"], *stages["read"]], job.base, job.memory) if job.check else written
     if needed > job.memory:
         unproved = f", or --no-verify and {_megabytes(written)} to write it unproved" if needed > written else ""
         raise ResourceError(
-            f"This export takes about {needed / 1e9:.2f} GB with the layers streamed, and --memory allows "
+            f"This export takes about {needed / 1e9:.2f} GB, and --memory allows "
             f"{job.memory / 1e9:.2f} GB; type --memory {_megabytes(needed)} or more{unproved}."
         )
+
+
+def _enough(stages: Iterable[Held], base: Checkpoint, memory: int) -> int:
+    """An amount that is enough for all: `memory`, or the next above it."""
+    stages = list(stages)
+    while (needed := max(held.enough(base, memory) for held in stages)) > memory:
+        memory = needed
+    return memory
 
 
 def _megabytes(count: int) -> str:

@@ -141,7 +141,7 @@ def copy_into(model: Llama, adapter: Adapter) -> None:
 
 
 def snapshot(model: Llama, config: LoraConfig, about: dict[str, Any] | None = None) -> Adapter:
-    """The model's adapter as it stands now, copied."""
+    """The model's adapter as it stands now, copied: for whoever goes on training. `live_tensors` copies nothing."""
     copies = {key: tensor.cpu().clone() for key, tensor in live_tensors(model).items()}
     layers = tuple(sorted({layer for layer, _, _ in copies}))
     return Adapter(config, copies, about or {}, None if len(layers) == len(model.blocks) else layers)

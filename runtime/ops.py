@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import attention as tiled
-from edgetune.runtime import int8
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.int8 import Int8Rows
+from edgetune.runtime.int8 import quantize as quantize_rows
 from edgetune.runtime.nf4 import QuantizedTensor
 
 log = logging.getLogger("edgetune")
@@ -72,6 +72,13 @@ def kernels_missing(device_type: str = "cpu") -> str | None:
 def backend_for(device: torch.device) -> ModuleType:
     """The back end that runs ops on `device` now."""
     return _load(_forced[-1]) if _forced else _best(device.type)
+
+
+def backend_name(device: torch.device) -> str:
+    """The back end and, for the C++ kernels, the instruction set in use."""
+    module = backend_for(device)
+    isa = getattr(module, "selected_isa", None)
+    return f"{module.NAME}/{isa()}" if isa is not None else str(module.NAME)
 
 
 @contextlib.contextmanager
@@ -125,7 +132,7 @@ def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
 def int8_rows(weight: Tensor) -> Int8Rows:
     """A dense (V, D) in 8 bits: int8.quantize's bits."""
     _check(weight.dim() == 2 and weight.is_floating_point(), "weight is {} {}", tuple(weight.shape), weight.dtype)
-    quantize = getattr(backend_for(weight.device), "int8_rows", int8.quantize)
+    quantize = getattr(backend_for(weight.device), "int8_rows", quantize_rows)
     found: Int8Rows = quantize(weight)
     return found
 

@@ -17,16 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from crashes import CRASHED, Driver, Ended, wait_for
 from tiny import save_trainable
 
 from edgetune import registry, runstate
+from edgetune.best import BestAdapter
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Stepped, read_events
 from edgetune.lock import Lock
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import ops
 from edgetune.runtime.adapter import WEIGHTS_FILE
-from edgetune.runtime.errors import BusyError, TrainingError
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.errors import BusyError, ResourceError, TrainingError
 from edgetune.runtime.files import exchange
 from edgetune.train import _Keeper, train
 
@@ -396,6 +400,48 @@ def test_a_run_whose_plan_or_tokens_are_damaged_starts_over(config: TrainConfig,
     events = list(train(config))
     assert resumed(events) == Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
     assert weights(config) == reference
+
+
+def test_a_run_of_another_version_starts_over_and_says_so(config: TrainConfig, private_home: Path) -> None:
+    reference, _ = undisturbed(config)
+    run_until(config, 3)
+    record = unfinished(private_home) / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format": runstate.FORMAT - 1}))
+    events = list(train(config))
+    assert resumed(events).notices == (
+        "This command's unfinished run was begun by another version of edgetune, so it starts over.",
+    )
+    assert weights(config) == reference
+
+
+def test_a_best_adapter_newer_than_the_checkpoint_or_half_written_changes_nothing(
+    config: TrainConfig, private_home: Path
+) -> None:
+    reference, _ = undisturbed(config)
+    run_until(config, 3)
+    left = unfinished(private_home) / ".best.safetensors.1"
+    for path in (left, unfinished(private_home) / "best.safetensors"):
+        path.write_bytes(b"not what was written")
+    for event in train(config):
+        assert not isinstance(event, Stepped) or not left.exists()
+    assert weights(config) == reference
+
+
+def test_a_best_adapter_that_the_disk_changed_is_not_taken(tmp_path: Path) -> None:
+    best = BestAdapter(tmp_path, LoraConfig(2, 2.0))
+    best.keep({"0.q_proj.lora_A": torch.ones(2, 8)})
+    assert torch.equal(best.tensors()["0.q_proj.lora_A"], torch.ones(2, 8))
+    damage(tmp_path / "best.safetensors", "middle")
+    with pytest.raises(ResourceError, match=r"type the same command again: it goes on from the last checkpoint"):
+        best.tensors()
+
+
+@pytest.mark.skipif(not ops.fuses(torch.device("cpu"), torch.bfloat16), reason="this machine has no AMX")
+def test_a_run_in_8_bits_that_goes_on_without_kernels_for_them_says_so(config: TrainConfig) -> None:
+    run_until(config, 3)
+    with ops.use_backend("reference"):
+        notices = resumed(list(train(config))).notices
+    assert any("began with products in 8 bits" in notice for notice in notices)
 
 
 def test_changed_notes_wait_for_fresh(config: TrainConfig) -> None:

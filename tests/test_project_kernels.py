@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import itertools
 
 import pytest
@@ -14,6 +16,7 @@ from edgetune.runtime.backends import reference
 from edgetune.runtime.ops import Adapted
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
+project = importlib.import_module("edgetune.runtime.backends.cpu.project")
 
 BF16 = torch.bfloat16
 TOLERANCE = 5e-3  # of a tensor's norm: one rounding to bf16 is 1.7e-3, and adapters round twice more
@@ -161,6 +164,46 @@ def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16() -> None
             results.append((y, cpu.project_backward(dy, x, reduced, linears, zeros(linears), int8)))
         for plain, asked in zip(*results, strict=True):
             assert torch.equal(plain.nan_to_num(7), asked.nan_to_num(7))
+
+
+@needs_amx
+def test_rows_of_zeros_hide_no_outliers() -> None:
+    """What pads a batch, and what is not trained, has no gradient: it says nothing about the rows that have one."""
+    linears, dense = adapted("in eights")
+    x, dy = numbers(256, dense[0].shape[1]), numbers(256, sum(len(weight) for weight in dense), seed=1)
+    dy[:, 7] = 200.0
+    dy[20:] = 0
+    y = torch.empty_like(dy)
+    reduced = cpu.project(x, linears, y)
+    assert reduced is not None
+    plain, asked = (cpu.project_backward(dy, x, reduced, linears, zeros(linears), int8) for int8 in (False, True))
+    assert torch.equal(plain, asked)
+
+
+@needs_amx
+def test_a_weight_with_a_number_that_is_none_gives_none_in_int8_too() -> None:
+    """A damaged absmax must be seen, and one that double quantisation left below 0 must not be taken for none."""
+    linears, dense = adapted("in eights, no adapter")
+    state = dataclasses.replace(linears[0].weight.state, absmax=linears[0].weight.state.absmax.clone())
+    damaged = Adapted(dataclasses.replace(linears[0].weight, state=state))
+    x, y = numbers(100, dense[0].shape[1]), torch.empty(100, len(dense[0]), dtype=BF16)
+    state.absmax[3] = float("nan")  # of row 1: rows have three blocks
+    assert cpu.project(x, [damaged], y, int8=True) is not None
+    assert y[:, 1].isnan().all()
+    assert y[:, 0].isfinite().all()
+    state.absmax[3:6] = -state.absmax[6:9]
+    wanted = x.float() @ ops.dequantize(damaged.weight, BF16).float().T
+    assert cpu.project(x, [damaged], y, int8=True) is not None
+    assert (y.float() - wanted).norm() < INT8_ERROR * wanted.norm()
+
+
+def test_sums_of_int8_are_never_deeper_than_32_bits_hold() -> None:
+    wide = [project._Linear(outputs=outputs) for outputs in (66_560, 66_560)]
+    assert project._fits_int8(wide, 64)
+    assert 127 * 127 * 2 * 66_560 < 2**31
+    assert not project._fits_int8([*wide, project._Linear(outputs=64)], 64)
+    assert not project._fits_int8(wide, 133_184)
+    assert not project._fits_int8([project._Linear(outputs=96)], 64)
 
 
 @needs_amx

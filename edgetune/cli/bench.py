@@ -36,6 +36,8 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
     for name, gflops in result.gemm_gflops_by_dtype.items():
         click.echo(f"  matrix product {name:<9} {gflops:10,.0f} GFLOP/s")
     click.echo(f"  memory read              {result.read_gb_per_second:10.1f} GB/s")
+    if result.train_int8:
+        click.echo("  training's large products are in 8 bits, unless it says bf16")
     for name, speed in result.train.items():
         click.echo(
             f"  train, recompute {name:<11}{speed.tokens_per_second:9,.1f} tok/s, {speed.gemm_share:4.0%} of the peak, "

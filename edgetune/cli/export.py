@@ -28,7 +28,9 @@ from edgetune.ui import human_bytes, human_time, one_line, renderer
     help="Core ML: how the adapter is part of the package. Default: inputs, so that a new night needs no new export.",
 )
 @click.option("--texts", multiple=True, metavar="NOTES", help="Texts to measure on what a lossy merge keeps of the adapter.")
-@click.option("--memory", metavar="2GB", help="Refuse what would hold more than this.")
+@click.option(
+    "--memory", metavar="2GB", help="Stay within this: stream layers, and refuse what cannot, with the amount that would do."
+)
 @click.option("--force", is_flag=True, help="Write even what was found useless or out of bounds.")
 @click.option("--no-verify", is_flag=True, help="Do not open the result with the target's own reader.")
 @json_option
@@ -50,8 +52,19 @@ def export_command(
 
     limit = None if memory is None else parse_bytes(memory)
     with renderer(as_json, None if as_json else sys.stderr) as shown:
-        given = (target, model, adapter, out, weights, adapter_as, texts, limit)
-        result = export_adapter(*given, check=not no_verify, force=force, show=shown.show)
+        result = export_adapter(
+            target,
+            model=model,
+            adapter=adapter,
+            out=out,
+            weights=weights,
+            adapter_as=adapter_as,
+            texts=texts,
+            memory=limit,
+            check=not no_verify,
+            force=force,
+            show=shown.show,
+        )
     say(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
     for notice in result.notices:
         say(notice)

@@ -47,7 +47,7 @@ def models_command(folder: str | None, as_json: bool) -> None:
     type=click.Choice(HEADS),
     default="bf16",
     show_default=True,
-    help="nf4: a smaller folder; text a little worse (0.3% of the bits a byte on the built-in model).",
+    help="nf4: a smaller folder, text a little worse; only where the head is a tensor of its own.",
 )
 @json_option
 def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json: bool) -> None:

@@ -54,7 +54,7 @@ head_option: Decorator = click.option(
     type=click.Choice(HEADS),
     default="auto",
     show_default=True,
-    help="The head's weights: as stored, in 8 bits, in 4 (quickest, a little worse); auto is int8 on a CPU.",
+    help="The head: as stored, in 8 bits, in 4 (quickest, a little worse); auto is int8 on a CPU with compiled kernels.",
 )
 
 

@@ -63,6 +63,9 @@ def _show(result: Forecast) -> None:
         click.echo(f"To make it fit, {result.advice}.")
 
 
+_IN_FILE = {"neither": [], "embedding": ["embedding in its file"], "both": ["embedding and head in their file"]}
+
+
 def described(setting: dict[str, Any]) -> str:
     """A setting in words."""
     told = [f"rows of {setting['row_tokens']} tokens", f"recompute {setting['recompute']}"]
@@ -70,7 +73,5 @@ def described(setting: dict[str, Any]) -> str:
         told.append(f"{human_bytes(setting['layer_memory'])} of layers in memory, the others streamed")
     told += ["optimizer states in a file"] * setting["paged_optimizer"] + ["activations in a file"] * setting["offload"]
     told += ["8-bit optimizer states"] * (setting["optimizer_bits"] == 8)
-    told += {"neither": [], "embedding": ["embedding in its file"], "both": ["embedding and head in their file"]}[
-        setting["in_file"]
-    ]
+    told += _IN_FILE[setting["in_file"]]
     return ", ".join(told + ["large tensors given back at once"] * setting["compact"])

@@ -1,5 +1,5 @@
 // Products of NF4 weights with many rows on AMX: the weight is dequantised piece by piece into the first cache and multiplied
-// from there, so that no dense copy of it ever exists. Weights are nf4.py's bits in bf16, sums are fp32 over the whole depth,
+// from there, so that no dense copy of it ever exists. In bf16 weights have nf4.py's bits, sums are fp32 over the whole depth,
 // and the result is rounded once.
 //     forward    y (M, O)  = x (M, I) W^T     computed as y^T = W x^T: dequantised rows are a tile's left form as they lie
 //     backward   dx (M, I) = dy (M, O) W      dequantised pairs of rows, interleaved, are its right form
@@ -61,7 +61,7 @@ struct Strip {
     }
     // The same of row `of`, in units of its scale, rounded to 16 bytes.
     ET_MEMBER __m128i bytes(int64_t weight, int64_t of) const {
-        return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of]))));
+        return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of]))));
     }
     ET_MEMBER void chunk() { chunk(static_cast<const E*>(nullptr)); }
 

@@ -14,8 +14,9 @@ static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64
     for (int64_t row = from; row < until; row++) {
         float largest = 0.0f;
         for (int64_t i = row * blocks; i < (row + 1) * blocks; i++) {
-            float absmax = weight.absmax.at(i);
-            largest = absmax > largest ? absmax : largest;
+            const float absmax = fabsf(weight.absmax.at(i));  // double quantisation may leave one of almost 0 below it
+            if (!(absmax <= largest)) largest = absmax;       // a NaN stays
+            if (largest != largest) break;
         }
         scales[row] = largest / INT8_STEPS, inverses[row] = largest > 0.0f ? INT8_STEPS / largest : 0.0f;
     }
@@ -49,11 +50,13 @@ static float scale_numbers(const Bf16* row, const float* factors, int64_t depth,
     return all == 0.0f ? 0.0f : *scale * *scale / 12.0f * float(depth) / all;
 }
 
-// Whether the rows with these errors may be rounded: false for any that is not finite.
+// Whether the rows with these errors may be rounded: false for any that is not finite. Rows of zeros, what pads or is not
+// trained, do not count.
 static bool even_enough(const float* errors, int64_t rows) {
     float all = 0.0f;
-    for (int64_t row = 0; row < rows; row++) all += errors[row];
-    return all <= COARSE * COARSE * float(rows);
+    int64_t counted = 0;
+    for (int64_t row = 0; row < rows; row++) all += errors[row], counted += errors[row] != 0.0f;
+    return all <= COARSE * COARSE * float(counted);
 }
 
 // 32 rows of bf16 squares in left form, `depth` deep, rounded: int8 squares in left form, or turned to the right form.
@@ -63,7 +66,7 @@ static void round_squares(const Bf16* lines, const float* row_scales, const floa
     for (int64_t deep = 0; deep < depth; deep += 64, lines += 2 * SQUARE, to += 2048) {
         int8_t* square = turned ? left : to;
         for (int64_t r = 0; r < SIDE; r++) {
-            const __m512 inverse = _mm512_set1_ps(row_scales[r] > 0.0f ? 1.0f / row_scales[r] : 0.0f);
+            const __m512 inverse = _mm512_set1_ps(row_scales[r] > 1e-37f ? 1.0f / row_scales[r] : 0.0f);  // never inf
             for (int64_t i = 0; i < 4; i++) {
                 const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
                 __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));

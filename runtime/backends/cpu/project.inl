@@ -155,7 +155,8 @@ struct Project {
         turned_d = reinterpret_cast<Bf16*>(take(BACKWARD ? panels * squares * SQUARE * 2 : 0));
         // sums and two strips, which products need; sums of thin products and squares, which packing and gradients need
         sums_bytes = panels * SIDE * least(widest, WIDE) * 4;
-        int64_t products = sums_bytes + 2 * DEEP<E> * SIDE * sizeof(E), thins = (squares + 1) * SQUARE * 4 + (2 * LONG<E> + 2 * panels) * SQUARE * 2;
+        const int64_t products = sums_bytes + 2 * DEEP<E> * SIDE * sizeof(E);
+        const int64_t thins = (squares + 1) * SQUARE * 4 + (2 * LONG<E> + 2 * panels) * SQUARE * 2;
         own_bytes = round_up(products > thins ? products : thins, 64);
         own = take(call->threads * own_bytes);
         call->scratch_bytes = next - call->scratch;
