@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from edgetune import events
-from edgetune.events import Evaluated, EventLog, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
+from edgetune.events import (
+    Evaluated,
+    EventLog,
+    Exporting,
+    Finished,
+    Interrupted,
+    Resumed,
+    Sampled,
+    Saved,
+    Skipped,
+    Started,
+    Stepped,
+)
 from edgetune.runtime.errors import DataError
 
 STARTED = Started(
@@ -42,6 +54,7 @@ EVERY_KIND = [
     Saved(step=2, path="adapters/notes-1", bits_per_byte=1.6),
     FINISHED,
     Interrupted(step=2, steps=3, tokens=800, seconds=41.5),
+    Exporting(stage="writing", done=3, total=57, seconds=0.4),
 ]
 
 
