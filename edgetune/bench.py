@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
+from edgetune.choose import number_format
 from edgetune.meter import MemoryMeter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import compute_dtype, cpu_name, trim_memory
+from edgetune.runtime.device import cpu_name, trim_memory
 from edgetune.runtime.generate import Generator
 from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
-from edgetune.runtime.ops import fuses
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Row, Runner
 from edgetune.shapes import SHAPES
@@ -210,7 +210,7 @@ def decode_bytes(model: Llama) -> int:
 def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) -> Bench:
     """Measure this machine, then a model of the named shape on it."""
     device = torch.device("cpu")
-    dtype = compute_dtype(device)
+    dtype, int8 = number_format("auto", device)  # as `edgetune train` has them
     config = SHAPES[shape]
     peaks = {
         str(kind).removeprefix("torch."): gemm_gflops(kind, gemm_shapes(config, tokens))
@@ -220,7 +220,6 @@ def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) ->
     read = read_gb_per_second()
     trim_memory()
     model = random_llama(config, dtype)
-    int8 = fuses(device, dtype)  # as `edgetune train` does
     train = {str(kind): train_speed(model, kind, tokens, peak, repeats, int8=int8) for kind in Recompute}
     if int8:
         train["none, bf16"] = train_speed(model, Recompute.NONE, tokens, peak, repeats)

@@ -118,7 +118,7 @@ def number_format(compute: str, device: torch.device) -> tuple[torch.dtype, bool
     Raises UsageError where 8 bits are asked for and there is no kernel for them.
     """
     dtype = compute_dtype(device) if compute == "auto" else torch.float32 if compute == "fp32" else torch.bfloat16
-    able = device.type == "cpu" and ops.fuses(device, dtype)
+    able = ops.fuses(device, dtype)
     if compute == "int8" and not able:
         raise UsageError(
             f"--compute int8 needs a CPU with AMX (Xeon of 2023 and later, on Linux) and edgetune's kernels; found "

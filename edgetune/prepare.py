@@ -24,7 +24,7 @@ from edgetune.runtime.budget import Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.device import compact_heap, pick_device, steady_heap
-from edgetune.runtime.errors import AdapterError, DataError, ModelError
+from edgetune.runtime.errors import AdapterError, DataError, ModelError, UsageError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.runtime.tokenizer import Tokenizer
@@ -216,11 +216,17 @@ def prepare_again(config: TrainConfig, base: Base, folder: Path, record: Record,
 def prepare_beside(config: TrainConfig, base: Base, folder: Path, record: Record) -> Prepared:
     """A follower's side of the run whose leader shared `record`: its own notes, as tokens in `folder`, and its own model.
 
-    Raises ModelError or DataError where they are not the leader's. The adapter's values are the leader's to give.
+    Raises ModelError or DataError where they are not the leader's, and UsageError where this machine cannot multiply as the
+    leader does. The adapter's values are the leader's to give.
     """
     choice, checkpoint = base
     if checkpoint.digest != record.plan.base:
         raise ModelError("The model here is not that of process 0; copy the same folder to every machine.")
+    if record.plan.int8 and not ops.fuses(pick_device(config.device), getattr(torch, record.plan.compute_dtype)):
+        raise UsageError(
+            "Process 0 multiplies in 8 bits, and the machine of another process has no AMX or no kernels for it; type "
+            "--compute bf16, the same for all processes."
+        )
     _, parted = read(config)
     tokenize_notes(config, Split(parted.train, []), Tokenizer.load(choice.path), folder)
     if _token_files(folder) != record.files:
@@ -251,7 +257,7 @@ def changes_since(prepared: Prepared) -> list[str]:
             "the last bits of the adapter may differ from those of a run in one piece."
         )
     model = prepared.loaded.model
-    if record.plan.int8 and not (model.device.type == "cpu" and ops.fuses(model.device, model.dtype)):
+    if record.plan.int8 and not ops.fuses(model.device, model.dtype):
         told.append(
             "The run began with products in 8 bits, which nothing here makes; it goes on in bf16, and the adapter will not be "
             "that of a run in one piece."

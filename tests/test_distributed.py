@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -25,8 +26,10 @@ from tiny import save_trainable
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.distributed import BUCKET, Alone, _buckets, joined
 from edgetune.events import Event, Interrupted, Saved, Stepped
+from edgetune.prepare import prepare, prepare_beside
 from edgetune.runstate import Unfinished
 from edgetune.runtime.errors import LinkError, UsageError
+from edgetune.session import open_base
 
 training = importlib.import_module("edgetune.train")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no Gloo")
@@ -165,6 +168,19 @@ def test_other_notes_on_another_machine_are_refused(place: Path, monkeypatch: py
     assert "Another process of this run could not begin" in tried.stderr
     assert "wrote" not in tried.stderr
     assert "tide" not in tried.stderr
+
+
+def test_a_machine_that_cannot_multiply_as_the_leader_does_is_refused(place: Path) -> None:
+    data = DataConfig(notes=(str(place / "notes"),), seq_len=64, batch_tokens=512)
+    config = TrainConfig(model=str(place / "model"), data=data, device="cpu", compute="fp32")
+    base = open_base(config.model)
+    for folder in ("leader", "follower"):
+        (place / folder).mkdir()
+    record = prepare(config, base, place / "leader").record.shared()
+    assert prepare_beside(config, base, place / "follower", record).plan.int8 is False
+    leader = dataclasses.replace(record, plan=dataclasses.replace(record.plan, int8=True))  # fp32: nobody has kernels for it
+    with pytest.raises(UsageError, match="type --compute bf16, the same for all processes"):
+        prepare_beside(config, base, place / "follower", leader)
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, here: int) -> None:
