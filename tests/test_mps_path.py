@@ -3,7 +3,6 @@ Metal kernels' source, and on which the engine must give what plain torch gives 
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -232,7 +231,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     for number in range(24):
         text = f"# Shed {number}\n\nMarra oiled chain {number} and hung it behind the door, out of the wet. " * 2
         (tmp_path / "notes" / f"{number}.md").write_text(text)
-    monkeypatch.setattr(sys.modules["edgetune.train"], "_SAMPLE_TOKENS", 3)
+    monkeypatch.setattr("edgetune.run._SAMPLE_TOKENS", 3)
     return tmp_path / "model", tmp_path / "notes"
 
 

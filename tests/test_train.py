@@ -17,6 +17,7 @@ from edgetune.config import DataConfig, TrainConfig
 from edgetune.evaluate import evaluate
 from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
 from edgetune.prepare import prepare, read
+from edgetune.run import Run
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -151,18 +152,16 @@ def test_one_batch_can_be_learnt_by_heart(notes: Path) -> None:
 
 def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reading that turns upward: the adapter of the lowest one is what is saved."""
-    from edgetune import train as module
-
     readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
     kept: list[torch.Tensor] = []
 
-    def reading(self: module._Run) -> Evaluated:
+    def reading(self: Run) -> Evaluated:
         linear = self.model.blocks[0].q_proj
         assert isinstance(linear, LoraLinear)
         kept.append(linear.lora_A.detach().clone())
         return Evaluated(self.state.step, next(readings), 1, 0.0)
 
-    monkeypatch.setattr(module._Run, "_evaluate", reading)
+    monkeypatch.setattr(Run, "_evaluate", reading)
     end = finished(list(train(config(notes, steps=6, evaluations=6))))
     assert end.best_step == 2
     assert end.heldout_bits_per_byte_after == 1.0
@@ -170,10 +169,8 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
 
 
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgetune import train as module
-
     readings = iter([1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(module._Run, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
+    monkeypatch.setattr(Run, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
     end = finished(list(train(config(notes, steps=3, evaluations=3))))
     assert not end.promoted
     assert (Path(end.adapter) / adapters.CONFIG_FILE).is_file()
