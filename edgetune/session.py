@@ -82,7 +82,7 @@ def load_base(
         target,
         quant,
         layer_memory=layer_memory,
-        embedding_kind=None if in_file is Vocabulary.NEITHER else FILE,
+        embedding_in_file=in_file is not Vocabulary.NEITHER,
         head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target),
     )
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))

@@ -16,7 +16,7 @@ from edgetune.runtime.lora import Linear, Weight
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
-from edgetune.runtime.vocabulary import StoredRows, Vocabulary
+from edgetune.runtime.vocabulary import FILE, Embedding, Head, StoredRows
 
 
 def load_llama(
@@ -26,16 +26,16 @@ def load_llama(
     quant: QuantConfig | None = None,
     progress: Callable[[int, int], None] = lambda done, layers: None,
     layer_memory: int | None = None,
-    embedding_kind: str | None = None,
+    embedding_in_file: bool = False,
     head_kind: str | None = None,
 ) -> Llama:
     """The model on `device`, computing in `dtype`.
 
     A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
     linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
-    `layer_memory` bytes, those that do not fit are streamed from the files. `embedding_kind` and
-    `head_kind` quantise these on the way (vocabulary.KINDS) or leave them in their file (vocabulary.FILE); None maps them. A
-    tied model has one for both where both kinds are the same, and else a head of its own.
+    `layer_memory` bytes, those that do not fit are streamed from the files. The embedding is mapped, or left in its file; the
+    head too (None, vocabulary.FILE), or quantised on the way (vocabulary.KINDS). A tied model has one for both where both are
+    mapped or in the file, and else a head of its own.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
     ResourceError where `layer_memory` does not hold two layers.
@@ -61,10 +61,10 @@ def load_llama(
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
-    embedding = _vocabulary(checkpoint, EMBEDDING, device, embedding_kind)
+    embedding = _embedding(checkpoint, device, embedding_in_file)
     head_name = EMBEDDING if config.tie_embeddings else HEAD
-    shared = config.tie_embeddings and embedding_kind == head_kind
-    head = embedding if shared else _vocabulary(checkpoint, head_name, device, head_kind)
+    shared = config.tie_embeddings and head_kind == (FILE if embedding_in_file else None)
+    head = embedding if shared else _head(checkpoint, head_name, device, head_kind)
     if isinstance(head, Tensor) and head.dtype != dtype:
         head = head.to(dtype)
         checkpoint.release(head_name)
@@ -72,25 +72,37 @@ def load_llama(
     return Llama(config, embedding, blocks, norm, head, dtype, pager)
 
 
-def _vocabulary(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Vocabulary:
-    """The embedding or the head; one that is quantised or read lets go of the mapping."""
-    weight = checkpoint.tensor(name)
-    if isinstance(weight, Tensor) and kind == vocabulary.FILE:
-        path, stored = checkpoint.located(name)
-        checkpoint.release(name)
-        return StoredRows(path.open("rb", buffering=0), stored.start, stored.dtype, stored.shape, device)
-    if isinstance(weight, Tensor) and kind is not None:
-        try:
-            small = vocabulary.quantize(weight, kind)
-        except ValueError as error:
-            raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
-        checkpoint.release(name)
-        return small.to(device)
+def _embedding(checkpoint: Checkpoint, device: torch.device, in_file: bool) -> Embedding:
+    if in_file:
+        return _in_file(checkpoint, EMBEDDING, device)
+    embedding = checkpoint.dense(EMBEDDING).to(device)
     if device.type != "cpu":
-        placed = weight.to(device)
-        checkpoint.release(name)
-        return placed
-    return weight
+        checkpoint.release(EMBEDDING)
+    return embedding
+
+
+def _head(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Head:
+    """One that is stored in 4 bits stays as it is; one that is quantised or read lets go of the mapping."""
+    weight = checkpoint.tensor(name)
+    if kind is None or not isinstance(weight, Tensor):
+        head = weight.to(device)
+        if device.type != "cpu":
+            checkpoint.release(name)
+        return head
+    if kind == FILE:
+        return _in_file(checkpoint, name, device)
+    try:
+        small = vocabulary.quantize(weight, kind)
+    except ValueError as error:
+        raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
+    checkpoint.release(name)
+    return small.to(device)
+
+
+def _in_file(checkpoint: Checkpoint, name: str, device: torch.device) -> StoredRows:
+    path, stored = checkpoint.located(name)
+    checkpoint.release(name)
+    return StoredRows(path.open("rb", buffering=0), stored.start, stored.dtype, stored.shape, device)
 
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:

@@ -25,7 +25,7 @@ from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
 from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
 from edgetune.runtime.pager import Pager, Resident
-from edgetune.runtime.vocabulary import StoredRows, Vocabulary
+from edgetune.runtime.vocabulary import Embedding, Head, StoredRows
 
 
 class KVCache:
@@ -185,10 +185,10 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: LlamaConfig,
-        embedding: Vocabulary,
+        embedding: Embedding,
         blocks: list[Block],
         norm: Tensor,
-        head: Vocabulary,
+        head: Head,
         dtype: torch.dtype,
         pager: Pager | None = None,
     ) -> None:

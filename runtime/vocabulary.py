@@ -1,5 +1,5 @@
-"""The embedding and the head, (V, D) each: dense, 8-bit, NF4, or left in their file. Rows are looked up, and products made, in
-panels of rows, so that a quantised one is never dense as a whole, and one in a file never in memory.
+"""The embedding and the head, (V, D) each: dense or left in their file; the head also in 8 bits or NF4. A head's products are
+made in panels of rows, so that a quantised one is never dense as a whole, and one in a file never in memory.
 
 8-bit is int8.py's: 8 + 32/D bits a number. NF4 is nf4.py's: 4.127 bits.
 """
@@ -22,8 +22,9 @@ from edgetune.runtime.nf4 import QuantizedTensor, QuantState
 from edgetune.runtime.ops import Adapted
 
 KINDS = ("int8", "nf4")
+"""What a dense head can be quantised to."""
 FILE = "file"
-"""The kind that is not quantised but stays in its file."""
+"""The kind of a head that is not quantised but stays in its file."""
 MPS_TERMS = 16384
 """Terms of a product's sums on MPS, at most: M1 and M2 add what lies behind the matrices from 32,767 on, and torch before
 2.14 lets them (pytorch#183535, #195163). Of all products only the head's backward has so many."""
@@ -62,16 +63,17 @@ class StoredRows:
         return found.to(self.device)
 
 
-Vocabulary = Tensor | QuantizedTensor | Int8Rows | StoredRows
+Embedding = Tensor | StoredRows
+Head = Embedding | QuantizedTensor | Int8Rows
 
 
 def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
-    """A dense (V, D) in one of KINDS; int8 where rows do not end with NF4's blocks.
+    """A dense head (V, D) in one of KINDS; int8 where rows do not end with NF4's blocks.
 
     Raises ValueError for inf and NaN.
     """
     if kind not in KINDS:
-        raise ValueError(f"a vocabulary of kind {kind!r}; expected one of {', '.join(KINDS)}")
+        raise ValueError(f"a head of kind {kind!r}; expected one of {', '.join(KINDS)}")
     config = QuantConfig()
     if kind == "nf4" and weight.shape[1] % config.block_size == 0:
         return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
@@ -81,20 +83,14 @@ def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
     return small
 
 
-def rows(weight: Vocabulary, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def rows(embedding: Embedding, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """ids (N,) -> their rows (N, D) in `dtype`."""
-    if isinstance(weight, Tensor):
-        return torch.nn.functional.embedding(ids, weight).to(dtype)
-    if isinstance(weight, Int8Rows):
-        return (weight.codes[ids] * weight.scale[ids]).to(dtype)
-    if isinstance(weight, StoredRows):
-        return weight.rows(ids).to(dtype)
-    if weight.shape[1] % weight.state.block_size:  # blocks cross rows
-        return ops.dequantize(weight, dtype)[ids]
-    return ops.dequantize(_nf4_rows(weight, ids), dtype)
+    if isinstance(embedding, StoredRows):
+        return embedding.rows(ids).to(dtype)
+    return torch.nn.functional.embedding(ids, embedding).to(dtype)
 
 
-def logits(x: Tensor, head: Vocabulary) -> Tensor:
+def logits(x: Tensor, head: Head) -> Tensor:
     """x (N, D) -> x W^T (N, V)."""
     if isinstance(head, Tensor):
         return x @ head.T
@@ -112,7 +108,7 @@ def logits(x: Tensor, head: Vocabulary) -> Tensor:
     return out
 
 
-def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
+def input_gradient(dlogits: Tensor, head: Head) -> Tensor:
     """dlogits (N, V) -> dlogits W (N, D)."""
     count, width = len(dlogits), head.shape[1]
     if isinstance(head, Tensor) and (dlogits.device.type != "mps" or len(head) <= MPS_TERMS):
@@ -129,41 +125,38 @@ def input_gradient(dlogits: Tensor, head: Vocabulary) -> Tensor:
     return total.to(dlogits.dtype)
 
 
-def _panels(head: Vocabulary, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _panels(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """(which rows, their numbers (up to PANEL_ROWS, D), and what each row is still to be multiplied by, or None)."""
-    count = head.shape[0]
+    count, width = head.shape
+    height = MPS_TERMS if isinstance(head, Tensor) else PANEL_ROWS
+    if isinstance(head, QuantizedTensor) and width % head.state.block_size:  # blocks cross rows
+        height = count
+    parts = [slice(start, min(start + height, count)) for start in range(0, count, height)]
     if isinstance(head, Tensor):
-        yield from (
-            (slice(start, start + MPS_TERMS), head[start : start + MPS_TERMS], None) for start in range(0, count, MPS_TERMS)
-        )
-        return
-    crossing = isinstance(head, QuantizedTensor) and head.shape[1] % head.state.block_size != 0
-    height = count if crossing else PANEL_ROWS
-    if isinstance(head, StoredRows):
-        buffer = torch.empty(min(height, count), head.shape[1], dtype=head.dtype)
-        for start in range(0, count, height):
-            part = slice(start, min(start + height, count))
-            head.read(start, buffer[: part.stop - start])
-            yield part, buffer[: part.stop - start].to(head.device, dtype), None
-        return
-    panel = torch.empty(min(height, count) if isinstance(head, Int8Rows) else 0, head.shape[1], dtype=dtype, device=head.device)
-    for start in range(0, count, height):
-        part = slice(start, min(start + height, count))
-        if isinstance(head, Int8Rows):  # codes are exact in bf16; the products are scaled, which are fewer than the weights
-            yield part, panel[: part.stop - start].copy_(head.codes[part]), head.scale[part, 0]
-        else:
-            yield part, rows(head, torch.arange(part.start, part.stop, device=head.device), dtype), None
+        yield from ((part, head[part], None) for part in parts)
+    elif isinstance(head, QuantizedTensor):
+        yield from ((part, ops.dequantize(_nf4_rows(head, part), dtype), None) for part in parts)
+    elif isinstance(head, StoredRows):
+        buffer = torch.empty(min(height, count), width, dtype=head.dtype)
+        for part in parts:
+            head.read(part.start, buffer[: part.stop - part.start])
+            yield part, buffer[: part.stop - part.start].to(head.device, dtype), None
+    else:
+        panel = torch.empty(min(height, count), width, dtype=dtype, device=head.device)
+        for part in parts:  # codes are exact in bf16; the products are scaled, which are fewer than the weights
+            yield part, panel[: part.stop - part.start].copy_(head.codes[part]), head.scale[part, 0]
 
 
-def _nf4_rows(weight: QuantizedTensor, ids: Tensor) -> QuantizedTensor:
-    """Some rows as an NF4 weight of their own, (N, D), of which dequantisation gives the same bits; D is whole blocks."""
-    (count, width), state = weight.shape, weight.state
-    blocks = width // state.block_size
-    packed = weight.packed.view(count, width // 2)[ids].view(-1, 1)
-    absmax = state.absmax.view(count, blocks)[ids]
+def _nf4_rows(head: QuantizedTensor, part: slice) -> QuantizedTensor:
+    """All rows, or some of whole blocks, as an NF4 weight of their own, of which dequantisation gives the same bits."""
+    (count, width), state = head.shape, head.state
+    if part == slice(0, count):
+        return head
+    first, last = part.start * width // state.block_size, part.stop * width // state.block_size
+    absmax = state.absmax[first:last]
     if state.nested is not None:
         nested = state.nested
-        places = ids.unsqueeze(1) * blocks + torch.arange(blocks, device=ids.device)
+        places = torch.arange(first, last, device=head.device)
         absmax = nested.table[absmax.int()] * nested.absmax[places // nested.block_size] + nested.offset
-    own = QuantState(absmax.reshape(-1), (len(ids), width), state.dtype, state.block_size, state.quant_type)
-    return QuantizedTensor(packed, own)
+    own = QuantState(absmax, (part.stop - part.start, width), state.dtype, state.block_size, state.quant_type)
+    return QuantizedTensor(head.packed[part.start * width // 2 : part.stop * width // 2], own)

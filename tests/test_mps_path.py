@@ -143,11 +143,11 @@ def test_states_and_inputs_in_files_and_streamed_layers_train(mac: Machine, fold
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_vocabulary_trains(mac: Machine, folders: dict[str, Path], kind: str) -> None:
+def test_a_quantised_head_trains(mac: Machine, folders: dict[str, Path], kind: str) -> None:
     folder = folders["llama-2-grouped"]
-    model = opened(folder, MPS, embedding_kind=kind, head_kind=kind)
+    model = opened(folder, MPS, head_kind=kind)
     with ops.use_backend("reference"):
-        wanted = opened(folder, CPU, embedding_kind=kind, head_kind=kind)
+        wanted = opened(folder, CPU, head_kind=kind)
         numbers = learnt(wanted, Runner(wanted))
     same(learnt(model, Runner(model)), numbers)
 

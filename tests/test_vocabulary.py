@@ -1,5 +1,5 @@
-"""Embeddings and heads that are quantised, or stay in their file: rows and products are those of the dense weight, and nothing
-whole is ever dense, or in memory."""
+"""Heads that are quantised, embeddings and heads that stay in their file: rows and products are those of the dense weight, and
+nothing whole is ever dense, or in memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.runner import Row, Runner
-from edgetune.runtime.vocabulary import StoredRows, Vocabulary
+from edgetune.runtime.vocabulary import Head, StoredRows
 from edgetune.session import Session
 
 SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short last panel, rows that no block ends with
 
 
-def dense(weight: Vocabulary) -> torch.Tensor:
+def dense(weight: Head) -> torch.Tensor:
     if isinstance(weight, QuantizedTensor):
         return nf4.dequantize(weight, torch.float32)
     if isinstance(weight, StoredRows):
@@ -70,7 +70,7 @@ def test_a_weight_in_its_file_gives_what_it_gives_in_memory(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 70])
-def test_rows_and_products_are_the_dequantised_weights(
+def test_products_are_the_dequantised_heads(
     backend: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, count: int
 ) -> None:
     if backend == "cpu" and ops.kernels_missing():
@@ -78,13 +78,21 @@ def test_rows_and_products_are_the_dequantised_weights(
     weight = vocabulary.quantize(torch.randn(shape) * torch.rand(shape[0], 1), kind)
     assert isinstance(weight, Int8Rows) == (kind == "int8" or shape[1] % 64 != 0)
     wanted = dense(weight).to(dtype).float()
-    ids = torch.randint(0, shape[0], (count,))
     x, dy = torch.randn(count, shape[1]).to(dtype), torch.randn(count, shape[0]).to(dtype)
     tolerance = {"rtol": 0.0, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.3}
     with ops.use_backend(backend):
-        assert torch.equal(vocabulary.rows(weight, ids, dtype).float(), wanted[ids])
         torch.testing.assert_close(vocabulary.logits(x, weight).float(), x.float() @ wanted.T, **tolerance)
         torch.testing.assert_close(vocabulary.input_gradient(dy, weight).float(), dy.float() @ wanted, **tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [*vocabulary.KINDS, "blocks of 256"])
+def test_panels_have_the_dequantised_heads_bits(shape: tuple[int, int], kind: str) -> None:
+    """Products with the unit vectors are exact; blocks of 256 cross the rows of all these shapes."""
+    head = torch.randn(shape)
+    small = vocabulary.quantize(head, kind) if kind in vocabulary.KINDS else nf4.quantize(head, block_size=256)
+    with ops.use_backend("reference"):
+        assert torch.equal(vocabulary.logits(torch.eye(shape[1]), small), dense(small).T)
 
 
 def test_8_bits_are_nearest() -> None:
@@ -100,17 +108,22 @@ def row() -> Row:
     return Row(ids[:-1], ids[1:], torch.full((60,), 1 / 60), torch.arange(60), [(0, 60)])
 
 
+FORMS = {"int8": (False, "int8"), "nf4": (False, "nf4"), "embedding": (True, None), "both": (True, vocabulary.FILE)}
+"""What load_llama is asked for: whether the embedding stays in its file, and of what kind the head is."""
+
+
 @pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
-@pytest.mark.parametrize("kind", [*vocabulary.KINDS, vocabulary.FILE])
-def test_training_equals_that_with_the_dense_weight(tmp_path: Path, family: str, kind: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_training_equals_that_with_the_dense_weight(tmp_path: Path, family: str, form: str) -> None:
     tiny.save_model(tmp_path / "model", family)
-    quantised, plain = (
-        load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=k, head_kind=k) for k in (kind, None)
-    )
-    plain.embedding, plain.head = dense(quantised.embedding), dense(quantised.head)
-    assert (quantised.embedding is quantised.head) == ("tied" in family)
+    checkpoint, (in_file, kind) = open_model(tmp_path / "model"), FORMS[form]
+    special = load_llama(checkpoint, torch.float32, embedding_in_file=in_file, head_kind=kind)
+    plain = load_llama(checkpoint, torch.float32)
+    assert isinstance(special.embedding, StoredRows) == in_file
+    assert (special.embedding is special.head) == ("tied" in family and form == "both")
+    plain.head = dense(special.head)
     results = []
-    for model in (quantised, plain):
+    for model in (special, plain):
         adapters.attach_new(model, LoraConfig(rank=4, alpha=8.0), seed=1)
         runner = Runner(model, loss_rows=16)
         loss = runner.train(row())
@@ -168,24 +181,24 @@ def test_writing_with_the_head_in_8_bits_costs_next_to_nothing_on_the_demo() -> 
 
 @pytest.mark.parametrize("kind", vocabulary.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_with_a_quantised_or_stored_vocabulary_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_a_model_with_a_quantised_head_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """In fp32 the same text as with the dense weight, by whichever step the back end has."""
     tiny.save_model(tmp_path / "model")
     checkpoint = open_model(tmp_path / "model")
-    model, plain = (load_llama(checkpoint, dtype, embedding_kind=k, head_kind=k) for k in (kind, None))
-    plain.embedding, plain.head = dense(model.embedding), dense(model.head).to(dtype)
+    model, plain = (load_llama(checkpoint, dtype, head_kind=k) for k in (kind, None))
+    plain.head = dense(model.head).to(dtype)
     texts = [list(Generator(Runner(m), 64).generate([1, 5, 9], 20, Sampling(0.0))) for m in (model, plain)]
     assert len(texts[0]) == 20
     assert dtype != torch.float32 or texts[0] == texts[1]
 
 
-def test_a_vocabulary_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_head_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny.transformers_model("llama-2-grouped")
     model.lm_head.weight.data[5, 5] = torch.inf
     model.save_pretrained(tmp_path / "model")
     for kind in vocabulary.KINDS:
         with pytest.raises(ModelError, match=r"lm_head\.weight cannot be quantised"):
-            load_llama(open_model(tmp_path / "model"), torch.float32, embedding_kind=kind, head_kind=kind)
+            load_llama(open_model(tmp_path / "model"), torch.float32, head_kind=kind)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")

@@ -150,9 +150,9 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     setting = choice.setting
     if setting.compact:
         compact_heap()
-    embedding = FILE if setting.in_file is not Vocabulary.NEITHER else None
+    embedding = setting.in_file is not Vocabulary.NEITHER
     head = FILE if setting.in_file is Vocabulary.BOTH else None
-    model = load_llama(checkpoint, dtype, layer_memory=setting.layer_memory, embedding_kind=embedding, head_kind=head)
+    model = load_llama(checkpoint, dtype, layer_memory=setting.layer_memory, embedding_in_file=embedding, head_kind=head)
     adapters.attach_new(model, lora, 0)
     parameters = adapters.parameters(model)
     pages = arguments.workdir if setting.paged_optimizer else None
