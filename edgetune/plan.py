@@ -59,7 +59,7 @@ class Forecast:
     parts: dict[str, int]
     setting: dict[str, Any]
     head: str
-    """The head's form in training: how it is stored, or what the setting makes of it."""
+    """The form in which the head is stored: a dtype's name, or "nf4"."""
     tokens_per_second: float | None
     seconds: float | None
     steps: int | None
@@ -116,7 +116,6 @@ def forecast(train: TrainConfig) -> Forecast:
 
 
 def _head_form(stored: Stored) -> str:
-    """A dtype's name, or "nf4"."""
     return "nf4" if stored.head_dtype is None else str(stored.head_dtype).removeprefix("torch.")
 
 

@@ -28,6 +28,7 @@ from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.runner import Recompute
 from edgetune.shapes import SHAPES
+from edgetune.ui import human_bytes
 
 BF16, PROCESS, DATA = torch.bfloat16, 200_000_000, DataConfig(seq_len=512, batch_tokens=2048)
 LORA = LoraConfig(16, 16.0)
@@ -172,6 +173,22 @@ def test_plan_tells_of_notes_and_of_machines_that_are_not_here(tmp_path: Path, m
     shown = CliRunner().invoke(cli, [*card[:-3], "1GB"]).stdout
     assert "does not fit" in shown
     assert "type --memory" in shown
+
+
+def test_plan_names_what_of_embedding_and_head_takes_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path))
+    monkeypatch.setattr("edgetune.plan.seconds_a_step", lambda *arguments: 1.0)
+    config = SHAPES["tinyllama-1.1b"]
+    head = 2 * config.vocab_size * config.hidden_size
+    sizes = {"embedding, head in bfloat16": 2 * head, "head in bfloat16": head, "embedding, head in their file": 0}
+    least = forecast(TrainConfig(model="tinyllama-1.1b", memory="1GB", compute="bf16")).least_memory_bytes
+    seen = {}
+    for more in range(0, 4 * 10**9, 10**8):
+        command = ["plan", "--model", "tinyllama-1.1b", "--compute", "bf16", "--memory", str(least + more)]
+        shown = CliRunner().invoke(cli, command).stdout.splitlines()
+        line = next(line for line in shown if "embedding" in line or "head" in line)
+        seen[line[2:32].rstrip()] = line[32:].strip()
+    assert seen == {label: human_bytes(size) for label, size in sizes.items()}
 
 
 def test_an_adapter_to_go_on_from_is_forecast_in_its_own_shape(tmp_path: Path) -> None:

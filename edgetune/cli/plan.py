@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PARTS = {
     "process": "Python, torch and edgetune",
     "weights": "weights of the layers",
-    "embeddings": "embedding, head",
+    "embeddings": "{}",
     "adapter": "adapter",
     "gradients": "its gradients",
     "optimizer": "optimizer states",
@@ -24,6 +24,12 @@ _PARTS = {
     "logits": "logits and their gradients",
     "scratch": "a block's own work",
 }
+_VOCABULARY = {
+    "neither": "embedding, head in {}",
+    "embedding": "head in {}",
+    "both": "embedding, head in their file",
+}
+"""What of the embedding and the head takes memory, by what stays in its file."""
 
 
 @click.command("plan")
@@ -47,9 +53,9 @@ def plan_command(as_json: bool, **flags: Any) -> None:
 def _show(result: Forecast) -> None:
     may = f"{human_bytes(result.memory_bytes)} may be used on {result.device}"
     click.echo(f"{result.model}: {'fits' if result.fits else 'does not fit'}; {may}.")
+    vocabulary = _VOCABULARY[result.setting["in_file"]].format(result.head)
     for name, label in _PARTS.items():
-        told = f"{label} in {result.head}" if name == "embeddings" else label
-        click.echo(f"  {told:<30}{human_bytes(result.parts[name]):>10}")
+        click.echo(f"  {label.format(vocabulary):<30}{human_bytes(result.parts[name]):>10}")
     click.echo(f"  {'peak' if result.fits else 'at the least':<30}{human_bytes(result.peak_memory_bytes):>10}")
     if result.fits:
         click.echo(f"The least that would do is {human_bytes(result.least_memory_bytes)}.")
