@@ -63,7 +63,6 @@ class ModelChoice:
 
     path: Path
     name: str
-    is_demo: bool
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,9 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
-def scan(folder: Path | str | None = None, memory: int | None = None) -> list[Found]:
-    """Every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first.
-
-    `memory`: bytes that training may take, for `fits`; what is free now where not given.
-    """
-    memory = available_memory() if memory is None else memory
+def scan(folder: Path | str | None = None) -> list[Found]:
+    """Every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first."""
+    memory = available_memory()
     seen: set[Path] = set()
     finds = []
     for candidate in _candidates(folder):
@@ -108,14 +104,14 @@ def scan(folder: Path | str | None = None, memory: int | None = None) -> list[Fo
     return sorted(finds, key=lambda find: (order[find.status], not find.fits, -(find.parameters or 0), find.name))
 
 
-def resolve(name: str | None = None, memory: int | None = None) -> ModelChoice:
+def resolve(name: str | None = None) -> ModelChoice:
     """The model that a user's words stand for.
 
     A folder, an id in the local Hugging Face cache, an LM Studio or Ollama name, "demo"; None is the best ready model
     that fits in memory, else the demo. Raises ModelError, one sentence, for what is not there or cannot be used.
     """
     if name is None:
-        return best(scan(memory=memory)) or _demo()
+        return best(scan()) or _demo()
     if name == DEMO:
         return _demo()
     path = Path(name).expanduser()
@@ -127,7 +123,7 @@ def resolve(name: str | None = None, memory: int | None = None) -> ModelChoice:
                 find = candidate.found(memory=0)
                 if find.status == "no":
                     raise ModelError(find.reason)
-                return ModelChoice(find.path, find.name, is_demo=False)
+                return ModelChoice(find.path, find.name)
     raise ModelError(
         f"There is no model {name[:200]!r} on this machine; expected a folder, the id of a model in the Hugging Face "
         "cache, an LM Studio or Ollama name, or 'demo'. Type `edgetune models` to see what is here; edgetune never "
@@ -141,11 +137,11 @@ def best(finds: list[Found]) -> ModelChoice | None:
     if not usable:
         return None
     chosen = max(usable, key=lambda find: (find.parameters or 0, find.template, find.name))
-    return ModelChoice(chosen.path, chosen.name, is_demo=False)
+    return ModelChoice(chosen.path, chosen.name)
 
 
 def _demo() -> ModelChoice:
-    return ModelChoice(Path(__file__).resolve().parent / "demo", DEMO, is_demo=True)
+    return ModelChoice(Path(__file__).resolve().parent / "demo", DEMO)
 
 
 def _resolve_path(path: Path) -> ModelChoice:
@@ -156,7 +152,7 @@ def _resolve_path(path: Path) -> ModelChoice:
     if not path.is_dir():
         raise ModelError(f"{path} is a file; expected a model's folder. Type `edgetune models` to see what is here.")
     path = path.resolve()
-    return ModelChoice(path, str(path), is_demo=False)
+    return ModelChoice(path, str(path))
 
 
 def _same_name(name: str, asked: str) -> bool:

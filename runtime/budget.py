@@ -13,8 +13,9 @@ import torch
 
 from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
-from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.config import LlamaConfig, LoraConfig, QuantConfig
 from edgetune.runtime.int8 import PANEL_ROWS
+from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 
@@ -42,11 +43,11 @@ class Stored:
     """None: NF4, which is never dense as a whole."""
 
     @classmethod
-    def nf4(cls, config: LlamaConfig, block_size: int = 64, double_quant: bool = True, mapped: bool = True) -> Stored:
+    def nf4(cls, config: LlamaConfig, mapped: bool = True) -> Stored:
         """Of a folder that `edgetune quantize` wrote, or will have written: NF4 linears, the rest in bf16."""
         numbers = config.linear_parameters // config.num_layers
-        blocks = numbers // block_size
-        scales = blocks + 4 * -(-blocks // 256) if double_quant else 4 * blocks
+        blocks = numbers // QuantConfig().block_size
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE)
         vocabulary = 2 * config.vocab_size * config.hidden_size
         norms = 4 * config.hidden_size * (2 * config.num_layers + 1)
         return cls(numbers // 2 + scales, vocabulary, 0 if config.tie_embeddings else vocabulary, norms, mapped)

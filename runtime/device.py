@@ -170,14 +170,14 @@ def can_compact_heap() -> bool:
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
-def compact_heap(threshold: int = 1 << 20) -> None:
-    """From now on give tensors of `threshold` bytes and more pages of their own, which go back when they are freed.
+def compact_heap() -> None:
+    """From now on give tensors of a mebibyte and more pages of their own, which go back when they are freed.
 
     Their memory is then never lost to holes in the heap; but new pages take time. glibc alone has the switch.
     """
     map_threshold = -3  # M_MMAP_THRESHOLD
     if can_compact_heap():
-        ctypes.CDLL(None).mallopt(map_threshold, threshold)
+        ctypes.CDLL(None).mallopt(map_threshold, 1 << 20)
 
 
 def cpu_name() -> str:

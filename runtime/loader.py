@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,7 +23,6 @@ def load_llama(
     dtype: torch.dtype,
     device: torch.device | None = None,
     quant: QuantConfig | None = None,
-    progress: Callable[[int, int], None] = lambda done, layers: None,
     layer_memory: int | None = None,
     embedding_in_file: bool = False,
     head_kind: str | None = None,
@@ -57,7 +55,6 @@ def load_llama(
         if quant is not None or device.type != "cpu":  # what was made of the file's numbers stays, the numbers need not
             for name in tensors:
                 checkpoint.release(f"model.layers.{layer}.{name}")
-        progress(layer + 1, config.num_layers)
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)

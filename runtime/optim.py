@@ -29,6 +29,8 @@ from edgetune.runtime.nf4 import dynamic_map
 BLOCK = 256
 SMALLEST_8BIT = 4096
 """Parameters of fewer values keep 32-bit states: they cost nothing and are the most sensitive (bitsandbytes' rule)."""
+EPS = 1e-8
+"""Added to the root of the second moment: torch's and bitsandbytes' default."""
 HOST: Literal["host"] = "host"
 
 _ALIGNMENT = 64
@@ -145,7 +147,6 @@ class PagedAdamW:
         self,
         parameters: Sequence[Tensor],
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         weight_decay: float = 0.0,
         bits: int = 32,
         pages: Path | Literal["host"] | None = None,
@@ -154,7 +155,7 @@ class PagedAdamW:
             raise ValueError(f"states of {bits} bits; expected 8 or 32")
         if not parameters or any(p.dtype != torch.float32 or not p.is_contiguous() for p in parameters):
             raise ValueError("expected at least one parameter, all of them contiguous and fp32")
-        self.parameters, self.betas, self.eps, self.weight_decay = list(parameters), betas, eps, weight_decay
+        self.parameters, self.betas, self.weight_decay = list(parameters), betas, weight_decay
         self.steps = 0
         self._layouts = [_Layout(parameter.numel(), bits) for parameter in self.parameters]
         self._places: list[tuple[int, int]] = []
@@ -234,7 +235,7 @@ class PagedAdamW:
         steps = torch.full((len(numbers),), self.steps - 1.0, device=self.parameters[0].device)  # the call adds the one
         adamw(
             parameters, gradients, first, second, [], list(steps.unbind()), fused=True, amsgrad=False, beta1=self.betas[0],
-            beta2=self.betas[1], lr=rate, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+            beta2=self.betas[1], lr=rate, weight_decay=self.weight_decay, eps=EPS, maximize=False,
         )  # fmt: skip
 
     def _update_8bit(self, parameter: Tensor, state: dict[str, Tensor], rate: float) -> None:
@@ -252,7 +253,7 @@ class PagedAdamW:
             m = first.read().mul_(beta1).add_(padded, alpha=1 - beta1)
             v = second.read().mul_(beta2).addcmul_(padded, padded, value=1 - beta2)
             part.mul_(1 - rate * self.weight_decay)
-            part.addcdiv_(m[: len(part)], v[: len(part)].sqrt().div_(root).add_(self.eps), value=-size)
+            part.addcdiv_(m[: len(part)], v[: len(part)].sqrt().div_(root).add_(EPS), value=-size)
             first.write(m)
             second.write(v)
 

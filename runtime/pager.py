@@ -206,13 +206,7 @@ class Streamer:
 
     streaming = True
 
-    def __init__(
-        self,
-        layers: Sequence[PagedLayer],
-        memory: int,
-        device: torch.device,
-        make_slots: Callable[[torch.device, int], Slots] = slots_for,
-    ) -> None:
+    def __init__(self, layers: Sequence[PagedLayer], memory: int, device: torch.device) -> None:
         self._layers = layers
         self.streamed = frozenset(streamed_layers([layer.nbytes for layer in layers], memory))
         paths = {path for layer in layers for path, *_ in layer.reads}
@@ -223,7 +217,7 @@ class Streamer:
                 buffer = torch.empty(layer.nbytes, dtype=torch.uint8)
                 self._read(layer, buffer)
                 layer.bind(buffer.to(device))
-        self._buffers = make_slots(device, max(layers[number].nbytes for number in self.streamed))
+        self._buffers = slots_for(device, max(layers[number].nbytes for number in self.streamed))
         self._slots = [_Slot() for _ in range(SLOTS)]
         self._expected: deque[int] = deque()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")

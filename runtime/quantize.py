@@ -22,6 +22,7 @@ from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import HEAD, Checkpoint, is_linear, model_shapes, open_model
+from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import explain_full_disk, sync_folder
 from edgetune.runtime.model_folder import (
@@ -36,6 +37,7 @@ from edgetune.runtime.model_folder import (
 from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
 
 HEADS = ("bf16", "nf4")
+_BLOCK_SIZE = QuantConfig().block_size
 _LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
 
 Progress = Callable[[int, int], None]
@@ -58,7 +60,6 @@ class _Recipe:
 
     checkpoint: Checkpoint
     shapes: dict[str, tuple[int, ...]]
-    block_size: int
     double_quant: bool
     head: str
 
@@ -67,7 +68,7 @@ class _Recipe:
 
     def specs(self, name: str) -> list[TensorSpec]:
         if self.becomes_nf4(name):
-            return bnb_layout.weight_specs(name, self.shapes[name], self.block_size, self.double_quant)
+            return bnb_layout.weight_specs(name, self.shapes[name], _BLOCK_SIZE, self.double_quant)
         return [TensorSpec(name, torch.bfloat16, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ class _Recipe:
         if not self.becomes_nf4(name):
             return {name: weight}
         try:
-            quantized = nf4.quantize(weight, "nf4", self.block_size, double_quant=False)
+            quantized = nf4.quantize(weight, "nf4", _BLOCK_SIZE, double_quant=False)
             if self.double_quant:
                 with _one_thread():
                     quantized = nf4.double_quantize(quantized)
@@ -103,7 +104,6 @@ def quantize_folder(
     dest: Path | str,
     *,
     double_quant: bool = True,
-    block_size: int = 64,
     head: str = "bf16",
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -118,8 +118,6 @@ def quantize_folder(
     src, dest = Path(src), Path(dest)
     if head not in HEADS:
         raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
-    if block_size not in nf4.BLOCK_SIZES:
-        raise UsageError(f"The block size is {block_size}; expected one of {', '.join(map(str, nf4.BLOCK_SIZES))}.")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UsageError(f"{dest} is already there; name a folder that is not, or delete it first.")
     checkpoint = open_model(src)
@@ -127,10 +125,10 @@ def quantize_folder(
         raise ModelError(f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from.")
     if head != "bf16" and checkpoint.config.tie_embeddings:
         raise UsageError(f"{src} has one tensor as embedding and head, and an embedding stays dense: leave --head out.")
-    recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), block_size, double_quant, head)
+    recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
-        partial = _partial_folder(checkpoint, dest, [block_size, double_quant, shard_bytes, head])
+        partial = _partial_folder(checkpoint, dest, [double_quant, shard_bytes, head])
         _check_space(partial, dest, recipe, shards)
         _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
         config = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}

@@ -19,7 +19,6 @@ from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.quantize import quantize_folder
 
-PLENTY = 10**12
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -40,6 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(models, "available_memory", lambda: 10**12)
     return tmp_path
 
 
@@ -88,7 +88,7 @@ def only(finds: list[Found]) -> Found:
 
 def test_a_cached_model_is_ready(home: Path) -> None:
     folder = make_model(cached(home, "Tiny/Llama-Chat"))
-    found = only(scan(memory=PLENTY))
+    found = only(scan())
     assert (found.name, found.path, found.source) == ("Tiny/Llama-Chat", folder, "Hugging Face")
     assert (found.status, found.fits, found.reason, found.template) == ("ready", True, "", True)
     assert (found.quantisation, found.architecture) == ("bf16", "LlamaForCausalLM")
@@ -99,7 +99,7 @@ def test_a_cached_model_is_ready(home: Path) -> None:
 def test_a_four_bit_folder_is_ready(home: Path) -> None:
     make_model(home / "dense", torch.float32)
     quantize_folder(home / "dense", home / "models" / "small")
-    found = only(scan(home / "models", memory=PLENTY))
+    found = only(scan(home / "models"))
     assert (found.status, found.quantisation) == ("ready", "nf4 double")
     assert found.name == str(home / "models" / "small")
 
@@ -107,7 +107,7 @@ def test_a_four_bit_folder_is_ready(home: Path) -> None:
 def test_each_quantisation_is_named(home: Path) -> None:
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         make_model(home / "models" / name, dtype)
-    assert {found.name.rpartition(os.sep)[2]: found.quantisation for found in scan(home / "models", memory=PLENTY)} == {
+    assert {found.name.rpartition(os.sep)[2]: found.quantisation for found in scan(home / "models")} == {
         "fp32": "fp32",
         "fp16": "fp16",
         "bf16": "bf16",
@@ -117,18 +117,19 @@ def test_each_quantisation_is_named(home: Path) -> None:
 def test_a_large_dense_folder_comes_with_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(cached(home, "Large/Llama"))
     monkeypatch.setattr(models, "CONVERT_BYTES", 1000)
-    found = only(scan(memory=PLENTY))
+    found = only(scan())
     assert found.status == "convert"
     assert "edgetune quantize Large/Llama DEST" in found.reason
     assert resolve("Large/Llama").name == "Large/Llama"  # named, it is used all the same
 
 
-def test_a_model_that_does_not_fit_says_what_it_needs(home: Path) -> None:
+def test_a_model_that_does_not_fit_says_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "available_memory", lambda: 1_000_000)
     make_model(cached(home, "Tiny/Llama"))
-    found = only(scan(memory=1_000_000))
+    found = only(scan())
     assert (found.status, found.fits) == ("ready", False)
     assert "GB" in found.reason
-    assert resolve(memory=1_000_000).is_demo
+    assert resolve().name == DEMO
 
 
 def test_the_cache_is_where_the_environment_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +158,7 @@ def test_a_snapshot_of_links_into_blobs_is_read(home: Path) -> None:
     for path in list(snapshot.iterdir()):
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
-    assert only(scan(memory=PLENTY)).status == "ready"
+    assert only(scan()).status == "ready"
 
 
 def test_ollama_models_are_named_as_ollama_names_them(home: Path) -> None:
@@ -192,7 +193,7 @@ def test_lm_studio_holds_gguf_and_mlx(home: Path) -> None:
         (old / f"m-0000{part}-of-00002.gguf").write_bytes(bytes(10))
     mlx = make_model(home / ".lmstudio" / "models" / "mlx-community" / "Llama-4bit")
     (mlx / "config.json").write_text(json.dumps({**CONFIG, "quantization": {"bits": 4, "group_size": 64}}))
-    finds = {found.name: found for found in scan(memory=PLENTY)}
+    finds = {found.name: found for found in scan()}
     assert set(finds) == {"bartowski/Llama-3.2-1B-GGUF", "x/split", "mlx-community/Llama-4bit"}
     assert {found.status for found in finds.values()} == {"no"}
     assert {found.source for found in finds.values()} == {"LM Studio"}
@@ -255,7 +256,7 @@ def test_a_find_that_cannot_be_used_says_why(how: str, home: Path) -> None:
     folder = make_model(cached(home, "Tiny/Broken"))
     BREAKS[how](folder)
     make_model(cached(home, "Tiny/Whole"))
-    whole, broken = scan(memory=PLENTY)
+    whole, broken = scan()
     assert (whole.name, whole.status) == ("Tiny/Whole", "ready")
     assert (broken.name, broken.status, broken.fits) == ("Tiny/Broken", "no", False)
     assert broken.reason
@@ -301,7 +302,7 @@ def test_nothing_is_written_and_an_empty_home_has_nothing(home: Path) -> None:
 def test_without_a_model_the_demo_answers(home: Path) -> None:
     for name in (None, DEMO):
         choice = resolve(name)
-        assert (choice.name, choice.is_demo, choice.path.name) == ("demo", True, "demo")
+        assert (choice.name, choice.path.name) == ("demo", "demo")
         assert choice.path.parent.name == "edgetune"
 
 
@@ -309,7 +310,7 @@ def test_the_best_is_the_largest_ready_model_that_fits(home: Path) -> None:
     make_model(cached(home, "A/Small"))
     make_model(cached(home, "A/Large"), intermediate_size=192)
     make_model(cached(home, "A/Plain"), intermediate_size=192, template=False)
-    assert resolve(memory=PLENTY) == ModelChoice(cached(home, "A/Large"), "A/Large", False)
+    assert resolve() == ModelChoice(cached(home, "A/Large"), "A/Large")
 
 
 def test_a_name_leads_back_to_its_model(home: Path) -> None:

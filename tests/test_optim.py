@@ -44,8 +44,8 @@ def clones(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_32_bits_are_torchs_adamw(fused: bool, weight_decay: float) -> None:
     ours, theirs = parameters(), parameters()
-    mine = PagedAdamW(ours, (0.8, 0.95), 1e-6, weight_decay)
-    oracle = torch.optim.AdamW(theirs, 1.0, (0.8, 0.95), 1e-6, weight_decay, fused=fused)
+    mine = PagedAdamW(ours, (0.8, 0.95), weight_decay)
+    oracle = torch.optim.AdamW(theirs, 1.0, (0.8, 0.95), weight_decay=weight_decay, fused=fused)
     for step in range(10):
         set_gradients(ours, step)
         set_gradients(theirs, step)

@@ -12,6 +12,7 @@ import torch
 
 from edgetune.meter import anonymous_memory
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import pager
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import LoraConfig, QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError
@@ -186,7 +187,7 @@ class CheckedSlots(HostSlots):
         self._taken.discard(slot)
 
 
-def ring(tmp_path: Path, count: int, in_memory: int) -> tuple[Streamer, CheckedSlots, list[Linear]]:
+def ring(patch: pytest.MonkeyPatch, tmp_path: Path, count: int, in_memory: int) -> tuple[Streamer, CheckedSlots, list[Linear]]:
     """Layers of one linear whose bytes are the layer's number."""
     path = tmp_path / "weights"
     path.write_bytes(b"".join(bytes([number]) * 64 for number in range(count)))
@@ -201,7 +202,8 @@ def ring(tmp_path: Path, count: int, in_memory: int) -> tuple[Streamer, CheckedS
         made.append(CheckedSlots(nbytes))
         return made[0]
 
-    return Streamer(layers, in_memory * 64, torch.device("cpu"), make), made[0], linears
+    patch.setattr(pager, "slots_for", make)
+    return Streamer(layers, in_memory * 64, torch.device("cpu")), made[0], linears
 
 
 def visit(streamer: Streamer, linears: list[Linear], order: list[int]) -> None:
@@ -210,8 +212,8 @@ def visit(streamer: Streamer, linears: list[Linear], order: list[int]) -> None:
             assert (linears[number].weight == number).all()
 
 
-def test_the_turns_read_nothing_that_is_still_there(tmp_path: Path) -> None:
-    streamer, slots, linears = ring(tmp_path, 10, in_memory=2)
+def test_the_turns_read_nothing_that_is_still_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    streamer, slots, linears = ring(monkeypatch, tmp_path, 10, in_memory=2)
     there_and_back = [*range(10), *reversed(range(10))]
     streamer.expect(there_and_back)
     visit(streamer, linears, there_and_back)
@@ -222,8 +224,8 @@ def test_the_turns_read_nothing_that_is_still_there(tmp_path: Path) -> None:
     assert len(slots.filled) == 18 + 3 * 16
 
 
-def test_pinned_layers_are_read_once_and_lie_between_streamed_ones(tmp_path: Path) -> None:
-    streamer, slots, linears = ring(tmp_path, 10, in_memory=7)
+def test_pinned_layers_are_read_once_and_lie_between_streamed_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    streamer, slots, linears = ring(monkeypatch, tmp_path, 10, in_memory=7)
     assert sorted(streamer.streamed) == [1, 3, 5, 7, 9]
     for _ in range(2):
         streamer.expect(range(10))
@@ -232,16 +234,16 @@ def test_pinned_layers_are_read_once_and_lie_between_streamed_ones(tmp_path: Pat
     assert all((linears[number].weight == number).all() for number in (0, 2, 4, 6, 8))
 
 
-def test_an_order_that_was_not_announced_is_right_all_the_same(tmp_path: Path) -> None:
-    streamer, _, linears = ring(tmp_path, 8, in_memory=3)
+def test_an_order_that_was_not_announced_is_right_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    streamer, _, linears = ring(monkeypatch, tmp_path, 8, in_memory=3)
     streamer.expect(range(8))
     visit(streamer, linears, [5, 5, 0, 7, 1, 2, 1, 3])
     streamer.expect(range(8))
     visit(streamer, linears, list(range(8)))
 
 
-def test_an_error_in_a_layer_leaves_the_ring_usable(tmp_path: Path) -> None:
-    streamer, _, linears = ring(tmp_path, 8, in_memory=2)
+def test_an_error_in_a_layer_leaves_the_ring_usable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    streamer, _, linears = ring(monkeypatch, tmp_path, 8, in_memory=2)
     streamer.expect(range(8))
     with pytest.raises(KeyboardInterrupt), streamer.layer(0):
         raise KeyboardInterrupt

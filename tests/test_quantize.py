@@ -97,8 +97,9 @@ def compute_in_fp32(model):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
 
 
-def test_weights_are_the_specifications_own(source, tmp_path):
-    quantize_folder(source, tmp_path / "four", block_size=128)
+def test_weights_are_the_specifications_own(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgetune.runtime.quantize._BLOCK_SIZE", 128)  # as other writers of the layout may choose
+    quantize_folder(source, tmp_path / "four")
     original, checkpoint = load_file(source / "model.safetensors"), open_model(tmp_path / "four")
     assert checkpoint.quant.block_size == 128
     for name, weight in original.items():
@@ -269,8 +270,6 @@ def test_a_destination_that_is_there_is_not_overwritten(source, tmp_path):
         quantize_folder(source, source)
     (tmp_path / "empty").mkdir()
     quantize_folder(source, tmp_path / "empty")
-    with pytest.raises(UsageError, match="The block size is 48"):
-        quantize_folder(source, tmp_path / "other", block_size=48)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(source, tmp_path):
