@@ -70,13 +70,6 @@ def test_every_code_table_is_served(isa: str, quant_type: str) -> None:
     assert torch.equal(cpu.dequantize(quantized, BF16), nf4.dequantize(quantized, BF16))
 
 
-def test_rows_of_a_weight_are_the_same_rows(isa: str) -> None:
-    quantized = nf4.quantize(normal(11, 77))
-    dense = nf4.dequantize(quantized, BF16)
-    for begin, end in ((0, 11), (1, 2), (3, 3), (3, 10), (10, 11)):  # 77: rows start within blocks and within bytes
-        assert torch.equal(cpu.dequantize_rows(quantized, BF16, begin, end), dense[begin:end])
-
-
 def test_dequantize_writes_where_it_is_told(isa: str) -> None:
     quantized = nf4.quantize(normal(6, 50))
     buffer = torch.full((8, 50), 7.0)
@@ -126,26 +119,9 @@ def test_swiglu_and_its_gradient_on_halves_of_one_tensor(isa: str, width: int, d
 def test_swiglu_saturates_without_becoming_nan(isa: str) -> None:
     gate = torch.tensor([[-1e4, -100.0, -88.5, -30.0, 0.0, 30.0, 88.5, 1e4]])
     assert_close(cpu.swiglu(gate, torch.ones_like(gate)), reference.swiglu(gate, torch.ones_like(gate)))
-    assert torch.isfinite(torch.stack(cpu.swiglu_backward(gate, gate, gate))).all()
-
-
-@pytest.mark.parametrize("dtype", COMPUTE)
-def test_outputs_may_replace_their_inputs(isa: str, dtype: torch.dtype) -> None:
-    h, up, dact, weight = (normal(9, 45, dtype=dtype, seed=seed) for seed in range(4))
-    weight = weight[0]
-    for run in (
-        lambda a, out: cpu.rms_norm(a, weight, 1e-5, out),
-        lambda a, out: cpu.rms_norm_backward(dact, a, weight, 1e-5, out),
-        lambda a, out: cpu.rms_norm_backward(a, up, weight, 1e-5, out),
-        lambda a, out: cpu.swiglu(a, up, out),
-    ):
-        copy = h.clone()
-        assert torch.equal(run(h, None), run(copy, copy))
-    gate, other = h.clone(), up.clone()
-    expected = cpu.swiglu_backward(dact, h, up)
-    cpu.swiglu_backward(dact, gate, other, gate, other)
-    assert torch.equal(gate, expected[0])
-    assert torch.equal(other, expected[1])
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    cpu.swiglu_backward(gate, gate, gate, dgate, dup)
+    assert torch.isfinite(torch.stack([dgate, dup])).all()
 
 
 @pytest.mark.parametrize("dtype", COMPUTE)
@@ -241,8 +217,8 @@ WRONG = {
     "a weight of another width": lambda: cpu.rms_norm(normal(2, 4), normal(5), 1e-5),
     "a transposed input": lambda: cpu.swiglu(normal(4, 2).T, normal(4, 2).T),
     "two dtypes": lambda: cpu.swiglu(normal(2, 4), normal(2, 4, dtype=BF16)),
-    "an output too small": lambda: cpu.swiglu(normal(2, 4), normal(2, 4), out=normal(2, 3)),
-    "an output whose rows overlap": lambda: cpu.swiglu(normal(2, 4), normal(2, 4), out=normal(1, 4).expand(2, 4)),
+    "an output too small": lambda: cpu.dequantize(nf4.quantize(normal(2, 4)), F32, out=normal(2, 3)),
+    "an output whose rows overlap": lambda: cpu.cross_entropy_(normal(1, 4).expand(2, 4), torch.tensor([0, 1]), torch.ones(2)),
     "another device": lambda: cpu.swiglu(normal(2, 4).to("meta"), normal(2, 4).to("meta")),
     "heads of odd size": lambda: cpu.rope_(normal(2, 1, 3), normal(2, 1), normal(2, 1)),
     "positions for other rows": lambda: cpu.rope_(normal(2, 1, 4), normal(3, 2), normal(3, 2)),
@@ -251,7 +227,6 @@ WRONG = {
     "a target beyond the vocabulary": lambda: cpu.cross_entropy_(normal(2, 4), torch.tensor([0, 4]), torch.ones(2)),
     "a negative target": lambda: cpu.cross_entropy_(normal(2, 4), torch.tensor([0, -100]), torch.ones(2)),
     "weights in bf16": lambda: cpu.cross_entropy_(normal(2, 4), torch.tensor([0, 1]), torch.ones(2, dtype=BF16)),
-    "rows that are not there": lambda: cpu.dequantize_rows(nf4.quantize(normal(4, 4)), BF16, 2, 5),
     "an integer weight": lambda: cpu.dequantize(nf4.quantize(normal(4, 4)), torch.int8),
     "packed codes cut short": lambda: cpu.dequantize(short(), BF16),
 }

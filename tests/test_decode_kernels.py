@@ -230,18 +230,6 @@ def test_several_tokens_at_once_equal_one_by_one(isa: str) -> None:
     assert relative(torch.cat(found), expected) < 1e-5
 
 
-def test_blocks_one_by_one_equal_all_in_one_call(isa: str) -> None:
-    model = make_model(make_config(), rank=4)
-    cache = KVCache(model.config, 16, torch.float32, torch.device("cpu"))
-    run = decode.Decoder(model, cache)
-    h = model.embed(torch.tensor([3, 4]))
-    together = h.clone()
-    run.run(together, 0)
-    for layer in range(2):
-        run.run_block(layer, h, 0)
-    assert torch.equal(h, together)
-
-
 def test_dense_models_decode_exactly(isa: str) -> None:
     model = make_model(make_config(), quantized=False)
     ids = torch.randint(75, (9,))
@@ -250,25 +238,25 @@ def test_dense_models_decode_exactly(isa: str) -> None:
     assert relative(torch.stack([step(int(token)) for token in ids]), expected) < 1e-5
 
 
-@pytest.mark.parametrize("compute", ["bf16", "int8"])
-def test_half_precision_decoding_stays_near(isa: str, compute: str) -> None:
+def test_half_precision_decoding_stays_near(isa: str) -> None:
     model = make_model(make_config(hidden_size=256, head_dim=64), rank=8, head="nf4")
     ids = torch.randint(75, (12,))
     expected, _ = reference(model, ids, 16)
     model.set_dtype(torch.bfloat16)  # adapters and cache in bf16 as well
-    step = decode.Decoder(model, KVCache(model.config, 16, torch.bfloat16, torch.device("cpu")), compute)
+    step = decode.Decoder(model, KVCache(model.config, 16, torch.bfloat16, torch.device("cpu")))
     found = torch.stack([step(int(token)) for token in ids])
-    assert relative(found, expected) < (3e-2 if compute == "bf16" else 6e-2)
+    assert relative(found, expected) < 6e-2
 
 
-@pytest.mark.parametrize("compute", decode.COMPUTE)
-def test_the_number_of_threads_changes_no_bit(isa: str, compute: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(isa: str, dtype: torch.dtype) -> None:
     model = make_model(make_config(), rank=16)
+    model.set_dtype(dtype)
     ids = torch.randint(75, (6,))
 
     def run(threads: int) -> Tensor:
         torch.set_num_threads(threads)
-        step = decode.Decoder(model, KVCache(model.config, 8, torch.float32, torch.device("cpu")), compute)
+        step = decode.Decoder(model, KVCache(model.config, 8, dtype, torch.device("cpu")))
         return torch.stack([step(int(token)) for token in ids])
 
     assert torch.equal(run(1), run(2))

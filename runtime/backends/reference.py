@@ -68,11 +68,10 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
     return ((scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd).to(h.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, (N, F). Shazeer 2020, arXiv 2002.05202."""
     g = gate.float()
-    value = (g * torch.sigmoid(g) * up.float()).to(gate.dtype)
-    return value if out is None else out.copy_(value)
+    return (g * torch.sigmoid(g) * up.float()).to(gate.dtype)
 
 
 def swiglu_backward(

@@ -25,7 +25,6 @@ __all__ = [
     "cross_entropy_",
     "decoder",
     "dequantize",
-    "dequantize_rows",
     "dropout",
     "force_isa",
     "fuses",
@@ -93,22 +92,6 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | Non
         out = torch.empty(quantized.shape, dtype=dtype)
     _require(out.is_contiguous(), "out is not contiguous")
     pointer = _check(out, "out", tuple(quantized.shape), dtype) if out.dim() else out.data_ptr()
-    _dequantize(quantized, dtype, 0, quantized.numel, pointer)
-    return out
-
-
-def dequantize_rows(quantized: QuantizedTensor, dtype: torch.dtype, begin: int, end: int, out: Tensor | None = None) -> Tensor:
-    """Rows [begin, end) of the dense weight, (end - begin, in_features); into `out` where given."""
-    rows, width = quantized.shape
-    _require(0 <= begin <= end <= rows, "rows {} to {} are not within 0 to {}", begin, end, rows)
-    if out is None:
-        out = torch.empty(end - begin, width, dtype=dtype)
-    pointer = _check_whole(out, "out", (end - begin, width), dtype)
-    _dequantize(quantized, dtype, begin * width, (end - begin) * width, pointer)
-    return out
-
-
-def _dequantize(quantized: QuantizedTensor, dtype: torch.dtype, first: int, count: int, out: int) -> None:
     _require(dtype in _SUFFIX, "dtype {} is none of bfloat16, float32, float16", dtype)
     state, nested = quantized.state, quantized.state.nested
     numbers = quantized.numel
@@ -127,65 +110,61 @@ def _dequantize(quantized: QuantizedTensor, dtype: torch.dtype, first: int, coun
         scales = _check_whole(nested.absmax, "nested absmax", (-(-blocks // nested.block_size),), torch.float32)
         offset = nested.offset
     values = code_table(state.quant_type)
-    kernel(f"dequantize_{_SUFFIX[dtype]}", "ppppppfllllpi")(
-        packed, values.data_ptr(), plain, codes, table, scales, offset, shift, state.block_size, first, count, out,
+    kernel(f"dequantize_{_SUFFIX[dtype]}", "ppppppflllpi")(
+        packed, values.data_ptr(), plain, codes, table, scales, offset, shift, state.block_size, numbers, pointer,
         torch.get_num_threads(),
     )  # fmt: skip
+    return out
 
 
 # ---- rows and elements ----
 
 
-def rms_norm(h: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """h (N, D) over its root mean square, times weight (D,) bf16 or f32 -> (N, D); into `out` (h itself is allowed)."""
+def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """h (N, D) over its root mean square, times weight (D,) bf16 or f32 -> (N, D)."""
     shape, dtype, suffix = _matrix(h, "h")
     _require(weight.dtype in _COMPUTE, "weight is {}; expected bf16 or f32", weight.dtype)
-    out = torch.empty(shape, dtype=dtype) if out is None else out
+    out = torch.empty(shape, dtype=dtype)
     kernel(f"rms_norm_{suffix}_{_SUFFIX[weight.dtype]}", "plpfllpli")(
         _check(h, "h", shape, dtype), h.stride(0), _check_whole(weight, "weight", shape[1:], weight.dtype), eps, *shape,
-        _check_output(out, "out", shape, dtype), out.stride(0), torch.get_num_threads(),
+        out.data_ptr(), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """Gradient (N, D) of rms_norm's input, the weight frozen; into `out` (dx or h itself is allowed)."""
+def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gradient (N, D) of rms_norm's input, the weight frozen."""
     shape, dtype, suffix = _matrix(h, "h")
     _require(weight.dtype in _COMPUTE, "weight is {}; expected bf16 or f32", weight.dtype)
-    out = torch.empty(shape, dtype=dtype) if out is None else out
+    out = torch.empty(shape, dtype=dtype)
     kernel(f"rms_norm_backward_{suffix}_{_SUFFIX[weight.dtype]}", "plplpfllpli")(
         _check(dx, "dx", shape, dtype), dx.stride(0), _check(h, "h", shape, dtype), h.stride(0),
         _check_whole(weight, "weight", shape[1:], weight.dtype), eps, *shape,
-        _check_output(out, "out", shape, dtype), out.stride(0), torch.get_num_threads(),
+        out.data_ptr(), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, (N, F) each, perhaps halves of one (N, 2F); into `out` (gate or up itself is allowed)."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, (N, F) each, perhaps halves of one (N, 2F)."""
     shape, dtype, suffix = _matrix(gate, "gate")
-    out = torch.empty(shape, dtype=dtype) if out is None else out
+    out = torch.empty(shape, dtype=dtype)
     kernel(f"swiglu_{suffix}", "plplllpli")(
         _check(gate, "gate", shape, dtype), gate.stride(0), _check(up, "up", shape, dtype), up.stride(0), *shape,
-        _check_output(out, "out", shape, dtype), out.stride(0), torch.get_num_threads(),
+        out.data_ptr(), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def swiglu_backward(
-    dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None = None, dup: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, (N, F) each; into dgate and dup where given (gate and up themselves are allowed)."""
+def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Gradients of gate and up, (N, F) each, into dgate and dup."""
     shape, dtype, suffix = _matrix(gate, "gate")
-    dgate = torch.empty(shape, dtype=dtype) if dgate is None else dgate
-    dup = torch.empty(shape, dtype=dtype) if dup is None else dup
     kernel(f"swiglu_backward_{suffix}", "plplplllplpli")(
         _check(dact, "dact", shape, dtype), dact.stride(0), _check(gate, "gate", shape, dtype), gate.stride(0),
         _check(up, "up", shape, dtype), up.stride(0), *shape,
         _check_output(dgate, "dgate", shape, dtype), dgate.stride(0),
         _check_output(dup, "dup", shape, dtype), dup.stride(0), torch.get_num_threads(),
     )  # fmt: skip
-    return dgate, dup
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ struct Job {
     const Shape* shape;
     const Block* blocks;
     int64_t block_count;
-    const float* norm;   // (D,) or null: no final norm and head
+    const float* norm;   // (D,)
     const Linear* head;
     float* logits;       // (n, V)
     float* h;
@@ -371,10 +371,10 @@ static void run_worker(void* argument, int index, int count) {
     Team& team = *static_cast<Team*>(argument);
     Worker worker(*team.job, team.rank, &team.meeting, index, count, team.threads);
     for (int64_t i = 0; i < team.job->block_count; i++) worker.run(team.job->blocks[i]);
-    if (team.job->norm) worker.run_head();
+    worker.run_head();
 }
 
-// All of the job's blocks, one after another, then final norm and head where given.
+// All of the job's blocks, one after another, then final norm and head.
 static void decode(const Job* job, int threads) {
     Team team = {job, largest_rank(job->blocks, job->block_count), threads, {0, 0}};
     edgetune::parallel(threads, run_worker, &team);

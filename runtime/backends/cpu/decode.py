@@ -140,16 +140,15 @@ class Decoder:
     the model's dtype) and norms as they are now: after an adapter has changed, make a new one.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, compute: str | None = None) -> None:
-        """compute: of `COMPUTE`; None takes f32 for an f32 model and int8 otherwise.
+    def __init__(self, model: Llama, cache: KVCache) -> None:
+        """Products are computed in f32 for an f32 model and in int8 otherwise.
 
         Raises ValueError for what the kernels cannot run.
         """
         config = model.config
         self.model, self.cache = model, cache
         self._dtype = model.dtype if model.dtype in _KIND else torch.float32
-        self.compute = compute or ("f32" if self._dtype == torch.float32 else "int8")
-        _require(self.compute in COMPUTE, "compute {!r} is none of {}", self.compute, ", ".join(COMPUTE))
+        compute = COMPUTE["f32" if self._dtype == torch.float32 else "int8"]
         self._kept: list[Any] = [model, cache]
         cos, sin = model.rope(torch.arange(cache.max_length))
         half = (cache.max_length, config.head_dim // 2)
@@ -157,7 +156,7 @@ class Decoder:
         _require(kind in _KIND, "the KV cache is {}; expected bf16 or f32", kind)
         self._shape = _Shape(
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            cache.max_length, int(kind == torch.bfloat16), COMPUTE[self.compute], config.rms_norm_eps,
+            cache.max_length, int(kind == torch.bfloat16), compute, config.rms_norm_eps,
             config.head_dim**-0.5, self._keep(cos, "cos", half), self._keep(sin, "sin", half),
         )  # fmt: skip
         blocks: Any = model.blocks
@@ -239,15 +238,6 @@ class Decoder:
 
         Their keys and values go into the cache from `position` on; the cache's `length` is the caller's.
         """
-        logits = torch.empty(h.shape[0], self._head.rows)
-        self._decode(h, position, self._blocks, len(self._blocks), logits)
-        return logits
-
-    def run_block(self, layer: int, h: Tensor, position: int) -> None:
-        """One block alone: h (n <= 8, D) f32, in place."""
-        self._decode(h, position, self._blocks[layer], 1, None)
-
-    def _decode(self, h: Tensor, position: int, blocks: Any, count: int, logits: Tensor | None) -> None:
         n, threads = h.shape[0], torch.get_num_threads()
         _require(1 <= n <= MAX_TOKENS, "h has {} tokens; expected 1 to {}", n, MAX_TOKENS)
         _require(
@@ -255,12 +245,14 @@ class Decoder:
             "{} tokens at {} do not fit a KV cache of {}", n, position, self.cache.max_length,
         )  # fmt: skip
         self._reserve(n, threads)
+        logits = torch.empty(n, self._head.rows)
         job = _Job(
-            ctypes.addressof(self._shape), ctypes.addressof(blocks), count, self._norm if logits is not None else None,
-            ctypes.addressof(self._head), logits.data_ptr() if logits is not None else None,
-            _address(h, "h", (n, self._shape.hidden), torch.float32), n, position, self._space.data_ptr(), self._own,
+            ctypes.addressof(self._shape), ctypes.addressof(self._blocks), len(self._blocks), self._norm,
+            ctypes.addressof(self._head), logits.data_ptr(), _address(h, "h", (n, self._shape.hidden), torch.float32), n,
+            position, self._space.data_ptr(), self._own,
         )  # fmt: skip
         kernel("decode", "pi")(ctypes.addressof(job), threads)
+        return logits
 
     def _reserve(self, n: int, threads: int) -> None:
         """Working memory for n tokens and that many threads, kept from step to step."""

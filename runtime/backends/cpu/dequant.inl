@@ -189,20 +189,20 @@ void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, 
 }
 
 template <class T>
-void dequantize(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t first, int64_t count,
-                T* out, int threads) {
+void dequantize(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t count, T* out,
+                int threads) {
     int64_t grain = block_size < 4096 ? 4096 / block_size * block_size : block_size;
     parallel_for(threads, count, grain, [=](int64_t begin, int64_t end) {
-        dequantize_range(packed, codes, absmax, block_size, first + begin, first + end, out + begin);
+        dequantize_range(packed, codes, absmax, block_size, begin, end, out + begin);
     });
 }
 
 #define ET_DEQUANTIZE(name, T)                                                                                            \
     void name(const uint8_t* packed, const float* codes, const float* plain, const uint8_t* absmax_codes,                 \
               const float* absmax_table, const float* nested, float offset, int64_t shift, int64_t block_size,            \
-              int64_t first, int64_t count, T* out, int threads) {                                                        \
+              int64_t count, T* out, int threads) {                                                                       \
         Absmax absmax = {plain, absmax_codes, absmax_table, nested, offset, shift};                                       \
-        dequantize(packed, codes, absmax, block_size, first, count, out, threads);                                        \
+        dequantize(packed, codes, absmax, block_size, count, out, threads);                                               \
     }
 ET_DEQUANTIZE(dequantize_bf16, Bf16)
 ET_DEQUANTIZE(dequantize_f16, F16)

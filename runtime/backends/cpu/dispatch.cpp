@@ -253,18 +253,3 @@ ET_EXPORT void et_set_openmp(void* parallel_function, void* barrier_function, vo
     omp_thread_num = reinterpret_cast<Number>(thread_num);
     omp_num_threads = reinterpret_cast<Number>(num_threads);
 }
-
-struct Count {
-    int members;
-};
-
-static void count_member(void* argument, int index, int count) {
-    if (index == 0) static_cast<Count*>(argument)->members = count;
-}
-
-// How many threads a kernel asking for `threads` really gets.
-ET_EXPORT int et_team_size(int threads) {
-    Count count = {0};
-    parallel(threads, count_member, &count);
-    return count.members;
-}

@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ET_ABI 3
+#define ET_ABI 4
 
 #if defined(_MSC_VER)
 #define ET_EXPORT extern "C" __declspec(dllexport)

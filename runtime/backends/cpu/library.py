@@ -19,7 +19,7 @@ import torch
 
 from edgetune.runtime.errors import UsageError
 
-ABI = 3  # kernels.h's ET_ABI: raised together with it whenever a kernel's arguments change
+ABI = 4  # kernels.h's ET_ABI: raised together with it whenever a kernel's arguments change
 VARIABLE = "EDGETUNE_CPU_ISA"
 
 _FOLDER = Path(__file__).resolve().parent
@@ -150,8 +150,3 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         prototype: Any = ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in signature))
         function = _functions[name] = prototype(address)
     return function
-
-
-def team_size(threads: int) -> int:
-    """How many threads a kernel that asks for `threads` gets."""
-    return int(load().et_team_size(threads))

@@ -49,9 +49,9 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
     return out
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, (N, F) each, perhaps halves of one (N, 2F)."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
     if gate.numel():
         kernels.swiglu[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
@@ -60,19 +60,14 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def swiglu_backward(
-    dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None = None, dup: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, (N, F) each; into dgate and dup where given, which have whole rows."""
+def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Gradients of gate and up, (N, F) each, into dgate and dup, which have whole rows."""
     dact, gate, up = _rows(dact, gate.shape, "dact"), _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if dgate is None else dgate
-    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if dup is None else dup
     if gate.numel():
         kernels.swiglu_backward[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
             dact, gate, up, dgate, dup, gate.shape[1], dact.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
             dup.stride(0), TILE=COLUMNS,
         )  # fmt: skip
-    return dgate, dup
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
