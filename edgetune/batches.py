@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,6 @@ class Windows:
     its first `context[w]` predictions is masked, because an earlier window made them with more to go on.
     """
 
-    document: Int
     start: Int
     length: Int
     context: Int
@@ -42,7 +42,7 @@ class Windows:
 def cut_windows(store: TokenStore, seq_len: int, overlap: int) -> Windows:
     """The windows of every document, at most `seq_len` inputs each; windows without a trained target are left out."""
     columns: list[Int] = []
-    for number, document in enumerate(store.documents):
+    for document in store.documents:
         targets = document.tokens - 1
         if targets < 1:
             continue
@@ -53,8 +53,8 @@ def cut_windows(store: TokenStore, seq_len: int, overlap: int) -> Windows:
         marks = store.trained[document.start : document.start + document.tokens]
         if not marks[1:].all():
             start, length, context = _without_idle_ends(np.flatnonzero(marks), start, length, context)
-        columns.append(np.stack([np.full_like(start, number), start + document.start, length, context]))
-    joined = np.concatenate(columns, axis=1) if columns else np.zeros((4, 0), np.int64)
+        columns.append(np.stack([start + document.start, length, context]))
+    joined = np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
     return Windows(*joined)
 
 
@@ -71,7 +71,7 @@ def _without_idle_ends(trained: Int, start: Int, length: Int, context: Int) -> t
 class Batch:
     """One packed row, ready for the runner. All of (N,): input_ids, targets and positions int64, loss_mask float32.
 
-    `segments` are the (begin, end) of the windows within the row; `documents` the store's document of each.
+    `segments` are the (begin, end) of the windows within the row.
     """
 
     input_ids: torch.Tensor
@@ -79,7 +79,6 @@ class Batch:
     loss_mask: torch.Tensor
     positions: torch.Tensor
     segments: tuple[tuple[int, int], ...]
-    documents: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -90,14 +89,6 @@ class Batch:
     def trained(self) -> int:
         """Targets that carry loss."""
         return int(self.loss_mask.sum())
-
-    def document_losses(self, losses: torch.Tensor) -> dict[int, float]:
-        """Sum of `losses` (N,) by document, masked targets left out: nats in, nats out, in float64."""
-        kept = losses.double() * self.loss_mask.double()
-        sums: dict[int, float] = {}
-        for (begin, end), document in zip(self.segments, self.documents, strict=True):
-            sums[document] = sums.get(document, 0.0) + float(kept[begin:end].sum())
-        return sums
 
 
 def make_batch(store: TokenStore, windows: Windows, chosen: Sequence[int], text_only: bool = False) -> Batch:
@@ -122,11 +113,10 @@ def make_batch(store: TokenStore, windows: Windows, chosen: Sequence[int], text_
         loss_mask=torch.from_numpy(np.concatenate(masks)),
         positions=torch.from_numpy(np.concatenate(positions)),
         segments=tuple(segments),
-        documents=tuple(int(windows.document[window]) for window in chosen),
     )
 
 
-def default_overlap(seq_len: int) -> int:
+def training_overlap(seq_len: int) -> int:
     """Context repeated in a later window: an eighth.
 
     It costs at most a seventh more compute, and that on long documents alone. Measured on base-16m and 24 long chats, a
@@ -142,13 +132,12 @@ class Packer:
     gradient, a row of leftovers would count as much as a full one.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, batch_tokens: int, seed: int, overlap: int | None = None) -> None:
-        overlap = default_overlap(seq_len) if overlap is None else overlap
-        check_settings(seq_len, batch_tokens, overlap)
+    def __init__(self, store: TokenStore, seq_len: int, batch_tokens: int, seed: int) -> None:
+        check_settings(seq_len, batch_tokens)
         self.store = store
         self.batch_tokens = batch_tokens
         self.seed = seed
-        self.windows = cut_windows(store, seq_len, overlap)
+        self.windows = cut_windows(store, seq_len, training_overlap(seq_len))
         if not len(self.windows):
             raise DataError("Nothing to train on: no document has a trained token; expected notes with text in them.")
         self.steps_per_epoch = self._fewest_rows()
@@ -237,7 +226,7 @@ def random_words(seed: int, epoch: int, stream: int, count: int) -> npt.NDArray[
     return generator.random_raw(count)
 
 
-def check_settings(seq_len: int, batch_tokens: int, overlap: int) -> None:
+def check_settings(seq_len: int, batch_tokens: int) -> None:
     """Raises UsageError for lengths that cannot be honoured."""
     if seq_len < 2:
         raise UsageError(f"A sequence length of {seq_len} was given: expected 2 or more; type --seq-len 512.")
@@ -246,19 +235,16 @@ def check_settings(seq_len: int, batch_tokens: int, overlap: int) -> None:
             f"A batch of {batch_tokens} tokens cannot hold a sequence of {seq_len}: expected at least as many; "
             f"type --batch-tokens {seq_len} or --seq-len {batch_tokens}."
         )
-    if not 0 <= overlap < seq_len:
-        raise UsageError(f"An overlap of {overlap} was given: expected at least 0 and less than the {seq_len} of a window.")
 
 
-def evaluation_batches(store: TokenStore, seq_len: int, batch_tokens: int, overlap: int | None = None) -> Iterator[Batch]:
+def evaluation_batches(store: TokenStore, seq_len: int, batch_tokens: int) -> Iterator[Batch]:
     """Rows that score every text token of the store once, in its order; starts and ends are not scored.
 
-    `overlap` defaults to half a window, so that what is scored has seen at least half a window of its document, unless
-    it stands near the beginning. Nats by document: `Batch.document_losses`; bits per byte: `bits_per_byte`.
+    Windows overlap by half, so that what is scored has seen at least half a window of its document, unless it stands near
+    the beginning. Bits per byte: `bits_per_byte`.
     """
-    overlap = seq_len // 2 if overlap is None else overlap
-    check_settings(seq_len, batch_tokens, overlap)
-    windows = cut_windows(store, seq_len, overlap)
+    check_settings(seq_len, batch_tokens)
+    windows = cut_windows(store, seq_len, seq_len // 2)
     row: list[int] = []
     held = 0
     for window, length in enumerate(windows.length.tolist()):
@@ -273,23 +259,17 @@ def evaluation_batches(store: TokenStore, seq_len: int, batch_tokens: int, overl
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """The result of an evaluation: over all documents, and of each, in the store's order."""
+    """The result of an evaluation over all documents."""
 
     bits_per_byte: float
-    per_document: tuple[float, ...]
     tokens: int
     bytes: int
 
 
 def bits_per_byte(store: TokenStore, scored: Iterable[tuple[Batch, torch.Tensor]]) -> BitsPerByte:
     """From (batch, losses (N,) in nats) of all `evaluation_batches` to bits a byte, which no tokenizer flatters."""
-    nats = np.zeros(len(store.documents))
-    tokens = 0
+    nats, tokens = 0.0, 0
     for batch, losses in scored:
         tokens += batch.trained
-        for document, loss in batch.document_losses(losses).items():
-            nats[document] += loss
-    sizes = np.array([document.bytes for document in store.documents])
-    bits = nats / np.log(2)
-    each = np.divide(bits, sizes, out=np.zeros_like(bits), where=sizes > 0)
-    return BitsPerByte(float(bits.sum() / max(int(sizes.sum()), 1)), tuple(each.tolist()), tokens, int(sizes.sum()))
+        nats += float((losses.double() * batch.loss_mask.double()).sum())
+    return BitsPerByte(nats / math.log(2) / max(store.bytes, 1), tokens, store.bytes)
