@@ -81,11 +81,6 @@ class Batch:
     segments: tuple[tuple[int, int], ...]
 
     @property
-    def tokens(self) -> int:
-        """N."""
-        return len(self.input_ids)
-
-    @property
     def trained(self) -> int:
         """Targets that carry loss."""
         return int(self.loss_mask.sum())
@@ -143,26 +138,14 @@ class Packer:
         self.steps_per_epoch = self._fewest_rows()
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens that go through the model in an epoch, repeated context included."""
-        return int(self.windows.length.sum())
-
-    @property
-    def fill(self) -> float:
-        """How full the rows are, of 1."""
-        return self.tokens_per_epoch / (self.steps_per_epoch * self.batch_tokens)
-
-    def batch(self, step: int) -> Batch:
-        """The row of step `step`, counted from 0 over all epochs."""
-        return make_batch(self.store, self.windows, self._step_windows(step))
-
     def micro_batches(self, step: int, micro_tokens: int) -> list[Batch]:
-        """The same windows in rows of at most `micro_tokens` (or of one window, where that is longer).
+        """The windows of step `step`, counted from 0 over all epochs, in rows of at most `micro_tokens` (or of one window,
+        where that is longer).
 
         To accumulate gradients exactly, divide each row's summed loss by the sum of all rows' `trained`.
         """
-        chosen = np.asarray(self._step_windows(step))
+        epoch, number = divmod(step, self.steps_per_epoch)
+        chosen = np.asarray(self.plan(epoch)[number])
         lengths = self.windows.length[chosen]
         order = np.argsort(-lengths, kind="stable")
         most = max(micro_tokens, int(lengths.max()))
@@ -172,12 +155,8 @@ class Packer:
                 return [make_batch(self.store, self.windows, chosen[row].tolist()) for row in dealt if row]
         raise AssertionError("one window a row always fits")
 
-    def _step_windows(self, step: int) -> list[int]:
-        epoch, row = divmod(step, self.steps_per_epoch)
-        return self.plan(epoch)[row]
-
     def _fewest_rows(self) -> int:
-        rows = -(-self.tokens_per_epoch // self.batch_tokens)
+        rows = -(-int(self.windows.length.sum()) // self.batch_tokens)
         while self._try(0, rows) is None:
             rows = min(rows + max(1, rows // 64), len(self.windows))
         return rows

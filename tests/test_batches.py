@@ -58,15 +58,21 @@ def chain_targets(batches, chosen) -> list[int]:
     return [target for batch in batches for target in batch.targets[chosen(batch)].tolist()]
 
 
+def whole_row(packer: Packer, step: int):
+    """A step's windows in one row."""
+    (batch,) = packer.micro_batches(step, packer.batch_tokens)
+    return batch
+
+
 def check_row(batch, store: TokenStore, seq_len: int, most: int) -> None:
     """What holds of every row: shapes, dtypes, segments that partition it, positions that restart, no crossing."""
     owner = document_of(store)
-    assert batch.tokens <= most
+    assert len(batch.input_ids) <= most
     assert batch.input_ids.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32
     assert set(batch.loss_mask.tolist()) <= {0.0, 1.0}
     begins, ends = zip(*batch.segments, strict=True)
-    assert (begins[0], ends[-1]) == (0, batch.tokens)
+    assert (begins[0], ends[-1]) == (0, len(batch.input_ids))
     assert begins[1:] == ends[:-1]
     for begin, end in batch.segments:
         assert 1 <= end - begin <= seq_len
@@ -81,12 +87,12 @@ def test_an_epoch_trains_every_token_exactly_once(store, shape, seed, epoch):
     seq_len, batch_tokens = shape
     packer = Packer(store, seq_len, batch_tokens, seed)
     steps = range(epoch * packer.steps_per_epoch, (epoch + 1) * packer.steps_per_epoch)
-    batches = [packer.batch(step) for step in steps]
+    batches = [whole_row(packer, step) for step in steps]
     for batch in batches:
         check_row(batch, store, seq_len, batch_tokens)
     assert trained_targets(batches) == np.flatnonzero(store.trained).tolist()
     assert sum(batch.trained for batch in batches) == store.trained_tokens
-    assert sum(batch.tokens for batch in batches) == packer.tokens_per_epoch
+    assert sum(len(batch.input_ids) for batch in batches) == packer.windows.length.sum()
 
 
 @given(stores(), lengths, st.integers(1, 90), st.data())
@@ -94,7 +100,7 @@ def test_micro_batches_are_the_steps_windows(store, shape, micro_tokens, data):
     seq_len, batch_tokens = shape
     packer = Packer(store, seq_len, batch_tokens, 1)
     step = data.draw(st.integers(0, 2 * packer.steps_per_epoch))
-    whole, micro = packer.batch(step), packer.micro_batches(step, micro_tokens)
+    whole, micro = whole_row(packer, step), packer.micro_batches(step, micro_tokens)
     longest = max(end - begin for begin, end in whole.segments)
     for batch in micro:
         check_row(batch, store, seq_len, max(micro_tokens, longest))
@@ -108,7 +114,7 @@ def test_evaluation_scores_every_text_token_once_and_in_order(store, shape):
     batches = list(evaluation_batches(store, seq_len, batch_tokens))
     scored = chain_targets(batches, lambda batch: batch.loss_mask > 0)
     assert scored == np.flatnonzero(store.trained == TEXT).tolist()
-    assert all(batch.tokens <= batch_tokens for batch in batches)
+    assert all(len(batch.input_ids) <= batch_tokens for batch in batches)
 
 
 @given(stores(), st.integers(2, 40), st.integers(0, 39))
@@ -132,10 +138,10 @@ def test_a_step_does_not_depend_on_the_calls_before_it(steps, seed):
     store = notes(*range(1, 60))
     used = Packer(store, 16, 64, seed)
     for step in steps:
-        used.batch(step)
+        whole_row(used, step)
     for step in steps:
         fresh = Packer(store, 16, 64, seed)
-        assert equal(used.batch(step), fresh.batch(step))
+        assert equal(whole_row(used, step), whole_row(fresh, step))
         assert all(map(equal, used.micro_batches(step, 20), fresh.micro_batches(step, 20)))
 
 
@@ -143,8 +149,8 @@ def test_epochs_and_seeds_differ():
     store = notes(*range(1, 60))
     packer, other = Packer(store, 16, 64, 0), Packer(store, 16, 64, 1)
     steps = packer.steps_per_epoch
-    assert not equal(packer.batch(0), packer.batch(steps))
-    assert not equal(packer.batch(0), other.batch(0))
+    assert not equal(whole_row(packer, 0), whole_row(packer, steps))
+    assert not equal(whole_row(packer, 0), whole_row(other, 0))
     rows = [{frozenset(row) for row in packer.plan(epoch)} for epoch in (0, 1)]
     assert rows[0] != rows[1]  # other neighbours, not only another order
 
@@ -158,7 +164,7 @@ def test_random_words_are_philoxs_own():
 def test_rows_are_full_and_alike_on_note_like_lengths():
     sizes = np.random.default_rng(0).lognormal(5.5, 0.6, 2000).astype(int) + 20
     packer = Packer(notes(*sizes.tolist()), 512, 2048, 0)
-    assert packer.fill > 0.95
+    assert packer.windows.length.sum() > 0.95 * packer.steps_per_epoch * 2048
     for epoch in range(3):
         held = [int(packer.windows.length[row].sum()) for row in packer.plan(epoch)]
         assert max(held) <= 2048
@@ -192,7 +198,7 @@ def test_accumulated_gradients_are_those_of_the_whole_row():
         return sum(float((weight[batch.targets] * batch.loss_mask).sum()) / total for batch in batches)
 
     for step in range(packer.steps_per_epoch):
-        assert mean_loss(packer.micro_batches(step, 32)) == pytest.approx(mean_loss([packer.batch(step)]), rel=1e-12)
+        assert mean_loss(packer.micro_batches(step, 32)) == pytest.approx(mean_loss([whole_row(packer, step)]), rel=1e-12)
 
 
 def test_bits_per_byte_are_over_all_documents():
