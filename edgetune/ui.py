@@ -5,6 +5,7 @@ Text that did not come from this program (a model's words, a file's name) passes
 
 from __future__ import annotations
 
+import abc
 import collections
 import sys
 from typing import TYPE_CHECKING, TextIO
@@ -173,14 +174,14 @@ def finished_lines(event: Finished) -> list[str]:
     return lines
 
 
-class Renderer:
+class Renderer(abc.ABC):
     """Base of the three: `show` each event, `close` at the end; a context manager."""
 
+    @abc.abstractmethod
     def show(self, event: Event) -> None:
         """Render one event."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - printed lines stay; a live bar goes
         """Leave the terminal as it was found."""
 
     def __enter__(self) -> Renderer:
