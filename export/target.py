@@ -25,7 +25,7 @@ import importlib.util
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -134,12 +134,6 @@ class Held:
         ring = min(SLOTS * stored // config.num_layers, stored)
         return math.ceil(max(self.fixed / (1 - self.models * LAYER_SHARE), ring / LAYER_SHARE))
 
-    def enough(self, base: Checkpoint, memory: int) -> int:
-        """`memory` where it is enough, else a larger amount that is: more may load what less would have streamed."""
-        while (needed := self.needed(base, memory)) > memory:
-            memory = needed
-        return memory
-
 
 def held_by_reference(job: Job, process: int = PROCESS_BYTES) -> Held:
     """Running the model that an export is compared with: `process` bytes before it is opened, its adapter twice, and a head in
@@ -160,8 +154,8 @@ def check_memory(target: Target, job: Job) -> None:
     if job.memory is None:
         return
     stages = target.held(job)
-    written = _enough(stages["write"], job.base, job.memory)
-    needed = _enough([*stages["write"], *stages["read"]], job.base, job.memory) if job.check else written
+    written = enough(stages["write"], job.base, job.memory)
+    needed = enough([*stages["write"], *stages["read"]], job.base, job.memory) if job.check else written
     if needed > job.memory:
         unproved = f", or --no-verify and {_megabytes(written)} to write it unproved" if needed > written else ""
         raise ResourceError(
@@ -170,10 +164,9 @@ def check_memory(target: Target, job: Job) -> None:
         )
 
 
-def _enough(stages: Iterable[Held], base: Checkpoint, memory: int) -> int:
-    """An amount that is enough for all: `memory`, or the next above it."""
-    stages = list(stages)
-    while (needed := max(held.enough(base, memory) for held in stages)) > memory:
+def enough(stages: Sequence[Held], base: Checkpoint, memory: int) -> int:
+    """`memory` where it is enough for all stages, else a larger amount that is: more may load what less would have streamed."""
+    while (needed := max(held.needed(base, memory) for held in stages)) > memory:
         memory = needed
     return memory
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import edgetune
 from edgetune.export import verify
-from edgetune.export.target import Held, Job
+from edgetune.export.target import Held, Job, enough
 from edgetune.export.verify import Agreement, Bound, Golden
 from edgetune.models import resolve
 from edgetune.runtime.adapter import Adapter
@@ -122,18 +122,21 @@ def test_every_figure_that_is_out_of_bounds_is_named() -> None:
 
 
 @pytest.mark.parametrize("family", ["demo", "dense"])
-@pytest.mark.parametrize("models", [0, 1, 2])
-def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(tmp_path: Path, family: str, models: int) -> None:
+@pytest.mark.parametrize("models", [(0,), (1,), (2,), (0, 1), (2, 1, 0)])
+def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(
+    tmp_path: Path, family: str, models: tuple[int, ...]
+) -> None:
     """More memory may load what less would have streamed, a dense base as fp32: neither way may more be held than allowed."""
     if family == "dense":
         tiny.save_model(tmp_path / "dense")
     base = open_model(resolve("demo").path if family == "demo" else tmp_path / "dense")
-    held = Held(20 * base.config.linear_parameters // 10, models)
+    stages = [Held((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
     regimes = set()
     for share in range(1, 200):
         memory = share * base.config.linear_parameters // 8
-        enough = held.enough(base, memory)
-        assert held.needed(base, enough) <= enough
-        assert enough == memory if held.needed(base, memory) <= memory else enough > memory
-        regimes.add(held.needed(base, memory))
-    assert len(regimes) == (1 if models == 0 else 2)
+        needed = [held.needed(base, memory) for held in stages]
+        accepted = enough(stages, base, memory)
+        assert all(held.needed(base, accepted) <= accepted for held in stages)
+        assert accepted == memory if max(needed) <= memory else accepted > memory
+        regimes.add(tuple(needed))
+    assert len(regimes) == (1 if models == (0,) else 2)
