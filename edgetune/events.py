@@ -157,9 +157,15 @@ class Interrupted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Exporting(Event):
-    """How far a stage of an export is: `done` of `total` pieces, `seconds` since the export began.
+    """How far a stage of an export is: `done` of `total` pieces, 0 at its beginning, `seconds` since the export began.
 
-    The stages: writing, comparing (of Core ML), measuring, proving.
+    The stages, of which an export has some, in this order:
+    sampling    the adapted model writes texts, to round by and to measure on, where none are given
+    laying out  Core ML's graph
+    writing     the weights
+    comparing   each weight in a Core ML package with the one it was made of
+    measuring   what rounding costs, or a Q4_K_M base; after that, as a stage of its own, what the export has to agree with
+    proving     what the target's own reader makes of it
     """
 
     kind: ClassVar[str] = "exporting"

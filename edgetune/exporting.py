@@ -135,9 +135,8 @@ def _write(
     Raises ModelError where it does not, unless the job insists.
     """
     written = module.write(job, folder)
-    job.progress("measuring", 0, 1)
-    expected = verify.golden(job, prompt, reference(module, job, folder))
-    job.progress("measuring", 1, 1)
+    with job.stage("measuring"):
+        expected = verify.golden(job, prompt, reference(module, job, folder))
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     about = {
         "edgetune": edgetune.__version__,
@@ -150,9 +149,8 @@ def _write(
     seal(module, folder)
     if not job.check:
         return written, None
-    job.progress("proving", 0, 1)
-    agreement = _prove(target, module, job, folder, expected, bound)
-    job.progress("proving", 1, 1)
+    with job.stage("proving"):
+        agreement = _prove(target, module, job, folder, expected, bound)
     if not agreement.holds(bound) and not job.force:
         raise ModelError(f"{_out_of_bounds(target, agreement, bound, 'not kept')} Type --force to keep it all the same.")
     return written, agreement

@@ -143,7 +143,8 @@ def write(job: Job, folder: Path) -> Written:
     if source.adapter_as == "functions":
         plans = {ADAPTED: replace(plan, constants=_constants(job)), BASE: plan}
         functions = list(plans)
-    _lay_out(plans, folder)
+    with job.stage("laying out"):
+        _lay_out(plans, folder)
     _fill(folder / app.PACKAGE, source)
     app.write_call(app.how_to_call(plan, job.base.folder, job.base.digest, functions), folder)
     for file in companions(job.base.folder):
@@ -156,7 +157,8 @@ def write(job: Job, folder: Path) -> Written:
         [("stored_numbers_compared", float(compared))],
     )
     if source.requantises:
-        loss = _loss(job, folder)
+        with job.stage("measuring"):
+            loss = _loss(job, folder)
         _hold(source, loss)
         facts += loss.items()
         notices.append(_loss_notice(source, loss))

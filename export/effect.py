@@ -67,7 +67,11 @@ def texts_for(job: Job) -> tuple[Documents, Documents]:
     count = TOKENS // DOCUMENT_TOKENS
     room = min(DOCUMENT_TOKENS, job.base.config.max_positions)
     model = job.model(compute_dtype(torch.device("cpu")))
-    written = [_write(model, room, seed) for seed in range(count + (0 if given else count // 2))]
+    wanted = count + (0 if given else count // 2)
+    done, written = job.counter("sampling", wanted), []
+    for seed in range(wanted):
+        written.append(_write(model, room, seed))
+        done(str(seed))
     return written[:count], _pieces(given) or written[count:]
 
 
@@ -133,7 +137,8 @@ def check(job: Job, merged: Llama, documents: Documents, advice: str) -> tuple[s
 
     Raises ModelError, with `advice` at its end, where that is out of bounds and the job does not insist.
     """
-    found = measure(job.model(), merged, documents)
+    with job.stage("measuring"):
+        found = measure(job.model(), merged, documents)
     given = any(len(text) > 1 for text in job.texts)
     where = "the texts" if given else "text that it writes itself"
     if job.adapter is None:

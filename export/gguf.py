@@ -77,7 +77,8 @@ def write(job: Job, folder: Path) -> Written:
         write_adapter(adapter, job.base.config, folder / ADAPTER_FILE)
         if not job.check or importlib.util.find_spec("llama_cpp") is None:
             return Written(ADAPTER_FILE)
-        return _measured_on_q4_k_m(job, folder)
+        with job.stage("measuring"):
+            return _measured_on_q4_k_m(job, folder)
     vocabulary = read_vocabulary(job.base.folder, job.base.config.vocab_size)
     return Written(MODEL_FILE, write_model(job, folder / MODEL_FILE, job.weights, vocabulary.add_to))
 

@@ -66,9 +66,12 @@ def write(job: Job, folder: Path) -> Written:
         (folder / "base").rmdir()
     else:
         config, index = job.base.folder / "config.json", job.base.folder / INDEX
-        for file in [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]:
+        files = [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]
+        done = job.counter("writing", len(files))
+        for file in files:
             shutil.copyfile(file, folder / file.name)
             os.chmod(folder / file.name, 0o600)
+            done(file.name)
     if job.adapter is not None:
         (folder / ADAPTER).mkdir(mode=0o700)
         adapters.write_files(replace(job.adapter, about={}), folder / ADAPTER, job.base_name)

@@ -79,9 +79,17 @@ class Job:
     progress: Progress = lambda stage, done, total: None
 
     def counter(self, stage: str, total: int) -> Callable[[str], None]:
-        """What is to be told of each of `total` pieces of a stage of the work."""
+        """Begin a stage of the work; what is returned is to be told of each of its `total` pieces."""
+        self.progress(stage, 0, total)
         numbers = itertools.count(1)
         return lambda name: self.progress(stage, next(numbers), total)
+
+    @contextlib.contextmanager
+    def stage(self, stage: str) -> Iterator[None]:
+        """A stage of one piece."""
+        done = self.counter(stage, 1)
+        yield
+        done(stage)
 
     def needed_adapter(self, otherwise: str = "") -> Adapter:
         """The adapter, of which this target is made. otherwise: what can be typed to do without one, for targets that can.

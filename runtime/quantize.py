@@ -41,7 +41,7 @@ _BLOCK_SIZE = QuantConfig().block_size
 _LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
 
 Progress = Callable[[int, int], None]
-"""Called with (parameters done, parameters in all) after each tensor."""
+"""Called with (parameters done, parameters in all) at the beginning and after each tensor."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,7 @@ def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, l
 
 def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], progress: Progress) -> None:
     done, total = 0, sum(map(math.prod, recipe.shapes.values()))
+    progress(done, total)
 
     def made(name: str) -> None:
         nonlocal done

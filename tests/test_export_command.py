@@ -17,6 +17,8 @@ from tiny import save_trainable
 
 from edgetune import export_adapter
 from edgetune.cli.main import cli
+from edgetune.events import Event, Exporting
+from edgetune.export import effect
 from edgetune.export.target import Job, check_memory, load_target
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
@@ -75,6 +77,52 @@ def test_too_little_memory_for_any_export_is_refused(tmp_path: Path, made: tuple
         export_adapter("peft", *made, tmp_path / "out", memory=100_000_000, check=False)
     base = open_model(Path(made[0]))
     check_memory(load_target("peft"), Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000))
+
+
+STAGES = ("sampling", "laying out", "writing", "comparing", "measuring", "proving")
+STAGES_OF = {
+    "peft": ("measuring",),
+    "mps": ("writing", "measuring", "proving"),
+    "hf": ("writing", "measuring"),
+    "hf nf4": ("sampling", "writing", "measuring", "measuring"),
+    "mlx": ("measuring",),
+    "gguf f16": ("writing", "measuring"),
+    "coreml fp16": ("laying out", "writing", "comparing", "measuring", "proving"),
+}
+PACKAGES = {"gguf": "gguf", "coreml": "coremltools"}
+
+
+@pytest.mark.parametrize("form", STAGES_OF)
+def test_each_stage_is_told_of_at_its_beginning_and_its_end(
+    tmp_path: Path, made: tuple[str, str], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, _, weights = form.partition(" ")
+    if target in PACKAGES:
+        pytest.importorskip(PACKAGES[target])
+    told: list[Event] = []
+    proved = "proving" in STAGES_OF[form]
+    monkeypatch.setattr(effect, "TOKENS", 512)  # two texts to round by and one to measure on, where 16 and 8 take a while
+    export_adapter(target, *made, tmp_path / "out", weights or None, check=proved, force=True, show=told.append)
+    stages: list[tuple[str, list[int], int]] = []
+    for event in told:
+        assert isinstance(event, Exporting)
+        if event.done == 0:
+            stages.append((event.stage, [], event.total))
+        stage, counted, total = stages[-1]
+        assert (event.stage, event.total) == (stage, total)
+        counted.append(event.done)
+    assert tuple(stage for stage, _, _ in stages) == STAGES_OF[form]
+    for _, counted, total in stages:
+        assert counted[-1] == total
+        assert counted == sorted(set(counted))
+    order = [STAGES.index(stage) for stage, _, _ in stages]
+    assert order == sorted(order)
+
+
+def test_the_events_page_names_every_stage_in_order() -> None:
+    lines = [line.strip() for line in (Exporting.__doc__ or "").splitlines()]
+    named = [stage for line in lines for stage in STAGES if line.startswith(f"{stage}  ")]
+    assert tuple(named) == STAGES
 
 
 def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]) -> None:

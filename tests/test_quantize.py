@@ -56,7 +56,7 @@ def kill_after(tensors):
     count = iter(range(1, 1000))
 
     def progress(done, total):
-        if next(count) == tensors:
+        if done and next(count) == tensors:
             raise Killed
 
     return progress
@@ -197,10 +197,10 @@ def test_odd_sizes_and_tied_heads(tmp_path, changes):
     assert ("lm_head.weight" in checkpoint.stored) == ("tie_word_embeddings" not in changes)
 
 
-def test_progress_ends_at_the_whole(source, tmp_path):
+def test_progress_begins_at_nothing_and_ends_at_the_whole(source, tmp_path):
     seen = []
     result = quantize_folder(source, tmp_path / "four", progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (result.parameters, result.parameters)
+    assert (seen[0], seen[-1]) == ((0, result.parameters), (result.parameters, result.parameters))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
