@@ -23,6 +23,7 @@ from edgetune.export.target import (
     check_adapter_as,
     check_memory,
     check_reader,
+    check_texts,
     check_weights,
     load_target,
     reference,
@@ -31,7 +32,7 @@ from edgetune.export.target import (
 from edgetune.meter import MemoryMeter
 from edgetune.runstate import output_lock
 from edgetune.runtime.adapter import check_fits, read_json
-from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, UsageError
+from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, mend
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import open_base
@@ -76,13 +77,15 @@ def export_adapter(
     """Write an adapter, or the model it makes of its base, for one of export.target's TARGETS.
 
     model and adapter: as the command line takes them. out: a folder; None is "<adapter>-<target>" here. weights: as the
-    target has them; None is its default. texts: files and folders to measure a lossy merge on. check: prove it with the
-    target's own reader, which must be installed then. show: told how far it is, by events.Exporting.
+    target has them; None is its default. texts: files and folders to measure what rounding costs on, for forms that do measure.
+    check: prove it with the target's own reader, which must be installed then. show: told how far it is, by events.Exporting.
     Raises EdgetuneError's children; nothing is left behind then, and what was at `out` is still there.
     """
     module = load_target(target)
     form = check_weights(target, module, weights)
     check_adapter_as(target, module, adapter_as)
+    if texts:
+        check_texts(target, module, form, adapter_as, check)
     if check:
         check_reader(target, module, form)
     choice, base = open_base(model)
@@ -91,7 +94,7 @@ def export_adapter(
         check_fits(own, base.config)
     folder = _free_folder(expand(f"{name}-{target}" if out is None else str(out)), target)
     tokenizer, begun = Tokenizer.load(choice.path), time.monotonic()
-    documents = [_tokens(tokenizer, document.text) for document in read_notes(texts).documents] if texts else []
+    documents = _documents(tokenizer, texts) if texts else []
     progress = _Events(show, begun)
     job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
     check_memory(module, job)
@@ -121,6 +124,14 @@ def export_adapter(
         notices=(*kept, *written.notices, *((WARNING,) if own is not None else ())),
         facts=dict(written.facts),
     )
+
+
+def _documents(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[int]]:
+    """The token ids of each text. Raises DataError where none is long enough for a token to follow another."""
+    found = [ids for document in read_notes(texts).documents if len(ids := _tokens(tokenizer, document.text)) > 1]
+    if not found:
+        raise DataError("No text of --texts is longer than a token: nothing can be measured on them; name others.")
+    return found
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:

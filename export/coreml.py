@@ -30,7 +30,7 @@ from edgetune.export.coreml_package import Array, Package
 from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import MilProgram, quiet_coremltools
-from edgetune.export.target import LOGITS, PROCESS_BYTES, Held, Job, Written, held_by_reference, work_folder
+from edgetune.export.target import LOGITS, PROCESS_BYTES, Held, Job, Measured, Written, held_by_reference, work_folder
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, is_linear, open_model
 from edgetune.runtime.config import LINEARS, QuantConfig
@@ -46,6 +46,8 @@ from edgetune.runtime.tokenizer import Tokenizer
 PROVED_BY = "edgetune's own evaluator"
 ADAPTER_AS = ("inputs", "functions", "merged")
 WEIGHTS = ("nf4", "int4", "fp16", "none")
+MEASURED = (Measured("int4"), Measured("nf4", "merged"))
+"""The forms whose stored weights are others than the engine's."""
 NEEDS = (("coremltools",), "coreml")
 ADAPTER_ALONE = "none"
 """--weights none: adapter.safetensors alone, for a package that is there already."""
@@ -83,7 +85,7 @@ class _Source:
     @property
     def requantises(self) -> bool:
         """Whether the stored weights are others than the engine's."""
-        return self.job.weights == "int4" or (self.job.weights == "nf4" and self.merges)
+        return any(form.covers(self.job.weights, self.adapter_as) for form in MEASURED)
 
     @functools.cached_property
     def merged(self) -> Merged:

@@ -25,6 +25,7 @@ from edgetune.export.target import (
     WITHOUT_ADAPTER,
     Held,
     Job,
+    Measured,
     Written,
     held_by_fp32_reader,
     held_by_reference,
@@ -37,6 +38,7 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
 WEIGHTS = ("", "f16", "bf16", "q8_0")
+MEASURED = (Measured("", by_reader=True),)
 NEEDS = (("llama_cpp", "gguf"), "gguf")
 PROVED_BY = "llama.cpp"
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"

@@ -18,7 +18,7 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers
 from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
-from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.target import Held, Job, Measured, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
@@ -33,6 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NF4, NF4_NEAREST = "nf4", "nf4-nearest"
 WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
 NEEDS = (("transformers", "accelerate"), "peft")
+MEASURED = (Measured(NF4), Measured(NF4_NEAREST))
 ALSO_NEEDS = dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",))
 PROVED_BY = "transformers"
 QUANT = QuantConfig()

@@ -25,6 +25,7 @@ from edgetune.export.target import (
     WITHOUT_ADAPTER,
     Held,
     Job,
+    Measured,
     Written,
     held_by_fp32_reader,
     held_by_reference,
@@ -43,6 +44,7 @@ from edgetune.runtime.safetensors_file import SafetensorsFile
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT4 = "int4"
 WEIGHTS = ("", *DTYPES, INT4)
+MEASURED = (Measured(INT4),)
 NEEDS = (("mlx_lm", "mlx"), "mlx")
 PROVED_BY = "mlx-lm"
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"

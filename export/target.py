@@ -13,6 +13,7 @@ A target is a module of this package with
     def seal(folder) -> None                       where it is there: called once golden.json is in the folder, too
     PROVED_BY: str                                 what `read` is, for people
     ADAPTER_AS: tuple[str, ...]                    where it is there: what --adapter-as takes
+    MEASURED: tuple[Measured, ...]                 where it is there: the forms of which `write` measures something on Job.texts
 
 Whoever calls it makes the folder appear under its name only when it is whole and proved.
 """
@@ -257,6 +258,38 @@ def check_weights(name: str, target: Target, weights: str | None) -> str:
         alone = ", or no --weights for the adapter alone" if "" in target.WEIGHTS else ""
         raise UsageError(f"export {name} has no --weights {weights}; expected {_one_of(known)}{alone}.")
     return weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A form of an export whose `write` measures on texts what is left of model or adapter.
+
+    adapter_as: the --adapter-as that this is so with, None for any. by_reader: whether the target's reader measures, which
+    --no-verify leaves out.
+    """
+
+    weights: str
+    adapter_as: str | None = None
+    by_reader: bool = False
+
+    def covers(self, weights: str, adapter_as: str | None, check: bool = True) -> bool:
+        """Whether an export is of this form."""
+        return self.weights == weights and self.adapter_as in (None, adapter_as) and (check or not self.by_reader)
+
+
+def check_texts(name: str, target: Target, weights: str, adapter_as: str | None, check: bool) -> None:
+    """Raise UsageError for texts that nothing would be measured on. weights: as check_weights gives them."""
+    forms: tuple[Measured, ...] = getattr(target, "MEASURED", ())
+    if any(form.covers(weights, adapter_as, check) for form in forms):
+        return
+    typed = _typed(name, weights, adapter_as) + ("" if check else " --no-verify")
+    others = " or ".join(f"`{_typed(name, form.weights, form.adapter_as)}`" for form in forms)
+    raise UsageError(f"`{typed}` measures nothing on --texts; leave --texts out{f', or type {others}' if forms else ''}.")
+
+
+def _typed(name: str, weights: str, adapter_as: str | None) -> str:
+    options = ((" --weights ", weights), (" --adapter-as ", adapter_as))
+    return f"edgetune export {name}" + "".join(option + value for option, value in options if value)
 
 
 def check_adapter_as(name: str, target: Target, adapter_as: str | None) -> None:
