@@ -24,7 +24,7 @@ from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.runtime.vocabulary import FILE
+from edgetune.runtime.vocabulary import FILE, has_nf4
 
 MAX_TOKENS = 256
 CONTEXT_TOKENS = 4096
@@ -72,7 +72,7 @@ def load_base(
     head: str = "stored",
 ) -> Loaded:
     """The opened model ready to run, its linears in NF4; `layer_memory` as in load_llama, `in_file` as a training's Setting
-    has it, `head` of HEADS."""
+    has it, `head` of HEADS. Raises UsageError for a form that this head cannot have."""
     target = pick_device(device)
     choice, checkpoint = base
     quant = None if checkpoint.quant is not None else QuantConfig()
@@ -83,19 +83,30 @@ def load_base(
         quant,
         layer_memory=layer_memory,
         embedding_in_file=in_file is not Vocabulary.NEITHER,
-        head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target),
+        head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target, checkpoint),
     )
     return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
 
 
-def _head_kind(head: str, device: torch.device) -> str | None:
+def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str | None:
     """What load_llama is asked for. "auto" is int8 where there are kernels for it: half of bf16's bytes for every token, at
-    less than 0.0001 bits a byte (LOG.md)."""
+    less than 0.0001 bits a byte (LOG.md); a head that is stored in 4 bits stays so."""
     if head not in HEADS:
         raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
     if head == "auto":
-        return "int8" if ops.multiplies_int8(device) else None
-    return None if head == "stored" else head
+        return "int8" if ops.multiplies_int8(device) and not checkpoint.quantized_head else None
+    if head == "int8" and checkpoint.quantized_head:
+        raise UsageError(
+            f"The head of {checkpoint.folder} is stored in 4 bits; 8 would not bring back what they lost; leave --head int8 "
+            "out, or name the model that it was quantised from."
+        )
+    width = checkpoint.config.hidden_size
+    if head == "nf4" and not (checkpoint.quantized_head or has_nf4(width)):
+        raise UsageError(
+            f"The head of {checkpoint.folder} has rows of {width} numbers, and --head nf4 holds whole blocks of "
+            f"{QuantConfig().block_size}; leave it out, or type --head int8."
+        )
+    return None if head == "stored" or checkpoint.quantized_head else head
 
 
 class Session:
@@ -114,7 +125,7 @@ class Session:
 
         model: a path, a Hugging Face id in the local cache, "demo", or None for the best one here.
         adapter: a folder, a name, "none", or None for the one in a bundle of `edgetune export mps`, else the current one.
-        head: of HEADS; a head that is stored quantised stays as it is.
+        head: of HEADS; "auto" leaves one that is stored in 4 bits as it is, and a form that this head cannot have is refused.
         Raises EdgetuneError's children, each a sentence that can be shown.
         """
         loaded = load_base(open_base(model), device, head=head)

@@ -67,6 +67,11 @@ Embedding = Tensor | StoredRows
 Head = Embedding | QuantizedTensor | Int8Rows
 
 
+def has_nf4(columns: int) -> bool:
+    """Whether rows of so many numbers end with NF4's blocks; such as do not would be looked up and multiplied as a whole."""
+    return columns % QuantConfig().block_size == 0
+
+
 def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
     """A dense head (V, D) in one of KINDS; int8 where rows do not end with NF4's blocks.
 
@@ -75,7 +80,7 @@ def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
     if kind not in KINDS:
         raise ValueError(f"a head of kind {kind!r}; expected one of {', '.join(KINDS)}")
     config = QuantConfig()
-    if kind == "nf4" and weight.shape[1] % config.block_size == 0:
+    if kind == "nf4" and has_nf4(weight.shape[1]):
         return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
     small = ops.int8_rows(weight)
     if not torch.isfinite(small.scale).all():

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
+from edgetune.cli.main import cli
 from edgetune.meter import anonymous_memory
 from edgetune.models import resolve
 from edgetune.runtime import adapter as adapters
@@ -23,6 +25,7 @@ from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Row, Runner
 from edgetune.runtime.vocabulary import Head, StoredRows
 from edgetune.session import Session
@@ -143,23 +146,51 @@ def test_a_head_of_its_own_kind_leaves_the_embedding_as_it_is(tmp_path: Path, fa
     assert torch.equal(dense(model.head), dense(vocabulary.quantize(plain.head, kind)))
 
 
+def with_tokenizer(folder: Path, family: str = "llama-2-grouped", **changes: int) -> Path:
+    """A tiny model with the demo's tokenizer."""
+    demo = resolve("demo").path
+    tiny.save_model(folder, family, vocab_size=open_model(demo).config.vocab_size, **changes)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(demo / name, folder / name)
+    return folder
+
+
 @pytest.mark.skipif(ops.kernels_missing() is not None, reason="the kernels were not built")
 @pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
 def test_a_session_holds_the_head_in_the_form_asked_for(tmp_path: Path, family: str) -> None:
-    demo = resolve("demo").path
-    tiny.save_model(tmp_path / "model", family, vocab_size=open_model(demo).config.vocab_size)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(demo / name, tmp_path / "model" / name)
+    with_tokenizer(tmp_path / "model", family)
     forms = {"auto": Int8Rows, "stored": torch.Tensor, "int8": Int8Rows, "nf4": QuantizedTensor}
     for head, form in forms.items():
         session = Session.load(str(tmp_path / "model"), "none", "cpu", head)
         assert isinstance(session.model.head, form)
         assert isinstance(session.model.embedding, torch.Tensor)
         assert session.generate("The shed", 4, 0.0).tokens == 4
-    with ops.use_backend("reference"):  # has no products for 8 bits: nothing gained, so nothing is rounded
+    with ops.use_backend("reference"):  # has no products for 8 bits: nothing gained, so nothing is rounded but on request
         assert isinstance(Session.load(str(tmp_path / "model"), "none", "cpu").model.head, torch.Tensor)
+        assert isinstance(Session.load(str(tmp_path / "model"), "none", "cpu", "int8").model.head, Int8Rows)
     with pytest.raises(UsageError, match="expected one of auto, stored, int8, nf4"):
         Session.load(str(tmp_path / "model"), "none", "cpu", "q6_k")
+
+
+def test_a_head_in_4_bits_of_rows_that_are_no_whole_blocks_is_refused(tmp_path: Path) -> None:
+    """Nobody gets 8 bits who typed 4; whoever typed nothing gets what is best here."""
+    model = with_tokenizer(tmp_path / "model", hidden_size=96, num_attention_heads=4)
+    with pytest.raises(UsageError, match=r"has rows of 96 numbers, .* whole blocks of 64; leave it out, or type --head int8"):
+        Session.load(str(model), "none", "cpu", "nf4")
+    result = CliRunner().invoke(cli, ["generate", "--model", str(model), "--device", "cpu", "--head", "nf4", "The shed"])
+    assert isinstance(result.exception, UsageError)
+    assert result.stdout == ""
+    assert isinstance(Session.load(str(model), "none", "cpu", "int8").model.head, Int8Rows)
+    assert isinstance(Session.load(str(model), "none", "cpu", "stored").model.head, torch.Tensor)
+    Session.load(str(model), "none", "cpu")
+
+
+def test_a_head_that_is_stored_in_4_bits_is_not_said_to_have_8(tmp_path: Path) -> None:
+    model = quantize_folder(with_tokenizer(tmp_path / "dense"), tmp_path / "four", head="nf4").folder
+    with pytest.raises(UsageError, match=r"is stored in 4 bits; .* leave --head int8 out, or name the model"):
+        Session.load(str(model), "none", "cpu", "int8")
+    for head in ("auto", "stored", "nf4"):
+        assert isinstance(Session.load(str(model), "none", "cpu", head).model.head, QuantizedTensor)
 
 
 @pytest.mark.skipif(ops.kernels_missing() is not None, reason="the kernels were not built")
