@@ -58,6 +58,8 @@ COREMLTOOLS_BYTES, LAYER_BYTES = 272_000_000, 4_000_000
 """Held by Python with torch and coremltools, and by the graph of a layer. Measured: 328 MB after writing 22 layers."""
 STORED_BYTES, DENSE_BYTES = {"nf4": 5, "int4": 18, "fp16": 4}, 22
 """For each number of a linear, while it is stored and compared, and while the evaluator makes it dense."""
+SUM_BYTES, VOCABULARY_BYTES = 8, 3
+"""For each number, while it is stored and compared: what a merge adds for a linear, and all of the embedding's."""
 TEXTS, TEXT_TOKENS = 16, 256
 """How many texts, and how much of each, what rounding does is measured on."""
 SINGLE = 4
@@ -299,11 +301,11 @@ def held(job: Job) -> dict[str, list[Held]]:
     if job.weights == ADAPTER_ALONE:
         return {"write": [Held(PROCESS_BYTES + 3 * job.adapter_bytes)], "read": [held_by_reference(job)]}
     process = COREMLTOOLS_BYTES + LAYER_BYTES * config.num_layers
-    vocabulary, number = config.vocab_size * config.hidden_size, STORED_BYTES[job.weights] + 8 * source.merges
-    stored = Held(process + 2 * job.adapter_bytes + max(3 * vocabulary, number * job.largest_linear))
+    vocabulary, number = config.vocab_size * config.hidden_size, STORED_BYTES[job.weights] + SUM_BYTES * source.merges
+    stored = Held(process + 2 * job.adapter_bytes + max(VOCABULARY_BYTES * vocabulary, number * job.largest_linear))
     model = held_by_reference(job, process)
     if source.requantises:
-        model = Held(model.fixed + 6 * vocabulary, models=2)
+        model = Held(model.fixed + job.head_bytes + job.embedding_bytes, models=2)
     made = Held(process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGITS * config.vocab_size, models=1)
     return {"write": [stored, model], "read": [made]}
 

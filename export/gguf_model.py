@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.gguf_names import architecture, is_rotated, tensor_name, to_llama_rows
-from edgetune.export.merge import merged
+from edgetune.export.merge import COPIES, merged
 from edgetune.export.target import PROCESS_BYTES, Held, Job
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig, RopeConfig
@@ -27,6 +27,8 @@ KINDS = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # llama.h's llama_ftype
 _PANEL = 1 << 20
 """Numbers of a tensor that are turned into the file's form at once."""
+_PANELS = 10
+"""What encoding one holds, in panels of fp32."""
 _SHORTEST_WINDOW = 512
 GGUF_BYTES = 220_000_000
 """Anonymous memory of a process that has written a model (measured on a 1.1B)."""
@@ -178,5 +180,6 @@ def held_by_gguf(job: Job) -> Held:
     a panel."""
     largest = max(tensor.nbytes for tensor in job.base.stored.values())
     if job.base.quantized_head:
-        largest += 4 * job.base.config.vocab_size * job.base.config.hidden_size  # it is dense for a moment
-    return Held(PROCESS_BYTES + job.adapter_bytes + 4 * (3 * job.largest_linear + 10 * _PANEL) + largest)
+        largest += job.head_bytes  # it is dense for a moment
+    numbers = COPIES * job.largest_linear + _PANELS * _PANEL
+    return Held(PROCESS_BYTES + job.adapter_bytes + torch.float32.itemsize * numbers + largest)

@@ -94,5 +94,5 @@ class DenseRecipe:
 
 def held_by_merge(job: Job) -> Held:
     """Writing a merged model a tensor at a time: the adapter, and copies of the largest linear or of the embedding."""
-    copies = max(4 * COPIES * job.largest_linear, 4 * job.base.config.vocab_size * job.base.config.hidden_size)
+    copies = max(torch.float32.itemsize * COPIES * job.largest_linear, job.head_bytes)
     return Held(PROCESS_BYTES + job.adapter_bytes + copies)

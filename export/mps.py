@@ -45,6 +45,8 @@ WEIGHTS = ("nf4",)
 NEEDS: tuple[tuple[str, ...], str] = ((), "")
 PROVED_BY = "edgetune on the CPU"
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
+NF4_BYTES = 9 / 16
+"""For each number of a linear that was quantised on the way: its code, and an fp32 scale for 64 of them."""
 _FORMAT = 1
 _MAX_MANIFEST = 1 << 20
 
@@ -53,7 +55,7 @@ def held(job: Job) -> dict[str, list[Held]]:
     """Both models are edgetune's own; one that is quantised on the way is in memory as a whole."""
     made = held_by_reference(job)
     if job.base.quant is None:
-        made = Held(made.fixed + job.base.config.linear_parameters * 9 // 16)
+        made = Held(made.fixed + int(job.base.config.linear_parameters * NF4_BYTES))
     return {"write": [made], "read": [held_by_reference(job)]}
 
 

@@ -32,6 +32,8 @@ from edgetune.runtime.safetensors_file import TensorSpec
 
 DAMPING = (0.01, 0.1, 1.0)
 """Of the mean of X^T X's diagonal, added to it: few tokens leave directions unseen. The first that makes it invertible."""
+MOMENTS = 3
+"""Matrices of (in, in) at once while the Feedback of a linear's inputs is made."""
 COLUMNS = 128
 """Rounded before the rest of the weight hears of their errors."""
 
@@ -168,10 +170,10 @@ def held_by_rounding(job: Job, beside: int = 0) -> Held:
     """Rounding with feedback, calibrated, and measuring what is left: two models at once, and `beside` bytes."""
     config = job.base.config
     widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    moments = 3 * max(config.hidden_size, config.intermediate_size) ** 2
-    model = held_by_reference(job)
-    extra = 6 * config.vocab_size * config.hidden_size + 4 * (COPIES * job.largest_linear + TOKENS * widths + moments)
-    return Held(model.fixed + extra + beside, models=2)
+    moments = MOMENTS * max(config.hidden_size, config.intermediate_size) ** 2
+    model, second = held_by_reference(job), job.head_bytes + job.embedding_bytes
+    numbers = COPIES * job.largest_linear + TOKENS * widths + moments
+    return Held(model.fixed + second + torch.float32.itemsize * numbers + beside, models=2)
 
 
 class RoundedRecipe:

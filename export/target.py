@@ -37,7 +37,7 @@ from torch import Tensor
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import LINEAR
-from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.checkpoint import EMBEDDING, Checkpoint
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
@@ -56,6 +56,11 @@ PROCESS_BYTES = 170_000_000
 """Anonymous memory of a process that has imported torch and all that exports share (measured on Linux, CPU build: 152 MB)."""
 LOGITS = 1200
 """Bytes for each word of the vocabulary: golden.json's rows of logits, in fp32 and fp64."""
+PRODUCT_BYTES = 19
+"""For each number of the largest linear, while a model runs in fp32: three copies, and what a 1.1B was seen to hold beyond."""
+PIECE_BYTES, PIECES = 2 << 20, 48
+"""Of an embedding's file: what the system may map for one row that is read (measured on ext4: 6.4 MB for five rows), and about
+as many rows as golden.json has tokens."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,16 @@ class Job:
         """Its weights' number."""
         return max(rows * columns for rows, columns in self.base.config.linear_shapes().values())
 
+    @property
+    def embedding_bytes(self) -> int:
+        """As its file has it; a head is as large, unless it is stored in 4 bits."""
+        return self.base.stored[EMBEDDING].nbytes
+
+    @property
+    def head_bytes(self) -> int:
+        """In fp32, as a model that runs in it has the head."""
+        return torch.float32.itemsize * self.base.config.vocab_size * self.base.config.hidden_size
+
     def model(self, dtype: torch.dtype = torch.float32, quant: QuantConfig | None = None) -> Llama:
         """The base, quantised where `quant` says so, with its adapter attached, on the CPU: what an export must agree with."""
         model = load_llama(self.base, dtype, quant=quant, layer_memory=self.layer_memory if quant is None else None)
@@ -146,16 +161,15 @@ class Held:
 
 def held_by_reference(job: Job, process: int = PROCESS_BYTES) -> Held:
     """Running the model that an export is compared with: `process` bytes before it is opened, its adapter twice, and a head in
-    fp32 beside what it is made from, or then beside copies of the largest linear and rows of logits (measured on a 1.1B)."""
-    config = job.base.config
-    head = config.vocab_size * config.hidden_size
-    beside = max(2 * head, 19 * job.largest_linear + LOGITS * config.vocab_size)
-    return Held(process + 2 * job.adapter_bytes + 4 * head + beside, models=1)
+    fp32 beside what it is made from, or then beside the embedding's rows, copies of the largest linear and rows of logits."""
+    rows = min(job.embedding_bytes, PIECES * PIECE_BYTES)
+    beside = max(job.embedding_bytes, rows + PRODUCT_BYTES * job.largest_linear + LOGITS * job.base.config.vocab_size)
+    return Held(process + 2 * job.adapter_bytes + job.head_bytes + beside, models=1)
 
 
 def held_by_fp32_reader(job: Job, process: int = PROCESS_BYTES) -> Held:
     """A reader that has the whole model in fp32."""
-    return Held(process + 4 * job.base.config.parameters)
+    return Held(process + torch.float32.itemsize * job.base.config.parameters)
 
 
 def check_memory(target: Target, job: Job) -> None:
