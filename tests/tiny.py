@@ -73,11 +73,11 @@ def save_model(folder: Path, family: str = "llama-2-grouped", **changes: Any) ->
     return model
 
 
-def save_trainable(folder: Path) -> None:
-    """Write a two-layer llama with random weights and the demo's tokenizer; a training step takes milliseconds."""
+def save_trainable(folder: Path, width: int = 64, inner: int = 96, layers: int = 2, dtype: torch.dtype = torch.float32) -> None:
+    """Write a llama with random weights and the demo's tokenizer; a training step of two such layers takes milliseconds."""
     demo = Path(edgetune.__file__).parent / "demo"
     config = json.loads((demo / "config.json").read_text())
-    vocab, d, m, kv, layers = config["vocab_size"], 64, 96, 32, 2
+    vocab, d, m, kv = config["vocab_size"], width, inner, width // 2
     shapes = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
     for layer in range(layers):
         block = {
@@ -87,10 +87,11 @@ def save_trainable(folder: Path) -> None:
         }  # fmt: skip
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) * (0.1 if len(shape) > 1 else 1) for name, shape in shapes.items()}
+    sizes = {name: 0.1 if len(shape) > 1 else 1 for name, shape in shapes.items()}
+    tensors = {name: (torch.randn(shape, generator=generator) * sizes[name]).to(dtype) for name, shape in shapes.items()}
     del config["quantization_config"]
     own = {"hidden_size": d, "intermediate_size": m, "num_hidden_layers": layers, "num_attention_heads": 4}
-    config |= {**own, "num_key_value_heads": 2, "head_dim": 16}
+    config |= {**own, "num_key_value_heads": 2, "head_dim": d // 4}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})

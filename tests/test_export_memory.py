@@ -1,0 +1,50 @@
+"""`--memory` is kept: an export that is given the least that it asks for holds no more, where without it it would."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import random_adapter
+from tiny import save_trainable
+
+from edgetune import export_adapter
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import ResourceError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """16 layers that take 100 MB in bf16 and 200 MB in fp32, and an adapter of them."""
+    folder = tmp_path_factory.mktemp("larger")
+    save_trainable(folder / "model", width=512, inner=1536, layers=16, dtype=torch.bfloat16)
+    base = open_model(folder / "model")
+    adapters.save(random_adapter(base.config, rank=8, size=0.02), folder / "night", str(base.folder))
+    return str(base.folder), str(folder / "night")
+
+
+def held(made: tuple[str, str], out: Path, target: str, *options: str) -> int:
+    """The most that a process held that exports and does nothing else, as its MemoryMeter has it."""
+    model, adapter = made
+    named = ["--model", model, "--adapter", adapter, "--out", str(out), "--no-verify", "--json", *options]
+    done = subprocess.run([sys.executable, "-m", "edgetune", "export", target, *named], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
+
+
+@pytest.mark.parametrize("target", ["peft", "hf"])
+def test_an_export_holds_no_more_than_the_least_that_it_asks_for(made: tuple[str, str], target: str, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as said:
+        export_adapter(target, *made, tmp_path / "out", memory=1, check=False)
+    least = int(re.findall(r"--memory (\d+)MB", str(said.value))[0])
+    allowed = held(made, tmp_path / "out", target, "--memory", f"{least}MB")
+    assert allowed <= least * 1_000_000
+    assert held(made, tmp_path / "out", target) > least * 1_000_000  # so that the amount was what kept it
