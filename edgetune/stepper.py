@@ -13,6 +13,7 @@ from edgetune.evaluate import as_row
 from edgetune.prepare import Plan, Prepared
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.device import trim_memory
+from edgetune.runtime.loss import meet_head
 from edgetune.runtime.optim import PagedAdamW
 
 TRIM_STEPS = 16
@@ -58,6 +59,7 @@ class Stepper:
         pages = prepared.folder if setting.paged_optimizer else None
         decay, bits = self._config.weight_decay, setting.optimizer_bits
         self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=decay, bits=bits, pages=pages)
+        meet_head(prepared.loaded.model, setting.loss_rows)
 
     def step(self, step: int, go_on: Callable[[], None] = lambda: None) -> Outcome:
         """Step `step` of the plan, counted from 0, over all micro-batches of its batch; `go_on` may raise between them.

@@ -31,6 +31,17 @@ def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, weights: Ten
     return loss, ops.rms_norm_backward(dx, h, model.norm, model.config.rms_norm_eps)
 
 
+def meet_head(model: Llama, chunk: int) -> None:
+    """Make each of the head's products once, of the shapes that every row's will have.
+
+    oneDNN compiles a product where it first meets its shape, and keeps a thousand small pieces for it. Met before a step's
+    tensors lie in the heap, they do not end up between these, where each would leave a hole.
+    """
+    h = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    target = torch.zeros(1, dtype=torch.int64, device=model.device)
+    chunked_cross_entropy(model, h, target, torch.ones(1, device=model.device), chunk)
+
+
 @torch.no_grad()
 def token_nats(model: Llama, h: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
     """Nats (N,) f32 of each target whose weight is not 0, and 0 elsewhere; h (N, D) is the last block's output."""
