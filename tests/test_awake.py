@@ -96,7 +96,7 @@ def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(runs(started(told)[1]))
         raise DataError("No notes.")
 
-    monkeypatch.setattr(importlib.import_module("edgetune.train"), "train", run)
+    monkeypatch.setattr(importlib.import_module("edgetune.training"), "train", run)
     assert isinstance(CliRunner().invoke(cli, ["train", "notes", "--json"]).exception, DataError)
     assert seen == [True]
     assert not runs(started(told)[1])

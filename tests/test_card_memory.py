@@ -22,7 +22,7 @@ from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Session
 from edgetune.shapes import SHAPES
-from edgetune.train import train
+from edgetune.training import train
 
 GB = 10**9
 LORA = LoraConfig(16, 16.0, 0.0, LINEARS)

@@ -33,7 +33,7 @@ from edgetune.runtime.adapter import WEIGHTS_FILE
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import BusyError, ResourceError, TrainingError
 from edgetune.runtime.files import exchange
-from edgetune.train import train
+from edgetune.training import train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks of one process")
 

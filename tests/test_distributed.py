@@ -31,7 +31,7 @@ from edgetune.runstate import Unfinished
 from edgetune.runtime.errors import LinkError, UsageError
 from edgetune.session import open_base
 
-training = importlib.import_module("edgetune.train")
+training = importlib.import_module("edgetune.training")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no Gloo")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
 TWO = [*LAUNCH, "--nproc-per-node", "2", "-m", "edgetune"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,3 +132,20 @@ def test_one_nf4_table() -> None:
         if path.suffix in (".py", ".cpp", ".h", ".inl", ".metal") and "0.696192" in path.read_text(encoding="utf-8")
     ]
     assert holders == ["runtime/nf4.py"]
+
+
+PUBLIC = """
+import edgetune
+
+for name in edgetune.__all__:
+    namespace = {}
+    exec(f"from edgetune import {name}", namespace)
+    once, again = getattr(edgetune, name), getattr(edgetune, name)
+    assert namespace[name] is once is again, name
+    assert callable(once) or isinstance(once, str), name
+"""
+
+
+def test_a_public_name_is_the_same_however_it_is_asked_for() -> None:
+    """No module of ours may take the name's place once it is imported; in a process where none is yet."""
+    subprocess.run([sys.executable, "-c", PUBLIC], check=True)

@@ -31,7 +31,7 @@ from edgetune.runtime.pager import CopySlots, Streamer
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Recompute, Row, Runner
 from edgetune.session import Session
-from edgetune.train import train
+from edgetune.training import train
 
 pytestmark = metal_shim.needs_a_compiler
 MPS, CPU = torch.device("mps"), torch.device("cpu")

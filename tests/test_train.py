@@ -27,7 +27,7 @@ from edgetune.runtime.errors import AdapterError, DataError, ResourceError, Trai
 from edgetune.runtime.lora import LoraLinear
 from edgetune.session import Session, open_base
 from edgetune.stepper import learning_rate
-from edgetune.train import train
+from edgetune.training import train
 
 BEANS = ["broad beans", "runner beans", "peas", "leeks", "chard", "kale", "onions", "garlic", "radishes", "beetroot"]
 

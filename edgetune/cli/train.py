@@ -96,7 +96,7 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
     from edgetune.awake import awake
     from edgetune.models import DEMO, DEMO_NOTICE
-    from edgetune.train import train
+    from edgetune.training import train
 
     stop = threading.Event()
     caught: list[int] = []

@@ -313,7 +313,7 @@ def ours(arguments: argparse.Namespace, bare: int) -> Result:
     from edgetune.config import DataConfig, TrainConfig
     from edgetune.events import Evaluated, Finished, Started
     from edgetune.meter import MemoryMeter
-    from edgetune.train import train
+    from edgetune.training import train
 
     adapter = arguments.workdir / "adapters" / "ours"
     config = TrainConfig(

@@ -1,6 +1,8 @@
-"""Training as apps call it: begins a run or goes on with one, leads or follows, yields events, prints nothing.
+"""edgetune.train: begins a run or goes on with one, leads or follows, yields events, prints nothing.
 
 for event in edgetune.train(TrainConfig(data=DataConfig(notes=("notes/",)))): ...
+
+The module has another name, since importing it would put itself in the function's place.
 """
 
 from __future__ import annotations
