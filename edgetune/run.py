@@ -56,8 +56,6 @@ KEEP_SHARE = 0.003
 """Of a run's time, what the checkpoints after readings may take."""
 _KEEP_SPEED = 500e6
 """Bytes of a checkpoint written a second, as guessed before the first one."""
-CROWDED = 0.95
-"""Of the planned peak: where more is held after a step, holes in the heap have added up, and its free pages are given back."""
 _SAMPLE_TOKENS = 80
 
 
@@ -236,8 +234,6 @@ class Run:
             self.world.announce(state.step)
             outcome = self.stepper.step(state.step)
         state.step += 1
-        if self.meter.now > CROWDED * self.plan.predicted_peak_bytes:
-            self._trim()
         self.step_seconds = time.monotonic() - start
         if not outcome.finite:
             state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1

@@ -19,7 +19,7 @@ from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 
-TORCH_BYTES = 190_000_000
+TORCH_BYTES = 180_000_000
 """Anonymous memory of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
 LINEAR = "_proj.weight"
 """In the name of every tensor that a linear of a block is stored in."""
@@ -135,7 +135,7 @@ def kept_bytes(config: LlamaConfig, lora: LoraConfig, size: int, recompute: Reco
     padded_ranks = -(-lora.rank // PACKED_RANK) * PACKED_RANK * len(lora.targets)
     kept = 2 * d + q + 2 * config.num_kv_heads * config.head_dim + q + 2 * f + padded_ranks
     if recompute is Recompute.NONE:
-        kept += 2 * d + f + q
+        kept += 2 * d + f
     return kept * size + 4 * config.num_heads
 
 
@@ -179,7 +179,8 @@ def parts(
     q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     # SwiGLU's backward holds its output, two gradients as wide, and what flows beside
     working += (4 * f + 4 * d + q) * size * tokens
-    if device == "cpu" and ops.fuses(torch.device("cpu"), dtype):
+    fused = device == "cpu" and ops.fuses(torch.device("cpu"), dtype)
+    if fused:
         working += packed_bytes(config, lora, torch.get_num_threads())
     else:
         working += max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size  # a dense panel
@@ -195,9 +196,10 @@ def parts(
     elif stored.head_dtype not in (None, dtype):
         vocabulary += v * d * size  # a copy in the compute dtype
     activations = tokens * kept * kept_layers
-    holes = HOLES * (working + logits)
-    if setting.recompute is not Recompute.FULL:
-        holes += KEPT_HOLES * activations
+    of_working, of_kept = HOLES[setting.recompute, fused] if device == "cpu" else DEVICE_HOLES
+    holes = of_working * (working + logits) + of_kept * activations
+    if setting.recompute is Recompute.SELECTIVE and device == "cpu":
+        holes += FREED_HOLES * tokens * layers * (kept_bytes(config, lora, size, Recompute.NONE) - kept)
     return Parts(
         process=process,
         weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
@@ -213,8 +215,20 @@ def parts(
 
 CODES_BYTES = 3_000_000
 """What an update of 8-bit states works in, beside the states: optim.py's chunk in fp32, several times, and its tables."""
-HOLES, KEPT_HOLES = 0.9, 0.05
-"""Free memory inside the heap, as a share of what comes and goes in it, and of what blocks keep (measured: LOG.md)."""
+HOLES = {
+    (Recompute.NONE, True): (0.1, 0.09),
+    (Recompute.NONE, False): (0.1, 0.5),
+    (Recompute.SELECTIVE, True): (0.55, 0.0),
+    (Recompute.SELECTIVE, False): (2.0, 0.0),
+    (Recompute.FULL, True): (0.55, 0.0),
+    (Recompute.FULL, False): (0.95, 0.0),
+}
+"""Free memory inside the heap, with fused products and without: shares of what comes and goes in it, and of what blocks keep
+(measured: LOG.md)."""
+DEVICE_HOLES = (0.9, 0.05)
+"""The same of a device's allocator. A guess, since none has been measured."""
+FREED_HOLES = 0.6
+"""The same of what blocks do not keep but make again, since it lay between what they keep."""
 
 
 def least_layer_memory(config: LlamaConfig, stored: Stored) -> int:
