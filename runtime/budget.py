@@ -216,11 +216,11 @@ def parts(
 CODES_BYTES = 3_000_000
 """What an update of 8-bit states works in, beside the states: optim.py's chunk in fp32, several times, and its tables."""
 HOLES = {
-    (Recompute.NONE, True): (0.1, 0.09),
+    (Recompute.NONE, True): (0.25, 0.09),
     (Recompute.NONE, False): (0.1, 0.5),
     (Recompute.SELECTIVE, True): (0.55, 0.0),
     (Recompute.SELECTIVE, False): (2.0, 0.0),
-    (Recompute.FULL, True): (0.55, 0.0),
+    (Recompute.FULL, True): (0.55, 0.6),
     (Recompute.FULL, False): (0.95, 0.0),
 }
 """Free memory inside the heap, with fused products and without: shares of what comes and goes in it, and of what blocks keep
