@@ -124,7 +124,7 @@ class _Seeded(torch.autograd.Function):
         return left.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.dh, None
 
 
