@@ -22,7 +22,7 @@ from edgetune.runtime.errors import ResourceError, UsageError
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8
-LATER_BYTES = 18_000_000
+LATER_BYTES = 20_000_000
 """What the process will come to hold besides the model: later imports, compiled products, the tokenizer, the report."""
 CARD_LATER_BYTES = 300_000_000
 """The same on a card: kernels' code and cuBLAS's workspace. A guess, since none has been measured."""
@@ -181,8 +181,9 @@ def least(
     choices = []
     for bits in OPTIMIZER_BITS:
         for setting in settings(data, allowed, stored.mapped, device=device, bits=bits):
-            small = dataclasses.replace(setting, layer_memory=streaming)
-            choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
+            for layer_memory in dict.fromkeys((streaming, None)):
+                small = dataclasses.replace(setting, layer_memory=layer_memory)
+                choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
     return min(choices, key=lambda choice: choice.parts.total)
 
 

@@ -197,6 +197,8 @@ def parts(
         vocabulary += v * d * size  # a copy in the compute dtype
     activations = tokens * kept * kept_layers
     of_working, of_kept = HOLES[setting.recompute, fused] if device == "cpu" else DEVICE_HOLES
+    if fused and setting.recompute is Recompute.FULL and setting.layer_memory is not None:
+        of_working, of_kept = STREAMED_HOLES
     holes = of_working * (working + logits) + of_kept * activations
     if setting.recompute is Recompute.SELECTIVE and device == "cpu":
         holes += FREED_HOLES * tokens * layers * (kept_bytes(config, lora, size, Recompute.NONE) - kept)
@@ -220,11 +222,13 @@ HOLES = {
     (Recompute.NONE, False): (0.1, 0.5),
     (Recompute.SELECTIVE, True): (0.55, 0.0),
     (Recompute.SELECTIVE, False): (2.0, 0.0),
-    (Recompute.FULL, True): (0.55, 0.6),
+    (Recompute.FULL, True): (0.4, 0.0),
     (Recompute.FULL, False): (0.95, 0.0),
 }
 """Free memory inside the heap, with fused products and without: shares of what comes and goes in it, and of what blocks keep
 (measured: LOG.md)."""
+STREAMED_HOLES = (0.55, 0.6)
+"""The same where all is recomputed, with fused products, and layers are streamed (measured: LOG.md)."""
 DEVICE_HOLES = (0.9, 0.05)
 """The same of a device's allocator. A guess, since none has been measured."""
 FREED_HOLES = 0.6
@@ -252,7 +256,8 @@ def fitted(
         return setting, whole
     if not stored.mapped:
         return None
-    room = memory - (whole.total - config.num_layers * stored.layer)
+    beside = parts(config, lora, stored, replace(setting, layer_memory=0), dtype, process, device)
+    room = memory - beside.total
     if room < least_layer_memory(config, stored):
         return None
     streaming = replace(setting, layer_memory=room)
