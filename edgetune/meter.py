@@ -22,8 +22,7 @@ INTERVAL = 0.1
 def anonymous_memory() -> int:
     """Bytes that belong to no file. Linux tells; elsewhere the whole resident size stands in for it, which is more.
 
-    A meter asks at any moment of a step: what is read is so short that nothing of it is put into the heap, where it would cut
-    a hole that the step's next tensor was to fill, and the run would hold more for being measured.
+    A meter asks at any moment of a step: what is read is too short to be put into the heap that the step's tensors lie in.
     """
     if sys.platform != "linux":
         return process_memory()
