@@ -73,14 +73,14 @@ def has_nf4(columns: int) -> bool:
 
 
 def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
-    """A dense head (V, D) in one of KINDS; int8 where rows do not end with NF4's blocks.
+    """A dense head (V, D) in one of KINDS. In NF4 it is made dense as a whole for products where blocks cross rows (`has_nf4`).
 
     Raises ValueError for inf and NaN.
     """
     if kind not in KINDS:
         raise ValueError(f"a head of kind {kind!r}; expected one of {', '.join(KINDS)}")
-    config = QuantConfig()
-    if kind == "nf4" and has_nf4(weight.shape[1]):
+    if kind == "nf4":
+        config = QuantConfig()
         return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
     small = ops.int8_rows(weight)
     if not torch.isfinite(small.scale).all():
