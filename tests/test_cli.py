@@ -209,7 +209,14 @@ def test_a_mistake_is_one_sentence_and_exit_1(mistake: str, notes: Path, tmp_pat
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--no-such-flag"], ["nonsense"], ["generate"], ["train", "--steps", "many"], ["train", "--device", "tpu"]],
+    [
+        ["train", "--no-such-flag"],
+        ["nonsense"],
+        ["generate"],
+        ["train", "--steps", "many"],
+        ["train", "--device", "tpu"],
+        ["export", "toaster"],
+    ],
 )
 def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert run(*arguments).code == 2

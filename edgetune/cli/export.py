@@ -9,11 +9,12 @@ import click
 
 from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
 from edgetune.config import parse_bytes
+from edgetune.export.target import TARGETS
 from edgetune.ui import human_bytes, human_time, one_line, renderer
 
 
 @click.command("export")
-@click.argument("target", metavar="peft|hf|mlx|gguf|ollama|coreml|mps")
+@click.argument("target", type=click.Choice(TARGETS))
 @model_option
 @adapter_option
 @click.option("--out", metavar="DIR", help="The folder to write. Default: ADAPTER-TARGET here.")
