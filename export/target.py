@@ -56,8 +56,8 @@ PROCESS_BYTES = 170_000_000
 """Anonymous memory of a process that has imported torch and all that exports share (measured on Linux, CPU build: 152 MB)."""
 LOGITS = 1200
 """Bytes for each word of the vocabulary: golden.json's rows of logits, in fp32 and fp64."""
-PRODUCT_BYTES = 19
-"""For each number of the largest linear, while a model runs in fp32: three copies, and what a 1.1B was seen to hold beyond."""
+PRODUCT_BYTES = 12
+"""For each number of the largest linear, while a model runs in fp32: three copies."""
 PIECE_BYTES, PIECES = 2 << 20, 48
 """Of an embedding's file: what the system may map for one row that is read (measured on ext4: 6.4 MB for five rows), and about
 as many rows as golden.json has tokens."""
@@ -103,7 +103,7 @@ class Job:
         Raises AdapterError where there is none.
         """
         if self.adapter is None:
-            raise AdapterError(f"There is no adapter to export; train one, or name one with --adapter{otherwise}.")
+            raise AdapterError(f"There is no adapter of {self.base_name} to export; train one, or name one with --adapter{otherwise}.")
         return self.adapter
 
     @property

@@ -428,7 +428,7 @@ def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AdapterError, match="no adapter to export"):
+    with pytest.raises(AdapterError, match="no adapter of a base to export"):
         coreml.write(job_of(folder, adapter_as="functions"), tmp_path)
     with pytest.raises(UsageError, match="inputs, functions or merged"):
         coreml.write(job_of(folder, adapter_as="state"), tmp_path)

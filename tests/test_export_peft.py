@@ -161,7 +161,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
             export_adapter(name, "demo", str(demo_adapter), tmp_path / "out", weights=weights)
     with pytest.raises(UsageError, match="no --adapter-as inputs; leave it out, it is for coreml"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", adapter_as="inputs")
-    with pytest.raises(AdapterError, match=r"no adapter to export; train one, or name one with --adapter\.$"):
+    with pytest.raises(AdapterError, match=r"no adapter of demo to export; train one, or name one with --adapter\.$"):
         export_adapter("peft", "demo", "none", tmp_path / "out")
     with pytest.raises(ResourceError, match=r"or --no-verify and \d+MB to write it unproved\."):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "out", memory=248_000_000)
