@@ -171,5 +171,8 @@ def seconds_until(clock: str, now: datetime | None = None) -> float:
 
 
 def expand(path: str) -> Path:
-    """A path a user typed."""
-    return Path(path).expanduser()
+    """A path a user typed. Raises UsageError for the home folder of a user that is not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path} names the home folder of a user that this machine has not; type the path in full.") from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from edgetune.config import expand
 from edgetune.export import gguf_adapter
 from edgetune.export import mlx as mlx_folder
 from edgetune.export import mps as bundle
@@ -89,9 +90,10 @@ def find(name: str | None, base: str) -> Path | None:
     if name is None:
         current = get_current()
         return current.adapter if current is not None and current.base == base else None
-    path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
-        return path
+    path = expand(name)
+    with contextlib.suppress(OSError):  # a name too long for a file
+        if path.is_dir() or (path.is_file() and path.suffix == GGUF):
+            return path
     kept = kept_folder(name, base)
     if kept is not None:
         return kept
@@ -124,13 +126,16 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
 
     Raises AdapterError for anything else.
     """
-    if not path.exists():
-        raise AdapterError(f"There is nothing at {path}; expected a PEFT folder, an mlx-lm folder or a {GGUF} file.")
-    if path.suffix == GGUF and path.is_file():
-        return gguf_adapter.read_adapter(path, base)
-    if mlx_folder.is_adapter(path):
-        return mlx_folder.read_adapter(path)
-    return peft_folder.load(path)
+    try:
+        if not path.exists():
+            raise AdapterError(f"There is nothing at {path}; expected a PEFT folder, an mlx-lm folder or a {GGUF} file.")
+        if path.suffix == GGUF and path.is_file():
+            return gguf_adapter.read_adapter(path, base)
+        if mlx_folder.is_adapter(path):
+            return mlx_folder.read_adapter(path)
+        return peft_folder.load(path)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read ({error.strerror}); name an adapter that is yours to read.") from error
 
 
 def load_for(path: Path, base: Checkpoint) -> Adapter:

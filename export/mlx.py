@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def read_adapter(folder: Path) -> Adapter:
     settings = read_json(folder / CONFIG_FILE)
     kind, parameters = settings.get("fine_tune_type", "lora"), settings.get("lora_parameters")
     if kind != "lora" or not isinstance(parameters, dict):
-        raise AdapterError(f"The mlx-lm adapter at {folder} is of type {kind!r}; expected lora with its lora_parameters.")
+        raise AdapterError(
+            f"The mlx-lm adapter at {folder} is of type {reprlib.repr(kind)}; expected lora with its lora_parameters."
+        )
     stored = adapters.read_tensors(folder / ADAPTER_FILE, _KEY)
     tensors = {key: tensor.T.contiguous() for key, tensor in stored.items()}
     targets = tuple(name for name in LINEARS if name in {linear for _, linear, _ in tensors})
@@ -135,7 +138,7 @@ def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: 
                 return written
         return LoraConfig(rank, scale * rank, dropout, targets)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-        raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
+        raise adapters.unusable(folder, error) from error
 
 
 def _layers(settings: dict[str, Any], tensors: dict[tuple[int, str, str], Tensor], folder: Path) -> tuple[int, ...] | None:
@@ -145,7 +148,9 @@ def _layers(settings: dict[str, Any], tensors: dict[tuple[int, str, str], Tensor
     if isinstance(origin, dict) and origin.get("every_layer") is False:
         return layers
     if type(last) is not int:
-        raise AdapterError(f"The adapter_config.json at {folder} has num_layers {last!r}; expected a number of layers.")
+        raise AdapterError(
+            f"The adapter_config.json at {folder} has num_layers {reprlib.repr(last)}; expected a number of layers."
+        )
     return None if layers == tuple(range(len(layers))) and (last < 1 or last >= len(layers)) else layers
 
 

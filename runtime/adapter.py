@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,19 @@ from edgetune.runtime.safetensors_file import write_tensors
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
 _MAX_JSON = 8 << 20
+_MOST_NAMED = 8
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; others are codes that need a scale
 # What PEFT writes that changes the function computed, with the only value that we honour.
 _PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
     "alpha_pattern": {}, "trainable_token_indices": None, "lora_bias": False,
     "layer_replication": None, "exclude_modules": None, "target_parameters": None,
 }  # fmt: skip
+# The same of newer versions and of kinds of LoRA, written by them alone: older versions do not open what they do not know.
+_BEYOND = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+_INITS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's init_lora_weights that leave the base as it is; pissa, olora, corda and loftq take a part of its weights away."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,10 @@ def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
     problems = [f"the model has no {_named(beyond)}"] if beyond else []
     problems += [f"{_named(where)} {name}: {said}" for (name, said), where in wrong.items()]
     if problems:
-        raise AdapterError(f"The adapter does not fit this model, it was made for another base: {'; '.join(problems)}.")
+        raise AdapterError(
+            f"The adapter does not fit this model, it was made for another base: {'; '.join(problems)}; name its model with "
+            "--model, or copy it again."
+        )
 
 
 def _named(layers: list[int]) -> str:
@@ -221,27 +233,52 @@ def load(folder: Path) -> Adapter:
 def read_tensors(path: Path, key: re.Pattern[str]) -> dict[tuple[int, str, str], Tensor]:
     """The LoRA matrices of a safetensors file in f32; `key` has a layer's number, a linear's name and a or b as its groups.
 
-    Raises AdapterError for a damaged file, other tensors than these, and numbers that are not finite.
+    Raises AdapterError for a damaged file, and one that names all tensors which are no finite LoRA matrices.
     """
-    tensors, unknown = {}, []
+    tensors: dict[tuple[int, str, str], Tensor] = {}
+    faults: defaultdict[str, list[str]] = defaultdict(list)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                match = key.fullmatch(name)
-                if match is None or match[2] not in LINEARS:
-                    unknown.append(name)
-                    continue
-                tensors[int(match[1]), match[2], match[3].upper()] = file.get_tensor(name).float()
+                match, stored = key.fullmatch(name), file.get_slice(name)
+                if match is None or match[2] not in LINEARS or f".{hf_linear_name(match[2])}." not in name:
+                    faults[NO_LORA].append(name)
+                elif stored.get_dtype() not in _FLOATS:
+                    faults[f"numbers of type {stored.get_dtype()}"].append(name)
+                elif len(stored.get_shape()) != 2:
+                    faults[NO_MATRIX].append(name)
+                elif (where := (int(match[1]), match[2], match[3].upper())) in tensors:
+                    faults["given twice"].append(name)
+                else:
+                    tensors[where] = file.get_tensor(name).float()
+                    if not torch.isfinite(tensors[where]).all():
+                        faults[NOT_FINITE].append(name)
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} is damaged ({error}); copy the adapter again.") from error
-    if unknown or not tensors:
-        raise AdapterError(
-            f"The adapter at {path.parent} holds {len(unknown)} tensors that are no LoRA of a LLaMA linear (first: "
-            f"{unknown[:1]}); train it on linears alone."
-        )
-    if any(tensor.ndim != 2 or not torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise AdapterError(f"The adapter at {path.parent} holds inf, NaN or a tensor that is no matrix; train it again.")
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read; check that it is there and yours to read.") from error
+    refuse_tensors(path.parent, faults)
+    if not tensors:
+        raise AdapterError(f"The adapter at {path.parent} holds no tensors; copy it again.")
     return tensors
+
+
+NO_LORA, NO_MATRIX, NOT_FINITE = "no LoRA of a LLaMA linear", "no matrix", "inf or NaN"
+"""What can be wrong with a tensor of an adapter's file, whatever its format."""
+
+
+def refuse_tensors(path: Path, faults: Mapping[str, Sequence[str]]) -> None:
+    """Raise AdapterError that names every fault of the tensors at `path`; faults: what is wrong -> the names of those."""
+    if not faults:
+        return
+    named = []
+    for what, names in faults.items():
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        named.append(f"{what}: {', '.join(repr(name[:80]) for name in names[:_MOST_NAMED])}{more}")
+    raise AdapterError(
+        f"The adapter at {path} holds what edgetune cannot use ({'; '.join(named)}); expected finite matrices lora_A and "
+        "lora_B of linears: copy it again, or train it on linears alone."
+    )
 
 
 def _layers(peft: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
@@ -251,21 +288,32 @@ def _layers(peft: dict[str, Any], folder: Path) -> tuple[int, ...] | None:
         return None
     layers = found if isinstance(found, list) else [found]
     if not all(type(layer) is int and 0 <= layer < 2**20 for layer in layers) or len(set(layers)) < len(layers):
-        raise AdapterError(f"The adapter at {folder} has layers_to_transform {found!r}; expected numbers of layers, each once.")
+        raise AdapterError(
+            f"The adapter at {folder} has layers_to_transform {reprlib.repr(found)}; expected numbers of layers, each once."
+        )
     return tuple(sorted(layers))
 
 
 def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
     if peft.get("peft_type") != "LORA":
-        raise AdapterError(f"The adapter at {folder} is of type {peft.get('peft_type')!r}; expected LORA.")
+        raise AdapterError(f"The adapter at {folder} is of type {reprlib.repr(peft.get('peft_type'))}; expected LORA.")
     odd = [name for name, plain in _PLAIN.items() if peft.get(name) not in (plain, None, [], {})]
+    odd += [name for name in _BEYOND if peft.get(name) not in (None, False, [], {})]
     if odd:
         raise AdapterError(
             f"The adapter at {folder} uses {', '.join(odd)}, which edgetune does not honour; expected plain LoRA."
         )
+    start = peft.get("init_lora_weights")
+    if start not in _INITS_BESIDE_THE_BASE:
+        raise AdapterError(
+            f"The adapter at {folder} has init_lora_weights {reprlib.repr(start)}, which alters the base beneath it; expected "
+            "plain LoRA, as PEFT's save_pretrained writes it with path_initial_model_for_weight_conversion."
+        )
     targets = peft.get("target_modules")
     if not isinstance(targets, list):
-        raise AdapterError(f"The adapter at {folder} names its target_modules by {targets!r}; expected a list of linears.")
+        raise AdapterError(
+            f"The adapter at {folder} names its target_modules by {reprlib.repr(targets)}; expected a list of linears."
+        )
     found = {str(target).rsplit(".", 1)[-1] for target in targets}
     names = (*(name for name in LINEARS if name in found), *sorted(found - set(LINEARS)))
     try:
@@ -277,7 +325,13 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
             bool(peft.get("use_rslora")),
         )
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-        raise AdapterError(f"The adapter_config.json at {folder} is unusable: {error}") from error
+        raise unusable(folder, error) from error
+
+
+def unusable(folder: Path, error: Exception) -> AdapterError:
+    """What is said of a folder whose adapter_config.json has no value, or an impossible one, as `error` tells."""
+    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:300].rstrip(".")
+    return AdapterError(f"The adapter_config.json at {folder} is unusable: {said}; copy the adapter again.")
 
 
 def whole_number(value: object) -> int:

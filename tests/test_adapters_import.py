@@ -20,7 +20,7 @@ from edgetune.export.target import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.errors import AdapterError, EdgetuneError
 from edgetune.runtime.loader import load_llama
 from edgetune.session import Session
 from edgetune.state import home
@@ -170,8 +170,99 @@ def test_a_layer_of_a_thousand_digits_is_one_sentence(form: str, from_mlx: Path,
     name = next(name for name in tensors if "layers.7." in name)
     tensors[name.replace("layers.7.", f"layers.{'7' * 5000}.")] = tensors.pop(name)
     safetensors.torch.save_file(tensors, folder / file)
-    with pytest.raises(AdapterError, match="holds 1 tensors that are no LoRA"):
+    with pytest.raises(AdapterError, match=r"no LoRA of a LLaMA linear: '.*77"):
         registry.read(folder, open_model(DEMO).config)
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft"])
+def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path, from_peft: Path) -> None:
+    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, adapters.WEIGHTS_FILE)
+    tensors = safetensors.torch.load_file(folder / file)
+    names = {
+        n: next(name for name in tensors if f".{n}.self_attn.q_proj.lora_{'a' if form == 'mlx' else 'A'}" in name)
+        for n in range(6)
+    }
+    tensors[names[0]] *= float("nan")
+    tensors[names[1]][0, 0] = float("inf")
+    tensors[names[2]] = tensors[names[2]].to(torch.int8)
+    tensors[names[3]] = torch.ones(4, 4, 4)
+    tensors[names[4].replace("layers.4.", "layers.04.")] = torch.ones(4, 4)
+    tensors[names[5].replace("self_attn", "mlp")] = torch.ones(4, 4)
+    tensors["lm_head.weight" + "x" * 10_000] = torch.ones(4, 4)
+    safetensors.torch.save_file(tensors, folder / file)
+    with pytest.raises(AdapterError) as raised:
+        registry.read(folder, open_model(DEMO).config)
+    said = str(raised.value)
+    beyond = names[5].replace("self_attn", "mlp")
+    for fault in (
+        f"no LoRA of a LLaMA linear: '{'lm_head.weight'.ljust(80, 'x')}', {beyond!r}" if form == "mlx" else repr(beyond),
+        f"inf or NaN: {names[0]!r}, {names[1]!r}",
+        f"numbers of type I8: {names[2]!r}",
+        f"no matrix: {names[3]!r}",
+        f"given twice: {names[4]!r}",
+    ):
+        assert fault in said
+    assert len(said) < 1200
+    safetensors.torch.save_file({}, folder / file)
+    with pytest.raises(AdapterError, match="holds no tensors; copy it again"):
+        registry.read(folder, open_model(DEMO).config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights 'pissa_niter_4', which alters the base beneath it"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"alora_invocation_tokens": [5, 6], "use_qalora": True}, "uses alora_invocation_tokens, use_qalora, which"),
+        ({"use_dora": True, "rank_pattern": {"q_proj": 8}}, "uses use_dora, rank_pattern, which"),
+        ({"r": 0}, r"unusable: The rank is 0; expected 1 to 1024, e\.g\. 16; copy the adapter again\.$"),
+        ({"target_modules": ["wq" * 10_000]}, r"unusable: The targets name \['wqwq.{,300}; copy the adapter again"),
+        ({"target_modules": ".*q_proj" * 1000}, r"names its target_modules by '.{,40}; expected a list"),
+    ],
+)  # fmt: skip
+def test_a_peft_adapter_that_is_more_than_lora_is_refused(change: dict[str, object], said: str, from_peft: Path) -> None:
+    config = json.loads((from_peft / adapters.CONFIG_FILE).read_text())
+    (from_peft / adapters.CONFIG_FILE).write_text(json.dumps(config | change))
+    with pytest.raises(AdapterError, match=said):
+        registry.read(from_peft, open_model(DEMO).config)
+    (from_peft / adapters.CONFIG_FILE).write_text(json.dumps({key: config[key] for key in config if key != "lora_alpha"}))
+    with pytest.raises(AdapterError, match="unusable: it has no 'lora_alpha'; copy"):
+        registry.read(from_peft, open_model(DEMO).config)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva"])
+def test_how_a_peft_adapter_began_does_not_matter_else(start: object, from_peft: Path, adapter: Adapter) -> None:
+    config = json.loads((from_peft / adapters.CONFIG_FILE).read_text())
+    newer = {"alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "kasa_config": None}
+    (from_peft / adapters.CONFIG_FILE).write_text(json.dumps(config | {"init_lora_weights": start} | newer))
+    assert registry.read(from_peft, open_model(DEMO).config).config == adapter.config
+
+
+def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.MonkeyPatch, from_peft: Path) -> None:
+    for name, said in (("x" * 5000, "cannot be read"), ("~no such user/x", "names the home folder of a user")):
+        for arguments in (
+            ["adapters", "import", name],
+            ["generate", "hi", "--adapter", name],
+            ["export", "peft", "--adapter", name],
+        ):
+            result = run(*arguments, "--model", "demo")
+            assert isinstance(result.exception, EdgetuneError), result.output
+            assert said in str(result.exception) or "it is neither a folder" in str(result.exception)
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(mlx, "is_adapter", closed)
+    with pytest.raises(AdapterError, match=r"from-peft cannot be read \(Permission denied\); name an adapter"):
+        registry.read(from_peft, open_model(DEMO).config)
+    monkeypatch.undo()
+
+    def lost(path: Path, framework: str) -> None:
+        raise FileNotFoundError(f"No such file or directory: {path}")  # what safetensors says of a file that is another's
+
+    monkeypatch.setattr(adapters.safetensors, "safe_open", lost)
+    with pytest.raises(AdapterError, match=r"safetensors cannot be read; check that it is there"):
+        registry.read(from_peft, open_model(DEMO).config)
 
 
 def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from adapters import random_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -178,33 +179,50 @@ def test_an_adapter_comes_back_value_for_value(tmp_path: Path, family: str) -> N
     config = opened(tmp_path / "m", family).config
     adapter = an_adapter(config)
     gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
-    back = gguf_adapter.read_adapter(tmp_path / "a.gguf")
+    back = gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
     assert back.config == adapter.config
     assert set(back.tensors) == set(adapter.tensors)
     assert all(torch.equal(back.tensors[key], tensor) for key, tensor in adapter.tensors.items())
     assert (tmp_path / "a.gguf").stat().st_mode & 0o777 == 0o600
 
 
-def test_rslora_and_few_targets_keep_their_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [None, (1,), (0,)])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(4, 8.0),
+        LoraConfig(6, 8.1, 0.05, ("q_proj", "v_proj")),
+        LoraConfig(3, 1.0, 0.1, ("k_proj", "down_proj"), rslora=True),
+    ],
+)
+def test_peft_to_gguf_to_peft_changes_no_byte(tmp_path: Path, lora: LoraConfig, layers: tuple[int, ...] | None) -> None:
     config = opened(tmp_path / "m").config
-    adapter = an_adapter(config, targets=("k_proj", "up_proj"), rslora=True)
-    gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
-    back = gguf_adapter.read_adapter(tmp_path / "a.gguf")
-    assert back.config.scale == adapter.config.scale
-    assert back.config.targets == ("k_proj", "up_proj")
-
-
-def test_from_peft_to_gguf_and_back(tmp_path: Path) -> None:
-    config = opened(tmp_path / "m").config
-    adapters.save(an_adapter(config), tmp_path / "peft", "tiny")
-    stored = adapters.load(tmp_path / "peft")
-    gguf_adapter.write_adapter(stored, config, tmp_path / "a.gguf")
-    adapters.save(gguf_adapter.read_adapter(tmp_path / "a.gguf"), tmp_path / "again", "tiny")
+    made = random_adapter(config, lora.rank, targets=lora.targets, layers=layers)
+    adapters.save(replace(made, config=lora), tmp_path / "peft", "tiny")
+    gguf_adapter.write_adapter(adapters.load(tmp_path / "peft"), config, tmp_path / "a.gguf")
+    adapters.save(gguf_adapter.read_adapter(tmp_path / "a.gguf", config), tmp_path / "again", "tiny")
     for name in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
 
 
-def test_a_converters_adapter_needs_the_base_for_its_heads(tmp_path: Path) -> None:
+def test_alpha_is_llama_cpps_where_another_wrote_it(tmp_path: Path) -> None:
+    """What edgetune made it of counts no more; without alpha the scale is 1, and a text is none."""
+    config = opened(tmp_path / "m").config
+    adapter = an_adapter(config, targets=("v_proj",), rslora=True)
+    gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
+    data = (tmp_path / "a.gguf").read_bytes()
+    at = data.index(b"adapter.lora.alpha") + len("adapter.lora.alpha")
+    assert struct.unpack_from("<If", data, at) == (6, 16.0)  # scale 8 / √4, rank 4
+    (tmp_path / "a.gguf").write_bytes(data[:at] + struct.pack("<If", 6, 10.0) + data[at + 8 :])
+    assert gguf_adapter.read_adapter(tmp_path / "a.gguf", config).config == LoraConfig(4, 10.0, 0.0, ("v_proj",))
+    (tmp_path / "a.gguf").write_bytes(data.replace(b"adapter.lora.alpha", b"adapter.lora.alpho"))
+    assert gguf_adapter.read_adapter(tmp_path / "a.gguf", config).config.scale == 1
+    (tmp_path / "a.gguf").write_bytes(data[:at] + struct.pack("<If", 4, 10.0) + data[at + 8 :])  # an unsigned number
+    with pytest.raises(AdapterError, match=r"its adapter\.lora\.alpha is \d+, expected a number"):
+        gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
+
+
+def test_a_converters_adapter_is_read(tmp_path: Path) -> None:
     """llama.cpp's own converter writes f16 at will, and no head counts."""
     config = opened(tmp_path / "m").config
     adapter = an_adapter(config, targets=("q_proj", "k_proj"))
@@ -220,8 +238,6 @@ def test_a_converters_adapter_needs_the_base_for_its_heads(tmp_path: Path) -> No
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(AdapterError, match="how many heads"):
-        gguf_adapter.read_adapter(tmp_path / "a.gguf")
     back = gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
     assert all(torch.equal(back.tensors[key], tensor.half().float()) for key, tensor in adapter.tensors.items())
 
@@ -249,24 +265,25 @@ def test_rows_go_there_and_back(heads: int, head_dim: int, width: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small adapter's file."""
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, LlamaConfig]:
+    """A small adapter's file, and its base."""
     folder = tmp_path_factory.mktemp("good")
     config = opened(folder / "m").config
     gguf_adapter.write_adapter(an_adapter(config, 1, targets=("q_proj",)), config, folder / "a.gguf")
-    return (folder / "a.gguf").read_bytes()
+    return (folder / "a.gguf").read_bytes(), config
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
-def test_a_damaged_adapter_is_one_sentence(good: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    broken = bytearray(good[: data.draw(st.integers(0, len(good)))] if data.draw(st.booleans()) else good)
+def test_a_damaged_adapter_is_one_sentence(good: tuple[bytes, LlamaConfig], tmp_path: Path, data: st.DataObject) -> None:
+    whole, config = good
+    broken = bytearray(whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole)
     for _ in range(data.draw(st.integers(0, 4)) if broken else 0):
         broken[data.draw(st.integers(0, min(len(broken), 700) - 1))] = data.draw(st.sampled_from([0, 1, 9, 127, 255]))
     path = tmp_path / "a.gguf"
     path.write_bytes(broken)
     try:
-        adapter = gguf_adapter.read_adapter(path)
+        adapter = gguf_adapter.read_adapter(path, config)
     except AdapterError:
         return
     assert all(torch.isfinite(tensor).all() for tensor in adapter.tensors.values())
@@ -288,12 +305,14 @@ def header(tensors: int, keys: int, rest: bytes = b"") -> bytes:
         (header(0, 1, struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1)), "an array of"),
         (header(0, 1, struct.pack("<Q1sI", 1, b"k", 77)), "unknown type"),
         (header(0, 0), "its types are"),
+        (header(0, 1, struct.pack("<Q12sIQ", 12, b"general.type", 8, 1 << 20) + bytes(1 << 20)), "its types are"),
     ],
 )
 def test_a_hostile_header_is_refused_at_once(tmp_path: Path, data: bytes, said: str) -> None:
     (tmp_path / "a.gguf").write_bytes(data)
-    with pytest.raises(AdapterError, match=said):
-        gguf_adapter.read_adapter(tmp_path / "a.gguf")
+    with pytest.raises(AdapterError, match=said) as raised:
+        gguf_adapter.read_adapter(tmp_path / "a.gguf", open_model(DEMO).config)
+    assert len(str(raised.value)) < 600
 
 
 def test_tensors_over_each_other_are_refused(tmp_path: Path) -> None:
@@ -302,23 +321,62 @@ def test_tensors_over_each_other_are_refused(tmp_path: Path) -> None:
     def text(value: bytes) -> bytes:
         return struct.pack("<Q", len(value)) + value
 
-    pairs = (("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", "qwen2"))
+    pairs = (("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", "llama"))
     keys = b"".join(text(key.encode()) + struct.pack("<I", 8) + text(value.encode()) for key, value in pairs)
     count, inputs = 64, 1 << 14
     infos = [text(b"blk.%d.attn_q.weight.lora_a" % n) + struct.pack("<IQQIQ", 2, inputs, 1, 0, 0) for n in range(count)]
     for kept, said in ((infos, "together are larger"), (infos[:1], None)):
         (tmp_path / "a.gguf").write_bytes(header(len(kept), 3, keys + b"".join(kept)) + bytes(4 * inputs + 32))
         with nullcontext() if said is None else pytest.raises(AdapterError, match=said):
-            gguf_adapter.read_adapter(tmp_path / "a.gguf")
+            gguf_adapter.read_adapter(tmp_path / "a.gguf", open_model(DEMO).config)
+
+
+def test_every_tensor_that_is_no_lora_is_named_at_once(tmp_path: Path) -> None:
+    config = opened(tmp_path / "m").config
+    ones, linear = torch.ones(2, 64).numpy(), "blk.0.attn_v.weight.lora_"
+    wrong = {
+        "output.weight.lora_a": ones, "blk.0.nothing.weight.lora_a": ones, f"{linear}a": ones * float("nan"),
+        f"{linear}b": ones[0], "blk.1.attn_v.weight.lora_a": ones.astype("f8"), "blk.00.ffn_up.weight.lora_a": ones,
+        "blk.0.ffn_up.weight.lora_a": ones,
+    }  # fmt: skip
+    for extra, said in (
+        ({}, r"a\.gguf holds what .* \(no LoRA of a LLaMA linear: 'output\.weight\.lora_a' and 1 more; inf or NaN: "
+         r"'blk\.0\.attn_v\.weight\.lora_a'; no matrix: .*lora_b'; neither f32 nor f16 nor bf16: 'blk\.1.*; given twice: .*up"),
+        ({"adapter.alora.invocation_tokens": [1, 2]}, "it is an aLoRA, which acts after certain tokens alone"),
+    ):  # fmt: skip
+        writer = library.GGUFWriter(tmp_path / "a.gguf", "llama")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        for key, values in extra.items():
+            writer.add_array(key, values)
+        for name, numbers in wrong.items():
+            writer.add_tensor(name, numbers)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(AdapterError, match=said):
+            gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
+
+
+def test_swapped_halves_are_named_for_every_linear(tmp_path: Path) -> None:
+    config = opened(tmp_path / "m").config
+    made = an_adapter(config, targets=("q_proj", "v_proj"))
+    other = {key: made.tensors[*key[:2], "B" if key[2] == "A" else "A"] for key in made.tensors}
+    gguf_adapter.write_adapter(replace(made, tensors=other), replace(config, model_type="qwen2"), tmp_path / "a.gguf")
+    data = (tmp_path / "a.gguf").read_bytes().replace(b"qwen2.attention", b"llama.attention")
+    (tmp_path / "a.gguf").write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0qwen2", b"\x05\0\0\0\0\0\0\0llama"))
+    with pytest.raises(AdapterError, match=r"layers 0-1 q_proj: lora_A is \(64, 4\) and lora_B \(4, 64\).* v_proj: lora_A"):
+        adapters.check_fits(gguf_adapter.read_adapter(tmp_path / "a.gguf", config), config)
 
 
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     base = opened(tmp_path / "m")
     gguf_model.write_model(Job(base, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
     with pytest.raises(AdapterError):
-        gguf_adapter.read_adapter(tmp_path / "m.gguf")
+        gguf_adapter.read_adapter(tmp_path / "m.gguf", base.config)
     with pytest.raises(AdapterError, match="cannot be read"):
-        gguf_adapter.read_adapter(tmp_path / "none.gguf")
+        gguf_adapter.read_adapter(tmp_path / "none.gguf", base.config)
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
     [
         ({"fine_tune_type": "dora"}, "is of type 'dora'; expected lora"),
         ({"num_layers": "all"}, "num_layers 'all'; expected a number"),
-        ({"lora_parameters": {"scale": 2.0}}, "unusable: 'rank'"),
+        ({"lora_parameters": {"scale": 2.0}}, "unusable: it has no 'rank'; copy"),
         ({"lora_parameters": {"rank": 4, "scale": float("nan")}}, "unusable: Alpha is nan"),
     ],
 )
@@ -230,10 +230,10 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
     file = tmp_path / target.ADAPTER_FILE
     tensors = load_file(file)
     save_file(tensors | {"model.layers.0.self_attn.q_proj.m": torch.ones(3)}, file)
-    with pytest.raises(AdapterError, match=r"1 tensors that are no LoRA of a LLaMA linear .*q_proj\.m"):
+    with pytest.raises(AdapterError, match=r"no LoRA of a LLaMA linear: 'model.*q_proj\.m'\)"):
         target.read_adapter(tmp_path)
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, file)
-    with pytest.raises(AdapterError, match="inf, NaN"):
+    with pytest.raises(AdapterError, match=r"inf or NaN: .* and 8 more"):
         target.read_adapter(tmp_path)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(AdapterError, match="is damaged"):

@@ -62,10 +62,11 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
     """Keep a copy of the adapter at SOURCE: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
     from edgetune import registry
+    from edgetune.config import expand
     from edgetune.session import open_base
 
     choice, base = open_base(model)
-    folder = registry.keep(source.expanduser(), base, choice.name, name)
+    folder = registry.keep(expand(str(source)), base, choice.name, name)
     if as_json:
         print_json({"adapter": str(folder), "name": folder.name, "model": choice.name})
         return
