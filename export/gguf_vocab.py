@@ -192,7 +192,13 @@ def _merged_pieces(source: dict[str, Any], folder: Path) -> Vocabulary:
 def _sentencepiece(path: Path) -> Vocabulary:
     import sentencepiece
 
-    sp = sentencepiece.SentencePieceProcessor(model_proto=read_limited(path, MODEL_BYTES))
+    data = read_limited(path, MODEL_BYTES)
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError:
+        raise TokenizerError(
+            f"{path} is not a sentencepiece model; copy it again, or remove it: the tokenizer.json beside it tells enough."
+        ) from None
     ids = range(sp.get_piece_size())
     types = [CONTROL if sp.is_control(id) else UNUSED if sp.is_unused(id) else BYTE if sp.is_byte(id) else NORMAL for id in ids]
     return Vocabulary("llama", [sp.id_to_piece(id) for id in ids], [float(sp.get_score(id)) for id in ids], types)

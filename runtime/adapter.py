@@ -31,6 +31,8 @@ CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
 _MAX_JSON = 8 << 20
 _MOST_NAMED = 8
+NO_LORA, NO_MATRIX, NOT_FINITE = "no LoRA of a LLaMA linear", "no matrix", "inf or NaN"
+"""What can be wrong with a tensor of an adapter's file, whatever its format."""
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; others are codes that need a scale
 # What PEFT writes that changes the function computed, with the only value that we honour.
@@ -261,10 +263,6 @@ def read_tensors(path: Path, key: re.Pattern[str]) -> dict[tuple[int, str, str],
     if not tensors:
         raise AdapterError(f"The adapter at {path.parent} holds no tensors; copy it again.")
     return tensors
-
-
-NO_LORA, NO_MATRIX, NOT_FINITE = "no LoRA of a LLaMA linear", "no matrix", "inf or NaN"
-"""What can be wrong with a tensor of an adapter's file, whatever its format."""
 
 
 def refuse_tensors(path: Path, faults: Mapping[str, Sequence[str]]) -> None:

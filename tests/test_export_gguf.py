@@ -171,6 +171,23 @@ def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
         gguf.write(Job(base, "tiny", None), tmp_path)
 
 
+def lora_file(path: Path, tensors: dict[str, Any], **arrays: list[Any]) -> Path:
+    """A GGUF adapter for llama as another program may write it; arrays: keys with __ for a dot."""
+    writer = library.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for key, values in arrays.items():
+        writer.add_array(key.replace("__", "."), values)
+    for name, numbers in tensors.items():
+        writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 # --- the adapter, there and back ----------------------------------------------------------------------------------------
 
 
@@ -226,19 +243,12 @@ def test_a_converters_adapter_is_read(tmp_path: Path) -> None:
     """llama.cpp's own converter writes f16 at will, and no head counts."""
     config = opened(tmp_path / "m").config
     adapter = an_adapter(config, targets=("q_proj", "k_proj"))
-    writer = library.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    writer.add_array("general.tags", ["lora", "text"])
+    tensors = {}
     for (layer, name, part), tensor in adapter.tensors.items():
         rows = to_llama_rows(tensor, config.head_dim) if part == "B" else tensor
-        writer.add_tensor(f"blk.{layer}.attn_{name[0]}.weight.lora_{part.lower()}", rows.half().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    back = gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
+        tensors[f"blk.{layer}.attn_{name[0]}.weight.lora_{part.lower()}"] = rows.half().numpy()
+    back = gguf_adapter.read_adapter(lora_file(tmp_path / "a.gguf", tensors, general__tags=["lora", "text"]), config)
+    assert back.config == adapter.config
     assert all(torch.equal(back.tensors[key], tensor.half().float()) for key, tensor in adapter.tensors.items())
 
 
@@ -339,35 +349,26 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(tmp_path: Path) -> None:
         f"{linear}b": ones[0], "blk.1.attn_v.weight.lora_a": ones.astype("f8"), "blk.00.ffn_up.weight.lora_a": ones,
         "blk.0.ffn_up.weight.lora_a": ones,
     }  # fmt: skip
-    for extra, said in (
-        ({}, r"a\.gguf holds what .* \(no LoRA of a LLaMA linear: 'output\.weight\.lora_a' and 1 more; inf or NaN: "
-         r"'blk\.0\.attn_v\.weight\.lora_a'; no matrix: .*lora_b'; neither f32 nor f16 nor bf16: 'blk\.1.*; given twice: .*up"),
-        ({"adapter.alora.invocation_tokens": [1, 2]}, "it is an aLoRA, which acts after certain tokens alone"),
-    ):  # fmt: skip
-        writer = library.GGUFWriter(tmp_path / "a.gguf", "llama")
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        for key, values in extra.items():
-            writer.add_array(key, values)
-        for name, numbers in wrong.items():
-            writer.add_tensor(name, numbers)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with pytest.raises(AdapterError, match=said):
-            gguf_adapter.read_adapter(tmp_path / "a.gguf", config)
+    said = (
+        r"\(no LoRA of a LLaMA linear: 'output\.weight\.lora_a', 'blk\.0\.nothing\.weight\.lora_a'; "
+        r"inf or NaN: '.*v\.weight\.lora_a'; no matrix: '.*v\.weight\.lora_b'; "
+        r"neither f32 nor f16 nor bf16: 'blk\.1\..*'; given twice: '.*up\.weight\.lora_a'\)"
+    )
+    with pytest.raises(AdapterError, match=said):
+        gguf_adapter.read_adapter(lora_file(tmp_path / "a.gguf", wrong), config)
+    activated = lora_file(tmp_path / "a.gguf", {f"{linear}a": ones}, adapter__alora__invocation_tokens=[1, 2])
+    with pytest.raises(AdapterError, match="it is an aLoRA, which acts after certain tokens alone"):
+        gguf_adapter.read_adapter(activated, config)
 
 
 def test_swapped_halves_are_named_for_every_linear(tmp_path: Path) -> None:
     config = opened(tmp_path / "m").config
-    made = an_adapter(config, targets=("q_proj", "v_proj"))
-    other = {key: made.tensors[*key[:2], "B" if key[2] == "A" else "A"] for key in made.tensors}
-    gguf_adapter.write_adapter(replace(made, tensors=other), replace(config, model_type="qwen2"), tmp_path / "a.gguf")
-    data = (tmp_path / "a.gguf").read_bytes().replace(b"qwen2.attention", b"llama.attention")
-    (tmp_path / "a.gguf").write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0qwen2", b"\x05\0\0\0\0\0\0\0llama"))
+    ours = an_adapter(config, targets=("q_proj", "v_proj")).tensors.items()
+    names = {"q_proj": "attn_q", "v_proj": "attn_v"}
+    swapped = {f"blk.{at}.{names[name]}.weight.lora_{'b' if part == 'A' else 'a'}": t.numpy() for (at, name, part), t in ours}
+    found = gguf_adapter.read_adapter(lora_file(tmp_path / "a.gguf", swapped), config)
     with pytest.raises(AdapterError, match=r"layers 0-1 q_proj: lora_A is \(64, 4\) and lora_B \(4, 64\).* v_proj: lora_A"):
-        adapters.check_fits(gguf_adapter.read_adapter(tmp_path / "a.gguf", config), config)
+        adapters.check_fits(found, config)
 
 
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
@@ -447,6 +448,20 @@ def test_the_demos_tokens_are_written(tmp_path: Path) -> None:
     assert vocabulary.template == (DEMO / "chat_template.jinja").read_text()
     with pytest.raises(TokenizerError, match="rows of embedding"):
         read_vocabulary(DEMO, 100)
+
+
+def test_a_pointer_to_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    """What a clone without git-lfs leaves of tokenizer.model; tokenizer.json is text and there."""
+    from tokenizers import Tokenizer as Made
+    from tokenizers import decoders, models
+
+    made = Made(models.BPE({"▁": 0, "a": 1, "▁a": 2}, [("▁", "a")], byte_fallback=True))
+    made.decoder = decoders.Metaspace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert read_vocabulary(tmp_path, 3).scores == [-1.0, -1.0, 0.0]
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model is not a sentencepiece model; copy it again, or remove it"):
+        read_vocabulary(tmp_path, 3)
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "tekken", "gpt-2", "smollm"])
