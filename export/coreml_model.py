@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.coreml_package import Array
-from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored, constexpr, nf4_table
+from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored, constexpr, half_of, nf4_table
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.model import hf_linear_name, rope_frequencies
@@ -81,6 +81,30 @@ def linear_name(layer: int, name: str) -> str:
     return f"layers_{layer}_{name}"
 
 
+def constants(plan: Plan) -> dict[str, Array]:
+    """What a program multiplies and adds beside its weights, f16 by the name that each has there: the cosines and sines of all
+    positions (context, hd/2), norms, biases, and an adapter that is built in.
+
+    Raises ModelError where a number leaves fp16.
+    """
+    config = plan.config
+    frequencies = rope_frequencies(config.rope, config.head_dim)
+    angles = torch.arange(plan.context, dtype=torch.float64).unsqueeze(1) * frequencies
+    found = {"cos": half_of("cos", angles.cos()), "sin": half_of("sin", angles.sin())}
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if config.qk_norm:
+        norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    biased = [*(("q_proj", "k_proj", "v_proj") if config.qkv_bias else ()), *(("o_proj",) if config.o_bias else ())]
+    own = {"norm_weight": FINAL_NORM}
+    for layer in range(config.num_layers):
+        own |= {f"layers_{layer}_{called}_weight": f"model.layers.{layer}.{name}.weight" for called, name in norms.items()}
+        own |= {f"{linear_name(layer, part)}_bias": f"model.layers.{layer}.{hf_linear_name(part)}.bias" for part in biased}
+    found |= {called: half_of(name, plan.tensor(name)) for called, name in own.items()}
+    for (layer, part), pair in plan.constants.items():
+        found |= {f"{linear_name(layer, part)}_{which}": values for which, values in zip("ab", pair, strict=True)}
+    return found
+
+
 def build(plans: Mapping[str, Plan]) -> Any:
     """The program: a function for each plan, the first of them the default. What they have in common is stored once."""
     from coremltools.converters.mil.mil import Program
@@ -130,6 +154,7 @@ class _Graph:
 
         self.mb, self.plan, self.inputs, self.config = mb, plan, inputs, plan.config
         self.constants: dict[str, Any] = {}
+        self.values = constants(plan)
         self.caches = {name: mb.read_state(input=inputs[name]) for name in ("k_cache", "v_cache")}
         length = mb.shape(x=inputs["causal_mask"])
         self.end = mb.slice_by_index(x=length, begin=[3], end=[4], name="end")
@@ -139,56 +164,52 @@ class _Graph:
 
     def logits(self) -> Any:
         """(1, T, V)."""
-        mb, plan = self.mb, self.plan
+        mb = self.mb
         shape = (self.config.vocab_size, self.config.hidden_size)
         embedding = self.weight(EMBEDDING, shape, EMBEDDING_NAME)
         h = mb.gather(x=embedding, indices=self.inputs["input_ids"], axis=0, batch_dims=0, validate_indices=False, name="h")
         for layer in range(self.config.num_layers):
             h = self.block(layer, h)
         head = embedding if self.config.tie_embeddings else self.weight(HEAD, shape, "lm_head_weight")
-        return self.product(self.norm(h, plan.tensor(FINAL_NORM), "norm"), head, name="logits")
+        return self.product(self.norm(h, "norm"), head, name="logits")
 
     def block(self, layer: int, h: Any) -> Any:
         """(1, T, D) -> (1, T, D)."""
         mb, name = self.mb, f"layers_{layer}"
-        x = self.norm(h, self.tensor(layer, "input_layernorm.weight"), f"{name}_attn_norm")
+        x = self.norm(h, f"{name}_attn_norm")
         q, k, v = (self.linear(layer, part, x) for part in ("q_proj", "k_proj", "v_proj"))
         h = mb.add(x=h, y=self.linear(layer, "o_proj", self.attend(layer, q, k, v)))
-        x = self.norm(h, self.tensor(layer, "post_attention_layernorm.weight"), f"{name}_mlp_norm")
+        x = self.norm(h, f"{name}_mlp_norm")
         gate = mb.silu(x=self.linear(layer, "gate_proj", x))
         gated = mb.mul(x=gate, y=self.linear(layer, "up_proj", x))
         return mb.add(x=h, y=self.linear(layer, "down_proj", gated), name=f"{name}_h")
 
-    def tensor(self, layer: int, name: str) -> Tensor:
-        return self.plan.tensor(f"model.layers.{layer}.{name}")
+    def constant(self, name: str) -> Any:
+        """One of `constants`."""
+        return self.mb.const(val=self.values[name], name=name)
 
-    def norm(self, x: Any, weight: Tensor, name: str) -> Any:
+    def norm(self, x: Any, name: str) -> Any:
         """RMSNorm over the last axis; fp32 until the weight."""
         mb = self.mb
         wide = mb.cast(x=x, dtype="fp32")
         mean = mb.reduce_mean(x=mb.mul(x=wide, y=wide), axes=[-1], keep_dims=True)
         root = mb.rsqrt(x=mb.add(x=mean, y=np.float32(self.config.rms_norm_eps)))
         narrow = mb.cast(x=mb.mul(x=wide, y=root), dtype="fp16")
-        return mb.mul(x=narrow, y=mb.const(val=_half(weight), name=f"{name}_weight"), name=name)
+        return mb.mul(x=narrow, y=self.constant(f"{name}_weight"), name=name)
 
     def linear(self, layer: int, part: str, x: Any) -> Any:
         """(1, T, in) -> (1, T, out), with bias and adapter where there are any."""
         mb, name = self.mb, linear_name(layer, part)
         full, shape = f"model.layers.{layer}.{hf_linear_name(part)}.weight", self.config.linear_shapes()[part]
         weight = self.weight(full, shape, f"{name}_weight")
-        biased = self.config.o_bias if part == "o_proj" else self.config.qkv_bias and part in ("q_proj", "k_proj", "v_proj")
-        bias = {}
-        if biased:
-            values = _half(self.tensor(layer, f"{hf_linear_name(part)}.bias"))
-            bias = {"bias": mb.const(val=values, name=f"{name}_bias")}
+        bias = {"bias": self.constant(f"{name}_bias")} if f"{name}_bias" in self.values else {}
         y = self.product(x, weight, **bias, name=name)
         if part in self.plan.input_ranks:
             a, b = (self.of_layer(layer, self.inputs[f"{part}_{which}"]) for which in "ab")
             reduced = mb.matmul(x=x, y=a, transpose_y=True)
             return mb.add(x=y, y=mb.matmul(x=reduced, y=b, transpose_y=True), name=f"{name}_adapted")
         if (layer, part) in self.plan.constants:
-            a, b = (mb.const(val=values, name=f"{name}_{which}") for values, which in
-                    zip(self.plan.constants[layer, part], "ab", strict=True))  # fmt: skip
+            a, b = (self.constant(f"{name}_{which}") for which in "ab")
             return mb.add(x=y, y=self.product(self.product(x, a), b), name=f"{name}_adapted")
         return y
 
@@ -222,8 +243,7 @@ class _Graph:
             self.heads(x, count) for x, count in ((q, config.num_heads), (k, config.num_kv_heads), (v, config.num_kv_heads))
         )
         if config.qk_norm:
-            q = self.norm(q, self.tensor(layer, "self_attn.q_norm.weight"), f"layers_{layer}_q_norm")
-            k = self.norm(k, self.tensor(layer, "self_attn.k_norm.weight"), f"layers_{layer}_k_norm")
+            q, k = self.norm(q, f"layers_{layer}_q_norm"), self.norm(k, f"layers_{layer}_k_norm")
         k, v = self.cached(layer, "k_cache", self.rotate(k)), self.cached(layer, "v_cache", v)
         mask = self.inputs["causal_mask" if self.plan.window(layer) is None else "window_mask"]
         seen = mb.scaled_dot_product_attention(query=self.rotate(q), key=k, value=v, attn_mask=mask)
@@ -237,12 +257,10 @@ class _Graph:
     def rope(self) -> tuple[Any, Any]:
         """cos and sin (T, hd/2) of this chunk's positions."""
         mb, half = self.mb, self.config.head_dim // 2
-        frequencies = rope_frequencies(self.config.rope, self.config.head_dim)
-        angles = torch.arange(self.plan.context, dtype=torch.float64).unsqueeze(1) * frequencies
         first = mb.concat(values=[self.begin, _ints(0)], axis=0)
         last = mb.concat(values=[self.end, _ints(half)], axis=0)
-        tables = {"cos": mb.const(val=_half(angles.cos()), name="cos"), "sin": mb.const(val=_half(angles.sin()), name="sin")}
-        cos, sin = (mb.slice_by_index(x=table, begin=first, end=last, end_mask=[False, True]) for table in tables.values())
+        tables = (self.constant(name) for name in ("cos", "sin"))
+        cos, sin = (mb.slice_by_index(x=table, begin=first, end=last, end_mask=[False, True]) for table in tables)
         return cos, sin
 
     def rotate(self, x: Any) -> Any:
@@ -275,7 +293,3 @@ class _Graph:
 
 def _ints(*values: int) -> Array:
     return np.array(values, np.int32)
-
-
-def _half(values: Tensor) -> Array:
-    return values.half().contiguous().numpy()

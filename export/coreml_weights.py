@@ -64,6 +64,16 @@ def nf4_table() -> Array:
     return nf4.NF4_TABLE.half().numpy()
 
 
+def half_of(name: str, values: Tensor) -> Array:
+    """f16 numpy of what is called `name`. Raises ModelError where a number leaves fp16's range."""
+    largest = max(-float(values.min()), float(values.max()))
+    if not largest <= _HALF_MAX:
+        raise ModelError(
+            f"{name} holds {largest:g}, and Core ML's fp16 ends at {_HALF_MAX:g}; this model cannot be exported to it."
+        )
+    return values.half().contiguous().numpy()
+
+
 def store(name: str, weight: Weight, form: str) -> Stored:
     """`weight` (out, in) in a form. A dense one becomes NF4 as `edgetune train` makes it; a 4-bit one keeps its codes.
 
@@ -77,7 +87,7 @@ def store(name: str, weight: Weight, form: str) -> Stored:
         return _store_nf4(name, quantized)
     if form == "int4":
         return _store_int4(name, _dense(weight))
-    return Stored("fp16", _half(name, weight if isinstance(weight, Tensor) else _dense(weight)))
+    return Stored("fp16", half_of(name, weight if isinstance(weight, Tensor) else _dense(weight)))
 
 
 def quantize(weight: Tensor) -> QuantizedTensor:
@@ -168,23 +178,13 @@ def _dense(weight: Weight) -> Tensor:
     return nf4.dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.float()
 
 
-def _half(name: str, values: Tensor) -> Array:
-    """f16 numpy, refused where a number leaves fp16's range."""
-    largest = max(-float(values.min()), float(values.max()))
-    if not largest <= _HALF_MAX:
-        raise ModelError(
-            f"{name} holds {largest:g}, and Core ML's fp16 ends at {_HALF_MAX:g}; this model cannot be exported to it."
-        )
-    return values.half().contiguous().numpy()
-
-
 def _store_nf4(name: str, quantized: QuantizedTensor) -> Stored:
     (out, width), size = quantized.shape, quantized.state.block_size
     if width % size:
         raise _uneven(name, width, size)
     pairs = quantized.packed.view(-1)
     codes = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)[: out * width].view(out, width)
-    return Stored("nf4", codes.numpy(), _half(name, nf4.expand_absmax(quantized.state).view(out, width // size)))
+    return Stored("nf4", codes.numpy(), half_of(name, nf4.expand_absmax(quantized.state).view(out, width // size)))
 
 
 def _store_int4(name: str, dense: Tensor) -> Stored:
@@ -194,7 +194,7 @@ def _store_int4(name: str, dense: Tensor) -> Stored:
         raise _uneven(name, width, INT4_BLOCK)
     blocks = dense.view(out, width // INT4_BLOCK, INT4_BLOCK)
     scale = torch.maximum(blocks.amax(2) / 7, -blocks.amin(2) / 8)
-    rounded = torch.from_numpy(_half(name, scale)).float()
+    rounded = torch.from_numpy(half_of(name, scale)).float()
     codes = (blocks / rounded.clamp(min=1e-8).unsqueeze(2)).round().clamp(-8, 7).to(torch.int8)
     return Stored("int4", codes.view(out, width).numpy(), rounded.half().numpy())
 

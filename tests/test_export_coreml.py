@@ -23,6 +23,7 @@ from torch import Tensor
 import edgetune
 from edgetune import export_adapter
 from edgetune.export import coreml, coreml_app, coreml_weights, mil_eval, verify
+from edgetune.export.coreml_package import Package
 from edgetune.export.coreml_weights import Stored, blank, store
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import OPERATIONS, MilProgram
@@ -240,6 +241,60 @@ def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_pat
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(ModelError, match="no readable Core ML package"):
         MilProgram(copy / coreml_app.PACKAGE)
+
+
+@pytest.mark.parametrize(("name", "place"), [("cos", (-1, 0)), ("layers_1_attn_norm_weight", (3,))])
+def test_a_constant_beside_the_weights_is_compared_too(
+    name: str, place: tuple[int, ...], folder: Path, inputs_package: Path, tmp_path: Path
+) -> None:
+    """By the last bit of an angle which no proof's tokens reach, or of a norm."""
+    shutil.copytree(inputs_package, tmp_path / "copy")
+    path = tmp_path / "copy" / coreml_app.PACKAGE
+    plans = {"main": coreml._source(job_of(folder, "nf4")).plan(coreml_app.read_call(inputs_package)["context_tokens"])}
+    assert coreml._compare_constants(path, plans) > 0
+    package = Package(path)
+    made = {each.outputs[0].name: each for each in package.functions["main"].operations if each.type == "const"}
+    numbers = np.array(package.constant(made[name].attributes["val"]))
+    numbers.view(np.uint16)[place] ^= 1
+    package.fill(made[name].attributes["val"], numbers)
+    with pytest.raises(ModelError, match=f"The package's {name} differs"):
+        coreml._compare_constants(path, plans)
+
+
+def without_a_write(operations: list[Any]) -> list[Any]:
+    """The second layer's values never reach the state."""
+    last = [each for each in operations if each.type == "write_state"][-1]
+    return [each for each in operations if each is not last]
+
+
+def without_a_mask(operations: list[Any]) -> list[Any]:
+    del next(each for each in operations if each.type == "scaled_dot_product_attention").inputs["attn_mask"]
+    return operations
+
+
+def from_the_first_position(operations: list[Any]) -> list[Any]:
+    """Every chunk turned as if it began the text: right until the second one."""
+    made = {each.outputs[0].name: each for each in operations if each.outputs}
+    slices = [
+        each for each in operations if each.type == "slice_by_index" and each.inputs["x"].arguments[0].name in ("cos", "sin")
+    ]
+    assert len(slices) == 2
+    for each in slices:
+        first, last = (made[each.inputs[part].arguments[0].name].inputs["values"].arguments for part in ("begin", "end"))
+        first[0].CopyFrom(first[1])  # [begin, 0] -> [0, 0]
+        last[0].CopyFrom(made["begin"].inputs["y"].arguments[0])  # [end, hd/2] -> [count, hd/2]
+    return operations
+
+
+@pytest.mark.parametrize("fault", [without_a_write, without_a_mask, from_the_first_position])
+def test_a_fault_of_the_graph_is_seen_in_the_logits(
+    fault: Callable[[list[Any]], list[Any]], folder: Path, inputs_package: Path
+) -> None:
+    package, job = coreml.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
+    block = package.program.package.functions["main"]
+    kept = fault(list(block.operations))
+    package.program.functions["main"] = type(package.program.functions["main"])(kept)
+    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) > 5 * CLOSE
 
 
 def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() -> None:
