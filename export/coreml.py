@@ -259,6 +259,32 @@ class EvaluatedPackage:
         return torch.from_numpy(np.concatenate(rows)).float()
 
 
+class _Functions(EvaluatedPackage):
+    """A package with the bare base as a second function, which is to agree with the engine's base as the adapted one does with
+    the adapted model."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        super().__init__(folder, job.layer_memory)
+        self._job = replace(job, adapter=None, adapter_as=None)
+
+    def logits(self, ids: Sequence[int], function: str | None = None) -> Tensor:
+        """The default function's, once the base's were found to agree. Raises ModelError where they do not."""
+        if function is None:
+            self._hold_base(ids)
+        return super().logits(ids, function)
+
+    def _hold_base(self, ids: Sequence[int]) -> None:
+        expected = verify.reference_logits(stored_model(self._job, self._folder), ids)
+        found = EvaluatedPackage(self._folder, self._job.layer_memory).logits(ids, BASE)  # and its weights are let go of again
+        difference = float((found - expected).abs().max())
+        most = verify.BOUNDS["coreml", self._job.weights].max_logit
+        if not difference <= most:
+            raise ModelError(
+                f"The package's function {BASE} is not the base: logits differ by up to {difference:.3g} (at most {most:g}); "
+                "type --adapter-as inputs."
+            )
+
+
 class _AdapterFile:
     """adapter.safetensors alone, put on the engine's own base."""
 
@@ -283,6 +309,8 @@ def read(job: Job, folder: Path) -> EvaluatedPackage | _AdapterFile:
     """What was written, opened by our evaluator."""
     if job.weights == ADAPTER_ALONE:
         return _AdapterFile(job, folder / app.ADAPTER_FILE)
+    if job.adapter_as == "functions":
+        return _Functions(job, folder)
     return EvaluatedPackage(folder, job.layer_memory)
 
 
@@ -307,7 +335,7 @@ def held(job: Job) -> dict[str, list[Held]]:
     if source.requantises:
         model = Held(model.fixed + job.head_bytes + job.embedding_bytes, models=2)
     made = Held(process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGITS * config.vocab_size, models=1)
-    return {"write": [stored, model], "read": [made]}
+    return {"write": [stored, model], "read": [made, *([model] if source.adapter_as == "functions" else [])]}
 
 
 def _source(job: Job) -> _Source:

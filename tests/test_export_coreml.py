@@ -397,6 +397,20 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     assert bare < both <= bare + own
 
 
+def test_a_fault_of_the_base_beside_an_adapter_is_seen(folder: Path, tmp_path: Path) -> None:
+    from coremltools.proto import Model_pb2
+
+    package = written(job_of(folder, "fp16", an_adapter(folder), "functions"), tmp_path / "out")
+    graph = tmp_path / "out" / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    model = Model_pb2.Model.FromString(graph.read_bytes())
+    base = model.mlProgram.functions["base"]
+    without_a_mask(list(base.block_specializations[base.opset].operations))
+    graph.write_bytes(model.SerializeToString())
+    assert torch.isfinite(package.logits(IDS, "adapted")).all()
+    with pytest.raises(ModelError, match="function base is not the base: logits differ by up to"):
+        package.logits(IDS)
+
+
 def test_no_copy_of_the_weights_lies_outside_the_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """coremltools works in temporary folders; a merged model is as private as the notes."""
     made: list[str] = []
