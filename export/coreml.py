@@ -30,7 +30,7 @@ from edgetune.export.coreml_package import Array, Package
 from edgetune.export.coreml_weights import EMBEDDING_NAME, Stored
 from edgetune.export.merge import Merged
 from edgetune.export.mil_eval import MilProgram, quiet_coremltools
-from edgetune.export.target import LOGITS, PROCESS_BYTES, Held, Job, Measured, Written, held_by_reference, work_folder
+from edgetune.export.target import LOGITS, Held, Job, Measured, Written, held_by_reference, work_folder
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, is_linear, open_model
 from edgetune.runtime.config import LINEARS, QuantConfig
@@ -134,7 +134,10 @@ def write(job: Job, folder: Path) -> Written:
         )
     if job.weights == ADAPTER_ALONE:
         app.write_adapter(job.needed_adapter(), job.base.config, job.base.digest, folder / app.ADAPTER_FILE)
-        return Written(app.ADAPTER_FILE, ("This is the adapter alone, for a package of the same base and linears.",))
+        told = (
+            "This is the adapter alone, for a package of the same base and linears; its golden.json is for one of nf4 weights."
+        )
+        return Written(app.ADAPTER_FILE, (told,))
     _check_coremltools()
     source, config = _source(job), job.base.config
     plan = source.plan(min(CONTEXT_TOKENS, config.max_positions))
@@ -213,8 +216,9 @@ class _StoredRecipe:
 
 
 def _bare(job: Job, folder: Path) -> Llama:
-    """The base in fp32; a dense one in NF4 where it is exported so, as it was while the adapter was trained."""
-    quant = QuantConfig() if job.weights == "nf4" and job.base.quant is None else None
+    """The base in fp32; a dense one in NF4 where it is exported so, as it was while the adapter was trained. An adapter alone is
+    for a package that was."""
+    quant = QuantConfig() if job.weights in ("nf4", ADAPTER_ALONE) and job.base.quant is None else None
     if quant is not None and job.layer_memory is not None:
         return _through_files(job, folder, lambda made: quantize_folder(job.base.folder, made))
     return load_llama(job.base, torch.float32, quant=quant, layer_memory=None if quant is not None else job.layer_memory)
@@ -288,17 +292,18 @@ class _Functions(EvaluatedPackage):
 class _AdapterFile:
     """adapter.safetensors alone, put on the engine's own base."""
 
-    def __init__(self, job: Job, file: Path) -> None:
+    def __init__(self, job: Job, folder: Path) -> None:
         adapter = job.needed_adapter()
         shapes = {name: list(values.shape) for name, values in app.stacked(adapter, job.base.config).items()}
         call = {"base": job.base.digest, "adapter": {"rank": adapter.config.rank, "inputs": shapes}}
-        found = app.read_adapter(file, call)
+        found = app.read_adapter(folder / app.ADAPTER_FILE, call)
         tensors = {
             (layer, name, part): torch.from_numpy(found[f"{name}_{part.lower()}"][layer]).float()
             for layer, name, part in adapter.tensors
         }
         scaled = replace(adapter.config, alpha=float(adapter.config.rank), rslora=False)  # the file's b is scaled already
-        self._model = replace(job, adapter=adapters.Adapter(scaled, tensors)).model()
+        self._model = _bare(job, folder)
+        adapters.attach(self._model, adapters.Adapter(scaled, tensors))
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(N,) -> (N, V) f32."""
@@ -308,7 +313,7 @@ class _AdapterFile:
 def read(job: Job, folder: Path) -> EvaluatedPackage | _AdapterFile:
     """What was written, opened by our evaluator."""
     if job.weights == ADAPTER_ALONE:
-        return _AdapterFile(job, folder / app.ADAPTER_FILE)
+        return _AdapterFile(job, folder)
     if job.adapter_as == "functions":
         return _Functions(job, folder)
     return EvaluatedPackage(folder, job.layer_memory)
@@ -327,7 +332,7 @@ def held(job: Job) -> dict[str, list[Held]]:
     """coremltools, its graph and a weight as it is stored and compared; a model or two; the evaluator and a dense weight."""
     source, config = _source(job), job.base.config
     if job.weights == ADAPTER_ALONE:
-        return {"write": [Held(PROCESS_BYTES + 3 * job.adapter_bytes)], "read": [held_by_reference(job)]}
+        return {"write": [held_by_reference(job)], "read": [held_by_reference(job)]}
     process = COREMLTOOLS_BYTES + LAYER_BYTES * config.num_layers
     vocabulary, number = config.vocab_size * config.hidden_size, STORED_BYTES[job.weights] + SUM_BYTES * source.merges
     stored = Held(process + 2 * job.adapter_bytes + max(VOCABULARY_BYTES * vocabulary, number * job.largest_linear))
