@@ -216,8 +216,8 @@ class _StoredRecipe:
 
 
 def _bare(job: Job, folder: Path) -> Llama:
-    """The base in fp32; a dense one in NF4 where it is exported so, as it was while the adapter was trained. An adapter alone is
-    for a package that was."""
+    """The base in fp32; a dense one in NF4 where it is exported so, as it was while the adapter was trained, or where the
+    adapter goes alone to such a package."""
     quant = QuantConfig() if job.weights in ("nf4", ADAPTER_ALONE) and job.base.quant is None else None
     if quant is not None and job.layer_memory is not None:
         return _through_files(job, folder, lambda made: quantize_folder(job.base.folder, made))

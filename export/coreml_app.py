@@ -17,11 +17,13 @@ import torch
 
 from edgetune.export.coreml_model import HIDDEN, Plan
 from edgetune.export.coreml_package import Array
+from edgetune.export.verify import GOLDEN_FILE, PROMPT
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import read_json
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.model_folder import companions
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, read_template
 
@@ -30,9 +32,34 @@ FORMAT = 1
 ADVICE = {
     "minimum_os": ["iOS 18", "macOS 15"],
     "compute_units": "cpuAndGPU",
-    "why": "The Neural Engine is reported to refuse 4-bit tables with a scale for each block.",
+    "why": "The Neural Engine is reported to refuse nf4: tables with a scale for each block; nothing was tried on it.",
     "unverified": "Never run by Core ML itself; edgetune proves graph and weights with an evaluator of its own.",
 }
+STEPS = (
+    "make one state for a conversation; M is the tokens read so far and with this call, at most context_tokens",
+    "read the prompt in chunks of up to prefill_tokens, then one token a call",
+    "the next token is drawn from the last row of logits; stop at one of stop_ids",
+    "positions are no input: a chunk takes places M - T to M of the cache and is rotated (RoPE) inside",
+    "beyond context_tokens begin a new state with a shorter text",
+)
+FUNCTION_STEP = "load one of functions by MLModelConfiguration.functionName: the first, and the default, is with the adapter"
+ADAPTER_LAYOUT = (
+    "safetensors: 8 bytes, little-endian, the length of a JSON header; the header, by name: dtype F16, shape and data_offsets "
+    "[first, end), in bytes from the header's end; then the numbers, little-endian, the last axis fastest. __metadata__ has "
+    "the base, which must be this one, and the rank, no more than this one. _a is (layers, rank, in); _b (layers, out, rank), "
+    "the scale in it"
+)
+TEXT_RULE = "start_ids, then the text's tokens with nothing added; no text becomes a control token, whatever it spells"
+CHAT_RULE = (
+    "render chat_template (Jinja) with messages and add_generation_prompt true, encode it with its control tokens as such, and "
+    "put bos_id before it where it is not the first"
+)
+GOLDEN_RULE = (
+    "the first prompt_tokens of token_ids are start_ids and the tokens of prompt: what the app's tokenizer must find. "
+    "In a new state, with this folder's adapter, read these in chunks and the others one by one: row t of all logits has "
+    "top_logits[t] at top_token_ids[t], within bounds.max_logit where edgetune evaluates the package; Apple's kernels were not "
+    "measured"
+)
 
 
 def stacked(adapter: Adapter, config: LlamaConfig) -> dict[str, Array]:
@@ -86,16 +113,9 @@ def read_adapter(path: Path, call: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def how_to_call(plan: Plan, folder: Path, base: str, functions: list[str]) -> dict[str, Any]:
-    """The contents of how-to-call.json. `folder` is the base model's, `base` its digest."""
+    """The contents of how-to-call.json. `folder` is the base model's, `base` its digest; functions: the default one first."""
     tokenizer = Tokenizer.load(folder)
     template = read_template(folder)
-    window = next((window for layer in range(plan.config.num_layers) if (window := plan.window(layer)) is not None), None)
-    mask = {"dtype": "float16", "shape": [1, 1, "T", "M"], "seen": 0.0, "hidden": HIDDEN}
-    masks = {"causal_mask": {**mask, "rule": "row t sees position m where m <= M - T + t"}}
-    if window is not None:
-        rule = f"row t sees position m where M - T + t - {window} < m <= M - T + t"
-        masks["window_mask"] = {**mask, "rule": rule, "window": window}
-    shapes = plan.adapter_shapes()
     return {
         "format": FORMAT,
         "package": PACKAGE,
@@ -104,35 +124,44 @@ def how_to_call(plan: Plan, folder: Path, base: str, functions: list[str]) -> di
         "functions": functions,
         "context_tokens": plan.context,
         "prefill_tokens": plan.prefill,
-        "inputs": {
-            "input_ids": {
-                "dtype": "int32",
-                "shape": [1, "T"],
-                "rule": "T is 1 to prefill_tokens: a chunk of a prompt",
-            },
-            **masks,
-        },
+        "inputs": _inputs(plan),
         "outputs": {"logits": {"dtype": "float16", "shape": [1, "T", plan.config.vocab_size]}},
         "states": {name: {"dtype": "float16", "shape": list(plan.state_shape)} for name in ("k_cache", "v_cache")},
-        "steps": [
-            "make one state for a conversation; M is the tokens read so far and with this call, at most context_tokens",
-            "read the prompt in chunks of up to prefill_tokens, then one token a call",
-            "the next token is drawn from the last row of logits; stop at one of stop_ids",
-        ],
-        "adapter": None
-        if not shapes
-        else {
-            "file": ADAPTER_FILE,
-            "dtype": "float16",
-            "rank": max(plan.input_ranks.values()),
-            "inputs": {name: list(shape) for name, shape in shapes.items()},
-            "rule": "give each input the tensor of its name, a lower rank padded with zeros; all zeros is the bare base",
-        },
+        "steps": [*([FUNCTION_STEP] if functions else []), *STEPS],
+        "adapter": _adapter_inputs(plan) if plan.input_ranks else None,
+        "tokenizer": {"files": [file.name for file in companions(folder)], "rule": TEXT_RULE},
         "start_ids": tokenizer.start_ids,
         "stop_ids": list(tokenizer.eos_ids),
         "bos_id": tokenizer.bos_id,
         "pad_id": tokenizer.pad_id,
         "chat_template": None if template is None else template[0],
+        "chat_rule": None if template is None else CHAT_RULE,
+        "golden": {"file": GOLDEN_FILE, "prompt": PROMPT, "rule": GOLDEN_RULE},
+    }
+
+
+def _inputs(plan: Plan) -> dict[str, Any]:
+    """The inputs of every call, whatever the adapter."""
+    window = next((window for layer in range(plan.config.num_layers) if (window := plan.window(layer)) is not None), None)
+    mask = {"dtype": "float16", "shape": [1, 1, "T", "M"], "seen": 0.0, "hidden": HIDDEN}
+    masks = {"causal_mask": {**mask, "rule": "row t sees position m where m <= M - T + t"}}
+    if window is not None:
+        rule = f"row t sees position m where M - T + t - {window} < m <= M - T + t"
+        masks["window_mask"] = {**mask, "rule": rule, "window": window}
+    ids = {"dtype": "int32", "shape": [1, "T"], "rule": "T is 1 to prefill_tokens: a chunk of a prompt, with no padding"}
+    return {"input_ids": ids, **masks}
+
+
+def _adapter_inputs(plan: Plan) -> dict[str, Any]:
+    """The adapter's inputs, and the file that has them."""
+    return {
+        "file": ADAPTER_FILE,
+        "dtype": "float16",
+        "rank": max(plan.input_ranks.values()),
+        "inputs": {name: list(shape) for name, shape in plan.adapter_shapes().items()},
+        "rule": "give each input the tensor of its name, a lower rank padded with zeros; all zeros is the bare base",
+        "layout": ADAPTER_LAYOUT,
+        "swap": "feed another file's tensors, in a new state: what is cached was computed with the adapter before",
     }
 
 

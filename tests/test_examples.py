@@ -141,10 +141,11 @@ def test_the_swift_sketch_reads_keys_that_an_export_writes() -> None:
     plan = coreml_model.Plan(base.config, 64, 8, base.dense, lambda name, shape: None, ranks)  # type: ignore[arg-type, return-value]
     call = coreml_app.how_to_call(plan, DEMO, base.digest, [])
     swift = (EXAMPLES / "swiftui" / "HowToCall.swift").read_text()
-    call_keys, golden_keys = (re.findall(r'case \w+ = "(\w+)"', part) for part in swift.split("struct Golden"))
-    assert len(call_keys) == 10
+    call_keys, golden_keys = (re.findall(r'case \w+ = "(\w+)"', part) for part in swift.split("struct Golden:"))
+    assert len(call_keys) == 11
     assert set(call_keys) <= set(call)
-    assert golden_keys == ["token_ids", "top_token_ids", "top_logits"]
+    assert call["golden"]["prompt"]
+    assert golden_keys == ["prompt_tokens", "token_ids", "top_token_ids", "top_logits"]
     assert all(f'"{key}":' in (EXAMPLES.parent / "export" / "verify.py").read_text() for key in golden_keys)
     assert set(re.findall(r"let (\w+):", swift.split("struct Adapter: Decodable {")[1].split("}")[0])) <= set(call["adapter"])
     assert json.loads(json.dumps(call)) == call

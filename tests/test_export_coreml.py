@@ -37,6 +37,7 @@ from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, Usa
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
+from edgetune.runtime.tokenizer import Tokenizer
 
 pytest.importorskip("coremltools")
 DEMO = Path(edgetune.__file__).parent / "demo"
@@ -495,6 +496,40 @@ def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.model").is_file()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     assert modes == {0o600}
+
+
+def test_an_app_that_does_what_how_to_call_says_finds_the_golden_logits(tmp_path: Path) -> None:
+    """Nothing but the JSON, the files that it names and the package; the adapter's bytes as its layout has them."""
+    out, model = tmp_path / "out", tiny(tmp_path / "model", vocab_size=open_model(DEMO).config.vocab_size)
+    adapters.save(an_adapter(model), tmp_path / "night", "tiny")
+    assert export_adapter("coreml", str(model), str(tmp_path / "night"), out).verified
+    call = json.loads((out / "how-to-call.json").read_text())
+    golden = json.loads((out / call["golden"]["file"]).read_text())
+    raw = (out / call["adapter"]["file"]).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    assert header.pop("__metadata__") == {"base": call["base"], "rank": str(call["adapter"]["rank"])}
+    assert {name: entry["shape"] for name, entry in header.items()} == call["adapter"]["inputs"]
+    adapter = {
+        name: np.frombuffer(raw[start:][slice(*entry["data_offsets"])], "<f2").reshape(entry["shape"])
+        for name, entry in header.items()
+    }
+    assert all((out / name).is_file() for name in call["tokenizer"]["files"])
+    ids, prompt = golden["token_ids"], golden["prompt_tokens"]
+    assert ids[:prompt] == [*call["start_ids"], *Tokenizer.load(out).encode(call["golden"]["prompt"])]
+    program, mask = MilProgram(out / call["package"]), call["inputs"]["causal_mask"]
+    states = {name: np.zeros(state["shape"], state["dtype"]) for name, state in call["states"].items()}
+    rows: list[np.ndarray] = []
+    while len(rows) < len(ids):
+        t = min(call["prefill_tokens"], prompt - len(rows)) if len(rows) < prompt else 1
+        m = len(rows) + t
+        seen = np.arange(m)[None] <= m - t + np.arange(t)[:, None]
+        inputs = {"input_ids": np.array([ids[len(rows) : m]], np.int32), **adapter}
+        inputs["causal_mask"] = np.where(seen, mask["seen"], mask["hidden"]).astype(np.float16)[None, None]
+        rows += list(program.run(inputs, states)["logits"][0])
+    found = np.take_along_axis(np.array(rows, np.float32), np.array(golden["top_token_ids"]), axis=1)
+    expected = np.array(golden["top_logits"])
+    assert np.abs(found - expected).max() < CLOSE * expected.std()
 
 
 def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,9 @@ struct AdapterFile {
                 entry["dtype"] as? String == "F16",
                 let shape = entry["shape"] as? [Int], shape.count == 3,
                 let offsets = entry["data_offsets"] as? [Int], offsets.count == 2,
-                shape.allSatisfy({ $0 > 0 && $0 < 1 << 24 }), offsets[0] >= 0, offsets[0] <= offsets[1],
-                offsets[1] - offsets[0] == 2 * shape.reduce(1, *), start + offsets[1] <= data.count
+                shape.allSatisfy({ $0 > 0 && $0 < 1 << 20 }),  // whose product Int holds
+                offsets[0] >= 0, offsets[0] <= offsets[1], offsets[1] <= data.count - start,
+                offsets[1] - offsets[0] == 2 * shape.reduce(1, *)
             else { throw damaged }
             found[name] = (shape, start + offsets[0]..<start + offsets[1])
         }

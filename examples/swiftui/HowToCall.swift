@@ -11,6 +11,11 @@ struct HowToCall: Decodable {
         let window: Int?
     }
 
+    /// The text that golden.json begins with.
+    struct GoldenText: Decodable {
+        let prompt: String
+    }
+
     struct Adapter: Decodable {
         let file: String
         let rank: Int
@@ -27,6 +32,7 @@ struct HowToCall: Decodable {
     let startIds: [Int32]
     let stopIds: [Int32]
     let chatTemplate: String?
+    let golden: GoldenText
 
     enum CodingKeys: String, CodingKey {
         case package = "package"
@@ -39,6 +45,7 @@ struct HowToCall: Decodable {
         case startIds = "start_ids"
         case stopIds = "stop_ids"
         case chatTemplate = "chat_template"
+        case golden = "golden"
     }
 
     init(folder: URL) throws {
@@ -49,11 +56,13 @@ struct HowToCall: Decodable {
 
 /// golden.json: tokens and the likeliest logits at each place, by edgetune's own model.
 struct Golden: Decodable {
+    let promptTokens: Int
     let tokenIds: [Int32]
     let topTokenIds: [[Int]]
     let topLogits: [[Float]]
 
     enum CodingKeys: String, CodingKey {
+        case promptTokens = "prompt_tokens"
         case tokenIds = "token_ids"
         case topTokenIds = "top_token_ids"
         case topLogits = "top_logits"

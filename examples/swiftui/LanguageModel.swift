@@ -3,7 +3,7 @@
 import CoreML
 import Foundation
 
-/// Text to token ids and back; swift-transformers has one that reads the exported tokenizer files (see README.md).
+/// Text to token ids, with nothing added, and back: see README.md for what does that.
 protocol TextTokenizer: Sendable {
     func encode(text: String) -> [Int32]
     func decode(tokens: [Int32]) -> String
@@ -37,7 +37,8 @@ actor LanguageModel {
         adapter = try AdapterFile(at: url).inputs(for: call)
     }
 
-    /// Continue a text, in pieces as they come; the task that reads them may be cancelled.
+    /// Continue a text: it and what has been written after it, longer with every element. Not pieces, since the end of a text may
+    /// change as it goes on: an accent joins its letter, and tokenizers tidy spaces. The task that reads may be cancelled.
     nonisolated func stream(_ text: String, maxTokens: Int = 256, temperature: Float = 0.7) -> AsyncThrowingStream<String, Error> {
         AsyncThrowingStream { continuation in
             let task = Task {
@@ -52,14 +53,21 @@ actor LanguageModel {
         }
     }
 
-    /// The largest difference to the logits in golden.json: what shows that this device computes what edgetune computed.
+    /// The largest difference to the logits in golden.json: what shows that this device computes what edgetune computed, with the
+    /// adapter that came with the package. Reads as `write` does: the prompt in chunks, the rest token by token.
     func largestDifferenceToGolden() throws -> Float {
         let golden = try Golden(folder: folder)
+        guard golden.tokenIds.starts(with: call.startIds + tokenizer.encode(text: call.golden.prompt)) else {
+            throw ModelFailure("The app's tokenizer finds other tokens than edgetune's.")
+        }
         let state = model.makeState()
         var largest: Float = 0
-        for (place, token) in golden.tokenIds.enumerated() {
-            let logits = try read([token], after: place, into: state)
-            for (candidate, expected) in zip(golden.topTokenIds[place], golden.topLogits[place]) {
+        var length = 0
+        while length < golden.tokenIds.count {
+            let count = length < golden.promptTokens ? min(call.prefillTokens, golden.promptTokens - length) : 1
+            let logits = try read(Array(golden.tokenIds[length..<length + count]), after: length, into: state)
+            length += count
+            for (candidate, expected) in zip(golden.topTokenIds[length - 1], golden.topLogits[length - 1]) {
                 largest = max(largest, abs(logits[candidate] - expected))
             }
         }
@@ -67,7 +75,8 @@ actor LanguageModel {
     }
 
     private func write(after text: String, maxTokens: Int, temperature: Float, show: @Sendable (String) -> Void) throws {
-        let prompt = call.startIds + tokenizer.encode(text: text)
+        let encoded = tokenizer.encode(text: text)
+        let prompt = call.startIds + encoded
         guard !prompt.isEmpty, prompt.count < call.contextTokens else {
             throw ModelFailure("The text takes \(prompt.count) tokens; this model reads 1 to \(call.contextTokens - 1).")
         }
@@ -75,21 +84,17 @@ actor LanguageModel {
         var length = 0
         var logits: [Float] = []
         while length < prompt.count {
+            try Task.checkCancellation()
             let chunk = Array(prompt[length..<min(length + call.prefillTokens, prompt.count)])
             logits = try read(chunk, after: length, into: state)
             length += chunk.count
         }
         var written: [Int32] = []
-        var shown = ""
         while written.count < maxTokens, length < call.contextTokens, !Task.isCancelled {
             let token = draw(from: logits, temperature: temperature)
             if call.stopIds.contains(token) { return }
             written.append(token)
-            let whole = tokenizer.decode(tokens: written)
-            if !whole.hasSuffix("\u{FFFD}"), whole.hasPrefix(shown) {  // half a character waits for its other half
-                show(String(whole.dropFirst(shown.count)))
-                shown = whole
-            }
+            show(tokenizer.decode(tokens: encoded + written))
             logits = try read([token], after: length, into: state)
             length += 1
         }

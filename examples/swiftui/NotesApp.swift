@@ -2,7 +2,7 @@
 
 import SwiftUI
 
-/// A text, and what the model writes after it.
+/// A text, and the same with what the model writes after it.
 @MainActor
 @Observable
 final class Writer {
@@ -21,8 +21,8 @@ final class Writer {
         failure = nil
         running = Task {
             do {
-                for try await piece in model.stream(text) {
-                    answer += piece
+                for try await longer in model.stream(text) {
+                    answer = longer
                 }
             } catch {
                 failure = error.localizedDescription
