@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +106,66 @@ def test_a_failure_is_shown_as_its_sentence() -> None:
     conversation.ask("go")
     conversation.wait(10)
     assert [(news.kind, news.text) for news in conversation.news()] == [("failure", "It has no chat template.")]
+    conversation._chat.session = session = Scripted(iter(["yes"]))
+    conversation.ask("again")
+    assert heard(conversation) == (["piece", "end"], "yes")
+    assert session.asked == [1]  # the question that failed is no turn before it
+
+
+@pytest.fixture
+def display(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine's own display, or Xvfb's."""
+    pytest.importorskip("tkinter")
+    if sys.platform != "linux" or os.environ.get("DISPLAY"):
+        yield
+        return
+    if shutil.which("Xvfb") is None:
+        pytest.skip("no display, and no Xvfb to make one")
+    told, telling = os.pipe()
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(telling), "-nolisten", "tcp"], pass_fds=[telling], stderr=subprocess.DEVNULL
+    )
+    os.close(telling)
+    with open(told) as number:
+        monkeypatch.setenv("DISPLAY", f":{number.readline().strip()}")
+        yield
+    server.terminate()
+    server.wait()
+
+
+def test_the_window_stays_alive_while_an_answer_comes_and_closes_in_the_middle_of_it(
+    display: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tkinter as tk
+
+    monkeypatch.syspath_prepend(EXAMPLES / "desktop")
+    app, made, updates = opened("desktop/app.py"), [], 0
+
+    class Seen(app.Window):  # type: ignore[misc, name-defined]
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    def use(root: tk.Tk, n: int = 0) -> None:
+        """What a person does, in mainloop's place."""
+        nonlocal updates
+        (window,) = made
+        window.entry.insert(0, "Why does the chain slip?")
+        window.ask()
+        assert window.entry.get() == ""
+        while window.conversation.busy and len(window.history.get("1.0", "end").strip()) < 60:
+            root.update()
+            updates += 1
+        assert window.history.get("1.0", "3.0").strip() == "> Why does the chain slip?"
+        assert window.conversation.busy
+        root.destroy()
+
+    monkeypatch.setattr(app, "Window", Seen)
+    monkeypatch.setattr(tk.Tk, "mainloop", use)
+    monkeypatch.setattr(sys, "argv", ["app.py", "demo", "none"])
+    app.main()
+    assert updates > 10
+    assert not made[0].conversation.busy
 
 
 # --- the morning -------------------------------------------------------------------------------------------------------------

@@ -54,9 +54,11 @@ def main() -> None:
         session = Session.load(model, adapter)
     except EdgetuneError as error:
         sys.exit(str(error))
+    conversation = Conversation(session)
     root = tk.Tk()
-    Window(root, Conversation(session), f"{session.model_name}, adapter {session.adapter_name}")
+    Window(root, conversation, f"{session.model_name}, adapter {session.adapter_name}")
     root.mainloop()
+    conversation.close()
 
 
 if __name__ == "__main__":

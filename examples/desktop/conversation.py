@@ -51,6 +51,11 @@ class Conversation:
         """End the answer where it is; what was said stays in the conversation."""
         self._stop.set()
 
+    def close(self) -> None:
+        """Stop and wait: a process that ends while a thread computes may crash."""
+        self.stop()
+        self.wait()
+
     def wait(self, seconds: float | None = None) -> None:
         """Until the answer is whole."""
         if self._thread is not None:
@@ -67,4 +72,5 @@ class Conversation:
                     break
             self._news.put(News("end"))
         except EdgetuneError as error:
+            self._chat.messages.pop()  # a question without an answer is no turn
             self._news.put(News("failure", str(error)))
