@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import random_adapter
+from fake_mps import fake_mps
+from metal_shim import needs_a_compiler
 from tiny import FAMILIES, save_model, save_trainable
 
 from edgetune import export_adapter
@@ -73,10 +75,9 @@ def test_the_manifest_names_every_file_and_kernel(tmp_path: Path) -> None:
     assert {stat.S_IMODE((folder / name).stat().st_mode) for name in files} == {0o600}
 
 
-def test_a_session_opens_a_bundle_with_its_own_adapter_and_no_metal_of_its(tmp_path: Path) -> None:
+def test_a_session_opens_a_bundle_with_its_own_adapter(tmp_path: Path) -> None:
     save_trainable(tmp_path / "model")
     folder = export(job(tmp_path / "model"), tmp_path / "out")
-    (folder / "kernels" / "nf4.metal").write_text("#error this is never compiled\n")
     session = Session.load(str(folder), device="cpu")
     assert session.adapter_name == mps.ADAPTER
     notes = tmp_path / "note.md"
@@ -86,6 +87,30 @@ def test_a_session_opens_a_bundle_with_its_own_adapter_and_no_metal_of_its(tmp_p
     assert found.bits_per_byte != bare.bits_per_byte
     adapted = session.generate("The tide", max_tokens=8, temperature=0).text
     assert adapted != Session.load(str(folder), "none", "cpu").generate("The tide", max_tokens=8, temperature=0).text
+
+
+@needs_a_compiler
+def test_on_an_apple_gpu_no_metal_of_a_bundle_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a folder holds, wherever in it, and whatever its manifest says of kernels."""
+    save_trainable(tmp_path / "model")
+    folder = export(job(tmp_path / "model"), tmp_path / "out")
+    for name in ("kernels/nf4.metal", "nf4.metal", "adapter/nf4.metal"):
+        (folder / name).write_text("#error this is never compiled\n")
+    manifest = json.loads((folder / mps.MANIFEST).read_text())
+    kernels = {name: {"arguments": [], "threadgroup": [1]} for name in manifest["kernels"]}
+    (folder / mps.MANIFEST).write_text(json.dumps(manifest | {"kernels": kernels, "code_values": [0.0] * 16}))
+    monkeypatch.chdir(folder)
+    compiled: list[str] = []
+    with fake_mps(monkeypatch) as machine:
+        machine.source_changes = lambda source: compiled.append(source) or source  # type: ignore[func-returns-value]
+        session = Session.load(".", device="mps")
+        text = session.generate("The tide", max_tokens=4, temperature=0).text
+        assert session.adapter_name == mps.ADAPTER
+    assert machine.launches
+    assert compiled
+    assert all(source.endswith(mps.kernel_source()) for source in compiled)
+    assert all("never compiled" not in source for source in compiled)
+    assert text == Session.load(".", device="cpu").generate("The tide", max_tokens=4, temperature=0).text
 
 
 def test_an_adapter_that_was_changed_is_refused(tmp_path: Path) -> None:
