@@ -101,8 +101,7 @@ def backward(
     """Write the gradients of q, k and v into dq (N, H, hd), dk and dv (M, KV, hd)."""
     groups, heads = q.shape[1] // k.shape[1], q.shape[1]
     delta = (do.float() * o.float()).sum(-1)  # (N, H): the softmax's own mean of dP
-    key_grad, value_grad = torch.zeros(k.shape, dtype=torch.float32), torch.zeros(v.shape, dtype=torch.float32)
-    key_grad, value_grad = key_grad.to(k.device), value_grad.to(v.device)
+    key_grad, value_grad = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for segment in segments:
         for tile in _tiles(segment, window):
             row, row_end, key, key_end, _ = tile

@@ -96,21 +96,25 @@ class _Resident:
 
 
 class _InHost:
-    """Pages in host memory, pinned where the compute device is a CUDA card."""
+    """Pages in host memory, pinned where the compute device is a CUDA card: nobody waits for its copies but `peek`.
+
+    Other devices' copies are waited for: an Apple GPU would fill a page after `write` has returned.
+    """
 
     at_once = False
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._bytes, self._device = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda"), device
+        self._pinned, self._device = device.type == "cuda", device
+        self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def read(self, start: int, stop: int) -> Tensor:
-        return self._bytes[start:stop].to(self._device, non_blocking=True)
+        return self._bytes[start:stop].to(self._device, non_blocking=self._pinned)
 
     def write(self, start: int, stop: int, page: Tensor) -> None:
-        self._bytes[start:stop].copy_(page, non_blocking=True)
+        self._bytes[start:stop].copy_(page, non_blocking=self._pinned)
 
     def peek(self) -> Tensor:
-        if self._device.type == "cuda":
+        if self._pinned:
             torch.cuda.synchronize(self._device)  # the last write may be under way
         return self._bytes
 
@@ -268,8 +272,7 @@ class _Moment:
 
     def read(self) -> Tensor:
         """The values, f32 (n,)."""
-        table = dynamic_map(self._signed).to(self._codes.device)
-        values = table.index_select(0, self._codes.int())
+        values = _table(self._signed, self._codes.device).index_select(0, self._codes.int())
         values.view(-1, BLOCK).mul_(self._absmax.unsqueeze(1))
         return values
 
@@ -279,11 +282,17 @@ class _Moment:
         self._absmax.copy_(torch.amax(blocks.abs(), 1))  # no `out=`: macOS 14 may lose what is written to a view
         blocks.div_(self._absmax.clamp(min=_SMALLEST_ABSMAX).unsqueeze(1))
         bits = values.half().view(torch.int16).int().add_(1 << 15)
-        self._codes.copy_(torch.index_select(_nearest(self._signed).to(values.device), 0, bits))
+        self._codes.copy_(torch.index_select(_nearest(self._signed, values.device), 0, bits))
 
 
 @functools.cache
-def _nearest(signed: bool) -> Tensor:
+def _table(signed: bool, device: torch.device) -> Tensor:
+    """dynamic_map on a device, once: a copy for every chunk of every step would have the device's whole queue waited for."""
+    return dynamic_map(signed).to(device)
+
+
+@functools.cache
+def _nearest(signed: bool, device: torch.device) -> Tensor:
     """u8 (65536,): the code of the map's value nearest to each fp16 number, in the order of its bits as an int16.
 
     Looking a rounded value up is ten times as quick as searching the map. A negative first moment never becomes zero, as
@@ -297,4 +306,4 @@ def _nearest(signed: bool) -> Tensor:
         codes[torch.signbit(numbers) & (codes == zero)] -= 1
     else:
         codes[codes == zero] += 1
-    return codes.to(torch.uint8)
+    return codes.to(torch.uint8).to(device)

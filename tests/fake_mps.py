@@ -1,7 +1,7 @@
 """A Mac's GPU that is none: tensors that say `mps:0` and are computed on the CPU, and a torch.mps that keeps account.
 
 It refuses what the real one refuses: float64, tensors of two devices in one op, pinned memory, random generators of another
-device. It takes note of every op that ran, and Metal sources are compiled by metal_shim and run on the same numbers, so that
+device; and copies that nobody waits for, which on the real one are under way when they return. It takes note of every op that ran, and Metal sources are compiled by metal_shim and run on the same numbers, so that
 a whole training run goes through exactly the code that it would go through on a Mac.
 """
 
@@ -53,13 +53,14 @@ class MpsTensor(torch.Tensor):
 
 
 class FakeMps(TorchFunctionMode):
-    """While entered, `mps` is a device. `ops` are the ops that ran on it."""
+    """While entered, `mps` is a device. `ops` are the ops that ran on it, `sent` the tensors that were copied to it."""
 
     active: FakeMps | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.ops: set[Any] = set()
+        self.sent = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What names a device: makes tensors, and moves them."""
@@ -72,6 +73,7 @@ class FakeMps(TorchFunctionMode):
         where = [value for value in (*args, *kwargs.values()) if _is_device(value)]
         if func is torch.device or not where:
             return func(*args, **kwargs)
+        _refuse_to_hurry(kwargs.get("non_blocking", False))
         target = torch.device(where[0])
         if target.type == "mps":
             if kwargs.get("pin_memory") or kwargs.get("generator") is not None or kwargs.get("dtype") == torch.float64:
@@ -80,6 +82,7 @@ class FakeMps(TorchFunctionMode):
             made = func(*args, **{name: CPU if _is_device(value) else value for name, value in kwargs.items()})
             if isinstance(made, MpsTensor):
                 return made
+            self.sent += bool(args) and isinstance(args[0], torch.Tensor)
             return MpsTensor(made.detach().clone() if len(args) and made is args[0] else made.detach())
         if ours:
             return func(args[0].detach().inner, *args[1:], **kwargs).clone()
@@ -92,6 +95,7 @@ class FakeMps(TorchFunctionMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, MpsTensor)]
         if func is not _COPY and any(not isinstance(tensor, MpsTensor) and tensor.dim() > 0 for tensor in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got mps:0 and cpu")
+        _refuse_to_hurry(func is _COPY and len(args) > 2 and args[2])
         _refuse_what_macos_gets_wrong(str(func), args, kwargs)
         wrappers = {id(tensor.inner): tensor for tensor in ours}
         found = func(*inner_args, **inner_kwargs)
@@ -102,6 +106,12 @@ class FakeMps(TorchFunctionMode):
         self.ops.add(func)
         wrap = functools.partial(_wrap, wrappers)
         return _map(wrap, found)
+
+
+def _refuse_to_hurry(non_blocking: bool) -> None:
+    """A copy that is still under way when it returns: whoever reads what it writes, or writes what it reads, races with it."""
+    if non_blocking:
+        raise RuntimeError("nobody waits for a non_blocking copy to or from mps")
 
 
 def _refuse_what_macos_gets_wrong(name: str, args: Any, kwargs: dict[str, Any]) -> None:

@@ -45,7 +45,6 @@ def short(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
 def test_a_report_tells_no_path() -> None:
     def fails(device: torch.device) -> str:
         raise ImportError("cannot open /home/alice/.venv/lib/x.so (C:\\Users\\alice\\x.dll): no such file")
@@ -53,6 +52,7 @@ def test_a_report_tells_no_path() -> None:
     assert _tried("a check", fails, CPU).detail == "ImportError: cannot open … (…): no such file"
 
 
+@pytest.mark.slow
 def test_this_machines_cpu_confirms_everything_at_full_size() -> None:
     assert [one for one in confirm(CPU) if not one.ok and one.name != "kernels"] == []
 

@@ -166,6 +166,28 @@ def test_optimizer_states_in_8_bits_and_in_host_memory(mac: Machine, folders: di
         same(learnt(model, Runner(model), **how), expected(folders["qwen3"], **how), tolerance=2e-2)
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_an_optimizers_step_copies_nothing_to_the_device(mac: Machine, bits: int) -> None:
+    """Each copy would have everything that is queued waited for."""
+    optimizer = PagedAdamW([torch.ones(70, 1024, device="mps")], bits=bits)
+    for _ in range(2):
+        mac.mode.sent = 0
+        optimizer.parameters[0].grad.fill_(0.1)  # type: ignore[union-attr]
+        optimizer.step(1e-2)
+    assert mac.mode.sent == 0
+
+
+def test_a_row_costs_six_copies_to_the_device_however_many_layers(mac: Machine, folders: dict[str, Path]) -> None:
+    """Its ids, targets, weights and positions, and the angles' two tables."""
+    model = opened(folders["llama-2-grouped"], MPS)
+    adapters.attach_new(model, LoraConfig(rank=4, alpha=8), seed=1)
+    runner = Runner(model)
+    for _ in range(2):
+        mac.mode.sent = 0
+        runner.train(row(0))
+    assert mac.mode.sent == 6
+
+
 def test_the_queue_is_ended_after_every_block(mac: Machine, folders: dict[str, Path]) -> None:
     model = opened(folders["llama-2-grouped"], MPS)
     runner = Runner(model)
@@ -367,6 +389,8 @@ def test_the_fake_refuses_what_metal_refuses(mac: Machine) -> None:
         lambda: torch.rand(3, device="mps", generator=torch.Generator()),
         lambda: torch.empty(3, device="mps", pin_memory=True),
         lambda: x.numpy(),
+        lambda: x.to("cpu", non_blocking=True),
+        lambda: torch.zeros(3).copy_(x, non_blocking=True),
         lambda: torch.add(x, x, out=torch.empty(4, device="mps")),
         lambda: torch.mm(x[:, None], x[None], out=torch.zeros(3, 4, device="mps")[:, 1:]),
     ):

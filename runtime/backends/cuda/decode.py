@@ -129,7 +129,7 @@ class Decoder:
                 self.run()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may allocate meanwhile
                 self._logits = self.run()
         self._graph.replay()
         assert self._logits is not None
