@@ -1,8 +1,9 @@
 """A Mac's GPU that is none: tensors that say `mps:0` and are computed on the CPU, and a torch.mps that keeps account.
 
 It refuses what the real one refuses: float64, tensors of two devices in one op, pinned memory, random generators of another
-device; and copies that nobody waits for, which on the real one are under way when they return. It takes note of every op that ran, and Metal sources are compiled by metal_shim and run on the same numbers, so that
-a whole training run goes through exactly the code that it would go through on a Mac.
+device; and copies that nobody waits for, which on the real one are under way when they return. It takes note of every op
+that ran, and Metal sources are compiled by metal_shim and run on the same numbers, so that a whole training run goes through
+exactly the code that it would go through on a Mac.
 """
 
 from __future__ import annotations

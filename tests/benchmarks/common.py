@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -32,7 +33,9 @@ if importlib.util.find_spec("edgetune") is None:  # a clone that nobody installe
 
 Result = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-PEERS = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "numpy")
+PEERS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "numpy")
+LONGEST = 7200.0
+"""Seconds that a contender may take."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def serve(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], Re
     arguments.result.write_text(json.dumps(work(arguments)))
 
 
-def run(script: Path, contender: Contender, arguments: Sequence[str], timeout: float = 7200) -> Result:
+def run(script: Path, contender: Contender, arguments: Sequence[str], timeout: float = LONGEST) -> Result:
     """One contender, once. A failure is a result too: {"error": its last words}."""
     with tempfile.TemporaryDirectory(prefix="edgetune-benchmark-") as folder:
         result = Path(folder) / "result.json"
@@ -92,15 +95,29 @@ def run(script: Path, contender: Contender, arguments: Sequence[str], timeout: f
 
 
 def run_rounds(
-    script: Path, contenders: Sequence[Contender], arguments: Sequence[str], repeats: int
+    script: Path,
+    contenders: Sequence[Contender],
+    arguments: Sequence[str],
+    repeats: int,
+    until: float = math.inf,
+    keep: Callable[[dict[str, list[Result]]], object] = lambda results: None,
 ) -> dict[str, list[Result]]:
-    """All contenders in turn, `repeats` times -> each one's results, a round each."""
+    """All contenders in turn, `repeats` times -> each one's results, a round each.
+
+    until: the time.monotonic() at which whoever runs is ended and nobody starts any more. keep: given all that is known after
+    every contender.
+    """
     results: dict[str, list[Result]] = {contender.key: [] for contender in contenders}
     for number in range(repeats):
         for contender in contenders:
+            left = until - time.monotonic()
+            if left <= 0:
+                say(f"round {number + 1} of {repeats}: no time left for {contender.label}")
+                continue
             say(f"round {number + 1} of {repeats}: {contender.label}")
-            results[contender.key].append(run(script, contender, arguments))
+            results[contender.key].append(run(script, contender, arguments, min(left, LONGEST)))
             say(f"    {brief(results[contender.key][-1])}")
+            keep(results)
     return results
 
 
@@ -212,6 +229,11 @@ def listed(summary: Result) -> str:
 def publish(path: Path | None, text: str, everything: Result) -> None:
     """The table on standard output, all that was measured in the file that --json names."""
     print(text)
+    write_json(path, everything)
+
+
+def write_json(path: Path | None, everything: Result) -> None:
+    """All that was measured, in the file that --json names, if any."""
     if path is not None:
         path.write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
 

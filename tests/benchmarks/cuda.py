@@ -1,11 +1,12 @@
 """A LLaMA of random weights on an NVIDIA card: edgetune beside transformers + peft + bitsandbytes, in the same run.
 
-    python tests/benchmarks/cuda.py [--tokens 4096] [--repeats 3] [--json FILE]
+    python tests/benchmarks/cuda.py [--tokens 4096] [--repeats 3] [--minutes 9] [--json FILE]
     python tests/benchmarks/cuda.py --smoke      tries the script out, on the CPU in Triton's interpreter: no figures
 
 train: a row of `--tokens` tokens, r16 on all linears, forward, backward, clipping, AdamW. decode: one token after another,
 and the share of the card's read bandwidth that its weights take. numerics: the kernels against plain torch. Everyone has
-the same NF4 folder, written once. No card has run this yet.
+the same NF4 folder, written once. The file is rewritten after every contender, the most telling ones first; one that fails
+or has no time left leaves the others standing. No card has run this yet.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -28,7 +30,8 @@ PROMPT, SPEED = 16, "tokens_per_second"
 OURS = ("train-ours-none", "train-ours-selective", "train-ours-full")
 PEERS = ("train-peft-fp32", "train-peft-fp32-recompute", "train-peft-bf16", "train-peft-bf16-recompute")
 """By recomputation, and by the adapters' dtype: fp32 under autocast, or bf16."""
-KEYS = ("card", "numerics", *OURS, *PEERS, "decode-ours", "decode-peer")
+FIRST = ("card", "numerics", "train-ours-none", "train-peft-bf16", "decode-ours", "decode-peer")
+KEYS = (*FIRST, *(key for key in (*PEERS, *OURS) if key not in FIRST))
 
 
 def main() -> None:
@@ -37,6 +40,7 @@ def main() -> None:
     flags.add_argument("--tokens", type=int, default=4096)
     flags.add_argument("--steps", type=int, default=3, help="timed steps a contender and round, after a warm-up step")
     flags.add_argument("--new-tokens", type=int, default=64)
+    flags.add_argument("--minutes", type=float, default=math.inf, help="end within these, with what is measured by then")
     flags.add_argument("--smoke", action="store_true", help="one tiny layer on the CPU: tries the script out")
     arguments = flags.parse_args()
     if arguments.smoke:
@@ -56,21 +60,27 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """The parent: writes the weights, runs everyone in turn, prints the table."""
+    until = time.monotonic() + 60 * arguments.minutes
     common.random_folders(arguments.workdir, arguments.shape, dense=False)
     passed = ["--threads", str(arguments.threads), "--workdir", str(arguments.workdir)]
     for name in ("shape", "tokens", "steps", "new_tokens"):
         passed += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     passed += ["--smoke"] if arguments.smoke else []
-    host, contenders = common.machine(arguments.threads), common.chosen([Contender(key, key) for key in KEYS], arguments.only)
-    results = common.run_rounds(Path(__file__).resolve(), contenders, passed, arguments.repeats)
-    everything = {"machine": host, "versions": common.versions(), "lacking": [], "arguments": passed, "results": results}
+    contenders = common.chosen([Contender(key, key) for key in KEYS], arguments.only)
+    about = {"machine": common.machine(arguments.threads), "versions": common.versions(), "lacking": [], "arguments": passed}
+
+    def everything(results: dict[str, list[Result]]) -> Result:
+        return {**about, "summary": summarise(results), "results": results}
+
+    keep = lambda results: common.write_json(arguments.json, everything(results))  # noqa: E731
+    results = common.run_rounds(Path(__file__).resolve(), contenders, passed, arguments.repeats, until, keep)
     columns = {SPEED: common.number, "peak_card_bytes": common.megabytes, "first_loss": lambda x: common.number(x, "{:.4f}")}
     rows = [[key, *(show(common.median(results.get(key, []), column)) for column, show in columns.items())] for key in KEYS[2:]]
     table = common.table(["", "tokens/s", "peak card memory MB", "first loss"], rows)
     cards = [row["card"] for row in results.get("card", []) if "card" in row]
-    about = f"{cards[0] if cards else 'card unknown'}; {arguments.shape}, rows of {arguments.tokens} tokens.\n"
-    text = [common.heading(everything), about, table, "", common.listed(summarise(results))]
-    common.publish(arguments.json, "\n".join(text), everything)
+    shape = f"{cards[0] if cards else 'card unknown'}; {arguments.shape}, rows of {arguments.tokens} tokens.\n"
+    text = [common.heading(about), shape, table, "", common.listed(summarise(results))]
+    common.publish(arguments.json, "\n".join(text), everything(results))
 
 
 def summarise(results: dict[str, list[Result]]) -> Result:
@@ -81,8 +91,10 @@ def summarise(results: dict[str, list[Result]]) -> Result:
 
     decode, card, numerics = (results.get(key, []) for key in ("decode-ours", "card", "numerics"))
     return {
+        "train_tokens_per_second": common.median(fastest(OURS), SPEED),
         "train_speed_ratio": common.median_ratio(fastest(OURS), fastest(PEERS), SPEED),
         "train_memory_ratio": common.median_ratio(fastest(OURS), fastest(PEERS), "peak_card_bytes"),
+        "decode_tokens_per_second": common.median(decode, SPEED),
         "decode_speed_ratio": common.median_ratio(decode, results.get("decode-peer", []), SPEED),
         "decode_bandwidth_share": common.median_ratio(decode, card, "bytes_per_second"),
         "card_read_bytes_per_second": common.median(card, "bytes_per_second"),
@@ -121,18 +133,21 @@ def timed(step: Callable[[], Any], arguments: argparse.Namespace, repeats: int, 
     return {SPEED: work / statistics.median(seconds), "peak_card_bytes": peak, "first_loss": loss}
 
 
-def load(arguments: argparse.Namespace, peer: bool = False) -> Any:
+def load(arguments: argparse.Namespace) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.loader import load_llama
 
-    folder = arguments.workdir / f"{arguments.shape}-nf4"
+    return load_llama(open_model(arguments.workdir / f"{arguments.shape}-nf4"), torch.bfloat16, arguments.device)
+
+
+def load_peer(arguments: argparse.Namespace) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": arguments.device}}
-    if peer:
-        return AutoModelForCausalLM.from_pretrained(folder, **how)
-    return load_llama(open_model(folder), torch.bfloat16, arguments.device)
+    return AutoModelForCausalLM.from_pretrained(arguments.workdir / f"{arguments.shape}-nf4", **how)
 
 
 def train(arguments: argparse.Namespace) -> Result:
@@ -171,7 +186,7 @@ def peer(arguments: argparse.Namespace, row: Any) -> tuple[Any, Callable[[], Non
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model, fp32 = load(arguments, peer=True), "fp32" in arguments.contender
+    model, fp32 = load_peer(arguments), "fp32" in arguments.contender
     if arguments.contender.endswith("-recompute"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = LoraConfig(r=train_1b.RANK, lora_alpha=train_1b.ALPHA, target_modules=train_1b.LINEARS, task_type="CAUSAL_LM")
@@ -204,7 +219,7 @@ def decode_ours(arguments: argparse.Namespace) -> Result:
 def decode_peer(arguments: argparse.Namespace) -> Result:
     import torch
 
-    model = load(arguments, peer=True).eval()
+    model = load_peer(arguments).eval()
     ids = torch.arange(1, PROMPT + 1, device=arguments.device)[None]
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values

@@ -132,5 +132,5 @@ def _deterministic() -> Iterator[None]:
 
 
 def _set_deterministic(mode: bool, warn_only: bool) -> None:
-    """torch.use_deterministic_algorithms without inductor, which newer versions import for it: 150 MB, in the first backward."""
+    """torch.use_deterministic_algorithms without inductor, which newer versions import for it: 150 MB, within a backward."""
     torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
