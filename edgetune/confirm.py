@@ -7,9 +7,12 @@ path, no text, nothing about the machine but what doctor says anyway.
 from __future__ import annotations
 
 import gc
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,20 +58,34 @@ class _Differs(Exception):
     """What the device gave is not what it should give."""
 
 
-def confirm(device: torch.device) -> list[Confirmation]:
-    """Try everything on `device`; takes seconds. A check that breaks off is one that is not ok."""
-    checks = {name: check for name, check in CHECKS.items() if name != _ON_MPS or device.type == "mps"}
-    return [_tried(name, check, device) for name, check in checks.items()]
+def confirm(device: torch.device, tell: Callable[[str], object] = lambda name: None) -> list[Confirmation]:
+    """Try everything on `device`; takes seconds. A check that breaks off is one that is not ok.
+
+    tell: given each check's name before it is tried, since a driver may end the whole program.
+    """
+    found = []
+    for name, check in CHECKS.items():
+        if name != _ON_MPS or device.type == "mps":
+            tell(name)
+            found.append(_tried(name, check, device))
+    return found
+
+
+def without_paths(text: str) -> str:
+    """The text on one line, with what looks like a path, or is this person's or this Python's folder, left out."""
+    for folder in sorted({str(Path.home()), sys.prefix, sys.base_prefix} - {os.sep}, key=len, reverse=True):
+        text = text.replace(folder, f"{os.sep}…{os.sep}…")
+    return _PATH.sub("…", " ".join(text.split()))
 
 
 def _tried(name: str, check: Callable[[torch.device], str], device: torch.device) -> Confirmation:
     try:
         return Confirmation(name, True, check(device))
     except _Differs as found:
-        return Confirmation(name, False, _PATH.sub("…", str(found)))
+        return Confirmation(name, False, without_paths(str(found)))
     except Exception as error:  # whatever a driver may come up with: it is what the report is for
-        text = str(error.strerror if isinstance(error, OSError) else error).strip()
-        return Confirmation(name, False, f"{type(error).__name__}: {_PATH.sub('…', ' '.join(text.split()))[:300]}")
+        text = str(error.strerror if isinstance(error, OSError) else error)
+        return Confirmation(name, False, f"{type(error).__name__}: {without_paths(text)[:300]}")
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
@@ -173,19 +190,44 @@ def _elementwise(device: torch.device) -> str:
 
 
 def _attention(device: torch.device) -> str:
-    """Attention of packed documents, with grouped heads and a window, forward and backward."""
+    """Attention of packed documents, with grouped heads and a window, forward and backward: a card's bf16 is another kernel."""
     q, k, v, do = _random(300, 6, 64), _random(300, 2, 64, seed=1), _random(300, 2, 64, seed=2), _random(300, 6, 64, seed=3)
-    segments, worst = [(0, 130, 0, 130), (130, 300, 130, 300)], 0.0
-    for window in (None, 100):
-        o, lse = attention.forward(q, k, v, segments, window, 0.125)
-        wanted = [torch.empty_like(tensor) for tensor in (q, k, v)]
-        attention.backward(do, q, k, v, o, lse, segments, window, 0.125, *wanted)
-        q_, k_, v_, do_ = (tensor.to(device) for tensor in (q, k, v, do))
-        o_, lse_ = ops.attention_forward(q_, k_, v_, segments, window, 0.125)
-        found = [torch.empty_like(tensor) for tensor in (q_, k_, v_)]
-        ops.attention_backward(do_, q_, k_, v_, o_, lse_, segments, window, 0.125, *found)
-        for name, one, other in zip(("output", "dq", "dk", "dv"), (o_, *found), (o, *wanted), strict=True):
-            worst = max(worst, _within(f"{name}, window {window}", _error(one, other), _EXACT))
+    segments, told = [(0, 130, 0, 130), (130, 300, 130, 300)], []
+    for dtype in ops.COMPUTE_DTYPES:
+        bound, worst = _EXACT if dtype == torch.float32 else 4 * torch.finfo(dtype).eps, 0.0
+        given = [tensor.to(dtype) for tensor in (q, k, v, do)]
+        q_, k_, v_, do_ = (tensor.to(device) for tensor in given)
+        exact_q, exact_k, exact_v, exact_do = (tensor.float() for tensor in given)
+        for window in (None, 100):
+            o, lse = attention.forward(exact_q, exact_k, exact_v, segments, window, 0.125)
+            wanted = [torch.empty_like(tensor) for tensor in (q, k, v)]
+            attention.backward(exact_do, exact_q, exact_k, exact_v, o, lse, segments, window, 0.125, *wanted)
+            o_, lse_ = ops.attention_forward(q_, k_, v_, segments, window, 0.125)
+            found = [torch.empty_like(tensor) for tensor in (q_, k_, v_)]
+            ops.attention_backward(do_, q_, k_, v_, o_, lse_, segments, window, 0.125, *found)
+            for name, one, other in zip(("output", "dq", "dk", "dv"), (o_, *found), (o, *wanted), strict=True):
+                worst = max(worst, _within(f"{name} in {dtype}, window {window}", _error(one, other), bound))
+        told.append(f"{worst:.2g} in {dtype}".replace("torch.", ""))
+    return f"largest relative error {', '.join(told)}"
+
+
+def _optimizer(device: torch.device) -> str:
+    """Three steps of AdamW, of 32 and of 8 bits, where a parameter takes many launches of a fused kernel."""
+    shapes, worst = ((2200, 1024), (33, 67), (64, 1024)), 0.0
+    for bits in (32, 8):
+        moved = []
+        for where in (_CPU, device):
+            start = [_random(*shape, seed=number) for number, shape in enumerate(shapes)]
+            parameters = [tensor.to(where, copy=True) for tensor in start]
+            optimizer = PagedAdamW(parameters, weight_decay=0.1, bits=bits)
+            for step in range(3):
+                for number, parameter in enumerate(parameters):
+                    parameter.grad = _random(*shapes[number], seed=10 + 3 * step + number).to(where)
+                optimizer.step(1e-2)
+            moved.append([parameter.cpu() - before for parameter, before in zip(parameters, start, strict=True)])
+        bound = _EXACT if bits == 32 else _ROUNDED  # a code may be the next one where a quotient is rounded otherwise
+        for shape, wanted, found in zip(shapes, *moved, strict=True):
+            worst = max(worst, _within(f"{bits} bits, {shape}", _error(found, wanted), bound))
     return f"largest relative error {worst:.2g}"
 
 
@@ -281,6 +323,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "dense products": _dense_products,
     "elementwise parts": _elementwise,
     "attention": _attention,
+    "optimizer": _optimizer,
     "training steps": _training,
     "streamed layers": _streaming,
     "greedy text": _text,

@@ -9,27 +9,28 @@ import dataclasses
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import edgetune
-from edgetune.confirm import confirm
+from edgetune.confirm import confirm, without_paths
 from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
 from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
 from edgetune.state import home
 
 
-def examine() -> dict[str, Any]:
-    """The facts, JSON-ready. `problems` are sentences; none means that all is well."""
+def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
+    """The facts, JSON-ready. `problems` are sentences; none means that all is well. tell: see confirm."""
     cpu, best = torch.device("cpu"), pick_device("auto")
-    confirmations = confirm(best) if best.type != "cpu" else []
+    confirmations = confirm(best, tell) if best.type != "cpu" else []
     missing = kernels_missing()
     package = Path(edgetune.__file__).resolve().parent
     problems = []
     if missing:
-        problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {missing}")
+        problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {without_paths(missing)}")
     if not os.access(home(), os.W_OK):
         problems.append("The state folder cannot be written to; set EDGETUNE_HOME to one that can.")
     problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]

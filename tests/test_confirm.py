@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import metal_shim
 import pytest
@@ -16,9 +19,10 @@ from fake_mps import Machine, fake_mps
 from torch import Tensor
 
 from edgetune import confirm as module
-from edgetune.confirm import CHECKS, Confirmation, _tried, confirm
+from edgetune.confirm import CHECKS, Confirmation, _tried, confirm, without_paths
 from edgetune.runtime import ops
 from edgetune.runtime.backends import reference
+from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.quantize import quantize_folder
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
@@ -50,6 +54,12 @@ def test_a_report_tells_no_path() -> None:
         raise ImportError("cannot open /home/alice/.venv/lib/x.so (C:\\Users\\alice\\x.dll): no such file")
 
     assert _tried("a check", fails, CPU).detail == "ImportError: cannot open … (…): no such file"
+    assert without_paths(f"no {sys.prefix}/lib/x.so,\n nor {Path.home()}/my notes") == "no …, nor … notes"
+
+
+def test_a_report_tells_no_home_with_a_space_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/Users/Marra Jones"))
+    assert without_paths("cannot open /Users/Marra Jones/lib/x.so: gone") == "cannot open …: gone"
 
 
 @pytest.mark.slow
@@ -64,8 +74,9 @@ def mac(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 
 def test_this_machines_cpu_confirms_everything(short: None) -> None:
-    found = confirm(CPU)
-    assert [one.name for one in found] == [name for name in CHECKS if name != "memory"]
+    told: list[str] = []
+    found = confirm(CPU, told.append)
+    assert told == [one.name for one in found] == [name for name in CHECKS if name != "memory"]
     missing = ops.kernels_missing()
     assert [one for one in found if not one.ok and one.name != "kernels"] == []
     assert found[0].ok == (missing is None)
@@ -111,6 +122,42 @@ def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: 
     found = _tried(name, CHECKS[name], CPU)
     assert not found.ok
     assert "error" in found.detail or "dropout" in found.detail
+
+
+@pytest.mark.parametrize("fault", ["only bf16", "window"])
+def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """What a card's flash attention could get wrong."""
+    right = ops.attention_forward
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, segments: Any, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+        if fault == "window":
+            window = window and window + 8
+        o, lse = right(q, k, v, segments, window, scale)
+        return o * 1.05 if fault == "only bf16" and q.dtype == torch.bfloat16 else o, lse
+
+    monkeypatch.setattr(ops, "attention_forward", wrong)
+    found = _tried("attention", CHECKS["attention"], CPU)
+    assert not found.ok
+    assert ("bfloat16" if fault == "only bf16" else "window 100") in found.detail
+
+
+@pytest.mark.parametrize(("bits", "first"), [(32, 3), (8, 9)])
+def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
+    short: None, monkeypatch: pytest.MonkeyPatch, bits: int, first: int
+) -> None:
+    right, numbers = PagedAdamW.step, itertools.count()
+
+    def wrong(self: PagedAdamW, rate: float) -> None:  # three steps of the one to be compared with, three of the device's
+        end = self.parameters[0][-32:]
+        kept = end.clone()
+        right(self, rate)
+        if next(numbers) >= first:
+            end.copy_(kept)
+
+    monkeypatch.setattr(PagedAdamW, "step", wrong)
+    found = _tried("optimizer", CHECKS["optimizer"], CPU)
+    assert not found.ok
+    assert found.detail.startswith(f"{bits} bits, (2200, 1024)")
 
 
 def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +220,13 @@ def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor, "pick_device", lambda name: MPS)
     monkeypatch.setattr(doctor, "backend_name", lambda device: "metal")
     monkeypatch.setattr(doctor, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(doctor, "confirm", lambda device: tried)
+    monkeypatch.setattr(doctor, "confirm", lambda device, tell: tell("greedy text") or tried)
+    monkeypatch.setattr(doctor, "kernels_missing", lambda: "cannot open /opt/lib/x.so")
     monkeypatch.setattr(doctor.platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
-    report = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
+    run = CliRunner().invoke(doctor_command, ["--json"])
+    assert run.stderr == "trying greedy text\n"
+    report = json.loads(run.stdout)
+    assert report["problems"][0].endswith("several times slower: cannot open …")
     assert report["confirmations"] == [
         {"name": "kernels", "ok": True, "detail": "back end metal"},
         {"name": "greedy text", "ok": False, "detail": "3 of 16 tokens are the CPU's"},

@@ -16,7 +16,7 @@ def doctor_command(as_json: bool) -> None:
     """
     from edgetune.doctor import examine
 
-    found = examine()
+    found = examine(lambda name: click.echo(f"trying {name}", err=True))  # the last one said is what ended the program, if any
     if as_json:
         print_json(found)
         return
