@@ -155,7 +155,7 @@ def row(key: str, result: Result) -> list[str]:
     """A form's cells."""
     if "error" in result:
         return [key, *["–"] * 7, result["error"]]
-    match, kept = result["greedy_match"], next(iter(result["facts"].values()), None)
+    match = result["greedy_match"]
     return [
         key,
         common.number(result["bytes"] / 1e6),
@@ -164,9 +164,16 @@ def row(key: str, result: Result) -> list[str]:
         common.megabytes(result.get("allowed_bytes")),
         common.number(result["max_logit_difference"], "{:.2g}"),
         "–" if match is None else "same" if match else "another",
-        common.number(kept, "{:.0%}"),
+        common.number(kept(result["facts"]), "{:.0%}"),
         result["proved_by"] if result["verified"] else "–",
     ]
+
+
+def kept(facts: Result) -> float | None:
+    """The share of the adapter that is left where the export measured it, or both divergences that make it."""
+    if "kl_of_adapter" in facts:
+        return 1.0 - facts["kl_of_rounding"] / facts["kl_of_adapter"]
+    return next((share for name, share in facts.items() if "_kept" in name), None)
 
 
 if __name__ == "__main__":
