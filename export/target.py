@@ -103,7 +103,9 @@ class Job:
         Raises AdapterError where there is none.
         """
         if self.adapter is None:
-            raise AdapterError(f"There is no adapter of {self.base_name} to export; train one, or name one with --adapter{otherwise}.")
+            raise AdapterError(
+                f"There is no adapter of {self.base_name} to export; train one, or name one with --adapter{otherwise}."
+            )
         return self.adapter
 
     @property

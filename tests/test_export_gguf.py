@@ -167,7 +167,7 @@ def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
         with pytest.raises(AdapterError, match=said):
             export_adapter("gguf", str(tmp_path / "m"), str(tmp_path / f"for-{name}"), tmp_path / "out", weights, check=False)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(AdapterError, match=r"no adapter of a base to export; .* or name --weights to write the base as a model"):
+    with pytest.raises(AdapterError, match=r"no adapter of tiny to export; .* or name --weights to write the base as a model"):
         gguf.write(Job(base, "tiny", None), tmp_path)
 
 
