@@ -311,8 +311,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 1024:
             raise UsageError(f"The rank is {self.rank}; expected 1 to 1024, e.g. 16.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"Alpha is {self.alpha}; expected a positive number, e.g. 16.")
+        if not 1e-9 <= self.alpha <= 1e9:  # beyond, what formats keep of it in f32 is 0 or inf
+            raise UsageError(f"Alpha is {self.alpha}; expected 1e-9 to 1e9, e.g. 16.")
         if not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"The dropout is {self.dropout}; expected 0 up to, but not, 1, e.g. 0.05.")
         unknown = sorted(set(self.targets) - set(LINEARS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import ops
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model import KVCache
 from edgetune.runtime.runner import Runner
 
@@ -30,15 +32,30 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from logits (V,). Nucleus sampling: Holtzman et al. 2019, arXiv 1904.09751."""
+    """One token id from logits (V,). Nucleus sampling: Holtzman et al. 2019, arXiv 1904.09751.
+
+    Raises ModelError where they are no numbers.
+    """
     logits = logits.float()
     if sampling.temperature <= 0:
-        return int(logits.argmax())
+        largest, id = logits.max(0)
+        _check_number(largest)
+        return int(id)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True, stable=True)
     outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the first token is always inside
     ordered = ordered.masked_fill(outside, 0.0).cpu()
+    _check_number(ordered[0])
     return int(ids[int(torch.multinomial(ordered, 1, generator=generator))])
+
+
+def _check_number(largest: Tensor) -> None:
+    """Of logits with one NaN in them, the largest is NaN; so is each probability of theirs, and of infinite ones."""
+    if math.isnan(float(largest)):
+        raise ModelError(
+            "The model gives NaN for the next token: its adapter, or the model itself, holds numbers that are too large; type "
+            "--adapter none, or copy the model again."
+        )
 
 
 class Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from edgetune.export.target import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.errors import AdapterError, EdgetuneError
+from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError
 from edgetune.runtime.loader import load_llama
 from edgetune.session import Session
 from edgetune.state import home
@@ -236,6 +237,15 @@ def test_how_a_peft_adapter_began_does_not_matter_else(start: object, from_peft:
     newer = {"alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "kasa_config": None}
     (from_peft / adapters.CONFIG_FILE).write_text(json.dumps(config | {"init_lora_weights": start} | newer))
     assert registry.read(from_peft, open_model(DEMO).config).config == adapter.config
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_an_adapter_whose_numbers_overflow_is_one_sentence(temperature: str, adapter: Adapter, tmp_path: Path) -> None:
+    huge = {key: tensor * 1e30 for key, tensor in adapter.tensors.items()}
+    adapters.save(replace(adapter, tensors=huge), tmp_path / "huge", "demo")
+    result = run("generate", "hi", "--model", "demo", "--adapter", str(tmp_path / "huge"), "--temperature", temperature)
+    assert isinstance(result.exception, ModelError)
+    assert "gives NaN for the next token: its adapter, or" in str(result.exception)
 
 
 def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.MonkeyPatch, from_peft: Path) -> None:

@@ -74,6 +74,8 @@ def test_parameters_are_counted() -> None:
         {"rank": -1},
         {"alpha": float("nan")},
         {"alpha": 0.0},
+        {"alpha": 1e300},
+        {"alpha": 1e-300},
         {"dropout": 1.0},
         {"targets": ("lm_head",)},
         {"targets": ()},
