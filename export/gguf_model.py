@@ -153,11 +153,16 @@ def _encode(panel: Tensor, kind: str) -> bytes:
     if kind == "bf16":
         return panel.bfloat16().view(torch.int16).numpy().tobytes()
     if kind == "f16":
-        half = panel.half()
-        if not torch.isfinite(half).all():
-            raise ModelError("The model holds numbers beyond f16's 65,504; type --weights bf16.")
-        return half.numpy().tobytes()
+        return _half(panel).numpy().tobytes()
     return panel.contiguous().numpy().tobytes()
+
+
+def _half(numbers: Tensor) -> Tensor:
+    """f32 -> f16. Raises ModelError where that would be inf."""
+    half = numbers.half()
+    if not torch.isfinite(half).all():
+        raise ModelError("The model holds numbers too large for f16, or for Q8_0's scales in it; type --weights bf16.")
+    return half
 
 
 def _q8_0(panel: Tensor) -> bytes:
@@ -172,7 +177,7 @@ def _q8_0(panel: Tensor) -> bytes:
     codes = size.floor()
     codes += size.sub_(codes) >= 0.5
     bytes_of_codes = codes.copysign_(scaled).to(torch.int8).view(torch.uint8)
-    return torch.cat([scale.half().view(torch.uint8), bytes_of_codes], dim=1).numpy().tobytes()
+    return torch.cat([_half(scale).view(torch.uint8), bytes_of_codes], dim=1).numpy().tobytes()
 
 
 def held_by_gguf(job: Job) -> Held:

@@ -151,9 +151,9 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     base = opened(tmp_path / "plain")
     with pytest.raises(ResourceError, match=r"takes about 0\.2\d GB, .*; type --memory 2\d\dMB or more"):
         check_memory(gguf, Job(base, "tiny", None, "f16", memory=1 << 20))
-    huge = an_adapter(base.config, size=1e6)
-    with pytest.raises(ModelError, match="--weights bf16"):
-        gguf_model.write_model(Job(base, "tiny", huge), tmp_path / "m.gguf", "f16", nothing)
+    for kind, size in (("f16", 1e6), ("q8_0", 1e8)):
+        with pytest.raises(ModelError, match="--weights bf16"):
+            gguf_model.write_model(Job(base, "tiny", an_adapter(base.config, size=size)), tmp_path / "m.gguf", kind, nothing)
 
 
 @pytest.mark.parametrize("weights", gguf.WEIGHTS)
