@@ -155,7 +155,7 @@ def _read(header: _Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> Ad
     if not tensors:
         raise ValueError("it holds no tensor")
     shapes = base.linear_shapes()
-    for (layer, name, part), tensor in tensors.items():
+    for (layer, name, part), tensor in tensors.items():  # rows of another number have no order, and are refused with the rest
         if part == "B" and is_rotated(ARCHITECTURES[base.model_type], name) and tensor.shape[0] == shapes[name][0]:
             tensors[layer, name, part] = from_llama_rows(tensor, base.head_dim)
     rank = statistics.mode(tensor.shape[0 if part == "A" else 1] for (_, _, part), tensor in tensors.items())

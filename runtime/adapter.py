@@ -113,8 +113,8 @@ def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
     problems += [f"{_named(where)} {name}: {said}" for (name, said), where in wrong.items()]
     if problems:
         raise AdapterError(
-            f"The adapter does not fit this model, it was made for another base: {'; '.join(problems)}; name its model with "
-            "--model, or copy it again."
+            f"The adapter does not fit this model: {'; '.join(problems)}; if it was made for another base, name that with "
+            "--model, else copy the adapter again."
         )
 
 
