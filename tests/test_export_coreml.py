@@ -107,6 +107,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single layer, where the number of them shows nothing: coremltools takes its time for each."""
+    torch.manual_seed(0)
+    return tiny(tmp_path_factory.mktemp("model") / "thin", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
 def inputs_package(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """NF4, with an adapter of rank 4 as inputs."""
     out = tmp_path_factory.mktemp("package") / "inputs"
@@ -136,6 +143,14 @@ def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, 
     whole = package.logits(IDS)
     package.call["prefill_tokens"] = 5
     assert apart(package.logits(IDS), whole) < CLOSE
+
+
+def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
+    """To the last place of the cache and the last angle."""
+    package, job = coreml.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
+    ids = (IDS * package.call["context_tokens"])[: package.call["context_tokens"]]
+    assert len(ids) == job.base.config.max_positions
+    assert apart(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
 
 
 def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
@@ -309,12 +324,12 @@ def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() ->
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
-def test_coremltools_reads_the_weights_that_were_written(weights: str, folder: Path, tmp_path: Path) -> None:
+def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Path, tmp_path: Path) -> None:
     """By its own loader and the blob reader in it, every constant; ours, which proofs use, reads the same."""
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.models.utils import load_spec
 
-    job = replace(job_of(folder, weights, an_adapter(folder), "functions"), texts=[IDS])
+    job = replace(job_of(thin, weights, an_adapter(thin), "functions"), texts=[IDS])
     package = written(job, tmp_path / "out").program
     graph = tmp_path / "out" / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     spec = load_spec(str(graph))
@@ -399,10 +414,10 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     assert bare < both <= bare + own
 
 
-def test_a_fault_of_the_base_beside_an_adapter_is_seen(folder: Path, tmp_path: Path) -> None:
+def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Path) -> None:
     from coremltools.proto import Model_pb2
 
-    package = written(job_of(folder, "fp16", an_adapter(folder), "functions"), tmp_path / "out")
+    package = written(job_of(thin, "fp16", an_adapter(thin), "functions"), tmp_path / "out")
     graph = tmp_path / "out" / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     model = Model_pb2.Model.FromString(graph.read_bytes())
     base = model.mlProgram.functions["base"]
@@ -413,22 +428,22 @@ def test_a_fault_of_the_base_beside_an_adapter_is_seen(folder: Path, tmp_path: P
         package.logits(IDS)
 
 
-def test_no_copy_of_the_weights_lies_outside_the_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_of_the_weights_lies_outside_the_export(thin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """coremltools works in temporary folders; a merged model is as private as the notes."""
     made: list[str] = []
     mkdtemp = tempfile.mkdtemp
     monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **kwargs: made.append(mkdtemp(*args, **kwargs)) or made[-1])
     before = tempfile.gettempdir()
     tmp_path.joinpath("out").mkdir()
-    coreml.write(job_of(folder, "fp16", an_adapter(folder), "merged"), tmp_path / "out")
+    coreml.write(job_of(thin, "fp16", an_adapter(thin), "merged"), tmp_path / "out")
     assert made
     assert all(Path(path).is_relative_to(tmp_path / "out") for path in made)
     assert tempfile.gettempdir() == before
     assert not (tmp_path / "out" / ".work").exists()
 
 
-def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path) -> None:
-    job = replace(job_of(folder, "nf4", an_adapter(folder), "merged"), texts=[IDS])
+def test_a_merge_into_four_bits_says_what_it_costs(thin: Path, tmp_path: Path) -> None:
+    job = replace(job_of(thin, "nf4", an_adapter(thin), "merged"), texts=[IDS])
     tmp_path.joinpath("out").mkdir()
     result = coreml.write(job, tmp_path / "out")
     facts = dict(result.facts)
@@ -442,10 +457,10 @@ def test_a_merge_into_four_bits_says_what_it_costs(folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("weights", ["nf4", "int4"])
 def test_a_merge_that_leaves_the_adapter_out_is_refused(
-    weights: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, thin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is stored and what it is compared with are made by the same sum; the model as it was trained is not."""
-    job = replace(job_of(folder, weights, an_adapter(folder), "merged"), texts=[IDS])
+    job = replace(job_of(thin, weights, an_adapter(thin), "merged"), texts=[IDS])
     monkeypatch.setattr(Merged, "scale", 0.0)
     tmp_path.joinpath("out").mkdir()
     with pytest.raises(ModelError, match=r"keeps -?\d+% of what the adapter does on the texts, .* type --adapter-as inputs"):
@@ -460,7 +475,7 @@ def test_a_base_whose_codes_say_nothing_is_refused(
     adapter_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also below an adapter that is an input. The model is one that is sure of what it says."""
-    folder = tiny(tmp_path / "model")
+    folder = tiny(tmp_path / "model", num_hidden_layers=1)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 10
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})

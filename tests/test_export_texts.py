@@ -64,10 +64,11 @@ class Noticing(Sequence[Sequence[int]]):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers whose rows are whole blocks, with the demo's tokenizer, and an adapter in `night` beside it."""
+    """A layer whose rows are whole blocks, with the demo's tokenizer, and an adapter in `night` beside it."""
     folder = tmp_path_factory.mktemp("model") / "model"
     demo = resolve("demo").path
-    tiny.save_model(folder, intermediate_size=128, vocab_size=open_model(demo).config.vocab_size)
+    vocabulary = open_model(demo).config.vocab_size
+    tiny.save_model(folder, intermediate_size=128, num_hidden_layers=1, vocab_size=vocabulary)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(demo / name, folder / name)
     adapters.save(random_adapter(open_model(folder).config), folder.parent / "night", str(folder))
