@@ -125,6 +125,7 @@ class Session:
 
         model: a path, a Hugging Face id in the local cache, "demo", or None for the best one here.
         adapter: a folder, a name, "none", or None for the one in a bundle of `edgetune export mps`, else the current one.
+        device: "cpu", "cuda", "mps", or "auto" for the best one here.
         head: of HEADS; "auto" leaves one that is stored in 4 bits as it is, and a form that this head cannot have is refused.
         Raises EdgetuneError's children, each a sentence that can be shown.
         """

@@ -159,10 +159,8 @@ def write(job: Job, folder: Path) -> Written:
     for file in folder.rglob("*"):
         file.chmod(0o700 if file.is_dir() else PRIVATE_FILE)
     compared = _compare_weights(folder / app.PACKAGE, source) + _compare_constants(folder / app.PACKAGE, plans)
-    notices, facts = (
-        [LIMIT_OF_PROOF, *([NEXT_NIGHT] if plan.input_ranks else [])],
-        [("stored_numbers_compared", float(compared))],
-    )
+    notices = [LIMIT_OF_PROOF, *([NEXT_NIGHT] if plan.input_ranks else [])]
+    facts = [("stored_numbers_compared", float(compared))]
     if source.requantises:
         with job.stage("measuring"):
             loss = _loss(job, folder)
@@ -345,7 +343,7 @@ def held(job: Job) -> dict[str, list[Held]]:
 
 def _source(job: Job) -> _Source:
     how = job.adapter_as
-    if how not in (None, "inputs", "functions", "merged"):
+    if how not in (None, *ADAPTER_AS):
         raise UsageError(f"--adapter-as {how} is not known; expected inputs, functions or merged.")
     if how is not None:
         job.needed_adapter()

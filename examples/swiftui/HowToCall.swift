@@ -18,7 +18,6 @@ struct HowToCall: Decodable {
 
     struct Adapter: Decodable {
         let file: String
-        let rank: Int
         let inputs: [String: [Int]]
     }
 

@@ -57,7 +57,8 @@ actor LanguageModel {
     /// adapter that came with the package. Reads as `write` does: the prompt in chunks, the rest token by token.
     func largestDifferenceToGolden() throws -> Float {
         let golden = try Golden(folder: folder)
-        guard golden.tokenIds.starts(with: call.startIds + tokenizer.encode(text: call.golden.prompt)) else {
+        let prompt = call.startIds + tokenizer.encode(text: call.golden.prompt)
+        guard prompt == Array(golden.tokenIds.prefix(golden.promptTokens)) else {
             throw ModelFailure("The app's tokenizer finds other tokens than edgetune's.")
         }
         let state = model.makeState()
