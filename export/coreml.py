@@ -105,10 +105,17 @@ class _Source:
         quant = (None if self.merges else self.job.base.quant) or QuantConfig()  # a sum is dense, and quantised anew
         return coreml_weights.blank(name, shape, self.job.weights if is_linear(name) else "fp16", quant.block_size)
 
-    def plan(self, context: int) -> Plan:
-        """The program of the bare base, or of the merged model."""
-        base = self.job.base
-        return Plan(base.config, context, min(PREFILL_TOKENS, context), base.dense, self.blank)
+    def plans(self) -> dict[str, Plan]:
+        """What the package's functions are made of, by name, the default one first."""
+        base, adapter = self.job.base, self.job.adapter
+        context = min(CONTEXT_TOKENS, base.config.max_positions)
+        plan = Plan(base.config, context, min(PREFILL_TOKENS, context), base.dense, self.blank)
+        if adapter is not None and self.adapter_as == "inputs":
+            targets = adapter.config.targets
+            return {"main": replace(plan, input_ranks={name: adapter.config.rank for name in LINEARS if name in targets})}
+        if adapter is not None and self.adapter_as == "functions":
+            return {ADAPTED: replace(plan, constants=_constants(self.job)), BASE: plan}
+        return {"main": plan}
 
     def stored(self) -> dict[str, str]:
         """Hugging Face names of all weights, layer by layer, by the name that coreml_weights.places has for each."""
@@ -139,20 +146,15 @@ def write(job: Job, folder: Path) -> Written:
         )
         return Written(app.ADAPTER_FILE, (told,))
     _check_coremltools()
-    source, config = _source(job), job.base.config
-    plan = source.plan(min(CONTEXT_TOKENS, config.max_positions))
-    functions: list[str] = []
-    if source.adapter_as == "inputs":
-        targets = job.needed_adapter().config
-        plan = replace(plan, input_ranks={name: targets.rank for name in LINEARS if name in targets.targets})
-        app.write_adapter(job.needed_adapter(), config, job.base.digest, folder / app.ADAPTER_FILE)
-    plans = {"main": plan}
-    if source.adapter_as == "functions":
-        plans = {ADAPTED: replace(plan, constants=_constants(job)), BASE: plan}
-        functions = list(plans)
+    source = _source(job)
+    plans = source.plans()
+    plan = next(iter(plans.values()))
+    if plan.input_ranks:
+        app.write_adapter(job.needed_adapter(), job.base.config, job.base.digest, folder / app.ADAPTER_FILE)
     with job.stage("laying out"):
         _lay_out(plans, folder)
     _fill(folder / app.PACKAGE, source)
+    functions = list(plans) if len(plans) > 1 else []
     app.write_call(app.how_to_call(plan, job.base.folder, job.base.digest, functions), folder)
     for file in companions(job.base.folder):
         atomic_write(folder / file.name, file.read_bytes())

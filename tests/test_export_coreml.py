@@ -266,7 +266,7 @@ def test_a_constant_beside_the_weights_is_compared_too(
     """By the last bit of an angle which no proof's tokens reach, or of a norm."""
     shutil.copytree(inputs_package, tmp_path / "copy")
     path = tmp_path / "copy" / coreml_app.PACKAGE
-    plans = {"main": coreml._source(job_of(folder, "nf4")).plan(coreml_app.read_call(inputs_package)["context_tokens"])}
+    plans = coreml._source(job_of(folder, "nf4", an_adapter(folder))).plans()
     assert coreml._compare_constants(path, plans) > 0
     package = Package(path)
     made = {each.outputs[0].name: each for each in package.functions["main"].operations if each.type == "const"}
