@@ -552,6 +552,8 @@ def test_every_kernel_compiles_for_real_cards(capability: str, tmp_path: Path) -
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, str(script), capability], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sizes = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(sizes) == 19
-    assert all(size > 0 for size in sizes)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 19
+    assert all(int(size) > 0 for *_, size in lines)
+    loads = [int(loads) for name, _, loads, _ in lines if name == "matvec"]
+    assert 0 < max(loads) < 100  # 64 more, were each weight looked up by one

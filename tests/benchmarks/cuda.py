@@ -4,9 +4,9 @@
     python tests/benchmarks/cuda.py --smoke      tries the script out, on the CPU in Triton's interpreter: no figures
 
 train: a row of `--tokens` tokens, r16 on all linears, forward, backward, clipping, AdamW. decode: one token after another,
-and the share of the card's read bandwidth that its weights take. numerics: the kernels against plain torch. Everyone has
-the same NF4 folder, written once. The file is rewritten after every contender, the most telling ones first; one that fails
-or has no time left leaves the others standing. No card has run this yet.
+and the share of the card's read bandwidth that its weights take. numerics: the kernels against plain torch. matvec: the
+product of decoding, cut in other ways too. Everyone has the same NF4 folder, written once. The file is rewritten after every
+contender, the most telling ones first; one that fails or has no time left leaves the others standing. No card has run this yet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ PROMPT, SPEED = 16, "tokens_per_second"
 OURS = ("train-ours-none", "train-ours-selective", "train-ours-full")
 PEERS = ("train-peft-fp32", "train-peft-fp32-recompute", "train-peft-bf16", "train-peft-bf16-recompute")
 """By recomputation, and by the adapters' dtype: fp32 under autocast, or bf16."""
-FIRST = ("card", "numerics", "train-ours-none", "train-peft-bf16", "decode-ours", "decode-peer")
+FIRST = ("card", "numerics", "train-ours-none", "train-peft-bf16", "decode-ours", "decode-peer", "matvec")
+CUTS = ((4, 256, 1), (4, 512, 1), (1, 1024, 1), (2, 1024, 2), (4, 512, 2), (4, 256, 4))
+"""Other ROWS, ROW_BYTES and WARPS of weights.py: how a product of few rows is cut into programs."""
 KEYS = (*FIRST, *(key for key in (*PEERS, *OURS) if key not in FIRST))
 
 
@@ -75,7 +77,8 @@ def compare(arguments: argparse.Namespace) -> None:
     keep = lambda results: common.write_json(arguments.json, everything(results))  # noqa: E731
     results = common.run_rounds(Path(__file__).resolve(), contenders, passed, arguments.repeats, until, keep)
     columns = {SPEED: common.number, "peak_card_bytes": common.megabytes, "first_loss": lambda x: common.number(x, "{:.4f}")}
-    rows = [[key, *(show(common.median(results.get(key, []), column)) for column, show in columns.items())] for key in KEYS[2:]]
+    speeds = [key for key in KEYS if key.startswith(("train", "decode"))]
+    rows = [[key, *(show(common.median(results.get(key, []), column)) for column, show in columns.items())] for key in speeds]
     table = common.table(["", "tokens/s", "peak card memory MB", "first loss"], rows)
     cards = [row["card"] for row in results.get("card", []) if "card" in row]
     shape = f"{cards[0] if cards else 'card unknown'}; {arguments.shape}, rows of {arguments.tokens} tokens.\n"
@@ -112,7 +115,7 @@ def contend(arguments: argparse.Namespace) -> Result:
 
     torch.set_num_threads(arguments.threads)
     arguments.device = torch.device("cpu" if arguments.smoke else "cuda")
-    own = {"card": card, "numerics": numerics, "decode-ours": decode_ours, "decode-peer": decode_peer}
+    own = {"card": card, "numerics": numerics, "decode-ours": decode_ours, "decode-peer": decode_peer, "matvec": matvec}
     with ops.use_backend("cuda"):
         return own.get(arguments.contender, train)(arguments)
 
@@ -234,6 +237,39 @@ def card(arguments: argparse.Namespace) -> Result:
     x = torch.ones(2**10 if arguments.smoke else 2**30, device=arguments.device)
     name = "No card: the CPU and Triton's interpreter" if arguments.smoke else torch.cuda.get_device_name()
     return {"card": name, "bytes_per_second": timed(x.sum, arguments, 5, x.nbytes)[SPEED]}
+
+
+def matvec(arguments: argparse.Namespace) -> Result:
+    """Bytes a second that ops.matvec reads of a layer's linears, for one row of x, as it is and for each of CUTS."""
+    import torch
+
+    from edgetune.bench import random_nf4
+    from edgetune.runtime import ops
+    from edgetune.runtime.backends.cuda import weights
+    from edgetune.shapes import SHAPES
+
+    shapes, found = SHAPES[arguments.shape].linear_shapes().values(), {}
+    layers = 1 if arguments.smoke else 4  # more than a card's cache holds
+    generator = torch.Generator().manual_seed(0)
+    linears = [random_nf4(shape, generator).to(arguments.device) for _ in range(layers) for shape in shapes]
+    inputs = [torch.randn(1, linear.shape[1]).to(arguments.device) for linear in linears]
+
+    def products() -> None:
+        for x, linear in zip(inputs, linears, strict=True):
+            ops.matvec(x, linear)
+
+    for cut in ((weights.ROWS, weights.ROW_BYTES, weights.WARPS), *CUTS[: 1 if arguments.smoke else None]):
+        weights.ROWS, weights.ROW_BYTES, weights.WARPS = cut
+        step = products
+        if not arguments.smoke:  # launched from Python they would take longer than they run
+            products()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                products()
+            step = graph.replay
+        name = "{} rows, {} bytes, {} warps".format(*cut)
+        found[name] = timed(step, arguments, 1 if arguments.smoke else 20, sum(linear.nbytes for linear in linears))[SPEED]
+    return found
 
 
 def numerics(arguments: argparse.Namespace) -> Result:

@@ -121,16 +121,18 @@ def attention_backward(
 def _deterministic() -> Iterator[None]:
     """The same plan gives the same bits: without this the operator adds dq up in the order that its blocks finish."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    _set_deterministic(True, False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # the operator writes all that it allocates
+    fills = torch._C._get_deterministic_fill_uninitialized_memory()
+    _set_deterministic(True, False, False)  # the operator writes all that it allocates
     try:
         yield
     finally:
-        _set_deterministic(before, warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        _set_deterministic(before, warn, fills)
 
 
-def _set_deterministic(mode: bool, warn_only: bool) -> None:
-    """torch.use_deterministic_algorithms without inductor, which newer versions import for it: 150 MB, within a backward."""
+def _set_deterministic(mode: bool, warn_only: bool, fills: bool) -> None:
+    """torch.use_deterministic_algorithms without inductor, which newer versions import for it: 150 MB, within a backward.
+
+    fills: whether torch fills what is allocated, where mode is True.
+    """
     torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
+    torch._C._set_deterministic_fill_uninitialized_memory(fills)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:  # what a back end runs, not what it is made of
     from edgetune.runtime.lora import AnyLinear
     from edgetune.runtime.model import Block, KVCache, Llama
 
-SPLIT_KEYS, MOST_SPLITS = 256, 32
+SPLIT_KEYS, MOST_SPLITS = 64, 32
 """Keys of the longest context that one program attends to, and programs a head at most."""
 _KEYS = 32  # keys that a program holds at a time
-_A_ROWS, _A_COLUMNS = 4, 512  # what a program makes of A x, and how much of x it holds at a time
+_A_ROWS, _A_COLUMNS = 1, 4096  # what a program makes of A x, and how much of x it holds at a time: A is wide, of few rows
 
 
 class _Group:

@@ -63,6 +63,25 @@ def dequantize(
 
 
 @triton.jit
+def _shuffled(table, codes, index):
+    """table[index] for index (a, b, c) of 0 to 15; codes (16,) is the table, loaded.
+
+    A warp that holds the table in its registers looks it up by one shuffle a weight; a load would take a 64-bit address each.
+    """
+    flat = tl.gather(codes, tl.reshape(index, (index.shape[0] * index.shape[1] * index.shape[2],)), 0)
+    return tl.reshape(flat, index.shape)
+
+
+@triton.jit
+def _loaded(table, codes, index):
+    """The same where Triton, up to 3.2, has no gather."""
+    return tl.load(table + index)
+
+
+_looked_up = _shuffled if hasattr(tl, "gather") else _loaded
+
+
+@triton.jit
 def matvec(
     x, packed, table, absmax, nested_table, nested_absmax, offset, out, bias, reduced, lora_b,
     tokens, rows, width, rank, x_stride, out_stride, reduced_stride,
@@ -73,12 +92,15 @@ def matvec(
 
     Rows of W are whole blocks; lora_b (rows, rank); RANK_TILE 0: no adapter. A program makes ROWS outputs of one token,
     BLOCKS blocks of each at a time; all tokens' programs for the same rows are neighbours, so that W is read once.
+
+    Decoding is bound by instructions before it is by memory: see _shuffled; and x is read as it lies, then split, where
+    every other number of it would be a load each.
     """
     token, row = tl.program_id(0) % tokens, (tl.program_id(0) // tokens).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     whole = row < rows
     row_blocks = width // (2 * HALF)
     total = tl.zeros((ROWS, BLOCKS, HALF), tl.float32)
-    byte = tl.arange(0, HALF)
+    byte, codes = tl.arange(0, HALF), tl.load(table + tl.arange(0, 16))
     for start in range(0, row_blocks, BLOCKS):
         block = start + tl.arange(0, BLOCKS)
         inside = whole[:, None] & (block < row_blocks)[None, :]
@@ -86,12 +108,11 @@ def matvec(
         scale = _absmax(at, inside, absmax, nested_table, nested_absmax, offset, NESTED, NESTED_SIZE)
         bytes_at = at[:, :, None] * HALF + byte[None, None, :]
         pairs = tl.load(packed + bytes_at, inside[:, :, None], other=0).to(tl.int32)
-        x_at = x + token * x_stride + (block[:, None] * HALF + byte[None, :]) * 2
-        there = (block < row_blocks)[:, None]
-        even = tl.load(x_at, there, other=0.0).to(tl.float32)[None, :, :]
-        odd = tl.load(x_at + 1, there, other=0.0).to(tl.float32)[None, :, :]
-        dot = tl.load(table + (pairs >> 4)) * even + tl.load(table + (pairs & 15)) * odd
-        total += dot * scale[:, :, None]
+        x_at = x + token * x_stride + block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+        values = tl.load(x_at, (block < row_blocks)[:, None], other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(values, (BLOCKS, HALF, 2)))
+        first, second = _looked_up(table, codes, pairs >> 4), _looked_up(table, codes, pairs & 15)
+        total += (first * even[None, :, :] + second * odd[None, :, :]) * scale[:, :, None]
     y = tl.sum(tl.sum(total, 2), 1)
     if RANK_TILE > 0:
         r = tl.arange(0, RANK_TILE)

@@ -18,8 +18,9 @@ from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
 PROGRAM_BYTES = 1024
 """Packed bytes that a program of `dequantize` unpacks: 8 for each of its 128 threads."""
-ROW_BYTES, ROWS = 256, 4
-"""Packed bytes of a row that a program of `matvec` holds at a time, and the rows that it makes."""
+ROW_BYTES, ROWS, WARPS = 512, 2, 1
+"""Packed bytes of a row that a program of `matvec` holds at a time, the rows that it makes, and its warps: one warp has no
+barriers. Chosen by counting machine code's instructions; tests/benchmarks/cuda.py times the others on a card."""
 
 
 @functools.cache
@@ -118,5 +119,5 @@ def multiply(
         x, *tensors, out, bias, reduced, lora_b, len(x), rows, width, rank, x.stride(0), out.stride(0),
         0 if reduced is None else reduced.stride(0), BIAS=bias is not None, ADD=add,
         RANK_TILE=triton.next_power_of_2(rank) if rank else 0, **nested,
-        HALF=half, BLOCKS=max(ROW_BYTES // half, 1), ROWS=ROWS,
+        HALF=half, BLOCKS=max(ROW_BYTES // half, 1), ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip
