@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from edgetune.session import Session
 
@@ -14,17 +14,24 @@ class Chat:
         self.session, self.max_tokens, self.temperature, self.seed = session, max_tokens, temperature, seed
         self.messages: list[dict[str, str]] = []
 
-    def say(self, text: str) -> Iterator[str]:
-        """Add the user's turn and yield the answer in pieces; the answer joins the history when it is whole.
+    def say(self, text: str) -> Generator[str, None, None]:
+        """Add the user's turn and yield the answer in pieces; it joins the history whole, or as far as it was read by who
+        closes this before its end. A question whose answer fails is no turn.
 
         Turns that no longer fit the model's context are dropped from the front, in pairs.
         """
         self.messages.append({"role": "user", "content": text})
-        self._make_room()
         answer = []
-        for piece in self._answer():
-            answer.append(piece)
-            yield piece
+        try:
+            self._make_room()
+            for piece in self._answer():
+                answer.append(piece)
+                yield piece
+        except GeneratorExit:
+            pass
+        except BaseException:
+            self.messages.pop()
+            raise
         self.messages.append({"role": "assistant", "content": "".join(answer).strip()})
 
     def compare(self, text: str) -> tuple[str, str]:

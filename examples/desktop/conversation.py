@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from dataclasses import dataclass
@@ -62,15 +63,12 @@ class Conversation:
             self._thread.join(seconds)
 
     def _answer(self, question: str) -> None:
-        said = ""
         try:
-            for piece in self._chat.say(question):
-                said += piece
-                self._news.put(News("piece", piece))
-                if self._stop.is_set():
-                    self._chat.messages.append({"role": "assistant", "content": said.strip()})
-                    break
+            with contextlib.closing(self._chat.say(question)) as pieces:
+                for piece in pieces:
+                    self._news.put(News("piece", piece))
+                    if self._stop.is_set():
+                        break
             self._news.put(News("end"))
         except EdgetuneError as error:
-            self._chat.messages.pop()  # a question without an answer is no turn
             self._news.put(News("failure", str(error)))
