@@ -151,6 +151,9 @@ class CudaSlots:
         self._stream, self._device = torch.cuda.Stream(device), device
         self._sent = [torch.cuda.Event() for _ in range(SLOTS)]
         self._used = [torch.cuda.Event() for _ in range(SLOTS)]
+        for slot, buffer in enumerate(self._on_device):
+            self.give(slot)  # the allocator's memory may be in use until what is queued now is done
+            buffer.record_stream(self._stream)  # and may not be lent to others while a copy to it is under way
 
     def host(self, slot: int) -> Tensor:
         self._sent[slot].synchronize()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -22,7 +25,7 @@ from edgetune.runtime.lora import Linear
 from edgetune.runtime.model import Llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.optim import PagedAdamW
-from edgetune.runtime.pager import HostSlots, PagedLayer, PagedWeight, Streamer, streamed_layers
+from edgetune.runtime.pager import CudaSlots, HostSlots, PagedLayer, PagedWeight, Streamer, streamed_layers
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Recompute, Row, Runner
 from edgetune.runtime.safetensors_file import StoredTensor
@@ -269,3 +272,88 @@ def test_weights_take_no_more_than_they_were_given(tmp_path: Path) -> None:
     model = load_llama(checkpoint, torch.bfloat16, layer_memory=12_000_000)
     Runner(model).score(row(0))
     assert anonymous_memory() - before < 12_000_000 + 6_000_000
+
+
+# ---- the ring on a card ----
+
+
+class _Stream:
+    """A queue of work, which runs when it must or, where it is `eager`, as soon as it may."""
+
+    def __init__(self, eager: bool) -> None:
+        self.eager, self.done = eager, 0
+        self._work: list[Callable[[], object] | tuple[_Stream, int]] = []
+
+    def queue(self, work: Callable[[], object] | tuple[_Stream, int]) -> None:
+        self._work.append(work)
+        while self.eager and self.done < len(self._work) and self._may(self._work[self.done]):
+            self.run(self.done + 1)
+
+    @staticmethod
+    def _may(work: Callable[[], object] | tuple[_Stream, int]) -> bool:
+        return callable(work) or work[0].done >= work[1]
+
+    def run(self, until: int) -> None:
+        while self.done < until:
+            work = self._work[self.done]
+            if callable(work):
+                work()
+            else:
+                work[0].run(work[1])
+            self.done += 1
+
+    def wait_event(self, event: _Event) -> None:
+        if event.mark is not None:
+            self.queue(event.mark)
+
+    @property
+    def end(self) -> tuple[_Stream, int]:
+        return self, len(self._work)
+
+
+class _Event:
+    mark: tuple[_Stream, int] | None = None
+
+    def record(self, stream: _Stream) -> None:
+        self.mark = stream.end
+
+    def synchronize(self) -> None:
+        if self.mark is not None:
+            self.mark[0].run(self.mark[1])
+
+
+@pytest.mark.parametrize("hasty", ["copies", "computing", "neither"])
+def test_a_cards_ring_waits_for_whatever_order_its_streams_run_in(monkeypatch: pytest.MonkeyPatch, hasty: str) -> None:
+    """Streams that are late, or early, wherever they are not told to wait; slots of memory that someone still reads."""
+    compute, copies = _Stream(hasty == "computing"), _Stream(hasty == "copies")
+    memory, current, recorded, seen = [torch.full((4,), 99, dtype=torch.uint8) for _ in range(2)], [compute], [], []
+    for former in memory:
+        compute.queue(lambda former=former: seen.append(int(former[0])))
+    lent, copy = iter(memory), torch.Tensor.copy_
+
+    def empty(nbytes: int, **how: Any) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8) if how.get("pin_memory") else next(lent)
+
+    @contextlib.contextmanager
+    def on(stream: _Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(pager.torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda buffer, stream: recorded.append((buffer, stream)))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b, non_blocking: current[-1].queue(lambda: copy(a, b)))
+    for name, value in {"Stream": lambda _: copies, "Event": _Event, "stream": on, "current_stream": lambda _: compute}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    slots, layers = CudaSlots(4, torch.device("cuda")), 7
+    for ahead in range(layers + 1):
+        if ahead < layers:
+            slots.host(ahead % 2).fill_(ahead)
+            slots.send(ahead % 2)
+        if ahead:
+            taken = slots.take((ahead - 1) % 2)
+            compute.queue(lambda taken=taken: seen.append(int(taken[0])))
+            slots.give((ahead - 1) % 2)
+    compute.run(compute.end[1])
+    assert seen == [99, 99, *range(layers)]
+    assert [(id(buffer), stream) for buffer, stream in recorded] == [(id(buffer), copies) for buffer in memory]
