@@ -115,8 +115,12 @@ def _refuse_to_hurry(non_blocking: bool) -> None:
         raise RuntimeError("nobody waits for a non_blocking copy to or from mps")
 
 
+_WRONG_WHERE_STRIDED = ("masked_fill_", "index_add_", "index_copy_", "scatter_add_", "addcdiv_", "addcmul_")
+"""pytorch#118115, #131285, #163327, #176159."""
+
+
 def _refuse_what_macos_gets_wrong(name: str, args: Any, kwargs: dict[str, Any]) -> None:
-    """Calls that give wrong numbers, and no error, on some Macs: see ops.product_into and vocabulary.MPS_TERMS."""
+    """Calls that give wrong numbers, and no error, on some Macs: also see ops.product_into and vocabulary.MPS_TERMS."""
     name = name.removeprefix("aten.").split(".")[0]
     product = name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm")
     if product:
@@ -126,6 +130,10 @@ def _refuse_what_macos_gets_wrong(name: str, args: Any, kwargs: dict[str, Any]) 
     out = args[0] if product and name.endswith("_") else kwargs.get("out")
     if out is not None and (out.storage_offset() or not out.is_contiguous()):
         raise RuntimeError(f"{name} into a view is lost on macOS 14")
+    if name in _WRONG_WHERE_STRIDED and not args[0].is_contiguous():
+        raise RuntimeError(f"{name} of a tensor that is not contiguous is wrong in some versions")
+    if name == "scatter_add_" and args[0].storage_offset():
+        raise RuntimeError("scatter_add_ of a view is lost")
 
 
 def _is_device(value: Any) -> bool:

@@ -393,6 +393,8 @@ def test_the_fake_refuses_what_metal_refuses(mac: Machine) -> None:
         lambda: torch.zeros(3).copy_(x, non_blocking=True),
         lambda: torch.add(x, x, out=torch.empty(4, device="mps")),
         lambda: torch.mm(x[:, None], x[None], out=torch.zeros(3, 4, device="mps")[:, 1:]),
+        lambda: torch.zeros(3, 2, device="mps").T.masked_fill_(torch.ones(2, 3, dtype=torch.bool, device="mps"), 1.0),
+        lambda: torch.zeros(4, device="mps")[1:].scatter_add_(0, torch.zeros(3, dtype=torch.int64, device="mps"), x),
     ):
         with pytest.raises((RuntimeError, TypeError)):
             wrong()
