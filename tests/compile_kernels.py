@@ -40,7 +40,7 @@ WAYS: dict[str, list[tuple[dict[str, str | None], dict[str, Any]]]] = {
         (dict(WEIGHT), {**DOUBLE, **MATVEC, "BIAS": True, "RANK_TILE": 16}),
         ({**PLAIN, "bias": None, "reduced": None, "lora_b": None}, {**SINGLE, **MATVEC, "BIAS": False, "RANK_TILE": 0}),
     ],
-    "dense_matvec": [({"x": "*fp32", "out": "*fp32"}, {"ROWS": 4, "TILE": 512})],
+    "dense_matvec": [({"x": "*fp32", "out": "*fp32"}, {"ROWS": 1, "TILE": 4096})],
     "rms_norm": [({}, {"TILE": 4096})],
     "rms_norm_backward": [({}, {"TILE": 4096})],
     "swiglu": [({}, {"TILE": 1024})],
@@ -59,7 +59,7 @@ WAYS: dict[str, list[tuple[dict[str, str | None], dict[str, Any]]]] = {
         (dict.fromkeys(("q", "sums", "tops", "parts"), "*fp32"), {"WINDOW": window, "KEYS": 32, "TILE": 128})
         for window in (True, False)
     ],
-    "attend_whole": [(dict.fromkeys(("sums", "tops", "parts", "out"), "*fp32"), {"SPLITS_TILE": 16, "TILE": 128})],
+    "attend_whole": [(dict.fromkeys(("sums", "tops", "parts", "out"), "*fp32"), {"SPLITS_TILE": 32, "TILE": 128})],
 }
 POINTERS = {"x", "h", "dx", "out", "weight", "bias", "reduced", "lora_b", "gate", "up", "dact", "dgate", "dup", "logits",
             "keys", "values"}  # fmt: skip
