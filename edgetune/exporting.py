@@ -33,7 +33,7 @@ from edgetune.meter import MemoryMeter
 from edgetune.runstate import output_lock
 from edgetune.runtime.adapter import check_fits, read_json
 from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, ModelError, UsageError
-from edgetune.runtime.files import atomic_folder, atomic_write, mend
+from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import open_base
 
@@ -207,13 +207,13 @@ def _free_folder(folder: Path, target: str) -> Path:
     folder = folder.resolve()
     if folder == Path.cwd() or folder in Path.cwd().parents:
         raise UsageError(f"--out {folder} is where you are; name a folder that the export may be: --out {folder / target}.")
+    check_place(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return folder
     except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made ({error.strerror}); name another folder.") from error
+        raise UsageError(f"--out {folder} cannot be read ({error.strerror}); name another folder.") from error
     try:
         earlier = read_json(folder / verify.GOLDEN_FILE) if folder.is_dir() else {}
     except AdapterError:

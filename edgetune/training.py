@@ -24,7 +24,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.device import explain_card_memory, pick_device
 from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
-from edgetune.runtime.files import mend
+from edgetune.runtime.files import check_place, mend
 from edgetune.session import Base, open_base
 from edgetune.state import private_folder
 from edgetune.stepper import Stepper
@@ -45,6 +45,7 @@ def train(
     deadline = _deadline(config)
     if config.out is not None:
         adapters.refuse_foreign(expand(config.out))
+        check_place(expand(config.out))
     base = open_base(config.model)
     digest = base[1].digest
     with explain_card_memory("type --memory {less:.2f}GB"), joined(pick_device(config.device), private_link) as world:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from edgetune.runtime.errors import ResourceError
+from edgetune.runtime.errors import ResourceError, UsageError
 
 PRIVATE_FILE = 0o600
 _SUFFIX = ".tmp"
@@ -67,6 +67,19 @@ def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) 
             Path(name).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def check_place(path: Path) -> None:
+    """Make the folders above `path` and try to write beside it, before the work whose result goes there begins.
+
+    Raises UsageError where that cannot be, ResourceError when the disk is full.
+    """
+    try:
+        with explain_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made ({error.strerror}); name another folder.") from error
 
 
 @contextlib.contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,28 @@ def notes(tmp_path: Path) -> Path:
             f"# Day {number}\n\nMarra watered the beans at the harbour allotment, day {number}.\n" * 3
         )
     return folder
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence_before_any_step(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, dir: Path, **options: object) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    outcome = run("train", "--model", "demo", "--steps", "1", "--out", str(tmp_path / "out"), str(notes))
+    assert outcome.code == 1
+    assert f"{tmp_path / 'out'} cannot be made (Permission denied)" in outcome.err
+    assert "step" not in outcome.out
+
+
+def test_a_file_that_is_not_ours_to_use_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, plain_failures():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere/adapters")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("edgetune: /somewhere/adapters is not yours to use (Permission denied); ")
+    with pytest.raises(OSError, match="Input/output"), plain_failures():  # a defect is not hidden
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_every_command_has_help_and_json() -> None:

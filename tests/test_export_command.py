@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,6 +51,11 @@ def test_an_export_is_replaced_by_the_next_but_nobody_elses_file(tmp_path: Path,
     assert (out / "my-notes.txt").read_text() == "mine"
 
 
+def read_only(**options: object) -> str:
+    """What mkdtemp does on such a disk, whose modes root would not feel."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(options["dir"]))
+
+
 def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
@@ -62,6 +69,9 @@ def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, s
         export_adapter("peft", *made, tmp_path / "file" / "out", check=False)
     with pytest.raises(UsageError, match="no --adapter-as merged"):
         export_adapter("peft", *made, "out", adapter_as="merged", check=False)
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(UsageError, match=r"cannot be made \(Read-only file system\)"):
+        export_adapter("peft", *made, "out", check=False)
     assert list((tmp_path / "here" / "below").iterdir()) == []
 
 

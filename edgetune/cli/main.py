@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -76,6 +77,12 @@ def plain_failures() -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        told = f"{error.filename} is not yours to use ({error.strerror}); see whose it is, or name another place."
+        click.echo(f"edgetune: {sanitize(told)}", err=True)
+        sys.exit(1)
 
 
 def main() -> None:
