@@ -144,7 +144,8 @@ def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_leaves_nothing_and_says_130(tmp_path: Path, made: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("sent", "code", "said"), [(signal.SIGINT, 130, "edgetune: interrupted."), (signal.SIGTERM, 143, "")])
+def test_ctrl_c_and_sigterm_leave_nothing(tmp_path: Path, made: tuple[str, str], sent: int, code: int, said: str) -> None:
     options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
     slow = "import edgetune.export.peft as t, time; t.write = lambda *_: (print('begun', flush=True), time.sleep(60))"
     script = (
@@ -154,8 +155,8 @@ def test_ctrl_c_leaves_nothing_and_says_130(tmp_path: Path, made: tuple[str, str
         assert running.stdout is not None
         assert running.stdout.readline() == "begun\n"
         time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(sent)
         _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert "edgetune: interrupted." in errors
+    assert running.returncode == code
+    assert said in errors
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []

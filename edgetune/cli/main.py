@@ -6,9 +6,12 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -85,8 +88,13 @@ def plain_failures() -> Iterator[None]:
         sys.exit(1)
 
 
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def main() -> None:
-    """Entry point of the `edgetune` command."""
+    """Entry point of the `edgetune` command. SIGTERM ends it as Ctrl-C does, so that nothing half written is left."""
+    signal.signal(signal.SIGTERM, _end)
     logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
     with plain_failures():
         try:
