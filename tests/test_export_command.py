@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from adapters import random_adapter
 from click.testing import CliRunner
@@ -21,7 +23,7 @@ from edgetune import export_adapter
 from edgetune.cli.main import cli
 from edgetune.events import Event, Exporting
 from edgetune.export import effect
-from edgetune.export.target import Job, check_memory, load_target
+from edgetune.export.target import TARGETS, Job, check_memory, load_target
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError, UsageError
@@ -133,6 +135,30 @@ def test_the_events_page_names_every_stage_in_order() -> None:
     lines = [line.strip() for line in (Exporting.__doc__ or "").splitlines()]
     named = [stage for line in lines for stage in STAGES if line.startswith(f"{stage}  ")]
     assert tuple(named) == STAGES
+
+
+def test_the_help_has_every_form_of_the_weights() -> None:
+    command = cli.get_command(click.Context(cli), "export")
+    assert command is not None
+    (option,) = [option for option in command.params if option.name == "weights"]
+    assert isinstance(option, click.Option)
+    said = " ".join((option.help or "").split())
+    modules = {name: load_target(name) for name in TARGETS}
+    forms = {name: ", ".join(filter(None, module.WEIGHTS)) for name, module in modules.items()}
+    assert said.startswith("Form of the weights. " + "; ".join(f"{name}: {known}" for name, known in forms.items() if known))
+    alone = [name for name, module in modules.items() if not module.WEIGHTS[0]]
+    assert said.endswith(f"the adapter alone for {', '.join(alone[:-1])} and {alone[-1]}.")
+
+
+def test_a_count_is_shown_whole_and_a_share_in_three_digits(
+    tmp_path: Path, made: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = load_target("peft").write
+    facts = (("numbers_compared", 15_800_000.0), ("effect_kept", 0.98765))
+    monkeypatch.setattr("edgetune.export.peft.write", lambda job, folder: replace(write(job, folder), facts=facts))
+    options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
+    result = CliRunner().invoke(cli, ["export", "peft", *options])
+    assert result.stdout.splitlines()[1:3] == ["numbers compared: 15,800,000", "effect kept: 0.988"]
 
 
 def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]) -> None:

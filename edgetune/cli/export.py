@@ -17,11 +17,17 @@ from edgetune.ui import human_bytes, human_time, one_line, renderer
 @click.argument("target", type=click.Choice(TARGETS))
 @model_option
 @adapter_option
-@click.option("--out", metavar="DIR", help="The folder to write. Default: ADAPTER-TARGET here.")
+@click.option(
+    "--out",
+    metavar="DIR",
+    help="The folder to write; an earlier export to the same target is replaced. Default: ADAPTER-TARGET here.",
+)
 @click.option(
     "--weights",
     metavar="W",
-    help="Form of the weights: nf4, int4, fp16, bf16, q8_0, or none, as the target has them.",
+    help="Form of the weights. hf: bf16, fp16, fp32, nf4, nf4-nearest; mlx: bf16, fp16, int4; gguf: f16, bf16, q8_0; "
+    "ollama: q8_0, f16, bf16; coreml: nf4, int4, fp16, none; mps: nf4. "
+    "Default: the first, but the adapter alone for peft, mlx and gguf.",
 )
 @click.option(
     "--adapter-as",
@@ -75,7 +81,7 @@ def export_command(
     took = f"in {human_time(result.seconds)}, {human_bytes(result.peak_memory_bytes)} held"
     click.echo(f"{one_line(result.path)}: {human_bytes(result.bytes)}, {took}.")
     for name, value in result.facts.items():
-        click.echo(f"{name.replace('_', ' ')}: {value:.3g}")
+        click.echo(f"{name.replace('_', ' ')}: {f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'}")
     if result.greedy_match is None:
         click.echo("Not verified.")
     else:
