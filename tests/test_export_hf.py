@@ -231,3 +231,11 @@ def test_the_command_writes_the_demo_and_notices_a_corrupted_weight(tmp_path: Pa
         export_adapter("hf", "demo", str(tmp_path / "adapter"), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_transformers_begins_a_text_of_the_demo_as_edgetune_does() -> None:
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer.load(DEMO)
+    assert AutoTokenizer.from_pretrained(DEMO)("The Duchess")["input_ids"] == [*ours.start_ids, *ours.encode("The Duchess")]
