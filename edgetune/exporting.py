@@ -155,6 +155,7 @@ def _write(
         "weights": job.weights,
         "base": job.base.digest,
         "files": files,
+        "bounds_for": module.PROVED_BY,
     }
     atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
     seal(module, folder)

@@ -35,7 +35,7 @@ WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
 NEEDS = (("transformers", "accelerate"), "peft")
 MEASURED = (Measured(NF4), Measured(NF4_NEAREST))
 ALSO_NEEDS = dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",))
-PROVED_BY = "transformers"
+PROVED_BY = "transformers in fp32"
 QUANT = QuantConfig()
 
 

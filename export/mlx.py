@@ -47,7 +47,7 @@ INT4 = "int4"
 WEIGHTS = ("", *DTYPES, INT4)
 MEASURED = (Measured(INT4),)
 NEEDS = (("mlx_lm", "mlx"), "mlx")
-PROVED_BY = "mlx-lm"
+PROVED_BY = "mlx-lm in fp32"
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0
 """mlx-lm's own, for adapters of versions that did not write it."""

@@ -11,7 +11,7 @@ A target is a module of this package with
     def reference(job, folder) -> Llama            where it is there: what to agree with in place of job.model(), for weights
                                                    that the target rounds to few bits on purpose
     def seal(folder) -> None                       where it is there: called once golden.json is in the folder, too
-    PROVED_BY: str                                 what `read` is, for people
+    PROVED_BY: str                                 what `read` is, for people; golden.json's bounds are of it
     ADAPTER_AS: tuple[str, ...]                    where it is there: what --adapter-as takes
     MEASURED: tuple[Measured, ...]                 where it is there: the forms of which `write` measures something on Job.texts
 

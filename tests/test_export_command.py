@@ -137,6 +137,12 @@ def test_the_events_page_names_every_stage_in_order() -> None:
     assert tuple(named) == STAGES
 
 
+def test_golden_says_whose_arithmetic_its_bounds_are_for(tmp_path: Path, made: tuple[str, str]) -> None:
+    for target, said in (("peft", "peft in fp32"), ("mps", "edgetune on the CPU")):
+        result = export_adapter(target, *made, tmp_path / target, check=False)
+        assert json.loads((tmp_path / target / "golden.json").read_text())["bounds_for"] == result.proved_by == said
+
+
 def test_the_help_has_every_form_of_the_weights() -> None:
     command = cli.get_command(click.Context(cli), "export")
     assert command is not None

@@ -140,7 +140,7 @@ def test_a_corrupted_export_is_caught_and_leaves_nothing(
         return written
 
     monkeypatch.setattr(target, "write", cut)
-    with pytest.raises(ModelError, match=r"peft does not open the export to peft .*--no-verify"):
+    with pytest.raises(ModelError, match=r"peft in fp32 does not open the export to peft .*--no-verify"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
 
