@@ -11,7 +11,6 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from edgetune.runtime.config import LINEARS, LoraConfig
@@ -168,11 +167,3 @@ def seconds_until(clock: str, now: datetime | None = None) -> float:
     if end <= now:
         end += timedelta(days=1)
     return (end - now).total_seconds()
-
-
-def expand(path: str) -> Path:
-    """A path a user typed. Raises UsageError for the home folder of a user that is not there."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"{path} names the home folder of a user that this machine has not; type the path in full.") from error

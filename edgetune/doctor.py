@@ -17,6 +17,7 @@ import torch
 
 import edgetune
 from edgetune.confirm import confirm, without_paths
+from edgetune.export.target import TARGETS, load_target, missing_packages
 from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
 from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
 from edgetune.state import home
@@ -33,6 +34,9 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
         problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {without_paths(missing)}")
     if not os.access(home(), os.W_OK):
         problems.append("The state folder cannot be written to; set EDGETUNE_HOME to one that can.")
+    private = sys.platform == "win32" or home().stat().st_mode & 0o077 == 0
+    if not private:
+        problems.append("Others on this machine can look into the state folder; type chmod 700 for it.")
     problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]
     return {
         "edgetune": edgetune.__version__,
@@ -54,9 +58,17 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
         "device_dtype": str(compute_dtype(best)).removeprefix("torch."),
         "confirmations": [dataclasses.asdict(found) for found in confirmations],
         "memory_available_bytes": available_memory(),
-        "home_is_private": sys.platform == "win32" or home().stat().st_mode & 0o077 == 0,
+        "exports_proved": [name for name in TARGETS if not _missing(name)],
+        "exports_lacking": [f"{name}: edgetune[{load_target(name).NEEDS[1]}]" for name in TARGETS if _missing(name)],
+        "home_is_private": private,
         "problems": problems,
     }
+
+
+def _missing(target: str) -> list[str]:
+    """Packages without which an export is not proved here."""
+    module = load_target(target)
+    return missing_packages(module, module.WEIGHTS[0])
 
 
 def _system() -> str:

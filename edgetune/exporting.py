@@ -12,7 +12,6 @@ from pathlib import Path
 
 import edgetune
 from edgetune import registry
-from edgetune.config import expand
 from edgetune.documents.reading import read_notes
 from edgetune.events import Event, Exporting
 from edgetune.export import verify
@@ -26,6 +25,7 @@ from edgetune.export.target import (
     check_texts,
     check_weights,
     load_target,
+    proved_by,
     reference,
     seal,
 )
@@ -36,6 +36,7 @@ from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, Mode
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import open_base
+from edgetune.state import expand
 
 WARNING = "What it was trained on can be drawn from this export: give it only to those you would give the notes."
 
@@ -114,7 +115,7 @@ def export_adapter(
         path=str(folder / written.opens),
         bytes=size,
         verified=proved,
-        proved_by=module.PROVED_BY,
+        proved_by=proved_by(module, form),
         max_logit_difference=None if agreement is None else agreement.max_logit_difference,
         mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
         kl=None if agreement is None else agreement.kl,
@@ -155,7 +156,7 @@ def _write(
         "weights": job.weights,
         "base": job.base.digest,
         "files": files,
-        "bounds_for": module.PROVED_BY,
+        "bounds_for": proved_by(module, job.weights),
     }
     atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
     seal(module, folder)
@@ -191,9 +192,9 @@ def _prove(
     except (EdgetuneError, MemoryError):
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
+        said, reader = " ".join(str(error).split())[:300], proved_by(module, job.weights)
         raise ModelError(
-            f"{module.PROVED_BY} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
+            f"{reader} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
             "type --no-verify to write it unproved."
         ) from error
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from edgetune.config import expand
-from edgetune.export import gguf_adapter
+from edgetune.export import gguf, gguf_adapter
 from edgetune.export import mlx as mlx_folder
 from edgetune.export import mps as bundle
 from edgetune.runtime import adapter as peft_folder
@@ -25,7 +24,7 @@ from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, explain_full_disk
-from edgetune.state import PRIVATE_FOLDER, home, private_folder
+from edgetune.state import PRIVATE_FOLDER, expand, home, private_folder
 
 CURRENT = "current.json"
 NONE = "none"
@@ -122,7 +121,7 @@ def kept_folder(name: str, base: str) -> Path | None:
 
 
 def read(path: Path, base: LlamaConfig) -> Adapter:
-    """An adapter for `base` in whatever form it lies there: a PEFT folder, an mlx-lm folder, a GGUF file.
+    """An adapter for `base` in whatever form it lies there: a PEFT folder, an mlx-lm folder, a GGUF file or our folder of one.
 
     Raises AdapterError for anything else.
     """
@@ -131,6 +130,8 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
             raise AdapterError(f"There is nothing at {path}; expected a PEFT folder, an mlx-lm folder or a {GGUF} file.")
         if path.suffix == GGUF and path.is_file():
             return gguf_adapter.read_adapter(path, base)
+        if (path / gguf.ADAPTER_FILE).is_file():
+            return gguf_adapter.read_adapter(path / gguf.ADAPTER_FILE, base)
         if mlx_folder.is_adapter(path):
             return mlx_folder.read_adapter(path)
         return peft_folder.load(path)
@@ -211,7 +212,9 @@ def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None
     peft_folder.check_fits(adapter, base.config)
     name = re.sub(r"[^\w.-]+", "-", source.stem if source.suffix == GGUF else source.name).strip(".-") if name is None else name
     if not _NAME.fullmatch(name) or name == NONE:
-        raise AdapterError(f"{name!r} is no name for an adapter; expected letters, digits, dots and dashes: --name my-adapter.")
+        raise AdapterError(
+            f"{name!r} is no name for an adapter; expected letters, digits, dots, dashes, and not {NONE!r}: --name my-adapter."
+        )
     if kept_folder(name, base.digest) is not None:
         raise AdapterError(f"There is an adapter {name} of this base already; name another: --name {name}-2.")
     folder = adapters_folder(base.digest) / name

@@ -19,7 +19,6 @@ from torch import Tensor
 import edgetune
 from edgetune import registry, runstate
 from edgetune.best import BestAdapter
-from edgetune.config import expand
 from edgetune.distributed import World
 from edgetune.evaluate import evaluate_store
 from edgetune.events import (
@@ -45,6 +44,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import trim_device, trim_memory
 from edgetune.runtime.errors import LinkError, TrainingError
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.state import expand
 from edgetune.stepper import Stepper
 
 REPORT_FILE = "report.html"

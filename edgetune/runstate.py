@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.config import TrainConfig, expand
+from edgetune.config import TrainConfig
 from edgetune.lock import Lock
 from edgetune.runtime.errors import BusyError, EdgetuneError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
-from edgetune.state import home, private_folder
+from edgetune.state import expand, home, private_folder
 
 FORMAT = 4
 KEPT = 2

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import platformdirs
 
+from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import explain_full_disk
 
 PRIVATE_FOLDER = 0o700
 
 
 def home() -> Path:
-    """The state folder, created 0700 on first use."""
+    """The state folder, created 0700 on first use. Raises UsageError where it cannot be."""
     named = os.environ.get("EDGETUNE_HOME")
-    path = Path(named).expanduser() if named else Path(platformdirs.user_data_dir("edgetune", appauthor=False))
-    return private_folder(path)
+    path = expand(named) if named else Path(platformdirs.user_data_dir("edgetune", appauthor=False))
+    try:
+        return private_folder(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made ({error.strerror}); set EDGETUNE_HOME to a folder of yours.") from error
 
 
 def private_folder(path: Path) -> Path:
@@ -25,3 +29,11 @@ def private_folder(path: Path) -> Path:
         for folder in reversed([path, *path.parents]):
             folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
     return path
+
+
+def expand(path: str) -> Path:
+    """A path a user typed. Raises UsageError for the home folder of a user that is not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path} names the home folder of a user that this machine has not; type the path in full.") from error

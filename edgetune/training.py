@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 
 from edgetune import registry, runstate
-from edgetune.config import TrainConfig, expand, seconds_until
+from edgetune.config import TrainConfig, seconds_until
 from edgetune.distributed import World, joined
 from edgetune.events import Event, EventLog, Finished, Interrupted, Resumed, read_events
 from edgetune.meter import meter_for
@@ -26,7 +26,7 @@ from edgetune.runtime.device import explain_card_memory, pick_device
 from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
 from edgetune.runtime.files import check_place, mend
 from edgetune.session import Base, open_base
-from edgetune.state import private_folder
+from edgetune.state import expand, private_folder
 from edgetune.stepper import Stepper
 
 LOG_FILE = "events.jsonl"

@@ -44,6 +44,7 @@ from edgetune.runtime.safetensors_file import TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer
 
 PROVED_BY = "edgetune's own evaluator"
+ALSO_PROVED_BY = {"none": "edgetune on the CPU"}
 ADAPTER_AS = ("inputs", "functions", "merged")
 WEIGHTS = ("nf4", "int4", "fp16", "none")
 MEASURED = (Measured("int4"), Measured("nf4", "merged"))
@@ -383,7 +384,7 @@ def _lay_out(plans: Mapping[str, Plan], folder: Path) -> None:
 
     Two default passes would rearrange a table and the scales behind it into a table for each block: 8 bits for 4. One would
     find that the zeros are all the same. The precision is called fp32 so that no pass casts anything: the program says itself
-    what is fp16.
+    what is fp16. Raises ResourceError where coremltools cannot write.
     """
     import coremltools as ct
 
@@ -392,16 +393,24 @@ def _lay_out(plans: Mapping[str, Plan], folder: Path) -> None:
         {"common::canonicalize_quantized_lut_pattern", "common::reorder_lut_per_channel_scale", "common::const_deduplication"}
     )
     with _workplace(folder):
-        ct.convert(
-            coreml_model.build(plans),
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT32,
-            compute_units=ct.ComputeUnit.CPU_AND_GPU,
-            pass_pipeline=pipeline,
-            skip_model_load=True,
-            package_dir=str(folder / app.PACKAGE),
-        )
+        try:
+            ct.convert(
+                coreml_model.build(plans),
+                convert_to="mlprogram",
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=ct.precision.FLOAT32,
+                compute_units=ct.ComputeUnit.CPU_AND_GPU,
+                pass_pipeline=pipeline,
+                skip_model_load=True,
+                package_dir=str(folder / app.PACKAGE),
+            )
+        except RuntimeError as error:
+            if "FileWriter" not in str(error):
+                raise
+            raise ResourceError(
+                f"coremltools could not write the package to {folder.parent}; see that the disk has room for it, and run the "
+                "same command again."
+            ) from error
 
 
 def _fill(path: Path, source: _Source) -> None:

@@ -28,7 +28,10 @@ TRANSFORMERS_BYTES, PEFT_BYTES = 300_000_000, 50_000_000
 def write(job: Job, folder: Path) -> Written:
     """adapter_config.json and adapter_model.safetensors."""
     adapters.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
-    return Written()
+    if "/" in job.base_name:  # an id that AutoPeftModel finds
+        return Written()
+    told = f"PEFT finds no base by the name {job.base_name}: open the base's folder, and the adapter over it."
+    return Written(notices=(told,))
 
 
 class TransformersReader:

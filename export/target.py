@@ -12,6 +12,7 @@ A target is a module of this package with
                                                    that the target rounds to few bits on purpose
     def seal(folder) -> None                       where it is there: called once golden.json is in the folder, too
     PROVED_BY: str                                 what `read` is, for people; golden.json's bounds are of it
+    ALSO_PROVED_BY: dict[str, str]                 where it is there: the forms of the weights that another reader proves
     ADAPTER_AS: tuple[str, ...]                    where it is there: what --adapter-as takes
     MEASURED: tuple[Measured, ...]                 where it is there: the forms of which `write` measures something on Job.texts
 
@@ -255,6 +256,12 @@ def reference(target: Target, job: Job, folder: Path) -> Llama:
     return job.model() if own is None else own(job, folder)
 
 
+def proved_by(target: Target, weights: str) -> str:
+    """What reads the form of the weights, for people."""
+    also: dict[str, str] = getattr(target, "ALSO_PROVED_BY", {})
+    return also.get(weights, target.PROVED_BY)
+
+
 def seal(target: Target, folder: Path) -> None:
     """What a target does when golden.json has been written."""
     own = getattr(target, "seal", None)
@@ -320,11 +327,15 @@ def _one_of(known: Sequence[str]) -> str:
     return known[0] if len(known) == 1 else f"one of {', '.join(known)}"
 
 
+def missing_packages(target: Target, weights: str) -> list[str]:
+    """Those that prove an export of this form and are not installed."""
+    also: dict[str, tuple[str, ...]] = getattr(target, "ALSO_NEEDS", {})
+    return [package for package in (*target.NEEDS[0], *also.get(weights, ())) if importlib.util.find_spec(package) is None]
+
+
 def check_reader(name: str, target: Target, weights: str) -> None:
     """Raise ResourceError, before anything is written, where packages that prove an export are not installed, naming all."""
-    packages, extra = target.NEEDS
-    also: dict[str, tuple[str, ...]] = getattr(target, "ALSO_NEEDS", {})
-    missing = [package for package in (*packages, *also.get(weights, ())) if importlib.util.find_spec(package) is None]
+    missing, extra = missing_packages(target, weights), target.NEEDS[1]
     if missing:
         raise ResourceError(
             f"Proving export {name} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "

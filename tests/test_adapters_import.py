@@ -140,6 +140,8 @@ def test_a_gguf_file_is_read_for_the_base_and_kept(tmp_path: Path, adapter: Adap
     assert found.tensors.keys() == adapter.tensors.keys()
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in adapter.tensors.items())
     assert found.config.scale == adapter.config.scale
+    in_folder = registry.load_for(tmp_path, base)  # the folder that `edgetune export gguf` wrote
+    assert all(torch.equal(in_folder.tensors[key], tensor) for key, tensor in found.tensors.items())
     assert registry.keep(path, base, "demo").name == "adapter"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -176,6 +177,31 @@ def test_doctor() -> None:
     assert found["torch"]
     assert found["backend"].split("/")[0] in ("cpu", "reference")
     assert run("doctor").code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
+def test_doctor_tells_of_a_state_folder_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir(mode=0o755)
+    monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path / "home"))
+    assert "Others on this machine can look into the state folder; type chmod 700 for it." in run("doctor").out
+
+
+def test_doctor_tells_which_exports_can_be_proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "mlx_lm" else found(name, *rest))
+    told = run("doctor", "--json").json
+    assert "mlx: edgetune[mlx]" in told["exports_lacking"]
+    assert "mlx" not in told["exports_proved"]
+    assert "mps" in told["exports_proved"]
+
+
+def test_a_state_folder_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path / "file" / "home"))
+    outcome = run("doctor")
+    assert outcome.code == 1
+    assert outcome.err.endswith("set EDGETUNE_HOME to a folder of yours.\n")
+    assert outcome.err.count("\n") == 1
 
 
 def test_bench_keys() -> None:

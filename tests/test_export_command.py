@@ -156,15 +156,15 @@ def test_the_help_has_every_form_of_the_weights() -> None:
     assert said.endswith(f"the adapter alone for {', '.join(alone[:-1])} and {alone[-1]}.")
 
 
-def test_a_count_is_shown_whole_and_a_share_in_three_digits(
+def test_a_count_is_shown_whole_a_share_in_percent_and_all_else_in_three_digits(
     tmp_path: Path, made: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = load_target("peft").write
-    facts = (("numbers_compared", 15_800_000.0), ("effect_kept", 0.98765))
+    facts = (("numbers_compared", 15_800_000.0), ("effect_kept", 0.98765), ("kl", 0.0123456))
     monkeypatch.setattr("edgetune.export.peft.write", lambda job, folder: replace(write(job, folder), facts=facts))
     options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
     result = CliRunner().invoke(cli, ["export", "peft", *options])
-    assert result.stdout.splitlines()[1:3] == ["numbers compared: 15,800,000", "effect kept: 0.988"]
+    assert result.stdout.splitlines()[1:4] == ["numbers compared: 15,800,000", "effect kept: 99%", "kl: 0.0123"]
 
 
 def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]) -> None:

@@ -495,6 +495,19 @@ def test_a_base_whose_codes_say_nothing_is_refused(
 # --- the whole ---------------------------------------------------------------------------------------------------------------
 
 
+def test_a_disk_without_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import coremltools
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
+
+    monkeypatch.setattr(coremltools, "convert", full)
+    save_trainable(tmp_path / "model")
+    with pytest.raises(ResourceError, match=r"could not write the package .* see that the disk has room"):
+        export_adapter("coreml", str(tmp_path / "model"), "none", tmp_path / "out", "fp16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
     save_trainable(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -548,7 +561,7 @@ def test_an_app_that_does_what_how_to_call_says_finds_the_golden_logits(tmp_path
 
 
 def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AdapterError, match="no adapter of a base to export"):
+    with pytest.raises(AdapterError, match="no adapter of tiny to export"):
         coreml.write(job_of(folder, adapter_as="functions"), tmp_path)
     with pytest.raises(UsageError, match="inputs, functions or merged"):
         coreml.write(job_of(folder, adapter_as="state"), tmp_path)

@@ -94,8 +94,9 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     assert result["bytes"] == sum(file.stat().st_size for file in out.iterdir())
     assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o600}
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
-    named, warned = run.stderr.splitlines()
+    named, base, warned = run.stderr.splitlines()
     assert named == f"Model demo, adapter {demo_adapter.name}."
+    assert base == "PEFT finds no base by the name demo: open the base's folder, and the adapter over it."
     assert warned.startswith("What it was trained on")
     assert capfd.readouterr().err == ""  # no bars, no advice of other packages
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import json_option, model_option, print_json, say
+from edgetune.cli.options import json_option, model_option, print_json
 from edgetune.ui import human_bytes, one_line
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
     """Keep a copy of the adapter at SOURCE: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
     from edgetune import registry
-    from edgetune.config import expand
     from edgetune.session import open_base
+    from edgetune.state import expand
 
     choice, base = open_base(model)
     folder = registry.keep(expand(str(source)), base, choice.name, name)
@@ -103,7 +103,7 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"deleted": name})
     else:
-        say(f"{name} is deleted.")
+        click.echo(f"{name} is deleted.")
 
 
 def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:

@@ -24,6 +24,8 @@ def doctor_command(as_json: bool) -> None:
         if name in ("problems", "confirmations"):
             continue
         shown = human_bytes(value) if name.endswith("_bytes") else value
+        if isinstance(value, list):
+            shown = ", ".join(value) or "none"
         click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<18} {shown}")
     for tried in found["confirmations"]:
         click.echo(f"{'confirmed' if tried['ok'] else 'NOT SO':<18} {one_line(tried['name'])}: {one_line(tried['detail'])}")

@@ -81,7 +81,7 @@ def export_command(
     took = f"in {human_time(result.seconds)}, {human_bytes(result.peak_memory_bytes)} held"
     click.echo(f"{one_line(result.path)}: {human_bytes(result.bytes)}, {took}.")
     for name, value in result.facts.items():
-        click.echo(f"{name.replace('_', ' ')}: {f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'}")
+        click.echo(f"{name.replace('_', ' ')}: {_figure(name, value)}")
     if result.greedy_match is None:
         click.echo("Not verified.")
     else:
@@ -90,3 +90,10 @@ def export_command(
             f"{result.mean_logit_difference:.3g}, KL {result.kl:.3g}; the greedy text is "
             f"{'the same' if result.greedy_match else 'another'}."
         )
+
+
+def _figure(name: str, value: float) -> str:
+    """A share in percent, a count whole."""
+    if "_kept" in name:
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -78,9 +78,6 @@ def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, fou
     """The sentence for paths in which there is nothing to learn."""
     named = ", ".join(os.fspath(path) for path in paths)
     if not reading.skipped:
-        return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some: edgetune train notes/"
+        return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some."
     counts = ", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items())
-    return (
-        f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; "
-        "name another folder or file: edgetune train notes/"
-    )
+    return f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; name another folder or file."

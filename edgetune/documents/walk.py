@@ -59,12 +59,11 @@ def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -
     """
     roots = [Path(os.path.abspath(os.path.expanduser(path))) for path in paths]
     if not roots:
-        raise DataError(f"No notes were named: give a folder or files of {KINDS}, for example: edgetune train notes/")
+        raise DataError(f"No notes were named: give a folder or files of {KINDS}, for example notes/.")
     for given, root in zip(paths, roots, strict=True):
         if not root.exists():
             raise DataError(
-                f"There is no file or folder {os.fspath(given)}: expected {KINDS}; "
-                "check the path, and type for example: edgetune train notes/"
+                f"There is no file or folder {os.fspath(given)}: expected {KINDS}; check the path, and type it again."
             )
     state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude])
     for root in sorted(roots):
