@@ -99,11 +99,10 @@ def export_adapter(
     progress = _Events(show, begun)
     job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
     check_memory(module, job)
-    bound = verify.BOUNDS[target, form]
     with output_lock(folder), MemoryMeter(base.files) as meter:
         mend(folder)
         with atomic_folder(folder) as temporary:
-            written, agreement = _write(target, module, job, temporary, _tokens(tokenizer, verify.PROMPT), bound)
+            written, agreement, bound = _write(target, module, job, temporary, _tokens(tokenizer, verify.PROMPT))
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
             peak = meter.peak()
     proved = agreement is not None and agreement.holds(bound)
@@ -140,15 +139,17 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _write(
-    target: str, module: Target, job: Job, folder: Path, prompt: list[int], bound: verify.Bound
-) -> tuple[Written, verify.Agreement | None]:
-    """All that the folder is to hold, and how far it agrees with the reference where that is to be checked.
+    target: str, module: Target, job: Job, folder: Path, prompt: list[int]
+) -> tuple[Written, verify.Agreement | None, verify.Bound]:
+    """All that the folder is to hold, how far it agrees with the reference where that is to be checked, and how far it should.
 
     Raises ModelError where it does not, unless the job insists.
     """
     written = module.write(job, folder)
+    usual = verify.BOUNDS[target, job.weights]
     with job.stage("measuring"):
-        expected = verify.golden(job, prompt, reference(module, job, folder))
+        expected = verify.golden(job, prompt, reference(module, job, folder), usual.rounds)
+    bound = usual.of(expected)
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     about = {
         "edgetune": edgetune.__version__,
@@ -161,12 +162,12 @@ def _write(
     atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
     seal(module, folder)
     if not job.check:
-        return written, None
+        return written, None, bound
     with job.stage("proving"):
         agreement = _prove(target, module, job, folder, expected, bound)
     if not agreement.holds(bound) and not job.force:
         raise ModelError(f"{_out_of_bounds(target, agreement, bound, 'not kept')} Type --force to keep it all the same.")
-    return written, agreement
+    return written, agreement, bound
 
 
 class _Events:

@@ -105,6 +105,11 @@ def constants(plan: Plan) -> dict[str, Array]:
     return found
 
 
+def does_nothing(name: str, values: Array) -> bool:
+    """Whether coremltools leaves a constant out, with what it would do: a norm's product by ones, a sum with zeros."""
+    return bool((values == (0 if name.endswith("_bias") else 1)).all())
+
+
 def build(plans: Mapping[str, Plan]) -> Any:
     """The program: a function for each plan, the first of them the default. What they have in common is stored once."""
     from coremltools.converters.mil.mil import Program

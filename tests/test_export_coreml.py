@@ -495,6 +495,15 @@ def test_a_base_whose_codes_say_nothing_is_refused(
 # --- the whole ---------------------------------------------------------------------------------------------------------------
 
 
+def test_norms_of_ones_that_coremltools_leaves_out_are_no_fault(tmp_path: Path) -> None:
+    save_trainable(tmp_path / "model", layers=1)
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    ones = {name: torch.ones_like(tensor) for name, tensor in tensors.items() if "norm" in name}
+    safetensors.torch.save_file(tensors | ones, weights, {"format": "pt"})
+    assert export_adapter("coreml", str(tmp_path / "model"), "none", tmp_path / "out", "fp16").verified
+
+
 def test_a_disk_without_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import coremltools
 

@@ -96,6 +96,26 @@ def test_golden_says_nothing_of_the_bare_base_in_its_file_or_without_an_adapter(
     assert verify.golden(bare, PROMPT, bare.model()).kl_of_adapter is None
 
 
+def test_a_bound_grows_with_what_rounding_does_to_a_model_and_never_shrinks(expected: Golden) -> None:
+    """Exact forms' bounds stay, and so does what may be lost of the adapter."""
+    bound = verify.BOUNDS["hf", "bf16"]
+    largest, mean, kl = verify.MOVED_BY_BF16
+    moved = bound.of(replace(expected, moved_by_bf16=(2 * largest, mean / 2, 3 * kl)))
+    assert moved == Bound(2 * bound.max_logit, bound.mean_logit, pytest.approx(3 * bound.kl), bound.lost)
+    assert verify.BOUNDS["peft", ""].of(replace(expected, moved_by_bf16=(9.0, 9.0, 9.0))) == verify.BOUNDS["peft", ""]
+    assert bound.of(replace(expected, moved_by_bf16=None)) == bound
+
+
+def test_trying_what_rounding_does_leaves_the_reference_as_it_was(job: Job, expected: Golden) -> None:
+    model = job.model()
+    found = verify.golden(job, PROMPT, model, rounds=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.kl_of_adapter == expected.kl_of_adapter
+    assert model.dtype == torch.float32
+    assert found.moved_by_bf16 is not None
+    assert all(0.1 < a / b < 10 for a, b in zip(found.moved_by_bf16, verify.MOVED_BY_BF16, strict=True))
+
+
 def test_only_a_tie_may_go_either_way() -> None:
     """Within twice what a correct export's logits move by, and no further, although the difference itself is in bounds."""
     bound = Bound(max_logit=0.5, mean_logit=0.5, kl=0.5)
