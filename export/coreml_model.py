@@ -107,7 +107,8 @@ def constants(plan: Plan) -> dict[str, Array]:
 
 def does_nothing(name: str, values: Array) -> bool:
     """Whether coremltools leaves a constant out, with what it would do: a norm's product by ones, a sum with zeros."""
-    return bool((values == (0 if name.endswith("_bias") else 1)).all())
+    nothing = {"bias": 0, "weight": 1}.get(name.rsplit("_", 1)[-1])
+    return nothing is not None and bool((values == nothing).all())
 
 
 def build(plans: Mapping[str, Plan]) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import edgetune
 from edgetune import export_adapter
-from edgetune.export import coreml, coreml_app, coreml_weights, mil_eval, verify
+from edgetune.export import coreml, coreml_app, coreml_model, coreml_proof, coreml_source, coreml_weights, mil_eval, verify
 from edgetune.export.coreml_package import Package
 from edgetune.export.coreml_weights import Stored, blank, store
 from edgetune.export.merge import Merged
@@ -67,16 +67,16 @@ def an_adapter(folder: Path, rank: int = 4, seed: int = 0, targets: tuple[str, .
 
 
 def stored_model(job: Job) -> Llama:
-    """coreml.stored_model, with a place for its files."""
+    """coreml_source.stored_model, with a place for its files."""
     with tempfile.TemporaryDirectory() as place:
-        return coreml.stored_model(job, Path(place))
+        return coreml_source.stored_model(job, Path(place))
 
 
-def written(job: Job, folder: Path) -> coreml.EvaluatedPackage:
+def written(job: Job, folder: Path) -> coreml_proof.EvaluatedPackage:
     folder.mkdir()
     coreml.write(job, folder)
     found = coreml.read(job, folder)
-    assert isinstance(found, coreml.EvaluatedPackage)
+    assert isinstance(found, coreml_proof.EvaluatedPackage)
     return found
 
 
@@ -139,7 +139,7 @@ def test_every_family_agrees_in_prefill_and_decode(family: str, tmp_path: Path) 
 
 
 def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, inputs_package: Path) -> None:
-    package = coreml.EvaluatedPackage(inputs_package)
+    package = coreml_proof.EvaluatedPackage(inputs_package)
     whole = package.logits(IDS)
     package.call["prefill_tokens"] = 5
     assert apart(package.logits(IDS), whole) < CLOSE
@@ -147,7 +147,7 @@ def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, 
 
 def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
     """To the last place of the cache and the last angle."""
-    package, job = coreml.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
+    package, job = coreml_proof.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
     ids = (IDS * package.call["context_tokens"])[: package.call["context_tokens"]]
     assert len(ids) == job.base.config.max_positions
     assert apart(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
@@ -165,7 +165,7 @@ def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
 
 def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -> None:
     """What decode gives depends on what prefill left in the states, and on which of it the mask shows."""
-    package = coreml.EvaluatedPackage(inputs_package)
+    package = coreml_proof.EvaluatedPackage(inputs_package)
 
     def feed(ids: list[int], end: int) -> dict[str, np.ndarray]:
         chunk = np.array([ids], np.int32)
@@ -242,8 +242,8 @@ def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(inputs_package, copy)
     job = job_of(folder, "nf4", an_adapter(folder))
-    source = coreml._source(job)
-    assert coreml._compare_weights(copy / coreml_app.PACKAGE, source) > 0
+    source = coreml_source.source_of(job)
+    assert coreml_proof.compare_weights(copy / coreml_app.PACKAGE, source) > 0
     weights = copy / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     quantized = nf4.quantize(open_model(folder).dense("model.layers.0.self_attn.q_proj.weight"))
     codes = coreml_weights.store("q", quantized, "nf4").codes.reshape(-1, 2)
@@ -252,7 +252,7 @@ def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_pat
     data[data.index(low_first)] ^= 1
     weights.write_bytes(data)
     with pytest.raises(ModelError, match="layers_0_q_proj differs"):
-        coreml._compare_weights(copy / coreml_app.PACKAGE, source)
+        coreml_proof.compare_weights(copy / coreml_app.PACKAGE, source)
     graph = weights.parent.parent / "model.mlmodel"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(ModelError, match="no readable Core ML package"):
@@ -266,15 +266,15 @@ def test_a_constant_beside_the_weights_is_compared_too(
     """By the last bit of an angle which no proof's tokens reach, or of a norm."""
     shutil.copytree(inputs_package, tmp_path / "copy")
     path = tmp_path / "copy" / coreml_app.PACKAGE
-    plans = coreml._source(job_of(folder, "nf4", an_adapter(folder))).plans()
-    assert coreml._compare_constants(path, plans) > 0
+    plans = coreml_source.source_of(job_of(folder, "nf4", an_adapter(folder))).plans()
+    assert coreml_proof.compare_constants(path, plans) > 0
     package = Package(path)
     made = {each.outputs[0].name: each for each in package.functions["main"].operations if each.type == "const"}
     numbers = np.array(package.constant(made[name].attributes["val"]))
     numbers.view(np.uint16)[place] ^= 1
     package.fill(made[name].attributes["val"], numbers)
     with pytest.raises(ModelError, match=f"The package's {name} differs"):
-        coreml._compare_constants(path, plans)
+        coreml_proof.compare_constants(path, plans)
 
 
 def without_a_write(operations: list[Any]) -> list[Any]:
@@ -306,7 +306,7 @@ def from_the_first_position(operations: list[Any]) -> list[Any]:
 def test_a_fault_of_the_graph_is_seen_in_the_logits(
     fault: Callable[[list[Any]], list[Any]], folder: Path, inputs_package: Path
 ) -> None:
-    package, job = coreml.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
+    package, job = coreml_proof.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
     block = package.program.package.functions["main"]
     kept = fault(list(block.operations))
     package.program.functions["main"] = type(package.program.functions["main"])(kept)
@@ -335,7 +335,7 @@ def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Pat
     spec = load_spec(str(graph))
     program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(graph.parent / "weights"))
     assert set(program.functions) == set(package.functions) == {"adapted", "base"}
-    source = coreml._source(job)
+    source = coreml_source.source_of(job)
     for name, function in program.functions.items():
         places = coreml_weights.places(package.package, name)
         linears = {op.outputs[0].name: op.inputs["weight"] for op in function.operations if op.op_type == "linear"}
@@ -356,7 +356,7 @@ def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Pat
 
 def test_weights_that_there_is_no_room_for_are_read_again(inputs_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mil_eval, "_SMALL", 256)
-    whole, none = coreml.EvaluatedPackage(inputs_package), coreml.EvaluatedPackage(inputs_package, room=0)
+    whole, none = coreml_proof.EvaluatedPackage(inputs_package), coreml_proof.EvaluatedPackage(inputs_package, room=0)
     assert torch.equal(whole.logits(IDS), none.logits(IDS))
     assert any(name.endswith("_weight") for _, name in whole.program._kept)
     assert not any(name.endswith("_proj_weight") for _, name in none.program._kept)
@@ -367,7 +367,7 @@ def test_weights_that_there_is_no_room_for_are_read_again(inputs_package: Path, 
 
 def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
     """Also one of a lower rank."""
-    package = coreml.EvaluatedPackage(inputs_package)
+    package = coreml_proof.EvaluatedPackage(inputs_package)
     job = job_of(folder, "nf4", an_adapter(folder))
     assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=coreml.ADAPTER_ALONE)
@@ -398,7 +398,7 @@ def test_an_adapter_that_does_not_fit_is_refused(fault: str, folder: Path, input
     path = tmp_path / "adapter.safetensors"
     coreml_app.write_adapter(adapter, job.base.config, "another" if fault == "base" else job.base.digest, path)
     with pytest.raises(AdapterError, match="does not fit this package"):
-        coreml.EvaluatedPackage(inputs_package).use_adapter(path)
+        coreml_proof.EvaluatedPackage(inputs_package).use_adapter(path)
 
 
 def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
@@ -407,7 +407,8 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
     assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
-    assert apart(package.logits(IDS, "base"), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
+    base = coreml_proof.EvaluatedPackage(tmp_path / "functions", function="base")
+    assert apart(base.logits(IDS), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
     own = sum(tensor.numel() * 2 + 128 for tensor in adapter.tensors.values())  # and each tensor's header and padding
@@ -423,7 +424,8 @@ def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Pat
     base = model.mlProgram.functions["base"]
     without_a_mask(list(base.block_specializations[base.opset].operations))
     graph.write_bytes(model.SerializeToString())
-    assert torch.isfinite(package.logits(IDS, "adapted")).all()
+    adapted = coreml_proof.EvaluatedPackage(tmp_path / "out", function="adapted")
+    assert torch.isfinite(adapted.logits(IDS)).all()
     with pytest.raises(ModelError, match="function base is not the base: logits differ by up to"):
         package.logits(IDS)
 
@@ -502,6 +504,14 @@ def test_norms_of_ones_that_coremltools_leaves_out_are_no_fault(tmp_path: Path) 
     ones = {name: torch.ones_like(tensor) for name, tensor in tensors.items() if "norm" in name}
     safetensors.torch.save_file(tensors | ones, weights, {"format": "pt"})
     assert export_adapter("coreml", str(tmp_path / "model"), "none", tmp_path / "out", "fp16").verified
+
+
+def test_only_what_does_nothing_may_be_missing() -> None:
+    ones, zeros = np.ones(4, np.float16), np.zeros(4, np.float16)
+    assert coreml_model.does_nothing("layers_0_attn_norm_weight", ones)
+    assert coreml_model.does_nothing("layers_0_q_proj_bias", zeros)
+    for name, values in (("norm_weight", zeros), ("layers_0_q_proj_bias", ones), ("layers_0_q_proj_a", ones), ("cos", ones)):
+        assert not coreml_model.does_nothing(name, values)
 
 
 def test_a_disk_without_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def plain_failures() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
             raise
         told = f"{error.filename} is not yours to use ({error.strerror}); see whose it is, or name another place."
         click.echo(f"edgetune: {sanitize(told)}", err=True)

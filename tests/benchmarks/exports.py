@@ -25,6 +25,8 @@ from common import Result
 
 from edgetune.export.target import TARGETS, load_target
 
+sys.path.append(str(common.ROOT / "tests"))  # its adapters.py
+
 RANK, SIZE = 16, 0.002
 """Of the random adapter, and of the numbers of its B: a hundredth of the weights' size, as training makes it."""
 TIMEOUT = 3600.0
@@ -86,24 +88,17 @@ def main() -> None:
 
 def random_pair(arguments: argparse.Namespace) -> tuple[str, str]:
     """The shape's NF4 folder, with the built-in model's tokenizer, and an adapter of seeded random numbers for it."""
-    import torch
+    from adapters import random_adapter
 
-    from edgetune.runtime import adapter as adapters
-    from edgetune.runtime.adapter import Adapter
+    from edgetune.runtime.adapter import save
     from edgetune.runtime.checkpoint import open_model
-    from edgetune.runtime.config import LINEARS, LoraConfig
 
     model, _ = common.random_folders(arguments.workdir, arguments.shape, dense=False)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(common.ROOT / "edgetune" / "demo" / name, model / name)
     folder = arguments.workdir / f"{arguments.shape}-adapter"
     if not folder.exists():
-        config, generator, tensors = open_model(model).config, torch.Generator().manual_seed(0), {}
-        for layer in range(config.num_layers):
-            for linear, (rows, columns) in config.linear_shapes().items():
-                tensors[layer, linear, "A"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
-                tensors[layer, linear, "B"] = torch.randn(rows, RANK, generator=generator) * SIZE
-        adapters.save(Adapter(LoraConfig(RANK, RANK, 0.0, LINEARS), tensors, {}), folder, str(model))
+        save(random_adapter(open_model(model).config, RANK, RANK, size=SIZE), folder, str(model))
     return str(model), str(folder)
 
 

@@ -22,7 +22,7 @@ from edgetune.runtime import attention as tiled
 from edgetune.runtime.attention import Segment
 
 MAX_HEAD_DIM = 192
-"""Of larger heads the operator has no backward on other cards than A100 and H100."""
+"""Of larger heads the operator is said to have no backward on other cards than A100 and H100 (flash-attention's README)."""
 _AMPERE = 8
 
 
