@@ -74,7 +74,9 @@ def compare(arguments: argparse.Namespace) -> None:
     def everything(results: dict[str, list[Result]]) -> Result:
         return {**about, "summary": summarise(results), "results": results}
 
-    keep = lambda results: common.write_json(arguments.json, everything(results))  # noqa: E731
+    def keep(results: dict[str, list[Result]]) -> None:
+        common.write_json(arguments.json, everything(results))
+
     results = common.run_rounds(Path(__file__).resolve(), contenders, passed, arguments.repeats, until, keep)
     columns = {SPEED: common.number, "peak_card_bytes": common.megabytes, "first_loss": lambda x: common.number(x, "{:.4f}")}
     speeds = [key for key in KEYS if key.startswith(("train", "decode"))]
