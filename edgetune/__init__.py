@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from edgetune.exporting import export_adapter
     from edgetune.runtime.errors import EdgetuneError
     from edgetune.session import Session
-    from edgetune.training import train
+    from edgetune.training.train import train
 
 _HOMES = {
     "EdgetuneError": "edgetune.runtime.errors",
     "Session": "edgetune.session",
     "TrainConfig": "edgetune.config",
     "export_adapter": "edgetune.exporting",
-    "train": "edgetune.training",
+    "train": "edgetune.training.train",
 }
 __all__ = ["EdgetuneError", "Session", "TrainConfig", "__version__", "export_adapter", "train"]
 

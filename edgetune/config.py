@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from edgetune.home import home
 from edgetune.runtime.config import LINEARS, LoraConfig
 from edgetune.runtime.errors import UsageError
-from edgetune.state import home
 
 RECIPES = ("notes", "raw", "chat")
 RECOMPUTE = ("auto", "none", "selective", "full")

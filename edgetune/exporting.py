@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edgetune
-from edgetune import registry
 from edgetune.documents.reading import read_notes
 from edgetune.events import Event, Exporting
 from edgetune.export import verify
-from edgetune.export.target import (
+from edgetune.export.targets import (
     Job,
     Target,
     Written,
@@ -29,14 +28,15 @@ from edgetune.export.target import (
     reference,
     seal,
 )
-from edgetune.meter import MemoryMeter
-from edgetune.runstate import output_lock
+from edgetune.home import expand
+from edgetune.library import adapter_registry as registry
+from edgetune.library.loading import open_base
 from edgetune.runtime.adapter import check_fits, read_json
 from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
+from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.session import open_base
-from edgetune.state import expand
+from edgetune.training.checkpoints import output_lock
 
 WARNING = "What it was trained on can be drawn from this export: give it only to those you would give the notes."
 

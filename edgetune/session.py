@@ -6,30 +6,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from edgetune import registry
-from edgetune.config import HEADS
-from edgetune.models import ModelChoice, resolve
+from edgetune.library import adapter_registry as registry
+from edgetune.library.loading import SMALLER, Loaded, load_base, open_base
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import ops
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import Vocabulary
-from edgetune.runtime.checkpoint import Checkpoint, open_model
-from edgetune.runtime.config import QuantConfig
-from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
+from edgetune.runtime.device import explain_card_memory
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generate import Generator, Sampling
-from edgetune.runtime.loader import load_llama
-from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Runner
-from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.runtime.vocabulary import FILE, has_nf4
 
 MAX_TOKENS = 256
 CONTEXT_TOKENS = 4096
 """Positions the KV cache has room for, where the model has as many."""
-_SMALLER = "type a smaller --model, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -40,73 +28,6 @@ class Generation:
     prompt_tokens: int
     tokens: int
     tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A base model ready to run, and what it was read from."""
-
-    choice: ModelChoice
-    checkpoint: Checkpoint
-    model: Llama
-    tokenizer: Tokenizer
-
-
-Base = tuple[ModelChoice, Checkpoint]
-"""A base model that was found and opened, its weights not read yet."""
-
-
-def open_base(name: str | None) -> Base:
-    """What `name` stands for (None: the current adapter's model, else the best found), its files mapped but not read."""
-    current = registry.get_current()
-    choice = resolve(name if name is not None or current is None else current.model)
-    return choice, open_model(choice.path)
-
-
-@explain_card_memory(_SMALLER)
-def load_base(
-    base: Base,
-    device: str = "auto",
-    layer_memory: int | None = None,
-    in_file: Vocabulary = Vocabulary.NEITHER,
-    head: str = "stored",
-) -> Loaded:
-    """The opened model ready to run, its linears in NF4; `layer_memory` as in load_llama, `in_file` as a training's Setting
-    has it, `head` of HEADS. Raises UsageError for a form that this head cannot have."""
-    target = pick_device(device)
-    choice, checkpoint = base
-    quant = None if checkpoint.quant is not None else QuantConfig()
-    model = load_llama(
-        checkpoint,
-        compute_dtype(target),
-        target,
-        quant,
-        layer_memory=layer_memory,
-        embedding_in_file=in_file is not Vocabulary.NEITHER,
-        head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target, checkpoint),
-    )
-    return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
-
-
-def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str | None:
-    """What load_llama is asked for. "auto" is int8 where there are kernels for it: half of bf16's bytes for every token, at
-    less than 0.0001 bits a byte (LOG.md); a head that is stored in 4 bits stays so."""
-    if head not in HEADS:
-        raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
-    if head == "auto":
-        return "int8" if ops.multiplies_int8(device) and not checkpoint.quantized_head else None
-    if head == "int8" and checkpoint.quantized_head:
-        raise UsageError(
-            f"The head of {checkpoint.folder} is stored in 4 bits, which --head int8 cannot undo; leave it out, or name the "
-            "model that it was quantised from."
-        )
-    width = checkpoint.config.hidden_size
-    if head == "nf4" and not (checkpoint.quantized_head or has_nf4(width)):
-        raise UsageError(
-            f"The head of {checkpoint.folder} has rows of {width} numbers, and --head nf4 holds whole blocks of "
-            f"{QuantConfig().block_size}; leave it out, or type --head int8."
-        )
-    return None if head == "stored" or checkpoint.quantized_head else head
 
 
 class Session:
@@ -182,7 +103,7 @@ class Session:
 
     def _stream(self, ids: list[int], max_tokens: int, sampling: Sampling, clock: _Clock | None = None) -> Iterator[str]:
         decoder = self.tokenizer.stream_decoder(continuing=True)
-        with explain_card_memory(_SMALLER):
+        with explain_card_memory(SMALLER):
             generator = self._room_for(len(ids), max_tokens)
             for token in generator.generate(ids, max_tokens, sampling, self.tokenizer.eos_ids):
                 if clock is not None:

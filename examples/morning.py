@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 from edgetune import EdgetuneError, export_adapter
-from edgetune.export.target import TARGETS
-from edgetune.ui import human_bytes, one_line
+from edgetune.export.targets import TARGETS
+from edgetune.reports.terminal import human_bytes, one_line
 
 Row = tuple[str, str, str, str]
 """Target, path, size, agreement."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetune.export.target import Job
+from edgetune.export.targets import Job
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.errors import ModelError
@@ -93,14 +94,14 @@ def _pieces(texts: Documents) -> Documents:
     return pieces[: max(1, TOKENS // DOCUMENT_TOKENS)]
 
 
-def packed(documents: Documents) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Documents side by side: token ids (N,), positions (N,), and each one's (start, end)."""
-    bounds, end = [], 0
+def packed(documents: Documents) -> tuple[Tensor, Tensor, list[Segment]]:
+    """Put documents side by side; return token ids (N,), positions (N,) and each document's segment."""
+    segments, end = [], 0
     for document in documents:
-        bounds.append((end, end + len(document)))
+        segments.append(Segment.packed(end, end + len(document)))
         end += len(document)
     ids = torch.tensor([token for document in documents for token in document])
-    return ids, torch.cat([torch.arange(end - start) for start, end in bounds]), bounds
+    return ids, torch.cat([torch.arange(segment.q_end - segment.q_start) for segment in segments]), segments
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers
 from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
-from edgetune.export.target import Held, Job, Measured, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.targets import Held, Job, Measured, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig

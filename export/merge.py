@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetune.export.target import PROCESS_BYTES, Held, Job
+from edgetune.export.targets import PROCESS_BYTES, Held, Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.adapter import Adapter

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.target import Held, Job, Written, held_by_reference
+from edgetune.export.targets import Held, Job, Written, held_by_reference
 from edgetune.export.verify import GOLDEN_FILE
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter

@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgetune.export import gguf
-from edgetune.export.gguf_model import GGUF_BYTES, held_by_gguf, write_model
-from edgetune.export.gguf_vocab import CONTROL, Vocabulary, read_vocabulary
+from edgetune.export.gguf import target as gguf
+from edgetune.export.gguf.model import GGUF_BYTES, held_by_gguf, write_model
+from edgetune.export.gguf.vocabulary import CONTROL, Vocabulary, read_vocabulary
 from edgetune.export.go_template import Derived, derive
-from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.targets import Held, Job, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.target import Held, Job, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.targets import Held, Job, Written, held_by_fp32_reader, held_by_reference
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from edgetune.export.effect import TOKENS, Documents, packed
 from edgetune.export.merge import COPIES, Merged
-from edgetune.export.target import Held, Job, held_by_reference
+from edgetune.export.targets import Held, Job, held_by_reference
 from edgetune.runtime import vocabulary
-from edgetune.runtime.attention import packed_segments
 from edgetune.runtime.checkpoint import EMBEDDING, is_linear
 from edgetune.runtime.config import LINEARS
 from edgetune.runtime.errors import ModelError
@@ -126,10 +125,10 @@ def _names(layer: int) -> list[str]:
 @torch.no_grad()
 def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> Iterator[tuple[str, dict[str, Tensor]]]:
     config = merged.base.config
-    ids, positions, bounds = packed(documents)
+    ids, positions, segments = packed(documents)
     angles = positions.double().unsqueeze(1) * rope_frequencies(config.rope, config.head_dim)
     plan = ProjectPlan(Panel())
-    ctx = Context(angles.cos().float(), angles.sin().float(), packed_segments(bounds), plan)
+    ctx = Context(angles.cos().float(), angles.sin().float(), segments, plan)
     h = vocabulary.rows(merged.base.dense(EMBEDDING), ids, torch.float32)
     for layer in range(config.num_layers):
         block = _block(merged, layer)

@@ -1,8 +1,6 @@
 """Causal attention in tiles, forward and backward, in plain torch calls: never a T x T matrix, no head repeated.
 
-A segment is one document's (q_start, q_end, k_start, k_end); its last query sees its last key, and nothing outside it.
-Packed training rows have q and k ranges equal; a prefill that continues a cache has more keys than queries. The
-log-sum-exp of each row is kept, so that the backward rebuilds the probabilities tile by tile (FlashAttention, Dao et al.
+The log-sum-exp of each row is kept, so that the backward rebuilds the probabilities tile by tile (FlashAttention, Dao et al.
 2022, arXiv 2205.14135). Back ends with a kernel of their own take the same arguments.
 
 Shapes: q (N, H, hd); k, v (M, KV, hd); o (N, H, hd); lse (H, N) f32. H is a multiple of KV: G = H / KV.
@@ -11,18 +9,32 @@ Shapes: q (N, H, hd); k, v (M, KV, hd); o (N, H, hd); lse (H, N) f32. H is a mul
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Segment = tuple[int, int, int, int]
+
+class Segment(NamedTuple):
+    """One document's range of queries and of keys in packed tensors; its last query sees its last key.
+
+    Queries of a segment see keys of the same segment alone. A packed training batch has equal ranges (`packed`); a prefill
+    that continues a KV cache has more keys than queries.
+    """
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+
+    @classmethod
+    def packed(cls, start: int, end: int) -> Segment:
+        """Return the segment whose queries and keys are both tokens `start` to `end` of a packed batch."""
+        return cls(start, end, start, end)
+
+
 TILE = 128
 """Query rows a tile: of 64 to 512 the fastest that keeps scores in cache."""
-
-
-def packed_segments(bounds: Sequence[tuple[int, int]]) -> list[Segment]:
-    """Segments of a packed row from its documents' (start, end)."""
-    return [(start, end, start, end) for start, end in bounds]
 
 
 def _tiles(segment: Segment, window: int | None) -> Iterator[tuple[int, int, int, int, int]]:

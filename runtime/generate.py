@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import ops
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model import KVCache
 from edgetune.runtime.runner import Runner
@@ -83,7 +84,7 @@ class Generator:
         count, end = len(ids) + pad, start + len(ids) + pad
         tokens = torch.tensor([*ids, *[0] * pad], device=self.runner.model.device)
         positions = torch.arange(start, end, device=tokens.device)
-        h = self.runner.infer(tokens, positions, [(0, count, 0, end)], self.cache)
+        h = self.runner.infer(tokens, positions, [Segment(0, count, 0, end)], self.cache)
         self.cache.length = start + len(ids)
         return h[len(ids) - 1 : len(ids)]
 
@@ -124,5 +125,5 @@ class Generator:
             return self._step(token)
         at = self.cache.length
         ids, position = (torch.tensor([value], device=self.runner.model.device) for value in (token, at))
-        h = self.runner.infer(ids, position, [(0, 1, 0, at + 1)], self.cache)
+        h = self.runner.infer(ids, position, [Segment(0, 1, 0, at + 1)], self.cache)
         return self.runner.model.logits(h)[0]

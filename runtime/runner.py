@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime.attention import Segment, packed_segments
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.device import end_command_buffer
 from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
 from edgetune.runtime.lora import Panel, ProjectPlan
@@ -32,44 +33,11 @@ class Recompute(StrEnum):
     FULL = "full"  # everything but the block's input; its last product, whose value nobody reads, is left out
 
 
-@dataclass(frozen=True)
-class Row:
-    """One packed row of N tokens. `weights` (N,) f32: each token's share of the loss, 0 where it is context only."""
-
-    input_ids: Tensor
-    targets: Tensor
-    weights: Tensor
-    positions: Tensor
-    bounds: Sequence[tuple[int, int]]
-
-    def to(self, device: torch.device) -> Row:
-        """The row on another device."""
-        return Row(
-            self.input_ids.to(device),
-            self.targets.to(device),
-            self.weights.to(device),
-            self.positions.to(device),
-            self.bounds,
-        )
-
-
 LOSS_ROWS = 256
 """Rows of logits that exist at once."""
 ROW_MULTIPLE = 256
 """Rows are padded to a multiple of this: oneDNN compiles and keeps code for every shape it meets, so that rows of every
 length would cost a compilation a step and let memory creep."""
-
-
-def padded(row: Row) -> Row:
-    """The row with tokens of no weight behind it, in a segment of their own."""
-    n, pad = len(row.input_ids), -len(row.input_ids) % ROW_MULTIPLE
-    if pad == 0:
-        return row
-    ids, targets, weights, positions = (
-        torch.nn.functional.pad(tensor, (0, pad)) for tensor in (row.input_ids, row.targets, row.weights, row.positions)
-    )
-    positions[n:] = torch.arange(pad, device=positions.device)
-    return Row(ids, targets, weights, positions, [*row.bounds, (n, n + pad)])
 
 
 @dataclass(frozen=True)
@@ -149,24 +117,25 @@ class Runner:
         self.panel = Panel()
         self.offload = None if offload is None else Offload(offload)
 
-    def train(self, row: Row, dropout_key: int | None = None) -> Tensor:
-        """Forward and backward of one packed row: adds to each adapter's .grad, returns the weighted loss (), f32.
+    def train(self, batch: Batch, dropout_key: int | None = None, divisor: float = 1.0) -> Tensor:
+        """Run one batch forward and backward, adding to each adapter's .grad; return its summed loss over `divisor`, () f32.
 
-        `dropout_key` (32 bits of seed, step and micro-batch) makes dropout a function of itself; None is none.
+        dropout_key: 32 bits made of seed, step and micro-batch, from which dropout follows; None switches dropout off.
+        divisor: trained tokens of the whole step, so that each weighs the same whichever micro-batch it is in.
         """
-        row = padded(row).to(self.model.device)
-        ctx = self._context(row.positions, packed_segments(row.bounds), None)
+        batch = batch.padded(ROW_MULTIPLE).to(self.model.device)
+        ctx = self._context(batch.positions, batch.segments, None)
         ctx = replace(ctx, plan=replace(ctx.plan, int8=self.int8))
         layers, pager = range(len(self.model.blocks)), self.model.pager
         pager.expect([*layers, *reversed(layers)])
-        h, passes = self.model.embed(row.input_ids), []
+        h, passes = self.model.embed(batch.input_ids), []
         for block in self.model.blocks:
             with pager.layer(block.layer):
                 done, h = self._enter(block, h, self._of_layer(ctx, block, dropout_key))
             passes.append(done)
             end_command_buffer(h.device)
         del done
-        loss, dh = chunked_cross_entropy(self.model, h, row.targets, row.weights, self.loss_rows)
+        loss, dh = chunked_cross_entropy(self.model, h, batch.targets, batch.loss_mask / divisor, self.loss_rows)
         del h
         while passes:
             done = passes.pop()
@@ -176,16 +145,16 @@ class Runner:
         return loss
 
     @torch.no_grad()
-    def score(self, row: Row) -> Tensor:
-        """Nats (N,) f32 of each token whose weight is not 0; 0 elsewhere."""
-        n, row = len(row.input_ids), padded(row).to(self.model.device)
-        h = self.infer(row.input_ids, row.positions, packed_segments(row.bounds), None)
-        return token_nats(self.model, h, row.targets, row.weights, self.loss_rows)[:n]
+    def score(self, batch: Batch) -> Tensor:
+        """Return the loss in nats, (N,) f32, of each target that carries loss; 0 elsewhere."""
+        n, batch = len(batch.input_ids), batch.padded(ROW_MULTIPLE).to(self.model.device)
+        h = self.infer(batch.input_ids, batch.positions, batch.segments, None)
+        return token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[:n]
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """Last block's h (N, D) of one sequence of token ids, from its beginning and without a cache."""
         n, device = len(ids), self.model.device
-        return self.infer(torch.tensor(list(ids), device=device), torch.arange(n, device=device), [(0, n, 0, n)], None)
+        return self.infer(torch.tensor(list(ids), device=device), torch.arange(n, device=device), [Segment.packed(0, n)], None)
 
     @torch.no_grad()
     def infer(self, input_ids: Tensor, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Tensor:

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from edgetune.export import verify
-from edgetune.export.target import Job, Written, reference
+from edgetune.export.targets import Job, Written, reference
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig

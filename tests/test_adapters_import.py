@@ -14,17 +14,18 @@ from click.testing import CliRunner, Result
 from tiny import save_model
 
 import edgetune
-from edgetune import registry
 from edgetune.cli.main import cli
-from edgetune.export import gguf, mlx
-from edgetune.export.target import Job
+from edgetune.export.gguf import target as gguf
+from edgetune.export.mlx import target as mlx
+from edgetune.export.targets import Job
+from edgetune.home import home
+from edgetune.library import adapter_registry as registry
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError
 from edgetune.runtime.loader import load_llama
 from edgetune.session import Session
-from edgetune.state import home
 
 DEMO = Path(edgetune.__file__).parent / "demo"
 

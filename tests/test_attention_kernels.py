@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import threads
 from torch import Tensor
 
-from edgetune.runtime.attention import Segment, packed_segments
+from edgetune.runtime.attention import Segment
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
 
@@ -102,7 +102,7 @@ def test_slices_of_one_packed_tensor_give_what_torch_gives(dtype: torch.dtype, i
     packed = torch.randn(tokens, sum(split), size, generator=generator).to(dtype)
     q, k, v = packed.split(split, 1)
     do = torch.randn(tokens, heads, size, generator=generator).to(dtype)
-    segments = packed_segments([(0, tokens)])
+    segments = [Segment.packed(0, tokens)]
     o, lse = cpu.attention_forward(q, k, v, segments, None, size**-0.5)
     gradient = torch.full_like(packed, math.nan)  # all of it is written
     cpu.attention_backward(do, q, k, v, o, lse, segments, None, size**-0.5, *gradient.split(split, 1))
@@ -130,7 +130,7 @@ def test_a_cache_is_read_up_to_its_length_and_no_further(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_the_bits_are_the_same_each_time_and_at_any_number_of_threads(dtype: torch.dtype, isa: str) -> None:
-    segments = packed_segments([(0, 170), (170, 190), (190, 300)])
+    segments = [Segment.packed(0, 170), Segment.packed(170, 190), Segment.packed(190, 300)]
     q, k, v, do = inputs(8, 2, 64, segments, dtype)
 
     def run() -> list[Tensor]:
@@ -147,7 +147,7 @@ def test_the_bits_are_the_same_each_time_and_at_any_number_of_threads(dtype: tor
 
 
 def test_no_note_sees_another(isa: str) -> None:
-    segments = packed_segments([(0, 45), (45, 90)])
+    segments = [Segment.packed(0, 45), Segment.packed(45, 90)]
     q, k, v, do = inputs(4, 2, 32, segments, BF16)
     poisoned = [x.clone() for x in (q, k, v, do)]
     for x in poisoned:

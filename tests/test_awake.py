@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgetune import awake as module
-from edgetune.awake import awake
+from edgetune.training import keep_awake as module
+from edgetune.training.keep_awake import awake
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a shell script")
 
@@ -96,7 +96,7 @@ def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(runs(started(told)[1]))
         raise DataError("No notes.")
 
-    monkeypatch.setattr(importlib.import_module("edgetune.training"), "train", run)
+    monkeypatch.setattr(importlib.import_module("edgetune.training.train"), "train", run)
     assert isinstance(CliRunner().invoke(cli, ["train", "notes", "--json"]).exception, DataError)
     assert seen == [True]
     assert not runs(started(told)[1])

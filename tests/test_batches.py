@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgetune.batches import Packer, bits_per_byte, cut_windows, deal, evaluation_batches, random_words
+from edgetune.dataset.packing import Packer, bits_per_byte, cut_windows, deal, evaluation_batches, random_words
+from edgetune.dataset.token_store import CONTEXT, STOP, TEXT, StoredDocument, TokenStore
 from edgetune.runtime.errors import DataError, UsageError
-from edgetune.tokens import CONTEXT, STOP, TEXT, StoredDocument, TokenStore
 
 
 def make_store(marks: list[list[int]]) -> TokenStore:
@@ -71,10 +71,11 @@ def check_row(batch, store: TokenStore, seq_len: int, most: int) -> None:
     assert batch.input_ids.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32
     assert set(batch.loss_mask.tolist()) <= {0.0, 1.0}
-    begins, ends = zip(*batch.segments, strict=True)
+    begins, ends, key_begins, key_ends = zip(*batch.segments, strict=True)
+    assert (begins, ends) == (key_begins, key_ends)
     assert (begins[0], ends[-1]) == (0, len(batch.input_ids))
     assert begins[1:] == ends[:-1]
-    for begin, end in batch.segments:
+    for begin, end in zip(begins, ends, strict=True):
         assert 1 <= end - begin <= seq_len
         assert batch.positions[begin:end].tolist() == list(range(end - begin))
         assert len({*owner[batch.input_ids[begin:end].numpy()], *owner[batch.targets[begin:end].numpy()]}) == 1
@@ -101,7 +102,7 @@ def test_micro_batches_are_the_steps_windows(store, shape, micro_tokens, data):
     packer = Packer(store, seq_len, batch_tokens, 1)
     step = data.draw(st.integers(0, 2 * packer.steps_per_epoch))
     whole, micro = whole_row(packer, step), packer.micro_batches(step, micro_tokens)
-    longest = max(end - begin for begin, end in whole.segments)
+    longest = max(segment.q_end - segment.q_start for segment in whole.segments)
     for batch in micro:
         check_row(batch, store, seq_len, max(micro_tokens, longest))
     assert trained_targets(micro) == trained_targets([whole])

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgetune.choose import CARD_LATER_BYTES, choose, held_already, memory_allowed, settings
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.meter import CardMeter, MemoryMeter, meter_for
+from edgetune.machine.shapes import SHAPES
+from edgetune.memory_settings import CARD_LATER_BYTES, choose, held_already, memory_allowed, settings
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LINEARS, LoraConfig
 from edgetune.runtime.device import card_memory, explain_card_memory
 from edgetune.runtime.errors import ResourceError
+from edgetune.runtime.memory_meter import CardMeter, MemoryMeter, meter_for
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Session
-from edgetune.shapes import SHAPES
-from edgetune.training import train
+from edgetune.training.train import train
 
 GB = 10**9
 LORA = LoraConfig(16, 16.0, 0.0, LINEARS)

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from fake_mps import Machine, fake_mps
 from torch import Tensor
 
-from edgetune import confirm as module
-from edgetune.confirm import CHECKS, Confirmation, _tried, confirm, without_paths
+from edgetune.machine import device_checks as module
+from edgetune.machine.device_checks import CHECKS, Confirmation, _tried, confirm, without_paths
 from edgetune.runtime import ops
 from edgetune.runtime.backends import reference
 from edgetune.runtime.optim import PagedAdamW
@@ -206,8 +206,8 @@ def test_what_breaks_off_is_told_in_one_line_and_without_paths() -> None:
 
 
 def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgetune import doctor
     from edgetune.cli.doctor import doctor_command
+    from edgetune.machine import doctor
 
     monkeypatch.setattr(doctor, "pick_device", lambda name: CPU)
     plain = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)

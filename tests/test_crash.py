@@ -21,19 +21,20 @@ import torch
 from crashes import CRASHED, Driver, Ended, wait_for
 from tiny import save_trainable
 
-from edgetune import registry, runstate
-from edgetune.best import BestAdapter
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Stepped, read_events
+from edgetune.library import adapter_registry as registry
 from edgetune.lock import Lock
-from edgetune.run import Keeper
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.adapter import WEIGHTS_FILE
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import BusyError, ResourceError, TrainingError
 from edgetune.runtime.files import exchange
-from edgetune.training import train
+from edgetune.training import checkpoints as runstate
+from edgetune.training.best_adapter import BestAdapter
+from edgetune.training.loop import Keeper
+from edgetune.training.train import train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks of one process")
 
@@ -244,7 +245,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def checkpoints_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.run.KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("edgetune.training.loop.KEEP_SECONDS", 0.0)
 
 
 def run_until(config: TrainConfig, step: int) -> list[Event]:
@@ -313,7 +314,7 @@ def test_how_often_checkpoints_are_taken_does_not_change_the_adapter(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often, _ = undisturbed(config)
-    monkeypatch.setattr("edgetune.run.KEEP_SECONDS", 1e9)
+    monkeypatch.setattr("edgetune.training.loop.KEEP_SECONDS", 1e9)
     list(train(config))
     assert weights(config) == often
 
@@ -545,8 +546,8 @@ def test_two_runs_at_once_need_two_outputs(config: TrainConfig) -> None:
 
 def test_a_checkpoint_is_due_before_two_minutes_could_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("edgetune.run.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("edgetune.run.KEEP_SECONDS", 100.0)
+    monkeypatch.setattr("edgetune.training.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edgetune.training.loop.KEEP_SECONDS", 100.0)
     keeper = Keeper(None, None, nbytes=150_000_000)  # type: ignore[arg-type]
     assert not keeper.is_cheap()  # of one whose cost was not measured yet
     assert not keeper.is_due(ahead=5.0)

@@ -15,20 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.stepper import TRIM_STEPS
+from edgetune.training.step import TRIM_STEPS
 
 STEPS, WINDOW, WINDOWS = 2000, 3 * TRIM_STEPS, 10
 TRAIN = """
 import json, random, sys
 import torch
-from edgetune.bench import random_llama
-from edgetune.meter import anonymous_memory
+from edgetune.machine.bench import random_llama
+from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import steady_heap
 from edgetune.runtime.optim import PagedAdamW
-from edgetune.runtime.runner import Recompute, Row, Runner
-from edgetune.stepper import give_back
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.batch import Batch
+from edgetune.runtime.runner import Recompute, Runner
+from edgetune.training.step import give_back
 
 steps = int(sys.argv[1])
 steady_heap()
@@ -41,7 +43,8 @@ for step in range(steps):
     n = 2048 if (step + 1) % 10 == 0 or step == steps - 1 else lengths.randrange(16, 2048)
     cut = lengths.randrange(1, n)
     ids = torch.randint(0, 512, (n + 1,))
-    runner.train(Row(ids[:-1], ids[1:], torch.full((n,), 1 / n), torch.arange(n), [(0, cut), (cut, n)]), dropout_key=step)
+    halves = (Segment.packed(0, cut), Segment.packed(cut, n))
+    runner.train(Batch(ids[:-1], ids[1:], torch.full((n,), 1 / n), torch.arange(n), halves), dropout_key=step)
     optimizer.step(1e-4)
     optimizer.zero_grad()
     give_back(step)

@@ -19,7 +19,9 @@ from torch import Tensor
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import attention as tiled
 from edgetune.runtime import nf4, ops
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.backends import reference
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
 from edgetune.runtime.generate import Generator, Sampling
@@ -27,7 +29,7 @@ from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import LoraLinear
 from edgetune.runtime.model import KVCache, Llama
 from edgetune.runtime.nf4 import QuantizedTensor, QuantState
-from edgetune.runtime.runner import Recompute, Row, Runner
+from edgetune.runtime.runner import Recompute, Runner
 
 pytest.importorskip("triton", reason="triton is not installed")
 from edgetune.runtime.backends import cuda
@@ -371,13 +373,13 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode, "_A_ROWS", 64)
 
 
-def row_of(count: int) -> Row:
+def row_of(count: int) -> Batch:
     ids = torch.randint(0, 128, (count + 1,), generator=torch.Generator().manual_seed(3))
-    bounds = [(0, count // 3), (count // 3, count)]
-    positions = torch.cat([torch.arange(end - start) for start, end in bounds])
+    third = count // 3
+    positions = torch.cat([torch.arange(third), torch.arange(count - third)])
     weight = torch.full((count,), 1 / count)
     weight[5] = 0
-    return Row(ids[:-1], ids[1:], weight, positions, bounds)
+    return Batch(ids[:-1], ids[1:], weight, positions, (Segment.packed(0, third), Segment.packed(third, count)))
 
 
 @pytest.mark.usefixtures("wide")
@@ -409,7 +411,7 @@ def test_the_decoders_step_is_the_runners(tmp_path: Path, family: str, monkeypat
         runner = Runner(model)
         for cache in caches:
             prompt = torch.tensor(ids[:20], device=DEVICE)
-            runner.infer(prompt, torch.arange(20, device=DEVICE), [(0, 20, 0, 20)], cache)
+            runner.infer(prompt, torch.arange(20, device=DEVICE), [Segment(0, 20, 0, 20)], cache)
     with ops.use_backend("cuda"):
         step = ops.decoder(model, caches[0])
     assert isinstance(step, decode.Decoder)
@@ -417,7 +419,7 @@ def test_the_decoders_step_is_the_runners(tmp_path: Path, family: str, monkeypat
     for at, token in enumerate(ids[20:], start=20):
         with torch.no_grad(), ops.use_backend("reference"):
             position = torch.tensor([at], device=DEVICE)
-            h = runner.infer(torch.tensor([token], device=DEVICE), position, [(0, 1, 0, at + 1)], caches[1])
+            h = runner.infer(torch.tensor([token], device=DEVICE), position, [Segment(0, 1, 0, at + 1)], caches[1])
             expected = model.logits(h)[0]
         with ops.use_backend("cuda"):
             assert relative(step(token), expected) < 1e-5

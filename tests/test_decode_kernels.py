@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import int8, nf4, ops
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.lora import LoraLinear
 from edgetune.runtime.model import Block, KVCache, Llama, hf_linear_name
@@ -188,7 +189,7 @@ def reference(model: Llama, ids: Tensor, length: int) -> tuple[Tensor, KVCache]:
     """Logits (N, V) of a whole text and its cache, by plain torch in fp32."""
     cache = KVCache(model.config, length, torch.float32, torch.device("cpu"))
     with ops.use_backend("reference"), torch.no_grad():
-        h = Runner(model).infer(ids, torch.arange(len(ids)), [(0, len(ids), 0, len(ids))], cache)
+        h = Runner(model).infer(ids, torch.arange(len(ids)), [Segment(0, len(ids), 0, len(ids))], cache)
         return model.logits(h), cache
 
 

@@ -24,14 +24,14 @@ import torch
 from tiny import save_trainable
 
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.distributed import BUCKET, Alone, _buckets, joined
 from edgetune.events import Event, Interrupted, Saved, Stepped
-from edgetune.prepare import prepare, prepare_beside
-from edgetune.runstate import Unfinished
+from edgetune.library.loading import open_base
 from edgetune.runtime.errors import LinkError, UsageError
-from edgetune.session import open_base
+from edgetune.training.checkpoints import Unfinished
+from edgetune.training.distributed import BUCKET, Alone, _buckets, joined
+from edgetune.training.setup import prepare, prepare_beside
 
-training = importlib.import_module("edgetune.training")
+training = importlib.import_module("edgetune.training.train")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no Gloo")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
 TWO = [*LAUNCH, "--nproc-per-node", "2", "-m", "edgetune"]

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetune.documents import Document, Reason, Turn, read_notes
+from edgetune.documents.heldout import held_out_digests, split
 from edgetune.documents.text import NotText, decode, without_front_matter
 from edgetune.documents.walk import match_parts
 from edgetune.runtime.errors import DataError
-from edgetune.split import held_out_digests, split
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 posix = pytest.mark.skipif(os.name == "nt", reason="links and modes are POSIX's here")

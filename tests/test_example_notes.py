@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgetune.documents import read_notes
-from edgetune.split import split
+from edgetune.documents.heldout import split
 
 NOTES = Path(__file__).resolve().parent.parent / "examples" / "notes"
 

@@ -21,7 +21,8 @@ from tiny import save_model
 
 import edgetune
 from edgetune import Session
-from edgetune.export import coreml_app, coreml_model
+from edgetune.export.coreml import app_files as coreml_app
+from edgetune.export.coreml import model as coreml_model
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig

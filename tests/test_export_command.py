@@ -23,7 +23,7 @@ from edgetune import export_adapter
 from edgetune.cli.main import cli
 from edgetune.events import Event, Exporting
 from edgetune.export import effect
-from edgetune.export.target import TARGETS, Job, check_memory, load_target
+from edgetune.export.targets import TARGETS, Job, check_memory, load_target
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError, UsageError

@@ -22,15 +22,23 @@ from torch import Tensor
 
 import edgetune
 from edgetune import export_adapter
-from edgetune.export import coreml, coreml_app, coreml_model, coreml_proof, coreml_source, coreml_weights, mil_eval, verify
-from edgetune.export.coreml_package import Package
-from edgetune.export.coreml_weights import Stored, blank, store
+from edgetune.export import verify
+from edgetune.export.coreml import app_files as coreml_app
+from edgetune.export.coreml import evaluator as mil_eval
+from edgetune.export.coreml import model as coreml_model
+from edgetune.export.coreml import proof as coreml_proof
+from edgetune.export.coreml import source as coreml_source
+from edgetune.export.coreml import target as coreml
+from edgetune.export.coreml import weights as coreml_weights
+from edgetune.export.coreml.evaluator import OPERATIONS, MilProgram
+from edgetune.export.coreml.package import Package
+from edgetune.export.coreml.weights import Stored, blank, store
 from edgetune.export.merge import Merged
-from edgetune.export.mil_eval import OPERATIONS, MilProgram
-from edgetune.export.target import Job, check_memory
+from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
@@ -84,7 +92,7 @@ def written(job: Job, folder: Path) -> coreml_proof.EvaluatedPackage:
 def engine(model: Llama, ids: list[int]) -> Tensor:
     """The engine's logits in one pass, on the reference back end."""
     with ops.use_backend("reference"):
-        h = Runner(model).infer(torch.tensor(ids), torch.arange(len(ids)), [(0, len(ids), 0, len(ids))], None)
+        h = Runner(model).infer(torch.tensor(ids), torch.arange(len(ids)), [Segment(0, len(ids), 0, len(ids))], None)
         return model.logits(h)
 
 

@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 
 import edgetune
 from edgetune import export_adapter
-from edgetune.export import gguf, gguf_adapter, gguf_model, llamacpp, verify
-from edgetune.export.gguf_names import from_llama_rows, to_llama_rows
-from edgetune.export.gguf_vocab import SPLITS, read_vocabulary
+from edgetune.export import verify
+from edgetune.export.gguf import adapter as gguf_adapter
+from edgetune.export.gguf import llamacpp
+from edgetune.export.gguf import model as gguf_model
+from edgetune.export.gguf import target as gguf
+from edgetune.export.gguf.names import from_llama_rows, to_llama_rows
+from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
 from edgetune.export.merge import merged
-from edgetune.export.target import Job, check_memory
+from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model

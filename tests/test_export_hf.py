@@ -16,7 +16,7 @@ import edgetune
 from edgetune.export import effect, rounding, verify
 from edgetune.export import hf as target
 from edgetune.export.merge import DenseRecipe, Merged
-from edgetune.export.target import check_memory
+from edgetune.export.targets import check_memory
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4

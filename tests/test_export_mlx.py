@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 import edgetune
-from edgetune.export import effect, mlx_groups
-from edgetune.export import mlx as target
+from edgetune.export import effect
+from edgetune.export.mlx import groups as mlx_groups
+from edgetune.export.mlx import target
 from edgetune.export.rounding import nearest
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters

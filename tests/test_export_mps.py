@@ -14,9 +14,8 @@ from metal_shim import needs_a_compiler
 from tiny import FAMILIES, save_model, save_trainable
 
 from edgetune import export_adapter
-from edgetune.evaluate import evaluate
 from edgetune.export import mps, verify
-from edgetune.export.target import Job
+from edgetune.export.targets import Job
 from edgetune.runtime import nf4
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.checkpoint import open_model
@@ -24,6 +23,7 @@ from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.session import Session
+from edgetune.training.evaluation import evaluate
 
 PROMPT = [1, 5, 9, 13, 40]
 

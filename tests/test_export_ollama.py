@@ -11,7 +11,7 @@ import tiny
 import edgetune
 from edgetune.export import ollama, verify
 from edgetune.export.go_template import Derived, derive, evaluate
-from edgetune.export.target import Job
+from edgetune.export.targets import Job
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.templates import ChatTemplate
 from edgetune.runtime.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ import edgetune
 from edgetune.cli.main import cli
 from edgetune.export import peft as target
 from edgetune.export import verify
-from edgetune.export.target import TARGETS, load_target
+from edgetune.export.targets import TARGETS, load_target
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model

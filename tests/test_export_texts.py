@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from edgetune import export_adapter
 from edgetune.cli.main import cli
 from edgetune.export import effect
-from edgetune.export.target import TARGETS, Job, check_texts, load_target
-from edgetune.models import resolve
+from edgetune.export.targets import TARGETS, Job, check_texts, load_target
+from edgetune.library.base_models import resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import DataError, UsageError

@@ -14,10 +14,11 @@ from torch import Tensor
 
 import edgetune
 from edgetune.export import verify
-from edgetune.export.target import Held, Job, enough
+from edgetune.export.targets import Held, Job, enough
 from edgetune.export.verify import Agreement, Bound, Golden
-from edgetune.models import resolve
+from edgetune.library.base_models import resolve
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
 
 DEMO = Path(edgetune.__file__).parent / "demo"
@@ -51,7 +52,7 @@ def read_as(job: Job, adapter: Adapter | None, expected: Golden) -> Fixed:
     model = replace(job, adapter=adapter).model()
     positions, n = torch.arange(len(expected.ids)), len(expected.ids)
     with torch.no_grad():
-        h = verify.Runner(model).infer(torch.tensor(expected.ids), positions, [(0, n, 0, n)], None)
+        h = verify.Runner(model).infer(torch.tensor(expected.ids), positions, [Segment(0, n, 0, n)], None)
         return Fixed(model.logits(h).float())
 
 

@@ -85,7 +85,7 @@ def test_only_one_module_talks_to_other_processes() -> None:
         return reached or any(name.startswith("torch.distributed") for name in imports(path))
 
     users = [path.relative_to(ROOT) for floor in ("runtime", "export", "edgetune") for path in sources(floor) if uses(path)]
-    assert users == [Path("edgetune/distributed.py")]
+    assert users == [Path("edgetune/training/distributed.py")]
 
 
 def test_heavy_packages_are_imported_inside_functions() -> None:

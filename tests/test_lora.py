@@ -13,13 +13,15 @@ import torch
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import Linear, LoraLinear
 from edgetune.runtime.model import Llama
-from edgetune.runtime.runner import Recompute, Row, Runner
+from edgetune.runtime.runner import Recompute, Runner
 
 CONFIG = LoraConfig(rank=4, alpha=8.0)
 
@@ -39,14 +41,14 @@ def shaken(model: Llama, config: LoraConfig = CONFIG) -> Llama:
     return model
 
 
-def row(length: int = 50, masked: int = 0) -> Row:
+def row(length: int = 50, masked: int = 0) -> Batch:
     ids = torch.randint(0, 128, (length + 1,), generator=torch.Generator().manual_seed(3))
     weights = torch.ones(length)
     weights[:masked] = 0
-    return Row(ids[:-1], ids[1:], weights / weights.sum(), torch.arange(length), [(0, length)])
+    return Batch(ids[:-1], ids[1:], weights / weights.sum(), torch.arange(length), (Segment.packed(0, length),))
 
 
-def gradients(model: Llama, recompute: Recompute, one: Row, key: int | None = None) -> tuple[float, list[torch.Tensor]]:
+def gradients(model: Llama, recompute: Recompute, one: Batch, key: int | None = None) -> tuple[float, list[torch.Tensor]]:
     for parameter in adapters.parameters(model):
         parameter.grad = None
     loss = Runner(model, recompute, loss_rows=16).train(one, key)
@@ -68,7 +70,7 @@ def test_loss_and_gradients_equal_pefts(folder: Path, tmp_path: Path, recompute:
     one = row(masked=10)
     loss, ours = gradients(model, recompute, one)
     logits = theirs(one.input_ids[None]).logits[0]
-    wanted = (torch.nn.functional.cross_entropy(logits, one.targets, reduction="none") * one.weights).sum()
+    wanted = (torch.nn.functional.cross_entropy(logits, one.targets, reduction="none") * one.loss_mask).sum()
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), abs=1e-5)
     expected = {name: p.grad for name, p in theirs.named_parameters() if "lora_" in name}
@@ -118,7 +120,11 @@ def test_two_rows_weigh_as_one(folder: Path) -> None:
     together = gradients(
         model,
         Recompute.FULL,
-        replace(whole, bounds=[(0, 13), (13, 60)], positions=torch.cat([torch.arange(13), torch.arange(47)])),
+        replace(
+            whole,
+            segments=(Segment.packed(0, 13), Segment.packed(13, 60)),
+            positions=torch.cat([torch.arange(13), torch.arange(47)]),
+        ),
     )
     for parameter in adapters.parameters(model):
         parameter.grad = None
@@ -127,12 +133,12 @@ def test_two_rows_weigh_as_one(folder: Path) -> None:
         part = slice(start, end)
         loss += float(
             runner.train(
-                Row(
+                Batch(
                     whole.input_ids[part],
                     whole.targets[part],
-                    whole.weights[part],
+                    whole.loss_mask[part],
                     torch.arange(end - start),
-                    [(0, end - start)],
+                    (Segment.packed(0, end - start),),
                 )
             )
         )
@@ -145,12 +151,12 @@ def test_merged_equals_adapted(folder: Path) -> None:
     model = shaken(load_llama(open_model(folder), torch.float32))
     ids = row().input_ids
     with torch.no_grad():
-        adapted = model.logits(Runner(model).infer(ids, torch.arange(50), [(0, 50, 0, 50)], None))
+        adapted = model.logits(Runner(model).infer(ids, torch.arange(50), [Segment(0, 50, 0, 50)], None))
         for block in model.blocks:
             for name, linear in block.linears().items():
                 assert isinstance(linear, LoraLinear)
                 setattr(block, name, linear.merge(torch.float32))
-        merged = model.logits(Runner(model).infer(ids, torch.arange(50), [(0, 50, 0, 50)], None))
+        merged = model.logits(Runner(model).infer(ids, torch.arange(50), [Segment(0, 50, 0, 50)], None))
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
 
 
@@ -164,7 +170,7 @@ def test_peft_loads_what_we_write_and_gives_our_logits(folder: Path, tmp_path: P
     theirs = peft.PeftModel.from_pretrained(tiny.transformers_model("llama-2-grouped"), str(tmp_path / "adapter"))
     ids = row().input_ids
     with torch.no_grad():
-        ours = model.logits(Runner(model).infer(ids, torch.arange(50), [(0, 50, 0, 50)], None))
+        ours = model.logits(Runner(model).infer(ids, torch.arange(50), [Segment(0, 50, 0, 50)], None))
         torch.testing.assert_close(ours, theirs(ids[None]).logits[0], atol=1e-4, rtol=0)
 
 
@@ -180,7 +186,7 @@ def test_we_load_what_peft_writes(folder: Path, tmp_path: Path) -> None:
     adapters.attach(model, adapters.load(tmp_path / "adapter"))
     ids = row().input_ids
     with torch.no_grad():
-        ours = model.logits(Runner(model).infer(ids, torch.arange(50), [(0, 50, 0, 50)], None))
+        ours = model.logits(Runner(model).infer(ids, torch.arange(50), [Segment(0, 50, 0, 50)], None))
         torch.testing.assert_close(ours, theirs(ids[None]).logits[0], atol=1e-4, rtol=0)
 
 

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from edgetune.runtime import ops
+from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
@@ -40,7 +41,7 @@ def test_logits_equal_transformers(pair: tuple[Llama, object], backend: str) -> 
     ours, theirs = pair
     ids = token_ids()
     with ops.use_backend("reference") if backend == "reference" else torch.no_grad():
-        h = Runner(ours).infer(ids, torch.arange(LENGTH), [(0, LENGTH, 0, LENGTH)], None)
+        h = Runner(ours).infer(ids, torch.arange(LENGTH), [Segment(0, LENGTH, 0, LENGTH)], None)
         logits = ours.logits(h)
     torch.testing.assert_close(logits, their_logits(theirs, ids), atol=TOLERANCE, rtol=0)
 
@@ -62,7 +63,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(pair: tuple[Llama, object]) ->
     cache = KVCache(ours.config, LENGTH, torch.float32, torch.device("cpu"))
     pieces = []
     for start, end in ((0, 20), (20, 21), (21, LENGTH)):
-        h = runner.infer(ids[start:end], torch.arange(start, end), [(0, end - start, 0, end)], cache)
+        h = runner.infer(ids[start:end], torch.arange(start, end), [Segment(0, end - start, 0, end)], cache)
         pieces.append(ours.logits(h))
     torch.testing.assert_close(torch.cat(pieces), their_logits(theirs, ids), atol=TOLERANCE, rtol=0)
 
@@ -72,7 +73,7 @@ def test_packed_documents_do_not_see_each_other(pair: tuple[Llama, object]) -> N
     first, second = token_ids(3, 30), token_ids(4, 45)
     positions = torch.cat([torch.arange(30), torch.arange(45)])
     with torch.no_grad():
-        h = Runner(ours).infer(torch.cat([first, second]), positions, [(0, 30, 0, 30), (30, 75, 30, 75)], None)
+        h = Runner(ours).infer(torch.cat([first, second]), positions, [Segment(0, 30, 0, 30), Segment(30, 75, 30, 75)], None)
         logits = ours.logits(h)
     wanted = torch.cat([their_logits(theirs, first), their_logits(theirs, second)])
     torch.testing.assert_close(logits, wanted, atol=TOLERANCE, rtol=0)

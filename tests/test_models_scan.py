@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from edgetune import models
-from edgetune.models import DEMO, Found, ModelChoice, resolve, scan
+from edgetune.library import base_models as models
+from edgetune.library.base_models import DEMO, Found, ModelChoice, resolve, scan
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError

@@ -17,10 +17,11 @@ from fake_mps import Machine, fake_mps, mps_table
 
 from edgetune.cli.main import plain_failures
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.evaluate import evaluate
 from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import device, ops, vocabulary
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.generate import Generator, Sampling
@@ -29,9 +30,10 @@ from edgetune.runtime.model import Llama
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.pager import CopySlots, Streamer
 from edgetune.runtime.quantize import quantize_folder
-from edgetune.runtime.runner import Recompute, Row, Runner
+from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Session
-from edgetune.training import train
+from edgetune.training.evaluation import evaluate
+from edgetune.training.train import train
 
 pytestmark = metal_shim.needs_a_compiler
 MPS, CPU = torch.device("mps"), torch.device("cpu")
@@ -68,13 +70,13 @@ def opened(folder: Path, where: torch.device, dtype: torch.dtype = torch.float32
     return load_llama(open_model(folder), dtype, where, **how)
 
 
-def row(seed: int) -> Row:
+def row(seed: int) -> Batch:
     """Two documents in a row; the first tokens of each are context."""
     ids = torch.randint(3, 128, (LENGTH + 1,), generator=torch.Generator().manual_seed(seed))
     weights = torch.full((LENGTH,), 1 / LENGTH)
     weights[:4] = weights[20:24] = 0
     positions = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])
-    return Row(ids[:-1], ids[1:], weights, positions, [(0, 20), (20, LENGTH)])
+    return Batch(ids[:-1], ids[1:], weights, positions, (Segment.packed(0, 20), Segment.packed(20, LENGTH)))
 
 
 def learnt(model: Llama, runner: Runner, dropout: float = 0.1, **optimizer: Any) -> list[torch.Tensor]:
@@ -253,7 +255,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     for number in range(24):
         text = f"# Shed {number}\n\nMarra oiled chain {number} and hung it behind the door, out of the wet. " * 2
         (tmp_path / "notes" / f"{number}.md").write_text(text)
-    monkeypatch.setattr("edgetune.run._SAMPLE_TOKENS", 3)
+    monkeypatch.setattr("edgetune.training.loop._SAMPLE_TOKENS", 3)
     return tmp_path / "model", tmp_path / "notes"
 
 

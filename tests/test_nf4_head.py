@@ -15,8 +15,8 @@ from tiny import save_model
 
 from edgetune.config import TrainConfig
 from edgetune.export import verify
-from edgetune.models import DEMO, resolve, scan
-from edgetune.plan import forecast
+from edgetune.library.base_models import DEMO, resolve, scan
+from edgetune.machine.forecast import forecast
 from edgetune.runtime import nf4
 from edgetune.runtime.budget import Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from edgetune.meter import anonymous_memory
 from edgetune.runtime.errors import ResourceError, TrainingError
+from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime.nf4 import dynamic_map
 from edgetune.runtime.optim import HOST, PagedAdamW
 

@@ -13,21 +13,23 @@ import pytest
 import tiny
 import torch
 
-from edgetune.meter import anonymous_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import pager
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import LoraConfig, QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import Linear
+from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime.model import Llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.pager import CudaSlots, HostSlots, PagedLayer, PagedWeight, Streamer, streamed_layers
 from edgetune.runtime.quantize import quantize_folder
-from edgetune.runtime.runner import Recompute, Row, Runner
+from edgetune.runtime.runner import Recompute, Runner
 from edgetune.runtime.safetensors_file import StoredTensor
 
 LAYERS = 6
@@ -59,9 +61,10 @@ def opened(folder: Path, layers_in_memory: int | None, dtype: torch.dtype = torc
     return load_llama(checkpoint, dtype, layer_memory=memory)
 
 
-def row(seed: int, length: int = 50) -> Row:
+def row(seed: int, length: int = 50) -> Batch:
     ids = torch.randint(0, 128, (length + 1,), generator=torch.Generator().manual_seed(seed))
-    return Row(ids[:-1], ids[1:], torch.full((length,), 1 / length), torch.arange(length), [(0, 20), (20, length)])
+    documents = (Segment.packed(0, 20), Segment.packed(20, length))
+    return Batch(ids[:-1], ids[1:], torch.full((length,), 1 / length), torch.arange(length), documents)
 
 
 def trained(model: Llama, runner: Runner, pages: Path | None = None) -> list[torch.Tensor]:
@@ -130,7 +133,7 @@ def test_a_linear_that_is_away_holds_nothing_and_says_so(folders: dict[str, Path
         assert linear.weight.packed.data_ptr() % 64 == 0
     assert linear.weight.packed.numel() == 0
     with pytest.raises((ValueError, RuntimeError, IndexError)):
-        model.blocks[3](torch.zeros(4, 64), Runner(model)._context(torch.arange(4), [(0, 4, 0, 4)], None))
+        model.blocks[3](torch.zeros(4, 64), Runner(model)._context(torch.arange(4), [Segment(0, 4, 0, 4)], None))
 
 
 def test_what_cannot_be_streamed_is_one_sentence(folders: dict[str, Path]) -> None:

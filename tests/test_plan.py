@@ -14,11 +14,13 @@ import torch
 from click.testing import CliRunner
 from tiny import save_trainable
 
-from edgetune import choose as planner
+from edgetune import memory_settings as planner
 from edgetune.cli.main import cli
 from edgetune.cli.plan import described
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.plan import forecast
+from edgetune.machine.forecast import forecast
+from edgetune.machine.shapes import SHAPES
+from edgetune.reports.terminal import human_bytes
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored, Vocabulary
@@ -27,8 +29,6 @@ from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.runner import Recompute
-from edgetune.shapes import SHAPES
-from edgetune.ui import human_bytes
 
 BF16, PROCESS, DATA = torch.bfloat16, 200_000_000, DataConfig(seq_len=512, batch_tokens=2048)
 LORA = LoraConfig(16, 16.0)
@@ -177,7 +177,7 @@ def test_plan_tells_of_notes_and_of_machines_that_are_not_here(tmp_path: Path, m
 
 def test_plan_names_what_of_embedding_and_head_takes_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path))
-    monkeypatch.setattr("edgetune.plan.seconds_a_step", lambda *arguments: 1.0)
+    monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", lambda *arguments: 1.0)
     config = SHAPES["tinyllama-1.1b"]
     head = 2 * config.vocab_size * config.hidden_size
     sizes = {"embedding, head in bfloat16": 2 * head, "head in bfloat16": head, "embedding, head in their file": 0}

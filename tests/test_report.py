@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune import plots
 from edgetune.events import Evaluated, Event, EventLog, Finished, Sampled, Skipped, Started, Stepped, read_events
-from edgetune.report import render, write_report
+from edgetune.reports import plots
+from edgetune.reports.html import render, write_report
 
 HOSTILE = "</p></title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'\x1b[2J\u202e"
 VOID = {"meta", "br"}

@@ -12,10 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgetune.dataset.token_store import (
+    CONTEXT,
+    PIECE_CHARS,
+    STOP,
+    TEXT,
+    ChatWriter,
+    TokenStore,
+    encode_text,
+    in_parts,
+    tokenize,
+)
 from edgetune.documents import Document, Turn, read_notes
 from edgetune.documents.chats import guanaco_text
 from edgetune.runtime.errors import DataError
-from edgetune.tokens import CONTEXT, PIECE_CHARS, STOP, TEXT, ChatWriter, TokenStore, encode_text, in_parts, tokenize
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BOS, EOS, END_OF_TURN, ROLE = 256, 257, 258, 259

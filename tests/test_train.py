@@ -14,20 +14,21 @@ import pytest
 import torch
 
 import edgetune
-from edgetune import registry
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.evaluate import evaluate
 from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
-from edgetune.prepare import prepare, read
-from edgetune.run import Run
+from edgetune.library import adapter_registry as registry
+from edgetune.library.loading import open_base
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError, UsageError
 from edgetune.runtime.lora import LoraLinear
-from edgetune.session import Session, open_base
-from edgetune.stepper import learning_rate
-from edgetune.training import train
+from edgetune.session import Session
+from edgetune.training.evaluation import evaluate
+from edgetune.training.loop import Run
+from edgetune.training.setup import prepare, read
+from edgetune.training.step import learning_rate
+from edgetune.training.train import train
 
 BEANS = ["broad beans", "runner beans", "peas", "leeks", "chard", "kale", "onions", "garlic", "radishes", "beetroot"]
 
@@ -155,9 +156,8 @@ def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: 
         prepared = prepare(config(notes, compute="fp32", dropout=0.0), open_base("demo"), tmp_path / str(rows))
         batches = prepared.packer.micro_batches(0, rows)
         trained = sum(batch.trained for batch in batches)
-        from edgetune.evaluate import as_row
 
-        losses.append(sum(float(prepared.runner.train(as_row(batch, trained))) for batch in batches))
+        losses.append(sum(float(prepared.runner.train(batch, divisor=trained)) for batch in batches))
         losses.append(float(torch.stack([p.grad.norm() for p in adapters.parameters(prepared.loaded.model)]).norm()))
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert losses[1] == pytest.approx(losses[3], rel=1e-4)
@@ -205,9 +205,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(notes: Path, m
 
     original, calls = Runner.train, []
 
-    def sometimes_nan(self: Runner, row: object, key: int | None = None) -> torch.Tensor:
+    def sometimes_nan(self: Runner, *arguments: object) -> torch.Tensor:
         calls.append(1)
-        loss = original(self, row, key)  # type: ignore[arg-type]
+        loss = original(self, *arguments)  # type: ignore[arg-type]
         return loss * float("nan") if len(calls) == 2 else loss
 
     monkeypatch.setattr(Runner, "train", sometimes_nan)
@@ -221,7 +221,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(notes: Path, m
 def test_steps_that_stay_not_finite_end_the_run(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgetune.runtime.runner import Runner
 
-    monkeypatch.setattr(Runner, "train", lambda self, row, key=None: torch.tensor(float("inf")))
+    monkeypatch.setattr(Runner, "train", lambda self, *arguments: torch.tensor(float("inf")))
     with pytest.raises(TrainingError, match=r"5 steps in a row.*--lr"):
         list(train(config(notes, steps=20)))
     assert registry.get_current() is None
@@ -277,7 +277,7 @@ def test_a_run_opens_its_model_once(notes: Path, monkeypatch: pytest.MonkeyPatch
         opened.append(folder)
         return open_model(folder)
 
-    monkeypatch.setattr("edgetune.session.open_model", counted)
+    monkeypatch.setattr("edgetune.library.loading.open_model", counted)
     finished(list(train(config(notes, steps=1))))
     assert len(opened) == 1
 

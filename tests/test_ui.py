@@ -14,8 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from edgetune import ui
 from edgetune.events import Evaluated, Event, Exporting, Finished, Sampled, Skipped, Started, Stepped, from_dict
+from edgetune.reports import terminal as ui
 
 
 def run_of(steps: int, seconds_per_step: float = 1.0, heldout: bool = True) -> Iterator[Event]:

@@ -14,19 +14,21 @@ import torch
 from click.testing import CliRunner
 
 from edgetune.cli.main import cli
-from edgetune.meter import anonymous_memory
-from edgetune.models import resolve
+from edgetune.library.base_models import resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops, vocabulary
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
+from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.quantize import quantize_folder
-from edgetune.runtime.runner import Row, Runner
+from edgetune.runtime.runner import Runner
 from edgetune.runtime.vocabulary import Head, StoredRows
 from edgetune.session import Session
 
@@ -106,9 +108,9 @@ def test_8_bits_are_nearest() -> None:
     assert small.nbytes < 0.27 * weight.nbytes
 
 
-def row() -> Row:
+def row() -> Batch:
     ids = torch.randint(0, 128, (61,), generator=torch.Generator().manual_seed(3))
-    return Row(ids[:-1], ids[1:], torch.full((60,), 1 / 60), torch.arange(60), [(0, 60)])
+    return Batch(ids[:-1], ids[1:], torch.full((60,), 1 / 60), torch.arange(60), (Segment.packed(0, 60),))
 
 
 FORMS = {"int8": (False, "int8"), "nf4": (False, "nf4"), "embedding": (True, None), "both": (True, vocabulary.FILE)}

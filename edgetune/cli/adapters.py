@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.options import json_option, model_option, print_json
-from edgetune.ui import human_bytes, one_line
+from edgetune.reports.terminal import human_bytes, one_line
 
 if TYPE_CHECKING:
-    from edgetune.registry import Kept
+    from edgetune.library.adapter_registry import Kept
     from edgetune.runtime.checkpoint import Checkpoint
 
 
@@ -25,7 +25,7 @@ def adapters_command() -> None:
 @json_option
 def list_command(as_json: bool) -> None:
     """Every adapter kept here, oldest first; * is the current one."""
-    from edgetune import registry
+    from edgetune.library import adapter_registry as registry
 
     found = registry.kept()
     if as_json:
@@ -43,7 +43,7 @@ def list_command(as_json: bool) -> None:
 @json_option
 def show_command(name: str, model: str | None, as_json: bool) -> None:
     """What the adapter NAME of a base model is."""
-    from edgetune import registry
+    from edgetune.library import adapter_registry as registry
 
     adapter = registry.describe(_kept(name, model)[0])
     if as_json:
@@ -61,9 +61,9 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
 @json_option
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
     """Keep a copy of the adapter at SOURCE: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
-    from edgetune import registry
-    from edgetune.session import open_base
-    from edgetune.state import expand
+    from edgetune.home import expand
+    from edgetune.library import adapter_registry as registry
+    from edgetune.library.loading import open_base
 
     choice, base = open_base(model)
     folder = registry.keep(expand(str(source)), base, choice.name, name)
@@ -79,7 +79,7 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
 @json_option
 def promote_command(name: str, model: str | None, as_json: bool) -> None:
     """Make NAME the adapter that chat, generate and export take."""
-    from edgetune import registry
+    from edgetune.library import adapter_registry as registry
 
     folder, choice, base = _kept(name, model)
     registry.load_for(folder, base)
@@ -96,7 +96,7 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
 @json_option
 def delete_command(name: str, model: str | None, as_json: bool) -> None:
     """Remove the adapter NAME for good; not the current one while its base has another."""
-    from edgetune import registry
+    from edgetune.library import adapter_registry as registry
 
     folder, _, _ = _kept(name, model)
     registry.delete(folder)
@@ -108,9 +108,9 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
 
 def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     """The folder of a kept adapter, its base's name and the base. Raises AdapterError where there is none."""
-    from edgetune import registry
+    from edgetune.library import adapter_registry as registry
+    from edgetune.library.loading import open_base
     from edgetune.runtime.errors import AdapterError
-    from edgetune.session import open_base
 
     choice, base = open_base(model)
     folder = registry.kept_folder(name, base.digest)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.shapes import MEASURED
-from edgetune.ui import human_bytes
+from edgetune.machine.shapes import MEASURED
+from edgetune.reports.terminal import human_bytes
 
 
 @click.command("bench")
@@ -24,7 +24,7 @@ from edgetune.ui import human_bytes
 @json_option
 def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
     """Measure this machine, and a model with random weights on it."""
-    from edgetune.bench import bench
+    from edgetune.machine.bench import bench
 
     result = bench(shape, tokens, repeats)
     if as_json:

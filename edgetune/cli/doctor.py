@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.ui import human_bytes, one_line
+from edgetune.reports.terminal import human_bytes, one_line
 
 
 @click.command("doctor")
@@ -14,7 +14,7 @@ def doctor_command(as_json: bool) -> None:
     """Say what this installation can do on this machine, and what is amiss. An NVIDIA card or an Apple GPU is tried out,
     which takes seconds; the report can be sent on as it is.
     """
-    from edgetune.doctor import examine
+    from edgetune.machine.doctor import examine
 
     found = examine(lambda name: click.echo(f"trying {name}", err=True))  # the last one said is what ended the program, if any
     if as_json:

@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json
-from edgetune.ui import human_bytes, one_line
+from edgetune.reports.terminal import human_bytes, one_line
 
 
 @click.command("eval")
@@ -18,7 +18,7 @@ from edgetune.ui import human_bytes, one_line
 @json_option
 def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, as_json: bool) -> None:
     """Bits per byte of TEXTS (files and folders of notes): the fewer, the better the model knows them."""
-    from edgetune.evaluate import evaluate
+    from edgetune.training.evaluation import evaluate
 
     result = evaluate(texts, model, adapter, device)
     if as_json:

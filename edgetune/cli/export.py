@@ -9,8 +9,8 @@ import click
 
 from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
 from edgetune.config import parse_bytes
-from edgetune.export.target import TARGETS
-from edgetune.ui import human_bytes, human_time, one_line, renderer
+from edgetune.export.targets import TARGETS
+from edgetune.reports.terminal import human_bytes, human_time, one_line, renderer
 
 
 @click.command("export")

@@ -16,10 +16,10 @@ from typing import NoReturn
 import click
 
 import edgetune
+from edgetune.home import home
+from edgetune.reports.terminal import sanitize
 from edgetune.runtime.errors import EdgetuneError
 from edgetune.runtime.files import explain_full_disk
-from edgetune.state import home
-from edgetune.ui import sanitize
 
 COMMANDS = {
     "train": "edgetune.cli.train",

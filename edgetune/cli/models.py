@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import json_option, print_json
+from edgetune.reports.terminal import human_bytes, one_line
 from edgetune.runtime.quantize import HEADS
-from edgetune.ui import human_bytes, one_line
 
 
 @click.command("models")
@@ -18,7 +18,7 @@ from edgetune.ui import human_bytes, one_line
 @json_option
 def models_command(folder: str | None, as_json: bool) -> None:
     """List base models on this machine (or below FOLDER): Hugging Face cache, LM Studio, Ollama, MLX. Nothing is fetched."""
-    from edgetune.models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
+    from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
 
     found = scan(folder)
     if as_json:
@@ -55,7 +55,7 @@ def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json
 
     A killed run is continued by the same command.
     """
-    from edgetune.models import resolve
+    from edgetune.library.base_models import resolve
     from edgetune.runtime.quantize import quantize_folder
 
     progress = None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgetune.config import HEADS
+from edgetune.reports.terminal import sanitize
 from edgetune.runtime.device import DEVICES
-from edgetune.ui import sanitize
 
 if TYPE_CHECKING:
     from edgetune.session import Session
@@ -72,7 +72,7 @@ class Writing:
 
     def session(self) -> Session:
         """Open the model, and say on standard error which model and adapter answer."""
-        from edgetune.models import DEMO, DEMO_NOTICE
+        from edgetune.library.base_models import DEMO, DEMO_NOTICE
         from edgetune.session import Session
 
         session = Session.load(self.model, self.adapter, self.device, self.head)

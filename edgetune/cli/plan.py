@@ -8,10 +8,10 @@ import click
 
 from edgetune.cli.options import json_option, print_json
 from edgetune.cli.train import config_of, training_options
-from edgetune.ui import human_bytes, human_time
+from edgetune.reports.terminal import human_bytes, human_time
 
 if TYPE_CHECKING:
-    from edgetune.plan import Forecast
+    from edgetune.machine.forecast import Forecast
 
 _PARTS = {
     "process": "Python, torch and edgetune",
@@ -41,7 +41,7 @@ def plan_command(as_json: bool, **flags: Any) -> None:
     --model also takes the name of a shape (llama-7b, llama-13b, llama-33b, llama-65b, llama-3.2-3b, tinyllama-1.1b) without
     weights, and --device cuda --memory 48GB describes a machine that is not this one.
     """
-    from edgetune.plan import forecast
+    from edgetune.machine.forecast import forecast
 
     result = forecast(config_of(flags))
     if as_json:

@@ -14,9 +14,9 @@ import click
 from edgetune.cli.options import Decorator, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
 from edgetune.events import Event, Interrupted, Started
+from edgetune.reports.terminal import human_bytes, one_line, renderer
 from edgetune.runtime.config import LINEARS
 from edgetune.runtime.device import DEVICES
-from edgetune.ui import human_bytes, one_line, renderer
 
 _SHOWN = 20
 
@@ -94,9 +94,9 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
 
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
-    from edgetune.awake import awake
-    from edgetune.models import DEMO, DEMO_NOTICE
-    from edgetune.training import train
+    from edgetune.library.base_models import DEMO, DEMO_NOTICE
+    from edgetune.training.keep_awake import awake
+    from edgetune.training.train import train
 
     stop = threading.Event()
     caught: list[int] = []
@@ -128,7 +128,7 @@ def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Si
 
 
 def _show_reading(config: TrainConfig, as_json: bool) -> None:
-    from edgetune.prepare import read
+    from edgetune.training.setup import read
 
     reading, parted = read(config)
     if as_json:

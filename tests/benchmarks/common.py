@@ -52,7 +52,7 @@ class Contender:
 def parser(description: str | None, contenders: bool = True) -> argparse.ArgumentParser:
     """The flags that every benchmark takes; those of rounds and contenders only where there are any."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--shape", default="tinyllama-1.1b", help="of edgetune.shapes.SHAPES; `demo` to try the script")
+    flags.add_argument("--shape", default="tinyllama-1.1b", help="of edgetune.machine.shapes.SHAPES; `demo` to try the script")
     flags.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     flags.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "edgetune-benchmarks")
     flags.add_argument("--json", type=Path, help="write everything measured to this file")
@@ -266,8 +266,8 @@ def measured(files: Sequence[Path], bare: int) -> Iterator[Result]:
     """
     import gc
 
-    from edgetune.meter import MemoryMeter
     from edgetune.runtime.device import trim_memory
+    from edgetune.runtime.memory_meter import MemoryMeter
 
     gc.collect()
     trim_memory()
@@ -334,8 +334,8 @@ def seconds_of(work: Callable[[], object], repeats: int, warmups: int = 1) -> li
 
 
 def hf_config(shape: str) -> Result:
-    """config.json of a shape of edgetune.shapes.SHAPES."""
-    from edgetune.shapes import SHAPES
+    """config.json of a shape of edgetune.machine.shapes.SHAPES."""
+    from edgetune.machine.shapes import SHAPES
 
     config = SHAPES[shape]
     return {
@@ -401,11 +401,11 @@ def _write_folder(folder: Path, shape: str, quantization: Result | None, write: 
 def _write_random_nf4(path: Path, shape: str) -> None:
     import torch
 
-    from edgetune.bench import random_nf4
+    from edgetune.machine.bench import random_nf4
+    from edgetune.machine.shapes import SHAPES
     from edgetune.runtime.bnb_layout import weight_specs, weight_tensors
     from edgetune.runtime.checkpoint import is_linear, model_shapes
     from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
-    from edgetune.shapes import SHAPES
 
     generator = torch.Generator().manual_seed(0)
     specs, tensors = [], {}

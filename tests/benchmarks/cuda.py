@@ -46,8 +46,8 @@ def main() -> None:
     flags.add_argument("--smoke", action="store_true", help="one tiny layer on the CPU: tries the script out")
     arguments = flags.parse_args()
     if arguments.smoke:
+        from edgetune.machine.shapes import SHAPES
         from edgetune.runtime import runner
-        from edgetune.shapes import SHAPES
 
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         tiny = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
@@ -159,8 +159,8 @@ def train(arguments: argparse.Namespace) -> Result:
     """A whole step of either side."""
     import torch
 
-    from edgetune import bench
-    from edgetune.shapes import SHAPES
+    from edgetune.machine import bench
+    from edgetune.machine.shapes import SHAPES
 
     row = bench.random_row(SHAPES[arguments.shape], arguments.tokens).to(arguments.device)
     parameters, optimizer, forward_backward = (ours if arguments.contender in OURS else peer)(arguments, row)
@@ -175,7 +175,7 @@ def train(arguments: argparse.Namespace) -> Result:
 
 
 def ours(arguments: argparse.Namespace, row: Any) -> tuple[Any, Callable[[], None], Callable[[], Any]]:
-    from edgetune import bench
+    from edgetune.machine import bench
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Recompute, Runner
@@ -210,7 +210,7 @@ def peer(arguments: argparse.Namespace, row: Any) -> tuple[Any, Callable[[], Non
 
 
 def decode_ours(arguments: argparse.Namespace) -> Result:
-    from edgetune.bench import decode_bytes
+    from edgetune.machine.bench import decode_bytes
     from edgetune.runtime.generate import Generator
     from edgetune.runtime.runner import Runner
 
@@ -245,10 +245,10 @@ def matvec(arguments: argparse.Namespace) -> Result:
     """Bytes a second that ops.matvec reads of a layer's linears, for one row of x, as it is and for each of CUTS."""
     import torch
 
-    from edgetune.bench import random_nf4
+    from edgetune.machine.bench import random_nf4
+    from edgetune.machine.shapes import SHAPES
     from edgetune.runtime import ops
     from edgetune.runtime.backends.cuda import weights
-    from edgetune.shapes import SHAPES
 
     shapes, found = SHAPES[arguments.shape].linear_shapes().values(), {}
     layers = 1 if arguments.smoke else 4  # more than a card's cache holds
@@ -278,7 +278,7 @@ def numerics(arguments: argparse.Namespace) -> Result:
     """Weights that dequantise otherwise than nf4.py says; relative errors of a product and of one layer's gradients."""
     import torch
 
-    from edgetune import bench
+    from edgetune.machine import bench
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime import nf4, ops
     from edgetune.runtime.runner import Runner

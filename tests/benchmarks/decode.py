@@ -205,7 +205,7 @@ def contend(arguments: argparse.Namespace) -> Result:
         return llama(arguments)
     bare = common.bare_torch(arguments.threads)
     if key == "bandwidth":
-        from edgetune.bench import read_gb_per_second
+        from edgetune.machine.bench import read_gb_per_second
 
         return {"read_gb_per_second": read_gb_per_second()}
     return ours(arguments, HEAD_KINDS[key], bare)
@@ -214,7 +214,7 @@ def contend(arguments: argparse.Namespace) -> Result:
 def ours(arguments: argparse.Namespace, head_kind: str | None, bare: int) -> Result:
     import torch
 
-    from edgetune.bench import decode_bytes
+    from edgetune.machine.bench import decode_bytes
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.device import compute_dtype
     from edgetune.runtime.generate import Generator

@@ -23,7 +23,7 @@ from pathlib import Path
 import common
 from common import Result
 
-from edgetune.export.target import TARGETS, load_target
+from edgetune.export.targets import TARGETS, load_target
 
 sys.path.append(str(common.ROOT / "tests"))  # its adapters.py
 

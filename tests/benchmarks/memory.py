@@ -122,16 +122,16 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
 
     import torch
 
-    from edgetune.bench import random_row
-    from edgetune.choose import LATER_BYTES, choose, least
     from edgetune.config import DataConfig
-    from edgetune.meter import MemoryMeter, anonymous_memory
+    from edgetune.machine.bench import random_row
+    from edgetune.memory_settings import LATER_BYTES, choose, least
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime.budget import Stored, Vocabulary
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.config import LINEARS, LoraConfig
     from edgetune.runtime.device import compact_heap, compute_dtype, trim_memory
     from edgetune.runtime.loader import load_llama
+    from edgetune.runtime.memory_meter import MemoryMeter, anonymous_memory
     from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Runner
     from edgetune.runtime.vocabulary import FILE

@@ -189,9 +189,9 @@ def notes_folder(arguments: argparse.Namespace) -> Path:
 def prepare(arguments: argparse.Namespace) -> Result:
     """The two sides as texts.json, and the base three ways: as it is, in NF4, and that dequantised."""
     from edgetune.config import DataConfig, TrainConfig
-    from edgetune.prepare import read
     from edgetune.runtime.quantize import quantize_folder
     from edgetune.runtime.tokenizer import Tokenizer
+    from edgetune.training.setup import read
 
     arguments.workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if arguments.limit is not None and not notes_folder(arguments).exists():
@@ -312,8 +312,8 @@ def ours(arguments: argparse.Namespace, bare: int) -> Result:
     os.environ["EDGETUNE_HOME"] = str(arguments.workdir / "home")
     from edgetune.config import DataConfig, TrainConfig
     from edgetune.events import Evaluated, Finished, Started
-    from edgetune.meter import MemoryMeter
-    from edgetune.training import train
+    from edgetune.runtime.memory_meter import MemoryMeter
+    from edgetune.training.train import train
 
     adapter = arguments.workdir / "adapters" / "ours"
     config = TrainConfig(

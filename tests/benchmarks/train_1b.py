@@ -197,7 +197,7 @@ def contend(arguments: argparse.Namespace) -> Result:
 def gemm_peak(arguments: argparse.Namespace) -> Result:
     import torch
 
-    from edgetune import bench
+    from edgetune.machine import bench
     from edgetune.runtime.device import compute_dtype
 
     shapes = bench.gemm_shapes(bench.SHAPES[arguments.shape], arguments.tokens)
@@ -224,14 +224,16 @@ def row_of_ids(arguments: argparse.Namespace) -> Any:
 def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     import torch
 
-    from edgetune import bench
+    from edgetune.machine import bench
     from edgetune.runtime import adapter as adapters
+    from edgetune.runtime.attention import Segment
+    from edgetune.runtime.batch import Batch
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.device import compact_heap, compute_dtype
     from edgetune.runtime.loader import load_llama
     from edgetune.runtime.ops import fuses
     from edgetune.runtime.optim import PagedAdamW
-    from edgetune.runtime.runner import Recompute, Row, Runner
+    from edgetune.runtime.runner import Recompute, Runner
 
     small = setting in SMALL
     if setting == "compact":
@@ -245,7 +247,7 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters, pages=arguments.workdir if small else None)
     tokens, ids = arguments.tokens, row_of_ids(arguments)
-    row = Row(ids[:-1], ids[1:], torch.full((tokens,), 1 / tokens), torch.arange(tokens), [(0, tokens)])
+    row = Batch(ids[:-1], ids[1:], torch.full((tokens,), 1 / tokens), torch.arange(tokens), (Segment.packed(0, tokens),))
 
     def step() -> float:
         loss = runner.train(row)

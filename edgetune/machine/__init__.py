@@ -1,0 +1,1 @@
+"""What this machine can do: doctor, device checks, benchmarks and the forecast of a run."""

@@ -1,0 +1,334 @@
+"""What only the device itself can confirm: that it computes what plain torch computes on the CPU.
+
+`edgetune doctor` runs this where there is an NVIDIA card or an Apple GPU, and prints what was found in a form to send on: no
+path, no text, nothing about the machine but what doctor says anyway.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgetune.library.base_models import DEMO, resolve
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime import attention, nf4, ops, vocabulary
+from edgetune.runtime.attention import Segment
+from edgetune.runtime.backends import reference
+from edgetune.runtime.batch import Batch
+from edgetune.runtime.budget import Stored, least_layer_memory
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.device import compute_dtype, device_memory, trim_device
+from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.model import Llama
+from edgetune.runtime.optim import PagedAdamW
+from edgetune.runtime.runner import Runner
+
+SHAPES = ((2048, 2048), (256, 2048), (2048, 5632), (257, 1000), (33, 67))
+"""TinyLlama's linears, and two whose blocks cross rows; the last has an odd number of weights."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_PRODUCT = 2e-2
+"""The C++ kernels multiply in 8 bits: see backends/cpu/decode.py."""
+_EXACT, _GRADIENT, _ROUNDED = 1e-4, 1e-3, 5e-2
+_TOKENS, _WRITTEN = 256, 16
+_LORA = LoraConfig(rank=8, alpha=16.0, dropout=0.05)
+_CPU = torch.device("cpu")
+_LENT, _KEPT = 256 << 20, 64 << 20
+_ON_MPS = "memory"
+_PATH = re.compile(r"""(?:~|[A-Za-z]:)?[/\\][^\s'"():,;]*[/\\][^\s'"():,;]*""")
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """One thing that was tried, whether it is as it should be, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class _Differs(Exception):
+    """What the device gave is not what it should give."""
+
+
+def confirm(device: torch.device, tell: Callable[[str], object] = lambda name: None) -> list[Confirmation]:
+    """Try everything on `device`; takes seconds. A check that breaks off is one that is not ok.
+
+    tell: given each check's name before it is tried, since a driver may end the whole program.
+    """
+    found = []
+    for name, check in CHECKS.items():
+        if name != _ON_MPS or device.type == "mps":
+            tell(name)
+            found.append(_tried(name, check, device))
+    return found
+
+
+def without_paths(text: str) -> str:
+    """The text on one line, with what looks like a path, or is this person's or this Python's folder, left out."""
+    for folder in sorted({str(Path.home()), sys.prefix, sys.base_prefix} - {os.sep}, key=len, reverse=True):
+        text = text.replace(folder, f"{os.sep}…{os.sep}…")
+    return _PATH.sub("…", " ".join(text.split()))
+
+
+def _tried(name: str, check: Callable[[torch.device], str], device: torch.device) -> Confirmation:
+    try:
+        return Confirmation(name, True, check(device))
+    except _Differs as found:
+        return Confirmation(name, False, without_paths(str(found)))
+    except Exception as error:  # whatever a driver may come up with: it is what the report is for
+        text = str(error.strerror if isinstance(error, OSError) else error)
+        return Confirmation(name, False, f"{type(error).__name__}: {without_paths(text)[:300]}")
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """The difference's norm over the wanted one's; infinite where a number is not finite."""
+    error = float((found.detach().cpu().float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def _within(what: str, error: float, bound: float) -> float:
+    """The error. Raises _Differs beyond the bound."""
+    if not error <= bound:
+        raise _Differs(f"{what}: relative error {error:.2g}, expected {bound:.2g} at most")
+    return error
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _kernels(device: torch.device) -> str:
+    """Whether the device's own kernels serve."""
+    missing = ops.kernels_missing(device.type)
+    if missing is not None:
+        raise _Differs(f"plain torch serves: {missing}")
+    return f"back end {ops.backend_for(device).NAME}"
+
+
+def _dequantisation(device: torch.device) -> str:
+    """NF4 to dense against nf4.py, which every back end gives bit for bit."""
+    equal = count = 0
+    for number, shape in enumerate(SHAPES):
+        for double_quant in (True, False):
+            quantized = nf4.quantize(_random(*shape, seed=number), double_quant=double_quant)
+            there = quantized.to(device)
+            for dtype in _FLOATS:
+                found, wanted = ops.dequantize(there, dtype).cpu(), nf4.dequantize(quantized, dtype)
+                _within(f"{shape} in {dtype}", _error(found, wanted), torch.finfo(dtype).eps)
+                equal, count = equal + torch.equal(found, wanted), count + 1
+    return f"{equal} of {count} bit for bit" + (", the others to the last rounding" if equal < count else "")
+
+
+def _products(device: torch.device) -> str:
+    """Few rows times a packed weight against the dense product."""
+    worst = 0.0
+    for number, shape in enumerate(SHAPES):
+        quantized = nf4.quantize(_random(*shape, seed=number))
+        there, dense = quantized.to(device), nf4.dequantize(quantized, torch.float32)
+        for dtype in ops.COMPUTE_DTYPES:
+            bound = _CPU_PRODUCT if device.type == "cpu" else max(2 * torch.finfo(dtype).eps, _EXACT)
+            for rows in (1, 2, 7, ops.FEW_ROWS):
+                x = _random(rows, shape[1], seed=rows).to(dtype)
+                error = _error(ops.matvec(x.to(device), there), x.float() @ dense.T)
+                worst = max(worst, _within(f"{rows} rows times {shape} in {dtype}", error, bound))
+    return f"largest relative error {worst:.2g}"
+
+
+def _dense_products(device: torch.device) -> str:
+    """Products into columns of a wider tensor, and with very many terms, which torch has got wrong on Apple GPUs."""
+    worst = 0.0
+    x, w, wide = _random(64, 96), _random(96, 80, seed=1), _random(64, 200, seed=2)
+    dlogits, head = _random(32, 40000, seed=3), _random(40000, 48, seed=4)
+    for dtype in ops.COMPUTE_DTYPES:
+        bound = max(8 * torch.finfo(dtype).eps, _EXACT)
+        x_, w_, found = (tensor.to(device, dtype, copy=True) for tensor in (x, w, wide))
+        ops.product_into(found[:, 7:87], x_, w_)
+        ops.add_product(found[:, 100:180], x_, w_, 0.5)
+        wanted = wide.to(dtype).float()
+        product = x.to(dtype).float() @ w.to(dtype).float()
+        wanted[:, 7:87] = product
+        wanted[:, 100:180] += 0.5 * product
+        worst = max(worst, _within(f"into columns, {dtype}", _error(found, wanted), bound))
+        gradient = vocabulary.input_gradient(dlogits.to(device, dtype), head.to(device, dtype))
+        terms = dlogits.to(dtype).float() @ head.to(dtype).float()
+        worst = max(worst, _within(f"of 40,000 terms, {dtype}", _error(gradient, terms), bound))
+    return f"largest relative error {worst:.2g}"
+
+
+def _elementwise(device: torch.device) -> str:
+    """The parts between products, forward and backward, in fp32; dropout that drops other values has another norm."""
+    h, weight, gate_up = _random(300, 384), _random(384, seed=1), _random(300, 512, seed=2)
+    dx, dact = _random(300, 384, seed=3), _random(300, 256, seed=4)
+    heads, angles = _random(300, 6, 64, seed=5), _random(300, 32, seed=6)
+    logits, targets = _random(100, 999, seed=7), torch.arange(100) * 7
+    there = [tensor.to(device) for tensor in (h, weight, gate_up, dx, dact, angles, logits, targets)]
+    h_, weight_, gate_up_, dx_, dact_, angles_, logits_, targets_ = there
+    gate, up = gate_up.chunk(2, dim=1)
+    gradients = torch.cat(reference.swiglu_backward(dact, gate, up), 1)
+    rotated = reference.rope_(heads.clone(), angles.cos(), angles.sin())
+    losses = reference.cross_entropy_(given := logits.clone(), targets, torch.ones(100))
+    pairs = {
+        "rms_norm": (ops.rms_norm(h_, weight_, 1e-5), reference.rms_norm(h, weight, 1e-5)),
+        "its backward": (ops.rms_norm_backward(dx_, h_, weight_, 1e-5), reference.rms_norm_backward(dx, h, weight, 1e-5)),
+        "swiglu": (ops.swiglu(gate_up_), reference.swiglu(gate, up)),
+        "swiglu's backward": (ops.swiglu_backward(dact_, gate_up_), gradients),
+        "rope": (ops.rope_(heads.to(device, copy=True), angles_.cos(), angles_.sin()), rotated),
+        "cross entropy": (ops.cross_entropy_(logits_, targets_, torch.ones(100, device=device)), losses),
+        "its gradient": (logits_, given),
+        "dropout": (ops.dropout(h_, 0.3, 1234567), reference.dropout(h, 0.3, 1234567)),
+    }
+    worst = max(_within(name, _error(*pair), _EXACT) for name, pair in pairs.items())
+    return f"largest relative error {worst:.2g}"
+
+
+def _attention(device: torch.device) -> str:
+    """Attention of packed documents, with grouped heads and a window, forward and backward: a card's bf16 is another kernel."""
+    q, k, v, do = _random(300, 6, 64), _random(300, 2, 64, seed=1), _random(300, 2, 64, seed=2), _random(300, 6, 64, seed=3)
+    segments, told = [(0, 130, 0, 130), (130, 300, 130, 300)], []
+    for dtype in ops.COMPUTE_DTYPES:
+        bound, worst = _EXACT if dtype == torch.float32 else 4 * torch.finfo(dtype).eps, 0.0
+        given = [tensor.to(dtype) for tensor in (q, k, v, do)]
+        q_, k_, v_, do_ = (tensor.to(device) for tensor in given)
+        exact_q, exact_k, exact_v, exact_do = (tensor.float() for tensor in given)
+        for window in (None, 100):
+            o, lse = attention.forward(exact_q, exact_k, exact_v, segments, window, 0.125)
+            wanted = [torch.empty_like(tensor) for tensor in (q, k, v)]
+            attention.backward(exact_do, exact_q, exact_k, exact_v, o, lse, segments, window, 0.125, *wanted)
+            o_, lse_ = ops.attention_forward(q_, k_, v_, segments, window, 0.125)
+            found = [torch.empty_like(tensor) for tensor in (q_, k_, v_)]
+            ops.attention_backward(do_, q_, k_, v_, o_, lse_, segments, window, 0.125, *found)
+            for name, one, other in zip(("output", "dq", "dk", "dv"), (o_, *found), (o, *wanted), strict=True):
+                worst = max(worst, _within(f"{name} in {dtype}, window {window}", _error(one, other), bound))
+        told.append(f"{worst:.2g} in {dtype}".replace("torch.", ""))
+    return f"largest relative error {', '.join(told)}"
+
+
+def _optimizer(device: torch.device) -> str:
+    """Three steps of AdamW, of 32 and of 8 bits, where a parameter takes many launches of a fused kernel."""
+    shapes, worst = ((2200, 1024), (33, 67), (64, 1024)), 0.0
+    for bits in (32, 8):
+        moved = []
+        for where in (_CPU, device):
+            start = [_random(*shape, seed=number) for number, shape in enumerate(shapes)]
+            parameters = [tensor.to(where, copy=True) for tensor in start]
+            optimizer = PagedAdamW(parameters, weight_decay=0.1, bits=bits)
+            for step in range(3):
+                for number, parameter in enumerate(parameters):
+                    parameter.grad = _random(*shapes[number], seed=10 + 3 * step + number).to(where)
+                optimizer.step(1e-2)
+            moved.append([parameter.cpu() - before for parameter, before in zip(parameters, start, strict=True)])
+        bound = _EXACT if bits == 32 else _ROUNDED  # a code may be the next one where a quotient is rounded otherwise
+        for shape, wanted, found in zip(shapes, *moved, strict=True):
+            worst = max(worst, _within(f"{bits} bits, {shape}", _error(found, wanted), bound))
+    return f"largest relative error {worst:.2g}"
+
+
+def _demo(device: torch.device, dtype: torch.dtype, layer_memory: int | None = None) -> Llama:
+    """The built-in model with a fresh adapter."""
+    model = load_llama(open_model(resolve(DEMO).path), dtype, device, layer_memory=layer_memory)
+    adapters.attach_new(model, _LORA, seed=0)
+    return model
+
+
+def _row(vocab_size: int) -> Batch:
+    ids = torch.randint(3, vocab_size, (_TOKENS + 1,), generator=torch.Generator().manual_seed(0))
+    half = _TOKENS // 2
+    weights, positions = torch.full((_TOKENS,), 1 / _TOKENS), torch.arange(_TOKENS) % half
+    weights[:5] = 0  # context only: rows are left out of the loss, and filled up
+    segments = (Segment.packed(0, half), Segment.packed(half, _TOKENS))
+    return Batch(ids[:-1], ids[1:], weights, positions, segments)
+
+
+def _trained(model: Llama) -> tuple[list[float], Tensor]:
+    """The losses of two steps, and the second's gradient: by then B is not zero, and every part of the adapter has one."""
+    runner, parameters = Runner(model), adapters.parameters(model)
+    optimizer, losses = PagedAdamW(parameters), []
+    for step in range(2):
+        optimizer.zero_grad()
+        losses.append(float(runner.train(_row(model.config.vocab_size), dropout_key=step)))
+        if step == 0:
+            optimizer.step(1e-3)
+    gradients = [parameter.grad.cpu().flatten() for parameter in parameters if parameter.grad is not None]
+    return losses, torch.cat(gradients)
+
+
+def _plain() -> tuple[list[float], Tensor]:
+    """The same two steps by plain torch on the CPU, in fp32."""
+    with ops.use_backend("reference"):
+        return _trained(_demo(_CPU, torch.float32))
+
+
+def _compared(name: str, found: tuple[list[float], Tensor], wanted: tuple[list[float], Tensor], bound: float) -> str:
+    loss = max(abs(one - other) / other for one, other in zip(found[0], wanted[0], strict=True))
+    _within(f"loss {name}", loss, bound)
+    return f"{name}: loss to {loss:.1g}, gradient to {_within(f'gradient {name}', _error(found[1], wanted[1]), bound):.1g}"
+
+
+def _training(device: torch.device) -> str:
+    """Two steps on the built-in model: in fp32 they are the CPU's, in the device's own dtype near them."""
+    wanted, dtype = _plain(), compute_dtype(device)
+    told = [_compared("in fp32", _trained(_demo(device, torch.float32)), wanted, _GRADIENT)]
+    if dtype != torch.float32:
+        told.append(_compared(f"in {dtype}".replace("torch.", ""), _trained(_demo(device, dtype)), wanted, _ROUNDED))
+    return "; ".join(told)
+
+
+def _streaming(device: torch.device) -> str:
+    """The same two steps, all layers but two read from the file while they run."""
+    checkpoint = open_model(resolve(DEMO).path)
+    model = _demo(device, torch.float32, 2 * least_layer_memory(checkpoint.config, Stored.of(checkpoint)))
+    assert model.pager.streaming
+    return _compared("in fp32", _trained(model), _plain(), _GRADIENT)
+
+
+def _text(device: torch.device) -> str:
+    """What the built-in model writes, taking the likeliest token each time."""
+    prompt, texts = [1, *range(3, 43)], []
+    for where, back_end in ((_CPU, "reference"), (device, ops.backend_for(device).NAME)):
+        with ops.use_backend(back_end), torch.no_grad():
+            generator = Generator(Runner(_demo(where, torch.float32)), 96)
+            texts.append(list(generator.generate(prompt, _WRITTEN, Sampling(0.0))))
+    if texts[0] != texts[1]:
+        same = sum(one == other for one, other in zip(*texts, strict=False))
+        raise _Differs(f"{same} of {len(texts[0])} tokens are the CPU's")
+    return f"{len(texts[0])} tokens are the CPU's"
+
+
+def _memory(device: torch.device) -> str:
+    """Whether an Apple GPU's memory is counted, and goes back to the system when it is trimmed."""
+    gc.collect()
+    trim_device(device)
+    before = device_memory(device)
+    tensor = torch.zeros(_LENT, dtype=torch.uint8, device=device)
+    held = device_memory(device) - before
+    del tensor
+    trim_device(device)
+    left = device_memory(device) - before
+    if held < _LENT or left > _KEPT:
+        raise _Differs(f"of {_LENT >> 20} MB {held >> 20} MB were counted, and {left >> 20} MB are left after trimming")
+    return f"{held >> 20} MB counted, {max(left, 0) >> 20} MB left after trimming"
+
+
+CHECKS: dict[str, Callable[[torch.device], str]] = {
+    "kernels": _kernels,
+    "NF4 dequantisation": _dequantisation,
+    "products of few rows": _products,
+    "dense products": _dense_products,
+    "elementwise parts": _elementwise,
+    "attention": _attention,
+    "optimizer": _optimizer,
+    "training steps": _training,
+    "streamed layers": _streaming,
+    "greedy text": _text,
+    _ON_MPS: _memory,
+}

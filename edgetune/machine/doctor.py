@@ -1,0 +1,77 @@
+"""What this installation can do on this machine, and what is amiss: the first thing to send with a question.
+
+Where there is an NVIDIA card or an Apple GPU it is tried (see confirm.py), which takes seconds: nobody else can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edgetune
+from edgetune.export.targets import TARGETS, load_target, missing_packages
+from edgetune.home import home
+from edgetune.machine.device_checks import confirm, without_paths
+from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
+from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
+
+
+def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
+    """The facts, JSON-ready. `problems` are sentences; none means that all is well. tell: see confirm."""
+    cpu, best = torch.device("cpu"), pick_device("auto")
+    confirmations = confirm(best, tell) if best.type != "cpu" else []
+    missing = kernels_missing()
+    package = Path(edgetune.__file__).resolve().parent
+    problems = []
+    if missing:
+        problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {without_paths(missing)}")
+    if not os.access(home(), os.W_OK):
+        problems.append("The state folder cannot be written to; set EDGETUNE_HOME to one that can.")
+    private = sys.platform == "win32" or home().stat().st_mode & 0o077 == 0
+    if not private:
+        problems.append("Others on this machine can look into the state folder; type chmod 700 for it.")
+    problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]
+    return {
+        "edgetune": edgetune.__version__,
+        "package": "clone" if (package.parent / "runtime").is_dir() else "site-packages",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": _system(),
+        "processor": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": missing is None,
+        "backend": backend_name(cpu),
+        "dtype": str(compute_dtype(cpu)).removeprefix("torch."),
+        "fast_bf16": has_fast_bf16(),
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "device": best.type,
+        "device_backend": backend_name(best),
+        "writes_with_head": "int8" if multiplies_int8(best) else "as stored",
+        "device_dtype": str(compute_dtype(best)).removeprefix("torch."),
+        "confirmations": [dataclasses.asdict(found) for found in confirmations],
+        "memory_available_bytes": available_memory(),
+        "exports_proved": [name for name in TARGETS if not _missing(name)],
+        "exports_lacking": [f"{name}: edgetune[{load_target(name).NEEDS[1]}]" for name in TARGETS if _missing(name)],
+        "home_is_private": private,
+        "problems": problems,
+    }
+
+
+def _missing(target: str) -> list[str]:
+    """Packages without which an export is not proved here."""
+    module = load_target(target)
+    return missing_packages(module, module.WEIGHTS[0])
+
+
+def _system() -> str:
+    """The operating system, on a Mac with its version: what Metal can do depends on it."""
+    version = platform.mac_ver()[0]
+    return f"macOS {version} {platform.machine()}" if version else f"{platform.system()} {platform.machine()}"

@@ -1,0 +1,1 @@
+"""The renderers of events: terminal, HTML report and plots."""

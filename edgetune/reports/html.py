@@ -1,0 +1,361 @@
+"""A run's report: one HTML page, complete in itself, made from the run's events alone.
+
+Nothing on it is loaded and nothing runs: its Content-Security-Policy allows its own style sheet, by digest, and no
+more. It shows names of notes and text of the model, so it is private (0600) and every word in it is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
+from edgetune.reports.html_style import STYLE
+from edgetune.reports.plots import Curve, Point, chart, smooth
+from edgetune.reports.terminal import human_bytes, human_time, sanitize
+from edgetune.runtime.files import atomic_write
+
+IN_SIGHT = 12  # names or rows shown at once; more fold away
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's events by kind, as it counts: a continued run's repeated steps told once."""
+
+    started: Started | None
+    finished: Finished | None
+    interrupted: Interrupted | None
+    evaluated: Sequence[Evaluated]
+    stepped: Sequence[Stepped]
+    skipped: Sequence[Skipped]
+    samples: dict[str, dict[str, str]]  # prompt -> when -> text
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Run:
+        """Sort the events of one run."""
+        history = final_history(events)
+        samples: dict[str, dict[str, str]] = {}
+        for event in history:
+            if isinstance(event, Sampled):
+                samples.setdefault(event.prompt, {})[event.when] = event.text
+        return cls(
+            started=next((event for event in history if isinstance(event, Started)), None),
+            finished=next((event for event in reversed(history) if isinstance(event, Finished)), None),
+            interrupted=next((event for event in reversed(history) if isinstance(event, Interrupted)), None),
+            evaluated=list({event.step: event for event in history if isinstance(event, Evaluated)}.values()),
+            stepped=[event for event in history if isinstance(event, Stepped)],
+            skipped=[event for event in history if isinstance(event, Skipped)],
+            samples=samples,
+        )
+
+    @property
+    def before(self) -> float | None:
+        """Held-out bits per byte of the bare base."""
+        if self.finished is not None:
+            return self.finished.heldout_bits_per_byte_before
+        return self.evaluated[0].bits_per_byte if self.evaluated else None
+
+    @property
+    def best(self) -> Evaluated | None:
+        """The evaluation whose adapter was kept; of a run that is not finished, the best so far."""
+        kept = self.finished.best_step if self.finished else None
+        named = next((event for event in self.evaluated if event.step == kept), None)
+        return named or min(self.evaluated, key=lambda event: event.bits_per_byte, default=None)
+
+    @property
+    def after(self) -> float | None:
+        """Held-out bits per byte of the adapter that was kept."""
+        if self.finished is not None:
+            return self.finished.heldout_bits_per_byte_after
+        return self.best.bits_per_byte if self.best else None
+
+
+def write_report(path: Path | str, events: Iterable[Event]) -> None:
+    """Write the report of one run, in one step and readable by its owner alone."""
+    atomic_write(path, render(events), mode=0o600)
+
+
+def render(events: Iterable[Event]) -> str:
+    """The page, as text. Also of a run that is not finished, or has not taken a step."""
+    run = Run.of(events)
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    sections = [_head(run), _tiles(run), _plots(run), _samples(run), _facts(run), _evaluations(run), _heldout(run)]
+    sections.append(_plan(run))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n<meta name="robots" content="noindex">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>edgetune: {_text(run.started.run if run.started else 'a run')}</title>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n{chr(10).join(part for part in sections if part)}\n"
+        "<footer>Made by edgetune from this run's own events. This page loads nothing and sends nothing. It names your "
+        "notes and shows what the model wrote after learning them: think before you share it.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _head(run: Run) -> str:
+    started, finished = run.started, run.finished
+    if run.before is None or run.after is None:
+        title = "Nothing was held out, so nothing was proved" if finished else "Training"
+    elif run.after < run.before:
+        title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits for notes it never saw"
+    else:
+        title = "No better on notes it never saw"
+    about = ""
+    if started:
+        about = f"{started.model} learned from {_count(started.documents, 'document')} on {started.device}"
+        judges = _count(started.heldout_documents, "other")
+        about += f", and was judged by {judges} kept apart from them." if started.heldout_documents else "."
+    badges = []
+    if run.interrupted is not None:
+        badges.append(f"stopped after step {run.interrupted.step:,} of {run.interrupted.steps:,}: the same command goes on")
+    elif finished is None:
+        badges.append("not finished")
+    elif finished.cut:
+        badges.append(f"cut short: {finished.cut}")
+    if finished is not None and not finished.promoted:
+        badges.append("kept aside: not the current adapter")
+    if run.skipped:
+        badges.append(f"{_count(len(run.skipped), 'step')} skipped")
+    marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in badges)
+    name = f"<span>{_text(started.run)}</span>" if started else ""
+    return (
+        f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_text(title)}</h1>'
+        f'<p class="about">{_text(about)}</p></header>'
+    )
+
+
+def _tiles(run: Run) -> str:
+    finished = run.finished
+    tiles = []
+    if run.before is not None and run.after is not None:
+        tiles.append(("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", "less is better; kept: the best"))
+    if finished:
+        tiles += [
+            ("Trained", f"{finished.tokens:,}", f"tokens in {_count(finished.steps, 'step')}"),
+            ("Speed", f"{finished.tokens_per_second:,.0f}", "tokens a second"),
+            ("Time", human_time(finished.seconds), "from start to adapter"),
+            ("Peak memory", human_bytes(finished.peak_memory_bytes), "weights in use included"),
+        ]
+    cells = "".join(
+        f'<div class="{"score" if "→" in value else "fact"}"><dt>{_text(name)}</dt>'
+        f'<dd>{_text(value)}</dd><dd class="note">{_text(note)}</dd></div>'
+        for name, value, note in tiles
+    )
+    return f'<dl class="tiles">{cells}</dl>' if tiles else ""
+
+
+def _plots(run: Run) -> str:
+    def points(field: str) -> list[Point]:
+        return [(event.step, getattr(event, field)) for event in run.stepped]
+
+    loss = points("loss")
+    if len(loss) > 8:
+        loss_note = "nats a trained token; faint: each step, strong: smoothed"
+        losses = [Curve("Loss", loss, "faint"), Curve("Smoothed loss", smooth(loss))]
+    else:
+        loss_note, losses = "nats a trained token", [Curve("Loss", loss, "dots")]
+    heldout: list[Point] = [(event.step, event.bits_per_byte) for event in run.evaluated]
+    kept = ((float(run.best.step), run.best.bits_per_byte), "kept") if run.best and len(heldout) > 1 else None
+    skipped = [float(event.step) for event in run.skipped]
+    speed, memory = Curve("Tokens a second", points("tokens_per_second")), Curve("Memory", points("memory_bytes"))
+    norm, rate = Curve("Gradient norm", points("gradient_norm")), Curve("Learning rate", points("learning_rate"))
+    figures = [
+        _figure("loss", "Loss", loss_note, chart("loss", "Loss by step", losses, "{:.2f}".format, crosses=skipped)),
+        _figure(
+            "heldout",
+            "Held-out notes",
+            "bits per byte; ringed: the adapter that was kept",
+            chart("heldout", "Held-out notes", [Curve("Bits per byte", heldout, "dots")], "{:.3f}".format, marked=kept),
+        ),
+        _figure(
+            "speed",
+            "Throughput",
+            "trained tokens a second",
+            chart("speed", "Throughput by step", [speed], "{:,.0f}".format, from_zero=True),
+        ),
+        _figure(
+            "memory",
+            "Memory",
+            "anonymous memory and resident weights",
+            chart("memory", "Memory by step", [memory], human_bytes, from_zero=True),
+        ),
+        _figure(
+            "gradient",
+            "Gradient norm",
+            "before clipping",
+            chart("gradient", "Gradient norm by step", [norm], "{:.3g}".format, from_zero=True, crosses=skipped),
+        ),
+        _figure(
+            "rate",
+            "Learning rate",
+            "as planned",
+            chart("rate", "Learning rate by step", [rate], "{:.2g}".format, from_zero=True),
+        ),
+    ]
+    shown = "".join(figures)
+    return f'<section class="plots" aria-label="Curves">{shown}</section>' if shown else ""
+
+
+def _figure(name: str, title: str, note: str, svg: str) -> str:
+    if not svg:
+        return ""
+    return f'<figure class="{name}"><figcaption><b>{title}</b> {note}</figcaption>{svg}</figure>'
+
+
+def _samples(run: Run) -> str:
+    if not run.samples:
+        return ""
+    pairs = []
+    for prompt, texts in run.samples.items():
+        sides = "".join(
+            f'<div class="{when}"><h4>{title}</h4>{_written(prompt, texts.get(when))}</div>'
+            for when, title in (("before", "Before"), ("after", "After"))
+        )
+        pairs.append(f'<article><h3 dir="auto">{_text(prompt)}</h3><div class="pair">{sides}</div></article>')
+    return (
+        "<section><h2>The same beginnings, before and after</h2>"
+        '<p class="lead">What the model wrote on from each prompt.</p>'
+        f"{''.join(pairs)}</section>"
+    )
+
+
+def _written(prompt: str, text: str | None) -> str:
+    if text is None:
+        return '<p class="none">not sampled</p>'
+    return f'<p class="written" dir="auto"><span class="prompt">{_text(prompt)}</span>{_text(text)}</p>'
+
+
+def _facts(run: Run) -> str:
+    started, finished = run.started, run.finished
+    rows: list[tuple[str, str]] = []
+    if started:
+        rows += [
+            ("Base model", started.model),
+            ("Device", f"{started.device} ({started.backend})"),
+            (
+                "Documents",
+                f"{started.documents:,} trained, {started.heldout_documents:,} held out",
+            ),
+            ("Tokens an epoch", f"{started.tokens:,}"),
+            ("Parameters trained", f"{started.trainable_parameters:,} of {started.parameters:,}"),
+        ]
+    if finished:
+        rows += [
+            ("Adapter", finished.adapter),
+            ("Steps", f"{finished.steps:,}; kept: step {finished.best_step:,}; skipped: {finished.skipped_steps:,}"),
+            ("Tokens trained", f"{finished.tokens:,} at {finished.tokens_per_second:,.0f} a second"),
+            ("Time", human_time(finished.seconds)),
+            ("Peak memory", human_bytes(finished.peak_memory_bytes)),
+        ]
+    facts = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in rows)
+    table = f"<table><caption>The run</caption><tbody>{facts}</tbody></table>" if facts else ""
+    return f'<section class="facts"><h2>In figures</h2>{table}{_score(run.before, run.after)}</section>'
+
+
+def _score(before: float | None, after: float | None) -> str:
+    """The two scores in bits per byte, and what that means in words one can picture."""
+    if before is None or after is None:
+        return ""
+    rows = [
+        ("Bits per byte", f"{before:.3f}", f"{after:.3f}"),
+        ("Perplexity per byte: as unsure as between so many equal choices", f"{2**before:.2f}", f"{2**after:.2f}"),
+        ("Size of the notes, were the model used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
+    ]
+    body = "".join(
+        f'<tr><th scope="row">{_text(name)}</th><td class="number">{old}</td><td class="number">{new}</td></tr>'
+        for name, old, new in rows
+    )
+    return (
+        "<table><caption>On the held-out notes</caption><thead><tr><td></td>"
+        f'<th scope="col">Before</th><th scope="col">After</th></tr></thead><tbody>{body}</tbody></table>'
+    )
+
+
+def _evaluations(run: Run) -> str:
+    if len(run.evaluated) < 2:
+        return ""
+    rows = "".join(_reading(event, run.evaluated[0], event is run.best) for event in run.evaluated)
+    table = (
+        "<table><caption>Every reading of the held-out notes; the kept one is marked</caption><thead><tr>"
+        '<th scope="col">Step</th><th scope="col">Bits per byte</th><th scope="col">Against the first</th>'
+        f'<th scope="col">Perplexity per byte</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+    return f"<section>{_folded(f'{len(run.evaluated)} readings', table, len(run.evaluated))}</section>"
+
+
+def _reading(event: Evaluated, first: Evaluated, kept: bool) -> str:
+    change = "–" if event is first else f"{_ratio(event.bits_per_byte, first.bits_per_byte) - 1:+.1%}"
+    step = f"kept: {event.step:,}" if kept else f"{event.step:,}"
+    cells = (step, f"{event.bits_per_byte:.4f}", change, f"{2**event.bits_per_byte:.3f}")
+    row = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+    return f'<tr class="kept">{row}</tr>' if kept else f"<tr>{row}</tr>"
+
+
+def _ratio(new: float, old: float) -> float:
+    return new / old if old else 1.0
+
+
+def _heldout(run: Run) -> str:
+    paths = run.started.heldout_paths if run.started else ()
+    if not paths:
+        return ""
+    items = "".join(f"<li><bdi>{_text(path)}</bdi></li>" for path in paths)
+    names = f'<ul class="names">{items}</ul>'
+    return (
+        "<section><h2>Held-out notes</h2>"
+        f'<p class="lead">Never trained on, chosen by the digest of their text: the same notes in every run.</p>'
+        f"{_folded(_count(len(paths), 'note'), names, len(paths))}</section>"
+    )
+
+
+def _plan(run: Run) -> str:
+    plan = _flat(run.started.plan) if run.started else {}
+    rows = "".join(
+        f'<tr><th scope="row"><code>{_text(str(key))}</code></th><td>{_text(_setting(value))}</td></tr>'
+        for key, value in plan.items()
+    )
+    if not rows:
+        return ""
+    caption = "<caption>Written before step 1; the same plan on the same machine gives the same bits</caption>"
+    return f'<section><h2>The plan</h2><table class="plan">{caption}<tbody>{rows}</tbody></table></section>'
+
+
+def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A plan's sections as dotted names."""
+    rows: dict[str, Any] = {}
+    for key, value in plan.items():
+        name = f"{prefix}{key}"
+        rows |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(item) for item in value)
+    return str(value)
+
+
+def _folded(summary: str, body: str, size: int) -> str:
+    return body if size <= IN_SIGHT else f"<details><summary>{_text(summary)}</summary>{body}</details>"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _text(text: str) -> str:
+    """Any text, safe between tags and in quoted attributes; control characters and direction overrides made visible."""
+    return html.escape(sanitize(text), quote=True)

@@ -1,0 +1,71 @@
+"""Held-out bits per byte: what a model makes of text it has not seen, in a unit that no tokenizer flatters."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune.config import DataConfig
+from edgetune.dataset.packing import BitsPerByte, bits_per_byte, evaluation_batches
+from edgetune.dataset.token_store import TokenStore, tokenize
+from edgetune.documents import read_notes
+from edgetune.library import adapter_registry as registry
+from edgetune.library.loading import load_base, open_base
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.runner import Runner
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`edgetune eval`'s answer; perplexity is a token's, so it compares only models of one tokenizer."""
+
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    bytes: int
+    documents: int
+    model: str
+    adapter: str
+
+
+def evaluate_store(
+    runner: Runner, store: TokenStore, seq_len: int, batch_tokens: int, before_each: Callable[[], None] = lambda: None
+) -> BitsPerByte:
+    """Score every text token of a token store once, with the adapter that is on the model now.
+
+    `before_each` is called before each row; what it raises ends the evaluation.
+    """
+    scored = []
+    for batch in evaluation_batches(store, seq_len, batch_tokens):
+        before_each()
+        scored.append((batch, runner.score(batch).cpu()))
+    return bits_per_byte(store, scored)
+
+
+def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None = None, device: str = "auto") -> Evaluation:
+    """Bits per byte of a model on notes: files and folders, every document in them.
+
+    adapter: a folder, a name, "none", or None for the current one. Raises EdgetuneError's children.
+    """
+    reading = read_notes(texts)
+    loaded = load_base(open_base(model), device)
+    name, found = registry.adapter_for(adapter, loaded.checkpoint)
+    if found is not None:
+        adapters.attach(loaded.model, found)
+    settings = DataConfig()
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
+        store = tokenize(reading.documents, loaded.tokenizer, Path(folder) / "tokens")
+        result = evaluate_store(Runner(loaded.model), store, settings.seq_len, settings.batch_tokens)
+    nats = result.bits_per_byte * math.log(2) * result.bytes
+    return Evaluation(
+        bits_per_byte=result.bits_per_byte,
+        perplexity=math.exp(min(nats / max(result.tokens, 1), 700.0)),
+        tokens=result.tokens,
+        bytes=result.bytes,
+        documents=len(store.documents),
+        model=loaded.choice.name,
+        adapter=name,
+    )

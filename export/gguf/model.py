@@ -1,0 +1,190 @@
+"""A whole model as a GGUF file, written a tensor at a time.
+
+The specification is ggml's docs/gguf.md; keys and tensor names are those that llama.cpp's loader asks for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgetune.export.gguf.names import architecture, is_rotated, tensor_name, to_llama_rows
+from edgetune.export.merge import COPIES, merged
+from edgetune.export.targets import PROCESS_BYTES, Held, Job
+from edgetune.runtime.checkpoint import model_shapes
+from edgetune.runtime.config import LlamaConfig, RopeConfig
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.files import PRIVATE_FILE
+from edgetune.runtime.model import rope_frequencies
+
+KINDS = ("f32", "f16", "bf16", "q8_0")
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # llama.h's llama_ftype
+_PANEL = 1 << 20
+"""Numbers of a tensor that are turned into the file's form at once."""
+_PANELS = 10
+"""What encoding one holds, in panels of fp32."""
+_SHORTEST_WINDOW = 512
+GGUF_BYTES = 220_000_000
+"""Anonymous memory of a process that has written a model (measured on a 1.1B)."""
+
+
+def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], None]) -> tuple[str, ...]:
+    """Write the base with its adapter merged into it, its matrices in one of KINDS, its vectors in f32.
+
+    vocabulary: adds the tokenizer's keys to a gguf.GGUFWriter. Returns notices. Raises ModelError for a model that
+    llama.cpp would compute otherwise or f16 cannot hold.
+    """
+    import gguf
+
+    config = job.base.config
+    arch, notices = architecture(config), []
+    window = min((window for window in config.windows if window), default=config.max_positions)
+    if window < min(_SHORTEST_WINDOW, config.max_positions):
+        raise ModelError(
+            f"llama.cpp's {arch} has no sliding window and this model sees {window} tokens only; type `edgetune export hf`."
+        )
+    if window < config.max_positions:
+        notices.append(
+            f"llama.cpp's {arch} has no sliding window, which this model has: use at most {window} tokens of context, as the "
+            "file says; longer texts would be seen whole."
+        )
+    writer = gguf.GGUFWriter(path, arch)
+    _describe(writer, config, job, kind, min(window, config.max_positions))
+    vocabulary(writer)
+    factors = _rope_factors(config.rope, config.head_dim)
+    if factors is not None:
+        _announce(writer, "rope_freqs.weight", tuple(factors.shape), "f32")
+    kinds = {}
+    for name, shape in model_shapes(config).items():
+        kinds[name] = kind if len(shape) > 1 and (kind != "q8_0" or shape[1] % 32 == 0) else _fallback(shape)
+        _announce(writer, tensor_name(name), shape, kinds[name])
+    try:
+        path.touch(PRIVATE_FILE)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        if factors is not None:
+            _write(writer, file, factors, "f32")
+        done = job.counter("writing", len(kinds))
+        for expected, (name, tensor) in zip(kinds, merged(job), strict=True):
+            if name != expected or tensor.shape != model_shapes(config)[name]:
+                raise ValueError(f"merged gave {name} {tuple(tensor.shape)} where {expected} was announced")
+            if is_rotated(arch, name):
+                tensor = to_llama_rows(tensor, config.head_dim)
+            _write(writer, file, tensor, kinds[name])
+            done(name)
+        file.flush()
+        os.fsync(file.fileno())
+    finally:
+        writer.close()
+    return tuple(notices)
+
+
+def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    """Put a tensor into the file's table; its numbers follow in the order of these calls."""
+    import gguf
+    import numpy as np
+
+    quant = gguf.GGMLQuantizationType[kind.upper()]
+    block, size = gguf.GGML_QUANT_SIZES[quant]
+    writer.add_tensor_info(name, shape, np.dtype("f4"), math.prod(shape) // block * size, quant)
+
+
+def _fallback(shape: tuple[int, ...]) -> str:
+    """A vector's form, and that of a matrix whose rows do not end with q8_0's blocks of 32."""
+    return "f32" if len(shape) == 1 else "f16"
+
+
+def _describe(writer: Any, config: LlamaConfig, job: Job, kind: str, context: int) -> None:
+    """The keys that say what the model is; its name is the last part of the base's, since a path tells whose it was."""
+    writer.add_type("model")
+    writer.add_name(Path(job.base_name).name)
+    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_quantization_version(2)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    if config.rope.kind == "linear":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+
+
+def _rope_factors(rope: RopeConfig, head_dim: int) -> Tensor | None:
+    """(hd/2,) f32: what llama.cpp divides each frequency by, for Llama 3.1's scaling; None for the others."""
+    if rope.kind != "llama3":
+        return None
+    plain = rope_frequencies(RopeConfig(rope.theta), head_dim)
+    return (plain / rope_frequencies(rope, head_dim)).float()
+
+
+def _write(writer: Any, file: Any, tensor: Tensor, kind: str) -> None:
+    """A tensor's numbers in the file's form, a panel of rows at a time, and the padding after them."""
+    start = file.tell()
+    rows = max(1, _PANEL // max(1, tensor[0].numel()))
+    for panel in tensor.split(rows):
+        file.write(_encode(panel.float(), kind))
+    writer.write_padding(file, file.tell() - start)
+
+
+def _encode(panel: Tensor, kind: str) -> bytes:
+    """f32 numbers -> the bytes of one of KINDS."""
+    if kind == "q8_0":
+        return _q8_0(panel)
+    if kind == "bf16":
+        return panel.bfloat16().view(torch.int16).numpy().tobytes()
+    if kind == "f16":
+        return _half(panel).numpy().tobytes()
+    return panel.contiguous().numpy().tobytes()
+
+
+def _half(numbers: Tensor) -> Tensor:
+    """f32 -> f16. Raises ModelError where that would be inf."""
+    half = numbers.half()
+    if not torch.isfinite(half).all():
+        raise ModelError("The model holds numbers too large for f16, or for Q8_0's scales in it; type --weights bf16.")
+    return half
+
+
+def _q8_0(panel: Tensor) -> bytes:
+    """ggml's Q8_0, bit for bit: of each 32 numbers an f16 scale, the largest over 127, and 32 codes rounded away from zero.
+
+    gguf.quants has it too, at a tenth of the speed.
+    """
+    blocks = panel.reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True).div_(127)
+    scaled = blocks * torch.where(scale == 0, 0.0, 1 / scale)
+    size = scaled.abs()
+    codes = size.floor()
+    codes += size.sub_(codes) >= 0.5
+    bytes_of_codes = codes.copysign_(scaled).to(torch.int8).view(torch.uint8)
+    return torch.cat([_half(scale).view(torch.uint8), bytes_of_codes], dim=1).numpy().tobytes()
+
+
+def held_by_gguf(job: Job) -> Held:
+    """Writing a model: the process and the adapter, a tensor as the file has it, a linear merged and the next being merged, and
+    a panel."""
+    largest = max(tensor.nbytes for tensor in job.base.stored.values())
+    if job.base.quantized_head:
+        largest += job.head_bytes  # it is dense for a moment
+    numbers = COPIES * job.largest_linear + _PANELS * _PANEL
+    return Held(PROCESS_BYTES + job.adapter_bytes + torch.float32.itemsize * numbers + largest)

@@ -1,0 +1,1 @@
+"""MLX: mlx-lm adapters and merged models."""

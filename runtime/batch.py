@@ -1,0 +1,48 @@
+"""The packed batch of tokens that every training step and every evaluation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from edgetune.runtime.attention import Segment
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents packed side by side without padding, N tokens in all.
+
+    input_ids, targets and positions are (N,) int64; loss_mask is (N,) float32, 1 where the target carries loss and 0 where it
+    is context only. Attention stays within each of `segments`.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+
+    @property
+    def trained(self) -> int:
+        """The number of targets that carry loss."""
+        return int(self.loss_mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on `device`."""
+        ids, targets, mask, positions = self._map(lambda tensor: tensor.to(device))
+        return replace(self, input_ids=ids, targets=targets, loss_mask=mask, positions=positions)
+
+    def padded(self, multiple: int) -> Batch:
+        """Return the batch padded to a multiple of `multiple` tokens; padding carries no loss and is its own segment."""
+        n, pad = len(self.input_ids), -len(self.input_ids) % multiple
+        if pad == 0:
+            return self
+        ids, targets, mask, positions = self._map(lambda tensor: torch.nn.functional.pad(tensor, (0, pad)))
+        positions[n:] = torch.arange(pad, device=positions.device)
+        return Batch(ids, targets, mask, positions, (*self.segments, Segment.packed(n, n + pad)))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return change(self.input_ids), change(self.targets), change(self.loss_mask), change(self.positions)
