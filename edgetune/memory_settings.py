@@ -22,7 +22,7 @@ from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8
-LATER_BYTES = 20_000_000
+LATER_BYTES = 34_000_000
 """What the process will come to hold besides the model: later imports, compiled products, the tokenizer, the report."""
 CARD_LATER_BYTES = 300_000_000
 """The same on a card: kernels' code and cuBLAS's workspace. A guess, since none has been measured."""
