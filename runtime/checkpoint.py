@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.config import LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.json_file import MODEL_CONFIG, WEIGHT_INDEX, read_object
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
 
@@ -27,7 +27,6 @@ INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")  # old LLaMA; a tied head
-_MAX_JSON = 64 << 20
 _SHOWN = 12  # mismatches named in one message
 _SAMPLES, _SAMPLE_BYTES = 4, 1024
 
@@ -240,28 +239,13 @@ def _promises(files: list[SafetensorsFile], promised: dict[str, str]) -> list[st
     return faults + lost
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder. Raises ModelError for anything else."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ModelError(f"{path} takes {path.stat().st_size:,} bytes, too many for a model's JSON; copy it again.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is yours to read.") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON; copy it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object; copy it again.")
-    return value
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands, refused where its weights are in a form that edgetune does not read."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` beside `--model`.")
         raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json", MODEL_CONFIG)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         method = quantization.get("quant_method", "bitsandbytes")
@@ -285,7 +269,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    promised = read_json(folder / INDEX).get("weight_map")
+    promised = read_object(folder / INDEX, WEIGHT_INDEX).get("weight_map")
     if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
     names = sorted(set(promised.values()))

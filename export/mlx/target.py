@@ -33,11 +33,12 @@ from edgetune.export.targets import (
     work_folder,
 )
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime.adapter import Adapter, read_json, whole_number
+from edgetune.runtime.adapter import Adapter, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.model_folder import write_model
 from edgetune.runtime.safetensors_file import SafetensorsFile
@@ -109,7 +110,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises AdapterError for one that is damaged or holds what LoRA alone cannot express: DoRA, whole layers, embeddings.
     """
-    settings = read_json(folder / CONFIG_FILE)
+    settings = read_object(folder / CONFIG_FILE, ADAPTER_CONFIG)
     kind, parameters = settings.get("fine_tune_type", "lora"), settings.get("lora_parameters")
     if kind != "lora" or not isinstance(parameters, dict):
         raise AdapterError(
