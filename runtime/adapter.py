@@ -25,7 +25,8 @@ from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object, read_object_if_there
 from edgetune.runtime.lora import Linear, LoraLinear
-from edgetune.runtime.model import Llama, hf_linear_name
+from edgetune.runtime.model import Llama
+from edgetune.runtime.names import hf_linear_name, layer_tensor
 from edgetune.runtime.safetensors_file import write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
@@ -186,7 +187,7 @@ def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
         "layers_to_transform": None if adapter.layers is None else list(adapter.layers),
     }  # fmt: skip
     named = {
-        f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor
+        f"base_model.model.{layer_tensor(layer, hf_linear_name(name))}.lora_{part}.weight": tensor
         for (layer, name, part), tensor in sorted(adapter.tensors.items())
     }
     atomic_write(folder / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")

@@ -19,9 +19,9 @@ from edgetune.config import TrainConfig
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
-from edgetune.runtime.device import available_memory
 from edgetune.runtime.errors import EdgetuneError, ModelError
 from edgetune.runtime.json_file import MODEL_CONFIG, read_object
+from edgetune.runtime.memory import available_memory
 from edgetune.runtime.runner import Recompute
 from edgetune.runtime.tokenizer import read_template
 
