@@ -16,12 +16,14 @@ from edgetune.runtime.errors import DeviceError, ResourceError
 from edgetune.runtime.memory import card_memory
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SMALLER_SHARE = 0.8
+"""Share of the peak memory on a card that is suggested as the next limit after it ran out (chosen by hand)."""
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a name of DEVICES; `auto` is an NVIDIA card, else an Apple GPU, else the CPU.
+    """Return the torch device for a name in DEVICES; `auto` prefers an NVIDIA card, then an Apple GPU, then the CPU.
 
-    Raises DeviceError, in one sentence, for a device that this machine or this build of torch has not.
+    Raises DeviceError for a device that this machine or this build of torch does not have.
     """
     if name not in DEVICES:
         raise DeviceError(f"Unknown device {name!r}; expected one of {', '.join(DEVICES)}.")
@@ -29,16 +31,16 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    there = torch.cuda.is_available() if name == "cuda" else torch.backends.mps.is_available()
-    what = "an NVIDIA card with its driver" if name == "cuda" else "an Apple GPU"
-    if not there:
-        raise DeviceError(f"--device {name} needs {what}, and torch {torch.__version__} finds none here; type --device cpu.")
+    available = torch.cuda.is_available() if name == "cuda" else torch.backends.mps.is_available()
+    hardware = "an NVIDIA card with its driver" if name == "cuda" else "an Apple GPU"
+    if not available:
+        raise DeviceError(f"--device {name} needs {hardware}, and torch {torch.__version__} finds none; type --device cpu.")
     return torch.device(name)
 
 
 @functools.cache
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX-512 BF16, AMX, Arm BF16)."""
+    """Return True if this CPU multiplies bf16 in hardware (AVX-512 BF16, AMX, Arm BF16)."""
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if check is not None and platform.machine().lower() in ("x86_64", "amd64"):
         return bool(check())
@@ -49,10 +51,10 @@ def has_fast_bf16() -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it, else fp32.
+    """Return the dtype to compute in: bf16 where the hardware multiplies it, else fp32.
 
-    Never fp16: on a CPU it is slower than fp32, and hidden states of some models are beyond its 65,504. Metal has bf16 from
-    macOS 14 on.
+    It is never fp16, which is slower than fp32 on a CPU and overflows at 65,504, below the hidden states of some models.
+    Metal has bf16 from macOS 14 on.
     """
     if device.type == "cpu":
         return torch.bfloat16 if has_fast_bf16() else torch.float32
@@ -63,36 +65,40 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def explain_card_memory(advice: str) -> Iterator[None]:
-    """A card that runs out of memory within the block becomes a ResourceError that ends with `advice`.
+    """Turn an out-of-memory error of the card inside the block into a ResourceError that ends with `advice`.
 
-    In `advice`, {less} is four fifths of what this process held on it at the most, in GB.
+    In `advice`, {less} is replaced by four fifths of this process's peak memory on the card, in GB.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        card, most = card_memory(), int(torch.cuda.max_memory_reserved())
+        card, peak = card_memory(), int(torch.cuda.max_memory_reserved())
         raise ResourceError(
-            f"The card ran out of memory: it has {card.total / 1e9:.2f} GB, of which this process held {most / 1e9:.2f} GB "
-            f"and {card.free / 1e9:.2f} GB are free; end what else uses it, or {advice.format(less=0.8 * most / 1e9)}."
+            f"The card ran out of memory: it has {card.total / 1e9:.2f} GB, of which this process held {peak / 1e9:.2f} GB "
+            f"and {card.free / 1e9:.2f} GB are free; close other programs that use it, or "
+            f"{advice.format(less=SMALLER_SHARE * peak / 1e9)}."
         ) from error
 
 
 def end_command_buffer(device: torch.device) -> None:
-    """Have the device finish what is queued, where a long queue is a danger: macOS ends a program whose work keeps the
-    display waiting. A block's work is short; the wait costs less than a millisecond. Nothing on other devices."""
+    """Wait until an Apple GPU has finished the work that is queued; do nothing on other devices.
+
+    macOS kills a program whose work keeps the display waiting, so the queue must stay short. Called after each block, the
+    wait costs less than a millisecond.
+    """
     if device.type == "mps":
         torch.mps.synchronize()
 
 
 def cpu_name() -> str:
-    """The processor's own name, for a benchmark's heading."""
+    """Return the model name of the processor, for the heading of a benchmark."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.split(":", 1)[1].strip()
     if sys.platform == "darwin":
-        asked = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        if asked.stdout.strip():
-            return asked.stdout.strip()
+        answer = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        if answer.stdout.strip():
+            return answer.stdout.strip()
     return platform.processor() or platform.machine()

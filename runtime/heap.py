@@ -7,44 +7,48 @@ import sys
 
 import torch
 
+LARGE_TENSOR = 1 << 20
+"""Bytes from which on `compact_heap` gives a tensor pages of its own (chosen by hand)."""
+_M_MXFAST, _M_MMAP_THRESHOLD, _M_ARENA_MAX = 1, -3, -8  # the parameters' numbers in glibc's malloc.h
+
 
 def trim_memory() -> None:
-    """Give freed heap pages back to the system (glibc alone keeps them)."""
+    """Return freed heap pages to the system. Only glibc keeps them; on other systems this does nothing."""
     if sys.platform == "linux":
-        with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if with_trim is not None:
-            with_trim(0)
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
 
 
 def trim_device(device: torch.device) -> None:
-    """Give memory that torch keeps for later tensors back to the system, where a device shares it with everyone: on MPS."""
+    """Return the memory that torch caches for later tensors to the system. Only on MPS, where all programs share it."""
     if device.type == "mps":
-        torch.mps.synchronize()  # what is queued may still need it
+        torch.mps.synchronize()  # queued work may still use the memory
         torch.mps.empty_cache()
 
 
 def steady_heap() -> None:
-    """From now on keep the heap whole, so that the same step takes the same memory again and again; glibc alone needs it.
+    """Keep glibc's heap from fragmenting more with every step, so that equal steps take equal memory. For the whole process.
 
-    New threads share one heap. And the slivers that glibc cuts from both ends of an aligned tensor join it again when it is
-    freed: set aside for small requests, as they would be, they leave a hole too short for a tensor of the same size.
+    All threads share one heap. And the slivers that glibc cuts from both ends of an aligned tensor merge with it again when
+    it is freed: by default glibc would set them aside for small requests, and the hole that is left would be too short for
+    a tensor of the same size.
     """
-    set_aside, most_heaps = 1, -8  # M_MXFAST, M_ARENA_MAX
     if can_compact_heap():
-        ctypes.CDLL(None).mallopt(set_aside, 0)
-        ctypes.CDLL(None).mallopt(most_heaps, 1)
+        ctypes.CDLL(None).mallopt(_M_MXFAST, 0)
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def can_compact_heap() -> bool:
-    """Whether `compact_heap` does anything here."""
+    """Return True if `compact_heap` has an effect on this system."""
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
 def compact_heap() -> None:
-    """From now on give tensors of a mebibyte and more pages of their own, which go back when they are freed.
+    """Give large tensors pages of their own, which return to the system when they are freed. For the whole process.
 
-    Their memory is then never lost to holes in the heap; but new pages take time. glibc alone has the switch.
+    Their memory is then never lost to fragmentation, but fresh pages cost time: steps were 22 to 30% slower where it was
+    measured (LOG.md). Only glibc has the switch.
     """
-    map_threshold = -3  # M_MMAP_THRESHOLD
     if can_compact_heap():
-        ctypes.CDLL(None).mallopt(map_threshold, 1 << 20)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_TENSOR)

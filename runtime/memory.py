@@ -14,20 +14,20 @@ import torch
 
 
 def process_memory() -> int:
-    """Bytes this process holds: anonymous memory plus resident pages of mapped files, where the system tells."""
+    """Return the bytes this process holds: anonymous memory plus the resident pages of mapped files."""
     return int(psutil.Process().memory_info().rss)
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes that the driver of an Apple GPU holds for this process, its cache included; 0 for other devices.
+    """Return the bytes that the driver of an Apple GPU holds for this process, its cache included; 0 for other devices.
 
-    Their memory is the machine's own, and no part of what `process_memory` sees.
+    An Apple GPU uses the machine's own memory, but `process_memory` does not count what its driver holds.
     """
     return int(torch.mps.driver_allocated_memory()) if device.type == "mps" else 0
 
 
 def available_memory(device_type: str = "cpu") -> int:
-    """Bytes that could be allocated now without swapping; a container's limit counts, and what Metal recommends."""
+    """Return the bytes that could be allocated now without swapping, within a container's limit and Metal's recommendation."""
     available = int(psutil.virtual_memory().available)
     limits = [_cgroup_limit()]
     if device_type == "mps" and torch.backends.mps.is_available():
@@ -37,7 +37,7 @@ def available_memory(device_type: str = "cpu") -> int:
 
 @dataclass(frozen=True)
 class CardMemory:
-    """Bytes of an NVIDIA card: free for anyone, held by this process's allocator, and in all."""
+    """The memory of an NVIDIA card in bytes: free for any program, held by this process's allocator, and in total."""
 
     free: int
     held: int
@@ -45,15 +45,16 @@ class CardMemory:
 
 
 def card_memory() -> CardMemory:
-    """The current card's memory now. Its own state (about half a gigabyte) is begun first, so that `free` is without it."""
+    """Return the current card's memory. The CUDA context (about half a gigabyte) is created first, so `free` excludes it."""
     free, total = torch.cuda.mem_get_info()
     return CardMemory(int(free), int(torch.cuda.memory_reserved()), int(total))
 
 
 def anonymous_memory() -> int:
-    """Bytes that belong to no file. Linux tells; elsewhere the whole resident size stands in for it, which is more.
+    """Return the bytes of this process that belong to no file; outside Linux the whole resident size, which is larger.
 
-    A meter asks at any moment of a step: what is read is too short to be put into the heap that the step's tensors lie in.
+    A meter calls this at any moment of a step, so it reads /proc/self/statm: 30 bytes, too few to disturb the heap that
+    the step's tensors lie in.
     """
     if sys.platform != "linux":
         return process_memory()
@@ -66,22 +67,22 @@ def anonymous_memory() -> int:
 
 
 def resident_pages(files: Sequence[Path]) -> int:
-    """Bytes of the named files that this process has mapped and in memory; 0 where the system does not tell."""
+    """Return the bytes of the given files that this process has mapped and resident; always 0 outside Linux."""
     if sys.platform != "linux":
         return 0
     names = {str(file.resolve()) for file in files}
-    resident, inside = 0, False
+    resident, is_named = 0, False
     for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
         if line.startswith("Rss:"):
-            resident += int(line.split()[1]) * 1024 if inside else 0
-        elif "-" in line.split(" ", 1)[0]:
-            inside = line.split(maxsplit=5)[-1] in names
+            resident += int(line.split()[1]) * 1024 if is_named else 0
+        elif "-" in line.split(" ", 1)[0]:  # the first line of a mapping: its address range, and the file's path at the end
+            is_named = line.split(maxsplit=5)[-1] in names
     return resident
 
 
 def _cgroup_limit() -> int | None:
-    """What this process's memory cgroup still allows, in bytes; None where there is no limit."""
-    pairs = (
+    """Return the bytes that this process's memory cgroup still allows; None without a limit."""
+    pairs = (  # cgroup version 2, then version 1
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     )

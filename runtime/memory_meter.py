@@ -1,5 +1,8 @@
-"""The highest memory a piece of work held: anonymous memory, the resident pages of its weight files, and what an Apple GPU's
-driver holds."""
+"""Measure the peak memory of a piece of work.
+
+On the CPU and on Apple GPUs that is anonymous memory, the resident pages of the weight files, and what the GPU's driver
+holds; on an NVIDIA card, what torch's allocator reserved there.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ import torch
 from edgetune.runtime.memory import anonymous_memory, card_memory, device_memory, resident_pages
 
 INTERVAL = 0.1
+"""Seconds between two samples (chosen by hand)."""
 
 
 class MemoryMeter:
-    """Samples memory ten times a second on a thread of its own; weight pages are counted on `peak`."""
+    """Samples memory ten times a second on a thread of its own. Weight pages take longer to count: only `peak` does."""
 
     def __init__(self, weight_files: Sequence[Path] = (), device: torch.device | None = None) -> None:
         self._files, self._device = tuple(weight_files), device or torch.device("cpu")
@@ -40,27 +44,27 @@ class MemoryMeter:
                 return
 
     def _sample(self) -> int:
-        """Anonymous memory and the device's, now."""
+        """Return the anonymous memory and the device's memory held now, in bytes, and update the peak."""
         held = anonymous_memory() + device_memory(self._device)
         self._peak_held = max(self._peak_held, held)
         return held
 
     @property
     def now(self) -> int:
-        """What is held now, plus the weight pages last counted."""
+        """Return the bytes held now, plus the weight pages as last counted."""
         return self._sample() + self._peak_pages
 
     def peak(self) -> int:
-        """The highest so far."""
+        """Return the peak so far, in bytes."""
         self._peak_pages = max(self._peak_pages, resident_pages(self._files))
         self._sample()
         return self._peak_held + self._peak_pages
 
 
 class CardMeter:
-    """The same of a card: what torch's allocator took of its memory, which is what other programs cannot have.
+    """Measures the memory that torch's allocator reserved on an NVIDIA card, which other programs cannot use.
 
-    The allocator keeps the highest itself; nothing is sampled.
+    The allocator tracks its peak itself, so nothing is sampled.
     """
 
     def __enter__(self) -> CardMeter:
@@ -72,16 +76,16 @@ class CardMeter:
 
     @property
     def now(self) -> int:
-        """What is held now."""
+        """Return the bytes reserved now."""
         return card_memory().held
 
     def peak(self) -> int:
-        """The highest so far."""
+        """Return the peak so far, in bytes."""
         return int(torch.cuda.max_memory_reserved())
 
 
 class Meter(Protocol):
-    """What measures a run: of either kind."""
+    """The interface that both meters share."""
 
     @property
     def now(self) -> int: ...
@@ -90,5 +94,5 @@ class Meter(Protocol):
 
 
 def meter_for(device: torch.device, weight_files: Sequence[Path]) -> MemoryMeter | CardMeter:
-    """The meter of the memory that a run on this device is planned in."""
+    """Return the meter for the memory that limits a run on this device."""
     return CardMeter() if device.type == "cuda" else MemoryMeter(weight_files, device)

@@ -84,7 +84,7 @@ def test_running_out_is_one_sentence() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert str(found.value) == (
         "The card ran out of memory: it has 24.00 GB, of which this process held 2.00 GB and 20.00 GB are free; "
-        "end what else uses it, or type --memory 1.60GB."
+        "close other programs that use it, or type --memory 1.60GB."
     )
 
 
