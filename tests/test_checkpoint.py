@@ -293,12 +293,12 @@ def state_json(**changes):
         (".quant_map", torch.zeros(16, dtype=torch.float16), "quant_map is torch.float16"),
         ("", torch.zeros(7, 1, dtype=torch.uint8), "q_proj.weight has shape [7, 1]"),
         (".quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "quant_state is not the JSON expected"),
-        (".quant_state.bitsandbytes__nf4", state_json(blocksize=7), "its blocks of 7"),
+        (".quant_state.bitsandbytes__nf4", state_json(blocksize=7), "its block size 7"),
         (".quant_state.bitsandbytes__nf4", state_json(dtype="int8"), "'int8'"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[-1, 2]), "its shape [-1, 2]"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[32, 64]), "too few or many for [32, 64]"),
         (".quant_state.bitsandbytes__nf4", state_json(nested_offset=float("nan")), "offset nan"),
-        (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=64), "nested blocks of 64"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=64), "nested block size 64"),
     ],
 )
 def test_a_4bit_weight_in_contradiction_with_itself(folder, suffix, value, said):

@@ -152,7 +152,7 @@ def test_a_file_that_shrinks_while_it_is_used_is_one_sentence(folders: dict[str,
     weights = copy / "model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size // 2)
-    with pytest.raises(ModelError, match="cannot be read any more"):
+    with pytest.raises(ModelError, match="can no longer be read"):
         Runner(model).score(row(0))
 
 

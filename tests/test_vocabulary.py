@@ -66,7 +66,7 @@ def test_a_weight_in_its_file_gives_what_it_gives_in_memory(
     with pytest.raises(IndexError, match="expected 0 to"):
         vocabulary.rows(away, torch.tensor([0, shape[0]]), dtype)
     os.truncate(tmp_path / "weight", 100)
-    with pytest.raises(ModelError, match="cannot be read any more"):
+    with pytest.raises(ModelError, match="can no longer be read"):
         vocabulary.logits(x, away)
 
 
