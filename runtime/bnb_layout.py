@@ -47,22 +47,22 @@ class StoredState:
 def parse_state(raw: bytes | memoryview) -> StoredState:
     """Read the JSON of a weight. Raises ValueError with the fault as a clause, for a message that names the tensor."""
     if len(raw) > _MAX_STATE_BYTES:
-        raise ValueError(f"its quant_state takes {len(raw):,} bytes")
+        raise ValueError(f"its quant_state takes {len(raw):,} bytes, more than the limit of {_MAX_STATE_BYTES:,}")
     try:
         fields = json.loads(bytes(raw).decode())
         quant_type, block_size = fields["quant_type"], fields["blocksize"]
         dtype, shape = fields["dtype"], fields["shape"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError("its quant_state is not the JSON expected") from error
+        raise ValueError("its quant_state is not valid JSON or lacks a key") from error
     if quant_type != "nf4":
         raise ValueError(f"its data type is {quant_type!r}, and edgetune reads only 'nf4'")
     if block_size not in nf4.BLOCK_SIZES or dtype not in _DTYPES:
-        raise ValueError(f"its block size {block_size!r} or dtype {dtype!r} is none that bitsandbytes writes")
+        raise ValueError(f"its block size {block_size!r} or dtype {dtype!r} is not one that bitsandbytes writes")
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**31 for size in shape):
         raise ValueError(f"its shape {shape!r} is not a list of positive numbers")
     nested, offset = fields.get("nested_blocksize"), fields.get("nested_offset", 0.0)
     if nested not in (None, NESTED_BLOCK_SIZE) or type(offset) not in (int, float) or not math.isfinite(offset):
-        raise ValueError(f"its nested block size {nested!r} or offset {offset!r} is none that bitsandbytes writes")
+        raise ValueError(f"its nested block size {nested!r} or offset {offset!r} is not one that bitsandbytes writes")
     return StoredState(quant_type, block_size, _DTYPES[dtype], tuple(shape), nested, float(offset))
 
 

@@ -167,7 +167,7 @@ class Checkpoint:
             try:
                 state = bnb_layout.parse_state(self._where[key].raw(key))
             except ValueError as error:
-                faults.append(f"{name} cannot be used, since {error}")
+                faults.append(f"{name} cannot be used: {error}")
                 continue
             self._states[name] = state
             faults += bnb_layout.check_parts(name, state, stored)
@@ -189,8 +189,9 @@ class Checkpoint:
             elif state is None and tensor.dtype not in FLOATS:
                 faults.append(f"{name} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
             elif state is not None and not (is_linear(name) or name == HEAD):
-                faults.append(f"{name} is quantised, which edgetune reads for linears only")
+                faults.append(f"{name} is quantised, and edgetune reads only linears and the head in 4 bits")
         for name in stored:
+            # A part of a 4-bit weight, such as its absmax, is known if the weight is.
             owner = name.partition(bnb_layout.STATE_PREFIX)[0]
             if owner == name:
                 owner = next((name.removesuffix(part) for part in bnb_layout.PARTS if name.endswith(part)), name)
@@ -204,7 +205,7 @@ class Checkpoint:
             return []
         if HEAD not in self._states and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
             return []
-        return [f"{HEAD} differs from {EMBEDDING} where config.json says tie_word_embeddings"]
+        return [f"{HEAD} differs from {EMBEDDING}, but config.json sets tie_word_embeddings"]
 
 
 def open_model(folder: Path | str) -> Checkpoint:
@@ -242,7 +243,7 @@ def _compare_index(files: list[SafetensorsFile], promised: dict[str, str]) -> li
     for file in files:
         for name in file.tensors:
             holders.setdefault(name, []).append(file.path.name)
-    faults = [f"{name} stands in {' and '.join(found)}" for name, found in holders.items() if len(found) > 1]
+    faults = [f"{name} is stored in both {' and '.join(found)}" for name, found in holders.items() if len(found) > 1]
     lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
     return faults + lost
 

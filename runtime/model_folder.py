@@ -68,7 +68,7 @@ def plan_shards(recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> dict[str, lis
     groups: list[list[str]] = []
     group_bytes = 0
     units: dict[str, list[str]] = {}
-    for name in recipe.shapes:
+    for name in recipe.shapes:  # a unit is a whole layer, or a single tensor outside the layers
         parts = name.split(".")
         units.setdefault(parts[2] if parts[1] == "layers" else name, []).append(name)
     for names in units.values():

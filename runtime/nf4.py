@@ -126,14 +126,14 @@ def code_table(quant_type: str) -> Tensor:
     elif quant_type == "int4":  # symmetric integers -7..7, zero twice, as bitsandbytes' get_4bit_type("int4")
         half = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     else:
-        raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(QUANT_TYPES)}")
+        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(QUANT_TYPES)}")
     table = torch.tensor(half + [-value for value in half], dtype=torch.float32)
     return table / table.abs().max()
 
 
 @functools.cache
 def dynamic_map(signed: bool = True) -> Tensor:
-    """Return f32 (256,), the 8-bit dynamic map, ascending: 7 decades, each with twice the values of the one below; 0 and 1 added.
+    """Return f32 (256,), the 8-bit dynamic map, ascending: 7 decades, each with twice the values of the last, and 0 and 1.
 
     The unsigned map spends the bit of the sign on the fraction. Source: 8-Bit Approximations for Parallelism in Deep Learning
     (Dettmers 2015, arXiv 1511.04561); the same values as bitsandbytes.functional.create_dynamic_map(signed).
@@ -182,7 +182,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, doub
     if weight.dtype not in FLOATS:
         raise ValueError(f"a weight of dtype {weight.dtype} cannot be quantised: convert it to float32 first")
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size {block_size} is none of {', '.join(map(str, BLOCK_SIZES))}")
+        raise ValueError(f"block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
     if weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has no values to quantise")
     bounds, order = (tensor.to(weight.device) for tensor in _midpoints(quant_type))
@@ -196,7 +196,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, doub
         _refuse_non_finite(scales, start, block_size, tuple(weight.shape))
         if ratio.numel() % 2:
             ratio = torch.nn.functional.pad(ratio, (0, 1))
-        codes = torch.bucketize(ratio, bounds, out_int32=True)
+        codes = torch.bucketize(ratio, bounds, out_int32=True)  # a value at a midpoint gets the lower entry
         codes = (codes if quant_type == "nf4" else order[codes]).to(torch.uint8)  # only NF4's codes ascend with their values
         pairs = (codes[::2] << 4) | codes[1::2]
         packed[start // 2 : start // 2 + pairs.numel(), 0] = pairs

@@ -189,7 +189,9 @@ def streamed_layers(sizes: Sequence[int], memory: int) -> list[int]:
     Raises ResourceError if not even the ring fits.
     """
     count, ring = len(sizes), SLOTS * max(sizes)
+    # With as few streamed layers as slots, the ring would hold them all and nothing would be saved.
     for streamed in range(SLOTS + 1, count + 1):
+        # the middle layer of each of `streamed` equal stretches of the model
         numbers = [(2 * number + 1) * count // (2 * streamed) for number in range(streamed)]
         if ring + sum(sizes) - sum(sizes[number] for number in numbers) <= memory:
             return numbers

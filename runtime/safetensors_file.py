@@ -99,7 +99,7 @@ class SafetensorsFile:
                 tensors, metadata = _check_header(path, header, data, size)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is there and yours to read.") from error
+            raise ModelError(f"{path} cannot be read: {error.strerror}; check that it exists, and its permissions.") from error
         return cls(path, tensors, metadata, mapping)
 
     def tensor(self, name: str, alignment: int = 1) -> Tensor:
@@ -139,9 +139,9 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     try:
         header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not a safetensors file: its header is not the JSON expected; copy it again.") from error
+        raise ModelError(f"{path} is not a safetensors file: its header is not valid JSON; copy it again.") from error
     if not isinstance(header, dict):
-        raise ModelError(f"{path} is not a safetensors file: its header is no JSON object; copy it again.")
+        raise ModelError(f"{path} is not a safetensors file: its header is not a JSON object; copy it again.")
     return header, 8 + count, size
 
 
@@ -149,7 +149,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Raises ValueError for a repeated name, which json alone would accept."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name is repeated")
     return result
 
 
@@ -227,7 +227,7 @@ class SafetensorsWriter:
         position = 0
         for spec in self._specs:
             if spec.name in header:
-                raise ValueError(f"tensor {spec.name!r} stands twice")
+                raise ValueError(f"tensor {spec.name!r} is listed twice")
             offsets = [position, position + spec.nbytes]
             header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
             position += spec.nbytes

@@ -46,7 +46,7 @@ class StoredRows:
     nbytes = 0
 
     def read(self, first: int, out: Tensor) -> None:
-        """Fill `out` (n, D), in the stored dtype on the CPU, with the rows from `first` on. Raises ModelError if the read fails."""
+        """Fill `out` (n, D), of the stored dtype on the CPU, with rows from `first` on. Raises ModelError if that fails."""
         width = self.shape[1] * self.dtype.itemsize
         try:
             read_at(self.file, out.view(torch.uint8).numpy().data.cast("B"), self.start + first * width)
@@ -56,7 +56,10 @@ class StoredRows:
             ) from error
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids (N,) as (N, D) in the stored dtype, on the compute device. Raises IndexError for a wrong id."""
+        """Return the rows of ids (N,) as (N, D) in the stored dtype, on the compute device.
+
+        Raises IndexError for an id outside the vocabulary.
+        """
         wanted = ids.tolist()
         if wanted and not 0 <= min(wanted) <= max(wanted) < self.shape[0]:
             raise IndexError(f"ids lie between {min(wanted)} and {max(wanted)}; expected 0 to {self.shape[0] - 1}")
