@@ -243,7 +243,7 @@ def _compare_index(files: list[SafetensorsFile], promised: dict[str, str]) -> li
     for file in files:
         for name in file.tensors:
             holders.setdefault(name, []).append(file.path.name)
-    faults = [f"{name} is stored in both {' and '.join(found)}" for name, found in holders.items() if len(found) > 1]
+    faults = [f"{name} is stored in several files: {', '.join(found)}" for name, found in holders.items() if len(found) > 1]
     lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
     return faults + lost
 
