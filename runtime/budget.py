@@ -34,9 +34,9 @@ class Fragmentation:
     """Memory that an allocator loses to fragmentation, as fractions of the sizes of two kinds of tensors."""
 
     of_temporaries: float
-    """Of the tensors that come and go within a block, and of the logits."""
+    """A fraction of the tensors that come and go within a block, and of the logits."""
     of_kept: float
-    """Of the activations that blocks keep until their backward."""
+    """A fraction of the activations that blocks keep until their backward."""
 
 
 HEAP_FRAGMENTATION = {
@@ -102,7 +102,7 @@ class Stored:
 
 
 class Vocabulary(StrEnum):
-    """Which of the embedding and the head is read from its file. A model with tied embeddings has one tensor for both."""
+    """The choice of what is read from its file: embedding, head. A model with tied embeddings has one tensor for both."""
 
     NEITHER = "neither"
     EMBEDDING = "embedding"

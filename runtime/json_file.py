@@ -22,7 +22,7 @@ class FileKind:
     advice: str
 
 
-# The limits are chosen by hand, several times the largest file of each kind that was seen in use.
+# The limits are chosen by hand, above the largest files in use.
 _COPY_MODEL, _COPY_TOKENIZER = "copy the model folder again", "copy it again from the model's publisher"
 _COPY_ADAPTER, _EXPORT_AGAIN = "copy the adapter again", "export the folder again"
 

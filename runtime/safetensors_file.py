@@ -157,7 +157,7 @@ def _check_header(path: Path, header: dict[str, Any], data: int, size: int) -> t
     """Return the tensors by name, and the metadata, after checking that every byte from `data` on belongs to one tensor."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ModelError(f"{path} is damaged: its metadata is not text by name; copy it again.")
+        raise ModelError(f"{path} is damaged: its metadata is not text; copy it again.")
     tensors = [_check_entry(path, name, entry, data) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     position = data
