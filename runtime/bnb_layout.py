@@ -1,4 +1,4 @@
-"""How bitsandbytes lays a 4-bit weight out in a checkpoint: codes under the weight's own name, scales beside them.
+"""Read and write 4-bit weights in the layout of bitsandbytes' checkpoints: codes under the weight's own name, scales beside it.
 
     NAME                                   u8 (ceil(n/2), 1)
     NAME.absmax                            u8 (nb,) codes when doubly quantised, else f32 (nb,)
@@ -26,14 +26,15 @@ from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor, TensorSpe
 
 STATE_PREFIX = ".quant_state.bitsandbytes__"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-STATE_BYTES = 256  # our JSON is padded with spaces to this, a multiple of 64; a longer one is no number we write
-_MAX_STATE_BYTES = 1 << 16
+STATE_BYTES = 256
+"""Bytes that the JSON of a weight is padded to with spaces: a multiple of 64, and more than any that edgetune writes."""
+_MAX_STATE_BYTES = 1 << 16  # longest JSON of a weight that is read (chosen by hand)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 @dataclass(frozen=True)
 class StoredState:
-    """What the JSON of a stored weight says."""
+    """The content of the JSON of a stored weight."""
 
     quant_type: str
     block_size: int
@@ -44,29 +45,29 @@ class StoredState:
 
 
 def parse_state(raw: bytes | memoryview) -> StoredState:
-    """Read the JSON of a weight. Raises ValueError saying what is wrong, for a message that names the tensor."""
+    """Read the JSON of a weight. Raises ValueError with the fault as a clause, for a message that names the tensor."""
     if len(raw) > _MAX_STATE_BYTES:
-        raise ValueError(f"its quant_state takes {len(raw):,} bytes")
+        raise ValueError(f"its quant_state takes {len(raw):,} bytes, more than the limit of {_MAX_STATE_BYTES:,}")
     try:
         fields = json.loads(bytes(raw).decode())
         quant_type, block_size = fields["quant_type"], fields["blocksize"]
         dtype, shape = fields["dtype"], fields["shape"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError("its quant_state is not the JSON expected") from error
+        raise ValueError("its quant_state is not valid JSON or lacks a key") from error
     if quant_type != "nf4":
-        raise ValueError(f"its data type is {quant_type!r}, and edgetune reads 'nf4' alone")
+        raise ValueError(f"its data type is {quant_type!r}, and edgetune reads only 'nf4'")
     if block_size not in nf4.BLOCK_SIZES or dtype not in _DTYPES:
-        raise ValueError(f"its blocks of {block_size!r} and dtype {dtype!r} are not bitsandbytes'")
+        raise ValueError(f"its block size {block_size!r} or dtype {dtype!r} is not one that bitsandbytes writes")
     if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**31 for size in shape):
-        raise ValueError(f"its shape {shape!r} is none")
+        raise ValueError(f"its shape {shape!r} is not a list of positive numbers")
     nested, offset = fields.get("nested_blocksize"), fields.get("nested_offset", 0.0)
     if nested not in (None, NESTED_BLOCK_SIZE) or type(offset) not in (int, float) or not math.isfinite(offset):
-        raise ValueError(f"its nested blocks of {nested!r} with offset {offset!r} are not bitsandbytes'")
+        raise ValueError(f"its nested block size {nested!r} or offset {offset!r} is not one that bitsandbytes writes")
     return StoredState(quant_type, block_size, _DTYPES[dtype], tuple(shape), nested, float(offset))
 
 
 def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) -> list[str]:
-    """What contradicts `state` among the stored tensors of the weight `name`: sizes and presence only."""
+    """Return the faults of the stored tensors of the weight `name`: missing, or of a size or dtype that contradicts `state`."""
     n = math.prod(state.shape)
     blocks = -(-n // state.block_size)
     wanted = {"": (n + 1) // 2, ".quant_map": 16}  # bytes of the codes, values of the others
@@ -81,7 +82,7 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
             faults.append(f"{name}{suffix} is missing")
         elif (tensor.nbytes if suffix == "" else math.prod(tensor.shape)) != count:
             faults.append(f"{name}{suffix} has shape {list(tensor.shape)}, too few or many for {list(state.shape)}")
-        elif suffix == ".absmax" and tensor.shape not in ((blocks,), _turned_shape(state)):
+        elif suffix == ".absmax" and tensor.shape not in ((blocks,), _transposed_shape(state)):
             faults.append(f"{name}.absmax has shape {list(tensor.shape)}; expected [{blocks}]")
         elif suffix == ".absmax" and (tensor.dtype == torch.uint8) != (nested is not None):
             faults.append(f"{name}.absmax is {tensor.dtype}, which contradicts its quant_state")
@@ -90,24 +91,26 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
     return faults
 
 
-def _turned_shape(state: StoredState) -> tuple[int, ...]:
-    """bitsandbytes 0.50 rearranges weights for AVX-512 when a model runs on a CPU. When saving it turns everything back
-    but the absmax of weights that are not doubly quantised: that stays (in / block_size, out), in bf16.
+def _transposed_shape(state: StoredState) -> tuple[int, ...]:
+    """Return the transposed shape (in / block_size, out) that absmax may have without double quantisation.
+
+    bitsandbytes 0.50 rearranges weights for AVX-512 when a model runs on a CPU. When saving, it restores everything except
+    this absmax, which stays transposed, and in bf16.
     """
     return (state.shape[-1] // state.block_size, state.shape[0])
 
 
 def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -> QuantizedTensor:
-    """The weight from its parts; `get(tensor name, alignment)` hands out mapped tensors.
+    """Return the weight that its stored parts make; `get(tensor name, alignment)` returns a mapped tensor.
 
-    Raises ValueError when its table is not NF4's.
+    Raises ValueError if its table is not NF4's.
     """
     if not torch.equal(get(f"{name}.quant_map", 4), nf4.NF4_TABLE):
         raise ValueError(f"the table of {name} is not NF4's")
     packed = get(name, ALIGNMENT).view(torch.uint8).view(-1, 1)
     absmax, nested = get(f"{name}.absmax", ALIGNMENT), None
     if state.nested_block_size is None:
-        absmax = (absmax.T if absmax.ndim == 2 else absmax).reshape(-1).float()  # see _turned_shape
+        absmax = (absmax.T if absmax.ndim == 2 else absmax).reshape(-1).float()  # see _transposed_shape
     else:
         scales, table = get(f"{name}.nested_absmax", 4), get(f"{name}.nested_quant_map", 4)
         nested = NestedAbsmax(scales, table, state.nested_offset, state.nested_block_size)
@@ -115,7 +118,7 @@ def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -
 
 
 def weight_specs(name: str, shape: tuple[int, ...], block_size: int, double_quant: bool) -> list[TensorSpec]:
-    """The tensors that a quantised weight of this shape becomes."""
+    """Return the tensors that a weight of this shape is stored as."""
     n = math.prod(shape)
     blocks = -(-n // block_size)
     specs = [TensorSpec(name, torch.uint8, ((n + 1) // 2, 1))]
@@ -133,7 +136,7 @@ def weight_specs(name: str, shape: tuple[int, ...], block_size: int, double_quan
 
 
 def weight_tensors(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
-    """The values of `weight_specs`."""
+    """Return the values of the tensors that `weight_specs` lists, by name."""
     state = quantized.state
     fields: dict[str, Any] = {
         "quant_type": state.quant_type,

@@ -1,7 +1,7 @@
-"""Memory arithmetic: what each part of a training step takes, in bytes, before anything is allocated.
+"""Predict the memory that each part of a training step takes, in bytes, before anything is allocated.
 
-Letters as in model.py. What is counted is what `edgetune.meter` measures:
-anonymous memory, and the pages of weight files that are in memory.
+Letters as in model.py. The prediction is of what memory_meter.py measures: anonymous memory and the resident pages of the
+weight files.
 """
 
 from __future__ import annotations
@@ -12,39 +12,72 @@ from enum import StrEnum
 import torch
 
 from edgetune.runtime import ops
-from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig, QuantConfig
 from edgetune.runtime.int8 import PANEL_ROWS
+from edgetune.runtime.names import EMBEDDING, HEAD, LINEAR_WEIGHT
 from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 
 TORCH_BYTES = 180_000_000
-"""Anonymous memory of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
-LINEAR = "_proj.weight"
-"""In the name of every tensor that a linear of a block is stored in."""
+"""Anonymous memory, in bytes, of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
 PACKED_ROWS, PACKED_RANK = 512, 32
-"""gemm.inl's TALL and SIDE: the rows that the fused products pack at a time, and what a rank is padded to."""
+"""Rows that the fused products pack at a time, and the multiple that a rank is padded to: gemm.inl's TALL and SIDE."""
+
+CODES_BYTES = 3_000_000
+"""Bytes that an update of 8-bit states works in, beside the states: several copies of optim.py's chunk in fp32, and tables."""
+
+
+@dataclass(frozen=True)
+class Fragmentation:
+    """Memory that an allocator loses to fragmentation, as fractions of the sizes of two kinds of tensors."""
+
+    of_temporaries: float
+    """A fraction of the tensors that come and go within a block, and of the logits."""
+    of_kept: float
+    """A fraction of the activations that blocks keep until their backward."""
+
+
+HEAP_FRAGMENTATION = {
+    (Recompute.NONE, True): Fragmentation(0.25, 0.09),
+    (Recompute.NONE, False): Fragmentation(0.1, 0.5),
+    (Recompute.SELECTIVE, True): Fragmentation(0.55, 0.0),
+    (Recompute.SELECTIVE, False): Fragmentation(2.0, 0.0),
+    (Recompute.FULL, True): Fragmentation(0.4, 0.0),
+    (Recompute.FULL, False): Fragmentation(0.95, 0.0),
+}
+"""Fragmentation of the heap on the CPU, by (recomputation, True with fused products).
+
+Fitted to measured peaks: predictions were 0.3 to 5.0% above them in 27 runs (LOG.md, "planned peak against measured").
+"""
+STREAMED_FRAGMENTATION = Fragmentation(0.55, 0.6)
+"""Fragmentation of the heap with full recomputation, fused products and streamed layers. From the same measurements."""
+DEVICE_FRAGMENTATION = Fragmentation(0.9, 0.05)
+"""Fragmentation of the allocator of a card or an Apple GPU. Chosen by hand: it has not been measured."""
+RECOMPUTED_FRAGMENTATION = 0.6
+"""Extra heap fragmentation with selective recomputation, as a fraction of the activations that are recomputed.
+
+They lie between the activations that are kept, so freeing them leaves holes. From the same measurements.
+"""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes of a model's weights as a training process holds them: linears of one layer, embedding, head, all norms.
-
-    `mapped`: they are pages of files; or else they were quantised on the way in, and are anonymous.
-    """
+    """The sizes of a model's weights in a training process, in bytes: the linears of one layer, embedding, head, all norms."""
 
     layer: int
     embedding: int
     head: int
     norms: int
     mapped: bool = True
+    """True if the linears are pages of files, False if they are quantised while loading and so are anonymous memory."""
     head_dtype: torch.dtype | None = torch.bfloat16
-    """None: NF4, which is never dense as a whole."""
+    """None for a head in NF4, which is never dense as a whole."""
 
     @classmethod
     def nf4(cls, config: LlamaConfig, mapped: bool = True) -> Stored:
-        """Of a folder that `edgetune quantize` wrote, or will have written: NF4 linears, the rest in bf16."""
+        """Return the sizes that a folder written by `edgetune quantize` has: NF4 linears, the rest in bf16."""
         numbers = config.linear_parameters // config.num_layers
         blocks = numbers // QuantConfig().block_size
         scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE)
@@ -54,21 +87,22 @@ class Stored:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Stored:
-        """Of a folder; one that is not quantised will be, on the way in."""
+        """Return the sizes of a model folder. A folder that is not quantised yet counts as it will be once loaded."""
         config, sizes = checkpoint.config, {name: tensor.nbytes for name, tensor in checkpoint.stored.items()}
         embedding, head = sizes[EMBEDDING], sum(size for name, size in sizes.items() if name.startswith(HEAD))
         own_head = 0 if config.tie_embeddings else head
         head_dtype = None if checkpoint.quantized_head else checkpoint.stored[EMBEDDING if own_head == 0 else HEAD].dtype
         if checkpoint.quant is None:
-            later = cls.nf4(config, mapped=False)
-            return replace(later, embedding=embedding, head=own_head, head_dtype=head_dtype)
-        linears = sum(size for name, size in sizes.items() if LINEAR in name)
+            loaded = cls.nf4(config, mapped=False)
+            return replace(loaded, embedding=embedding, head=own_head, head_dtype=head_dtype)
+        linears = sum(size for name, size in sizes.items() if LINEAR_WEIGHT in name)
+        # 2: norms are stored in bf16 and held in fp32
         norms = 2 * (sum(sizes.values()) - linears - embedding - head)
         return cls(linears // config.num_layers, embedding, own_head, norms, True, head_dtype)
 
 
 class Vocabulary(StrEnum):
-    """The embedding and the head: which of them stays in its file. A tied model has one tensor for both."""
+    """The choice of what is read from its file: embedding, head. A model with tied embeddings has one tensor for both."""
 
     NEITHER = "neither"
     EMBEDDING = "embedding"
@@ -77,57 +111,59 @@ class Vocabulary(StrEnum):
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is run: what a planner chooses from."""
+    """One way to run a training step; the planner chooses among these."""
 
     row_tokens: int
     recompute: Recompute
     loss_rows: int = LOSS_ROWS
     layer_memory: int | None = None
-    """Bytes for the linears of pinned layers and the ring; None: all stay where they are."""
+    """Bytes for the linears of pinned layers and the ring of streamed ones; None keeps every layer in memory."""
     optimizer_bits: int = 32
     paged_optimizer: bool = False
-    """States in a file, one parameter's in memory at a time."""
+    """Keep the optimizer's states in a file, with one parameter's in memory at a time."""
     offload: bool = False
-    """Blocks' inputs in a file."""
+    """Keep the inputs of blocks in a file between forward and backward."""
     in_file: Vocabulary = Vocabulary.NEITHER
-    """What of the embedding and the head is read from its file when it is needed, and takes no memory."""
+    """Read the embedding, or embedding and head, from their file when needed instead of keeping them in memory."""
     compact: bool = False
-    """Large tensors in pages of their own, which go back at once: no holes in the heap, but new pages cost time."""
+    """Give large tensors pages of their own (heap.compact_heap): no fragmentation, but fresh pages cost time."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes by part. `total` is what the process will hold at its peak."""
+    """The predicted memory by part, in bytes."""
 
     process: int
-    """The interpreter, torch and what else is in memory before a model is opened."""
+    """The interpreter, torch, and all else that is in memory before a model is opened."""
     weights: int
     embeddings: int
     adapter: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept from forward to backward."""
+    """Tensors that are kept from forward to backward."""
     logits: int
     scratch: int
-    """One block's own tensors, what products are packed into, and holes in the heap."""
+    """The temporaries of one block, the buffers that products are packed into, and heap fragmentation."""
 
     @property
     def total(self) -> int:
+        """Return the predicted peak memory of the process."""
         return sum(asdict(self).values())
 
 
 def adapter_parameters(config: LlamaConfig, lora: LoraConfig) -> int:
-    """Trained numbers: r (in + out) of each target linear."""
+    """Return the number of trained parameters: r (in + out) for each target linear."""
     shapes = config.linear_shapes()
     return config.num_layers * sum(lora.rank * sum(shapes[name]) for name in lora.targets)
 
 
 def kept_bytes(config: LlamaConfig, lora: LoraConfig, size: int, recompute: Recompute) -> int:
-    """Bytes a token that one block keeps for its backward.
+    """Return the bytes per token that one block keeps for its backward, with `size` bytes a number.
 
-    Its input; and, not recomputed: qkv, attention's output, the input of the MLP, gate and up, the adapters' reduced inputs,
-    log-sum-exps; and, where nothing is: the norms' and SwiGLU's outputs too.
+    With full recomputation only the block's input; with selective recomputation also qkv, attention's output, the input of
+    the MLP, gate and up, the adapters' reduced inputs x A^T and the log-sum-exps; with none also the outputs of the norms
+    and of SwiGLU.
     """
     d, f, q = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
     if recompute is Recompute.FULL:
@@ -140,7 +176,7 @@ def kept_bytes(config: LlamaConfig, lora: LoraConfig, size: int, recompute: Reco
 
 
 def packed_bytes(config: LlamaConfig, lora: LoraConfig, threads: int) -> int:
-    """What the fused products pack into at most: 512 rows of the widest gradient, adapters, and each thread's sums."""
+    """Return the largest size, in bytes, of the fused products' buffers: packed rows, adapters, and each thread's sums."""
     shapes, rank = config.linear_shapes(), -(-lora.rank // PACKED_RANK) * PACKED_RANK
     widest = 0
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
@@ -159,34 +195,76 @@ def parts(
     process: int,
     device: str = "cpu",
 ) -> Parts:
-    """What training one row after the other in `dtype` takes. `process`: bytes held before the model is opened.
+    """Return the memory that training one row after the other in `dtype` takes.
 
-    device: whose memory it is. A card ("cuda") has weights made dense in a panel where the CPU has fused products.
+    process: bytes held before the model is opened.
+    device: the device whose memory is predicted. A card ("cuda") makes a panel of weights dense where the CPU has fused
+    products.
     """
-    d, f, v, size = config.hidden_size, config.intermediate_size, config.vocab_size, dtype.itemsize
+    d, layers, size = config.hidden_size, config.num_layers, dtype.itemsize
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+    trained = 4 * adapter_parameters(config, lora)
+    fused = device == "cpu" and ops.fuses(torch.device("cpu"), dtype)
+
+    kept = kept_bytes(config, lora, size, setting.recompute)
+    kept_layers, temporaries = layers, 0
+    if setting.recompute is Recompute.FULL:
+        # A block recomputes in its backward what selective recomputation would have kept of it.
+        kept_layers = 0 if setting.offload else layers
+        temporaries = kept_bytes(config, lora, size, Recompute.SELECTIVE) * tokens
+    activations = tokens * kept * kept_layers
+    temporaries += _block_temporaries(config, lora, tokens, size, fused)
+
+    vocabulary, logits = _vocabulary_bytes(config, stored, setting, tokens, dtype)
+    logits += 3 * tokens * d * size
+
+    loss = _fragmentation(setting, fused, device)
+    fragmented = loss.of_temporaries * (temporaries + logits) + loss.of_kept * activations
+    if setting.recompute is Recompute.SELECTIVE and device == "cpu":
+        recomputed = kept_bytes(config, lora, size, Recompute.NONE) - kept
+        fragmented += RECOMPUTED_FRAGMENTATION * tokens * layers * recomputed
+    return Parts(
+        process=process,
+        weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
+        embeddings=vocabulary,
+        adapter=trained,
+        gradients=trained,
+        optimizer=_optimizer_bytes(config, lora, setting),
+        activations=activations,
+        logits=logits,
+        scratch=temporaries + (0 if setting.compact else round(fragmented)),
+    )
+
+
+def _optimizer_bytes(config: LlamaConfig, lora: LoraConfig, setting: Setting) -> int:
+    """Return the bytes of AdamW's states in memory: all of them, or the page of the largest parameter."""
     trained = 4 * adapter_parameters(config, lora)
     largest = 4 * max(lora.rank * max(shape) for shape in config.linear_shapes().values())
     states, page = 2 * trained, 4 * largest
-    if setting.optimizer_bits == 8:
+    if setting.optimizer_bits == 8:  # two codes a parameter, and two fp32 absmax for a block of 256
         states, page = trained // 2 + trained // 128 + CODES_BYTES, largest + CODES_BYTES
-    layers, one = config.num_layers, kept_bytes(config, lora, size, Recompute.SELECTIVE)
-    kept = kept_bytes(config, lora, size, setting.recompute)
-    if setting.recompute is not Recompute.FULL:
-        kept_layers, working = layers, 0
-    else:
-        kept_layers, working = 0 if setting.offload else layers, one * tokens
-    q = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    # SwiGLU's backward holds its output, two gradients as wide, and what flows beside
-    working += (4 * f + 4 * d + q) * size * tokens
-    fused = device == "cpu" and ops.fuses(torch.device("cpu"), dtype)
+    return page if setting.paged_optimizer else states
+
+
+def _block_temporaries(config: LlamaConfig, lora: LoraConfig, tokens: int, size: int, fused: bool) -> int:
+    """Return the bytes of one block's temporaries in its backward, those of its products included."""
+    d, f = config.hidden_size, config.intermediate_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    # SwiGLU's backward is the peak: it holds its output, two gradients as wide, and the gradients that flow beside it.
+    temporaries = (4 * f + 4 * d + qkv) * size * tokens
     if fused:
-        working += packed_bytes(config, lora, torch.get_num_threads())
-    else:
-        working += max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size  # a dense panel
+        return temporaries + packed_bytes(config, lora, torch.get_num_threads())
+    dense_panel = max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size
+    return temporaries + dense_panel
+
+
+def _vocabulary_bytes(
+    config: LlamaConfig, stored: Stored, setting: Setting, tokens: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Return the bytes that embedding and head hold in memory, and those of a chunk of logits and its head's panels."""
+    d, v, size = config.hidden_size, config.vocab_size, dtype.itemsize
     rows = min(tokens, setting.loss_rows)
-    logits = rows * v * size + 3 * tokens * d * size
-    vocabulary = stored.embedding + stored.head
+    vocabulary, logits = stored.embedding + stored.head, rows * v * size
     if setting.in_file is not Vocabulary.NEITHER and not config.tie_embeddings:
         vocabulary = stored.head
     if setting.in_file is Vocabulary.BOTH and stored.head_dtype is not None:
@@ -195,48 +273,20 @@ def parts(
         logits += 4 * rows * d  # the gradient's sum over panels
     elif stored.head_dtype not in (None, dtype):
         vocabulary += v * d * size  # a copy in the compute dtype
-    activations = tokens * kept * kept_layers
-    of_working, of_kept = HOLES[setting.recompute, fused] if device == "cpu" else DEVICE_HOLES
+    return vocabulary, logits
+
+
+def _fragmentation(setting: Setting, fused: bool, device: str) -> Fragmentation:
+    """Return the fractions for a setting on a device."""
+    if device != "cpu":
+        return DEVICE_FRAGMENTATION
     if fused and setting.recompute is Recompute.FULL and setting.layer_memory is not None:
-        of_working, of_kept = STREAMED_HOLES
-    holes = of_working * (working + logits) + of_kept * activations
-    if setting.recompute is Recompute.SELECTIVE and device == "cpu":
-        holes += FREED_HOLES * tokens * layers * (kept_bytes(config, lora, size, Recompute.NONE) - kept)
-    return Parts(
-        process=process,
-        weights=stored.norms + (layers * stored.layer if setting.layer_memory is None else setting.layer_memory),
-        embeddings=vocabulary,
-        adapter=trained,
-        gradients=trained,
-        optimizer=page if setting.paged_optimizer else states,
-        activations=activations,
-        logits=logits,
-        scratch=working + (0 if setting.compact else round(holes)),
-    )
-
-
-CODES_BYTES = 3_000_000
-"""What an update of 8-bit states works in, beside the states: optim.py's chunk in fp32, several times, and its tables."""
-HOLES = {
-    (Recompute.NONE, True): (0.25, 0.09),
-    (Recompute.NONE, False): (0.1, 0.5),
-    (Recompute.SELECTIVE, True): (0.55, 0.0),
-    (Recompute.SELECTIVE, False): (2.0, 0.0),
-    (Recompute.FULL, True): (0.4, 0.0),
-    (Recompute.FULL, False): (0.95, 0.0),
-}
-"""Free memory inside the heap, with fused products and without: shares of what comes and goes in it, and of what blocks keep
-(measured: LOG.md)."""
-STREAMED_HOLES = (0.55, 0.6)
-"""The same where all is recomputed, with fused products, and layers are streamed (measured: LOG.md)."""
-DEVICE_HOLES = (0.9, 0.05)
-"""The same of a device's allocator. A guess, since none has been measured."""
-FREED_HOLES = 0.6
-"""The same of what blocks do not keep but make again, since it lay between what they keep."""
+        return STREAMED_FRAGMENTATION
+    return HEAP_FRAGMENTATION[setting.recompute, fused]
 
 
 def least_layer_memory(config: LlamaConfig, stored: Stored) -> int:
-    """The smallest `layer_memory`: a ring of two layers."""
+    """Return the smallest possible `layer_memory` in bytes: a ring of two layers."""
     return SLOTS * stored.layer if config.num_layers > SLOTS else config.num_layers * stored.layer
 
 
@@ -250,14 +300,14 @@ def fitted(
     memory: int,
     device: str = "cpu",
 ) -> tuple[Setting, Parts] | None:
-    """The setting with as many layers in memory as fit in `memory` bytes; None where nothing does."""
+    """Return the setting with as many layers in memory as fit into `memory` bytes, and its parts; None if not even two fit."""
     whole = parts(config, lora, stored, setting, dtype, process, device)
     if whole.total <= memory:
         return setting, whole
     if not stored.mapped:
         return None
-    beside = parts(config, lora, stored, replace(setting, layer_memory=0), dtype, process, device)
-    room = memory - beside.total
+    without_layers = parts(config, lora, stored, replace(setting, layer_memory=0), dtype, process, device)
+    room = memory - without_layers.total
     if room < least_layer_memory(config, stored):
         return None
     streaming = replace(setting, layer_memory=room)
@@ -265,7 +315,7 @@ def fitted(
 
 
 def streamed_bytes(config: LlamaConfig, stored: Stored, setting: Setting) -> int:
-    """Bytes of weights that are read again for a row, forward and backward."""
+    """Return the bytes of weights that are read from files for each row, in forward and backward together."""
     if setting.layer_memory is None:
         return 0
     streamed = len(streamed_layers([stored.layer] * config.num_layers, setting.layer_memory))

@@ -1,14 +1,14 @@
-"""Hugging Face model folders, opened without being read: config checked, every tensor located, weights mapped.
+"""Open a Hugging Face model folder without reading its weights: check the config, locate every tensor, map the files.
 
-fp32, fp16 and bf16 folders of one or many safetensors files, and bitsandbytes' 4-bit NF4 folders. What is missing,
-unknown or contradicts config.json is collected and raised once. Pickled weights are never opened: they can run code.
+It opens fp32, fp16 and bf16 folders of one or many safetensors files, and bitsandbytes' 4-bit NF4 folders. Every tensor that
+is missing, unknown or contradicts config.json is reported, all in one error. Pickled weights are never opened: they can run
+code.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,49 +17,56 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
-from edgetune.runtime.config import LlamaConfig, QuantConfig
+from edgetune.runtime.config import ATTENTION_LINEARS, MLP_LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.json_file import MODEL_CONFIG, WEIGHT_INDEX, read_object
+from edgetune.runtime.names import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    K_NORM,
+    MLP_NORM,
+    Q_NORM,
+    hf_linear_name,
+    is_linear,
+    layer_tensor,
+)
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")  # old LLaMA; a tied head
-_MAX_JSON = 64 << 20
-_SHOWN = 12  # mismatches named in one message
-_SAMPLES, _SAMPLE_BYTES = 4, 1024
+# Tensors that a folder may hold and that are not used: what old LLaMA checkpoints store, and the head of a tied model.
+_IGNORED = re.compile(rf"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|{re.escape(HEAD)}")
+_SHOWN = 12  # most faults named in one message (chosen by hand)
+_SAMPLES, _SAMPLE_BYTES = 4, 1024  # parts of each tensor that its digest covers, and the bytes of a part
 
 
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of one layer, by its Hugging Face name inside the layer, in the order of its use."""
+    """Return the shape of each tensor of one layer by its Hugging Face name inside the layer, in the order of their use."""
     d, hd, linears = config.hidden_size, config.head_dim, config.linear_shapes()
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        shapes[f"self_attn.{name}.weight"] = linears[name]
+    shapes: dict[str, tuple[int, ...]] = {ATTENTION_NORM: (d,)}
+    for name in ATTENTION_LINEARS:
+        shapes[f"{hf_linear_name(name)}.weight"] = linears[name]
         if config.o_bias if name == "o_proj" else config.qkv_bias:
-            shapes[f"self_attn.{name}.bias"] = linears[name][:1]
+            shapes[f"{hf_linear_name(name)}.bias"] = linears[name][:1]
     if config.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
-    shapes["post_attention_layernorm.weight"] = (d,)
-    return shapes | {f"mlp.{name}.weight": linears[name] for name in ("gate_proj", "up_proj", "down_proj")}
+        shapes |= {Q_NORM: (hd,), K_NORM: (hd,)}
+    shapes[MLP_NORM] = (d,)
+    return shapes | {f"{hf_linear_name(name)}.weight": linears[name] for name in MLP_LINEARS}
 
 
 def model_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a model of this config has, layer by layer."""
+    """Return the shape of every tensor of a model with this config by its full name, layer by layer."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block_shapes(config).items()}
+        shapes |= {layer_tensor(layer, name): shape for name, shape in block_shapes(config).items()}
     shapes[FINAL_NORM] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
-
-
-def is_linear(name: str) -> bool:
-    """Whether a tensor is the weight of a linear of a block: what NF4 and LoRA are for."""
-    return name.endswith("_proj.weight")
 
 
 class Checkpoint:
@@ -73,16 +80,16 @@ class Checkpoint:
         self._where = {name: file for file in files for name in file.tensors}
         self._states: dict[str, bnb_layout.StoredState] = {}
         self.stored: dict[str, StoredTensor] = {name: file.tensors[name] for name, file in self._where.items()}
-        """Every tensor of the files by its full name, 4-bit weights in their parts."""
+        """Every tensor in the files by its full name; a 4-bit weight is several."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights as stored."""
+        """Return the bytes of all weights as stored."""
         return sum(tensor.nbytes for tensor in self.stored.values())
 
     @property
     def quant(self) -> QuantConfig | None:
-        """How the linears are quantised; None for a folder that is not."""
+        """Return how the linears are quantised; None if they are not."""
         if not self._states:
             return None
         state = next(iter(self._states.values()))
@@ -90,11 +97,11 @@ class Checkpoint:
 
     @property
     def quantized_head(self) -> bool:
-        """Whether the head is stored in 4 bits too."""
+        """Return True if the head is stored in 4 bits too."""
         return HEAD in self._states
 
     def tensor(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor by its full Hugging Face name, dense or 4-bit, mapped."""
+        """Return a tensor by its full Hugging Face name, dense or 4-bit, mapped. Raises ModelError for damaged 4-bit parts."""
         state = self._states.get(name)
         if state is None:
             return self._mapped(name)
@@ -104,20 +111,20 @@ class Checkpoint:
             raise ModelError(f"{self.folder} cannot be used: {error}; copy the model folder again.") from error
 
     def dense(self, name: str) -> Tensor:
-        """A tensor as a plain one, mapped where it is stored so: the embedding, a norm, a head (which may be 4-bit)."""
+        """Return the embedding, a norm or the head as a dense tensor: mapped, or dequantised if it is stored in 4 bits."""
         tensor = self.tensor(name)
         return tensor if isinstance(tensor, Tensor) else nf4.dequantize(tensor)
 
     def block_tensors(self, layer: int) -> dict[str, Tensor | QuantizedTensor]:
-        """All tensors of a layer by their names inside it: 'self_attn.q_proj.weight', 'input_layernorm.weight', …"""
-        return {name: self.tensor(f"model.layers.{layer}.{name}") for name in block_shapes(self.config)}
+        """Return all tensors of a layer by their names inside it: "self_attn.q_proj.weight", "input_layernorm.weight", …"""
+        return {name: self.tensor(layer_tensor(layer, name)) for name in block_shapes(self.config)}
 
     def located(self, name: str) -> tuple[Path, StoredTensor]:
-        """The file that holds a stored tensor (a 4-bit weight's codes go by the weight's own name), and where in it."""
+        """Return the file that holds a stored tensor and its place there. A 4-bit weight's codes have the weight's own name."""
         return self._where[name].path, self.stored[name]
 
     def release(self, name: str) -> None:
-        """Let the system drop the pages of a tensor and its 4-bit parts from memory; a touch brings them back."""
+        """Let the system drop the mapped pages of a tensor and its 4-bit parts; the next access reads them again."""
         for part in [name, *(name + suffix for suffix in bnb_layout.PARTS)]:
             if part in self._where:
                 self._where[part].release(part)
@@ -127,10 +134,10 @@ class Checkpoint:
 
     @functools.cached_property
     def digest(self) -> str:
-        """What base this is: sha256 over the shape of the model and, of each tensor, its name, shape and samples.
+        """Return the identity of this base model: SHA-256 over the config and each tensor's name, shape and samples.
 
-        Four evenly spread kibibytes of each tensor are read, so that opening stays fast; two trained models never
-        agree in them. It does not notice a flipped bit elsewhere, and does not depend on how files are sharded.
+        Only four evenly spaced kibibytes of each tensor are read, to stay fast: enough to tell trained models apart, but a
+        flipped bit elsewhere goes unnoticed. The digest does not depend on how the files are sharded.
         """
         config, digest = self.config, hashlib.sha256()
         numbers = (config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, config.windows)
@@ -151,7 +158,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _find_states(self) -> list[str]:
-        """Read the JSON of each 4-bit weight; returns what is wrong with them."""
+        """Read the quant_state of each 4-bit weight; return the faults found."""
         faults, stored = [], self.stored
         for key in stored:
             name, found, _ = key.partition(bnb_layout.STATE_PREFIX)
@@ -160,14 +167,14 @@ class Checkpoint:
             try:
                 state = bnb_layout.parse_state(self._where[key].raw(key))
             except ValueError as error:
-                faults.append(f"{name} cannot be used, since {error}")
+                faults.append(f"{name} cannot be used: {error}")
                 continue
             self._states[name] = state
             faults += bnb_layout.check_parts(name, state, stored)
         return faults
 
     def _compare(self) -> list[str]:
-        """What is missing, unknown or of another shape than config.json says."""
+        """Return the faults of the tensors: missing, unknown, or of another shape or dtype than config.json says."""
         wanted, stored, faults = model_shapes(self.config), self.stored, []
         for name, shape in wanted.items():
             if name not in stored:
@@ -176,14 +183,15 @@ class Checkpoint:
             state, tensor = self._states.get(name), stored[name]
             found = tensor.shape if state is None else state.shape
             if f"{name}.absmax" in stored and state is None:
-                continue  # a 4-bit weight whose JSON is at fault: already said
+                continue  # a 4-bit weight with a faulty quant_state, which _find_states reported
             if found != shape:
                 faults.append(f"{name} has shape {list(found)} where config.json says {list(shape)}")
             elif state is None and tensor.dtype not in FLOATS:
                 faults.append(f"{name} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
             elif state is not None and not (is_linear(name) or name == HEAD):
-                faults.append(f"{name} is quantised, which edgetune reads for linears only")
+                faults.append(f"{name} is quantised, and edgetune reads only linears and the head in 4 bits")
         for name in stored:
+            # A part of a 4-bit weight, such as its absmax, is known if the weight is.
             owner = name.partition(bnb_layout.STATE_PREFIX)[0]
             if owner == name:
                 owner = next((name.removesuffix(part) for part in bnb_layout.PARTS if name.endswith(part)), name)
@@ -192,18 +200,18 @@ class Checkpoint:
         return faults + self._compare_tied_head(stored)
 
     def _compare_tied_head(self, stored: dict[str, StoredTensor]) -> list[str]:
-        """A tied model may store its head once more, if it is the embedding."""
+        """Check that a tied model which stores a head as well stores a copy of the embedding; return the fault otherwise."""
         if not self.config.tie_embeddings or HEAD not in stored or EMBEDDING not in stored:
             return []
         if HEAD not in self._states and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
             return []
-        return [f"{HEAD} differs from {EMBEDDING} where config.json says tie_word_embeddings"]
+        return [f"{HEAD} differs from {EMBEDDING}, but config.json sets tie_word_embeddings"]
 
 
 def open_model(folder: Path | str) -> Checkpoint:
-    """Open a Hugging Face folder. Reads headers only; weights are mapped when asked for.
+    """Open a Hugging Face folder, reading only the files' headers; a weight is mapped when it is requested.
 
-    Raises ModelError, naming the folder and every fault at once.
+    Raises ModelError that names the folder and all faults.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -217,7 +225,7 @@ def open_model(folder: Path | str) -> Checkpoint:
         except ModelError as error:
             faults.append(str(error).rstrip(".").removesuffix("; copy it again"))
     if not faults:
-        faults = _promises(files, promised)
+        faults = _compare_index(files, promised)
         checkpoint = Checkpoint(folder, hf_config, files)
         faults += checkpoint._find_states() + checkpoint._compare()
         if not faults:
@@ -229,39 +237,24 @@ def open_model(folder: Path | str) -> Checkpoint:
     )
 
 
-def _promises(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
-    """What the index says and the files do not hold, or hold twice."""
+def _compare_index(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
+    """Return the faults of the index: tensors that it names and its files lack, or that stand in two files."""
     holders: dict[str, list[str]] = {}
     for file in files:
         for name in file.tensors:
             holders.setdefault(name, []).append(file.path.name)
-    faults = [f"{name} stands in {' and '.join(found)}" for name, found in holders.items() if len(found) > 1]
+    faults = [f"{name} is stored in several files: {', '.join(found)}" for name, found in holders.items() if len(found) > 1]
     lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
     return faults + lost
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder. Raises ModelError for anything else."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ModelError(f"{path} takes {path.stat().st_size:,} bytes, too many for a model's JSON; copy it again.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is yours to read.") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON; copy it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object; copy it again.")
-    return value
-
-
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands, refused where its weights are in a form that edgetune does not read."""
+    """Return config.json. Raises ModelError if there is none, or if it says that edgetune cannot read the weights."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` beside `--model`.")
+            raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` and name its model by `--model`.")
         raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json", MODEL_CONFIG)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         method = quantization.get("quant_method", "bitsandbytes")
@@ -280,12 +273,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a folder, and what its index promises: {tensor: file name}."""
+    """Return the safetensors files of a folder, and its index: {tensor: file name}, or {} for a single file."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    promised = read_json(folder / INDEX).get("weight_map")
+    promised = read_object(folder / INDEX, WEIGHT_INDEX).get("weight_map")
     if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
     names = sorted(set(promised.values()))

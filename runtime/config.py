@@ -1,7 +1,7 @@
-"""What a model, an adapter and a quantisation are: frozen dataclasses read from the ecosystem's own JSON.
+"""The configurations of a model, an adapter and a quantisation, as frozen dataclasses.
 
-`LlamaConfig.from_hf` reads Hugging Face's config.json for every architecture that the engine honours. What it does not
-honour it refuses by name: a model is right or it is not opened.
+`LlamaConfig.from_hf` reads Hugging Face's config.json for every architecture that the engine supports. It refuses, by name,
+every option that would change a logit and that the engine does not implement: a model runs correctly or is not opened.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 from edgetune.runtime.errors import ModelError, UsageError
 
+# The linears of a layer, in the order of their use.
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + MLP_LINEARS
 
-ARCHITECTURES = {
+ARCHITECTURES = {  # model_type in config.json -> the class name in its "architectures"
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -74,7 +75,7 @@ _BOOKKEEPING = frozenset(
         "sliding_window",
     ]
 )
-_HONOURED = frozenset(
+_SUPPORTED = frozenset(
     [
         "hidden_size",
         "intermediate_size",
@@ -100,7 +101,7 @@ _HONOURED = frozenset(
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `kind` is default, linear (positions divided by factor) or llama3 (Llama 3.1's scaling)."""
+    """A rotary position embedding. `kind`: default, linear (positions divided by factor) or llama3 (Llama 3.1's scaling)."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -111,7 +112,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
-        """Read `rope_theta` + `rope_scaling`, or `rope_parameters` as transformers 5 writes them."""
+        """Read `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them. Raises ModelError."""
         fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         theta = float(fields.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
         kind = str(fields.pop("rope_type", None) or fields.pop("type", None) or "default")
@@ -156,7 +157,7 @@ class LlamaConfig:
     o_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
-    """Sliding window of each layer: a token sees itself and the window - 1 tokens before it; None sees all."""
+    """Sliding window of each layer in tokens: a token sees itself and the window - 1 tokens before it. None: it sees all."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -164,7 +165,7 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
         """Read a Hugging Face config.json.
 
-        Raises ModelError, naming it, for an architecture or an option that this engine would not honour.
+        Raises ModelError, naming it, for an architecture or an option that this engine does not support.
         """
         model_type = str(config.get("model_type"))
         if model_type not in ARCHITECTURES:
@@ -173,7 +174,7 @@ class LlamaConfig:
                 f"Unsupported architecture {found!r}; edgetune runs {', '.join(sorted(ARCHITECTURES.values()))}. "
                 "Type `edgetune models` to see what on this machine it can use."
             )
-        _refuse_unhonoured(config)
+        _refuse_unsupported(config)
         try:
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             layers = int(config["num_hidden_layers"])
@@ -221,13 +222,13 @@ class LlamaConfig:
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ModelError(
                 f"config.json contradicts itself: {self.num_heads} attention heads over {self.num_kv_heads} key/value heads "
-                f"of {self.head_dim}; expected a whole number of heads a group and an even head size."
+                f"of {self.head_dim}; expected a multiple of the key/value heads and an even head size."
             )
         if not (self.rms_norm_eps > 0 and math.isfinite(self.rope.theta) and self.rope.theta > 0):
             raise ModelError("config.json's rms_norm_eps and rope_theta must be positive; copy the model folder again.")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of each linear of a block."""
+        """Return (out_features, in_features) of each linear of a layer, by its name."""
         d, f, q, kv = (
             self.hidden_size,
             self.intermediate_size,
@@ -241,24 +242,24 @@ class LlamaConfig:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights in the linears of all blocks (no embedding, no head)."""
+        """Return the number of weights in the linears of all layers, without embedding and head."""
         return self.num_layers * sum(out * inputs for out, inputs in self.linear_shapes().values())
 
     @property
     def parameters(self) -> int:
-        """All weights, norms left out."""
+        """Return the number of all weights but the norms'."""
         return self.linear_parameters + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
 
 def _refused(option: str, found: str, expected: str) -> ModelError:
-    return ModelError(f"config.json's {option} is {found}, which edgetune does not honour; expected {expected}.")
+    return ModelError(f"config.json's {option} is {found}, which edgetune does not support; expected {expected}.")
 
 
-def _refuse_unhonoured(config: dict[str, Any]) -> None:
-    unknown = sorted(key for key in set(config) - _BOOKKEEPING - _HONOURED if config[key] not in (None, False))
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    unknown = sorted(key for key in set(config) - _BOOKKEEPING - _SUPPORTED if config[key] not in (None, False))
     if unknown:
         raise ModelError(
-            f"config.json sets {', '.join(unknown)}, which edgetune does not honour; expected a plain "
+            f"config.json sets {', '.join(unknown)}, which edgetune does not support; expected a plain "
             f"{'/'.join(ARCHITECTURES)} config. Choose another model with `edgetune models`."
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -274,7 +275,7 @@ def _refuse_unhonoured(config: dict[str, Any]) -> None:
 
 
 def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window as the four architectures spell it."""
+    """Return each layer's sliding window, which the four architectures spell differently."""
     window = config.get("sliding_window")
     if model_type in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
         window = None
@@ -300,7 +301,7 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A LoRA adapter (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * B A on each target linear."""
+    """The configuration of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * B A on each target linear."""
 
     rank: int
     alpha: float
@@ -311,23 +312,23 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 1024:
             raise UsageError(f"The rank is {self.rank}; expected 1 to 1024, e.g. 16.")
-        if not 1e-9 <= self.alpha <= 1e9:  # beyond, what formats keep of it in f32 is 0 or inf
+        if not 1e-9 <= self.alpha <= 1e9:  # outside this range, formats that store it in f32 get 0 or inf
             raise UsageError(f"Alpha is {self.alpha}; expected 1e-9 to 1e9, e.g. 16.")
         if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"The dropout is {self.dropout}; expected 0 up to, but not, 1, e.g. 0.05.")
+            raise UsageError(f"The dropout is {self.dropout}; expected at least 0 and less than 1, e.g. 0.05.")
         unknown = sorted(set(self.targets) - set(LINEARS))
         if unknown or not self.targets:
-            raise UsageError(f"The targets name {unknown or 'nothing'}; expected some of {', '.join(LINEARS)}.")
+            raise UsageError(f"The targets name {unknown or 'nothing'}; expected one or more of {', '.join(LINEARS)}.")
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+        """Return alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a linear is stored: the QLoRA paper's NF4 with double quantisation."""
+    """The quantisation of a linear. The defaults are the QLoRA paper's: NF4 with double quantisation."""
 
     quant_type: str = "nf4"
     block_size: int = 64

@@ -1,27 +1,27 @@
-"""The errors edgetune raises on purpose; each message is one sentence: what was found, what was expected, what to type.
+"""The errors that edgetune raises on purpose. Each message is a sentence: what was found, what was expected, what to type.
 
 EdgetuneError
-├── UsageError       a setting that cannot be honoured (rank 0, a learning rate of nan)
+├── UsageError       an invalid setting (rank 0, a learning rate of nan)
 ├── ModelError       a base model that is unreadable, unsupported or contradicts its own config
-│   └── TokenizerError   its tokenizer or chat template
+│   └── TokenizerError   a tokenizer or chat template that is unreadable or hostile
 ├── AdapterError     an adapter that is unreadable or was made for another base
 ├── DataError        notes, chats or texts that cannot be used
-├── DeviceError      a device that is not there
-├── ResourceError    memory or disk that is not there
+├── DeviceError      a device that this machine does not have
+├── ResourceError    not enough memory or disk space
 ├── TrainingError    a run that does not converge
-├── BusyError        a run that another process is at
-└── LinkError        another process of a run that is gone
+├── BusyError        a run or an output that another process is working on
+└── LinkError        a process of a distributed run that ended or cannot be reached
 
-The command line prints the message alone and exits 1. No text of a note ever stands in one: paths and digests only.
+The command line prints only the message and exits 1. No message contains text of a note: only paths and digests.
 """
 
 
 class EdgetuneError(Exception):
-    """Base of every expected failure."""
+    """The base class of every expected failure."""
 
 
 class UsageError(EdgetuneError):
-    """A setting that cannot be honoured."""
+    """An invalid setting."""
 
 
 class ModelError(EdgetuneError):
@@ -45,7 +45,7 @@ class DeviceError(EdgetuneError):
 
 
 class ResourceError(EdgetuneError):
-    """Memory or disk that this machine does not have."""
+    """Not enough memory or disk space on this machine."""
 
 
 class TrainingError(EdgetuneError):
@@ -53,8 +53,8 @@ class TrainingError(EdgetuneError):
 
 
 class BusyError(EdgetuneError):
-    """A run, or an output, that another process is at."""
+    """A run or an output that another process is working on."""
 
 
 class LinkError(EdgetuneError):
-    """Another process of a run that ended, or cannot be reached."""
+    """A process of a distributed run that ended or cannot be reached."""

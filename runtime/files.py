@@ -1,4 +1,7 @@
-"""Writing so that a reader never sees half a file: a temporary sibling, fsync, rename. Everything is private (0600/0700)."""
+"""Write files and folders so that a reader never sees half of one: to a temporary sibling, then fsync, then rename.
+
+Everything is private: mode 0600 for files, 0700 for folders.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into the sentence a user can act on; other errors pass through."""
+    """Turn ENOSPC and EDQUOT into a ResourceError that says what to do; other errors pass through."""
     try:
         yield
     except OSError as error:
@@ -36,7 +39,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. Windows cannot open a folder, and needs no such thing."""
+    """Make renames inside `folder` durable. Windows neither can open a folder nor needs to."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -47,9 +50,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) -> None:
-    """Replace `path` by `data` in one step.
+    """Replace the content of `path` by `data` in one step.
 
-    Raises ResourceError when the disk is full; the old file, if any, is then still there.
+    Raises ResourceError when the disk is full; an old file then stays unchanged.
     """
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data
@@ -70,23 +73,23 @@ def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) 
 
 
 def check_place(path: Path) -> None:
-    """Make the folders above `path` and try to write beside it, before the work whose result goes there begins.
+    """Create the folders above `path` and check that they can be written to, before work begins whose result goes there.
 
-    Raises UsageError where that cannot be, ResourceError when the disk is full.
+    Raises UsageError if they cannot, ResourceError when the disk is full.
     """
     try:
         with explain_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             os.rmdir(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX))
     except OSError as error:
-        raise UsageError(f"{path} cannot be made ({error.strerror}); name another folder.") from error
+        raise UsageError(f"{path} cannot be created ({error.strerror}); name another folder.") from error
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a private temporary folder that becomes `path` when the block ends, and vanishes when it raises.
+    """Yield a private temporary folder that becomes `path` when the block ends, and is deleted when the block raises.
 
-    An existing `path` is replaced as `replace_folder` does, so that a crash leaves one whole folder.
+    An existing `path` is replaced by `replace_folder`, so that a crash leaves one whole folder.
     """
     path = Path(path)
     with explain_full_disk(path):
@@ -105,14 +108,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def replace_folder(source: Path, path: Path) -> None:
-    """Rename folder `source` to `path`, replacing a folder that stands there.
+    """Rename the folder `source` to `path`, replacing a folder that already exists there.
 
-    Where the system can exchange two names, `path` is there all the time. Else the old folder is moved aside first, and
-    `mend` brings it back after a crash in that moment.
+    Where the system can exchange two names, `path` exists at every moment. Elsewhere the old folder is moved aside first,
+    and `mend` brings it back if the process crashes between the two renames.
     """
     old = None
     if path.exists():
-        if not path.is_symlink() and exchange(source, path):  # a link goes aside; what it points to stays
+        # Exchanging a symbolic link would delete the folder that it points to: the link itself is moved aside instead.
+        if not path.is_symlink() and exchange(source, path):
             sync_folder(path.parent)
             shutil.rmtree(source, ignore_errors=True)
             return
@@ -125,9 +129,9 @@ def replace_folder(source: Path, path: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two files or folders of one file system change names in one step; False, and nothing done, where that cannot be.
+    """Exchange the names of two files or folders of one file system in one step; return False if the system cannot.
 
-    Linux: renameat2(2), from glibc 2.28 and kernel 3.15 on; macOS: renamex_np(2), on APFS.
+    Linux: renameat2(2), since glibc 2.28 and kernel 3.15. macOS: renamex_np(2), on APFS.
     """
     names, swap, here = (os.fsencode(first), os.fsencode(second)), 2, -100  # RENAME_EXCHANGE and RENAME_SWAP; AT_FDCWD
     if sys.platform == "win32":
@@ -139,25 +143,25 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def mend(path: Path) -> None:
-    """Undo what a crash while `path` was written left beside it: a folder moved aside goes back, half-written ones go.
+    """Clean up after a crash during a write to `path`: restore a folder that was moved aside, delete half-written ones.
 
-    Only for whoever alone writes there.
+    Only the one process that may write to `path` can call this: another's unfinished write would be deleted.
     """
-    ours = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?\w{{8}}{re.escape(_SUFFIX)}")
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?\w{{8}}{re.escape(_SUFFIX)}")
     if not path.parent.is_dir():
         return
-    for left in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
-        aside = left / path.name
-        if left.name.startswith(f".{path.name}.old.") and aside.is_dir() and not path.exists():
-            os.rename(aside, path)
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    for entry in [entry for entry in path.parent.iterdir() if leftover.fullmatch(entry.name)]:
+        moved_aside = entry / path.name
+        if entry.name.startswith(f".{path.name}.old.") and moved_aside.is_dir() and not path.exists():
+            os.rename(moved_aside, path)
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hex digest of a file's bytes, read a mebibyte at a time."""
+    """Return the SHA-256 of a file's bytes in hexadecimal, reading a mebibyte at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -166,13 +170,13 @@ def sha256_file(path: Path | str) -> str:
 
 
 def scratch_file(folder: Path, nbytes: int = 0) -> FileIO:
-    """An unbuffered private file of `nbytes` zeros in `folder` that has no name, so that it ends with the process.
+    """Open an unbuffered scratch file of `nbytes` zeros in `folder`. It has no name, so it disappears with the process.
 
-    Raises ResourceError when the disk has not that much room.
+    Raises ResourceError when the disk does not have enough space.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with explain_full_disk(folder):
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it is handed out
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - the caller closes it
         if nbytes and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, nbytes)
         else:
@@ -181,7 +185,7 @@ def scratch_file(folder: Path, nbytes: int = 0) -> FileIO:
 
 
 def read_at(file: FileIO, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` with a file's bytes from `offset` on, without a copy. Raises OSError where the file is shorter."""
+    """Fill `buffer` with the bytes of a file at `offset`, without a copy. Raises OSError if the file ends before."""
     while buffer:
         if hasattr(os, "preadv"):
             count = os.preadv(file.fileno(), [buffer], offset)
@@ -194,7 +198,7 @@ def read_at(file: FileIO, buffer: memoryview, offset: int) -> None:
 
 
 def write_at(file: FileIO, buffer: memoryview, offset: int) -> None:
-    """Write `buffer` into a file from `offset` on."""
+    """Write `buffer` to a file at `offset`."""
     while buffer:
         if hasattr(os, "pwrite"):
             count = os.pwrite(file.fileno(), buffer, offset)

@@ -1,7 +1,7 @@
-"""The specification of 8-bit rows: what `vocabulary` keeps a head in, and what the kernels compute bit for bit.
+"""Quantise the rows of a matrix to 8 bits, for heads: the specification that the kernels match bit for bit.
 
-Symmetric, a scale for each row: the largest magnitude becomes 127, the others the nearest integers, ties to even.
-8 + 32/D bits a number.
+The form is symmetric with one scale a row: the largest magnitude becomes 127, the others are rounded to the nearest integer,
+ties to even. It takes 8 + 32/D bits a number.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgetune.runtime.nf4 import SMALLEST_ABSMAX
+
 PANEL_ROWS = 2048
-"""Rows that are in fp32 at once while they are quantised."""
+"""Rows that are converted to fp32 at a time (chosen by hand)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Rows:
-    """codes i8 (V, D), scale f32 (V, 1): row i is codes[i] * scale[i]."""
+    """A matrix in 8-bit rows. codes: i8 (V, D); scale: f32 (V, 1); row i is codes[i] * scale[i]."""
 
     codes: Tensor
     scale: Tensor
@@ -35,16 +37,16 @@ class Int8Rows:
         return self.codes.nbytes + self.scale.nbytes
 
     def to(self, device: torch.device) -> Int8Rows:
-        """The same on a device."""
+        """Return the same rows on another device."""
         return Int8Rows(self.codes.to(device), self.scale.to(device))
 
 
 def quantize(weight: Tensor) -> Int8Rows:
-    """A dense (V, D) of any float dtype. A row with inf or NaN gets a scale that is not finite either, and any codes."""
+    """Quantise a dense (V, D) of any float dtype. A row with inf or NaN gets a non-finite scale and arbitrary codes."""
     codes = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], PANEL_ROWS):
         rows, part = weight[start : start + PANEL_ROWS].float(), slice(start, start + PANEL_ROWS)
         scale[part] = rows.abs().amax(1, keepdim=True) / 127
-        codes[part] = (rows / scale[part].clamp(min=1e-38)).round_().nan_to_num_(0)
+        codes[part] = (rows / scale[part].clamp(min=SMALLEST_ABSMAX)).round_().nan_to_num_(0)
     return Int8Rows(codes, scale)

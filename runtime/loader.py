@@ -1,4 +1,4 @@
-"""From an opened checkpoint to a Llama that runs: mapped where it can be, quantised on the way where it must be."""
+"""Build a Llama that runs from an opened checkpoint: map its weights where possible, quantise them where asked to."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, vocabulary
-from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, is_linear
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.lora import Linear, Weight
-from edgetune.runtime.model import Block, Llama, hf_linear_name
+from edgetune.runtime.model import Block, Llama
+from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD, LINEAR_WEIGHT, is_linear, layer_tensor, linear_weight
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
 from edgetune.runtime.vocabulary import FILE, Embedding, Head, StoredRows
@@ -27,16 +28,18 @@ def load_llama(
     embedding_in_file: bool = False,
     head_kind: str | None = None,
 ) -> Llama:
-    """The model on `device`, computing in `dtype`.
+    """Return the model on `device`, computing in `dtype`.
 
-    A folder that is quantised already is used as it lies: mapped, nothing copied but the norms. In one that is not, the
-    linears stay dense, or become NF4 as `quant` says, a layer at a time. Where the linears of all layers take more than
-    `layer_memory` bytes, those that do not fit are streamed from the files. The embedding is mapped, or left in its file; the
-    head too (None, vocabulary.FILE), or quantised on the way (vocabulary.KINDS). A tied model has one for both where both are
-    mapped or in the file, and else a head of its own.
+    A quantised folder is mapped: nothing is copied but the norms. Of any other folder the linears stay dense or, given
+    `quant`, are quantised to NF4 one layer at a time. If the linears of all layers take more than `layer_memory` bytes, the
+    layers that do not fit are streamed from the files.
+
+    The embedding is mapped or, with `embedding_in_file`, read from its file row by row. `head_kind` says where the head is:
+    None maps it, vocabulary.FILE reads it from its file, and one of vocabulary.KINDS quantises it now. A model with tied
+    embeddings uses one tensor for both if both are mapped or both stay in the file; otherwise the head is separate.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
-    ResourceError where `layer_memory` does not hold two layers.
+    ResourceError if `layer_memory` does not hold two layers.
     """
     device = device or torch.device("cpu")
     config = checkpoint.config
@@ -52,9 +55,9 @@ def load_llama(
             for name, weight in checkpoint.block_tensors(layer).items()
         }
         blocks.append(Block(config, layer, tensors))
-        if quant is not None or device.type != "cpu":  # what was made of the file's numbers stays, the numbers need not
+        if quant is not None or device.type != "cpu":  # the copies are used from now on: free the file's pages
             for name in tensors:
-                checkpoint.release(f"model.layers.{layer}.{name}")
+                checkpoint.release(layer_tensor(layer, name))
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
@@ -79,7 +82,7 @@ def _embedding(checkpoint: Checkpoint, device: torch.device, in_file: bool) -> E
 
 
 def _head(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | None) -> Head:
-    """One that is stored in 4 bits stays as it is; one that is quantised or read lets go of the mapping."""
+    """Return the head in the form that `kind` asks for; one that is stored in 4 bits keeps them."""
     weight = checkpoint.tensor(name)
     if kind is None or not isinstance(weight, Tensor):
         head = weight.to(device)
@@ -89,11 +92,11 @@ def _head(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | N
     if kind == FILE:
         return _in_file(checkpoint, name, device)
     try:
-        small = vocabulary.quantize(weight, kind)
+        quantized = vocabulary.quantize(weight, kind)
     except ValueError as error:
         raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error
     checkpoint.release(name)
-    return small.to(device)
+    return quantized.to(device)
 
 
 def _in_file(checkpoint: Checkpoint, name: str, device: torch.device) -> StoredRows:
@@ -103,15 +106,15 @@ def _in_file(checkpoint: Checkpoint, name: str, device: torch.device) -> StoredR
 
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the linears of all blocks as stored: what a model without streaming holds of them."""
-    return sum(tensor.nbytes for name, tensor in checkpoint.stored.items() if "_proj.weight" in name)
+    """Return the stored bytes of the linears of all layers, which a model without streaming keeps in memory."""
+    return sum(tensor.nbytes for name, tensor in checkpoint.stored.items() if LINEAR_WEIGHT in name)
 
 
 def _paged(checkpoint: Checkpoint, block: Block, device: torch.device) -> PagedLayer:
-    """A block's linears as what their files hold; the mapping that they were checked through is let go."""
+    """Return a block's linears as weights that the pager reads from their files, and release their mapped pages."""
     weights = []
     for name in LINEARS:
-        full = f"model.layers.{block.layer}.{hf_linear_name(name)}.weight"
+        full = linear_weight(block.layer, name)
         weights.append(_paged_weight(checkpoint, full, getattr(block, name), device))
         checkpoint.release(full)
     return PagedLayer(weights)
@@ -121,28 +124,29 @@ def _paged_weight(checkpoint: Checkpoint, name: str, linear: Linear, device: tor
     weight = linear.weight
     if isinstance(weight, Tensor):
         dtype, shape = weight.dtype, weight.shape
-        away = torch.empty(0, dtype=dtype, device=device)
-        return PagedWeight(linear, (checkpoint.located(name),), lambda raw: raw.view(dtype).view(shape), away)
+        no_bytes = torch.empty(0, dtype=dtype, device=device)
+        return PagedWeight(linear, (checkpoint.located(name),), lambda raw: raw.view(dtype).view(shape), no_bytes)
     nested = weight.state.nested
-    if nested is not None:  # short: they stay
+    if nested is not None:  # the second level is short: it stays in memory
         nested = replace(nested, absmax=nested.absmax.to(device, copy=True), table=nested.table.to(device, copy=True))
     parts, absmax = [checkpoint.located(name)], weight.state.absmax
     path, stored = checkpoint.located(f"{name}.absmax")
     streamed = (stored.dtype, stored.shape) == (absmax.dtype, absmax.shape)
-    if streamed:  # or else it was rearranged for use, and stays too
+    if streamed:  # else bnb_layout rearranged it, the file does not hold these bytes, and it stays in memory
         parts.append((path, stored))
     kept = torch.empty(0, dtype=absmax.dtype, device=device) if streamed else absmax.to(device, copy=True)
     state = replace(weight.state, absmax=kept, nested=nested)
 
     def make(packed: Tensor, *scales: Tensor) -> QuantizedTensor:
-        own = replace(state, absmax=scales[0].view(state.absmax.dtype)) if scales else state
-        return QuantizedTensor(packed.view(-1, 1), own)
+        filled = replace(state, absmax=scales[0].view(state.absmax.dtype)) if scales else state
+        return QuantizedTensor(packed.view(-1, 1), filled)
 
-    return PagedWeight(linear, tuple(parts), make, QuantizedTensor(torch.empty(0, 1, dtype=torch.uint8, device=device), state))
+    placeholder = QuantizedTensor(torch.empty(0, 1, dtype=torch.uint8, device=device), state)
+    return PagedWeight(linear, tuple(parts), make, placeholder)
 
 
 def _placed(name: str, weight: Weight, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None) -> Weight:
-    """A linear as it is or as NF4; a norm in fp32; a bias in the compute dtype."""
+    """Return a layer's tensor on `device`: a linear dense or as NF4, a norm in fp32, a bias in the compute dtype."""
     if not isinstance(weight, Tensor):
         return weight if device.type == "cpu" else weight.to(device)
     if not is_linear(name):

@@ -1,11 +1,11 @@
-"""The highest memory a piece of work held: anonymous memory, the resident pages of its weight files, and what an Apple GPU's
-driver holds."""
+"""Measure the peak memory of a piece of work.
+
+On the CPU and on Apple GPUs that is anonymous memory, the resident pages of the weight files, and what the GPU's driver
+holds; on an NVIDIA card, what torch's allocator reserved there.
+"""
 
 from __future__ import annotations
 
-import mmap
-import os
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,42 +14,14 @@ from typing import Protocol
 
 import torch
 
-from edgetune.runtime.device import card_memory, device_memory, process_memory
+from edgetune.runtime.memory import anonymous_memory, card_memory, device_memory, resident_pages
 
 INTERVAL = 0.1
-
-
-def anonymous_memory() -> int:
-    """Bytes that belong to no file. Linux tells; elsewhere the whole resident size stands in for it, which is more.
-
-    A meter asks at any moment of a step: what is read is too short to be put into the heap that the step's tensors lie in.
-    """
-    if sys.platform != "linux":
-        return process_memory()
-    file = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        _, resident, shared, *_ = os.read(file, 256).split()
-    finally:
-        os.close(file)
-    return (int(resident) - int(shared)) * mmap.PAGESIZE
-
-
-def resident_pages(files: Sequence[Path]) -> int:
-    """Bytes of the named files that this process has mapped and in memory; 0 where the system does not tell."""
-    if sys.platform != "linux":
-        return 0
-    names = {str(file.resolve()) for file in files}
-    resident, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
-        if line.startswith("Rss:"):
-            resident += int(line.split()[1]) * 1024 if inside else 0
-        elif "-" in line.split(" ", 1)[0]:
-            inside = line.split(maxsplit=5)[-1] in names
-    return resident
+"""Seconds between two samples (chosen by hand)."""
 
 
 class MemoryMeter:
-    """Samples memory ten times a second on a thread of its own; weight pages are counted on `peak`."""
+    """Samples memory ten times a second on a thread of its own. Weight pages take longer to count: only `peak` does."""
 
     def __init__(self, weight_files: Sequence[Path] = (), device: torch.device | None = None) -> None:
         self._files, self._device = tuple(weight_files), device or torch.device("cpu")
@@ -72,27 +44,27 @@ class MemoryMeter:
                 return
 
     def _sample(self) -> int:
-        """Anonymous memory and the device's, now."""
+        """Return the anonymous memory and the device's memory held now, in bytes, and update the peak."""
         held = anonymous_memory() + device_memory(self._device)
         self._peak_held = max(self._peak_held, held)
         return held
 
     @property
     def now(self) -> int:
-        """What is held now, plus the weight pages last counted."""
+        """Return the bytes held now, plus the weight pages as last counted."""
         return self._sample() + self._peak_pages
 
     def peak(self) -> int:
-        """The highest so far."""
+        """Return the peak so far, in bytes."""
         self._peak_pages = max(self._peak_pages, resident_pages(self._files))
         self._sample()
         return self._peak_held + self._peak_pages
 
 
 class CardMeter:
-    """The same of a card: what torch's allocator took of its memory, which is what other programs cannot have.
+    """Measures the memory that torch's allocator reserved on an NVIDIA card, which other programs cannot use.
 
-    The allocator keeps the highest itself; nothing is sampled.
+    The allocator tracks its peak itself, so nothing is sampled.
     """
 
     def __enter__(self) -> CardMeter:
@@ -104,16 +76,16 @@ class CardMeter:
 
     @property
     def now(self) -> int:
-        """What is held now."""
+        """Return the bytes reserved now."""
         return card_memory().held
 
     def peak(self) -> int:
-        """The highest so far."""
+        """Return the peak so far, in bytes."""
         return int(torch.cuda.max_memory_reserved())
 
 
 class Meter(Protocol):
-    """What measures a run: of either kind."""
+    """The interface that both meters share."""
 
     @property
     def now(self) -> int: ...
@@ -122,5 +94,5 @@ class Meter(Protocol):
 
 
 def meter_for(device: torch.device, weight_files: Sequence[Path]) -> MemoryMeter | CardMeter:
-    """The meter of the memory that a run on this device is planned in."""
+    """Return the meter for the memory that limits a run on this device."""
     return CardMeter() if device.type == "cuda" else MemoryMeter(weight_files, device)

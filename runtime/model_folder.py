@@ -1,6 +1,6 @@
-"""A model folder as Hugging Face lays it out, written a tensor at a time: shards, their index, and what else a model needs.
+"""Write a model folder in Hugging Face's layout, one tensor at a time: shards, their index, and the files beside them.
 
-What stands in the weights is a Recipe's business: quantize.py's makes 4-bit ones, the exports' merge adapters.
+A Recipe decides what the weights are: the one in quantize.py makes 4-bit weights, the exports' recipes merge adapters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from edgetune.runtime.files import atomic_write
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
 
 SHARD_BYTES = 512 << 20
-"""The most that a killed run has to do again; a layer is never split."""
+"""Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
 
-# What else a folder needs to be a model: tokenizer, chat template, generation settings, licence.
+# The files that a model needs beside its weights: tokenizer, chat template, generation settings, licence.
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,38 +37,38 @@ _COMPANIONS = (
 
 
 class Recipe(Protocol):
-    """How each tensor of a model is stored. Tensors are asked for once, in the order of `shapes`, which is the layers'."""
+    """Makes the stored form of each tensor of a model. Each tensor is requested once, in the order of `shapes`."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the model by its Hugging Face name."""
+        """Return the shape of every tensor of the model by its Hugging Face name, layer by layer."""
 
     def specs(self, name: str) -> list[TensorSpec]:
-        """What a tensor of the model is stored as: itself, or codes and scales."""
+        """Return the tensors that one tensor of the model is stored as: itself, or codes and scales."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The values of these, by name."""
+        """Return the values of the tensors that `specs` lists, by name."""
 
     def release(self, name: str) -> None:
-        """What it was made from is not needed any more."""
+        """Free what the tensor was made from: it is not needed again."""
 
 
 def shard_specs(recipe: Recipe, names: Sequence[str]) -> list[TensorSpec]:
-    """The stored tensors of a shard in the order in which they lie in its file."""
+    """Return the stored tensors of a shard, in the order of its file."""
     return aligned_order(spec for name in names for spec in recipe.specs(name))
 
 
 def stored_bytes(recipe: Recipe, names: Sequence[str]) -> int:
-    """Bytes that these tensors of the model take in files."""
+    """Return the bytes that these tensors of the model take in files."""
     return sum(spec.nbytes for name in names for spec in recipe.specs(name))
 
 
 def plan_shards(recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> names of the tensors in it: whole layers, in order, at most `shard_bytes` a file where one fits."""
+    """Return {file name: names of its tensors}: whole layers, in order, at most `shard_bytes` a file unless one is larger."""
     groups: list[list[str]] = []
     group_bytes = 0
     units: dict[str, list[str]] = {}
-    for name in recipe.shapes:
+    for name in recipe.shapes:  # a unit is a whole layer, or a single tensor outside the layers
         parts = name.split(".")
         units.setdefault(parts[2] if parts[1] == "layers" else name, []).append(name)
     for names in units.values():
@@ -84,9 +84,10 @@ def plan_shards(recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> dict[str, lis
 
 
 def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable[[str], None]) -> None:
-    """Write one file of weights; `done` is told the name of each tensor that has been made."""
+    """Write one file of weights; `done` is called with the name of each tensor of the model once it is made."""
     specs = shard_specs(recipe, names)
-    waiting: dict[str, Tensor] = {}  # made before their turn: the few whose size is no multiple of 64
+    # The few tensors whose size is not a multiple of 64 bytes stand last in the file but are made with their layer.
+    waiting: dict[str, Tensor] = {}
     queue = list(reversed(specs))
     with SafetensorsWriter(path, specs, {"format": "pt"}) as writer:
         for name in names:
@@ -99,7 +100,7 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
 
 
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:
-    """config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
+    """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
     for file in companions(source):
         atomic_write(folder / file.name, file.read_bytes())
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -120,7 +121,7 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     done: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """The whole of it into `folder`, which whoever calls makes appear; `done` is told the name of each tensor."""
+    """Write a whole model into `folder`, which the caller publishes; `done` is called with the name of each tensor."""
     shards = plan_shards(recipe, shard_bytes)
     for file, names in shards.items():
         write_shard(folder / file, recipe, names, done)
@@ -128,12 +129,15 @@ def write_model(
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model folder that belong to it beside config and weights."""
+    """Return the files of a model folder that a copy needs beside config.json and the weights."""
     return [file for pattern in _COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def quantization_config(double_quant: bool, quantized_head: bool = False) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig writes for NF4. A list of what is dense must be there: without one the head is."""
+    """Return the `quantization_config` that transformers' BitsAndBytesConfig writes for NF4.
+
+    `llm_int8_skip_modules` is always present: without the list, transformers leaves the head dense.
+    """
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -1,14 +1,14 @@
-"""4-bit NormalFloat with double quantisation, in plain torch: the specification kernels are held to, bit for bit.
+"""Quantise to 4-bit NormalFloat with double quantisation, in plain torch: the specification kernels match bit for bit.
 
-A weight is flattened row-major and cut in blocks of `block_size` (a block may cross a row, the last may be short). Each
-block keeps its fp32 absmax, each value the code of the nearest table entry of value/absmax, ties to the lower code. Two
-codes a byte, the first in the HIGH nibble. Double quantisation then stores absmax - mean(absmax) as 8-bit codes of the
-signed dynamic map, in blocks of 256 with an fp32 absmax each: 4 + 8/64 + 32/(64·256) = 4.127 bits a parameter.
+A weight is flattened row-major and cut into blocks of `block_size` (a block may cross a row, the last may be short). A
+block stores its fp32 absmax, and for each value the code of the table entry nearest to value/absmax, ties to the lower code.
+A byte holds two codes, the first in the HIGH nibble. Double quantisation then stores absmax - mean(absmax) as 8-bit codes of
+the signed dynamic map, in blocks of 256 with an fp32 absmax each: 4 + 8/64 + 32/(64·256) = 4.127 bits a parameter.
 
-Dequantisation is exactly, every operation rounded to fp32 and none fused:
+Dequantisation is exactly this, with every operation rounded to fp32 and none fused:
 
     absmax = table[code] * nested_absmax;  absmax = absmax + offset          (only when doubly quantised)
-    weight = code_table[code] * absmax, then rounded to the wanted dtype (to nearest even)
+    weight = code_table[code] * absmax, then rounded to the requested dtype (to nearest even)
 
 Source: QLoRA §3 (Dettmers et al. 2023, arXiv 2305.14314); storage and rounding as in bitsandbytes' `default` back end.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 # QLoRA appendix E: quantiles of N(0, 1), norm.ppf(linspace(0.9677083, 0.5, 9)[:-1]) for the eight positive values and
-# -norm.ppf(linspace(0.9677083, 0.5, 8)[:-1]) for the seven negative, an exact zero between, all over the largest.
+# -norm.ppf(linspace(0.9677083, 0.5, 8)[:-1]) for the seven negative, an exact zero between, all divided by the largest.
 NF4_TABLE = torch.tensor(
     [
         -1.0,
@@ -47,17 +47,20 @@ NF4_TABLE = torch.tensor(
 )
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Numbers of values that can share an absmax, as in bitsandbytes."""
 NESTED_BLOCK_SIZE = 256
+"""First-level absmax that share a second-level one (QLoRA §3, "Double Quantization")."""
 QUANT_TYPES = ("nf4", "fp4", "fp4_e3m0", "int4")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-_SMALLEST_ABSMAX = 1e-38  # below it a block is divided by this instead: its values become zero, never inf or NaN
-_CHUNK = 1 << 20  # elements worked on at a time, a multiple of every block size: temporaries stay near 16 MB
+SMALLEST_ABSMAX = 1e-38
+"""Least value that a block is divided by, in fp32. A block whose absmax is smaller becomes zero, never inf or NaN."""
+_CHUNK = 1 << 20  # values worked on at a time, a multiple of every block size: temporaries stay near 16 MB
 
 
 @dataclass(frozen=True, eq=False)
 class NestedAbsmax:
-    """Double quantisation's second level: absmax of block i = table[code[i]] * absmax[i // block_size] + offset."""
+    """The second level of double quantisation: absmax of block i = table[code[i]] * absmax[i // block_size] + offset."""
 
     absmax: Tensor  # f32 (ceil(nb / block_size),)
     table: Tensor  # f32 (256,), ascending
@@ -67,11 +70,11 @@ class NestedAbsmax:
 
 @dataclass(frozen=True, eq=False)
 class QuantState:
-    """All that is needed beside the packed codes. nb = ceil(n / block_size) blocks for n weights."""
+    """The scales and facts that dequantise packed codes. n weights have nb = ceil(n / block_size) blocks."""
 
-    absmax: Tensor  # f32 (nb,), or u8 codes (nb,) when `nested` is there
+    absmax: Tensor  # f32 (nb,), or u8 codes (nb,) when `nested` is given
     shape: tuple[int, ...]
-    dtype: torch.dtype  # what the weight was, and is dequantised to
+    dtype: torch.dtype  # the dtype that the weight had, and that it is dequantised to
     block_size: int = 64
     quant_type: str = "nf4"
     nested: NestedAbsmax | None = None
@@ -79,7 +82,7 @@ class QuantState:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """packed: u8 (ceil(n / 2), 1), the layout of bitsandbytes' checkpoints."""
+    """A weight in 4 bits. packed: u8 (ceil(n / 2), 1), the layout of bitsandbytes' checkpoints."""
 
     packed: Tensor
     state: QuantState
@@ -94,7 +97,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales, the two constant tables left out."""
+        """Return the bytes of codes and scales, without the two constant tables."""
         nested = self.state.nested
         return self.packed.nbytes + self.state.absmax.nbytes + (0 if nested is None else nested.absmax.nbytes)
 
@@ -103,7 +106,7 @@ class QuantizedTensor:
         return self.packed.device
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same weight on another device; nothing is requantised."""
+        """Return the same weight on another device, without requantising."""
         nested = self.state.nested
         if nested is not None:
             nested = replace(nested, absmax=nested.absmax.to(device), table=nested.table.to(device))
@@ -113,7 +116,7 @@ class QuantizedTensor:
 
 @functools.cache
 def code_table(quant_type: str) -> Tensor:
-    """f32 (16,): the value of each code, largest magnitude 1. All but "nf4" are for comparison only."""
+    """Return f32 (16,), the value of each code, largest magnitude 1. Types other than "nf4" are for comparisons only."""
     if quant_type == "nf4":
         return NF4_TABLE
     if quant_type == "fp4":  # E2M1 as bitsandbytes has it (get_4bit_type): sign, 3 bits; 001 is a subnormal, bias 2
@@ -123,16 +126,16 @@ def code_table(quant_type: str) -> Tensor:
     elif quant_type == "int4":  # symmetric integers -7..7, zero twice, as bitsandbytes' get_4bit_type("int4")
         half = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     else:
-        raise ValueError(f"quant_type {quant_type!r} is none of {', '.join(QUANT_TYPES)}")
+        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(QUANT_TYPES)}")
     table = torch.tensor(half + [-value for value in half], dtype=torch.float32)
     return table / table.abs().max()
 
 
 @functools.cache
 def dynamic_map(signed: bool = True) -> Tensor:
-    """f32 (256,): the 8-bit dynamic map, ascending: 7 decades, each halving the fraction's bits; 0 and 1 added.
+    """Return f32 (256,), the 8-bit dynamic map, ascending: 7 decades, each with twice the values of the last, and 0 and 1.
 
-    The unsigned one spends the sign's bit on the fraction. Source: 8-Bit Approximations for Parallelism in Deep Learning
+    The unsigned map spends the bit of the sign on the fraction. Source: 8-Bit Approximations for Parallelism in Deep Learning
     (Dettmers 2015, arXiv 1511.04561); the same values as bitsandbytes.functional.create_dynamic_map(signed).
     """
     values = [0.0, 1.0]
@@ -146,7 +149,7 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 @functools.cache
 def _midpoints(quant_type: str) -> tuple[Tensor, Tensor]:
-    """f32 (15,) bounds between neighbouring values and i64 (16,): rank in ascending order -> code."""
+    """Return f32 (15,), the midpoints between neighbouring values, and i64 (16,), the codes in ascending order of value."""
     table = code_table(quant_type)
     order = torch.argsort(table, stable=True)
     ascending = table[order]
@@ -154,24 +157,24 @@ def _midpoints(quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 def _absmax_and_ratio(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """flat f32 (n,) -> absmax f32 (ceil(n / block_size),) and flat/absmax f32 (n,) in [-1, 1].
+    """Return absmax f32 (ceil(n / block_size),) and flat/absmax f32 (n,) in [-1, 1] of flat f32 (n,).
 
-    A short last block is divided and the others multiplied by a reciprocal, because bitsandbytes does so: the two
-    differ in the last bit.
+    Full blocks are multiplied by a reciprocal and a short last block is divided, as in bitsandbytes: the two differ in the
+    last bit.
     """
     full = flat.numel() // block_size * block_size
     blocks = flat[:full].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    ratio = (blocks * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+    ratio = (blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)).clamp_(-1, 1).view(-1)
     if full < flat.numel():
-        last = flat[full:].abs().amax().clamp(min=_SMALLEST_ABSMAX)
+        last = flat[full:].abs().amax().clamp(min=SMALLEST_ABSMAX)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         ratio = torch.cat([ratio, (flat[full:] / last).clamp_(-1, 1)])
     return absmax, ratio
 
 
 def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
-    """Quantise a weight of any shape to 4 bits, a mebi of values at a time.
+    """Quantise a weight of any shape to 4 bits, 2^20 values at a time.
 
     Raises ValueError for a dtype other than fp32, bf16 and fp16, an unknown type or block size, an empty weight, and
     inf or NaN among the values (they would turn their whole block, or every absmax, into NaN).
@@ -179,7 +182,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, doub
     if weight.dtype not in FLOATS:
         raise ValueError(f"a weight of dtype {weight.dtype} cannot be quantised: convert it to float32 first")
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size {block_size} is none of {', '.join(map(str, BLOCK_SIZES))}")
+        raise ValueError(f"block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
     if weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has no values to quantise")
     bounds, order = (tensor.to(weight.device) for tensor in _midpoints(quant_type))
@@ -193,8 +196,8 @@ def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, doub
         _refuse_non_finite(scales, start, block_size, tuple(weight.shape))
         if ratio.numel() % 2:
             ratio = torch.nn.functional.pad(ratio, (0, 1))
-        codes = torch.bucketize(ratio, bounds, out_int32=True)
-        codes = (codes if quant_type == "nf4" else order[codes]).to(torch.uint8)  # only NF4's codes are in order
+        codes = torch.bucketize(ratio, bounds, out_int32=True)  # a value at a midpoint gets the lower entry
+        codes = (codes if quant_type == "nf4" else order[codes]).to(torch.uint8)  # only NF4's codes ascend with their values
         pairs = (codes[::2] << 4) | codes[1::2]
         packed[start // 2 : start // 2 + pairs.numel(), 0] = pairs
         absmax[start // block_size : start // block_size + scales.numel()] = scales
@@ -203,6 +206,7 @@ def quantize(weight: Tensor, quant_type: str = "nf4", block_size: int = 64, doub
 
 
 def _refuse_non_finite(absmax: Tensor, start: int, block_size: int, shape: tuple[int, ...]) -> None:
+    """Raise ValueError that names the place of the first inf or NaN among blocks whose values begin at flat index `start`."""
     bad = (~torch.isfinite(absmax)).nonzero()
     if bad.numel():
         first = start + int(bad[0]) * block_size
@@ -213,10 +217,10 @@ def _refuse_non_finite(absmax: Tensor, start: int, block_size: int, shape: tuple
 
 
 def double_quantize(quantized: QuantizedTensor) -> QuantizedTensor:
-    """Quantise absmax itself: f32 (nb,) -> u8 codes (nb,) and a NestedAbsmax.
+    """Quantise the absmax of a weight from f32 (nb,) to u8 codes (nb,) with a NestedAbsmax; return the weight.
 
-    torch sums more than 32,768 values in an order that depends on its number of threads: whoever needs the same bits
-    at any number of threads calls this under one.
+    torch sums more than 32,768 values in an order that depends on its number of threads: call this on one thread to get
+    the same bits at any number. Raises ValueError if the mean of absmax overflows.
     """
     state = quantized.state
     offset = state.absmax.mean()
@@ -231,7 +235,7 @@ def double_quantize(quantized: QuantizedTensor) -> QuantizedTensor:
 
 
 def expand_absmax(state: QuantState) -> Tensor:
-    """f32 (nb,): the absmax of every block, whether doubly quantised or not."""
+    """Return f32 (nb,), the absmax of every block, doubly quantised or not."""
     nested = state.nested
     if nested is None:
         return state.absmax.float()
@@ -240,7 +244,7 @@ def expand_absmax(state: QuantState) -> Tensor:
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight in its own shape, in `dtype` (default: the dtype it had), a mebi of values at a time."""
+    """Return the dense weight in its own shape and in `dtype` (default: the dtype it had), 2^20 values at a time."""
     state = quantized.state
     n, size = quantized.numel, state.block_size
     absmax = expand_absmax(state)

@@ -1,12 +1,12 @@
-"""Where the weights of a model's blocks are: all in memory, or as many as fit, the others read while the model runs.
+"""Keep the weights of all layers in memory, or of as many as fit, and read the others from their files while the model runs.
 
-Under a budget some layers are pinned, spread evenly, and the rest pass through a ring of two slots: a thread reads the next
-layer into one slot while the other is in use. The runner says in which order it will visit the layers, so that the turn
-from forward to backward, and from one row to the next, finds in the ring what is still there. A linear of a streamed layer
-points into its slot while the layer is acquired, and holds no bytes otherwise.
+Under a memory limit some layers are pinned, evenly spread, and the rest are streamed through a ring of two slots: a thread
+reads the next layer into one slot while the other is in use. The runner announces the order in which it will visit the
+layers, so that the layers still in the ring are reused at the turn from forward to backward and from one row to the next. A
+linear of a streamed layer points into its slot while the layer is acquired, and holds no bytes otherwise.
 
-Files are read, not mapped: the budget then needs nothing from the kernel, which may still keep in its cache what nobody
-else wants memory for, and gives those pages up first.
+Files are read, not mapped, so the limit does not depend on when the kernel evicts mapped pages. The kernel may still cache
+the files in memory that nobody else needs, and gives that up first.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from edgetune.runtime.lora import Linear, Weight
 from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor
 
 SLOTS = 2
+"""Slots of the ring: one in use, one being read into."""
 
 
 class Pager(Protocol):
-    """What the runner asks."""
+    """The interface through which the runner acquires layers."""
 
     streaming: bool
-    """Whether some layers are in memory only while they are acquired."""
+    """True if some layers are in memory only while they are acquired."""
 
     def expect(self, order: Sequence[int]) -> None:
-        """The layers that will be acquired from now on, in this order: what is read ahead."""
+        """Announce the layers that will be acquired from now on, in this order, so that they can be read ahead."""
 
     def layer(self, number: int) -> AbstractContextManager[None]:
-        """Keep a layer's weights in place within this context."""
+        """Acquire a layer: keep its weights in memory within this context."""
 
 
 class Resident:
-    """Every layer is in memory, or mapped, and stays."""
+    """The pager of a model whose layers all stay in memory, or mapped."""
 
     streaming = False
 
@@ -59,23 +60,25 @@ class Resident:
 
 @dataclass(frozen=True)
 class PagedWeight:
-    """A linear whose weight comes and goes. `parts` are the tensors of files it is made of, each with its file;
-    `make` puts it together from their bytes (u8 each, on the compute device); `away` stands for it and holds none."""
+    """A linear whose weight is in memory only while its layer is acquired."""
 
     linear: Linear
     parts: tuple[tuple[Path, StoredTensor], ...]
+    """The stored tensors that make up the weight, each with its file."""
     make: Callable[..., Weight]
-    away: Weight
+    """Builds the weight from the bytes of the parts, each u8 on the compute device."""
+    placeholder: Weight
+    """A weight without bytes, which the linear has while its layer is not acquired."""
 
 
 class PagedLayer:
-    """The streamed weights of one block, and where their parts lie in a slot: each at a multiple of 64 bytes."""
+    """The weights of one block that can be streamed, and their places in a slot, each at a multiple of ALIGNMENT bytes."""
 
     def __init__(self, weights: Sequence[PagedWeight]) -> None:
         self._weights = weights
         self._places: list[list[tuple[int, int]]] = []
         self.reads: list[tuple[Path, int, int, int]] = []
-        """(file, first byte, bytes, place in the slot) of each part."""
+        """(file, offset in it, bytes, offset in the slot) of each part."""
         self.nbytes = 0
         for weight in weights:
             places = []
@@ -91,29 +94,29 @@ class PagedLayer:
             weight.linear.weight = weight.make(*(buffer[start:stop] for start, stop in places))
 
     def unbind(self) -> None:
-        """Let go of the buffer."""
+        """Replace the linears' weights by their placeholders, so that the buffer can be reused."""
         for weight in self._weights:
-            weight.linear.weight = weight.away
+            weight.linear.weight = weight.placeholder
 
 
 class Slots(Protocol):
-    """The ring's buffers on a kind of device. Of a slot, `host` and `send` are called by the reading thread."""
+    """The buffers of the ring on one kind of device. The reading thread calls `host` and `send`, the runner the others."""
 
     def host(self, slot: int) -> Tensor:
-        """Where a file may be read into, u8 on the CPU; waits until nobody needs what is there."""
+        """Return the slot's buffer on the CPU, u8, once its old content is no longer needed."""
 
     def send(self, slot: int) -> None:
-        """The bytes are there: start moving them to the device."""
+        """Start copying the slot's bytes to the device; called once they have been read."""
 
     def take(self, slot: int) -> Tensor:
-        """The slot's bytes on the compute device, for work queued from now on."""
+        """Return the slot's bytes on the compute device, for work that is queued from now on."""
 
     def give(self, slot: int) -> None:
-        """All work on the slot has been queued."""
+        """Release the slot; called once all work on it has been queued."""
 
 
 class HostSlots:
-    """The CPU computes on what was read, where it was read to."""
+    """Slots for the CPU, which computes directly on the buffers that files are read into."""
 
     def __init__(self, nbytes: int) -> None:
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(SLOTS)]
@@ -132,7 +135,7 @@ class HostSlots:
 
 
 class CopySlots(HostSlots):
-    """A device that is sent copies in the order of its work, such as MPS."""
+    """Slots for a device that runs copies in the order of its other work, such as MPS."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         super().__init__(nbytes)
@@ -143,7 +146,7 @@ class CopySlots(HostSlots):
 
 
 class CudaSlots:
-    """Pinned host memory, and a stream of its own for the copies, so that they run beside the computing."""
+    """Slots for CUDA: pinned host memory, and a separate stream for the copies, so that they overlap with computing."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
@@ -152,8 +155,8 @@ class CudaSlots:
         self._sent = [torch.cuda.Event() for _ in range(SLOTS)]
         self._used = [torch.cuda.Event() for _ in range(SLOTS)]
         for slot, buffer in enumerate(self._on_device):
-            self.give(slot)  # the allocator's memory may be in use until what is queued now is done
-            buffer.record_stream(self._stream)  # and may not be lent to others while a copy to it is under way
+            self.give(slot)  # work that is queued now may still use the memory that the allocator handed out
+            buffer.record_stream(self._stream)  # the allocator must not reuse the buffer while a copy to it runs
 
     def host(self, slot: int) -> Tensor:
         self._sent[slot].synchronize()
@@ -174,29 +177,32 @@ class CudaSlots:
 
 
 def slots_for(device: torch.device, nbytes: int) -> Slots:
-    """The ring's buffers for a device, of `nbytes` each."""
+    """Return the ring for a device, with `nbytes` a slot."""
     if device.type == "cpu":
         return HostSlots(nbytes)
     return CudaSlots(nbytes, device) if device.type == "cuda" else CopySlots(nbytes, device)
 
 
 def streamed_layers(sizes: Sequence[int], memory: int) -> list[int]:
-    """The fewest layers that must be streamed so that the others and the ring take at most `memory`, evenly spread.
+    """Return the fewest layers to stream so that the others and the ring take at most `memory` bytes, evenly spread.
 
-    Raises ResourceError where not even the ring fits.
+    Raises ResourceError if not even the ring fits.
     """
     count, ring = len(sizes), SLOTS * max(sizes)
+    # With as few streamed layers as slots, the ring would hold them all and nothing would be saved.
     for streamed in range(SLOTS + 1, count + 1):
+        # the middle layer of each of `streamed` equal stretches of the model
         numbers = [(2 * number + 1) * count // (2 * streamed) for number in range(streamed)]
         if ring + sum(sizes) - sum(sizes[number] for number in numbers) <= memory:
             return numbers
     raise ResourceError(
-        f"The weights of two layers take {ring / 1e6:.0f} MB and may take {memory / 1e6:.0f} MB; type a larger --memory."
+        f"The weights of two layers take {ring / 1e6:.0f} MB, and only {memory / 1e6:.0f} MB are left for them; "
+        "type a larger --memory."
     )
 
 
 class _Slot:
-    """A slot's content: the layer it has or is being filled with."""
+    """The state of a slot: the layer that it holds or is being filled with."""
 
     def __init__(self) -> None:
         self.layer: int | None = None
@@ -205,7 +211,7 @@ class _Slot:
 
 
 class Streamer:
-    """Pins the layers that fit in `memory` bytes and streams the others through the ring."""
+    """The pager that pins as many layers as fit into `memory` bytes and streams the others through the ring."""
 
     streaming = True
 
@@ -235,7 +241,7 @@ class Streamer:
             yield
             return
         if not self._expected or self._expected.popleft() != number:
-            self._expected.clear()  # someone else's order: right all the same, but nothing is read ahead
+            self._expected.clear()  # not the announced order: still correct, but nothing can be read ahead
         index = next((index for index, slot in enumerate(self._slots) if slot.layer == number), None)
         if index is None:
             index = self._farthest()
@@ -255,18 +261,19 @@ class Streamer:
             self._read_ahead()
 
     def _next_use(self, number: int | None) -> int:
+        """Return how many layers are acquired before this one; all that are announced if it is not among them."""
         return self._expected.index(number) if number is not None and number in self._expected else len(self._expected)
 
     def _farthest(self) -> int:
-        """The free slot whose layer is needed last."""
+        """Return the free slot whose layer will be needed last."""
         free = [index for index, slot in enumerate(self._slots) if not slot.in_use]
         return max(free, key=lambda index: self._next_use(self._slots[index].layer))
 
     def _read_ahead(self) -> None:
-        """Fill the free slots with what is needed sooner than what they have."""
+        """Fill each free slot with the next layer needed, unless what the slot holds is needed sooner."""
         for _ in range(sum(not slot.in_use for slot in self._slots)):
-            held = {slot.layer for slot in self._slots}
-            wanted = next((number for number in self._expected if number not in held), None)
+            present = {slot.layer for slot in self._slots}
+            wanted = next((number for number in self._expected if number not in present), None)
             index = self._farthest()
             if wanted is None or self._next_use(self._slots[index].layer) < self._next_use(wanted):
                 return
@@ -281,13 +288,13 @@ class Streamer:
             self._read(self._layers[number], self._buffers.host(index))
             self._buffers.send(index)
         except BaseException:
-            self._slots[index].layer = None  # half a layer is none
+            self._slots[index].layer = None  # a partly read layer must not be taken for a whole one
             raise
 
     def _read(self, layer: PagedLayer, buffer: Tensor) -> None:
-        into = buffer.numpy().data
+        target = buffer.numpy().data
         for path, start, nbytes, place in layer.reads:
             try:
-                read_at(self._files[path], into[place : place + nbytes], start)
+                read_at(self._files[path], target[place : place + nbytes], start)
             except OSError as error:
-                raise ModelError(f"{path} cannot be read any more: {error.strerror}; copy the model folder again.") from error
+                raise ModelError(f"{path} can no longer be read: {error.strerror}; copy the model folder again.") from error

@@ -1,8 +1,8 @@
-"""A Hugging Face folder to a 4-bit one: NF4 linears in bitsandbytes' layout, everything else (but perhaps the head) bf16.
+"""Quantise a Hugging Face folder: NF4 linears in bitsandbytes' layout, everything else in bf16 (the head in NF4 on request).
 
-The work is done in a hidden folder beside the destination, shard by shard; each shard appears there only when whole,
-and the folder takes the destination's name only when complete. A run that was cut is continued by the same call, and
-what it leaves is byte for byte what one uncut run leaves, at any number of threads.
+Shards are written one by one to a hidden folder beside the destination. Each appears there only when it is complete, and the
+folder takes the destination's name once all are. The same call resumes an interrupted run, and the result is byte for byte
+that of an uninterrupted one, at any number of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
-from edgetune.runtime.checkpoint import HEAD, Checkpoint, is_linear, model_shapes, open_model
+from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import explain_full_disk, sync_folder
@@ -34,19 +34,22 @@ from edgetune.runtime.model_folder import (
     write_companions,
     write_shard,
 )
+from edgetune.runtime.names import HEAD, is_linear
 from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
 
 HEADS = ("bf16", "nf4")
+"""The forms that the head can be stored in."""
 _BLOCK_SIZE = QuantConfig().block_size
-_LAYOUT = 1  # part of what names the hidden folder: raise it when the bytes written change
+_LAYOUT = 1  # part of the hidden folder's name: raise it when the bytes written change
+_SPARE_BYTES = 16 << 20  # disk space asked for beyond the weights, for tokenizer and headers (chosen by hand)
 
 Progress = Callable[[int, int], None]
-"""Called with (parameters done, parameters in all) at the beginning and after each tensor."""
+"""A callback that receives (parameters done, all parameters) at the start and after each tensor."""
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What was made; bytes count weights alone."""
+    """The result of a quantisation; the bytes are those of the weights."""
 
     folder: Path
     parameters: int
@@ -56,7 +59,7 @@ class QuantizeResult:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How each tensor of the source is to be stored."""
+    """Makes the stored form of each tensor of the source."""
 
     checkpoint: Checkpoint
     shapes: dict[str, tuple[int, ...]]
@@ -91,6 +94,7 @@ class _Recipe:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
+    """Run the block on one thread: torch's mean over absmax has other last bits at another number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -108,23 +112,23 @@ def quantize_folder(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizeResult:
-    """Quantise the linears of the model in `src` to NF4 (QLoRA §3) into a folder that transformers opens too.
+    """Quantise the linears of the model in `src` to NF4 (QLoRA §3), into a folder that transformers opens too.
 
-    head: of HEADS; "nf4" quantises it like a linear.
-    Raises ModelError for a source that is unreadable, already quantised or not finite, UsageError when `dest` is there or
-    the head to be quantised is the embedding too, ResourceError when the disk is or becomes full. What was finished by then
-    is used by the next call.
+    head: one of HEADS; "nf4" quantises it like a linear.
+    Raises ModelError for a source that is unreadable, already quantised or holds inf or NaN; UsageError if `dest` exists, or
+    if the head is to be quantised but is the embedding too; ResourceError when the disk is or becomes full. The next call
+    resumes after the last shard that was finished.
     """
     src, dest = Path(src), Path(dest)
     if head not in HEADS:
         raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UsageError(f"{dest} is already there; name a folder that is not, or delete it first.")
+        raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
     checkpoint = open_model(src)
     if checkpoint.quant is not None:
-        raise ModelError(f"{src} is 4-bit already; use it as it is (`--model {src}`), or quantise what it was made from.")
+        raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")
     if head != "bf16" and checkpoint.config.tie_embeddings:
-        raise UsageError(f"{src} has one tensor as embedding and head, and an embedding stays dense: leave --head out.")
+        raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
@@ -141,7 +145,7 @@ def quantize_folder(
 
 
 def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> Path:
-    """The hidden folder of exactly this work: same source files, same settings. Those of other work are removed."""
+    """Return the hidden folder for these source files and settings, and delete those of other sources or settings."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     work = json.dumps([_LAYOUT, checkpoint.digest, checkpoint.hf_config, stats, settings], sort_keys=True)
     name = f".{dest.name}.partial-{hashlib.sha256(work.encode()).hexdigest()[:16]}"
@@ -154,14 +158,14 @@ def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> 
 
 
 def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
-    """Refuse before an hour's work what cannot end well."""
+    """Raise ResourceError if the disk has too little space, before an hour of work is lost to it."""
     missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
-    needed = stored_bytes(recipe, missing) + (16 << 20)
+    needed = stored_bytes(recipe, missing) + _SPARE_BYTES
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise ResourceError(
-            f"The disk has {free / 1e9:.2f} GB free where {dest} takes {needed / 1e9:.2f} GB more; free some space and "
-            "type the same command again."
+            f"The disk has {free / 1e9:.2f} GB free and {dest} takes {needed / 1e9:.2f} GB more; free some space and "
+            "run the same command again."
         )
 
 
@@ -183,7 +187,7 @@ def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], 
 
 
 def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
-    """Whether an earlier run finished this shard. Only whole files have their name, but a user may have touched one."""
+    """Return True if an earlier run finished this shard. Its header is checked, since a user may have replaced the file."""
     if not path.exists():
         return False
     try:
@@ -194,7 +198,7 @@ def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
 
 
 def _publish(partial: Path, dest: Path) -> None:
-    """The one moment at which `dest` appears."""
+    """Rename the finished hidden folder to `dest`."""
     for leftover in partial.glob(".*"):  # a killed writer's temporary file
         leftover.unlink()
     if dest.exists():

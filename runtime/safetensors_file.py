@@ -1,9 +1,10 @@
-"""The safetensors format: files mapped for reading, checked before they are believed, and written one tensor at a time.
+"""Read safetensors files by mapping them, after checking the whole header, and write them one tensor at a time.
 
 A file is 8 bytes of little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors
-without holes. The safetensors library neither aligns tensors nor streams them, which mapping and paging need, so both
-are done here: a file of ours starts every tensor at a multiple of 64 bytes by padding the header with spaces (as the
-format allows) and by putting tensors whose size is no multiple of 64 last. Format: https://github.com/huggingface/safetensors
+without gaps. Mapping and paging need aligned tensors and streamed writing, and the safetensors library does neither, so
+both are done here: a file that edgetune writes starts every tensor at a multiple of 64 bytes, because it pads the header
+with spaces (as the format allows) and puts tensors whose size is not a multiple of 64 last.
+Format: https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch import Tensor
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
 
-ALIGNMENT = 64  # a cache line, and an AVX-512 register
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
-_SLICE = 4 << 20  # values written at a time
+ALIGNMENT = 64
+"""Bytes that tensors are aligned to, in files and in buffers: a cache line, and an AVX-512 register."""
+MAX_HEADER = 100_000_000
+"""Longest header read, in bytes: the safetensors library's own limit."""
+_SLICE = 4 << 20  # values converted and written at a time (chosen by hand)
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,7 +53,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor before its values: enough to write a header."""
+    """A tensor without its values: all that a header needs."""
 
     name: str
     dtype: torch.dtype
@@ -63,15 +66,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor in a file: its bytes are file[start : start + nbytes]."""
+    """A tensor in a file, at file[start : start + nbytes]."""
 
     start: int
 
 
 class SafetensorsFile:
-    """A read-only mapping of one file. Its tensors are views of the mapping: they live on disk until touched.
+    """A read-only mapping of one file. Its tensors are views of the mapping: their pages are read when accessed.
 
-    Writing to such a tensor ends the process: clone it first.
+    Writing to such a tensor kills the process: clone it first.
     """
 
     def __init__(self, path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str], mapping: mmap.mmap) -> None:
@@ -79,7 +82,7 @@ class SafetensorsFile:
         self.tensors = tensors
         self.metadata = metadata
         self.mapping = mapping
-        with warnings.catch_warnings():  # torch warns that the buffer is not writable, which is the point
+        with warnings.catch_warnings():  # torch warns that the buffer is read-only, which is intended
             warnings.simplefilter("ignore", UserWarning)
             self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
 
@@ -87,7 +90,7 @@ class SafetensorsFile:
     def open(cls, path: Path | str) -> SafetensorsFile:
         """Check the whole header, then map the file.
 
-        Raises ModelError, naming the file and the fault, for anything that the format does not allow.
+        Raises ModelError, naming the file and the fault, if the format does not allow what it holds.
         """
         path = Path(path)
         try:
@@ -96,11 +99,11 @@ class SafetensorsFile:
                 tensors, metadata = _check_header(path, header, data, size)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is there and yours to read.") from error
+            raise ModelError(f"{path} cannot be read: {error.strerror}; check that it exists, and its permissions.") from error
         return cls(path, tensors, metadata, mapping)
 
     def tensor(self, name: str, alignment: int = 1) -> Tensor:
-        """A view of the mapping, or a copy where the file does not have it at a multiple of `alignment` bytes."""
+        """Return a view of the mapping, or a copy if the file does not store the tensor at a multiple of `alignment` bytes."""
         stored = self.tensors[name]
         if stored.nbytes == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
@@ -110,21 +113,21 @@ class SafetensorsFile:
         return raw.view(stored.dtype).view(stored.shape)
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor, uncopied."""
+        """Return the bytes of a tensor without copying them."""
         stored = self.tensors[name]
         return memoryview(self.mapping)[stored.start : stored.start + stored.nbytes]
 
     def release(self, name: str) -> None:
-        """Let the system drop a tensor's pages from memory; they are read again when touched. Linux and macOS."""
+        """Let the system drop a tensor's pages from memory; the next access reads them again. Linux and macOS only."""
         stored, page = self.tensors[name], mmap.PAGESIZE
-        first = -(-stored.start // page) * page
+        first = -(-stored.start // page) * page  # only pages that hold nothing else
         whole = (stored.start + stored.nbytes) // page * page - first
         if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED, first, whole)
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
-    """The JSON header, where the tensors begin, and the size of the file."""
+    """Return the JSON header, the offset of the first tensor, and the size of the file."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise ModelError(f"{path} is truncated: {size:,} bytes, too few for a safetensors header; copy it again.")
@@ -136,24 +139,25 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     try:
         header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not a safetensors file: its header is not the JSON expected; copy it again.") from error
+        raise ModelError(f"{path} is not a safetensors file: its header is not valid JSON; copy it again.") from error
     if not isinstance(header, dict):
-        raise ModelError(f"{path} is not a safetensors file: its header is no JSON object; copy it again.")
+        raise ModelError(f"{path} is not a safetensors file: its header is not a JSON object; copy it again.")
     return header, 8 + count, size
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Raises ValueError for a repeated name, which json alone would accept."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name is repeated")
     return result
 
 
 def _check_header(path: Path, header: dict[str, Any], data: int, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Names to places in the file, and the metadata; every byte from `data` on belongs to exactly one tensor."""
+    """Return the tensors by name, and the metadata, after checking that every byte from `data` on belongs to one tensor."""
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ModelError(f"{path} is damaged: its metadata is not text by name; copy it again.")
+        raise ModelError(f"{path} is damaged: its metadata is not text; copy it again.")
     tensors = [_check_entry(path, name, entry, data) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     position = data
@@ -170,7 +174,7 @@ def _check_header(path: Path, header: dict[str, Any], data: int, size: int) -> t
 
 
 def _check_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    """One tensor's entry of the header, whose offsets count from `data`."""
+    """Check one tensor's entry of the header, whose offsets count from `data`, and return the tensor."""
 
     def whole_numbers(value: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
@@ -192,25 +196,26 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
 
 
 def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """The order in which tensors start at multiples of 64 bytes: those whose size is no such multiple come last.
+    """Return the tensors in an order that keeps them aligned: those whose size is not a multiple of 64 bytes come last.
 
-    Among these the most even come first, so that each starts at a multiple of its own dtype's size.
+    The latter are sorted by the largest power of two that divides their size, largest first, so that each starts at a
+    multiple of its own dtype's size.
     """
 
-    def oddness(spec: TensorSpec) -> int:
+    def misalignment(spec: TensorSpec) -> int:
         return -min(ALIGNMENT, spec.nbytes & -spec.nbytes) if spec.nbytes else -ALIGNMENT
 
-    return sorted(specs, key=oddness)  # stable: layers stay in order
+    return sorted(specs, key=misalignment)  # the sort is stable: layers stay in order
 
 
 class SafetensorsWriter:
-    """Write a file tensor by tensor, in the order of `specs`; it appears under its name only when whole.
+    """Writes a file tensor by tensor, in the order of `specs`; it appears under its name only once it is complete.
 
     >>> with SafetensorsWriter(path, specs) as writer:  # doctest: +SKIP
     ...     for spec in specs:
     ...         writer.write(spec.name, make(spec))
 
-    Raises ResourceError when the disk is full; nothing is left behind then, nor when the block raises.
+    Raises ResourceError when the disk is full. Then, and when the block raises, no partial file is left behind.
     """
 
     def __init__(self, path: Path | str, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None) -> None:
@@ -222,14 +227,14 @@ class SafetensorsWriter:
         position = 0
         for spec in self._specs:
             if spec.name in header:
-                raise ValueError(f"tensor {spec.name!r} stands twice")
+                raise ValueError(f"tensor {spec.name!r} is listed twice")
             offsets = [position, position + spec.nbytes]
             header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
             position += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self.header = len(text).to_bytes(8, "little") + text
-        """The bytes before the first tensor's."""
+        """The bytes that precede the first tensor."""
         self.nbytes = len(self.header) + position
 
     def __enter__(self) -> SafetensorsWriter:
@@ -240,7 +245,7 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, which must be the one that `specs` names; converted to its dtype by and by."""
+        """Append the next tensor of `specs`, converted to its dtype slice by slice. Raises ValueError for any other."""
         spec = self._specs[self._written]
         if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
             raise ValueError(f"expected {spec}, got {name!r} of shape {tuple(tensor.shape)}")
@@ -269,13 +274,13 @@ class SafetensorsWriter:
             self._discard()
 
     def _discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
+        with contextlib.suppress(OSError):  # closing flushes the last buffer, which a full disk refuses again
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors that are all there, in their order, without a second copy of them in memory. Raises as the writer does."""
+    """Write the given tensors in their order without copying them as a whole. Raises what SafetensorsWriter raises."""
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with SafetensorsWriter(path, specs, metadata) as writer:
         for name, tensor in tensors.items():

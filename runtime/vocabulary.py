@@ -1,7 +1,7 @@
-"""The embedding and the head, (V, D) each: dense or left in their file; the head also in 8 bits or NF4. A head's products are
-made in panels of rows, so that a quantised one is never dense as a whole, and one in a file never in memory.
+"""Look up the embedding and multiply by the head, both (V, D): dense or left in their file, the head also in 8 bits or NF4.
 
-8-bit is int8.py's: 8 + 32/D bits a number. NF4 is nf4.py's: 4.127 bits.
+The head's products are computed in panels of rows, so that a quantised head is never dense as a whole and a head in a file
+is never in memory as a whole. The 8-bit form is int8.py's, 8 + 32/D bits a number; NF4 is nf4.py's, 4.127 bits.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from edgetune.runtime.nf4 import QuantizedTensor, QuantState
 from edgetune.runtime.ops import Adapted
 
 KINDS = ("int8", "nf4")
-"""What a dense head can be quantised to."""
+"""The forms that a dense head can be quantised to."""
 FILE = "file"
-"""The kind of a head that is not quantised but stays in its file."""
+"""The kind of a head that is left in its file, not quantised."""
 MPS_TERMS = 16384
-"""Terms of a product's sums on MPS, at most: M1 and M2 add what lies behind the matrices from 32,767 on, and torch before
-2.14 lets them (pytorch#183535, #195163). Of all products only the head's backward has so many."""
+"""Most terms that a product on MPS sums over (half the limit of 32,767).
+
+From 32,767 terms on, M1 and M2 also add what lies behind the matrices in memory, and torch before 2.14 does not prevent it
+(pytorch#183535, #195163). Only the backward of the head sums over so many.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """A dense weight whose numbers stay in `file`, the first at byte `start`: what is read of it takes memory, no more."""
+    """A dense weight (V, D) that stays in `file` from byte `start` on. Only the rows that are read take memory."""
 
     file: FileIO
     start: int
@@ -43,17 +46,20 @@ class StoredRows:
     nbytes = 0
 
     def read(self, first: int, out: Tensor) -> None:
-        """Fill `out` (n, D), of our dtype on the CPU, with rows from `first` on. Raises ModelError where the file is gone."""
+        """Fill `out` (n, D), of the stored dtype on the CPU, with rows from `first` on. Raises ModelError if that fails."""
         width = self.shape[1] * self.dtype.itemsize
         try:
             read_at(self.file, out.view(torch.uint8).numpy().data.cast("B"), self.start + first * width)
         except OSError as error:
             raise ModelError(
-                f"{self.file.name} cannot be read any more: {error.strerror}; copy the model folder again."
+                f"{self.file.name} can no longer be read: {error.strerror}; copy the model folder again."
             ) from error
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids (N,) -> (N, D) in our dtype, on the compute device."""
+        """Return the rows of ids (N,) as (N, D) in the stored dtype, on the compute device.
+
+        Raises IndexError for an id outside the vocabulary.
+        """
         wanted = ids.tolist()
         if wanted and not 0 <= min(wanted) <= max(wanted) < self.shape[0]:
             raise IndexError(f"ids lie between {min(wanted)} and {max(wanted)}; expected 0 to {self.shape[0] - 1}")
@@ -67,36 +73,39 @@ Embedding = Tensor | StoredRows
 Head = Embedding | QuantizedTensor | Int8Rows
 
 
-def has_nf4(columns: int) -> bool:
-    """Whether rows of so many numbers end with NF4's blocks; such as do not would be looked up and multiplied as a whole."""
+def fits_nf4_blocks(columns: int) -> bool:
+    """Return True if rows of this many columns are whole NF4 blocks.
+
+    A head whose blocks cross rows would be dequantised as a whole for every product.
+    """
     return columns % QuantConfig().block_size == 0
 
 
 def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
-    """A dense head (V, D) in one of KINDS. In NF4 it is made dense as a whole for products where blocks cross rows (`has_nf4`).
+    """Quantise a dense head (V, D) to one of KINDS.
 
-    Raises ValueError for inf and NaN.
+    Raises ValueError for any other kind, and for inf and NaN among the values.
     """
     if kind not in KINDS:
         raise ValueError(f"a head of kind {kind!r}; expected one of {', '.join(KINDS)}")
     if kind == "nf4":
         config = QuantConfig()
         return nf4.quantize(weight, config.quant_type, config.block_size, config.double_quant)
-    small = ops.int8_rows(weight)
-    if not torch.isfinite(small.scale).all():
+    quantized = ops.int8_rows(weight)
+    if not torch.isfinite(quantized.scale).all():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds inf or NaN")
-    return small
+    return quantized
 
 
 def rows(embedding: Embedding, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """ids (N,) -> their rows (N, D) in `dtype`."""
+    """Return the rows of ids (N,) as (N, D) in `dtype`."""
     if isinstance(embedding, StoredRows):
         return embedding.rows(ids).to(dtype)
     return torch.nn.functional.embedding(ids, embedding).to(dtype)
 
 
 def logits(x: Tensor, head: Head) -> Tensor:
-    """x (N, D) -> x W^T (N, V)."""
+    """Multiply x (N, D) by the head's transpose; return logits (N, V)."""
     if isinstance(head, Tensor):
         return x @ head.T
     if isinstance(head, QuantizedTensor) and len(x) <= ops.FEW_ROWS:
@@ -114,7 +123,7 @@ def logits(x: Tensor, head: Head) -> Tensor:
 
 
 def input_gradient(dlogits: Tensor, head: Head) -> Tensor:
-    """dlogits (N, V) -> dlogits W (N, D)."""
+    """Multiply dlogits (N, V) by the head; return the gradient of its input, (N, D)."""
     count, width = len(dlogits), head.shape[1]
     if isinstance(head, Tensor) and (dlogits.device.type != "mps" or len(head) <= MPS_TERMS):
         return dlogits @ head
@@ -131,10 +140,10 @@ def input_gradient(dlogits: Tensor, head: Head) -> Tensor:
 
 
 def _panels(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(which rows, their numbers (up to PANEL_ROWS, D), and what each row is still to be multiplied by, or None)."""
+    """Yield (rows, their weights (n, D) with n up to PANEL_ROWS, a scale (n,) to multiply the products by or None)."""
     count, width = head.shape
     height = MPS_TERMS if isinstance(head, Tensor) else PANEL_ROWS
-    if isinstance(head, QuantizedTensor) and width % head.state.block_size:  # blocks cross rows
+    if isinstance(head, QuantizedTensor) and width % head.state.block_size:  # blocks cross rows: one panel of all
         height = count
     parts = [slice(start, min(start + height, count)) for start in range(0, count, height)]
     if isinstance(head, Tensor):
@@ -148,12 +157,12 @@ def _panels(head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Ten
             yield part, buffer[: part.stop - part.start].to(head.device, dtype), None
     else:
         panel = torch.empty(min(height, count), width, dtype=dtype, device=head.device)
-        for part in parts:  # codes are exact in bf16; the products are scaled, which are fewer than the weights
+        for part in parts:  # codes are exact in bf16; scaling the products costs less than scaling the weights
             yield part, panel[: part.stop - part.start].copy_(head.codes[part]), head.scale[part, 0]
 
 
 def _nf4_rows(head: QuantizedTensor, part: slice) -> QuantizedTensor:
-    """All rows, or some of whole blocks, as an NF4 weight of their own, of which dequantisation gives the same bits."""
+    """Return some rows of whole blocks, or all rows, as an NF4 weight that dequantises to the same bits."""
     (count, width), state = head.shape, head.state
     if part == slice(0, count):
         return head
@@ -163,5 +172,5 @@ def _nf4_rows(head: QuantizedTensor, part: slice) -> QuantizedTensor:
         nested = state.nested
         places = torch.arange(first, last, device=head.device)
         absmax = nested.table[absmax.int()] * nested.absmax[places // nested.block_size] + nested.offset
-    own = QuantState(absmax, (part.stop - part.start, width), state.dtype, state.block_size, state.quant_type)
-    return QuantizedTensor(head.packed[part.start * width // 2 : part.stop * width // 2], own)
+    rows_state = QuantState(absmax, (part.stop - part.start, width), state.dtype, state.block_size, state.quant_type)
+    return QuantizedTensor(head.packed[part.start * width // 2 : part.stop * width // 2], rows_state)

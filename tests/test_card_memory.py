@@ -17,8 +17,9 @@ from edgetune.memory_settings import CARD_LATER_BYTES, choose, held_already, mem
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LINEARS, LoraConfig
-from edgetune.runtime.device import card_memory, explain_card_memory
+from edgetune.runtime.device import explain_card_memory
 from edgetune.runtime.errors import ResourceError
+from edgetune.runtime.memory import card_memory
 from edgetune.runtime.memory_meter import CardMeter, MemoryMeter, meter_for
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Session
@@ -83,7 +84,7 @@ def test_running_out_is_one_sentence() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     assert str(found.value) == (
         "The card ran out of memory: it has 24.00 GB, of which this process held 2.00 GB and 20.00 GB are free; "
-        "end what else uses it, or type --memory 1.60GB."
+        "close other programs that use it, or type --memory 1.60GB."
     )
 
 

@@ -233,7 +233,7 @@ def test_a_tensor_that_stands_twice(sharded):
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     both = load_file(first) | load_file(second)
     save_file(both, second)
-    assert " stands in " in refusal(sharded)
+    assert " is stored in several files: " in refusal(sharded)
 
 
 # ---- 4-bit folders
@@ -292,13 +292,13 @@ def state_json(**changes):
         (".nested_quant_map", torch.zeros(16), "nested_quant_map has shape [16]"),
         (".quant_map", torch.zeros(16, dtype=torch.float16), "quant_map is torch.float16"),
         ("", torch.zeros(7, 1, dtype=torch.uint8), "q_proj.weight has shape [7, 1]"),
-        (".quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "quant_state is not the JSON expected"),
-        (".quant_state.bitsandbytes__nf4", state_json(blocksize=7), "its blocks of 7"),
+        (".quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "quant_state is not valid JSON or lacks a key"),
+        (".quant_state.bitsandbytes__nf4", state_json(blocksize=7), "its block size 7"),
         (".quant_state.bitsandbytes__nf4", state_json(dtype="int8"), "'int8'"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[-1, 2]), "its shape [-1, 2]"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[32, 64]), "too few or many for [32, 64]"),
         (".quant_state.bitsandbytes__nf4", state_json(nested_offset=float("nan")), "offset nan"),
-        (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=64), "nested blocks of 64"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=64), "nested block size 64"),
     ],
 )
 def test_a_4bit_weight_in_contradiction_with_itself(folder, suffix, value, said):
@@ -349,10 +349,10 @@ def entry(dtype="F32", shape=(2,), start=0, stop=8):
         ({"a": {"dtype": "F32"}}, bytes(8), "lacks a dtype, a shape or its offsets"),
         ({"a": 3}, b"", "lacks a dtype"),
         ({"__metadata__": {"a": 1}}, b"", "metadata is not text"),
-        ([1, 2], b"", "no JSON object"),
-        (b"[" * 200_000, b"", "not the JSON expected"),
-        (b'{"a": 1, "a": 2}', b"", "not the JSON expected"),
-        (b"\xff\xfe", b"", "not the JSON expected"),
+        ([1, 2], b"", "not a JSON object"),
+        (b"[" * 200_000, b"", "header is not valid JSON"),
+        (b'{"a": 1, "a": 2}', b"", "header is not valid JSON"),
+        (b"\xff\xfe", b"", "header is not valid JSON"),
     ],
 )
 def test_each_fault_of_a_file_is_named(tmp_path, header, data, said):

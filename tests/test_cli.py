@@ -85,7 +85,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence_before_any_step(
     monkeypatch.setattr(tempfile, "mkdtemp", denied)
     outcome = run("train", "--model", "demo", "--steps", "1", "--out", str(tmp_path / "out"), str(notes))
     assert outcome.code == 1
-    assert f"{tmp_path / 'out'} cannot be made (Permission denied)" in outcome.err
+    assert f"{tmp_path / 'out'} cannot be created (Permission denied)" in outcome.err
     assert "step" not in outcome.out
 
 

@@ -67,12 +67,12 @@ def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, s
     with pytest.raises(UsageError, match="names a file"):
         export_adapter("gguf", *made, "model.gguf", check=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be made"):
+    with pytest.raises(UsageError, match="cannot be created"):
         export_adapter("peft", *made, tmp_path / "file" / "out", check=False)
     with pytest.raises(UsageError, match="no --adapter-as merged"):
         export_adapter("peft", *made, "out", adapter_as="merged", check=False)
     monkeypatch.setattr(tempfile, "mkdtemp", read_only)
-    with pytest.raises(UsageError, match=r"cannot be made \(Read-only file system\)"):
+    with pytest.raises(UsageError, match=r"cannot be created \(Read-only file system\)"):
         export_adapter("peft", *made, "out", check=False)
     assert list((tmp_path / "here" / "below").iterdir()) == []
 

@@ -23,7 +23,7 @@ from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import Linear
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.model import Llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.optim import PagedAdamW
@@ -152,7 +152,7 @@ def test_a_file_that_shrinks_while_it_is_used_is_one_sentence(folders: dict[str,
     weights = copy / "model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size // 2)
-    with pytest.raises(ModelError, match="cannot be read any more"):
+    with pytest.raises(ModelError, match="can no longer be read"):
         Runner(model).score(row(0))
 
 

@@ -236,7 +236,7 @@ def test_a_partial_folder_of_another_source_is_not_used(source, tmp_path):
 def test_a_full_disk_is_told_before_and_during_and_the_work_is_kept(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(quantizing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        with pytest.raises(ResourceError, match=r"0\.00 GB free where .* takes 0\.02 GB more"):
+        with pytest.raises(ResourceError, match=r"0\.00 GB free and .* takes 0\.02 GB more"):
             quantize_folder(source, tmp_path / "four", shard_bytes=40_000)
 
     written = []
@@ -261,12 +261,12 @@ def test_a_full_disk_is_told_before_and_during_and_the_work_is_kept(source, tmp_
 
 def test_what_is_4bit_already_is_refused(source, tmp_path):
     quantize_folder(source, tmp_path / "four")
-    with pytest.raises(ModelError, match="is 4-bit already"):
+    with pytest.raises(ModelError, match="is already 4-bit"):
         quantize_folder(tmp_path / "four", tmp_path / "again")
 
 
 def test_a_destination_that_is_there_is_not_overwritten(source, tmp_path):
-    with pytest.raises(UsageError, match="is already there"):
+    with pytest.raises(UsageError, match="already exists"):
         quantize_folder(source, source)
     (tmp_path / "empty").mkdir()
     quantize_folder(source, tmp_path / "empty")

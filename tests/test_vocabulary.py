@@ -25,7 +25,7 @@ from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
@@ -66,7 +66,7 @@ def test_a_weight_in_its_file_gives_what_it_gives_in_memory(
     with pytest.raises(IndexError, match="expected 0 to"):
         vocabulary.rows(away, torch.tensor([0, shape[0]]), dtype)
     os.truncate(tmp_path / "weight", 100)
-    with pytest.raises(ModelError, match="cannot be read any more"):
+    with pytest.raises(ModelError, match="can no longer be read"):
         vocabulary.logits(x, away)
 
 

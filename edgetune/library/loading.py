@@ -18,7 +18,7 @@ from edgetune.runtime.errors import UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.runtime.vocabulary import FILE, has_nf4
+from edgetune.runtime.vocabulary import FILE, fits_nf4_blocks
 
 SMALLER = "type a smaller --model, or --device cpu"
 
@@ -82,7 +82,7 @@ def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str |
             "model that it was quantised from."
         )
     width = checkpoint.config.hidden_size
-    if head == "nf4" and not (checkpoint.quantized_head or has_nf4(width)):
+    if head == "nf4" and not (checkpoint.quantized_head or fits_nf4_blocks(width)):
         raise UsageError(
             f"The head of {checkpoint.folder} has rows of {width} numbers, and --head nf4 holds whole blocks of "
             f"{QuantConfig().block_size}; leave it out, or type --head int8."
