@@ -19,30 +19,10 @@ ET_INLINE void products_end() {}
 #endif
 #include "attention_softmax.inl"
 
-struct Rows {
-    void* data;
-    int64_t row, head;  // distances in numbers; the last dimension is contiguous
-};
-
-struct Attention {  // attention.py's _Call mirrors it
-    Rows q, k, v, o, dout, dq, dk, dv;
-    float* lse;                // (heads, queries)
-    const int64_t* segments;   // (segment_count, 4): q_start, q_end, k_start, k_end
-    int64_t segment_count, queries, heads, kv_heads, size, window, bf16, threads;  // window: 0 is none
-    void* scratch;             // null: only tell scratch_bytes
-    int64_t scratch_bytes;
-    float scale;
-};
-
 struct Part {
     int64_t query, queries, key, keys;
     int64_t squares_before, tasks_before;  // packed key squares and tasks of the parts before this one
 };
-
-constexpr int64_t KEY_SQUARES = 4;           // the forward's step along keys
-constexpr int64_t BACK_KEY_SQUARES = 4;      // the backward's
-constexpr int64_t BACK_COLUMN_SQUARES = 4;   // columns whose packed form the backward keeps at hand
-constexpr int64_t BACK_TASKS = 16;           // the backward splits groups of heads until it has so many tasks
 
 struct Arena {  // hands out pieces of scratch; without a base it only counts
     char* base;
@@ -50,7 +30,7 @@ struct Arena {  // hands out pieces of scratch; without a base it only counts
     template <class X>
     ET_MEMBER X* take(int64_t count) {
         X* piece = base ? reinterpret_cast<X*>(base + used) : nullptr;
-        used += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
+        used += (count * int64_t(sizeof(X)) + (ALIGNMENT - 1)) / ALIGNMENT * ALIGNMENT;
         return piece;
     }
 };
@@ -66,20 +46,20 @@ ET_INLINE int64_t take_task(int64_t* counter) {
 }
 
 template <class T>
-ET_INLINE T* at(const Rows& rows, int64_t row, int64_t head) {
+ET_INLINE T* at(const AttentionRows& rows, int64_t row, int64_t head) {
     return static_cast<T*>(rows.data) + row * rows.row + head * rows.head;
 }
 
 // What both directions share: the call, its parts, packed keys, counters of tasks.
 template <class E>
 struct Work {
-    Attention* call;
+    AttentionCall* call;
     Part* parts;
     int64_t* counters;
     int64_t count, squares, tasks, groups, depth;  // depth: squares along a head
     E *keys, *values, *keys_turned;
 
-    ET_MEMBER void begin(Attention& attention, Arena& arena) {
+    ET_MEMBER void begin(AttentionCall& attention, Arena& arena) {
         call = &attention;
         groups = attention.heads / attention.kv_heads;
         depth = ceil_div(attention.size, SIDE);
@@ -122,7 +102,7 @@ struct Work {
 
 // `width` heads from `head` on of one key head: the rows of column first + x. What lies past the end is null.
 template <class T>
-ET_INLINE void column_rows(const Rows& rows, const Part& part, int64_t head, int64_t width, int64_t first, int64_t columns,
+ET_INLINE void column_rows(const AttentionRows& rows, const Part& part, int64_t head, int64_t width, int64_t first, int64_t columns,
                            T** out) {
     for (int64_t x = 0; x < SIDE; x++) {
         int64_t column = first + x;
@@ -138,7 +118,7 @@ ET_INLINE void pack_rows(T* const* rows, int64_t size, E* left) {
 
 // The 32 keys (or values) of a part from `first` on -> left squares.
 template <class T, class E>
-ET_INLINE void pack_keys(const Rows& rows, const Part& part, int64_t kv, int64_t first, int64_t size, E* left) {
+ET_INLINE void pack_keys(const AttentionRows& rows, const Part& part, int64_t kv, int64_t first, int64_t size, E* left) {
     for (int64_t x = 0; x < SIDE; x++)
         pack_left(left, x, first + x < part.keys ? at<const T>(rows, part.key + first + x, kv) : nullptr, size);
 }
@@ -148,7 +128,7 @@ ET_INLINE void pack_keys(const Rows& rows, const Part& part, int64_t kv, int64_t
 
 // Lays scratch out, and runs `work` in it where the caller has brought some.
 template <class W>
-static void run_attention(Attention& call) {
+static void run_attention(AttentionCall& call) {
     W work;
     Arena arena = {static_cast<char*>(call.scratch), 0};
     work.plan(call, arena);
@@ -157,7 +137,7 @@ static void run_attention(Attention& call) {
 }
 
 template <template <class, class> class W>
-static void choose_attention(Attention& call) {
+static void choose_attention(AttentionCall& call) {
 #if defined(ET_USE_AVX512_BF16)
     if (call.bf16) return run_attention<W<Bf16, Bf16>>(call);
 #endif
@@ -167,7 +147,7 @@ static void choose_attention(Attention& call) {
 
 }  // namespace attention
 
-static void attention_forward(attention::Attention* call) { attention::choose_attention<attention::Forward>(*call); }
-static void attention_backward(attention::Attention* call) { attention::choose_attention<attention::Backward>(*call); }
+static void attention_forward(AttentionCall* call) { attention::choose_attention<attention::Forward>(*call); }
+static void attention_backward(AttentionCall* call) { attention::choose_attention<attention::Backward>(*call); }
 
 #define ET_ATTENTION_KERNELS(X) X(attention_forward) X(attention_backward)

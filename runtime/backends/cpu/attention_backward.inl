@@ -29,7 +29,7 @@ struct Backward : Work<E> {
         return o;
     }
 
-    void plan(Attention& call, Arena& arena) {
+    void plan(AttentionCall& call, Arena& arena) {
         this->begin(call, arena);
         int64_t total = 0, longest = 1;
         for (int64_t i = 0; i < call.segment_count; i++) {
@@ -52,7 +52,7 @@ struct Backward : Work<E> {
     }
 
     void pack(const Part& part, int64_t kv, int64_t square, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         int64_t first = (square - part.squares_before) * SIDE;
         E* keys = this->packed(this->keys, kv, square);
         pack_keys<T>(call.v, part, kv, first, call.size, this->packed(this->values, kv, square));
@@ -63,7 +63,7 @@ struct Backward : Work<E> {
 
     // 32 columns: q and do packed for both products they stand in, their log-sum-exp (log2) and delta = sum(do * o).
     void prepare(const Part& part, int64_t head, int64_t heads, int64_t first, int64_t columns, int64_t c, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         const int64_t depth = this->depth, place = c * depth * SQUARE;
         T *q[SIDE], *dout[SIDE], *out[SIDE];
         column_rows<T>(call.q, part, head, heads, first, columns, q);
@@ -76,7 +76,7 @@ struct Backward : Work<E> {
         transpose_squares(o.packed, o.dout + place, depth);
         turn_squares(o.packed, o.dout_right + place, depth);
         for (int64_t x = 0; x < SIDE; x++) {
-            float sum = 0, lse = 1e30f;  // past the end: no probability
+            float sum = 0, lse = NO_PROBABILITY;  // past the end: no probability
             if (q[x]) {
                 const T *a = dout[x], *b = out[x];
                 int64_t size = call.size, column = first + x;
@@ -89,7 +89,7 @@ struct Backward : Work<E> {
     }
 
     void task(const Part& part, int64_t kv, int64_t chunk, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         const int64_t numbers = this->depth * SQUARE;
         const int64_t share = ((chunk * call.kv_heads + kv) * this->squares + part.squares_before) * numbers;
         const int64_t left = this->groups - chunk * width, heads = left < width ? left : width;
@@ -161,8 +161,8 @@ struct Backward : Work<E> {
     }
 
     // The shares of one square of keys, added up in order and written.
-    void add_up(const float* shares, const Rows& rows, const Part& part, int64_t kv, int64_t square, float factor) const {
-        const Attention& call = *this->call;
+    void add_up(const float* shares, const AttentionRows& rows, const Part& part, int64_t kv, int64_t square, float factor) const {
+        const AttentionCall& call = *this->call;
         const int64_t line = this->depth * SIDE, step = call.kv_heads * this->squares * this->depth * SQUARE;
         const int64_t first = (square - part.squares_before) * SIDE;
         const float* from = shares + (kv * this->squares + square) * this->depth * SQUARE;

@@ -19,7 +19,7 @@ struct Forward : Work<E> {
         return o;
     }
 
-    void plan(Attention& call, Arena& arena) {
+    void plan(AttentionCall& call, Arena& arena) {
         this->begin(call, arena);
         for (int64_t i = 0; i < call.segment_count; i++) {
             const int64_t* s = call.segments + 4 * i;
@@ -35,7 +35,7 @@ struct Forward : Work<E> {
     }
 
     void pack(const Part& part, int64_t kv, int64_t square, const Own& o, E* keys, E* values) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         pack_keys<T>(call.k, part, kv, square * SIDE, call.size, keys);
         pack_keys<T>(call.v, part, kv, square * SIDE, call.size, o.packed);
         turn_squares(o.packed, o.turned, this->depth);
@@ -43,7 +43,7 @@ struct Forward : Work<E> {
     }
 
     void block(const Part& part, int64_t kv, int64_t first, int64_t columns, bool shared, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         const int64_t depth = this->depth, head = kv * this->groups;
         Sight sight;
         int64_t near, far;
@@ -53,7 +53,7 @@ struct Forward : Work<E> {
         pack_rows(rows, call.size, o.packed);
         transpose_squares(o.packed, o.q, depth);
         Softmax state;
-        for (int64_t x = 0; x < SIDE; x++) state.top[x] = -1e30f, state.sum[x] = 0;
+        for (int64_t x = 0; x < SIDE; x++) state.top[x] = NO_MAXIMUM, state.sum[x] = 0;
         const float factor = call.scale * LOG2_E;
         const int64_t begin = (this->limit(near) + 1) / SIDE, end = far / SIDE + 1;
         for (int64_t square = begin; square < end; square += KEY_SQUARES) {
@@ -84,7 +84,7 @@ struct Forward : Work<E> {
     }
 
     void finish(const Part& part, int64_t head, int64_t first, int64_t columns, const Softmax& state, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         float factor[SIDE];
         T* rows[SIDE];
         for (int64_t x = 0; x < SIDE; x++) factor[x] = 1.0f / state.sum[x];

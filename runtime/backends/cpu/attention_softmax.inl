@@ -1,9 +1,6 @@
 // The element-wise middle of attention.inl: scores to probabilities and their gradients, 32 columns (queries) at a time.
 // Scores are S^T (keys x queries), so that everything a query has (maximum, sum, log-sum-exp) is a lane, never a row.
 
-constexpr float HIDDEN = -3e38f;   // the score of a key that a query may not see
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-
 // log x for a positive normal x, to about one unit in the last place; NaN for NaN.
 ET_INLINE float natural_log(float x) {
     uint32_t bits = to_bits(x) - 0x3f3504f3;  // sqrt(1/2)
@@ -25,7 +22,7 @@ ET_INLINE void hide(float* scores, const Sight& sight, int64_t key) {
         for (int64_t k = 0; k < SIDE; k++) {
             float* score = scores + k * SIDE + x;
             Floats here = all(float(key + k));
-            put(score, (here > low) & (here <= high) ? get(score) : all(HIDDEN));
+            put(score, (here > low) & (here <= high) ? get(score) : all(HIDDEN_SCORE));
         }
     }
 }
@@ -34,9 +31,6 @@ ET_INLINE void hide(float* scores, const Sight& sight, int64_t key) {
 struct Softmax {
     float top[SIDE], sum[SIDE];
 };
-
-// `top` may lag behind the true maximum by SLACK, which fp32 bears, and most rescaling never happens.
-constexpr float SLACK = 8.0f;
 
 ET_INLINE bool any_positive(Floats x) {
 #if defined(ET_USE_AVX512)
@@ -57,7 +51,7 @@ ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Sof
             for (int64_t i = 0; i < 4; i++) most[i] = larger(most[i], get(scores + (k + i) * SIDE + x));
         Floats peak = larger(larger(most[0], most[1]), larger(most[2], most[3])) * factor;
         put(seen + x, peak);
-        outgrown |= any_positive(peak - get(state.top + x) - SLACK);
+        outgrown |= any_positive(peak - get(state.top + x) - MAXIMUM_SLACK);
     }
     if (!outgrown) return false;
     for (int64_t x = 0; x < SIDE; x += LANES) {

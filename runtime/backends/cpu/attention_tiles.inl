@@ -27,13 +27,13 @@ ET_INLINE Floats fraction(Floats x) { return (Floats)_mm512_reduce_ps((__m512)x,
 ET_INLINE Floats scaled(Floats p, Floats, Floats x) { return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x); }
 #else
 ET_INLINE Floats floor_of(Floats x) {  // of small numbers
-    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
+    const Floats shift = all(ROUNDING_SHIFT);
     Floats n = (x + shift) - shift;
     return n > x ? n - 1.0f : n;
 }
 ET_INLINE Floats fraction(Floats x) { return x - floor_of(x); }
 ET_INLINE Floats scaled(Floats p, Floats f, Floats x) {  // p * 2^floor(x), 0 for -127
-    return p * as_floats((as_words((x - f) + 12582912.0f) << 23) + (127u << 23));
+    return p * as_floats((as_words((x - f) + ROUNDING_SHIFT) << 23) + (127u << 23));
 }
 #endif
 

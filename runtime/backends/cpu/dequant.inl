@@ -3,22 +3,6 @@
 // A block of 64 weights shares its absmax, so there are only 16 different products: they are computed and rounded once a
 // block, and every weight is a lookup among them.
 
-// Where a block's absmax comes from: fp32 as it is (codes null), or 8-bit codes with one fp32 for 2^shift of them.
-struct Absmax {
-    const float* plain;
-    const uint8_t* codes;
-    const float* table;
-    const float* nested;
-    float offset;
-    int64_t shift;
-
-    ET_MEMBER float at(int64_t block) const {
-        if (!codes) return plain[block];
-        float product = table[codes[block]] * nested[block >> shift];
-        return product + offset;
-    }
-};
-
 // ---- Products<T>: the 16 rounded products of a block, and the lookup of 32 weights (16 packed bytes) among them ----
 
 #if defined(ET_USE_AVX512)
@@ -191,7 +175,7 @@ void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, 
 template <class T>
 void dequantize(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t count, T* out,
                 int threads) {
-    int64_t grain = block_size < 4096 ? 4096 / block_size * block_size : block_size;
+    int64_t grain = block_size < DEQUANT_GRAIN ? DEQUANT_GRAIN / block_size * block_size : block_size;
     parallel_for(threads, count, grain, [=](int64_t begin, int64_t end) {
         dequantize_range(packed, codes, absmax, block_size, begin, end, out + begin);
     });

@@ -1,5 +1,5 @@
 // The library's outside: which instruction sets this build holds and this machine runs, the kernels of each, the thread team.
-#include "kernels.h"
+#include "structures.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define ET_X86 1
@@ -203,7 +203,6 @@ static void rest() {
 
 void meet(Meeting* meeting, int count) {
     if (count <= 1) return;
-    constexpr int SPINS = 1000;  // some ten microseconds: more than threads differ by when each has its processor
     int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == count) {
         __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
@@ -211,7 +210,7 @@ void meet(Meeting* meeting, int count) {
         return;
     }
     for (int spins = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; spins++) {
-        if (spins < SPINS) rest();
+        if (spins < MEETING_SPINS) rest();
         else give_way();
     }
 }
@@ -225,7 +224,17 @@ void meet(Meeting*, int count) {
 
 using namespace edgetune;
 
+#include "layout.inl"
+
 ET_EXPORT int et_abi() { return ET_ABI; }
+
+// The index-th entry of layout.inl's list, through the four pointers; returns 0 past the last.
+ET_EXPORT int et_layout(int index, const char** structure, const char** field, int64_t* offset, int64_t* size) {
+    if (index < 0 || index >= int(sizeof layout / sizeof layout[0])) return 0;
+    const LayoutEntry& entry = layout[index];
+    *structure = entry.structure, *field = entry.field, *offset = entry.offset, *size = entry.size;
+    return 1;
+}
 
 // The name of the index-th instruction set of this build, best first; null past the last.
 ET_EXPORT const char* et_isa_name(int index) {

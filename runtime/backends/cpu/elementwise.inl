@@ -9,7 +9,7 @@
 template <class T, class W>
 void rms_norm(const T* h, int64_t h_stride, const W* weight, float eps, int64_t rows, int64_t width, T* out, int64_t out_stride,
               int threads) {
-    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, ROW_GRAIN, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T* x = h + row * h_stride;
             T* y = out + row * out_stride;
@@ -28,7 +28,7 @@ void rms_norm(const T* h, int64_t h_stride, const W* weight, float eps, int64_t 
 template <class T, class W>
 void rms_norm_backward(const T* dx, int64_t dx_stride, const T* h, int64_t h_stride, const W* weight, float eps, int64_t rows,
                        int64_t width, T* out, int64_t out_stride, int threads) {
-    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, ROW_GRAIN, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T *x = h + row * h_stride, *d = dx + row * dx_stride;
             T* y = out + row * out_stride;
@@ -86,7 +86,7 @@ template <class T>
 void rope(T* x, int64_t row_stride, int64_t head_stride, const float* cosines, const float* sines, int inverse, int64_t rows,
           int64_t heads, int64_t half, int threads) {
     float sign = inverse ? -1.0f : 1.0f;
-    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, ROW_GRAIN, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const float *c = cosines + row * half, *s = sines + row * half;
             for (int64_t head = 0; head < heads; head++) {
@@ -126,7 +126,7 @@ void dropout(const T* x, int64_t x_stride, uint64_t key, uint64_t threshold, flo
 
 template <class T>
 ET_INLINE float largest(const T* x, int64_t width) {
-    const float lowest = from_bits(0xff800000);
+    const float lowest = from_bits(MINUS_INFINITY_BITS);
     Floats most = all(lowest);
     each(width, [&](int64_t i, auto part) { most = larger(get(x + i, part, lowest), most); });
     return largest(most);
@@ -140,7 +140,7 @@ void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const floa
             T* x = logits + row * stride;
             const float most = largest(x, width), at_target = load(x + targets[row]), weight = weights[row];
             Floats sums = {};
-            each(width, [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(0xff800000)) - most); });
+            each(width, [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(MINUS_INFINITY_BITS)) - most); });
             const float total = sum(sums), part_of = weight / total;
             each(width, [&](int64_t i, auto part) { put(x + i, exponential(get(x + i, part) - most) * part_of, part); });
             float probability = expf(at_target - most) / total;

@@ -5,13 +5,10 @@
 //     prepare(cols, x)                       x.x, fp32 (cols), into the form's own layout
 //     load(table, packed, left, weights)     the packed bytes of a step, of which `left` blocks are there
 //     dot(weights, x, block, scale, sum)     sum + scale * (weights . activations of that block), for each block of the step
-//     group(x, block, absmax, sum)           what GROUP blocks need beside (int8: the table's offset is taken back here)
+//     group(x, block, absmax, sum)           what ABSMAX_GROUP blocks need beside (int8: the table's offset is taken back here)
 // The loops are in matvec.inl, and also which form serves which `compute`.
 
-constexpr int64_t BLOCK = 64;  // weights that share one absmax, wherever a form is used
-constexpr int64_t GROUP = 16;  // blocks whose absmax is expanded together
-
-// One token's activations. A form fills values; scale and correction, (blocks) padded to GROUP, are int8's.
+// One token's activations. A form fills values; scale and correction, (blocks) padded to ABSMAX_GROUP, are int8's.
 struct Activations {
     const float* x;
     void* values;
@@ -28,7 +25,7 @@ struct FloatForm {
         ET_MEMBER explicit Table(const float* codes) : Products<float>(codes, 1.0f) {}
     };
     struct Weights {
-        alignas(64) float values[BLOCK];
+        alignas(64) float values[QUANT_BLOCK];
     };
 
     static void prepare(int64_t, const Activations&) {}
@@ -39,9 +36,9 @@ struct FloatForm {
         table.expand32(packed + 16, weights.values + 32);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const float* values = x.x + block * BLOCK;
+        const float* values = x.x + block * QUANT_BLOCK;
         Floats product = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
+        for (int64_t i = 0; i < QUANT_BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
         return fused(product, all(*scale), sum);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
@@ -69,7 +66,7 @@ struct Bf16Form {
         const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
         Bf16* out = static_cast<Bf16*>(x.values);
-        for (int64_t i = 0; i < cols; i += BLOCK) {
+        for (int64_t i = 0; i < cols; i += QUANT_BLOCK) {
             __m512 a = _mm512_loadu_ps(x.x + i), b = _mm512_loadu_ps(x.x + i + 16);
             __m512 c = _mm512_loadu_ps(x.x + i + 32), d = _mm512_loadu_ps(x.x + i + 48);
             __m512bh even = _mm512_cvtne2ps_pbh(_mm512_permutex2var_ps(c, first, d), _mm512_permutex2var_ps(a, first, b));
@@ -86,7 +83,7 @@ struct Bf16Form {
         weights.odd = (__m512bh)_mm512_permutexvar_epi16(words, table.values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const Bf16* values = static_cast<const Bf16*>(x.values) + block * BLOCK;
+        const Bf16* values = static_cast<const Bf16*>(x.values) + block * QUANT_BLOCK;
         Sum product = _mm512_dpbf16_ps(zero(), weights.even, (__m512bh)_mm512_loadu_si512(values));
         product = _mm512_dpbf16_ps(product, weights.odd, (__m512bh)_mm512_loadu_si512(values + 32));
         return _mm512_fmadd_ps(product, _mm512_set1_ps(*scale), sum);
@@ -98,31 +95,27 @@ struct Bf16Form {
 
 // ---- int8: weights are looked up as bytes, activations quantised per block of 64 ----
 
-// The table's largest value as an integer. Not 127: at 124.1 NF4's values fall nearest to integers, and the error of the
-// rounded table over normally distributed weights is 4.7e-3 instead of 5.9e-3.
-constexpr float BYTE_SCALE = 124.1f;
-
-ET_INLINE int byte_of(float code) { return int(code * BYTE_SCALE + (code < 0 ? -0.5f : 0.5f)); }
+ET_INLINE int byte_of(float code) { return int(code * NF4_INT8_SCALE + (code < 0 ? -0.5f : 0.5f)); }
 
 // x = scale * integers in -127..127, a scale a block; evens, then odds of each step of `step` blocks, in bytes.
 // correction: `offset` * scale * the block's sum, for tables whose bytes lie that much too high.
 ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step, float offset) {
-    const int64_t blocks = cols / BLOCK, padded = (blocks + GROUP - 1) / GROUP * GROUP;
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+    const int64_t blocks = cols / QUANT_BLOCK, padded = (blocks + ABSMAX_GROUP - 1) / ABSMAX_GROUP * ABSMAX_GROUP;
+    const float shift = ROUNDING_SHIFT;
     for (int64_t block = 0; block < padded; block++) {
-        int8_t* even = static_cast<int8_t*>(x.values) + (block - block % step) * BLOCK + block % step * 32;
+        int8_t* even = static_cast<int8_t*>(x.values) + (block - block % step) * QUANT_BLOCK + block % step * 32;
         int8_t* odd = even + step * 32;
         x.scale[block] = x.correction[block] = 0;
         if (block >= blocks) {
             if (block % step) memset(even, 0, 32), memset(odd, 0, 32);
             continue;
         }
-        const float* values = x.x + block * BLOCK;
+        const float* values = x.x + block * QUANT_BLOCK;
         Floats magnitudes = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES)
-            magnitudes = larger(magnitudes, as_floats(as_words(get(values + i)) & 0x7fffffff));
+        for (int64_t i = 0; i < QUANT_BLOCK; i += LANES)
+            magnitudes = larger(magnitudes, as_floats(as_words(get(values + i)) & MAGNITUDE_BITS));
         const float top = largest(magnitudes);
-        const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+        const float inverse = top > SMALLEST_ACTIVATION ? INT8_LARGEST / top : 0.0f;
         float sum = 0;
         ET_SIMD_SUM(sum)
         for (int i = 0; i < 32; i++) {
@@ -131,7 +124,7 @@ ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step
             odd[i] = int8_t(b);
             sum += a + b;
         }
-        x.scale[block] = top / (127.0f * BYTE_SCALE);
+        x.scale[block] = top / (INT8_LARGEST * NF4_INT8_SCALE);
         x.correction[block] = sum * x.scale[block] * offset;
     }
 }
@@ -164,7 +157,7 @@ struct Int8Form {
         weights.odd = _mm512_permutexvar_epi8(bytes, table.values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         __m512i product = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.even, _mm512_loadu_si512(values));
         product = _mm512_dpbusd_epi32(product, weights.odd, _mm512_loadu_si512(values + 64));
         __m512 scales = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scale[0]), 0xff00, _mm_load_ss(scale + 1));
@@ -212,7 +205,7 @@ struct Int8Form {
         return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i even = _mm256_madd_epi16(multiply(weights.even, values), ones);
         __m256i odd = _mm256_madd_epi16(multiply(weights.odd, values + 32), ones);
@@ -260,7 +253,7 @@ struct Int8Form {
 #endif
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         int32x4_t product = vdupq_n_s32(0);
         for (int i = 0; i < 2; i++) {
             product = multiply(product, weights.even[i], values + 16 * i);

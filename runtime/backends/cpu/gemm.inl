@@ -17,16 +17,7 @@ using namespace attention;  // its squares, in left and right form
 template <class E>
 constexpr int64_t DEPTH = 64 / sizeof(E);  // of a square of E: 32 bf16 or 64 int8, 2 KB of either
 template <class E>
-constexpr int64_t DEEP = 8 * DEPTH<E>;     // of a strip: two strips, a panel and its sums fit the first cache
-constexpr int64_t WIDE = 512, TALL = 512;  // sums at a time: they fit the second cache
-constexpr int64_t CHUNK = 64;              // weights dequantised at once: never of two blocks
-
-struct Weight {  // project.py's _Weight, field for field
-    const uint8_t* packed;
-    const float* codes;
-    Absmax absmax;
-    int64_t block_shift;
-};
+constexpr int64_t DEEP = STRIP_SQUARES * DEPTH<E>;  // of a strip: two strips, a panel and its sums fit the first cache
 
 ET_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 ET_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -45,7 +36,7 @@ struct Strip {
     int64_t deep, end;  // the part of the other dimension
     int64_t row, column;  // the next chunk
 
-    ET_MEMBER Strip(const Weight& weight, int64_t inputs, const float* inverse)
+    ET_MEMBER Strip(const ProjectWeight& weight, int64_t inputs, const float* inverse)
         : absmax(weight.absmax), packed(weight.packed), inputs(inputs), shift(weight.block_shift),
           table(_mm512_loadu_ps(weight.codes)), inverse(inverse) {}
     ET_MEMBER void begin(E* squares, int64_t first, int64_t from, int64_t until) {

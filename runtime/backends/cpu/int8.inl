@@ -5,11 +5,8 @@
 
 namespace gemm {
 
-constexpr float INT8_STEPS = 127.0f;
-constexpr float COARSE = 0.06f;  // an error of rounding, as a share of what is rounded, that asks for bf16 instead (LOG.md)
-
 // The scale of every row of a weight, and 1 / it: the largest absmax of its blocks, for 1 is the largest of the codes.
-static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
+static void scale_rows(const ProjectWeight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
     const int64_t blocks = inputs >> weight.block_shift;
     for (int64_t row = from; row < until; row++) {
         float largest = 0.0f;
@@ -18,7 +15,7 @@ static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64
             if (!(absmax <= largest)) largest = absmax;       // a NaN stays
             if (largest != largest) break;
         }
-        scales[row] = largest / INT8_STEPS, inverses[row] = largest > 0.0f ? INT8_STEPS / largest : 0.0f;
+        scales[row] = largest / INT8_LARGEST, inverses[row] = largest > 0.0f ? INT8_LARGEST / largest : 0.0f;
     }
 }
 
@@ -45,7 +42,7 @@ static float scale_numbers(const Bf16* row, const float* factors, int64_t depth,
         largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
         squares = _mm512_fmadd_ps(values, values, squares);
     }
-    *scale = _mm512_reduce_max_ps(largest) / INT8_STEPS;
+    *scale = _mm512_reduce_max_ps(largest) / INT8_LARGEST;
     const float all = _mm512_reduce_add_ps(squares);
     return all == 0.0f ? 0.0f : *scale * *scale / 12.0f * float(depth) / all;
 }
@@ -56,7 +53,7 @@ static bool even_enough(const float* errors, int64_t rows) {
     float all = 0.0f;
     int64_t counted = 0;
     for (int64_t row = 0; row < rows; row++) all += errors[row], counted += errors[row] != 0.0f;
-    return all <= COARSE * COARSE * float(counted);
+    return all <= INT8_ERROR_LIMIT * INT8_ERROR_LIMIT * float(counted);
 }
 
 // 32 rows of bf16 squares in left form, `depth` deep, rounded: int8 squares in left form, or turned to the right form.
@@ -66,7 +63,7 @@ static void round_squares(const Bf16* lines, const float* row_scales, const floa
     for (int64_t deep = 0; deep < depth; deep += 64, lines += 2 * SQUARE, to += 2048) {
         int8_t* square = turned ? left : to;
         for (int64_t r = 0; r < SIDE; r++) {
-            const __m512 inverse = _mm512_set1_ps(row_scales[r] > 1e-37f ? 1.0f / row_scales[r] : 0.0f);  // never inf
+            const __m512 inverse = _mm512_set1_ps(row_scales[r] > SMALLEST_PRODUCT_SCALE ? 1.0f / row_scales[r] : 0.0f);  // never inf
             for (int64_t i = 0; i < 4; i++) {
                 const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
                 __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));

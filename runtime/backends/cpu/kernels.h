@@ -15,7 +15,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ET_ABI 4
+#include "constants.h"
+
+#define ET_ABI 5
 
 #if defined(_MSC_VER)
 #define ET_EXPORT extern "C" __declspec(dllexport)

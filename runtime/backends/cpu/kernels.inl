@@ -1,5 +1,5 @@
 // All kernels of one instruction set: isa_*.cpp defines ET_ISA (the namespace) and includes this with its own compiler flags.
-#include "kernels.h"
+#include "structures.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>

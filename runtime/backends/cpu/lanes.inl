@@ -73,7 +73,7 @@ ET_INLINE void put(Bf16* p, Floats value) {  // to nearest, ties to even; a NaN 
 #else
     Words bits = as_words(value);
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Halves halves = narrow((bits & 0x7fffffff) > 0x7f800000 ? all(0x7fc0u) : rounded);
+    Halves halves = narrow((bits & MAGNITUDE_BITS) > INFINITY_BITS ? all(uint32_t(BF16_NAN)) : rounded);
 #endif
     memcpy(static_cast<void*>(p), &halves, sizeof halves);
 }
@@ -102,7 +102,7 @@ ET_INLINE float sum(Floats x) {
 }
 
 ET_INLINE float largest(Floats x) {
-    float most = from_bits(0xff800000), parts[LANES];
+    float most = from_bits(MINUS_INFINITY_BITS), parts[LANES];
     put(parts, x);
     for (float part : parts) most = part > most ? part : most;
     return most;
@@ -143,7 +143,7 @@ ET_INLINE void each(int64_t n, const Body& body) {
 // e^x to about one unit in the last place; 0 below -87.3, e^88.37 (2.4e38) for all above, NaN for NaN.
 // x = n ln2 + r with |r| <= ln2/2; e^r by a polynomial (Cephes' expf), 2^n by adding n to the exponent.
 ET_INLINE Floats exponential(Floats x) {
-    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
+    const Floats shift = all(ROUNDING_SHIFT);
     Floats bounded = x > 88.37626f ? all(88.37626f) : x;
     Floats total = fused(bounded, all(1.44269504f), shift);
     Floats n = total - shift;

@@ -19,7 +19,7 @@ import torch
 
 from edgetune.runtime.errors import UsageError
 
-ABI = 4  # kernels.h's ET_ABI: raised together with it whenever a kernel's arguments change
+ABI = 5  # kernels.h's ET_ABI: raised together with it whenever a kernel's arguments change
 VARIABLE = "EDGETUNE_CPU_ISA"
 
 _FOLDER = Path(__file__).resolve().parent

@@ -22,14 +22,14 @@ ET_INLINE void store(float* p, float value) { *p = value; }
 ET_INLINE void store(Bf16* p, float value) {
     uint32_t bits = to_bits(value);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    p->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    p->bits = uint16_t((bits & MAGNITUDE_BITS) > INFINITY_BITS ? BF16_NAN : rounded);
 }
 
 // To nearest, ties to even. Below 2^-14 an fp16's step is 2^-24, as fp32's is at 0.5: adding 0.5 rounds.
 ET_INLINE void store(F16* p, float value) {
-    uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & MAGNITUDE_BITS;
     uint32_t half;
-    if (magnitude > 0x7f800000) half = 0x7e00;
+    if (magnitude > INFINITY_BITS) half = 0x7e00;
     else if (magnitude >= 0x47800000) half = 0x7c00;                                            // 65536 and beyond
     else if (magnitude < 0x38800000) half = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000;  // below 2^-14
     else half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;

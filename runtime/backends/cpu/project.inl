@@ -12,31 +12,7 @@ using namespace gemm;
 template <class E>
 constexpr int64_t LONG = DEEP<E> / SIDE;  // bf16 squares of a piece
 
-struct Linear {  // project.py's _Linear, field for field
-    Weight weight;
-    int64_t outputs, rank;  // rank 0: no adapter, and nothing below is read
-    const float *a, *b;     // (rank, inputs), (outputs, rank)
-    float *da, *db;         // the same shapes: gradients are added
-    float scale, keep;      // keep: 1 / (1 - p)
-    uint64_t key, threshold;  // dropout; threshold 0: none
-};
-
-struct Call {  // project.py's _Call, field for field
-    const Bf16* x;
-    int64_t x_row;
-    Bf16* y;  // forward's result (null: only `reduced` is wanted), backward's dy
-    int64_t y_row;
-    Bf16* dx;
-    int64_t dx_row;
-    Bf16* reduced;  // (rows, 32 a square)
-    const Linear* linears;
-    int64_t count, rows, inputs, threads;
-    int64_t int8;    // large products in int8, where the rows are even enough
-    char* scratch;  // null: only say how much is needed
-    int64_t scratch_bytes;
-};
-
-ET_INLINE int64_t squares_of(const Linear& linear) { return (linear.rank + SIDE - 1) / SIDE; }
+ET_INLINE int64_t squares_of(const ProjectLinear& linear) { return (linear.rank + SIDE - 1) / SIDE; }
 
 // ---- 32 x 32 numbers at a time ----
 
@@ -69,7 +45,7 @@ struct Mask {  // elementwise.inl's dropout
     uint32_t seed, threshold;
     float keep;
 
-    ET_MEMBER explicit Mask(const Linear& linear)
+    ET_MEMBER explicit Mask(const ProjectLinear& linear)
         : seed(hash32(uint32_t(linear.key))), threshold(uint32_t(linear.threshold)), keep(linear.keep) {}
     // The factors of 16 elements from this place on.
     ET_MEMBER __m512 at(int64_t place) const {
@@ -109,7 +85,7 @@ struct Piece {
 template <bool BACKWARD, class E>  // E: what large products take, Bf16 or int8_t
 struct Project {
     static constexpr bool SCALED = sizeof(E) == 1;
-    Call* call;
+    ProjectCall* call;
     edgetune::Meeting meeting;
     int64_t depth, panels;  // panels: of the rows that are packed at a time
     int64_t squares;        // of all ranks
@@ -123,24 +99,24 @@ struct Project {
     char* own;              // a thread's part of the scratch
     int64_t own_bytes, sums_bytes;
 
-    int64_t width_of(const Linear& linear) const { return BACKWARD ? call->inputs : linear.outputs; }
+    int64_t width_of(const ProjectLinear& linear) const { return BACKWARD ? call->inputs : linear.outputs; }
     int64_t depth_of(int64_t part) const { return BACKWARD ? call->linears[part].outputs : call->inputs; }
 
-    void plan(Call* given) {
+    void plan(ProjectCall* given) {
         call = given, meeting = {}, squares = 0, drops = false;
         int64_t outputs = 0, widest = call->inputs, numbers_b = 0;
         for (int64_t p = 0; p < call->count; p++) {
-            const Linear& linear = call->linears[p];
+            const ProjectLinear& linear = call->linears[p];
             outputs += linear.outputs, squares += squares_of(linear), numbers_b += linear.outputs * squares_of(linear) * SIDE;
             if (linear.outputs > widest) widest = linear.outputs;
             drops |= linear.rank > 0 && linear.threshold > 0;
         }
         depth = BACKWARD ? outputs : call->inputs;
-        panels = round_up(least(call->rows, TALL), SIDE) / SIDE;
+        panels = round_up(least(call->rows, SUM_ROWS), SIDE) / SIDE;
         char* next = call->scratch;
         auto take = [&](int64_t bytes) {
             char* taken = next;
-            next += round_up(bytes, 64);
+            next += round_up(bytes, ALIGNMENT);
             return taken;
         };
         packed = reinterpret_cast<E*>(take(panels * SIDE * depth * sizeof(E)));
@@ -154,10 +130,10 @@ struct Project {
         turned = reinterpret_cast<Bf16*>(take(BACKWARD ? panels * squares * SQUARE * 2 : 0));
         turned_d = reinterpret_cast<Bf16*>(take(BACKWARD ? panels * squares * SQUARE * 2 : 0));
         // sums and two strips, which products need; sums of thin products and squares, which packing and gradients need
-        sums_bytes = panels * SIDE * least(widest, WIDE) * 4;
+        sums_bytes = panels * SIDE * least(widest, SUM_COLUMNS) * 4;
         const int64_t products = sums_bytes + 2 * DEEP<E> * SIDE * sizeof(E);
         const int64_t thins = (squares + 1) * SQUARE * 4 + (2 * LONG<E> + 2 * panels) * SQUARE * 2;
-        own_bytes = round_up(products > thins ? products : thins, 64);
+        own_bytes = round_up(products > thins ? products : thins, ALIGNMENT);
         own = take(call->threads * own_bytes);
         call->scratch_bytes = next - call->scratch;
     }
@@ -195,7 +171,7 @@ struct Project {
         Bf16* b = packed_b;
         int64_t before = 0;
         for (int64_t p = 0; p < call->count; p++) {
-            const Linear& linear = call->linears[p];
+            const ProjectLinear& linear = call->linears[p];
             const int64_t here = squares_of(linear);
             Range mine = share(call->inputs / SIDE, 1, index, count);
             for (int64_t deep = mine.begin; deep < mine.end; deep++)
@@ -236,7 +212,7 @@ struct Project {
     void scale_weights(int index, int count) const {
         int64_t before = 0;
         for (int64_t p = 0; p < call->count; p++) {
-            const Linear& linear = call->linears[p];
+            const ProjectLinear& linear = call->linears[p];
             const Range mine = share(linear.outputs, 1, index, count);
             scale_rows(linear.weight, call->inputs, mine.begin, mine.end, scales + before, inverses + before);
             before += linear.outputs;
@@ -273,7 +249,7 @@ struct Project {
             if (call->y) enter(panel(number, piece), desk.lines, top, piece);
             int64_t before = 0;
             for (int64_t p = 0; p < call->count; p++) {
-                const Linear& linear = call->linears[p];
+                const ProjectLinear& linear = call->linears[p];
                 const int64_t here = squares_of(linear);
                 if (here == 0) continue;
                 const Bf16* lines = desk.lines;
@@ -302,7 +278,7 @@ struct Project {
         int64_t before = 0;
         for (bool more = true; more;) {
             const int64_t n = (piece.until - piece.from) / SIDE;
-            const Linear& linear = call->linears[piece.part];
+            const ProjectLinear& linear = call->linears[piece.part];
             const int64_t here = squares_of(linear);
             Bf16* lines = SCALED ? desk.lines : reinterpret_cast<Bf16*>(panel(number, piece));
             read_squares(call->y, call->y_row, call->rows, top, piece.at, n, lines);
@@ -348,7 +324,7 @@ struct Project {
             while (next.more()) next.chunk();
             // The next strip: the next 32 of this block of columns, then the next piece of the depth, then the next block.
             const Piece now = piece;
-            const int64_t block = mine.begin + (wide - mine.begin) / WIDE * WIDE, stop = least(block + WIDE, mine.end);
+            const int64_t block = mine.begin + (wide - mine.begin) / SUM_COLUMNS * SUM_COLUMNS, stop = least(block + SUM_COLUMNS, mine.end);
             const int64_t steps = (now.until - now.from) / DEPTH<E>;
             int64_t then = wide + SIDE;
             bool ends = now.part == last && now.until == depth_of(last), more = true;
@@ -436,7 +412,7 @@ struct Project {
         int64_t before = 0, part = 0;
         do {
             if (piece.part != part) before += squares_of(call->linears[part]), part = piece.part;
-            const Linear& linear = call->linears[part];
+            const ProjectLinear& linear = call->linears[part];
             const int64_t of_part = squares_of(linear);
             for (int64_t o = piece.from; o < piece.until && of_part > 0; o += SIDE) {
                 const int64_t column = piece.at + o - piece.from;
@@ -467,7 +443,7 @@ struct Project {
             }
             int64_t before = 0;
             for (int64_t p = 0; p < call->count; p++) {
-                const Linear& linear = call->linears[p];
+                const ProjectLinear& linear = call->linears[p];
                 const int64_t of_part = squares_of(linear);
                 if (of_part == 0) continue;
                 for (int64_t number = 0; drops && number < here; number++) {
@@ -524,7 +500,7 @@ struct Project {
 
 // False: int8 does not serve, and nothing is done.
 template <bool BACKWARD, class E>
-static bool run(Call* call) {
+static bool run(ProjectCall* call) {
     Project<BACKWARD, E> project;
     project.plan(call);
     if (!call->scratch) return true;
@@ -535,7 +511,7 @@ static bool run(Call* call) {
 }
 
 template <bool BACKWARD>
-static void run_either(Call* call) {
+static void run_either(ProjectCall* call) {
     if (call->int8 && run<BACKWARD, int8_t>(call) && call->scratch) return;
     const int64_t needed = call->int8 ? call->scratch_bytes : 0;
     run<BACKWARD, Bf16>(call);
@@ -544,7 +520,7 @@ static void run_either(Call* call) {
 
 }  // namespace project
 
-void project_nf4(project::Call* call) { project::run_either<false>(call); }
-void project_nf4_backward(project::Call* call) { project::run_either<true>(call); }
+void project_nf4(ProjectCall* call) { project::run_either<false>(call); }
+void project_nf4_backward(ProjectCall* call) { project::run_either<true>(call); }
 
 #define ET_PROJECT_KERNELS(X) X(project_nf4) X(project_nf4_backward)
