@@ -17,7 +17,6 @@ namespace {
 #include "dequant.inl"
 #if defined(ET_USE_AMX)
 #include "gemm.inl"
-#include "int8.inl"
 #include "project.inl"
 #else
 #include "elementwise.inl"

@@ -10,7 +10,7 @@ namespace project {
 using namespace gemm;
 
 template <class E>
-constexpr int64_t LONG = DEEP<E> / SIDE;  // bf16 squares of a piece
+constexpr int64_t LONG = STRIP_DEPTH<E> / SIDE;  // bf16 squares of a piece
 
 ET_INLINE int64_t squares_of(const ProjectLinear& linear) { return (linear.rank + SIDE - 1) / SIDE; }
 
@@ -131,7 +131,7 @@ struct Project {
         turned_d = reinterpret_cast<Bf16*>(take(BACKWARD ? panels * squares * SQUARE * 2 : 0));
         // sums and two strips, which products need; sums of thin products and squares, which packing and gradients need
         sums_bytes = panels * SIDE * least(widest, SUM_COLUMNS) * 4;
-        const int64_t products = sums_bytes + 2 * DEEP<E> * SIDE * sizeof(E);
+        const int64_t products = sums_bytes + 2 * STRIP_DEPTH<E> * SIDE * sizeof(E);
         const int64_t thins = (squares + 1) * SQUARE * 4 + (2 * LONG<E> + 2 * panels) * SQUARE * 2;
         own_bytes = round_up(products > thins ? products : thins, ALIGNMENT);
         own = take(call->threads * own_bytes);
@@ -145,7 +145,7 @@ struct Project {
     Piece first_piece(int64_t part) const {
         int64_t at = 0;
         for (int64_t p = 0; BACKWARD && p < part; p++) at += depth_of(p);
-        return {part, 0, least(DEEP<E>, depth_of(part)), at};
+        return {part, 0, least(STRIP_DEPTH<E>, depth_of(part)), at};
     }
     // The piece after; false after the last of linear `last`.
     bool advance(Piece* piece, int64_t last) const {
@@ -156,7 +156,7 @@ struct Project {
         } else {
             *piece = {piece->part, piece->until, 0, piece->at + length};
         }
-        piece->until = least(piece->from + DEEP<E>, depth_of(piece->part));
+        piece->until = least(piece->from + STRIP_DEPTH<E>, depth_of(piece->part));
         return true;
     }
 
@@ -306,7 +306,7 @@ struct Project {
         const int64_t last = BACKWARD ? call->count - 1 : part, own_squares = BACKWARD ? squares : squares_of(call->linears[part]);
         float* sums = reinterpret_cast<float*>(scratch);
         E* strips[2];
-        strips[0] = reinterpret_cast<E*>(scratch + sums_bytes), strips[1] = strips[0] + DEEP<E> * SIDE;
+        strips[0] = reinterpret_cast<E*>(scratch + sums_bytes), strips[1] = strips[0] + STRIP_DEPTH<E> * SIDE;
         const Bf16* more_of_weight = BACKWARD ? packed_a : packed_b;
         int64_t before = 0, outputs = 0;  // of the linears before this one
         Bf16* out = BACKWARD ? call->dx : call->y;
