@@ -55,6 +55,26 @@ struct Piece {
     int64_t offset;  // where it begins in the whole depth
 };
 
+// What a thread computes of the rows that are packed. It stays the same from strip to strip.
+struct Portion {
+    int64_t row, panels;     // the first row, and how many panels of rows are packed
+    Range columns;           // the thread's columns of y or dx
+    int64_t first, last;     // the linears whose depth is summed over: forward one, backward all
+    int64_t rank_squares;    // of those linears
+    int64_t squares_before;  // of the linears before them
+    int64_t outputs_before;
+    const Bf16* adapter;     // B's or A's squares of those linears
+    Bf16* out;               // (rows, out_row): their y, or dx
+    int64_t out_row;
+};
+
+// Where the loops stand: over blocks of columns, in each over pieces of depth, in each over strips.
+struct Position {
+    Piece piece;
+    int64_t column;                  // the first of the strip's 32 columns
+    int64_t block_begin, block_end;  // the block of columns that it lies in
+};
+
 // One call. E: what the large products multiply, Bf16 or int8_t; the thin ones are always bf16.
 template <bool BACKWARD, class E>
 struct Project {
@@ -130,6 +150,12 @@ struct Project {
 
     // ---- project_products.inl: the large products ----
     inline void multiply_columns(int64_t row, int64_t panels_here, Range columns, int64_t linear, char* scratch) const;
+    ET_MEMBER Portion portion(int64_t row, int64_t panels_here, Range columns, int64_t linear) const;
+    ET_MEMBER bool next_strip(const Portion& mine, Position* at) const;
+    ET_MEMBER Ahead prefetch_panels(const Portion& mine, const Position& at, int64_t steps) const;
+    ET_MEMBER void multiply_strip(const Portion& mine, const Position& at, const E* strip, float* sums,
+                                  Strip<BACKWARD, E>& next, int64_t chunks) const;
+    ET_MEMBER void finish(const Portion& mine, float* c, Squares<Bf16> rest, int64_t top, int64_t column) const;
     inline void add_dropped(float* c, Squares<Bf16> thin, int64_t row, int64_t column) const;
 
     // ---- project_gradients.inl: gradients of the adapters ----
