@@ -1,12 +1,14 @@
-// Causal attention, forward and backward, in squares of 32 keys x 32 queries: never a T x T matrix (FlashAttention, Dao et al.
-// 2022, arXiv 2205.14135, and its second part for the backward). The same face as attention.py, which is the reference.
+// Causal attention, forward and backward, in squares of 32 keys x 32 queries, so that no T x T matrix is ever stored
+// (FlashAttention, Dao et al. 2022, arXiv 2205.14135, and FlashAttention-2 for the backward). runtime/attention.py has the same
+// functions in plain torch.
 //
-// A part is a segment: the last of its queries sees the last of its keys. A column is one query of one head: the G heads that
-// share a key head stand side by side, position after position (column = query * G + head), so that a key tile is packed once
-// for all of them and a short note or a single token wastes little. Everything is computed transposed, S^T = K Q^T (keys x
-// columns), which leaves a column's maximum, sum and log-sum-exp in lanes.
+// A part is a segment of the batch: the last of its queries sees the last of its keys. A column is one query of one head. The G
+// query heads that share a key head stand side by side, position after position (column = query * G + head), so that a tile of
+// keys is packed once for all of them, and a short note or a single token wastes little. Everything is computed transposed,
+// S^T = K Q^T (keys x columns), which leaves a column's maximum, sum and log-sum-exp in lanes.
 //
-// Each output is written by one task alone, in an order that does not depend on threads: the same bits at any thread count.
+// Each output is written by one task alone, in an order that does not depend on threads: results have the same bits with any
+// number of threads.
 
 namespace attention {
 
@@ -20,11 +22,12 @@ ET_INLINE void products_end() {}
 #include "attention_softmax.inl"
 
 struct Part {
-    int64_t query, queries, key, keys;
+    int64_t query, queries, key, keys;     // the first row of its queries (keys), and their number
     int64_t squares_before, tasks_before;  // packed key squares and tasks of the parts before this one
 };
 
-struct Arena {  // hands out pieces of scratch; without a base it only counts
+// Hands out pieces of scratch, each at a multiple of ALIGNMENT. Without a base it only measures.
+struct Arena {
     char* base;
     int64_t used;
     template <class X>
@@ -37,6 +40,7 @@ struct Arena {  // hands out pieces of scratch; without a base it only counts
 
 ET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Return the next task of a counter that threads share, so that a thread that is done early takes more.
 ET_INLINE int64_t take_task(int64_t* counter) {
 #if defined(_MSC_VER)
     return _InterlockedExchangeAdd64(reinterpret_cast<volatile long long*>(counter), 1);
@@ -50,14 +54,15 @@ ET_INLINE T* at(const AttentionRows& rows, int64_t row, int64_t head) {
     return static_cast<T*>(rows.data) + row * rows.row + head * rows.head;
 }
 
-// What both directions share: the call, its parts, packed keys, counters of tasks.
+// The state that forward and backward have in common: the call, its parts, packed keys and values, counters of tasks.
 template <class E>
 struct Work {
     AttentionCall* call;
     Part* parts;
     int64_t* counters;
-    int64_t count, squares, tasks, groups, depth;  // depth: squares along a head
-    E *keys, *values, *keys_turned;
+    int64_t count, squares, tasks;  // parts; packed squares of keys of one key head; tasks
+    int64_t groups, depth;          // query heads for each key head; squares along a head (hd / 32, rounded up)
+    E *keys, *values, *keys_turned;  // (KV, squares, depth, SQUARE)
 
     ET_MEMBER void begin(AttentionCall& attention, Arena& arena) {
         call = &attention;
@@ -83,10 +88,12 @@ struct Work {
         while (high - low > 1) (parts[(low + high) / 2].squares_before <= square ? low : high) = (low + high) / 2;
         return parts[low];
     }
-    ET_MEMBER int64_t limit(int64_t query_position) const {  // the last key before a query's window; -1: sees all
+    // Return the last key before a query's window, which it does not see; -1 if it sees all.
+    ET_MEMBER int64_t limit(int64_t query_position) const {
         return call->window > 0 && query_position >= call->window ? query_position - call->window : -1;
     }
-    // The first 32 columns from `first` on: what they see. Those past the end see what the last one does.
+    // Write what each of the 32 columns from `first` on may see to `sight`, and the positions of the first and the last of them to
+    // `near` and `far`. Columns past the end see what the last one does. width: heads side by side.
     ET_MEMBER void look(const Part& part, int64_t first, int64_t columns, int64_t width, Sight& sight, int64_t& near,
                         int64_t& far) const {
         int64_t offset = part.keys - part.queries, position = offset + first / width, head = first % width;
@@ -97,10 +104,12 @@ struct Work {
             if (first + x + 1 < columns && ++head == width) head = 0, position++;
         }
     }
+    // Return true if some of these columns may not see some of the 32 keys from `key` on, so that scores must be hidden.
     ET_MEMBER bool hides(int64_t key, int64_t near, int64_t far) const { return key + SIDE - 1 > near || key <= limit(far); }
 };
 
-// `width` heads from `head` on of one key head: the rows of column first + x. What lies past the end is null.
+// Write the address of the row (hd,) of each column first + x to out (SIDE,), null past the end; columns are of `width` heads from
+// `head` on.
 template <class T>
 ET_INLINE void column_rows(const AttentionRows& rows, const Part& part, int64_t head, int64_t width, int64_t first, int64_t columns,
                            T** out) {
@@ -110,13 +119,13 @@ ET_INLINE void column_rows(const AttentionRows& rows, const Part& part, int64_t 
     }
 }
 
-// 32 rows -> left squares.
+// rows: 32 addresses of (size,) -> squares (depth, SQUARE) in left form.
 template <class T, class E>
 ET_INLINE void pack_rows(T* const* rows, int64_t size, E* left) {
     for (int64_t x = 0; x < SIDE; x++) pack_left(left, x, static_cast<const T*>(rows[x]), size);
 }
 
-// The 32 keys (or values) of a part from `first` on -> left squares.
+// The 32 keys (or values) of a part from `first` on -> squares (depth, SQUARE) in left form, 0 past the end.
 template <class T, class E>
 ET_INLINE void pack_keys(const AttentionRows& rows, const Part& part, int64_t kv, int64_t first, int64_t size, E* left) {
     for (int64_t x = 0; x < SIDE; x++)
@@ -126,7 +135,7 @@ ET_INLINE void pack_keys(const AttentionRows& rows, const Part& part, int64_t kv
 #include "attention_forward.inl"
 #include "attention_backward.inl"
 
-// Lays scratch out, and runs `work` in it where the caller has brought some.
+// Lay scratch out, and work in it; if the caller has brought none, only set scratch_bytes.
 template <class W>
 static void run_attention(AttentionCall& call) {
     W work;
@@ -146,6 +155,10 @@ static void choose_attention(AttentionCall& call) {
 }
 
 }  // namespace attention
+
+// Both are called twice: without scratch they set scratch_bytes, with it they compute. Shapes: structures.h, AttentionCall.
+// Forward: reads q, k, v; writes o and lse. Backward: reads q, k, v, o, dout and lse; writes dq, dk and dv. Rows outside every
+// segment are not written.
 
 static void attention_forward(AttentionCall* call) { attention::choose_attention<attention::Forward>(*call); }
 static void attention_backward(AttentionCall* call) { attention::choose_attention<attention::Backward>(*call); }

@@ -1,22 +1,31 @@
-// How blocks of 64 packed weights meet activations in registers, for each instruction set with a way of its own.
+'// The inner products of decoding: blocks of 64 packed weights times activations, in registers. A "form" is one way to compute
+// them; each instruction set has its own Bf16Form and Int8Form, or uses FloatForm for them. The loops around forms, and the
+// choice of a form, are in matvec.inl.
 //
-// A form says: BLOCKS, the blocks a step takes; SCALED, whether activations carry a scale a block (int8), by which absmax is
-// multiplied for every token; Table, the 16 values as the form looks them up; Sum, an accumulator register; and
-//     prepare(cols, x)                       x.x, fp32 (cols), into the form's own layout
-//     load(table, packed, left, weights)     the packed bytes of a step, of which `left` blocks are there
-//     dot(weights, x, block, scale, sum)     sum + scale * (weights . activations of that block), for each block of the step
-//     group(x, block, absmax, sum)           what ABSMAX_GROUP blocks need beside (int8: the table's offset is taken back here)
-// The loops are in matvec.inl, and also which form serves which `compute`.
+// A form defines
+//     BLOCKS     the blocks that one step takes
+//     SCALED     true if activations have a scale for each block (int8), by which absmax is multiplied for every token
+//     Table      the 16 values of the code table as the form looks them up
+//     Weights    the weights of one step in registers
+//     Sum        an accumulator
+//     prepare(cols, x)                       convert the activations x.x, fp32 (cols,), to the form's own layout
+//     load(table, packed, left, weights)     look up the packed bytes of a step, of which only `left` blocks may be read
+//     dot(weights, x, block, scale, sum)     return sum + scale * (weights . activations), for the blocks of a step
+//     group(x, block, absmax, sum)           return sum corrected for ABSMAX_GROUP blocks (int8 with an unsigned table)
+//     total(sum)                             return the sum of an accumulator's lanes
+//
+// Packed weights have two codes a byte, the first weight's in the high nibble. Lookups give all high nibbles (the even weights)
+// and all low nibbles (the odd ones) in registers of their own, so activations are laid out as evens, then odds, once.
 
-// One token's activations. A form fills values; scale and correction, (blocks) padded to ABSMAX_GROUP, are int8's.
+// One token's activations, as lay_out (matvec.inl) prepares them.
 struct Activations {
-    const float* x;
-    void* values;
-    float* scale;
-    float* correction;
+    const float* x;     // (cols,)
+    void* values;       // (cols,) in the form's layout; padded to ABSMAX_GROUP blocks
+    float* scale;       // int8: (blocks,), padded to ABSMAX_GROUP with 0
+    float* correction;  // int8: (blocks,), padded likewise
 };
 
-// fp32, everywhere: 64 weights are expanded (dequant.inl) to the stack and multiplied by activations in their own order.
+// fp32, for every instruction set: 64 weights are expanded to the stack (dequant.inl) and multiplied in their own order.
 struct FloatForm {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = false;
@@ -46,8 +55,8 @@ struct FloatForm {
 
 #if defined(ET_USE_AVX512_BF16)
 
-// bf16: 32 packed bytes in 16-bit lanes are looked up among 32 values (the 16 twice, so that neither nibble needs a mask:
-// a lookup reads 5 bits); activations lie as 32 even, then 32 odd ones, as the high and the low nibbles do.
+// bf16, one block a step. 32 packed bytes in 16-bit lanes are looked up among 32 values: the 16 twice, so that neither nibble
+// needs a mask, as the lookup reads 5 bits. Activations of a block: 32 even ones, then 32 odd ones.
 struct Bf16Form {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = false;
@@ -93,12 +102,13 @@ struct Bf16Form {
 
 #endif
 
-// ---- int8: weights are looked up as bytes, activations quantised per block of 64 ----
+// ---- int8: weights are looked up as bytes, and activations are quantised, with a scale for each block of 64 ----
 
 ET_INLINE int byte_of(float code) { return int(code * NF4_INT8_SCALE + (code < 0 ? -0.5f : 0.5f)); }
 
-// x = scale * integers in -127..127, a scale a block; evens, then odds of each step of `step` blocks, in bytes.
-// correction: `offset` * scale * the block's sum, for tables whose bytes lie that much too high.
+// x.x (cols,) -> x.values, bytes from -127 to 127, and x.scale: for each step of `step` blocks the even numbers, then the odd
+// ones. x.correction becomes offset * scale * the sum of the block's bytes: what the product with a table whose bytes are
+// -offset too high must be corrected by.
 ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step, float offset) {
     const int64_t blocks = cols / QUANT_BLOCK, padded = (blocks + ABSMAX_GROUP - 1) / ABSMAX_GROUP * ABSMAX_GROUP;
     const float shift = ROUNDING_SHIFT;
@@ -131,7 +141,8 @@ ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step
 
 #if defined(ET_USE_AVX512_BF16)
 
-// 64 packed bytes, two blocks, a step. Bytes are unsigned (vpdpbusd), 128 too high; activations signed.
+// 64 packed bytes, two blocks a step. vpdpbusd (VNNI) multiplies unsigned by signed bytes and adds four neighbours to each 32-bit
+// lane: the table's bytes are stored 128 too high, to be unsigned, and `group` takes 128 * the sum of activations back.
 struct Int8Form {
     static constexpr int BLOCKS = 2;
     static constexpr bool SCALED = true;
@@ -153,7 +164,7 @@ struct Int8Form {
     static ET_MEMBER float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
     static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t left, Weights& weights) {
         __m512i bytes = left > 1 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0f, packed);
-        weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // reads 6 bits of an index
+        weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // the lookup reads 6 bits
         weights.odd = _mm512_permutexvar_epi8(bytes, table.values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
@@ -170,7 +181,8 @@ struct Int8Form {
 
 #elif defined(ET_USE_AVX2)
 
-// 32 packed bytes, one block, a step. maddubs takes one unsigned side: |weight|, the sign moved to the activation.
+// 32 packed bytes, one block a step. maddubs multiplies unsigned by signed bytes: it gets |weight|, and the activation with the
+// weight's sign.
 struct Int8Form {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = true;
@@ -200,7 +212,7 @@ struct Int8Form {
         weights.even = _mm256_shuffle_epi8(table.values, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
         weights.odd = _mm256_shuffle_epi8(table.values, _mm256_and_si256(bytes, nibble));
     }
-    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {  // 16-bit sums of pairs: at most 2 * 127 * 124
+    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {  // 16-bit sums of two: at most 2 * 127 * 124, which fits
         __m256i signed_values = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), weights);
         return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
     }
@@ -216,7 +228,7 @@ struct Int8Form {
 
 #elif defined(ET_USE_NEON)
 
-// 32 packed bytes, one block, a step; the dot-product instruction where it is there.
+// 32 packed bytes, one block a step, with the dot-product instruction on CPUs that have it.
 struct Int8Form {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = true;
