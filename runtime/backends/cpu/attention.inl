@@ -60,8 +60,8 @@ struct Work {
     AttentionCall* call;
     Part* parts;
     int64_t* counters;
-    int64_t count, squares, tasks;  // parts; packed squares of keys of one key head; tasks
-    int64_t groups, depth;          // query heads for each key head; squares along a head (hd / 32, rounded up)
+    int64_t count, squares, tasks;   // parts; packed squares of keys of one key head; tasks
+    int64_t groups, depth;           // query heads for each key head; squares along a head (hd / 32, rounded up)
     E *keys, *values, *keys_turned;  // (KV, squares, depth, SQUARE)
 
     ET_MEMBER void begin(AttentionCall& attention, Arena& arena) {
@@ -92,8 +92,8 @@ struct Work {
     ET_MEMBER int64_t limit(int64_t query_position) const {
         return call->window > 0 && query_position >= call->window ? query_position - call->window : -1;
     }
-    // Write what each of the 32 columns from `first` on may see to `sight`, and the positions of the first and the last of them to
-    // `near` and `far`. Columns past the end see what the last one does. width: heads side by side.
+    // Write what each of the 32 columns from `first` on may see to `sight`, and the positions of the first and the last of them
+    // to `near` and `far`. Columns past the end see what the last one does. width: heads side by side.
     ET_MEMBER void look(const Part& part, int64_t first, int64_t columns, int64_t width, Sight& sight, int64_t& near,
                         int64_t& far) const {
         int64_t offset = part.keys - part.queries, position = offset + first / width, head = first % width;
@@ -108,11 +108,11 @@ struct Work {
     ET_MEMBER bool hides(int64_t key, int64_t near, int64_t far) const { return key + SIDE - 1 > near || key <= limit(far); }
 };
 
-// Write the address of the row (hd,) of each column first + x to out (SIDE,), null past the end; columns are of `width` heads from
-// `head` on.
+// Write the address of the row (hd,) of each column first + x to out (SIDE,), null past the end; columns are of `width` heads
+// from `head` on.
 template <class T>
-ET_INLINE void column_rows(const AttentionRows& rows, const Part& part, int64_t head, int64_t width, int64_t first, int64_t columns,
-                           T** out) {
+ET_INLINE void column_rows(const AttentionRows& rows, const Part& part, int64_t head, int64_t width, int64_t first,
+                           int64_t columns, T** out) {
     for (int64_t x = 0; x < SIDE; x++) {
         int64_t column = first + x;
         out[x] = column < columns ? at<T>(rows, part.query + column / width, head + column % width) : nullptr;

@@ -1,10 +1,11 @@
-// multiply_squares on AMX: one instruction adds the product of two bf16 tiles, 32 deep, to a tile of 16 x 16 fp32 sums. Its operands
-// are exactly attention_tiles.inl's forms.
+// multiply_squares on AMX: one instruction adds the product of two bf16 tiles, 32 deep, to a tile of 16 x 16 fp32 sums. Its
+// operands are exactly attention_tiles.inl's forms.
 //
-// A CPU has eight tile registers of 1 KB. Here and in gemm.inl, 0 to 3 are the 2 x 2 blocks of a square of sums, 4 and 5 the left
-// square's two halves, 6 and 7 the right one's: four products for four loads.
+// A CPU has eight tile registers of 1 KB. Here and in gemm.inl, 0 to 3 are the 2 x 2 blocks of a square of sums, 4 and 5 the
+// left square's two halves, 6 and 7 the right one's: four products for four loads.
 
-// The operand of ldtilecfg (Intel's manual, "TILECFG"): palette 1 has tiles of up to 16 rows of 64 bytes, and all are used whole.
+// The operand of ldtilecfg (Intel's manual, "TILECFG"): palette 1 has tiles of up to 16 rows of 64 bytes, and all are used
+// whole.
 struct TileShapes {
     uint8_t palette, start, reserved[14];
     uint16_t row_bytes[16];

@@ -1,6 +1,6 @@
-// attention.inl's backward pass. P is recomputed from the log-sum-exp. A task is some heads of one key head of one part, from the
-// first query to the last. It alone writes dq of its columns, and its own share of dk and dv; shares are added up at the end, in
-// order.
+// attention.inl's backward pass. P is recomputed from the log-sum-exp. A task is some heads of one key head of one part, from
+// the first query to the last. It alone writes dq of its columns, and its own share of dk and dv; shares are added up at the
+// end, in order.
 
 template <class T, class E>
 struct Backward : Work<E> {
@@ -65,8 +65,8 @@ struct Backward : Work<E> {
         transpose_squares(o.packed, this->packed(this->keys_turned, kv, square), this->depth);
     }
 
-    // Prepare 32 columns as column square c: q and do packed for both products they stand in (Q^T in right form for scores, Q in right
-    // form for dk), their log-sum-exp in base 2, and delta = sum(do * o).
+    // Prepare 32 columns as column square c: q and do packed for both products they stand in (Q^T in right form for scores, Q
+    // in right form for dk), their log-sum-exp in base 2, and delta = sum(do * o).
     void prepare(const Part& part, int64_t head, int64_t heads, int64_t first, int64_t columns, int64_t c, const Own& o) const {
         const AttentionCall& call = *this->call;
         const int64_t depth = this->depth, place = c * depth * SQUARE;
@@ -126,8 +126,9 @@ struct Backward : Work<E> {
         }
     }
 
-    // Multiply m squares of keys from `square` on with n squares of columns: P and dS of each pair that is not hidden altogether, then
-    // dv += P dO, dk += dS Q and, at the end, dq += K^T dS. `share`: where this task's share of dk and dv begins.
+    // Multiply m squares of keys from `square` on with n squares of columns: P and dS of each pair that is not hidden
+    // altogether, then dv += P dO, dk += dS Q and, at the end, dq += K^T dS. `share`: where this task's share of dk and dv
+    // begins.
     void meet(const Part& part, int64_t kv, int64_t square, int64_t m, int64_t n, const int64_t* near, const int64_t* far,
               int64_t share, const Own& o) const {
         const int64_t depth = this->depth, numbers = depth * SQUARE, line = depth * SIDE;
@@ -168,7 +169,8 @@ struct Backward : Work<E> {
     }
 
     // Add up the shares of one square of keys in order, times factor, and write them.
-    void add_up(const float* shares, const AttentionRows& rows, const Part& part, int64_t kv, int64_t square, float factor) const {
+    void add_up(const float* shares, const AttentionRows& rows, const Part& part, int64_t kv, int64_t square,
+                float factor) const {
         const AttentionCall& call = *this->call;
         const int64_t line = this->depth * SIDE, step = call.kv_heads * this->squares * this->depth * SQUARE;
         const int64_t first = (square - part.squares_before) * SIDE;

@@ -4,10 +4,10 @@ template <class T, class E>
 struct Forward : Work<E> {
     // A thread's scratch.
     struct Own {
-        E *packed, *turned;  // (depth, SQUARE) each
-        E* q;                // (depth, SQUARE), right form
-        E* p;                // (KEY_SQUARES, SQUARE): probabilities, right form
-        E *keys, *values;    // (KEY_SQUARES, depth, SQUARE), for parts with one block of columns
+        E *packed, *turned;   // (depth, SQUARE) each
+        E* q;                 // (depth, SQUARE), right form
+        E* p;                 // (KEY_SQUARES, SQUARE): probabilities, right form
+        E *keys, *values;     // (KEY_SQUARES, depth, SQUARE), for parts with one block of columns
         float *scores, *out;  // (KEY_SQUARES, SQUARE); (depth * 32, 32)
     };
     char* own_base;

@@ -1,5 +1,6 @@
 // The element-wise part of attention.inl: scores to probabilities and their gradients, 32 columns (queries) at a time.
-// Scores are S^T (keys x queries), so that a query's maximum, sum and log-sum-exp are lanes, and need no sums across a register.
+// Scores are S^T (keys x queries), so that a query's maximum, sum and log-sum-exp are lanes, and need no sums across a
+// register.
 
 // Return log x for a positive normal x, to about one unit in the last place; NaN for NaN.
 // x = 2^exponent m with m around 1, and log m = 2 atanh((m - 1) / (m + 1)), by its series.
@@ -42,8 +43,8 @@ ET_INLINE bool any_positive(Floats x) {
 #endif
 }
 
-// Raise state.top where new scores (squares * 32 keys, 32 queries) rise more than MAXIMUM_SLACK above it. Return true if any does;
-// then state.sum has been rescaled, and alpha (32,) is the factor by which earlier outputs must be multiplied.
+// Raise state.top where new scores (squares * 32 keys, 32 queries) rise more than MAXIMUM_SLACK above it. Return true if any
+// does; then state.sum has been rescaled, and alpha (32,) is the factor by which earlier outputs must be multiplied.
 ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Softmax& state, float* alpha) {
     float seen[SIDE];
     bool outgrown = false;
@@ -67,8 +68,8 @@ ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Sof
     return true;
 }
 
-// scores (squares * 32 keys, 32 queries) -> p, probabilities as `squares` squares in right form (depth = keys); state.sum grows by
-// them.
+// scores (squares * 32 keys, 32 queries) -> p, probabilities as `squares` squares in right form (depth = keys); state.sum grows
+// by them.
 template <class E>
 static void probabilities(const float* scores, int64_t squares, float factor, Softmax& state, E* p);
 

@@ -1,15 +1,16 @@
-// The products under attention.inl (and project.inl): squares of 32 x 32 numbers, packed so that one function multiplies any two.
+// The products under attention.inl and project.inl: squares of 32 x 32 numbers, so packed that one function multiplies any.
 //
-// A square is kept in "tiles" of 16 rows of sixteen 32-bit words (1 KB). A word is one fp32 number, or two bf16 neighbours along the
-// depth of the product (the dimension that is summed over), or four int8. So a tile is 16 deep in fp32, 32 in bf16, 64 in int8.
+// A square is kept in "tiles" of 16 rows of sixteen 32-bit words (1 KB). A word is one fp32 number, or two bf16 neighbours
+// along the depth of the product (the dimension that is summed over), or four int8. So a tile is 16 deep in fp32, 32 in bf16,
+// 64 in int8.
 //     left form   (rows x depth):    a tile's row is a row, its words go along the depth; tiles: depth first, then rows
 //     right form  (depth x columns): a tile's row is a word of the depth, its words are 16 columns; depth first, then columns
 // For example the bf16 tiles of the left and the right operand, with k along the depth:
-//     left    row 0:   (0,k0 0,k1) (0,k2 0,k3) ... (0,k30 0,k31)      right   word 0:  (k0,0 k1,0)  (k0,1 k1,1)  ... (k0,15 k1,15)
-//             row 1:   (1,k0 1,k1) (1,k2 1,k3) ...                            word 1:  (k2,0 k3,0)  (k2,1 k3,1)  ...
-// Transposing a tile's words turns X's left form into X^T's right form and back, whatever the type. AMX takes tiles of exactly these
-// forms; AVX-512 broadcasts a word of the left tile and multiplies it with a row of the right one.
-// Sums and scores are fp32, row-major.
+//     left    row 0:  (0,k0 0,k1) (0,k2 0,k3) ... (0,k30 0,k31)    right   word 0:  (k0,0 k1,0) (k0,1 k1,1) ... (k0,15 k1,15)
+//             row 1:  (1,k0 1,k1) (1,k2 1,k3) ...                          word 1:  (k2,0 k3,0) (k2,1 k3,1) ...
+// Transposing a tile's words turns X's left form into X^T's right form and back, whatever the type. AMX takes tiles of exactly
+// these forms; AVX-512 broadcasts a word of the left tile and multiplies it with a row of the right one. Sums and scores are
+// fp32, row-major.
 
 constexpr int64_t SIDE = 32, SQUARE = SIDE * SIDE;
 
@@ -68,9 +69,7 @@ ET_INLINE Floats power_of_two(Floats x) {
 // ---- products ----
 
 // Return sum + (one word of a left tile) * (a row of a right tile).
-ET_INLINE Floats multiply_word(const float* word, const float* row, Floats sum) {
-    return fused(all(*word), get(row), sum);
-}
+ET_INLINE Floats multiply_word(const float* word, const float* row, Floats sum) { return fused(all(*word), get(row), sum); }
 #if defined(ET_USE_AVX512_BF16)
 ET_INLINE Floats multiply_word(const Bf16* word, const Bf16* row, Floats sum) {  // two neighbours along the depth at once
     int32_t pair;
@@ -119,7 +118,8 @@ static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_
 // x (n,), at most a tile's depth of it -> one row of a left tile; missing numbers become 0.
 ET_INLINE void pack_row(Bf16* to, const Bf16* x, int64_t n) {
     if (n >= 32) memcpy(to, x, 64);
-    else for (int64_t i = 0; i < 32; i++) to[i].bits = i < n ? x[i].bits : 0;
+    else
+        for (int64_t i = 0; i < 32; i++) to[i].bits = i < n ? x[i].bits : 0;
 }
 template <class T>
 ET_INLINE void pack_row(float* to, const T* x, int64_t n) {
@@ -176,14 +176,15 @@ static void transpose_squares(const E* from, E* to, int64_t count) {
     for (int64_t i = 0; i < count * SQUARE; i += Form<E>::tile) transpose_words(from + i, 64, to + i);
 }
 
-// from, to (count, SQUARE): X's left form -> X's right form. In fp32 only tiles change places; in bf16 words pair other numbers.
+// from, to (count, SQUARE): X's left form -> X's right form. In fp32 only tiles change places; in bf16 words pair other
+// numbers.
 ET_INLINE void turn_squares(const float* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t t = 0; t < 4; t++) memcpy(to + i * SQUARE + t * 256, from + i * SQUARE + (t % 2 * 2 + t / 2) * 256, 1024);
 }
 #if defined(ET_USE_AVX512_BF16)
-// Interleave two rows of 32 bf16, so that each word holds `even` and `odd` of one column: columns 0 to 15 -> first (32 numbers), 16
-// to 31 -> second.
+// Interleave two rows of 32 bf16, so that each word holds `even` and `odd` of one column: columns 0 to 15 -> first (32
+// numbers), 16 to 31 -> second.
 ET_INLINE void zip(__m512i even, __m512i odd, Bf16* first, Bf16* second) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
                                          4, 35, 3, 34, 2, 33, 1, 32, 0);

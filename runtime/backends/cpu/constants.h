@@ -28,10 +28,10 @@ constexpr int MEETING_SPINS = 1000;
 
 // ---- bit patterns of fp32 and bf16 ----
 
-constexpr uint32_t MAGNITUDE_BITS = 0x7fffffff;       // everything but the sign
-constexpr uint32_t INFINITY_BITS = 0x7f800000;        // larger magnitudes are NaN
+constexpr uint32_t MAGNITUDE_BITS = 0x7fffffff;  // everything but the sign
+constexpr uint32_t INFINITY_BITS = 0x7f800000;   // larger magnitudes are NaN
 constexpr uint32_t MINUS_INFINITY_BITS = 0xff800000;
-constexpr uint16_t BF16_NAN = 0x7fc0;                 // the NaN that torch writes
+constexpr uint16_t BF16_NAN = 0x7fc0;  // the NaN that torch writes
 
 // 1.5 * 2^23. Adding it to a small number rounds that to the nearest integer, ties to even, and leaves the integer in the low
 // bits of the sum: between 2^23 and 2^24 an fp32 has no fraction.
@@ -39,8 +39,8 @@ constexpr float ROUNDING_SHIFT = 12582912.0f;
 
 // ---- NF4 and adapters ----
 
-constexpr int64_t QUANT_BLOCK = 64;   // weights that share one absmax where decoding has a fused product (forms.inl)
-constexpr int64_t ABSMAX_GROUP = 16;  // blocks whose absmax is expanded together: one AVX-512 register of fp32
+constexpr int64_t QUANT_BLOCK = 64;      // weights that share one absmax where decoding has a fused product (forms.inl)
+constexpr int64_t ABSMAX_GROUP = 16;     // blocks whose absmax is expanded together: one AVX-512 register of fp32
 constexpr int64_t CROSSING_PIECE = 512;  // weights expanded to the stack at once where blocks cross rows; chosen by hand
 
 // Tokens that one product of decoding takes at most; decode.py's MAX_TOKENS. Chosen by hand.
@@ -65,16 +65,16 @@ constexpr float NF4_INT8_SCALE = 124.1f;
 constexpr float INT8_ERROR_LIMIT = 0.06f;
 
 // Smallest numbers that are divided by, so that a row or block of (almost) zeros gives zeros and never inf or NaN.
-constexpr float SMALLEST_ROW_SCALE = 1e-38f;         // of a dense row in 8 bits; runtime/int8.py clamps at the same number
-constexpr float SMALLEST_ACTIVATION = 1e-30f;        // the largest magnitude of a block of decoding's activations
-constexpr float SMALLEST_PRODUCT_SCALE = 1e-37f;     // of a row of x or dy in project.inl; 1 / it is still finite
+constexpr float SMALLEST_ROW_SCALE = 1e-38f;      // of a dense row in 8 bits; runtime/int8.py clamps at the same number
+constexpr float SMALLEST_ACTIVATION = 1e-30f;     // the largest magnitude of a block of decoding's activations
+constexpr float SMALLEST_PRODUCT_SCALE = 1e-37f;  // of a row of x or dy in project.inl; 1 / it is still finite
 
 // ---- products on AMX (gemm.inl, project.inl) ----
 
-constexpr int64_t STRIP_SQUARES = 8;   // squares along a strip of the weight: two strips, a panel and its sums fit the first cache
-constexpr int64_t SUM_COLUMNS = 512;   // with SUM_ROWS: fp32 sums kept at a time, 1 MiB: they fit the second cache
-constexpr int64_t SUM_ROWS = 512;      // also the rows of x that are packed at a time
-constexpr int64_t CHUNK = 64;          // weights dequantised at once: one row of a square, and never of two blocks
+constexpr int64_t STRIP_SQUARES = 8;  // squares along a strip: two strips, a panel and its sums fit the first cache
+constexpr int64_t SUM_COLUMNS = 512;  // with SUM_ROWS: fp32 sums kept at a time, 1 MiB: they fit the second cache
+constexpr int64_t SUM_ROWS = 512;     // also the rows of x that are packed at a time
+constexpr int64_t CHUNK = 64;         // weights dequantised at once: one row of a square, and never of two blocks
 
 // ---- attention ----
 
@@ -83,9 +83,9 @@ constexpr int64_t BACK_KEY_SQUARES = 4;     // the same number for the backward
 constexpr int64_t BACK_COLUMN_SQUARES = 4;  // squares of 32 columns whose packed form the backward keeps at hand
 constexpr int64_t BACK_TASKS = 16;          // the backward splits groups of heads until it has this many tasks
 
-constexpr float HIDDEN_SCORE = -3e38f;  // the score of a key that a query may not see: about the lowest fp32
-constexpr float NO_MAXIMUM = -1e30f;    // a query's running maximum before it has seen a key; far above HIDDEN_SCORE
-constexpr float NO_PROBABILITY = 1e30f; // log-sum-exp of a column past the end: 2^(score - it) is 0
+constexpr float HIDDEN_SCORE = -3e38f;   // the score of a key that a query may not see: about the lowest fp32
+constexpr float NO_MAXIMUM = -1e30f;     // a query's running maximum before it has seen a key; far above HIDDEN_SCORE
+constexpr float NO_PROBABILITY = 1e30f;  // log-sum-exp of a column past the end: 2^(score - it) is 0
 
 // How far (in powers of two) a score may rise above the running maximum before sums are rescaled. 2^8 is no danger to fp32,
 // and most rescaling never happens.

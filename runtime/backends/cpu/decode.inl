@@ -1,9 +1,9 @@
 // One step of decoding as one call: all transformer blocks, the final norm and the head, for a few new tokens of one sequence.
 //
 // One team of threads goes through the phases of a block together, and meets at a barrier wherever a phase reads what other
-// threads wrote. Rows of every product are shared out in the same way each time, and no sum is split between threads, so results
-// do not depend on how many there are. Norms and the layout of activations are small: each thread computes them for itself, which
-// is cheaper than meeting once more.
+// threads wrote. Rows of every product are shared out in the same way each time, and no sum is split between threads, so
+// results do not depend on how many there are. Norms and the layout of activations are small: each thread computes them for
+// itself, which is cheaper than meeting once more.
 //
 // Shapes: n <= MAX_TOKENS tokens, D hidden, F ffn, H query and KV key/value heads of hd; h (n, D) fp32, updated in place.
 
@@ -66,8 +66,8 @@ static int64_t largest_rank(const DecodeBlock* blocks, int64_t count) {
     return rank;
 }
 
-// Kernel: write the bytes of a DecodeJob's whole space to bytes[0], and of one thread's own part of it to bytes[1], for n tokens and
-// this many threads.
+// Kernel: write the bytes of a DecodeJob's whole space to bytes[0], and of one thread's own part of it to bytes[1], for n
+// tokens and this many threads.
 static void decode_space(const DecodeShape* shape, const DecodeBlock* blocks, int64_t block_count, int64_t n, int64_t threads,
                          int64_t* bytes) {
     bytes[1] = Own(*shape, n, nullptr).used;
@@ -105,8 +105,8 @@ ET_INLINE Floats fold_pair(Floats a, Floats b) {
 #endif
 }
 
-// Put the sum of x[i]'s lanes into lane i of x[0], for LANES registers x: neighbours are folded into one register, then pairs of
-// those, and so on. That is fewer steps than summing each register by itself.
+// Put the sum of x[i]'s lanes into lane i of x[0], for LANES registers x: neighbours are folded into one register, then pairs
+// of those, and so on. That is fewer steps than summing each register by itself.
 template <int STEP>
 ET_INLINE void fold(Floats* x) {
     if constexpr (STEP < LANES) {
@@ -167,15 +167,16 @@ struct Worker {
     void meet() const { edgetune::meet(meeting, count); }
     Range mine(int64_t items, int64_t grain) const { return share(items, grain, index, count); }
 
-    // Compute y[i] (n, stride) = x W_i^T + bias + x A_i^T B_i^T, this thread's rows of each of `linears` linears. They share x, which
-    // is laid out in `tokens`. The team meets once, between x A^T and its use.
+    // Compute y[i] (n, stride) = x W_i^T + bias + x A_i^T B_i^T, this thread's rows of each of `linears` linears. They share x,
+    // which is laid out in `tokens`. The team meets once, between x A^T and its use.
     void project(const DecodeLinear* const* w, int linears, float* const* y, int64_t stride) {
         bool adapted = false;
         for (int i = 0; i < linears; i++) {
             if (!w[i]->rank) continue;
             adapted = true;
             Range rows = mine(w[i]->rank, RANK_GRAIN);
-            dense_range(w[i]->lora_kind, w[i]->lora_A, w[i]->cols, tokens, n(), shared.reduced[i], w[i]->rank, rows.begin, rows.end);
+            dense_range(w[i]->lora_kind, w[i]->lora_A, w[i]->cols, tokens, n(), shared.reduced[i], w[i]->rank, rows.begin,
+                        rows.end);
         }
         if (adapted) meet();
         for (int i = 0; i < linears; i++) {
@@ -256,8 +257,8 @@ struct Worker {
         meet();
     }
 
-    // Attention of query heads [first, first + group) of one token. They share a key/value head, so each tile of keys and of values
-    // is brought to fp32 once for all of them.
+    // Attention of query heads [first, first + group) of one token. They share a key/value head, so each tile of keys and of
+    // values is brought to fp32 once for all of them.
     template <class T>
     void attend(const DecodeBlock& block, int64_t token, int64_t first, int64_t group) {
         const int64_t hd = s.head_dim, end = job.position + token + 1, kv_head = first / (s.heads / s.kv_heads);

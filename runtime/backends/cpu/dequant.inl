@@ -60,8 +60,8 @@ struct Products<float> {
 
 #elif defined(ET_USE_AVX2) || defined(ET_USE_NEON)
 
-// pshufb and tbl look 16 bytes up among 16 bytes. A 16-bit value takes two lookups, one for each of its bytes (a "plane"), and an
-// fp32 value four; the planes are then interleaved.
+// pshufb and tbl look 16 bytes up among 16 bytes. A 16-bit value takes two lookups, one for each of its bytes (a "plane"), and
+// an fp32 value four; the planes are then interleaved.
 #if defined(ET_USE_AVX2)
 typedef __m128i Bytes;
 ET_INLINE Bytes load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -159,8 +159,8 @@ void expand_some(const float* codes, float absmax, const uint8_t* packed, int64_
 
 // Dequantise weights [begin, end) of the flattened tensor. packed: of the whole tensor; codes (16,); out (end - begin,).
 template <class T>
-void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t begin,
-                      int64_t end, T* out) {
+void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t begin, int64_t end,
+                      T* out) {
     int64_t block = begin / block_size;
     for (int64_t i = begin; i < end; block++) {
         int64_t stop = (block + 1) * block_size;
@@ -187,12 +187,12 @@ void dequantize(const uint8_t* packed, const float* codes, Absmax absmax, int64_
 
 // Kernels: packed (ceil(count / 2),), codes (16,), and a structures.h Absmax as separate arguments -> out (count,). plain, or
 // else absmax_codes, absmax_table and nested, is null.
-#define ET_DEQUANTIZE(name, T)                                                                                            \
-    void name(const uint8_t* packed, const float* codes, const float* plain, const uint8_t* absmax_codes,                 \
-              const float* absmax_table, const float* nested, float offset, int64_t shift, int64_t block_size,            \
-              int64_t count, T* out, int threads) {                                                                       \
-        Absmax absmax = {plain, absmax_codes, absmax_table, nested, offset, shift};                                       \
-        dequantize(packed, codes, absmax, block_size, count, out, threads);                                               \
+#define ET_DEQUANTIZE(name, T)                                                                                                \
+    void name(const uint8_t* packed, const float* codes, const float* plain, const uint8_t* absmax_codes,                     \
+              const float* absmax_table, const float* nested, float offset, int64_t shift, int64_t block_size, int64_t count, \
+              T* out, int threads) {                                                                                          \
+        Absmax absmax = {plain, absmax_codes, absmax_table, nested, offset, shift};                                           \
+        dequantize(packed, codes, absmax, block_size, count, out, threads);                                                   \
     }
 ET_DEQUANTIZE(dequantize_bf16, Bf16)
 ET_DEQUANTIZE(dequantize_f16, F16)

@@ -5,9 +5,9 @@
 //   1. build.py: its flags for gcc and clang, and for MSVC, in the table X86 or ARM. The key is the name, `xyz`. Another
 //      architecture needs another table, and a line in machine_isas.
 //   2. isa_xyz.cpp: new; one line on the machines that have it, ET_ISA, the ET_USE_... macros it implies, and kernels.inl.
-//   3. dispatch.cpp (here): has_xyz(), which asks the CPU *and* whether the operating system saves its registers; the declaration
-//      of xyz::table; and a row of `isas` inside #ifndef ET_NO_XYZ (build.py defines that where the compiler is too old). The
-//      rows are in order of preference: a kernel that xyz lacks is looked for in the rows below.
+//   3. dispatch.cpp (here): has_xyz(), which asks the CPU and whether the operating system saves its registers; the
+//      declaration of xyz::table; and a row of `isas` inside #ifndef ET_NO_XYZ (build.py defines that where the compiler is too
+//      old). The rows are in order of preference: a kernel that xyz lacks is looked for in the rows below.
 //   4. lanes.inl: LANES, and get, put and fused if the compiler's vector types do not do (ET_USE_XYZ). All kernels work then.
 //   5. What it does better than the plain code, as an #if defined(ET_USE_XYZ) branch: numbers.inl (fma), dequant.inl (table
 //      lookup), forms.inl (products of decoding), attention_tiles.inl and attention_softmax.inl (tile products, 2^x).

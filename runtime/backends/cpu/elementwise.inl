@@ -89,7 +89,8 @@ void swiglu_backward(const T* dact, int64_t dact_stride, const T* gate, int64_t 
 
 // ---- rotary positions ----
 
-// Rotate x (N, heads, hd) in place, pairing element i with i + half; cosines, sines (N, half), half = hd / 2. inverse: backwards.
+// Rotate x (N, heads, hd) in place, pairing element i with i + half; cosines, sines (N, half), half = hd / 2. inverse:
+// backwards.
 
 template <class T>
 void rope(T* x, int64_t row_stride, int64_t head_stride, const float* cosines, const float* sines, int inverse, int64_t rows,
@@ -146,8 +147,8 @@ ET_INLINE float largest(const T* x, int64_t width) {
     return largest(most);
 }
 
-// logits (R, V) become their gradient in place, weight * (softmax - 1 at the target); losses (R,) in nats. targets, weights (R,).
-// exponential runs twice over a row instead of storing (V,) fp32 numbers.
+// logits (R, V) become their gradient in place, weight * (softmax - 1 at the target); losses (R,) in nats. targets, weights
+// (R,). exponential runs twice over a row instead of storing (V,) fp32 numbers.
 template <class T>
 void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const float* weights, int64_t rows, int64_t width,
                    float* losses, int threads) {
@@ -156,7 +157,8 @@ void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const floa
             T* x = logits + row * stride;
             const float most = largest(x, width), at_target = load(x + targets[row]), weight = weights[row];
             Floats sums = {};
-            each(width, [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(MINUS_INFINITY_BITS)) - most); });
+            each(width,
+                 [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(MINUS_INFINITY_BITS)) - most); });
             const float total = sum(sums), part_of = weight / total;
             each(width, [&](int64_t i, auto part) { put(x + i, exponential(get(x + i, part) - most) * part_of, part); });
             float probability = expf(at_target - most) / total;
@@ -168,25 +170,25 @@ void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const floa
 
 // ---- the kernels by name: one for each type, with the shapes above ----
 
-#define ET_FOR_TYPE(suffix, T)                                                                                                \
-    void swiglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {     \
-        swiglu(g, gs, u, us, n, f, o, os, t);                                                                                 \
-    }                                                                                                                         \
-    void swiglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,          \
-                                  int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                 \
-        swiglu_backward(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                      \
-    }                                                                                                                         \
-    void rope_##suffix(T* x, int64_t rs, int64_t hs, const float* c, const float* s, int inverse, int64_t n, int64_t heads,   \
-                       int64_t half, int t) {                                                                                 \
-        rope(x, rs, hs, c, s, inverse, n, heads, half, t);                                                                    \
-    }                                                                                                                         \
-    void dropout_##suffix(const T* x, int64_t xs, uint64_t key, uint64_t least, float scale, int64_t n, int64_t d, T* o,      \
-                          int t) {                                                                                            \
-        dropout(x, xs, key, least, scale, n, d, o, t);                                                                        \
-    }                                                                                                                         \
+#define ET_FOR_TYPE(suffix, T)                                                                                                 \
+    void swiglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {      \
+        swiglu(g, gs, u, us, n, f, o, os, t);                                                                                  \
+    }                                                                                                                          \
+    void swiglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,           \
+                                  int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                  \
+        swiglu_backward(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                       \
+    }                                                                                                                          \
+    void rope_##suffix(T* x, int64_t rs, int64_t hs, const float* c, const float* s, int inverse, int64_t n, int64_t heads,    \
+                       int64_t half, int t) {                                                                                  \
+        rope(x, rs, hs, c, s, inverse, n, heads, half, t);                                                                     \
+    }                                                                                                                          \
+    void dropout_##suffix(const T* x, int64_t xs, uint64_t key, uint64_t least, float scale, int64_t n, int64_t d, T* o,       \
+                          int t) {                                                                                             \
+        dropout(x, xs, key, least, scale, n, d, o, t);                                                                         \
+    }                                                                                                                          \
     void cross_entropy_##suffix(T* x, int64_t xs, const int64_t* targets, const float* w, int64_t r, int64_t v, float* losses, \
-                                int t) {                                                                                      \
-        cross_entropy(x, xs, targets, w, r, v, losses, t);                                                                    \
+                                int t) {                                                                                       \
+        cross_entropy(x, xs, targets, w, r, v, losses, t);                                                                     \
     }
 #define ET_FOR_TYPES(suffix, T, W)                                                                                         \
     void rms_norm_##suffix(const T* h, int64_t hs, const W* w, float eps, int64_t n, int64_t d, T* o, int64_t os, int t) { \
@@ -203,8 +205,10 @@ ET_FOR_TYPES(bf16_f32, Bf16, float)
 ET_FOR_TYPES(f32_bf16, float, Bf16)
 ET_FOR_TYPES(f32_f32, float, float)
 
+// clang-format off
 #define ET_ELEMENTWISE_KERNELS(X)                                                                                              \
     X(swiglu_bf16) X(swiglu_f32) X(swiglu_backward_bf16) X(swiglu_backward_f32) X(rope_bf16) X(rope_f32) X(dropout_bf16)       \
     X(dropout_f32) X(cross_entropy_bf16) X(cross_entropy_f32) X(rms_norm_bf16_bf16) X(rms_norm_bf16_f32) X(rms_norm_f32_bf16)  \
     X(rms_norm_f32_f32) X(rms_norm_backward_bf16_bf16) X(rms_norm_backward_bf16_f32) X(rms_norm_backward_f32_bf16)             \
     X(rms_norm_backward_f32_f32)
+// clang-format on

@@ -1,4 +1,4 @@
-'// The inner products of decoding: blocks of 64 packed weights times activations, in registers. A "form" is one way to compute
+// The inner products of decoding: blocks of 64 packed weights times activations, in registers. A "form" is one way to compute
 // them; each instruction set has its own Bf16Form and Int8Form, or uses FloatForm for them. The loops around forms, and the
 // choice of a form, are in matvec.inl.
 //
@@ -141,8 +141,8 @@ ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step
 
 #if defined(ET_USE_AVX512_BF16)
 
-// 64 packed bytes, two blocks a step. vpdpbusd (VNNI) multiplies unsigned by signed bytes and adds four neighbours to each 32-bit
-// lane: the table's bytes are stored 128 too high, to be unsigned, and `group` takes 128 * the sum of activations back.
+// 64 packed bytes, two blocks a step. vpdpbusd (VNNI) multiplies unsigned by signed bytes and adds four neighbours to each
+// 32-bit lane: the table's bytes are stored 128 too high, to be unsigned, and `group` takes 128 * the sum of activations back.
 struct Int8Form {
     static constexpr int BLOCKS = 2;
     static constexpr bool SCALED = true;
@@ -212,7 +212,8 @@ struct Int8Form {
         weights.even = _mm256_shuffle_epi8(table.values, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
         weights.odd = _mm256_shuffle_epi8(table.values, _mm256_and_si256(bytes, nibble));
     }
-    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {  // 16-bit sums of two: at most 2 * 127 * 124, which fits
+    // Return 16-bit sums of two products: at most 2 * 127 * 124, which fits.
+    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {
         __m256i signed_values = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), weights);
         return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
     }

@@ -1,6 +1,7 @@
 // Products of NF4 weights with many rows on AMX: the weight is dequantised piece by piece into the first cache and multiplied
-// from there, so that no dense copy of it ever exists. This file has the loops around one 32 x 32 square of sums; gemm_strip.inl
-// dequantises, gemm_int8.inl rounds to 8 bits, and project.inl (which draws the whole) makes linear layers with adapters of it.
+// from there, so that no dense copy of it ever exists. This file has the loops around one 32 x 32 square of sums;
+// gemm_strip.inl dequantises, gemm_int8.inl rounds to 8 bits, and project.inl (which draws the whole) makes linear layers with
+// adapters of it.
 //
 //     forward    y (M, O)  = x (M, I) W^T     computed as y^T = W x^T: dequantised rows already are the left form of a tile
 //     backward   dx (M, I) = dy (M, O) W      dequantised pairs of rows, interleaved, are its right form
@@ -41,7 +42,8 @@ struct Ahead {
         if (sums)
             for (int i = 0; i < 8; i++) _mm_prefetch(reinterpret_cast<const char*>(sums) + (step * 8 + i) * 64, _MM_HINT_T0);
         if (out)
-            for (int i = 0; i < 4; i++) _mm_prefetch(reinterpret_cast<const char*>(out + (step * 4 + i) * out_row), _MM_HINT_T0);
+            for (int i = 0; i < 4; i++)
+                _mm_prefetch(reinterpret_cast<const char*>(out + (step * 4 + i) * out_row), _MM_HINT_T0);
     }
 };
 
@@ -53,10 +55,10 @@ struct Squares {
 };
 
 // Tile `sums` += tile `left` x tile `right`. A macro, since the intrinsics want literal tile numbers.
-#define ET_TILE_PRODUCT(sums, left, right)                      \
-    do {                                                        \
-        if (sizeof(E) == 1) _tile_dpbssd(sums, left, right);    \
-        else _tile_dpbf16ps(sums, left, right);                 \
+#define ET_TILE_PRODUCT(sums, left, right)                   \
+    do {                                                     \
+        if (sizeof(E) == 1) _tile_dpbssd(sums, left, right); \
+        else _tile_dpbf16ps(sums, left, right);              \
     } while (0)
 
 // Tiles 0 to 3 (2 x 2 blocks of sums) += one left square x one right square. Tiles 4 and 5 hold the left square's two halves,
@@ -132,9 +134,7 @@ static void multiply_alone(float* c, const Squares<E>& squares) {
 // Two registers of fp32 -> 32 bf16, to nearest even.
 ET_INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-ET_INLINE __m512 widened(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-}
+ET_INLINE __m512 widened(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
 // c (four tiles of sums, a row of it a row of x) -> bf16: the first `rows` (at most 32) rows of out, 32 columns of each.
 static void write_rows(const float* c, Bf16* out, int64_t out_row, int64_t rows) {
@@ -146,7 +146,7 @@ static void write_rows(const float* c, Bf16* out, int64_t out_row, int64_t rows)
 // c (four tiles of sums, a column of it a row of x) -> the same. Rounded neighbours of a column are joined to one 32-bit word
 // first, so that words can be transposed instead of 16-bit numbers.
 static void write_columns(const float* c, Bf16* out, int64_t out_row, int64_t rows) {
-    alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+    alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(zip);
     for (int64_t half = 0; half < 2; half++, c += 256, out += 16 * out_row) {

@@ -5,7 +5,8 @@
 
 // Write the scale of rows [from, until) of a weight, and its inverse, into scales and inverses (outputs,). A row's largest
 // magnitude is the largest absmax of its blocks, for the largest value in the code table is 1.
-static void scale_rows(const ProjectWeight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
+static void scale_rows(const ProjectWeight& weight, int64_t inputs, int64_t from, int64_t until, float* scales,
+                       float* inverses) {
     const int64_t blocks = inputs >> weight.block_shift;
     for (int64_t row = from; row < until; row++) {
         float largest = 0.0f;
@@ -32,8 +33,8 @@ static void scale_sums(float* c, const float* rows, const float* columns, const 
         }
 }
 
-// Write the scale of row (depth,), each number times its factor (depth,) (null: 1). Return the square of the relative error that
-// rounding to steps of this scale makes, step^2 / 12 a number; NaN if a number is not finite.
+// Write the scale of row (depth,), each number times its factor (depth,) (null: 1). Return the square of the relative error
+// that rounding to steps of this scale makes, step^2 / 12 a number; NaN if a number is not finite.
 static float scale_numbers(const Bf16* row, const float* factors, int64_t depth, float* scale) {
     __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < depth; i += 16) {

@@ -10,12 +10,12 @@ struct Strip {
     Absmax absmax;  // copies: behind a pointer the compiler would have to load them again after every store
     const uint8_t* packed;
     int64_t inputs, block_shift;
-    __m512 table;          // the 16 values of the code table
-    const float* inverse;  // int8: (outputs,), 1 / the scale of every row of the weight
-    E* squares;            // the strip: squares along the depth
-    int64_t first;         // of its 32 rows (forward) or columns (backward) of the weight
+    __m512 table;                    // the 16 values of the code table
+    const float* inverse;            // int8: (outputs,), 1 / the scale of every row of the weight
+    E* squares;                      // the strip: squares along the depth
+    int64_t first;                   // of its 32 rows (forward) or columns (backward) of the weight
     int64_t begin_depth, end_depth;  // its part of the other dimension
-    int64_t row, column;   // where in the weight the next chunk begins
+    int64_t row, column;             // where in the weight the next chunk begins
 
     ET_MEMBER Strip(const ProjectWeight& weight, int64_t inputs, const float* inverse)
         : absmax(weight.absmax), packed(weight.packed), inputs(inputs), block_shift(weight.block_shift),
@@ -25,7 +25,8 @@ struct Strip {
         row = BACKWARD ? from : first, column = BACKWARD ? first : from;
     }
     ET_MEMBER bool more() const { return BACKWARD ? row < end_depth : row < first + SIDE; }
-    // The number of chunks in a strip of this depth. Backward in int8, a chunk has four rows of 32 columns: twice as many weights.
+    // The number of chunks in a strip of this depth. Backward in int8, a chunk has four rows of 32 columns: twice as many
+    // weights.
     static int64_t chunks(int64_t depth) { return depth * SIDE / (BACKWARD && sizeof(E) == 1 ? 2 * CHUNK : CHUNK); }
 
     // Dequantise the next chunk.
@@ -60,7 +61,8 @@ struct Strip {
         // 16 * inputs bytes are 32 rows: the same columns of the next strip
         _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
         E* out = squares + (column - begin_depth) / SIDE * SQUARE + (row - first) * SIDE;
-        for (int i = 0; i < 2; i++) _mm512_storeu_si512(out + i * SQUARE, _mm512_permutexvar_epi16(codes(from + 16 * i), values));
+        for (int i = 0; i < 2; i++)
+            _mm512_storeu_si512(out + i * SQUARE, _mm512_permutexvar_epi16(codes(from + 16 * i), values));
         next_columns();
     }
 
@@ -126,11 +128,13 @@ struct Strip {
         __m512i even = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
         __m512i odd = _mm512_shuffle_epi8(values, _mm512_and_si512(nibbles, low));
         // Byte r of word 2i is even[16 r + i], of word 2i + 1 odd[16 r + i]; the second half's words follow 8 further on.
+        // clang-format off
         alignas(64) static const uint8_t order[64] = {
             0, 16, 32, 48, 64, 80, 96, 112, 1, 17, 33, 49, 65, 81, 97, 113,
             2, 18, 34, 50, 66, 82, 98, 114, 3, 19, 35, 51, 67, 83, 99, 115,
             4, 20, 36, 52, 68, 84, 100, 116, 5, 21, 37, 53, 69, 85, 101, 117,
             6, 22, 38, 54, 70, 86, 102, 118, 7, 23, 39, 55, 71, 87, 103, 119};
+        // clang-format on
         const __m512i first_half = _mm512_load_si512(order), second_half = _mm512_add_epi8(first_half, _mm512_set1_epi8(8));
         E* out = square + (row - begin_depth) % 64 * 16;
         _mm512_storeu_si512(out, _mm512_permutex2var_epi8(even, first_half, odd));

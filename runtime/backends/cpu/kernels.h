@@ -31,7 +31,7 @@
 #define ET_EXPORT extern "C" __attribute__((visibility("default")))
 #define ET_PRAGMA(text) _Pragma(#text)
 #define ET_SIMD ET_PRAGMA(omp simd)                                      // iterations are independent: vectorise
-#define ET_SIMD_SUM(...) ET_PRAGMA(omp simd reduction(+ : __VA_ARGS__))    // and these sums may be reordered
+#define ET_SIMD_SUM(...) ET_PRAGMA(omp simd reduction(+ : __VA_ARGS__))  // and these sums may be reordered
 #define ET_INLINE static inline __attribute__((always_inline))
 #define ET_MEMBER inline __attribute__((always_inline))
 #endif
@@ -57,7 +57,8 @@ void parallel(int threads, Task task, void* argument);
 void barrier();
 
 // A barrier that yields its processor when the other threads keep it waiting, for tasks that meet about a hundred times within
-// milliseconds. OpenMP's own barrier keeps spinning, so on a busy machine threads would wait for each other more than they work.
+// milliseconds. OpenMP's own barrier keeps spinning, so on a busy machine threads would wait for each other more than they
+// work.
 struct Meeting {
     int arrived, round;  // both start at 0
 };

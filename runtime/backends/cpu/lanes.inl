@@ -120,7 +120,9 @@ struct Some {
 };
 
 template <class T>
-ET_INLINE Floats get(const T* p, Full, float = 0) { return get(p); }
+ET_INLINE Floats get(const T* p, Full, float = 0) {
+    return get(p);
+}
 template <class T>
 ET_INLINE Floats get(const T* p, Some some, float fill = 0) {  // `fill` in the lanes beyond the row
     float values[LANES];
@@ -128,7 +130,9 @@ ET_INLINE Floats get(const T* p, Some some, float fill = 0) {  // `fill` in the 
     return get(values);
 }
 template <class T>
-ET_INLINE void put(T* p, Floats value, Full) { put(p, value); }
+ET_INLINE void put(T* p, Floats value, Full) {
+    put(p, value);
+}
 template <class T>
 ET_INLINE void put(T* p, Floats value, Some some) {
     T values[LANES];

@@ -8,6 +8,7 @@ struct LayoutEntry {
 
 #define WHOLE(structure) {#structure, "", 0, int64_t(sizeof(structure))}
 #define FIELD(structure, field) {#structure, #field, int64_t(offsetof(structure, field)), int64_t(sizeof(structure::field))}
+// clang-format off
 static const LayoutEntry layout[] = {
     WHOLE(Absmax), FIELD(Absmax, plain), FIELD(Absmax, codes), FIELD(Absmax, table), FIELD(Absmax, nested),
         FIELD(Absmax, offset), FIELD(Absmax, shift),
@@ -43,5 +44,6 @@ static const LayoutEntry layout[] = {
         FIELD(ProjectCall, count), FIELD(ProjectCall, rows), FIELD(ProjectCall, inputs), FIELD(ProjectCall, threads),
         FIELD(ProjectCall, int8), FIELD(ProjectCall, scratch), FIELD(ProjectCall, scratch_bytes),
 };
+// clang-format on
 #undef WHOLE
 #undef FIELD

@@ -2,7 +2,8 @@
 //
 // Each weight is read once for all tokens, so speed is bound by memory. Packed codes become values in registers and are
 // multiplied at once (forms.inl), the 8-bit absmax is expanded for 16 blocks at a time, and one dequantised register serves all
-// n tokens. Where the block size is not 64, or 64 does not divide cols, blocks may cross rows, and rows are expanded one by one.
+// n tokens. Where the block size is not 64, or 64 does not divide cols, blocks may cross rows, and rows are expanded one by
+// one.
 #include "forms.inl"
 
 // How a weight is stored, and how an NF4 product is computed. decode.py has the same numbers.
@@ -10,7 +11,9 @@ enum Kind : int64_t { NF4 = 0, DENSE_BF16 = 1, DENSE_F32 = 2, ROWS_INT8 = 3 };
 enum Compute : int64_t { COMPUTE_F32 = 0, COMPUTE_BF16 = 1, COMPUTE_INT8 = 2 };
 
 // Return true if forms.inl's products fit this weight.
-static bool has_form(const DecodeLinear& w) { return w.kind == NF4 && w.block_size == QUANT_BLOCK && w.cols % QUANT_BLOCK == 0; }
+static bool has_form(const DecodeLinear& w) {
+    return w.kind == NF4 && w.block_size == QUANT_BLOCK && w.cols % QUANT_BLOCK == 0;
+}
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -94,7 +97,8 @@ ET_INLINE void form_rows(const DecodeLinear& w, const typename Form::Table& tabl
             for (int t = 0; t < N; t++) sum[j][t] = Form::group(x[t], first, absmax, sum[j][t]);
             for (int s = 0; s < S; s++) {
                 ET_SIMD
-                for (int64_t i = 0; i < ABSMAX_GROUP; i++) scale[j][s][i] = Form::SCALED ? absmax[i] * x[s].scale[first + i] : absmax[i];
+                for (int64_t i = 0; i < ABSMAX_GROUP; i++)
+                    scale[j][s][i] = Form::SCALED ? absmax[i] * x[s].scale[first + i] : absmax[i];
             }
         }
         for (int64_t b = 0; b < count; b += Form::BLOCKS) {
@@ -134,13 +138,15 @@ void form_range(const DecodeLinear& w, const Activations* x, int n, float* y, in
 // ---- everything else: blocks that cross rows, other block sizes, dense weights ----
 
 // Rows whose quantisation blocks cross rows: each is expanded to the stack in pieces, and multiplied in fp32.
-static void crossing_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+static void crossing_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
+                           int64_t end) {
     const uint8_t* packed = static_cast<const uint8_t*>(w.weight);
     float values[CROSSING_PIECE];
     for (int64_t row = begin; row < end; row++) {
         float sums[MAX_TOKENS] = {};
         for (int64_t column = 0; column < w.cols; column += CROSSING_PIECE) {
-            const int64_t count = w.cols - column < CROSSING_PIECE ? w.cols - column : CROSSING_PIECE, flat = row * w.cols + column;
+            const int64_t count = w.cols - column < CROSSING_PIECE ? w.cols - column : CROSSING_PIECE,
+                          flat = row * w.cols + column;
             dequantize_range(packed, w.codes, w.absmax, w.block_size, flat, flat + count, values);
             for (int t = 0; t < n; t++) sums[t] += dot(values, x[t].x + column, count);
         }
@@ -148,8 +154,8 @@ static void crossing_range(const DecodeLinear& w, const Activations* x, int n, f
     }
 }
 
-// weight (rows, cols) dense. Four rows at a time, so that four sums are in flight and hide the latency of an addition; from four
-// equal parts of the range, as in form_range. A cache line is prefetched once, and is a whole number of registers.
+// weight (rows, cols) dense. Four rows at a time, so that four sums are in flight and hide the latency of an addition; from
+// four equal parts of the range, as in form_range. A cache line is prefetched once, and is a whole number of registers.
 template <class T>
 void dense_range(const T* weight, int64_t cols, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
                  int64_t end) {
@@ -191,7 +197,8 @@ static void dense_range(int64_t kind, const void* weight, int64_t cols, const Ac
 }
 
 // weight (rows, cols) int8, one scale a row (w.codes).
-static void int8_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+static void int8_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
+                       int64_t end) {
     dense_range(static_cast<const int8_t*>(w.weight), w.cols, x, n, y, stride, begin, end);
     for (int t = 0; t < n; t++)
         for (int64_t row = begin; row < end; row++) y[t * stride + row] *= w.codes[row];

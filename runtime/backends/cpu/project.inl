@@ -63,8 +63,8 @@ struct Portion {
     int64_t rank_squares;    // of those linears
     int64_t squares_before;  // of the linears before them
     int64_t outputs_before;
-    const Bf16* adapter;     // B's or A's squares of those linears
-    Bf16* out;               // (rows, out_row): their y, or dx
+    const Bf16* adapter;  // B's or A's squares of those linears
+    Bf16* out;            // (rows, out_row): their y, or dx
     int64_t out_row;
 };
 
@@ -84,20 +84,20 @@ struct Project {
     int64_t depth, panel_count;  // panel_count: panels that are packed at a time
     int64_t rank_squares;        // of all linears together
     bool has_dropout;
-    E* panels;                             // of x or dy: a piece after the other, and in each panel_count panels
-    float *row_scales, *row_errors;        // int8: (rows,) of x or dy, and the squared error of rounding each
+    E* panels;                               // of x or dy: a piece after the other, and in each panel_count panels
+    float *row_scales, *row_errors;          // int8: (rows,) of x or dy, and the squared error of rounding each
     float *weight_scales, *weight_inverses;  // int8: (sum of outputs,), and 1 / them
-    Bf16 *packed_a, *packed_b;             // the adapters, as squares: see square_a and pack_adapters
-    Bf16* thin;                            // (panel, rank square): reduced in right form, or dreduced in left form
+    Bf16 *packed_a, *packed_b;               // the adapters, as squares: see square_a and pack_adapters
+    Bf16* thin;                              // (panel, rank square): reduced in right form, or dreduced in left form
     Bf16 *reduced_turned, *dreduced_turned;  // backward: (rank square, panel), transposed, in left form
-    char* thread_scratch;                  // (threads, thread_bytes)
+    char* thread_scratch;                    // (threads, thread_bytes)
     int64_t thread_bytes, sums_bytes;
 
     // A thread's scratch while it packs rows and while it makes gradients.
     struct ThinScratch {
-        float* sums;             // (rank_squares + 1, SQUARE)
-        Bf16 *lines, *dropped;   // (PIECE_SQUARES, SQUARE) each, in left form
-        Bf16* rights;            // (2 * panel_count, SQUARE)
+        float* sums;            // (rank_squares + 1, SQUARE)
+        Bf16 *lines, *dropped;  // (PIECE_SQUARES, SQUARE) each, in left form
+        Bf16* rights;           // (2 * panel_count, SQUARE)
     };
 
     // ---- this file: layout of scratch, and the order of work ----

@@ -22,8 +22,8 @@ void Project<BACKWARD, E>::gradients_b(int64_t row, int64_t panels_here, int ind
                 turn_squares(lines, scratch.rights + number * SQUARE, 1);
             }
             for (int64_t s = 0; s < here; s++) {
-                multiply_squares(scratch.sums, SIDE, reduced_turned + (before + s) * panel_count * SQUARE, SQUARE, scratch.rights,
-                                 SQUARE, panels_here, false);
+                multiply_squares(scratch.sums, SIDE, reduced_turned + (before + s) * panel_count * SQUARE, SQUARE,
+                                 scratch.rights, SQUARE, panels_here, false);
                 for (int64_t j = 0; j < SIDE; j++)
                     for (int64_t i = 0; i < least(SIDE, linear.rank - s * SIDE); i++)
                         linear.db[(o + j) * linear.rank + s * SIDE + i] += scratch.sums[i * SIDE + j] * linear.scale;
@@ -32,7 +32,8 @@ void Project<BACKWARD, E>::gradients_b(int64_t row, int64_t panels_here, int ind
     } while (advance(&piece, call->count - 1));
 }
 
-// da_p (rank_p, I) += dreduced_p^T dropout_p(x), in squares: 32 of the rank by 32 inputs. Every linear has a dropout of its own.
+// da_p (rank_p, I) += dreduced_p^T dropout_p(x), in squares: 32 of the rank by 32 inputs. Every linear has a dropout of its
+// own.
 template <bool BACKWARD, class E>
 void Project<BACKWARD, E>::gradients_a(int64_t row, int64_t panels_here, int index, int count,
                                        const ThinScratch& scratch) const {

@@ -7,8 +7,8 @@
 template <bool BACKWARD, class E>
 Bf16* Project<BACKWARD, E>::square_a(int64_t linear, int64_t squares_before, int64_t square, int64_t deep) const {
     const int64_t all = call->inputs / SIDE, here = squares_of(call->linears[linear]);
-    return packed_a + (BACKWARD ? deep * rank_squares + squares_before + square
-                                : squares_before * all + deep * here + square) * SQUARE;
+    return packed_a +
+           (BACKWARD ? deep * rank_squares + squares_before + square : squares_before * all + deep * here + square) * SQUARE;
 }
 
 // Round this thread's share of A and s B to bf16 squares: forward A^T in right form and s B in left form, backward A and s B in

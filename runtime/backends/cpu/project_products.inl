@@ -88,7 +88,8 @@ void Project<BACKWARD, E>::multiply_strip(const Portion& mine, const Position& a
         if (ends && mine.rank_squares > 0) {
             const Bf16* of_rows = thin + (number * rank_squares + mine.squares_before) * SQUARE;
             const Bf16* of_weight = mine.adapter + at.column * mine.rank_squares * SIDE;
-            rest = {BACKWARD ? of_rows : of_weight, BACKWARD ? of_weight : of_rows, BACKWARD && has_dropout ? 0 : mine.rank_squares};
+            rest = {BACKWARD ? of_rows : of_weight, BACKWARD ? of_weight : of_rows,
+                    BACKWARD && has_dropout ? 0 : mine.rank_squares};
         }
         ahead.sums = starts ? nullptr : c + SQUARE;
         ahead.out = ends && call->rows - top >= SIDE ? mine.out + top * mine.out_row + at.column : nullptr;

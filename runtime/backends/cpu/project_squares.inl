@@ -45,8 +45,8 @@ struct DropoutMask {
 };
 
 // squares (count, SQUARE) in left form, as read_squares made them from a matrix of `width` columns -> the same after dropout.
-static void drop_squares(const DropoutMask& mask, const Bf16* squares, int64_t width, int64_t row, int64_t column, int64_t count,
-                         Bf16* dropped) {
+static void drop_squares(const DropoutMask& mask, const Bf16* squares, int64_t width, int64_t row, int64_t column,
+                         int64_t count, Bf16* dropped) {
     for (int64_t k = 0; k < count; k++)
         for (int64_t r = 0; r < SIDE; r++) {
             __m512i line = _mm512_load_si512(squares + k * SQUARE + r * SIDE);
@@ -61,6 +61,6 @@ static void drop_squares(const DropoutMask& mask, const Bf16* squares, int64_t w
 static void round_square(const float* sums, float factor, Bf16* square) {
     const __m512 by = _mm512_set1_ps(factor);
     for (int64_t r = 0; r < SIDE; r++, sums += SIDE)
-        _mm512_store_si512(square + r * SIDE, rounded(_mm512_mul_ps(_mm512_loadu_ps(sums), by),
-                                                      _mm512_mul_ps(_mm512_loadu_ps(sums + 16), by)));
+        _mm512_store_si512(square + r * SIDE,
+                           rounded(_mm512_mul_ps(_mm512_loadu_ps(sums), by), _mm512_mul_ps(_mm512_loadu_ps(sums + 16), by)));
 }

@@ -43,7 +43,7 @@ struct DecodeLinear {
     int64_t rank;              // 0: no adapter
     int64_t lora_kind;         // DENSE_BF16 or DENSE_F32
     const void* lora_A;        // (rank, cols), already times alpha / rank
-    const void* lora_B;        // (ceil(rows / LORA_PANEL), rank, LORA_PANEL), padded with zeros: a range of rows is whole cache lines
+    const void* lora_B;  // (ceil(rows / LORA_PANEL), rank, LORA_PANEL), padded with zeros: a range of rows is whole cache lines
 };
 
 // The sizes that all blocks of a model share.
@@ -91,7 +91,7 @@ struct AttentionCall {
     float* lse;               // (H, N): log of the sum of exponentials, natural; the forward writes it, the backward reads it
     const int64_t* segments;  // (segment_count, 4): q_start, q_end, k_start, k_end
     int64_t segment_count, queries, heads, kv_heads, size, window, bf16, threads;  // size: hd; window 0: none
-    void* scratch;           // at a multiple of ALIGNMENT; null: only set scratch_bytes and return
+    void* scratch;  // at a multiple of ALIGNMENT; null: only set scratch_bytes and return
     int64_t scratch_bytes;
     float scale;
 };
@@ -124,7 +124,7 @@ struct ProjectCall {
     int64_t y_row;
     Bf16* dx;  // (rows, inputs): the backward's result
     int64_t dx_row;
-    Bf16* reduced;  // (rows, sum of ranks, each padded to SIDE): the forward writes it, the backward reads it
+    Bf16* reduced;                 // (rows, sum of ranks, each padded to SIDE): the forward writes it, the backward reads it
     const ProjectLinear* linears;  // (count,)
     int64_t count, rows, inputs, threads;
     int64_t int8;   // 1: compute the large products in int8 where the rows are even enough
