@@ -111,8 +111,9 @@ ET_INLINE void score_gradients(const float* scores, const float* dp, float facto
     }
 }
 
-// The same in bf16. A word of a right form holds two keys of one query, so rows are made in pairs and zipped. Sums are of the
-// unrounded probabilities, in two accumulators for each register, so that additions need not wait for each other.
+// The bf16 versions of the two functions above. A word of a right form holds two keys of one query, so rows are made in pairs
+// and zipped. Sums are of the unrounded probabilities, in two accumulators for each register, so that additions need not wait
+// for each other.
 #if defined(ET_USE_AVX512_BF16)
 ET_INLINE __m512i narrow(Floats first, Floats second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 

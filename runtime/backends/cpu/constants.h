@@ -78,16 +78,18 @@ constexpr int64_t CHUNK = 64;         // weights dequantised at once: one row of
 
 // ---- attention ----
 
-constexpr int64_t KEY_SQUARES = 4;          // squares of 32 keys that the forward takes at a time; chosen by hand
-constexpr int64_t BACK_KEY_SQUARES = 4;     // the same number for the backward
-constexpr int64_t BACK_COLUMN_SQUARES = 4;  // squares of 32 columns whose packed form the backward keeps at hand
-constexpr int64_t BACK_TASKS = 16;          // the backward splits groups of heads until it has this many tasks
+// Chosen by hand: squares of 32 keys that the forward and the backward take at a time, squares of 32 columns whose packed form
+// the backward keeps at hand, and the number of tasks up to which the backward splits groups of heads.
+constexpr int64_t KEY_SQUARES = 4;
+constexpr int64_t BACK_KEY_SQUARES = 4;
+constexpr int64_t BACK_COLUMN_SQUARES = 4;
+constexpr int64_t BACK_TASKS = 16;
 
 constexpr float HIDDEN_SCORE = -3e38f;   // the score of a key that a query may not see: about the lowest fp32
 constexpr float NO_MAXIMUM = -1e30f;     // a query's running maximum before it has seen a key; far above HIDDEN_SCORE
 constexpr float NO_PROBABILITY = 1e30f;  // log-sum-exp of a column past the end: 2^(score - it) is 0
 
-// How far (in powers of two) a score may rise above the running maximum before sums are rescaled. 2^8 is no danger to fp32,
+// Powers of two by which a score may rise above the running maximum before sums are rescaled. 2^8 is no danger to fp32,
 // and most rescaling never happens.
 constexpr float MAXIMUM_SLACK = 8.0f;
 

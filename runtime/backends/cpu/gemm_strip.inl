@@ -25,8 +25,8 @@ struct Strip {
         row = BACKWARD ? from : first, column = BACKWARD ? first : from;
     }
     ET_MEMBER bool more() const { return BACKWARD ? row < end_depth : row < first + SIDE; }
-    // The number of chunks in a strip of this depth. Backward in int8, a chunk has four rows of 32 columns: twice as many
-    // weights.
+    // Return the number of chunks in a strip of this depth. Backward in int8, a chunk has four rows of 32 columns: twice as
+    // many weights.
     static int64_t chunks(int64_t depth) { return depth * SIDE / (BACKWARD && sizeof(E) == 1 ? 2 * CHUNK : CHUNK); }
 
     // Dequantise the next chunk.
@@ -40,17 +40,17 @@ struct Strip {
         }
     }
 
-    // The 16 values that the weights of this block can have. `weight`: the flat index of any of them.
+    // Return the 16 values that the weights of one block can have. weight: the flat index of any weight in it.
     ET_MEMBER __m512 products(int64_t weight) const {
         return _mm512_mul_ps(table, _mm512_set1_ps(absmax.at(weight >> block_shift)));
     }
-    // The same values in steps of the scale of the row they lie in, rounded to 16 bytes.
+    // Return these 16 values as bytes, in steps of the scale of row `of_row`, in which the weight lies.
     ET_MEMBER __m128i bytes(int64_t weight, int64_t of_row) const {
         return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of_row]))));
     }
 
     // ---- bf16 ----
-    // Where bf16 rounds to a subnormal the conversion gives zero, and dequantize does not; a tile product reads both as zero.
+    // The conversion turns bf16 subnormals into zero, and dequantize does not; but a tile product reads both as zero.
 
     // 64 columns of one row are one row of two squares in left form.
     ET_MEMBER void bf16_row() {

@@ -6,7 +6,7 @@
 // one.
 #include "forms.inl"
 
-// How a weight is stored, and how an NF4 product is computed. decode.py has the same numbers.
+// Kind: the storage of a weight. Compute: the arithmetic of an NF4 product. decode.py has the same numbers.
 enum Kind : int64_t { NF4 = 0, DENSE_BF16 = 1, DENSE_F32 = 2, ROWS_INT8 = 3 };
 enum Compute : int64_t { COMPUTE_F32 = 0, COMPUTE_BF16 = 1, COMPUTE_INT8 = 2 };
 

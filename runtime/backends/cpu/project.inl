@@ -44,7 +44,7 @@ using namespace gemm;
 template <class E>
 constexpr int64_t PIECE_SQUARES = STRIP_DEPTH<E> / SIDE;  // bf16 squares along a piece
 
-// The squares that a linear's rank is padded to.
+// Return the number of squares that a linear's rank is padded to.
 ET_INLINE int64_t squares_of(const ProjectLinear& linear) { return (linear.rank + SIDE - 1) / SIDE; }
 
 #include "project_squares.inl"
@@ -55,7 +55,7 @@ struct Piece {
     int64_t offset;  // where it begins in the whole depth
 };
 
-// What a thread computes of the rows that are packed. It stays the same from strip to strip.
+// The part of a large product that one thread computes: its columns, for the rows that are packed. Fixed from strip to strip.
 struct Portion {
     int64_t row, panels;     // the first row, and how many panels of rows are packed
     Range columns;           // the thread's columns of y or dx
@@ -68,7 +68,7 @@ struct Portion {
     int64_t out_row;
 };
 
-// Where the loops stand: over blocks of columns, in each over pieces of depth, in each over strips.
+// The position of the loops: over blocks of columns, within one over pieces of depth, within one over strips.
 struct Position {
     Piece piece;
     int64_t column;                  // the first of the strip's 32 columns
@@ -243,7 +243,7 @@ void Project<BACKWARD, E>::work(int index, int count) {
 #include "project_products.inl"
 #include "project_gradients.inl"
 
-// Return false if int8 does not serve these rows; then nothing has been written.
+// Run one direction in one type. Return false if the rows are too uneven for int8; then nothing has been written.
 template <bool BACKWARD, class E>
 static bool run(ProjectCall* call) {
     Project<BACKWARD, E> project;
@@ -255,7 +255,8 @@ static bool run(ProjectCall* call) {
     return sizeof(E) != 1 || project.serves();
 }
 
-// In int8 if that was asked for and serves, else in bf16. When scratch is only measured, enough for either.
+// Run in int8 if the caller asks for it and the rows are even enough, else in bf16. When scratch is only measured, ask for
+// enough for either.
 template <bool BACKWARD>
 static void run_either(ProjectCall* call) {
     if (call->int8 && run<BACKWARD, int8_t>(call) && call->scratch) return;

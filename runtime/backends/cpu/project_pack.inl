@@ -2,8 +2,9 @@
 
 // ---- adapters ----
 
-// Where square number `square` of a linear's A at square `deep` of the inputs is packed. squares_before: rank squares of the
-// linears before. The order is the one in which products walk: forward along the rank of one linear; backward along all ranks.
+// Return the place of a square of a linear's A: number `square` along the rank, `deep` along the inputs. squares_before: rank
+// squares of the linears before. The order is the one in which products read them: forward along the rank of one linear;
+// backward along all ranks.
 template <bool BACKWARD, class E>
 Bf16* Project<BACKWARD, E>::square_a(int64_t linear, int64_t squares_before, int64_t square, int64_t deep) const {
     const int64_t all = call->inputs / SIDE, here = squares_of(call->linears[linear]);

@@ -5,6 +5,7 @@
 static const Squares<Bf16>& joined(const Squares<Bf16>& rest, const Bf16*) { return rest; }
 static Squares<int8_t> joined(const Squares<Bf16>&, const int8_t*) { return {}; }
 
+// Return the portion of `columns` of linear's y (forward) or of dx (backward).
 template <bool BACKWARD, class E>
 Portion Project<BACKWARD, E>::portion(int64_t row, int64_t panels_here, Range columns, int64_t linear) const {
     Portion mine = {row, panels_here, columns, linear, linear, 0, 0, 0, packed_b, call->y, call->y_row};
@@ -23,8 +24,8 @@ Portion Project<BACKWARD, E>::portion(int64_t row, int64_t panels_here, Range co
     return mine;
 }
 
-// Move on to the next strip of the block, else to the block's first strip of the next piece, else to the next block. Return
-// false after the last.
+// Move on to the next strip of the block, else to the first strip of the block in the next piece, else to the next block.
+// Return false after the last.
 template <bool BACKWARD, class E>
 bool Project<BACKWARD, E>::next_strip(const Portion& mine, Position* at) const {
     at->column += SIDE;
@@ -37,8 +38,8 @@ bool Project<BACKWARD, E>::next_strip(const Portion& mine, Position* at) const {
     return at->column < mine.columns.end;
 }
 
-// The prefetching of the next piece's panels, or of the first's again for the next block, in equal parts while all strips of
-// this piece and block are multiplied. `sums` and `out` are left for each panel to fill in.
+// Return the prefetching that goes with one strip: an equal part of the next piece's panels, or of the first piece's again for
+// the next block, so that all strips of this piece and block together fetch all of them. `sums` and `out` are left null.
 template <bool BACKWARD, class E>
 Ahead Project<BACKWARD, E>::prefetch_panels(const Portion& mine, const Position& at, int64_t steps) const {
     Piece later = at.piece;
