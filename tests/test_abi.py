@@ -23,8 +23,8 @@ class Layout:
     fields: Fields = field(default_factory=dict)
 
 
-def of_library() -> list[Layout]:
-    """The C++ structs, from layout.inl's list: a struct's entry without a field's name comes first."""
+def library_layouts() -> list[Layout]:
+    """Return the C++ structs from layout.inl's list, in which an entry without a field's name begins a new struct."""
     loaded, layouts = library.load(), list[Layout]()
     structure, name, offset, size = ctypes.c_char_p(), ctypes.c_char_p(), ctypes.c_int64(), ctypes.c_int64()
     pointers = [ctypes.byref(place) for place in (structure, name, offset, size)]
@@ -38,8 +38,8 @@ def of_library() -> list[Layout]:
     return layouts
 
 
-def of_python() -> list[Layout]:
-    """The ctypes.Structures that the package's modules define."""
+def python_layouts() -> list[Layout]:
+    """Return the ctypes.Structures that the package's modules define."""
     found = {}
     for path in sorted(Path(cpu.__file__).parent.glob("*.py")):
         if path.stem in ("__init__", "build"):  # build.py needs setuptools, and defines none
@@ -56,7 +56,7 @@ def fields_of(kind: type[ctypes.Structure]) -> Fields:
 
 
 def counterpart(layout: Layout, others: list[Layout]) -> Layout:
-    """The layout whose fields' names agree best: the two sides name their structs differently."""
+    """Return the layout with the most field names in common: the two sides name their structs differently."""
 
     def likeness(other: Layout) -> float:
         mine, theirs = set(layout.fields), set(other.fields)
@@ -65,14 +65,14 @@ def counterpart(layout: Layout, others: list[Layout]) -> Layout:
     return max(others, key=likeness)
 
 
-@pytest.mark.parametrize("layout", of_python(), ids=lambda layout: layout.name.removeprefix(f"{cpu.__name__}."))
+@pytest.mark.parametrize("layout", python_layouts(), ids=lambda layout: layout.name.removeprefix(f"{cpu.__name__}."))
 def test_a_structure_is_laid_out_like_its_cpp_struct(layout: Layout) -> None:
-    other = counterpart(layout, of_library())
+    other = counterpart(layout, library_layouts())
     assert list(layout.fields.items()) == list(other.fields.items()), f"{layout.name} differs from structures.h's {other.name}"
     assert layout.size == other.size, f"{layout.name} has {layout.size} bytes; structures.h's {other.name} has {other.size}"
 
 
 def test_every_cpp_struct_has_exactly_one_structure() -> None:
-    structs = of_library()
-    mirrored = sorted(counterpart(layout, structs).name for layout in of_python())
+    structs = library_layouts()
+    mirrored = sorted(counterpart(layout, structs).name for layout in python_layouts())
     assert mirrored == sorted(struct.name for struct in structs)

@@ -1,7 +1,7 @@
 // Every number that decides something in the kernels: what it is, its unit, and where it comes from. Numbers that follow from
 // a format or an instruction (tile sizes, shuffle tables) stand where they are used.
 //
-// LOG.md is tests/benchmarks/LOG.md. Where no source is named, the number was chosen by hand.
+// LOG.md is tests/benchmarks/LOG.md.
 #pragma once
 #include <stdint.h>
 
@@ -18,8 +18,9 @@ constexpr int64_t PREFETCH_BYTES = 2048;
 
 // ---- how work is shared among threads ----
 
-constexpr int64_t ROW_GRAIN = 4;         // rows a thread takes at a time of a norm or a rotation; chosen by hand
-constexpr int64_t DEQUANT_GRAIN = 4096;  // weights a thread takes at a time when it dequantises; chosen by hand
+// A thread's share begins at a multiple of its grain.
+constexpr int64_t ROW_GRAIN = 4;         // rows of a norm or a rotation; chosen by hand
+constexpr int64_t DEQUANT_GRAIN = 4096;  // weights to dequantise, rounded down to whole blocks; chosen by hand
 constexpr int64_t RANK_GRAIN = 4;        // rows of lora_A: decoding multiplies four rows together (matvec.inl, dense_range)
 
 // Polls of a meeting (dispatch.cpp) before a thread gives its processor away: some ten microseconds, which is longer than
@@ -46,10 +47,11 @@ constexpr int64_t CROSSING_PIECE = 512;  // weights expanded to the stack at onc
 // Tokens that one product of decoding takes at most; decode.py's MAX_TOKENS. Chosen by hand.
 constexpr int MAX_TOKENS = 8;
 
-// Rows of lora_B that lie together, and the grain in which threads share rows; decode.py's panels of lora_B have it too.
+// Rows of lora_B that lie together, and the grain in which threads share rows of a product; decode.py lays lora_B out with the
+// same number. Chosen by hand.
 constexpr int64_t LORA_PANEL = 32;
 
-// Keys or values that decoding brings to fp32 at a time; a multiple of every LANES.
+// Keys or values that decoding brings to fp32 at a time; a multiple of every LANES. Chosen by hand.
 constexpr int64_t DECODE_TILE = 16;
 
 // ---- 8-bit integers ----
