@@ -1,12 +1,13 @@
-// Runs the ARM kernels for remote.py: linked statically with the whole library, and executed under qemu.
+// Runs the ARM kernels for remote.py. It is linked statically with the whole library and executed under qemu.
 //
-// Standard input carries calls, one after another, standard output the answers; all numbers are 64-bit little-endian:
-//     isa and kernel name   length, bytes; twice
-//     buffers               count; for each: its address over there, length, whether it is to be sent back, bytes
+// It reads calls from standard input, one after another, and writes the answers to standard output. All numbers are 64-bit
+// little-endian. A call is:
+//     isa and kernel name   twice: length, bytes
+//     buffers               count; for each: its address in remote.py's process, length, 1 if it must be sent back, bytes
 //     pointers in buffers   count; for each: buffer, offset
 //     arguments             count; for each: 1 for a float, 2 for a pointer, 0 for another integer; value
-// Pointers are addresses over there, within the buffers, or null. The answer is 1 and the buffers wanted back, or 0 where
-// there is no such kernel.
+// Pointers are addresses in remote.py's process: within one of the buffers, or null. The answer is 1 followed by the buffers to
+// send back, or 0 if there is no such kernel.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +19,7 @@ extern "C" const char* et_isa_name(int index);
 extern "C" void* et_kernel(int index, const char* name);
 
 static void read_all(void* to, size_t size) {
-    if (size && fread(to, 1, size, stdin) != size) exit(0);  // the other side has gone
+    if (size && fread(to, 1, size, stdin) != size) exit(0);  // remote.py has ended
 }
 
 static int64_t read_number() {
@@ -35,15 +36,16 @@ static void read_name(char (&name)[128]) {
 }
 
 struct Buffer {
-    int64_t there, size, wanted;
-    uint8_t *memory, *data;
+    int64_t remote, size, wanted;  // remote: its address in remote.py's process
+    uint8_t *memory, *data;        // as allocated; its contents, aligned like the original
 };
 
-static int64_t here(const std::vector<Buffer>& buffers, int64_t there) {
-    if (!there) return 0;
+// Return the local address of a remote one.
+static int64_t local_address(const std::vector<Buffer>& buffers, int64_t remote) {
+    if (!remote) return 0;
     for (const Buffer& buffer : buffers)
-        if (there >= buffer.there && there <= buffer.there + buffer.size)
-            return reinterpret_cast<int64_t>(buffer.data) + there - buffer.there;
+        if (remote >= buffer.remote && remote <= buffer.remote + buffer.size)
+            return reinterpret_cast<int64_t>(buffer.data) + remote - buffer.remote;
     exit(3);
 }
 
@@ -53,8 +55,8 @@ static void* find(const char* isa, const char* name) {
     return nullptr;
 }
 
-// AAPCS64 passes integers and pointers in x0 to x7 and then the stack, 8 bytes each, and floats in s0 and s1, whatever
-// their order: hence one type of function fits every kernel.
+// The ARM calling convention (AAPCS64) passes integers and pointers in x0 to x7 and then on the stack, 8 bytes each, and floats
+// in s0 and s1, whatever their order among the integers: so one function type fits every kernel.
 typedef void (*Function)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                          int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, float);
 
@@ -66,20 +68,20 @@ int main() {
         const int64_t count = read_number();
         std::vector<Buffer> buffers(static_cast<size_t>(count));
         for (Buffer& buffer : buffers) {
-            buffer.there = read_number();
+            buffer.remote = read_number();
             buffer.size = read_number();
             buffer.wanted = read_number();
             buffer.memory = static_cast<uint8_t*>(malloc(size_t(buffer.size) + 128));
-            // the same place within 64 bytes as over there
+            // kernels use aligned loads: the same place within 64 bytes as the original
             int64_t start = reinterpret_cast<int64_t>(buffer.memory);
-            buffer.data = buffer.memory + ((buffer.there - start) % 64 + 64) % 64;
+            buffer.data = buffer.memory + ((buffer.remote - start) % 64 + 64) % 64;
             read_all(buffer.data, size_t(buffer.size));
         }
         for (int64_t pointers = read_number(); pointers; pointers--) {
             Buffer& buffer = buffers[size_t(read_number())];
             int64_t offset = read_number(), value;
             memcpy(&value, buffer.data + offset, 8);
-            value = here(buffers, value);
+            value = local_address(buffers, value);
             memcpy(buffer.data + offset, &value, 8);
         }
         int64_t integers[20] = {}, arguments = read_number();
@@ -88,7 +90,7 @@ int main() {
             int64_t kind = read_number(), value = read_number();
             if (integer == 20 || real == 2) exit(4);
             if (kind == 1) memcpy(&floats[real++], &value, 4);
-            else integers[integer++] = kind == 2 ? here(buffers, value) : value;
+            else integers[integer++] = kind == 2 ? local_address(buffers, value) : value;
         }
         void* address = find(isa, name);
         int64_t found = address != nullptr;

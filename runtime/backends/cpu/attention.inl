@@ -1,12 +1,14 @@
-// Causal attention, forward and backward, in squares of 32 keys x 32 queries: never a T x T matrix (FlashAttention, Dao et al.
-// 2022, arXiv 2205.14135, and its second part for the backward). The same face as attention.py, which is the reference.
+// Causal attention, forward and backward, in squares of 32 keys x 32 queries, so that no T x T matrix is ever stored
+// (FlashAttention, Dao et al. 2022, arXiv 2205.14135, and FlashAttention-2 for the backward). runtime/attention.py has the same
+// functions in plain torch.
 //
-// A part is a segment: the last of its queries sees the last of its keys. A column is one query of one head: the G heads that
-// share a key head stand side by side, position after position (column = query * G + head), so that a key tile is packed once
-// for all of them and a short note or a single token wastes little. Everything is computed transposed, S^T = K Q^T (keys x
-// columns), which leaves a column's maximum, sum and log-sum-exp in lanes.
+// A part is a segment of the batch: the last of its queries sees the last of its keys. A column is one query of one head. The G
+// query heads that share a key head stand side by side, position after position (column = query * G + head), so that a tile of
+// keys is packed once for all of them, and a short note or a single token wastes little. Everything is computed transposed,
+// S^T = K Q^T (keys x columns), which leaves a column's maximum, sum and log-sum-exp in lanes.
 //
-// Each output is written by one task alone, in an order that does not depend on threads: the same bits at any thread count.
+// Each output is written by one task alone, in an order that does not depend on threads: results have the same bits with any
+// number of threads.
 
 namespace attention {
 
@@ -19,44 +21,26 @@ ET_INLINE void products_end() {}
 #endif
 #include "attention_softmax.inl"
 
-struct Rows {
-    void* data;
-    int64_t row, head;  // distances in numbers; the last dimension is contiguous
-};
-
-struct Attention {  // attention.py's _Call mirrors it
-    Rows q, k, v, o, dout, dq, dk, dv;
-    float* lse;                // (heads, queries)
-    const int64_t* segments;   // (segment_count, 4): q_start, q_end, k_start, k_end
-    int64_t segment_count, queries, heads, kv_heads, size, window, bf16, threads;  // window: 0 is none
-    void* scratch;             // null: only tell scratch_bytes
-    int64_t scratch_bytes;
-    float scale;
-};
-
 struct Part {
-    int64_t query, queries, key, keys;
+    int64_t query, queries, key, keys;     // the first row of its queries (keys), and their number
     int64_t squares_before, tasks_before;  // packed key squares and tasks of the parts before this one
 };
 
-constexpr int64_t KEY_SQUARES = 4;           // the forward's step along keys
-constexpr int64_t BACK_KEY_SQUARES = 4;      // the backward's
-constexpr int64_t BACK_COLUMN_SQUARES = 4;   // columns whose packed form the backward keeps at hand
-constexpr int64_t BACK_TASKS = 16;           // the backward splits groups of heads until it has so many tasks
-
-struct Arena {  // hands out pieces of scratch; without a base it only counts
+// Hands out pieces of scratch, each at a multiple of ALIGNMENT. Without a base it only measures.
+struct Arena {
     char* base;
     int64_t used;
     template <class X>
     ET_MEMBER X* take(int64_t count) {
         X* piece = base ? reinterpret_cast<X*>(base + used) : nullptr;
-        used += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
+        used += (count * int64_t(sizeof(X)) + (ALIGNMENT - 1)) / ALIGNMENT * ALIGNMENT;
         return piece;
     }
 };
 
 ET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Return the next task of a counter that threads share, so that a thread that is done early takes more.
 ET_INLINE int64_t take_task(int64_t* counter) {
 #if defined(_MSC_VER)
     return _InterlockedExchangeAdd64(reinterpret_cast<volatile long long*>(counter), 1);
@@ -66,20 +50,21 @@ ET_INLINE int64_t take_task(int64_t* counter) {
 }
 
 template <class T>
-ET_INLINE T* at(const Rows& rows, int64_t row, int64_t head) {
+ET_INLINE T* at(const AttentionRows& rows, int64_t row, int64_t head) {
     return static_cast<T*>(rows.data) + row * rows.row + head * rows.head;
 }
 
-// What both directions share: the call, its parts, packed keys, counters of tasks.
+// The state that forward and backward have in common: the call, its parts, packed keys and values, counters of tasks.
 template <class E>
 struct Work {
-    Attention* call;
+    AttentionCall* call;
     Part* parts;
     int64_t* counters;
-    int64_t count, squares, tasks, groups, depth;  // depth: squares along a head
-    E *keys, *values, *keys_turned;
+    int64_t count, squares, tasks;   // parts; packed squares of keys of one key head; tasks
+    int64_t groups, depth;           // query heads for each key head; squares along a head (hd / 32, rounded up)
+    E *keys, *values, *keys_turned;  // (KV, squares, depth, SQUARE)
 
-    ET_MEMBER void begin(Attention& attention, Arena& arena) {
+    ET_MEMBER void begin(AttentionCall& attention, Arena& arena) {
         call = &attention;
         groups = attention.heads / attention.kv_heads;
         depth = ceil_div(attention.size, SIDE);
@@ -103,10 +88,12 @@ struct Work {
         while (high - low > 1) (parts[(low + high) / 2].squares_before <= square ? low : high) = (low + high) / 2;
         return parts[low];
     }
-    ET_MEMBER int64_t limit(int64_t query_position) const {  // the last key before a query's window; -1: sees all
+    // Return the last key before a query's window, which it does not see; -1 if it sees all.
+    ET_MEMBER int64_t limit(int64_t query_position) const {
         return call->window > 0 && query_position >= call->window ? query_position - call->window : -1;
     }
-    // The first 32 columns from `first` on: what they see. Those past the end see what the last one does.
+    // Write what each of the 32 columns from `first` on may see to `sight`, and the positions of the first and the last of them
+    // to `near` and `far`. Columns past the end see what the last one does. width: heads side by side.
     ET_MEMBER void look(const Part& part, int64_t first, int64_t columns, int64_t width, Sight& sight, int64_t& near,
                         int64_t& far) const {
         int64_t offset = part.keys - part.queries, position = offset + first / width, head = first % width;
@@ -117,28 +104,30 @@ struct Work {
             if (first + x + 1 < columns && ++head == width) head = 0, position++;
         }
     }
+    // Return true if some of these columns may not see some of the 32 keys from `key` on, so that scores must be hidden.
     ET_MEMBER bool hides(int64_t key, int64_t near, int64_t far) const { return key + SIDE - 1 > near || key <= limit(far); }
 };
 
-// `width` heads from `head` on of one key head: the rows of column first + x. What lies past the end is null.
+// Write the address of the row (hd,) of each column first + x to out (SIDE,), null past the end; columns are of `width` heads
+// from `head` on.
 template <class T>
-ET_INLINE void column_rows(const Rows& rows, const Part& part, int64_t head, int64_t width, int64_t first, int64_t columns,
-                           T** out) {
+ET_INLINE void column_rows(const AttentionRows& rows, const Part& part, int64_t head, int64_t width, int64_t first,
+                           int64_t columns, T** out) {
     for (int64_t x = 0; x < SIDE; x++) {
         int64_t column = first + x;
         out[x] = column < columns ? at<T>(rows, part.query + column / width, head + column % width) : nullptr;
     }
 }
 
-// 32 rows -> left squares.
+// rows: 32 addresses of (size,) -> squares (depth, SQUARE) in left form.
 template <class T, class E>
 ET_INLINE void pack_rows(T* const* rows, int64_t size, E* left) {
     for (int64_t x = 0; x < SIDE; x++) pack_left(left, x, static_cast<const T*>(rows[x]), size);
 }
 
-// The 32 keys (or values) of a part from `first` on -> left squares.
+// The 32 keys (or values) of a part from `first` on -> squares (depth, SQUARE) in left form, 0 past the end.
 template <class T, class E>
-ET_INLINE void pack_keys(const Rows& rows, const Part& part, int64_t kv, int64_t first, int64_t size, E* left) {
+ET_INLINE void pack_keys(const AttentionRows& rows, const Part& part, int64_t kv, int64_t first, int64_t size, E* left) {
     for (int64_t x = 0; x < SIDE; x++)
         pack_left(left, x, first + x < part.keys ? at<const T>(rows, part.key + first + x, kv) : nullptr, size);
 }
@@ -146,9 +135,9 @@ ET_INLINE void pack_keys(const Rows& rows, const Part& part, int64_t kv, int64_t
 #include "attention_forward.inl"
 #include "attention_backward.inl"
 
-// Lays scratch out, and runs `work` in it where the caller has brought some.
+// Lay scratch out, and work in it; if the caller has brought none, only set scratch_bytes.
 template <class W>
-static void run_attention(Attention& call) {
+static void run_attention(AttentionCall& call) {
     W work;
     Arena arena = {static_cast<char*>(call.scratch), 0};
     work.plan(call, arena);
@@ -157,7 +146,7 @@ static void run_attention(Attention& call) {
 }
 
 template <template <class, class> class W>
-static void choose_attention(Attention& call) {
+static void choose_attention(AttentionCall& call) {
 #if defined(ET_USE_AVX512_BF16)
     if (call.bf16) return run_attention<W<Bf16, Bf16>>(call);
 #endif
@@ -167,7 +156,11 @@ static void choose_attention(Attention& call) {
 
 }  // namespace attention
 
-static void attention_forward(attention::Attention* call) { attention::choose_attention<attention::Forward>(*call); }
-static void attention_backward(attention::Attention* call) { attention::choose_attention<attention::Backward>(*call); }
+// Both are called twice: without scratch they set scratch_bytes, with it they compute. Shapes: structures.h, AttentionCall.
+// Forward: reads q, k, v; writes o and lse. Backward: reads q, k, v, o, dout and lse; writes dq, dk and dv. Rows outside every
+// segment are not written.
+
+static void attention_forward(AttentionCall* call) { attention::choose_attention<attention::Forward>(*call); }
+static void attention_backward(AttentionCall* call) { attention::choose_attention<attention::Backward>(*call); }
 
 #define ET_ATTENTION_KERNELS(X) X(attention_forward) X(attention_backward)

@@ -1,14 +1,17 @@
-// attention.inl's backward: P is computed again from the log-sum-exp. A task is some heads of one key head of one part, from
-// the first query to the last; it owns dq of its columns and a share of dk and dv, which are added up at the end in order.
+// attention.inl's backward pass. P is recomputed from the log-sum-exp. A task is some heads of one key head of one part, from
+// the first query to the last. It alone writes dq of its columns, and its own share of dk and dv; shares are added up at the
+// end, in order.
 
 template <class T, class E>
 struct Backward : Work<E> {
-    struct Own {  // a thread's scratch
+    // A thread's scratch. n = BACK_COLUMN_SQUARES, m = BACK_KEY_SQUARES: q to dout_right (n, depth, SQUARE); p to ds_right
+    // (m, n, SQUARE); scores, dp (SQUARE,); dq (n, depth * 32, 32); lse, delta (n, 32); sights (n,).
+    struct Own {
         E *packed, *q, *q_right, *dout, *dout_right, *p, *ds, *ds_right;
         float *scores, *dp, *dq, *lse, *delta;
         Sight* sights;
     };
-    int64_t width, chunks;  // heads a task; tasks a key head
+    int64_t width, chunks;  // heads in a task; tasks for each key head
     float *dk, *dv;         // (chunks, KV, squares, 32, depth * 32)
     char* own_base;
     int64_t own_bytes;
@@ -29,14 +32,14 @@ struct Backward : Work<E> {
         return o;
     }
 
-    void plan(Attention& call, Arena& arena) {
+    void plan(AttentionCall& call, Arena& arena) {
         this->begin(call, arena);
         int64_t total = 0, longest = 1;
         for (int64_t i = 0; i < call.segment_count; i++) {
             int64_t n = call.segments[4 * i + 1] - call.segments[4 * i];
             total += n, longest = n > longest ? n : longest;
         }
-        // a function of shapes alone: the sums must not depend on how many threads there are
+        // Depends on shapes alone, never on the number of threads, since it decides in which order dk and dv are summed.
         int64_t wanted = ceil_div(BACK_TASKS, call.kv_heads * (total / longest > 0 ? total / longest : 1));
         width = ceil_div(this->groups, wanted < this->groups ? wanted : this->groups);
         chunks = ceil_div(this->groups, width);
@@ -51,8 +54,9 @@ struct Backward : Work<E> {
         own_base = arena.take<char>(own_bytes * call.threads);
     }
 
+    // Pack one square of keys in left form, of values in left form, and of K^T in left form.
     void pack(const Part& part, int64_t kv, int64_t square, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         int64_t first = (square - part.squares_before) * SIDE;
         E* keys = this->packed(this->keys, kv, square);
         pack_keys<T>(call.v, part, kv, first, call.size, this->packed(this->values, kv, square));
@@ -61,9 +65,10 @@ struct Backward : Work<E> {
         transpose_squares(o.packed, this->packed(this->keys_turned, kv, square), this->depth);
     }
 
-    // 32 columns: q and do packed for both products they stand in, their log-sum-exp (log2) and delta = sum(do * o).
+    // Prepare 32 columns as column square c: q and do packed for both products they stand in (Q^T in right form for scores, Q
+    // in right form for dk), their log-sum-exp in base 2, and delta = sum(do * o).
     void prepare(const Part& part, int64_t head, int64_t heads, int64_t first, int64_t columns, int64_t c, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         const int64_t depth = this->depth, place = c * depth * SQUARE;
         T *q[SIDE], *dout[SIDE], *out[SIDE];
         column_rows<T>(call.q, part, head, heads, first, columns, q);
@@ -76,7 +81,7 @@ struct Backward : Work<E> {
         transpose_squares(o.packed, o.dout + place, depth);
         turn_squares(o.packed, o.dout_right + place, depth);
         for (int64_t x = 0; x < SIDE; x++) {
-            float sum = 0, lse = 1e30f;  // past the end: no probability
+            float sum = 0, lse = NO_PROBABILITY;  // kept past the end
             if (q[x]) {
                 const T *a = dout[x], *b = out[x];
                 int64_t size = call.size, column = first + x;
@@ -88,8 +93,9 @@ struct Backward : Work<E> {
         }
     }
 
+    // Compute dq of all columns of `chunk` (some heads of key head kv), and their share of dk and dv.
     void task(const Part& part, int64_t kv, int64_t chunk, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         const int64_t numbers = this->depth * SQUARE;
         const int64_t share = ((chunk * call.kv_heads + kv) * this->squares + part.squares_before) * numbers;
         const int64_t left = this->groups - chunk * width, heads = left < width ? left : width;
@@ -120,7 +126,9 @@ struct Backward : Work<E> {
         }
     }
 
-    // m squares of keys from `square` on against n squares of columns.
+    // Multiply m squares of keys from `square` on with n squares of columns: P and dS of each pair that is not hidden
+    // altogether, then dv += P dO, dk += dS Q and, at the end, dq += K^T dS. `share`: where this task's share of dk and dv
+    // begins.
     void meet(const Part& part, int64_t kv, int64_t square, int64_t m, int64_t n, const int64_t* near, const int64_t* far,
               int64_t share, const Own& o) const {
         const int64_t depth = this->depth, numbers = depth * SQUARE, line = depth * SIDE;
@@ -160,9 +168,10 @@ struct Backward : Work<E> {
                                  seen[c].end - seen[c].begin, true);
     }
 
-    // The shares of one square of keys, added up in order and written.
-    void add_up(const float* shares, const Rows& rows, const Part& part, int64_t kv, int64_t square, float factor) const {
-        const Attention& call = *this->call;
+    // Add up the shares of one square of keys in order, times factor, and write them.
+    void add_up(const float* shares, const AttentionRows& rows, const Part& part, int64_t kv, int64_t square,
+                float factor) const {
+        const AttentionCall& call = *this->call;
         const int64_t line = this->depth * SIDE, step = call.kv_heads * this->squares * this->depth * SQUARE;
         const int64_t first = (square - part.squares_before) * SIDE;
         const float* from = shares + (kv * this->squares + square) * this->depth * SQUARE;
@@ -182,6 +191,7 @@ struct Backward : Work<E> {
         }
     }
 
+    // One thread: pack its share of keys, take tasks until none is left, then add up its share of dk and dv.
     static void member(void* argument, int index, int) {
         const Backward& work = *static_cast<Backward*>(argument);
         const int64_t heads = work.call->kv_heads, squares = work.squares * heads;

@@ -1,10 +1,14 @@
-// attention.inl's forward: a task is 32 columns; their output (O^T = V^T P^T, head size x columns) stays in the first cache.
+// attention.inl's forward pass. A task is 32 columns; their output (O^T = V^T P^T, hd x columns) stays in the first cache.
 
 template <class T, class E>
 struct Forward : Work<E> {
-    struct Own {  // a thread's scratch
-        E *packed, *turned, *q, *p, *keys, *values;
-        float *scores, *out;
+    // A thread's scratch.
+    struct Own {
+        E *packed, *turned;   // (depth, SQUARE) each
+        E* q;                 // (depth, SQUARE), right form
+        E* p;                 // (KEY_SQUARES, SQUARE): probabilities, right form
+        E *keys, *values;     // (KEY_SQUARES, depth, SQUARE), for parts with one block of columns
+        float *scores, *out;  // (KEY_SQUARES, SQUARE); (depth * 32, 32)
     };
     char* own_base;
     int64_t own_bytes;
@@ -19,12 +23,12 @@ struct Forward : Work<E> {
         return o;
     }
 
-    void plan(Attention& call, Arena& arena) {
+    void plan(AttentionCall& call, Arena& arena) {
         this->begin(call, arena);
         for (int64_t i = 0; i < call.segment_count; i++) {
             const int64_t* s = call.segments + 4 * i;
             int64_t blocks = ceil_div((s[1] - s[0]) * this->groups, SIDE);
-            // keys that meet one block only (a generated token) are packed where they are used, the others once for all
+            // Keys that meet only one block of columns (a generated token) are packed by its task, the others once for all.
             if (blocks > 0) this->add(s, blocks > 1 ? ceil_div(s[3] - s[2], SIDE) : 0, blocks * call.kv_heads);
         }
         int64_t numbers = this->squares * call.kv_heads * this->depth * SQUARE;
@@ -34,16 +38,19 @@ struct Forward : Work<E> {
         own_base = arena.take<char>(own_bytes * call.threads);
     }
 
+    // Pack one square of keys in left form, and of values as V^T in left form.
     void pack(const Part& part, int64_t kv, int64_t square, const Own& o, E* keys, E* values) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         pack_keys<T>(call.k, part, kv, square * SIDE, call.size, keys);
         pack_keys<T>(call.v, part, kv, square * SIDE, call.size, o.packed);
         turn_squares(o.packed, o.turned, this->depth);
         transpose_squares(o.turned, values, this->depth);
     }
 
+    // Compute 32 columns from `first` on, `columns` in all. shared: keys and values have been packed for all blocks.
+    // Online softmax: sums and output are relative to a running maximum, and are rescaled when a score rises far above it.
     void block(const Part& part, int64_t kv, int64_t first, int64_t columns, bool shared, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         const int64_t depth = this->depth, head = kv * this->groups;
         Sight sight;
         int64_t near, far;
@@ -53,7 +60,7 @@ struct Forward : Work<E> {
         pack_rows(rows, call.size, o.packed);
         transpose_squares(o.packed, o.q, depth);
         Softmax state;
-        for (int64_t x = 0; x < SIDE; x++) state.top[x] = -1e30f, state.sum[x] = 0;
+        for (int64_t x = 0; x < SIDE; x++) state.top[x] = NO_MAXIMUM, state.sum[x] = 0;
         const float factor = call.scale * LOG2_E;
         const int64_t begin = (this->limit(near) + 1) / SIDE, end = far / SIDE + 1;
         for (int64_t square = begin; square < end; square += KEY_SQUARES) {
@@ -83,8 +90,9 @@ struct Forward : Work<E> {
         finish(part, head, first, columns, state, o);
     }
 
+    // Divide the output by its sums, and write it and the log-sum-exp.
     void finish(const Part& part, int64_t head, int64_t first, int64_t columns, const Softmax& state, const Own& o) const {
-        const Attention& call = *this->call;
+        const AttentionCall& call = *this->call;
         float factor[SIDE];
         T* rows[SIDE];
         for (int64_t x = 0; x < SIDE; x++) factor[x] = 1.0f / state.sum[x];
@@ -98,6 +106,7 @@ struct Forward : Work<E> {
         }
     }
 
+    // One thread: pack its share of keys, wait for the others, then take blocks until none is left.
     static void member(void* argument, int index, int) {
         const Forward& work = *static_cast<Forward*>(argument);
         const int64_t heads = work.call->kv_heads;

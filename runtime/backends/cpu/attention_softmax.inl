@@ -1,42 +1,39 @@
-// The element-wise middle of attention.inl: scores to probabilities and their gradients, 32 columns (queries) at a time.
-// Scores are S^T (keys x queries), so that everything a query has (maximum, sum, log-sum-exp) is a lane, never a row.
+// The element-wise part of attention.inl: scores to probabilities and their gradients, 32 columns (queries) at a time.
+// Scores are S^T (keys x queries), so that a query's maximum, sum and log-sum-exp are lanes, and need no sums across a
+// register.
 
-constexpr float HIDDEN = -3e38f;   // the score of a key that a query may not see
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-
-// log x for a positive normal x, to about one unit in the last place; NaN for NaN.
+// Return log x for a positive normal x, to about one unit in the last place; NaN for NaN.
+// x = 2^exponent m with m around 1, and log m = 2 atanh((m - 1) / (m + 1)), by its series.
 ET_INLINE float natural_log(float x) {
     uint32_t bits = to_bits(x) - 0x3f3504f3;  // sqrt(1/2)
     float m = from_bits((bits & 0x7fffff) + 0x3f3504f3), exponent = float(int32_t(bits) >> 23);
-    float s = (m - 1.0f) / (m + 1.0f), t = s * s;  // log m = 2 atanh s
+    float s = (m - 1.0f) / (m + 1.0f), t = s * s;
     float series = fma(fma(fma(t, 1.0f / 9, 1.0f / 7), t, 1.0f / 5), t, 1.0f / 3);
     return x == x ? fma(exponent, LN_2, fma(2.0f * s * t, series, 2.0f * s)) : x;
 }
 
-// What each of 32 queries may see: keys in (low, high], as floats (exact: there are far fewer than 2^24 keys).
+// The keys that each of 32 queries may see: those in (low, high]. As floats, which are exact up to 2^24 keys.
 struct Sight {
     float low[SIDE], high[SIDE];
 };
 
-// Hide what the queries may not see in a square of scores, whose first key is `key`.
+// Set the scores (32 keys, 32 queries) that queries may not see to HIDDEN_SCORE. key: of the first row.
 ET_INLINE void hide(float* scores, const Sight& sight, int64_t key) {
     for (int64_t x = 0; x < SIDE; x += LANES) {
         Floats low = get(sight.low + x), high = get(sight.high + x);
         for (int64_t k = 0; k < SIDE; k++) {
             float* score = scores + k * SIDE + x;
             Floats here = all(float(key + k));
-            put(score, (here > low) & (here <= high) ? get(score) : all(HIDDEN));
+            put(score, (here > low) & (here <= high) ? get(score) : all(HIDDEN_SCORE));
         }
     }
 }
 
-// The running softmax of 32 queries, in units of log2: probabilities are 2^(score * factor - top).
+// The running softmax of 32 queries in base 2: probabilities are 2^(score * factor - top), and sum is their sum so far. top is
+// the largest score so far, or up to MAXIMUM_SLACK below it.
 struct Softmax {
     float top[SIDE], sum[SIDE];
 };
-
-// `top` may lag behind the true maximum by SLACK, which fp32 bears, and most rescaling never happens.
-constexpr float SLACK = 8.0f;
 
 ET_INLINE bool any_positive(Floats x) {
 #if defined(ET_USE_AVX512)
@@ -46,7 +43,8 @@ ET_INLINE bool any_positive(Floats x) {
 #endif
 }
 
-// Take `squares` of scores in: raise `top` where they outgrow it. True: alpha holds what older sums must be multiplied by.
+// Raise state.top where new scores (squares * 32 keys, 32 queries) rise more than MAXIMUM_SLACK above it. Return true if any
+// does; then state.sum has been rescaled, and alpha (32,) is the factor by which earlier outputs must be multiplied.
 ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Softmax& state, float* alpha) {
     float seen[SIDE];
     bool outgrown = false;
@@ -57,7 +55,7 @@ ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Sof
             for (int64_t i = 0; i < 4; i++) most[i] = larger(most[i], get(scores + (k + i) * SIDE + x));
         Floats peak = larger(larger(most[0], most[1]), larger(most[2], most[3])) * factor;
         put(seen + x, peak);
-        outgrown |= any_positive(peak - get(state.top + x) - SLACK);
+        outgrown |= any_positive(peak - get(state.top + x) - MAXIMUM_SLACK);
     }
     if (!outgrown) return false;
     for (int64_t x = 0; x < SIDE; x += LANES) {
@@ -70,7 +68,8 @@ ET_INLINE bool raise_top(const float* scores, int64_t squares, float factor, Sof
     return true;
 }
 
-// Scores (squares of keys x 32) -> probabilities in right form (depth = keys), added to the sums.
+// scores (squares * 32 keys, 32 queries) -> p, probabilities as `squares` squares in right form (depth = keys); state.sum grows
+// by them.
 template <class E>
 static void probabilities(const float* scores, int64_t squares, float factor, Softmax& state, E* p);
 
@@ -87,7 +86,8 @@ void probabilities<float>(const float* scores, int64_t squares, float factor, So
     }
 }
 
-// One square of the backward: scores and dP (keys x 32) -> P and dS = P (dP - delta), in the forms their products want.
+// The results of score_gradients for one square (32 keys, 32 queries), in the forms that later products take: P and
+// dS = P (dP - delta).
 template <class E>
 struct Gradients {
     E* p;         // left form, rows = keys
@@ -95,6 +95,7 @@ struct Gradients {
     E* ds_right;  // right form, depth = keys
 };
 
+// scores, dp (32 keys, 32 queries); lse (32,), log-sum-exp in base 2; delta (32,) -> out. factor: of scores, times log2 e.
 ET_INLINE void score_gradients(const float* scores, const float* dp, float factor, const float* lse, const float* delta,
                                const Gradients<float>& out) {
     for (int64_t x = 0; x < SIDE; x += LANES) {
@@ -110,6 +111,9 @@ ET_INLINE void score_gradients(const float* scores, const float* dp, float facto
     }
 }
 
+// The bf16 versions of the two functions above. A word of a right form holds two keys of one query, so rows are made in pairs
+// and zipped. Sums are of the unrounded probabilities, in two accumulators for each register, so that additions need not wait
+// for each other.
 #if defined(ET_USE_AVX512_BF16)
 ET_INLINE __m512i narrow(Floats first, Floats second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 

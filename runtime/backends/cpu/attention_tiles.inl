@@ -1,20 +1,25 @@
-// The arithmetic under attention.inl: squares of 32 x 32 numbers, packed so that one kernel multiplies any of them.
+// The products under attention.inl and project.inl: squares of 32 x 32 numbers, so packed that one function multiplies any.
 //
-// A square is 2 x 2 blocks of 16, kept in "tiles" of 16 rows of sixteen 32-bit words. A word is one fp32 number, or two
-// bf16 neighbours along the depth of the product: hence a tile is 16 deep in fp32 and 32 deep in bf16.
-//     left form   (rows x depth):    tile row = row,    its words = the depth
-//     right form  (depth x columns): tile row = a word of the depth, its words = 16 columns
-// Reading a tile's words column by column turns X's left form into X^T's right form and back, whatever the type. AMX takes
-// bf16 tiles of exactly these forms; AVX-512 broadcasts the left one's words.
-// Accumulators and scores are fp32, row-major.
+// A square is kept in "tiles" of 16 rows of sixteen 32-bit words (1 KB). A word is one fp32 number, or two bf16 neighbours
+// along the depth of the product (the dimension that is summed over), or four int8. So a tile is 16 deep in fp32, 32 in bf16,
+// 64 in int8.
+//     left form   (rows x depth):    a tile's row is a row, its words go along the depth; tiles: depth first, then rows
+//     right form  (depth x columns): a tile's row is a word of the depth, its words are 16 columns; depth first, then columns
+// For example the bf16 tiles of the left and the right operand, with k along the depth:
+//     left    row 0:  (0,k0 0,k1) (0,k2 0,k3) ... (0,k30 0,k31)    right   word 0:  (k0,0 k1,0) (k0,1 k1,1) ... (k0,15 k1,15)
+//             row 1:  (1,k0 1,k1) (1,k2 1,k3) ...                          word 1:  (k2,0 k3,0) (k2,1 k3,1) ...
+// Transposing a tile's words turns X's left form into X^T's right form and back, whatever the type. AMX takes tiles of exactly
+// these forms; AVX-512 broadcasts a word of the left tile and multiplies it with a row of the right one. Sums and scores are
+// fp32, row-major.
 
 constexpr int64_t SIDE = 32, SQUARE = SIDE * SIDE;
 
 template <class E>
-struct Form {  // E is what a product takes: float, or Bf16 where the machine multiplies it
-    static constexpr int64_t depth = 64 / sizeof(E);       // of a tile
-    static constexpr int64_t tile = 16 * depth;            // numbers in a tile
-    static constexpr int64_t deep = SIDE / depth;          // tiles along the depth of a square
+struct Form {  // E: the type that is multiplied, float, or Bf16 on machines that multiply it
+    static constexpr int64_t depth = 64 / sizeof(E);  // numbers along the depth of a tile
+    static constexpr int64_t tile = 16 * depth;       // numbers in a tile
+    static constexpr int64_t deep = SIDE / depth;     // tiles along the depth of a square
+    // Return the place of (row, k) in a square of left form.
     ET_MEMBER static E* left(E* square, int64_t row, int64_t k) {
         return square + (row / 16 * deep + k / depth) * tile + row % 16 * depth + k % depth;
     }
@@ -26,18 +31,20 @@ struct Form {  // E is what a product takes: float, or Bf16 where the machine mu
 ET_INLINE Floats fraction(Floats x) { return (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF); }
 ET_INLINE Floats scaled(Floats p, Floats, Floats x) { return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x); }
 #else
-ET_INLINE Floats floor_of(Floats x) {  // of small numbers
-    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
+ET_INLINE Floats floor_of(Floats x) {  // |x| < 2^22
+    const Floats shift = all(ROUNDING_SHIFT);
     Floats n = (x + shift) - shift;
     return n > x ? n - 1.0f : n;
 }
 ET_INLINE Floats fraction(Floats x) { return x - floor_of(x); }
-ET_INLINE Floats scaled(Floats p, Floats f, Floats x) {  // p * 2^floor(x), 0 for -127
-    return p * as_floats((as_words((x - f) + 12582912.0f) << 23) + (127u << 23));
+// Return p * 2^floor(x), 0 for x = -127; f: fraction(x). The shift leaves floor(x) in the low bits, which become an exponent.
+ET_INLINE Floats scaled(Floats p, Floats f, Floats x) {
+    return p * as_floats((as_words((x - f) + ROUNDING_SHIFT) << 23) + (127u << 23));
 }
 #endif
 
-// 2^x for x <= 127, 0 far below; relative error 2e-7, or 3e-6 where the result becomes bf16 anyway.
+// Return 2^x for x <= 127, 0 far below 0; relative error 2e-7, or 3e-6 for E = Bf16, to which the result is rounded anyway.
+// 2^fraction by a polynomial, fitted for each of the two errors.
 template <class E>
 ET_INLINE Floats power_of_two(Floats x) {
 #if !defined(ET_USE_AVX512)
@@ -61,9 +68,8 @@ ET_INLINE Floats power_of_two(Floats x) {
 
 // ---- products ----
 
-ET_INLINE Floats multiply_word(const float* word, const float* row, Floats sum) {
-    return fused(all(*word), get(row), sum);
-}
+// Return sum + (one word of a left tile) * (a row of a right tile).
+ET_INLINE Floats multiply_word(const float* word, const float* row, Floats sum) { return fused(all(*word), get(row), sum); }
 #if defined(ET_USE_AVX512_BF16)
 ET_INLINE Floats multiply_word(const Bf16* word, const Bf16* row, Floats sum) {  // two neighbours along the depth at once
     int32_t pair;
@@ -78,7 +84,8 @@ constexpr int64_t STRIP_ROWS = 8, STRIP_BLOCKS = 2;  // 8 x 32 sums in 16 of 32 
 constexpr int64_t STRIP_ROWS = 4, STRIP_BLOCKS = 1;  // 4 x 16 sums
 #endif
 
-// c (32 x 32, rows ldc apart) = or += the sum over n squares of left x right; squares lie left_step, right_step apart.
+// c (32, 32), rows ldc apart, = or, if `add`, += the sum over n squares of left (left form) x right (right form); squares lie
+// left_step and right_step apart. Sums of a strip of rows and blocks stay in registers over the whole depth.
 template <class E>
 static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_step, const E* right, int64_t right_step,
                              int64_t n, bool add) {
@@ -108,10 +115,11 @@ static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_
 
 // ---- packing ----
 
-// Up to `depth` of x -> one row of a left tile; what is missing becomes 0.
+// x (n,), at most a tile's depth of it -> one row of a left tile; missing numbers become 0.
 ET_INLINE void pack_row(Bf16* to, const Bf16* x, int64_t n) {
     if (n >= 32) memcpy(to, x, 64);
-    else for (int64_t i = 0; i < 32; i++) to[i].bits = i < n ? x[i].bits : 0;
+    else
+        for (int64_t i = 0; i < 32; i++) to[i].bits = i < n ? x[i].bits : 0;
 }
 template <class T>
 ET_INLINE void pack_row(float* to, const T* x, int64_t n) {
@@ -123,14 +131,15 @@ ET_INLINE void pack_row(float* to, const T* x, int64_t n) {
     }
 }
 
-// x (size) -> row `row` of the left squares (size padded to SIDE); null becomes 0.
+// x (size,), or null for zeros -> row `row` of squares in left form (size padded to SIDE).
 template <class E, class T>
 ET_INLINE void pack_left(E* squares, int64_t row, const T* x, int64_t size) {
     for (int64_t k = 0; k < size || k % SIDE; k += Form<E>::depth)
         pack_row(Form<E>::left(squares + k / SIDE * SQUARE, row, k % SIDE), x ? x + k : x, x ? size - k : 0);
 }
 
-// 16 rows of 16 words of whatever type, from_step bytes apart -> transposed, `to` contiguous.
+// words: 16 rows of sixteen 32-bit words, from_step bytes apart -> transposed, contiguous.
+// With AVX-512 in four passes: pairs of words, pairs of those, then 128-bit lanes twice.
 ET_INLINE void transpose_words(const void* words, int64_t from_step, void* transposed) {
     const char* from = static_cast<const char*>(words);
     char* to = static_cast<char*>(transposed);
@@ -161,19 +170,21 @@ ET_INLINE void transpose_words(const void* words, int64_t from_step, void* trans
 #endif
 }
 
-// `count` squares: X's left form -> X^T's right form, or X's right form -> X^T's left form.
+// from, to (count, SQUARE): X's left form -> X^T's right form, or X's right form -> X^T's left form.
 template <class E>
 static void transpose_squares(const E* from, E* to, int64_t count) {
     for (int64_t i = 0; i < count * SQUARE; i += Form<E>::tile) transpose_words(from + i, 64, to + i);
 }
 
-// `count` squares: X's left form -> X's right form.
+// from, to (count, SQUARE): X's left form -> X's right form. In fp32 only tiles change places; in bf16 words pair other
+// numbers.
 ET_INLINE void turn_squares(const float* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t t = 0; t < 4; t++) memcpy(to + i * SQUARE + t * 256, from + i * SQUARE + (t % 2 * 2 + t / 2) * 256, 1024);
 }
 #if defined(ET_USE_AVX512_BF16)
-// Words of two: those of `even` and of `odd` side by side, columns 0 to 15 -> first, 16 to 31 -> second.
+// Interleave two rows of 32 bf16, so that each word holds `even` and `odd` of one column: columns 0 to 15 -> first (32
+// numbers), 16 to 31 -> second.
 ET_INLINE void zip(__m512i even, __m512i odd, Bf16* first, Bf16* second) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
                                          4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -189,7 +200,7 @@ ET_INLINE void turn_squares(const Bf16* from, Bf16* to, int64_t count) {
 }
 #endif
 
-// x (size rows of 32 columns) times factor[column] -> x^T: `count` rows of T, one a column.
+// x (size, 32) times factor (32,) of its columns -> x^T: rows (count,) of (size,) T, one for each column.
 template <class T>
 static void unpack_columns(const float* x, const float* factor, T* const* rows, int64_t count, int64_t size) {
     float block[256];

@@ -1,108 +1,83 @@
-// A transformer block for a few new tokens of one sequence, and all blocks, final norm and head, as one call.
+// One step of decoding as one call: all transformer blocks, the final norm and the head, for a few new tokens of one sequence.
 //
-// One team of threads walks through a block's phases together and meets at a barrier where a phase reads what another wrote.
-// Rows of every product are shared out the same way each time, and no sum is split between threads: results do not depend on
-// how many there are. Norms and the layout of activations are small, so each thread does them for itself rather than meet.
+// One team of threads goes through the phases of a block together, and meets at a barrier wherever a phase reads what other
+// threads wrote. Rows of every product are shared out in the same way each time, and no sum is split between threads, so
+// results do not depend on how many there are. Norms and the layout of activations are small: each thread computes them for
+// itself, which is cheaper than meeting once more.
 //
-// Shapes: n <= 8 tokens, D hidden, F ffn, H query and KV key/value heads of hd; h (n, D) fp32, updated in place.
-
-// decode.py's `Shape`, `Block`, `Job` mirror these field by field.
-struct Shape {
-    int64_t hidden, ffn, heads, kv_heads, head_dim, max_length;
-    int64_t cache_bf16;  // else fp32
-    int64_t compute;
-    float eps, scale;    // of the norms; of attention's scores
-    const float *cosines, *sines;  // (max_length, hd/2)
-};
-
-struct Block {
-    Linear q, k, v, o, gate, up, down;
-    const float *attn_norm, *mlp_norm;  // (D,)
-    const float *q_norm, *k_norm;       // (hd,) or null
-    void *keys, *values;                // (KV, max_length, hd)
-    int64_t window;                     // 0: sees all
-};
-
-struct Job {
-    const Shape* shape;
-    const Block* blocks;
-    int64_t block_count;
-    const float* norm;   // (D,)
-    const Linear* head;
-    float* logits;       // (n, V)
-    float* h;
-    int64_t n, position; // of the first new token
-    uint8_t* space;      // decode_space bytes, aligned to 64
-    int64_t space_own;   // bytes of it that each thread has
-};
-
-constexpr int64_t LINE = 64;
-constexpr int64_t TILE = 16;  // keys or values brought to fp32 at a time; a multiple of LANES
+// Shapes: n <= MAX_TOKENS tokens, D hidden, F ffn, H query and KV key/value heads of hd; h (n, D) fp32, updated in place.
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Cuts fp32 arrays off a piece of memory; with no memory, measures.
+// Cuts arrays off a piece of memory, each at a multiple of ALIGNMENT. Without memory (at null), it only measures.
 struct Cutter {
     uint8_t* at;
     int64_t used;
     float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(count * 4)); }
     uint8_t* bytes(int64_t count) {
         uint8_t* piece = at + used;
-        used += round_up(count, LINE);
+        used += round_up(count, ALIGNMENT);
         return piece;
     }
 };
 
-// What the team shares between phases.
+// Activations that the whole team reads and writes.
 struct Shared {
-    float *qkv, *attended, *gate_up, *active, *out;
-    float* rotated[3];  // x A^T (n, rank) of up to three linears
+    float* qkv;         // (n, (H + 2 KV) * hd)
+    float* attended;    // (n, H * hd)
+    float* gate_up;     // (n, 2 F)
+    float* active;      // (n, F): silu(gate) * up
+    float* out;         // (n, D): a product before it is added to h
+    float* reduced[3];  // (n, rank): x A^T of up to three linears
     int64_t used;
-    Shared(const Shape& s, int64_t n, int64_t rank, uint8_t* space) {
+    Shared(const DecodeShape& s, int64_t n, int64_t rank, uint8_t* space) {
         Cutter cut = {space, 0};
         qkv = cut.floats(n * (s.heads + 2 * s.kv_heads) * s.head_dim);
         attended = cut.floats(n * s.heads * s.head_dim);
         gate_up = cut.floats(n * 2 * s.ffn);
         active = cut.floats(n * s.ffn);
         out = cut.floats(n * s.hidden);
-        for (float*& part : rotated) part = cut.floats(n * rank);
+        for (float*& part : reduced) part = cut.floats(n * rank);
         used = cut.used;
     }
 };
 
-// What each thread has for itself.
+// Scratch that each thread has for itself.
 struct Own {
-    float *normed, *scores, *tile;
-    uint8_t* activations;
+    float* normed;         // (n, D)
+    float* scores;         // (H / KV, max_length padded to DECODE_TILE)
+    float* tile;           // (DECODE_TILE, hd)
+    uint8_t* activations;  // what lay_out writes, for the widest linear
     int64_t used;
-    Own(const Shape& s, int64_t n, uint8_t* space) {
+    Own(const DecodeShape& s, int64_t n, uint8_t* space) {
         Cutter cut = {space, 0};
         normed = cut.floats(n * s.hidden);
-        scores = cut.floats(s.heads / s.kv_heads * round_up(s.max_length, TILE));
-        tile = cut.floats(TILE * s.head_dim);
+        scores = cut.floats(s.heads / s.kv_heads * round_up(s.max_length, DECODE_TILE));
+        tile = cut.floats(DECODE_TILE * s.head_dim);
         activations = cut.bytes(n * activation_bytes(larger(larger(s.hidden, s.ffn), s.heads * s.head_dim)));
         used = cut.used;
     }
 };
 
-static int64_t largest_rank(const Block* blocks, int64_t count) {
+static int64_t largest_rank(const DecodeBlock* blocks, int64_t count) {
     int64_t rank = 0;
     for (int64_t i = 0; i < count; i++)
-        for (const Linear* w = &blocks[i].q; w <= &blocks[i].down; w++) rank = larger(rank, w->rank);
+        for (const DecodeLinear* w = &blocks[i].q; w <= &blocks[i].down; w++) rank = larger(rank, w->rank);
     return rank;
 }
 
-// bytes[0]: of the whole space for n tokens and that many threads; bytes[1]: of a thread's own part of it.
-static void decode_space(const Shape* shape, const Block* blocks, int64_t block_count, int64_t n, int64_t threads,
+// Kernel: write the bytes of a DecodeJob's whole space to bytes[0], and of one thread's own part of it to bytes[1], for n
+// tokens and this many threads.
+static void decode_space(const DecodeShape* shape, const DecodeBlock* blocks, int64_t block_count, int64_t n, int64_t threads,
                          int64_t* bytes) {
     bytes[1] = Own(*shape, n, nullptr).used;
     bytes[0] = threads * bytes[1] + Shared(*shape, n, largest_rank(blocks, block_count), nullptr).used;
 }
 
-// ---- a tile of keys or values, fp32 (TILE, hd); what lies beyond its `count` rows is of no account ----
+// ---- tiles: DECODE_TILE keys or values as fp32 (DECODE_TILE, hd); rows beyond `count` may hold anything ----
 
 ET_INLINE const float* as_f32(const float* rows, int64_t count, int64_t hd, float* space) {
-    if (count == TILE) return rows;  // a short tile is copied, so that reading a whole one stays inside memory
+    if (count == DECODE_TILE) return rows;  // only a short tile is copied, so that reading a whole one stays inside memory
     memcpy(space, rows, size_t(count * hd) * 4);
     return space;
 }
@@ -111,7 +86,7 @@ ET_INLINE const float* as_f32(const Bf16* rows, int64_t count, int64_t hd, float
     return space;
 }
 
-// Lanes without STEP: a[l] + a[l + STEP]; lanes with it: b[l - STEP] + b[l].
+// In lanes l whose index lacks the bit STEP: a[l] + a[l + STEP]; in the others: b[l - STEP] + b[l].
 template <int STEP>
 ET_INLINE Floats fold_pair(Floats a, Floats b) {
 #if defined(__clang__)
@@ -126,11 +101,12 @@ ET_INLINE Floats fold_pair(Floats a, Floats b) {
     }
     return __builtin_shuffle(a, b, straight) + __builtin_shuffle(a, b, crossed);
 #else
-    return a + b;  // never: one lane
+    return a + b;  // never called: these compilers have one lane
 #endif
 }
 
-// x[0], lane i: the sum of x[i]. Neighbours are folded into one, then pairs, fours and so on.
+// Put the sum of x[i]'s lanes into lane i of x[0], for LANES registers x: neighbours are folded into one register, then pairs
+// of those, and so on. That is fewer steps than summing each register by itself.
 template <int STEP>
 ET_INLINE void fold(Floats* x) {
     if constexpr (STEP < LANES) {
@@ -139,9 +115,9 @@ ET_INLINE void fold(Floats* x) {
     }
 }
 
-// scores (TILE,) = q . keys
+// scores (DECODE_TILE,) = q (hd,) . keys (DECODE_TILE, hd)
 static void score_tile(const float* q, const float* keys, int64_t hd, float* scores) {
-    for (int64_t j = 0; j < TILE; j += LANES) {
+    for (int64_t j = 0; j < DECODE_TILE; j += LANES) {
         Floats sums[LANES];
         for (Floats& sum : sums) sum = Floats{};
         each(hd, [&](int64_t i, auto part) {
@@ -153,7 +129,7 @@ static void score_tile(const float* q, const float* keys, int64_t hd, float* sco
     }
 }
 
-// out (hd,) += weights . values
+// out (hd,) += weights (count,) . values (count, hd)
 static void add_tile(const float* weights, const float* values, int64_t count, int64_t hd, float* out) {
     int64_t i = 0;
     for (; i + 4 * LANES <= hd; i += 4 * LANES) {  // four sums in flight
@@ -173,17 +149,17 @@ static void add_tile(const float* weights, const float* values, int64_t count, i
     });
 }
 
-// One thread's view of the work on one block.
+// One thread's part of a step.
 struct Worker {
-    const Job& job;
-    const Shape& s;
+    const DecodeJob& job;
+    const DecodeShape& s;
     Meeting* meeting;
     int index, count;
     Shared shared;
     Own own;
     Activations tokens[MAX_TOKENS];
 
-    Worker(const Job& job, int64_t rank, Meeting* meeting, int index, int count, int threads)
+    Worker(const DecodeJob& job, int64_t rank, Meeting* meeting, int index, int count, int threads)
         : job(job), s(*job.shape), meeting(meeting), index(index), count(count),
           shared(s, job.n, rank, job.space + threads * job.space_own), own(s, job.n, job.space + index * job.space_own) {}
 
@@ -191,22 +167,23 @@ struct Worker {
     void meet() const { edgetune::meet(meeting, count); }
     Range mine(int64_t items, int64_t grain) const { return share(items, grain, index, count); }
 
-    // y[i] (n, stride) = x W_i^T + bias + x A_i^T B_i^T for this thread's rows of `linears` linears that share x, which
-    // `tokens` holds.
-    void project(const Linear* const* w, int linears, float* const* y, int64_t stride) {
+    // Compute y[i] (n, stride) = x W_i^T + bias + x A_i^T B_i^T, this thread's rows of each of `linears` linears. They share x,
+    // which is laid out in `tokens`. The team meets once, between x A^T and its use.
+    void project(const DecodeLinear* const* w, int linears, float* const* y, int64_t stride) {
         bool adapted = false;
         for (int i = 0; i < linears; i++) {
             if (!w[i]->rank) continue;
             adapted = true;
-            Range rows = mine(w[i]->rank, 4);
-            dense_range(w[i]->lora_kind, w[i]->lora_A, w[i]->cols, tokens, n(), shared.rotated[i], w[i]->rank, rows.begin, rows.end);
+            Range rows = mine(w[i]->rank, RANK_GRAIN);
+            dense_range(w[i]->lora_kind, w[i]->lora_A, w[i]->cols, tokens, n(), shared.reduced[i], w[i]->rank, rows.begin,
+                        rows.end);
         }
         if (adapted) meet();
         for (int i = 0; i < linears; i++) {
-            Range rows = mine(w[i]->rows, PANEL);
+            Range rows = mine(w[i]->rows, LORA_PANEL);
             product_range(*w[i], s.compute, tokens, n(), y[i], stride, rows.begin, rows.end);
             for (int64_t t = 0; t < n(); t++) {
-                const float* xa = shared.rotated[i] + t * w[i]->rank;
+                const float* xa = shared.reduced[i] + t * w[i]->rank;
                 if (w[i]->bias) add(w[i]->bias, y[i] + t * stride, rows);
                 if (w[i]->lora_kind == DENSE_BF16) add_adapter<Bf16>(*w[i], xa, y[i] + t * stride, rows);
                 else add_adapter<float>(*w[i], xa, y[i] + t * stride, rows);
@@ -214,36 +191,38 @@ struct Worker {
         }
     }
 
+    // y[rows] += x[rows]
     static void add(const float* x, float* y, Range rows) {
         each(rows.end - rows.begin, [&](int64_t i, auto part) {
             put(y + rows.begin + i, get(y + rows.begin + i, part) + get(x + rows.begin + i, part), part);
         });
     }
 
-    // y[rows] += B xa, a panel of B's rows at a time.
+    // y[rows] += B xa, with xa (rank,), a panel of LORA_PANEL rows of B at a time.
     template <class T>
-    static void add_adapter(const Linear& w, const float* xa, float* y, Range rows) {
-        for (int64_t row = rows.begin; row < rows.end && w.rank; row += PANEL) {
-            const int64_t there = rows.end - row < PANEL ? rows.end - row : PANEL;
+    static void add_adapter(const DecodeLinear& w, const float* xa, float* y, Range rows) {
+        for (int64_t row = rows.begin; row < rows.end && w.rank; row += LORA_PANEL) {
+            const int64_t there = rows.end - row < LORA_PANEL ? rows.end - row : LORA_PANEL;
             const T* b = static_cast<const T*>(w.lora_B) + row * w.rank;
             each(there, [&](int64_t i, auto part) {
                 Floats total = get(y + row + i, part);
-                for (int64_t k = 0; k < w.rank; k++) total = fused(get(b + k * PANEL + i), all(xa[k]), total);
+                for (int64_t k = 0; k < w.rank; k++) total = fused(get(b + k * LORA_PANEL + i), all(xa[k]), total);
                 put(y + row + i, total, part);
             });
         }
     }
 
-    // h += y W^T, for this thread's rows; x (n, w.cols) was written by the whole team.
-    void add_product(const Linear& w, const float* x) {
+    // h += x W^T for this thread's rows. x (n, w.cols): written by the whole team before the last meeting.
+    void add_product(const DecodeLinear& w, const float* x) {
         lay_out(s.compute, x, n(), w.cols, own.activations, tokens);
-        const Linear* linear = &w;
+        const DecodeLinear* linear = &w;
         project(&linear, 1, &shared.out, s.hidden);
-        Range rows = mine(s.hidden, PANEL);
+        Range rows = mine(s.hidden, LORA_PANEL);
         for (int64_t t = 0; t < n(); t++) add(shared.out + t * s.hidden, job.h + t * s.hidden, rows);
         meet();
     }
 
+    // The norm of h (n, cols) times weight (cols,), laid out in `tokens`; every thread does the whole of it.
     void normalise(const float* weight, int64_t cols) {
         rms_norm(job.h, cols, weight, s.eps, job.n, cols, own.normed, cols, 1);
         lay_out(s.compute, own.normed, n(), cols, own.activations, tokens);
@@ -256,9 +235,9 @@ struct Worker {
         return static_cast<T*>(cache) + (kv_head * s.max_length + position) * s.head_dim;
     }
 
-    // Norm and rotation of q and k, in place; k and v into the cache.
+    // Norm and rotate q and k in place, and store k and v in the cache.
     template <class T>
-    void rotate_and_store(const Block& block) {
+    void rotate_and_store(const DecodeBlock& block) {
         const int64_t heads = s.heads + 2 * s.kv_heads, hd = s.head_dim, half = hd / 2;
         Range items = mine(job.n * heads, 1);
         for (int64_t item = items.begin; item < items.end; item++) {
@@ -278,32 +257,33 @@ struct Worker {
         meet();
     }
 
-    // Query heads [first, first + group) of one token, which share a key/value head: each tile of keys and of values is
-    // brought to fp32 once for all of them.
+    // Attention of query heads [first, first + group) of one token. They share a key/value head, so each tile of keys and of
+    // values is brought to fp32 once for all of them.
     template <class T>
-    void attend(const Block& block, int64_t token, int64_t first, int64_t group) {
+    void attend(const DecodeBlock& block, int64_t token, int64_t first, int64_t group) {
         const int64_t hd = s.head_dim, end = job.position + token + 1, kv_head = first / (s.heads / s.kv_heads);
         const int64_t begin = block.window && end > block.window ? end - block.window : 0, seen = end - begin;
         const float* q = shared.qkv + (token * (s.heads + 2 * s.kv_heads) + first) * hd;
         float* out = shared.attended + (token * s.heads + first) * hd;
         const T *keys = cached<T>(block.keys, kv_head, begin), *values = cached<T>(block.values, kv_head, begin);
-        const int64_t stride = round_up(seen, TILE);
-        for (int64_t j = 0; j < seen; j += TILE) {
-            const int64_t count = seen - j < TILE ? seen - j : TILE;
+        const int64_t stride = round_up(seen, DECODE_TILE);
+        for (int64_t j = 0; j < seen; j += DECODE_TILE) {
+            const int64_t count = seen - j < DECODE_TILE ? seen - j : DECODE_TILE;
             const float* tile = as_f32(keys + j * hd, count, hd, own.tile);
             for (int64_t g = 0; g < group; g++) score_tile(q + g * hd, tile, hd, own.scores + g * stride + j);
         }
         for (int64_t g = 0; g < group; g++) softmax(own.scores + g * stride, seen);
         memset(out, 0, size_t(group * hd) * 4);
-        for (int64_t j = 0; j < seen; j += TILE) {
-            const int64_t count = seen - j < TILE ? seen - j : TILE;
+        for (int64_t j = 0; j < seen; j += DECODE_TILE) {
+            const int64_t count = seen - j < DECODE_TILE ? seen - j : DECODE_TILE;
             const float* tile = as_f32(values + j * hd, count, hd, own.tile);
             for (int64_t g = 0; g < group; g++) add_tile(own.scores + g * stride + j, tile, count, hd, out + g * hd);
         }
     }
 
+    // scores (seen,) become softmax(scores * scale) in place.
     void softmax(float* scores, int64_t seen) const {
-        const float lowest = from_bits(0xff800000);
+        const float lowest = from_bits(MINUS_INFINITY_BITS);
         Floats most = all(lowest), total = {};
         each(seen, [&](int64_t i, auto part) { most = larger(most, get(scores + i, part, lowest)); });
         const float top = largest(most);
@@ -316,9 +296,9 @@ struct Worker {
         each(seen, [&](int64_t i, auto part) { put(scores + i, get(scores + i, part) * inverse, part); });
     }
 
-    // Heads that share keys go to one thread, unless there are more threads than such groups.
+    // Heads that share keys go to one thread, unless there are more threads than groups of such heads.
     template <class T>
-    void attend_all(const Block& block) {
+    void attend_all(const DecodeBlock& block) {
         const int64_t group = job.n * s.kv_heads >= count ? s.heads / s.kv_heads : 1, groups = s.heads / group;
         Range items = mine(job.n * groups, 1);
         for (int64_t item = items.begin; item < items.end; item++)
@@ -328,10 +308,10 @@ struct Worker {
 
     // ---- the block ----
 
-    void run(const Block& block) {
+    void run(const DecodeBlock& block) {
         normalise(block.attn_norm, s.hidden);
         const int64_t hd = s.head_dim, stride = (s.heads + 2 * s.kv_heads) * hd;
-        const Linear* qkv[3] = {&block.q, &block.k, &block.v};
+        const DecodeLinear* qkv[3] = {&block.q, &block.k, &block.v};
         float* to[3] = {shared.qkv, shared.qkv + s.heads * hd, shared.qkv + (s.heads + s.kv_heads) * hd};
         project(qkv, 3, to, stride);
         meet();
@@ -344,10 +324,10 @@ struct Worker {
         }
         add_product(block.o, shared.attended);
         normalise(block.mlp_norm, s.hidden);
-        const Linear* gate_up[2] = {&block.gate, &block.up};
+        const DecodeLinear* gate_up[2] = {&block.gate, &block.up};
         float* halves[2] = {shared.gate_up, shared.gate_up + s.ffn};
         project(gate_up, 2, halves, 2 * s.ffn);
-        Range mine_of_ffn = mine(s.ffn, PANEL);
+        Range mine_of_ffn = mine(s.ffn, LORA_PANEL);
         swiglu(shared.gate_up + mine_of_ffn.begin, 2 * s.ffn, shared.gate_up + s.ffn + mine_of_ffn.begin, 2 * s.ffn, job.n,
                mine_of_ffn.end - mine_of_ffn.begin, shared.active + mine_of_ffn.begin, s.ffn, 1);
         meet();
@@ -361,7 +341,7 @@ struct Worker {
 };
 
 struct Team {
-    const Job* job;
+    const DecodeJob* job;
     int64_t rank;
     int threads;
     Meeting meeting;
@@ -374,8 +354,8 @@ static void run_worker(void* argument, int index, int count) {
     worker.run_head();
 }
 
-// All of the job's blocks, one after another, then final norm and head.
-static void decode(const Job* job, int threads) {
+// Kernel: run one step; see structures.h, DecodeJob.
+static void decode(const DecodeJob* job, int threads) {
     Team team = {job, largest_rank(job->blocks, job->block_count), threads, {0, 0}};
     edgetune::parallel(threads, run_worker, &team);
 }

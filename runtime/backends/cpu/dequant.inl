@@ -1,29 +1,15 @@
-// NF4 (any 16-entry table) to bf16, fp16 or fp32, bit for bit as nf4.py defines it:
+// Dequantises NF4 (or any 16-entry code table) to bf16, fp16 or fp32, bit for bit as nf4.py defines it:
 //     absmax = table[code] * nested_absmax, + offset (two roundings);  weight = codes[nibble] * absmax, rounded to the type.
-// A block of 64 weights shares its absmax, so there are only 16 different products: they are computed and rounded once a
-// block, and every weight is a lookup among them.
-
-// Where a block's absmax comes from: fp32 as it is (codes null), or 8-bit codes with one fp32 for 2^shift of them.
-struct Absmax {
-    const float* plain;
-    const uint8_t* codes;
-    const float* table;
-    const float* nested;
-    float offset;
-    int64_t shift;
-
-    ET_MEMBER float at(int64_t block) const {
-        if (!codes) return plain[block];
-        float product = table[codes[block]] * nested[block >> shift];
-        return product + offset;
-    }
-};
+// All weights of a block share one absmax, so a block has only 16 different values: they are computed and rounded once a block,
+// and every weight is a lookup among them.
+//
+// Packed weights: two codes a byte, the first weight's in the high nibble.
 
 // ---- Products<T>: the 16 rounded products of a block, and the lookup of 32 weights (16 packed bytes) among them ----
 
 #if defined(ET_USE_AVX512)
 
-ET_INLINE __m512i repeat16(__m512i words) {  // 16 values in 32-bit lanes -> 32 16-bit lanes, twice the same
+ET_INLINE __m512i repeat16(__m512i words) {  // 16 values in 32-bit lanes -> 32 lanes of 16 bits, all values twice
     return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(words));
 }
 
@@ -38,8 +24,8 @@ ET_INLINE __m512i round16(__m512 products, const F16*) {
     return _mm512_broadcast_i64x4(_mm512_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// 16 packed bytes -> 32 16-bit lanes whose low 4 bits are the codes in order (the lookup ignores all but 5 bits, and the
-// table of 32 repeats itself after 16).
+// 16 packed bytes -> 32 16-bit lanes whose low 4 bits are the codes in order. The bits above need no mask: the lookup reads 5
+// bits, and the table of 32 holds the 16 values twice.
 ET_INLINE __m512i spread(const uint8_t* packed) {
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
     return _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
@@ -74,7 +60,8 @@ struct Products<float> {
 
 #elif defined(ET_USE_AVX2) || defined(ET_USE_NEON)
 
-// 16 bytes looked up among 16 bytes: pshufb and tbl. A 16-bit value is two such lookups (its planes of bytes), an fp32 four.
+// pshufb and tbl look 16 bytes up among 16 bytes. A 16-bit value takes two lookups, one for each of its bytes (a "plane"), and
+// an fp32 value four; the planes are then interleaved.
 #if defined(ET_USE_AVX2)
 typedef __m128i Bytes;
 ET_INLINE Bytes load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -160,8 +147,8 @@ struct Products {
 
 #endif
 
-// Weights [begin, end) of one block: the ragged ends that expand32 does not reach. packed holds weight 0 in its first byte's
-// high nibble; out receives weight `begin` first.
+// Dequantise weights [begin, end) of one block one by one: the ends that expand32 does not reach. packed: of the whole tensor;
+// out (end - begin,).
 template <class T>
 void expand_some(const float* codes, float absmax, const uint8_t* packed, int64_t begin, int64_t end, T* out) {
     for (int64_t i = begin; i < end; i++) {
@@ -170,10 +157,10 @@ void expand_some(const float* codes, float absmax, const uint8_t* packed, int64_
     }
 }
 
-// Weights [begin, end) of the flat tensor; out receives weight `begin` first.
+// Dequantise weights [begin, end) of the flattened tensor. packed: of the whole tensor; codes (16,); out (end - begin,).
 template <class T>
-void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t begin,
-                      int64_t end, T* out) {
+void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t begin, int64_t end,
+                      T* out) {
     int64_t block = begin / block_size;
     for (int64_t i = begin; i < end; block++) {
         int64_t stop = (block + 1) * block_size;
@@ -188,21 +175,24 @@ void dequantize_range(const uint8_t* packed, const float* codes, Absmax absmax, 
     }
 }
 
+// packed (ceil(count / 2),), codes (16,) -> out (count,). Threads share whole blocks.
 template <class T>
 void dequantize(const uint8_t* packed, const float* codes, Absmax absmax, int64_t block_size, int64_t count, T* out,
                 int threads) {
-    int64_t grain = block_size < 4096 ? 4096 / block_size * block_size : block_size;
+    int64_t grain = block_size < DEQUANT_GRAIN ? DEQUANT_GRAIN / block_size * block_size : block_size;
     parallel_for(threads, count, grain, [=](int64_t begin, int64_t end) {
         dequantize_range(packed, codes, absmax, block_size, begin, end, out + begin);
     });
 }
 
-#define ET_DEQUANTIZE(name, T)                                                                                            \
-    void name(const uint8_t* packed, const float* codes, const float* plain, const uint8_t* absmax_codes,                 \
-              const float* absmax_table, const float* nested, float offset, int64_t shift, int64_t block_size,            \
-              int64_t count, T* out, int threads) {                                                                       \
-        Absmax absmax = {plain, absmax_codes, absmax_table, nested, offset, shift};                                       \
-        dequantize(packed, codes, absmax, block_size, count, out, threads);                                               \
+// Kernels: packed (ceil(count / 2),), codes (16,), and a structures.h Absmax as separate arguments -> out (count,). plain, or
+// else absmax_codes, absmax_table and nested, is null.
+#define ET_DEQUANTIZE(name, T)                                                                                                \
+    void name(const uint8_t* packed, const float* codes, const float* plain, const uint8_t* absmax_codes,                     \
+              const float* absmax_table, const float* nested, float offset, int64_t shift, int64_t block_size, int64_t count, \
+              T* out, int threads) {                                                                                          \
+        Absmax absmax = {plain, absmax_codes, absmax_table, nested, offset, shift};                                           \
+        dequantize(packed, codes, absmax, block_size, count, out, threads);                                                   \
     }
 ET_DEQUANTIZE(dequantize_bf16, Bf16)
 ET_DEQUANTIZE(dequantize_f16, F16)

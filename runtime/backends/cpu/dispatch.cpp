@@ -1,5 +1,22 @@
-// The library's outside: which instruction sets this build holds and this machine runs, the kernels of each, the thread team.
-#include "kernels.h"
+// The library's C interface: the instruction sets that this build holds and this machine runs, their kernels, the layout of the
+// structs, and the thread team.
+//
+// Adding a CPU (an instruction set `xyz`) touches these places and no others:
+//   1. build.py: its flags for gcc and clang, and for MSVC, in the table X86 or ARM. The key is the name, `xyz`. Another
+//      architecture needs another table, and a line in machine_isas.
+//   2. isa_xyz.cpp: new; one line on the machines that have it, ET_ISA, the ET_USE_... macros it implies, and kernels.inl.
+//   3. dispatch.cpp (here): has_xyz(), which asks the CPU and whether the operating system saves its registers; the
+//      declaration of xyz::table; and a row of `isas` inside #ifndef ET_NO_XYZ (build.py defines that where the compiler is too
+//      old). The rows are in order of preference: a kernel that xyz lacks is looked for in the rows below.
+//   4. lanes.inl: LANES, and get, put and fused if the compiler's vector types do not do (ET_USE_XYZ). All kernels work then.
+//   5. What it does better than the plain code, as an #if defined(ET_USE_XYZ) branch: numbers.inl (fma), dequant.inl (table
+//      lookup), forms.inl (products of decoding), attention_tiles.inl and attention_softmax.inl (tile products, 2^x).
+//      kernels.inl includes its intrinsics' header, and chooses the kernels if, like AMX, it has only some.
+//   6. tests: the list of instruction sets of test_attention_kernels.py's `isa` fixture (the other tests ask library.isas()).
+//      If no machine at hand can run it: tests/test_neon.py and tests/neon show how to test it under an emulator.
+//   7. README.md: its table of machines.
+// Python needs no change: library.py asks et_isa_name, and EDGETUNE_CPU_ISA=xyz forces it.
+#include "structures.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define ET_X86 1
@@ -32,7 +49,7 @@ static void give_way() { sched_yield(); }
 
 namespace edgetune {
 
-// ---- what the processor and its operating system offer ----
+// ---- instruction sets of this CPU and its operating system ----
 
 #ifdef ET_X86
 static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4]) {
@@ -47,7 +64,8 @@ static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4]) {
 
 static bool bits(uint32_t word, uint32_t mask) { return (word & mask) == mask; }
 
-// The operating system must save the wide registers too: XCR0 says which it does.
+// Return XCR0: the registers that the operating system saves when it switches threads. A CPU may have wide registers that an
+// old kernel does not save.
 static uint64_t saved_registers() {
     uint32_t r[4];
     cpuid(1, 0, r);
@@ -61,6 +79,7 @@ static uint64_t saved_registers() {
 #endif
 }
 
+// Return register `which` (0 EAX to 3 EDX) of CPUID leaf 7, or 0 if this CPU has no such leaf.
 static uint32_t leaf7(int subleaf, int which) {
     uint32_t r[4];
     cpuid(0, 0, r);
@@ -86,7 +105,7 @@ static bool has_avx512_bf16() {
     return has_avx512() && bits(leaf7(0, 2), wanted) && bits(leaf7(1, 0), 1u << 5);
 }
 
-// Linux wants to be asked once a process, since tiles make a thread's saved state 8 KiB larger.
+// Linux grants AMX only on request, once for the process, since tiles make a thread's saved state 8 KiB larger.
 static bool has_amx() {
     uint32_t wanted = (1u << 22) | (1u << 24) | (1u << 25);  // AMX-BF16, AMX-TILE, AMX-INT8
     if (!has_avx512_bf16() || (saved_registers() & 0x60000) != 0x60000 || !bits(leaf7(0, 3), wanted)) return false;
@@ -133,7 +152,7 @@ namespace neon { extern const Kernel table[]; }
 namespace neon_i8mm { extern const Kernel table[]; }
 #endif
 
-// Best first. build.py leaves out (ET_NO_...) what the compiler could not compile.
+// In order of preference, best first. build.py defines ET_NO_... for what the compiler could not compile.
 static const Isa isas[] = {
 #ifdef ET_X86
 #ifndef ET_NO_AMX
@@ -160,7 +179,7 @@ static const Isa isas[] = {
     {"scalar", always, scalar::table},
 };
 
-// ---- the thread team: torch's own OpenMP runtime, found by library.py ----
+// ---- the thread team: the OpenMP runtime that torch has loaded, which library.py finds ----
 
 typedef void (*Parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
 typedef int (*Number)();
@@ -174,6 +193,7 @@ struct Job {
     void* argument;
 };
 
+// One member of the team: find out which, and do its task.
 static void member(void* data) {
     const Job* job = static_cast<const Job*>(data);
     job->task(job->argument, omp_thread_num(), omp_num_threads());
@@ -201,9 +221,9 @@ static void rest() {
 #endif
 }
 
+// The last thread to arrive starts a new round; the others wait for the round to change.
 void meet(Meeting* meeting, int count) {
     if (count <= 1) return;
-    constexpr int SPINS = 1000;  // some ten microseconds: more than threads differ by when each has its processor
     int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == count) {
         __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
@@ -211,7 +231,7 @@ void meet(Meeting* meeting, int count) {
         return;
     }
     for (int spins = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; spins++) {
-        if (spins < SPINS) rest();
+        if (spins < MEETING_SPINS) rest();
         else give_way();
     }
 }
@@ -225,16 +245,28 @@ void meet(Meeting*, int count) {
 
 using namespace edgetune;
 
+#include "layout.inl"
+
+// Return the version that library.py compares with its own.
 ET_EXPORT int et_abi() { return ET_ABI; }
 
-// The name of the index-th instruction set of this build, best first; null past the last.
+// Write the index-th entry of layout.inl's list through the four pointers and return 1; return 0 past the last.
+ET_EXPORT int et_layout(int index, const char** structure, const char** field, int64_t* offset, int64_t* size) {
+    if (index < 0 || index >= int(sizeof layout / sizeof layout[0])) return 0;
+    const LayoutEntry& entry = layout[index];
+    *structure = entry.structure, *field = entry.field, *offset = entry.offset, *size = entry.size;
+    return 1;
+}
+
+// Return the name of the index-th instruction set of this build, best first; null past the last.
 ET_EXPORT const char* et_isa_name(int index) {
     return index >= 0 && index < int(sizeof isas / sizeof isas[0]) ? isas[index].name : nullptr;
 }
 
 ET_EXPORT int et_isa_supported(int index) { return et_isa_name(index) && isas[index].supported(); }
 
-// The kernel of that name for that instruction set, or the next best one's that has it; null where there is none.
+// Return the kernel of this name for the index-th instruction set or, if it lacks it, for the next best that has it and that
+// this machine runs; null if there is none.
 ET_EXPORT void* et_kernel(int index, const char* name) {
     if (!et_isa_supported(index)) return nullptr;
     for (; et_isa_name(index); index++) {
@@ -245,8 +277,8 @@ ET_EXPORT void* et_kernel(int index, const char* name) {
     return nullptr;
 }
 
-// GOMP_parallel, GOMP_barrier, omp_get_thread_num and omp_get_num_threads of the runtime that torch has loaded (libgomp,
-// libomp and libiomp5 all export them). Linking none of our own is what keeps a process at one OpenMP runtime.
+// Receive GOMP_parallel, GOMP_barrier, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has loaded
+// (libgomp, libomp and libiomp5 all export them). The library links no runtime of its own, so a process never has two.
 ET_EXPORT void et_set_openmp(void* parallel_function, void* barrier_function, void* thread_num, void* num_threads) {
     gomp_parallel = reinterpret_cast<Parallel>(parallel_function);
     gomp_barrier = reinterpret_cast<Barrier>(barrier_function);

@@ -1,15 +1,18 @@
-// Row by row and element by element: RMS norm, SwiGLU, rotary positions, dropout, cross-entropy, with their backwards.
+// Kernels that work row by row or element by element: RMS norm, SwiGLU, rotary positions, dropout and cross-entropy, with their
+// backward passes.
 //
-// bf16 is read into fp32, computed, and rounded once. Rows are shared out among threads and no sum crosses a row, so results
-// do not depend on the number of threads. Every output may be the very input it replaces (same address, same strides);
-// strides count elements, and the last dimension is contiguous.
+// bf16 is read as fp32, computed in fp32, and rounded once. Threads share rows, and no sum crosses a row, so results do not
+// depend on the number of threads. An output may replace an input in place (same address, same strides). Strides count
+// elements; the last dimension is contiguous.
 
-// ---- RMS norm: h (N, D) / sqrt(mean h^2 + eps) * weight (D,) ----
+// ---- RMS norm ----
+
+// h (N, D) / sqrt(mean of h^2 + eps) * weight (D,) -> out (N, D)
 
 template <class T, class W>
 void rms_norm(const T* h, int64_t h_stride, const W* weight, float eps, int64_t rows, int64_t width, T* out, int64_t out_stride,
               int threads) {
-    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, ROW_GRAIN, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T* x = h + row * h_stride;
             T* y = out + row * out_stride;
@@ -24,11 +27,12 @@ void rms_norm(const T* h, int64_t h_stride, const W* weight, float eps, int64_t 
     });
 }
 
-// dh = r (w dx - x mean(w dx x)), x = h r the normed row, r its reciprocal root mean square
+// dx (N, D), the gradient of rms_norm's output, -> out (N, D), that of h; the weight is frozen.
+// dh = r (w dx - x mean(w dx x)), with r the row's reciprocal root mean square and x = h r.
 template <class T, class W>
 void rms_norm_backward(const T* dx, int64_t dx_stride, const T* h, int64_t h_stride, const W* weight, float eps, int64_t rows,
                        int64_t width, T* out, int64_t out_stride, int threads) {
-    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, ROW_GRAIN, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T *x = h + row * h_stride, *d = dx + row * dx_stride;
             T* y = out + row * out_stride;
@@ -47,7 +51,9 @@ void rms_norm_backward(const T* dx, int64_t dx_stride, const T* h, int64_t h_str
     });
 }
 
-// ---- SwiGLU: silu(gate) * up, (N, F) each ----
+// ---- SwiGLU ----
+
+// silu(gate) * up -> out, all (N, F)
 
 template <class T>
 void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows, int64_t width, T* out,
@@ -64,6 +70,7 @@ void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, 
     });
 }
 
+// dact, the gradient of swiglu's output, -> dgate and dup, all (N, F)
 template <class T>
 void swiglu_backward(const T* dact, int64_t dact_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
                      int64_t rows, int64_t width, T* dgate, int64_t dgate_stride, T* dup, int64_t dup_stride, int threads) {
@@ -80,13 +87,16 @@ void swiglu_backward(const T* dact, int64_t dact_stride, const T* gate, int64_t 
     });
 }
 
-// ---- rotary positions: x (N, heads, hd) in place, pairing i with i + hd/2; cos, sin (N, hd/2) ----
+// ---- rotary positions ----
+
+// Rotate x (N, heads, hd) in place, pairing element i with i + half; cosines, sines (N, half), half = hd / 2. inverse:
+// backwards.
 
 template <class T>
 void rope(T* x, int64_t row_stride, int64_t head_stride, const float* cosines, const float* sines, int inverse, int64_t rows,
           int64_t heads, int64_t half, int threads) {
     float sign = inverse ? -1.0f : 1.0f;
-    parallel_for(threads, rows, 4, [=](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, ROW_GRAIN, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const float *c = cosines + row * half, *s = sines + row * half;
             for (int64_t head = 0; head < heads; head++) {
@@ -102,7 +112,10 @@ void rope(T* x, int64_t row_stride, int64_t head_stride, const float* cosines, c
     });
 }
 
-// ---- dropout: element i is kept where hash32(i ^ seed) >= threshold, as reference.py has it ----
+// ---- dropout ----
+
+// x (N, D) times scale -> out (N, D), contiguous, or 0 where hash32(flat position ^ seed) < threshold: reference.py's bits. A
+// hash instead of a random generator: the backward computes the same mask again, and threads need no order.
 
 template <class T>
 void dropout(const T* x, int64_t x_stride, uint64_t key, uint64_t threshold, float scale, int64_t rows, int64_t width, T* out,
@@ -122,16 +135,20 @@ void dropout(const T* x, int64_t x_stride, uint64_t key, uint64_t threshold, flo
     });
 }
 
-// ---- cross-entropy: logits (R, V) become weight * (softmax - one at the target); losses (R,) in nats ----
+// ---- cross-entropy ----
+
+// Return the largest of x (width,).
 
 template <class T>
 ET_INLINE float largest(const T* x, int64_t width) {
-    const float lowest = from_bits(0xff800000);
+    const float lowest = from_bits(MINUS_INFINITY_BITS);
     Floats most = all(lowest);
     each(width, [&](int64_t i, auto part) { most = larger(get(x + i, part, lowest), most); });
     return largest(most);
 }
 
+// logits (R, V) become their gradient in place, weight * (softmax - 1 at the target); losses (R,) in nats. targets, weights
+// (R,). exponential runs twice over a row instead of storing (V,) fp32 numbers.
 template <class T>
 void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const float* weights, int64_t rows, int64_t width,
                    float* losses, int threads) {
@@ -140,7 +157,8 @@ void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const floa
             T* x = logits + row * stride;
             const float most = largest(x, width), at_target = load(x + targets[row]), weight = weights[row];
             Floats sums = {};
-            each(width, [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(0xff800000)) - most); });
+            each(width,
+                 [&](int64_t i, auto part) { sums += exponential(get(x + i, part, from_bits(MINUS_INFINITY_BITS)) - most); });
             const float total = sum(sums), part_of = weight / total;
             each(width, [&](int64_t i, auto part) { put(x + i, exponential(get(x + i, part) - most) * part_of, part); });
             float probability = expf(at_target - most) / total;
@@ -150,27 +168,27 @@ void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const floa
     });
 }
 
-// ---- what Python sees: one name a type ----
+// ---- the kernels by name: one for each type, with the shapes above ----
 
-#define ET_FOR_TYPE(suffix, T)                                                                                                \
-    void swiglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {     \
-        swiglu(g, gs, u, us, n, f, o, os, t);                                                                                 \
-    }                                                                                                                         \
-    void swiglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,          \
-                                  int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                 \
-        swiglu_backward(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                      \
-    }                                                                                                                         \
-    void rope_##suffix(T* x, int64_t rs, int64_t hs, const float* c, const float* s, int inverse, int64_t n, int64_t heads,   \
-                       int64_t half, int t) {                                                                                 \
-        rope(x, rs, hs, c, s, inverse, n, heads, half, t);                                                                    \
-    }                                                                                                                         \
-    void dropout_##suffix(const T* x, int64_t xs, uint64_t key, uint64_t least, float scale, int64_t n, int64_t d, T* o,      \
-                          int t) {                                                                                            \
-        dropout(x, xs, key, least, scale, n, d, o, t);                                                                        \
-    }                                                                                                                         \
+#define ET_FOR_TYPE(suffix, T)                                                                                                 \
+    void swiglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {      \
+        swiglu(g, gs, u, us, n, f, o, os, t);                                                                                  \
+    }                                                                                                                          \
+    void swiglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,           \
+                                  int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                  \
+        swiglu_backward(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                       \
+    }                                                                                                                          \
+    void rope_##suffix(T* x, int64_t rs, int64_t hs, const float* c, const float* s, int inverse, int64_t n, int64_t heads,    \
+                       int64_t half, int t) {                                                                                  \
+        rope(x, rs, hs, c, s, inverse, n, heads, half, t);                                                                     \
+    }                                                                                                                          \
+    void dropout_##suffix(const T* x, int64_t xs, uint64_t key, uint64_t least, float scale, int64_t n, int64_t d, T* o,       \
+                          int t) {                                                                                             \
+        dropout(x, xs, key, least, scale, n, d, o, t);                                                                         \
+    }                                                                                                                          \
     void cross_entropy_##suffix(T* x, int64_t xs, const int64_t* targets, const float* w, int64_t r, int64_t v, float* losses, \
-                                int t) {                                                                                      \
-        cross_entropy(x, xs, targets, w, r, v, losses, t);                                                                    \
+                                int t) {                                                                                       \
+        cross_entropy(x, xs, targets, w, r, v, losses, t);                                                                     \
     }
 #define ET_FOR_TYPES(suffix, T, W)                                                                                         \
     void rms_norm_##suffix(const T* h, int64_t hs, const W* w, float eps, int64_t n, int64_t d, T* o, int64_t os, int t) { \
@@ -187,8 +205,10 @@ ET_FOR_TYPES(bf16_f32, Bf16, float)
 ET_FOR_TYPES(f32_bf16, float, Bf16)
 ET_FOR_TYPES(f32_f32, float, float)
 
+// clang-format off
 #define ET_ELEMENTWISE_KERNELS(X)                                                                                              \
     X(swiglu_bf16) X(swiglu_f32) X(swiglu_backward_bf16) X(swiglu_backward_f32) X(rope_bf16) X(rope_f32) X(dropout_bf16)       \
     X(dropout_f32) X(cross_entropy_bf16) X(cross_entropy_f32) X(rms_norm_bf16_bf16) X(rms_norm_bf16_f32) X(rms_norm_f32_bf16)  \
     X(rms_norm_f32_f32) X(rms_norm_backward_bf16_bf16) X(rms_norm_backward_bf16_f32) X(rms_norm_backward_f32_bf16)             \
     X(rms_norm_backward_f32_f32)
+// clang-format on

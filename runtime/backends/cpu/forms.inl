@@ -1,25 +1,31 @@
-// How blocks of 64 packed weights meet activations in registers, for each instruction set with a way of its own.
+// The inner products of decoding: blocks of 64 packed weights times activations, in registers. A "form" is one way to compute
+// them; each instruction set has its own Bf16Form and Int8Form, or uses FloatForm for them. The loops around forms, and the
+// choice of a form, are in matvec.inl.
 //
-// A form says: BLOCKS, the blocks a step takes; SCALED, whether activations carry a scale a block (int8), by which absmax is
-// multiplied for every token; Table, the 16 values as the form looks them up; Sum, an accumulator register; and
-//     prepare(cols, x)                       x.x, fp32 (cols), into the form's own layout
-//     load(table, packed, left, weights)     the packed bytes of a step, of which `left` blocks are there
-//     dot(weights, x, block, scale, sum)     sum + scale * (weights . activations of that block), for each block of the step
-//     group(x, block, absmax, sum)           what GROUP blocks need beside (int8: the table's offset is taken back here)
-// The loops are in matvec.inl, and also which form serves which `compute`.
+// A form defines
+//     BLOCKS     the blocks that one step takes
+//     SCALED     true if activations have a scale for each block (int8), by which absmax is multiplied for every token
+//     Table      the 16 values of the code table as the form looks them up
+//     Weights    the weights of one step in registers
+//     Sum        an accumulator
+//     prepare(cols, x)                       convert the activations x.x, fp32 (cols,), to the form's own layout
+//     load(table, packed, left, weights)     look up the packed bytes of a step, of which only `left` blocks may be read
+//     dot(weights, x, block, scale, sum)     return sum + scale * (weights . activations), for the blocks of a step
+//     group(x, block, absmax, sum)           return sum corrected for ABSMAX_GROUP blocks (int8 with an unsigned table)
+//     total(sum)                             return the sum of an accumulator's lanes
+//
+// Packed weights have two codes a byte, the first weight's in the high nibble. Lookups give all high nibbles (the even weights)
+// and all low nibbles (the odd ones) in registers of their own, so activations are laid out as evens, then odds, once.
 
-constexpr int64_t BLOCK = 64;  // weights that share one absmax, wherever a form is used
-constexpr int64_t GROUP = 16;  // blocks whose absmax is expanded together
-
-// One token's activations. A form fills values; scale and correction, (blocks) padded to GROUP, are int8's.
+// One token's activations, as lay_out (matvec.inl) prepares them.
 struct Activations {
-    const float* x;
-    void* values;
-    float* scale;
-    float* correction;
+    const float* x;     // (cols,)
+    void* values;       // (cols,) in the form's layout; padded to ABSMAX_GROUP blocks
+    float* scale;       // int8: (blocks,), padded to ABSMAX_GROUP with 0
+    float* correction;  // int8: (blocks,), padded likewise
 };
 
-// fp32, everywhere: 64 weights are expanded (dequant.inl) to the stack and multiplied by activations in their own order.
+// fp32, for every instruction set: 64 weights are expanded to the stack (dequant.inl) and multiplied in their own order.
 struct FloatForm {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = false;
@@ -28,7 +34,7 @@ struct FloatForm {
         ET_MEMBER explicit Table(const float* codes) : Products<float>(codes, 1.0f) {}
     };
     struct Weights {
-        alignas(64) float values[BLOCK];
+        alignas(64) float values[QUANT_BLOCK];
     };
 
     static void prepare(int64_t, const Activations&) {}
@@ -39,9 +45,9 @@ struct FloatForm {
         table.expand32(packed + 16, weights.values + 32);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const float* values = x.x + block * BLOCK;
+        const float* values = x.x + block * QUANT_BLOCK;
         Floats product = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
+        for (int64_t i = 0; i < QUANT_BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
         return fused(product, all(*scale), sum);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
@@ -49,8 +55,8 @@ struct FloatForm {
 
 #if defined(ET_USE_AVX512_BF16)
 
-// bf16: 32 packed bytes in 16-bit lanes are looked up among 32 values (the 16 twice, so that neither nibble needs a mask:
-// a lookup reads 5 bits); activations lie as 32 even, then 32 odd ones, as the high and the low nibbles do.
+// bf16, one block a step. 32 packed bytes in 16-bit lanes are looked up among 32 values: the 16 twice, so that neither nibble
+// needs a mask, as the lookup reads 5 bits. Activations of a block: 32 even ones, then 32 odd ones.
 struct Bf16Form {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = false;
@@ -69,7 +75,7 @@ struct Bf16Form {
         const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
         Bf16* out = static_cast<Bf16*>(x.values);
-        for (int64_t i = 0; i < cols; i += BLOCK) {
+        for (int64_t i = 0; i < cols; i += QUANT_BLOCK) {
             __m512 a = _mm512_loadu_ps(x.x + i), b = _mm512_loadu_ps(x.x + i + 16);
             __m512 c = _mm512_loadu_ps(x.x + i + 32), d = _mm512_loadu_ps(x.x + i + 48);
             __m512bh even = _mm512_cvtne2ps_pbh(_mm512_permutex2var_ps(c, first, d), _mm512_permutex2var_ps(a, first, b));
@@ -86,7 +92,7 @@ struct Bf16Form {
         weights.odd = (__m512bh)_mm512_permutexvar_epi16(words, table.values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const Bf16* values = static_cast<const Bf16*>(x.values) + block * BLOCK;
+        const Bf16* values = static_cast<const Bf16*>(x.values) + block * QUANT_BLOCK;
         Sum product = _mm512_dpbf16_ps(zero(), weights.even, (__m512bh)_mm512_loadu_si512(values));
         product = _mm512_dpbf16_ps(product, weights.odd, (__m512bh)_mm512_loadu_si512(values + 32));
         return _mm512_fmadd_ps(product, _mm512_set1_ps(*scale), sum);
@@ -96,33 +102,30 @@ struct Bf16Form {
 
 #endif
 
-// ---- int8: weights are looked up as bytes, activations quantised per block of 64 ----
+// ---- int8: weights are looked up as bytes, and activations are quantised, with a scale for each block of 64 ----
 
-// The table's largest value as an integer. Not 127: at 124.1 NF4's values fall nearest to integers, and the error of the
-// rounded table over normally distributed weights is 4.7e-3 instead of 5.9e-3.
-constexpr float BYTE_SCALE = 124.1f;
+ET_INLINE int byte_of(float code) { return int(code * NF4_INT8_SCALE + (code < 0 ? -0.5f : 0.5f)); }
 
-ET_INLINE int byte_of(float code) { return int(code * BYTE_SCALE + (code < 0 ? -0.5f : 0.5f)); }
-
-// x = scale * integers in -127..127, a scale a block; evens, then odds of each step of `step` blocks, in bytes.
-// correction: `offset` * scale * the block's sum, for tables whose bytes lie that much too high.
+// x.x (cols,) -> x.values, bytes from -127 to 127, and x.scale: for each step of `step` blocks the even numbers, then the odd
+// ones. x.correction becomes offset * scale * the sum of the block's bytes: what the product with a table whose bytes are
+// -offset too high must be corrected by.
 ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step, float offset) {
-    const int64_t blocks = cols / BLOCK, padded = (blocks + GROUP - 1) / GROUP * GROUP;
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+    const int64_t blocks = cols / QUANT_BLOCK, padded = (blocks + ABSMAX_GROUP - 1) / ABSMAX_GROUP * ABSMAX_GROUP;
+    const float shift = ROUNDING_SHIFT;
     for (int64_t block = 0; block < padded; block++) {
-        int8_t* even = static_cast<int8_t*>(x.values) + (block - block % step) * BLOCK + block % step * 32;
+        int8_t* even = static_cast<int8_t*>(x.values) + (block - block % step) * QUANT_BLOCK + block % step * 32;
         int8_t* odd = even + step * 32;
         x.scale[block] = x.correction[block] = 0;
         if (block >= blocks) {
             if (block % step) memset(even, 0, 32), memset(odd, 0, 32);
             continue;
         }
-        const float* values = x.x + block * BLOCK;
+        const float* values = x.x + block * QUANT_BLOCK;
         Floats magnitudes = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES)
-            magnitudes = larger(magnitudes, as_floats(as_words(get(values + i)) & 0x7fffffff));
+        for (int64_t i = 0; i < QUANT_BLOCK; i += LANES)
+            magnitudes = larger(magnitudes, as_floats(as_words(get(values + i)) & MAGNITUDE_BITS));
         const float top = largest(magnitudes);
-        const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+        const float inverse = top > SMALLEST_ACTIVATION ? INT8_LARGEST / top : 0.0f;
         float sum = 0;
         ET_SIMD_SUM(sum)
         for (int i = 0; i < 32; i++) {
@@ -131,14 +134,15 @@ ET_INLINE void quantize_activations(int64_t cols, const Activations& x, int step
             odd[i] = int8_t(b);
             sum += a + b;
         }
-        x.scale[block] = top / (127.0f * BYTE_SCALE);
+        x.scale[block] = top / (INT8_LARGEST * NF4_INT8_SCALE);
         x.correction[block] = sum * x.scale[block] * offset;
     }
 }
 
 #if defined(ET_USE_AVX512_BF16)
 
-// 64 packed bytes, two blocks, a step. Bytes are unsigned (vpdpbusd), 128 too high; activations signed.
+// 64 packed bytes, two blocks a step. vpdpbusd (VNNI) multiplies unsigned by signed bytes and adds four neighbours to each
+// 32-bit lane: the table's bytes are stored 128 too high, to be unsigned, and `group` takes 128 * the sum of activations back.
 struct Int8Form {
     static constexpr int BLOCKS = 2;
     static constexpr bool SCALED = true;
@@ -160,11 +164,11 @@ struct Int8Form {
     static ET_MEMBER float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
     static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t left, Weights& weights) {
         __m512i bytes = left > 1 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0f, packed);
-        weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // reads 6 bits of an index
+        weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // the lookup reads 6 bits
         weights.odd = _mm512_permutexvar_epi8(bytes, table.values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         __m512i product = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.even, _mm512_loadu_si512(values));
         product = _mm512_dpbusd_epi32(product, weights.odd, _mm512_loadu_si512(values + 64));
         __m512 scales = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scale[0]), 0xff00, _mm_load_ss(scale + 1));
@@ -177,7 +181,8 @@ struct Int8Form {
 
 #elif defined(ET_USE_AVX2)
 
-// 32 packed bytes, one block, a step. maddubs takes one unsigned side: |weight|, the sign moved to the activation.
+// 32 packed bytes, one block a step. maddubs multiplies unsigned by signed bytes: it gets |weight|, and the activation with the
+// weight's sign.
 struct Int8Form {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = true;
@@ -207,12 +212,13 @@ struct Int8Form {
         weights.even = _mm256_shuffle_epi8(table.values, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
         weights.odd = _mm256_shuffle_epi8(table.values, _mm256_and_si256(bytes, nibble));
     }
-    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {  // 16-bit sums of pairs: at most 2 * 127 * 124
+    // Return 16-bit sums of two products: at most 2 * 127 * 124, which fits.
+    static ET_MEMBER __m256i multiply(__m256i weights, const int8_t* values) {
         __m256i signed_values = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), weights);
         return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i even = _mm256_madd_epi16(multiply(weights.even, values), ones);
         __m256i odd = _mm256_madd_epi16(multiply(weights.odd, values + 32), ones);
@@ -223,7 +229,7 @@ struct Int8Form {
 
 #elif defined(ET_USE_NEON)
 
-// 32 packed bytes, one block, a step; the dot-product instruction where it is there.
+// 32 packed bytes, one block a step, with the dot-product instruction on CPUs that have it.
 struct Int8Form {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = true;
@@ -260,7 +266,7 @@ struct Int8Form {
 #endif
     }
     static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
-        const int8_t* values = static_cast<const int8_t*>(x.values) + block * BLOCK;
+        const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         int32x4_t product = vdupq_n_s32(0);
         for (int i = 0; i < 2; i++) {
             product = multiply(product, weights.even[i], values + 16 * i);

@@ -1,186 +1,70 @@
 // Products of NF4 weights with many rows on AMX: the weight is dequantised piece by piece into the first cache and multiplied
-// from there, so that no dense copy of it ever exists. In bf16 weights have nf4.py's bits, sums are fp32 over the whole depth,
-// and the result is rounded once.
-//     forward    y (M, O)  = x (M, I) W^T     computed as y^T = W x^T: dequantised rows are a tile's left form as they lie
+// from there, so that no dense copy of it ever exists. This file has the loops around one 32 x 32 square of sums;
+// gemm_strip.inl dequantises, gemm_int8.inl rounds to 8 bits, and project.inl (which draws the whole) makes linear layers with
+// adapters of it.
+//
+//     forward    y (M, O)  = x (M, I) W^T     computed as y^T = W x^T: dequantised rows already are the left form of a tile
 //     backward   dx (M, I) = dy (M, O) W      dequantised pairs of rows, interleaved, are its right form
-// In both, "strips" of the weight, 32 of its `wide` dimension, meet "panels" of 32 rows of x (or dy), which were packed once
-// in the other form. Threads share the wide dimension: each dequantises its part alone, and sums do not depend on how many
-// there are. AMX needs no more than one instruction in 16 cycles, so the next strip is dequantised in between, and the panels
-// of the next piece of depth are fetched into the second cache. Panels are loaded past the first cache, which strips need.
-// project.inl makes whole linears with adapters of these.
-// In int8 the same squares hold twice the depth: int8.inl.
+//
+// "Left form" and "right form" are those of attention_tiles.inl: the two operands of a tile product. In bf16 the weights have
+// nf4.py's bits, sums are fp32 over the whole depth, and the result is rounded once. In int8 a square has the same bytes and
+// twice the depth.
 
 namespace gemm {
 
 using namespace attention;  // its squares, in left and right form
 
+// Numbers along the depth of one square of E: 32 bf16 or 64 int8. A square is 2 KB of either: 32 rows of 64 bytes.
 template <class E>
-constexpr int64_t DEPTH = 64 / sizeof(E);  // of a square of E: 32 bf16 or 64 int8, 2 KB of either
+constexpr int64_t DEPTH = 64 / sizeof(E);
 template <class E>
-constexpr int64_t DEEP = 8 * DEPTH<E>;     // of a strip: two strips, a panel and its sums fit the first cache
-constexpr int64_t WIDE = 512, TALL = 512;  // sums at a time: they fit the second cache
-constexpr int64_t CHUNK = 64;              // weights dequantised at once: never of two blocks
-
-struct Weight {  // project.py's _Weight, field for field
-    const uint8_t* packed;
-    const float* codes;
-    Absmax absmax;
-    int64_t block_shift;
-};
+constexpr int64_t STRIP_DEPTH = STRIP_SQUARES * DEPTH<E>;
 
 ET_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 ET_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// ---- a strip, one chunk after the other ----
-
-template <bool BACKWARD, class E>
-struct Strip {
-    Absmax absmax;  // copies: the compiler must believe that a store changes what a pointer shows
-    const uint8_t* packed;
-    int64_t inputs, shift;
-    __m512 table;
-    const float* inverse;  // int8: 1 / the scale of every row of the weight
-    E* to;              // squares along the depth
-    int64_t wide;       // the first of its 32 rows (forward) or columns (backward) of the weight
-    int64_t deep, end;  // the part of the other dimension
-    int64_t row, column;  // the next chunk
-
-    ET_MEMBER Strip(const Weight& weight, int64_t inputs, const float* inverse)
-        : absmax(weight.absmax), packed(weight.packed), inputs(inputs), shift(weight.block_shift),
-          table(_mm512_loadu_ps(weight.codes)), inverse(inverse) {}
-    ET_MEMBER void begin(E* squares, int64_t first, int64_t from, int64_t until) {
-        to = squares, wide = first, deep = from, end = until;
-        row = BACKWARD ? from : first, column = BACKWARD ? first : from;
-    }
-    ET_MEMBER bool more() const { return BACKWARD ? row < end : row < wide + SIDE; }
-    // How many chunks a strip of this depth has.
-    static int64_t chunks(int64_t depth) { return depth * SIDE / (BACKWARD && sizeof(E) == 1 ? 2 * CHUNK : CHUNK); }
-
-    ET_MEMBER __m512 products(int64_t weight) const {
-        return _mm512_mul_ps(table, _mm512_set1_ps(absmax.at(weight >> shift)));
-    }
-    // The same of row `of`, in units of its scale, rounded to 16 bytes.
-    ET_MEMBER __m128i bytes(int64_t weight, int64_t of) const {
-        return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of]))));
-    }
-    ET_MEMBER void chunk() { chunk(static_cast<const E*>(nullptr)); }
-
-    // Where bf16 rounds to a subnormal this gives zero, and dequantize does not; a tile product reads both as zero.
-    ET_MEMBER void chunk(const Bf16*) {
-        const int64_t weight = row * inputs + column;
-        const uint8_t* from = packed + (weight >> 1);
-        if (BACKWARD) {
-            __m512i values = (__m512i)_mm512_cvtne2ps_pbh(products(weight + inputs), products(weight));
-            __m128i even = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-            __m128i odd = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (inputs >> 1)));
-            _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
-            E* out = to + (row - deep) / SIDE * SQUARE + (row - deep) % SIDE * 16;
-            _mm512_storeu_si512(out, _mm512_permutexvar_epi16(pairs(_mm_unpacklo_epi8(even, odd)), values));
-            _mm512_storeu_si512(out + 512, _mm512_permutexvar_epi16(pairs(_mm_unpackhi_epi8(even, odd)), values));
-            row += 2;
-        } else {
-            __m512 all = products(weight);
-            __m512i values = (__m512i)_mm512_cvtne2ps_pbh(all, all);
-            _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
-            E* out = to + (column - deep) / SIDE * SQUARE + (row - wide) * SIDE;
-            for (int i = 0; i < 2; i++) _mm512_storeu_si512(out + i * SQUARE, _mm512_permutexvar_epi16(codes(from + 16 * i), values));
-            next_columns();
-        }
-    }
-
-    // int8: forward a row's 64 columns are 64 bytes; backward 16 words are made of four rows' 16 columns, twice.
-    ET_MEMBER void chunk(const int8_t*) {
-        const int64_t weight = row * inputs + column;
-        const uint8_t* from = packed + (weight >> 1);
-        E* square = to + (BACKWARD ? row - deep : column - deep) / 64 * 2048;
-        if (BACKWARD) {
-            __m512i values = _mm512_castsi128_si512(bytes(weight, row)), nibbles = lane(from);
-            values = _mm512_inserti32x4(values, bytes(weight + inputs, row + 1), 1);
-            values = _mm512_inserti32x4(values, bytes(weight + 2 * inputs, row + 2), 2);
-            values = _mm512_inserti32x4(values, bytes(weight + 3 * inputs, row + 3), 3);
-            nibbles = _mm512_inserti32x4(nibbles, _mm512_castsi512_si128(lane(from + inputs / 2)), 1);
-            nibbles = _mm512_inserti32x4(nibbles, _mm512_castsi512_si128(lane(from + inputs)), 2);
-            nibbles = _mm512_inserti32x4(nibbles, _mm512_castsi512_si128(lane(from + inputs / 2 * 3)), 3);
-            _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
-            const __m512i low = _mm512_set1_epi8(15);
-            __m512i even = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
-            __m512i odd = _mm512_shuffle_epi8(values, _mm512_and_si512(nibbles, low));
-            // Byte r of word 2i is even[16 r + i], of word 2i + 1 odd[16 r + i]; the second half's words follow 8 further on.
-            alignas(64) static const uint8_t order[64] = {
-                0, 16, 32, 48, 64, 80, 96, 112, 1, 17, 33, 49, 65, 81, 97, 113,
-                2, 18, 34, 50, 66, 82, 98, 114, 3, 19, 35, 51, 67, 83, 99, 115,
-                4, 20, 36, 52, 68, 84, 100, 116, 5, 21, 37, 53, 69, 85, 101, 117,
-                6, 22, 38, 54, 70, 86, 102, 118, 7, 23, 39, 55, 71, 87, 103, 119};
-            const __m512i first = _mm512_load_si512(order), second = _mm512_add_epi8(first, _mm512_set1_epi8(8));
-            E* out = square + (row - deep) % 64 * 16;
-            _mm512_storeu_si512(out, _mm512_permutex2var_epi8(even, first, odd));
-            _mm512_storeu_si512(out + 1024, _mm512_permutex2var_epi8(even, second, odd));
-            row += 4;
-        } else {
-            __m512i values = _mm512_broadcast_i32x4(bytes(weight, row));
-            __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-            _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
-            __m512i nibbles = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
-            nibbles = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
-            _mm512_storeu_si512(square + (row - wide) * 64, _mm512_shuffle_epi8(values, nibbles));
-            next_columns();
-        }
-    }
-    ET_MEMBER void next_columns() {
-        column += CHUNK;
-        if (column >= end) column = deep, row++;
-    }
-    ET_MEMBER static __m512i lane(const uint8_t* from) {
-        return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    }
-
-    // 16 bytes of a row -> 32 words whose low 4 bits are its codes; the table repeats itself after 16.
-    ET_MEMBER static __m512i codes(const uint8_t* from) {
-        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-        return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2020242400000404), bytes);
-    }
-    // 8 bytes of a row interleaved with 8 of the next -> 16 pairs of codes, the second row's with bit 4 set: the table's half.
-    ET_MEMBER static __m512i pairs(__m128i bytes) {
-        __m512i words = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x080800000c0c0404), _mm512_cvtepu16_epi64(bytes));
-        return _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(0x000f000f), _mm512_set1_epi32(0x00100000), 0xea);
-    }
-};
+#include "gemm_strip.inl"
 
 // ---- products ----
 
-// Memory that is wanted soon: the next 32 x 32 sums, and 32 rows of the result, 64 bytes of each; and later: `lines` of the
-// next panels a step.
+// Memory to prefetch while a square of sums is computed. AMX needs no more than one instruction in 16 cycles, so there is room.
 struct Ahead {
-    const float* sums;
-    Bf16* out;
-    int64_t out_row;
-    const char* panels;
-    int64_t lines;
+    const float* sums;   // the next square of sums (SQUARE,), into the first cache; or null
+    Bf16* out;           // the 32 rows of the result that this square will be written to, 64 bytes of each; or null
+    int64_t out_row;     // stride of those rows in numbers
+    const char* panels;  // the panels of the next piece of depth, into the second cache:
+    int64_t lines;       // this many lines of 64 bytes at every step
 
+    // step: counts the squares along the depth. The first 8 steps fetch all of sums (64 lines) and of out (32 lines).
     ET_MEMBER void fetch(int64_t step) const {
         for (int64_t i = step * lines; i < (step + 1) * lines; i++) _mm_prefetch(panels + i * 64, _MM_HINT_T1);
         if (step >= 8) return;
         if (sums)
             for (int i = 0; i < 8; i++) _mm_prefetch(reinterpret_cast<const char*>(sums) + (step * 8 + i) * 64, _MM_HINT_T0);
         if (out)
-            for (int i = 0; i < 4; i++) _mm_prefetch(reinterpret_cast<const char*>(out + (step * 4 + i) * out_row), _MM_HINT_T0);
+            for (int i = 0; i < 4; i++)
+                _mm_prefetch(reinterpret_cast<const char*>(out + (step * 4 + i) * out_row), _MM_HINT_T0);
     }
 };
 
+// The operands of a product: `count` squares along the depth, in left form and in right form.
 template <class E>
 struct Squares {
     const E *left, *right;
     int64_t count;
 };
 
-// A tile of sums += left x right.
-#define ET_TILE_PRODUCT(sums, left, right) \
-    do { \
+// Tile `sums` += tile `left` x tile `right`. A macro, since the intrinsics want literal tile numbers.
+#define ET_TILE_PRODUCT(sums, left, right)                   \
+    do {                                                     \
         if (sizeof(E) == 1) _tile_dpbssd(sums, left, right); \
-        else _tile_dpbf16ps(sums, left, right); \
+        else _tile_dpbf16ps(sums, left, right);              \
     } while (0)
 
-// PANEL_LEFT: which of the two is the panel's.
+// Tiles 0 to 3 (2 x 2 blocks of sums) += one left square x one right square. Tiles 4 and 5 hold the left square's two halves,
+// 6 and 7 the right one's; loads are spread between products, so that each has time to arrive.
+// PANEL_LEFT: the left square is the panel's, not the strip's. A panel comes from the second cache and is used once, so it is
+// loaded past the first cache (stream_loadd), which the strips need.
 template <bool PANEL_LEFT, class E>
 ET_INLINE void multiply_square(const E* left, const E* right) {
     constexpr int64_t tile = 1024 / sizeof(E);
@@ -203,10 +87,11 @@ ET_INLINE void multiply_square(const E* left, const E* right) {
     ET_TILE_PRODUCT(3, 5, 7);
 }
 
-// c (four tiles of 16 x 16 sums, whole numbers of int8) = or += the products of `main` and then of `more`; the strip gets `each`
-// chunks further after every one of main's.
+// c (SQUARE,) = or, if `add`, += the products of `main` and then of `more`. c holds four tiles of 16 x 16 sums one after
+// another (top left, top right, bottom left, bottom right): fp32, or int32 for int8.
+// After every square of main, `next` (a strip that is being dequantised) gets `chunks` chunks further.
 template <bool PANEL_LEFT, class E, class Next>
-ET_INLINE void multiply(float* c, const Squares<E>& main, const Squares<E>& more, bool add, Next& next, int64_t each,
+ET_INLINE void multiply(float* c, const Squares<E>& main, const Squares<E>& more, bool add, Next& next, int64_t chunks,
                         const Ahead& ahead) {
     ET_MEMORY_BARRIER();
     if (add) {
@@ -223,7 +108,7 @@ ET_INLINE void multiply(float* c, const Squares<E>& main, const Squares<E>& more
     for (int64_t s = 0; s < main.count; s++) {
         multiply_square<PANEL_LEFT>(main.left + s * SIDE * DEPTH<E>, main.right + s * SIDE * DEPTH<E>);
         ahead.fetch(s);
-        for (int64_t i = 0; i < each && next.more(); i++) next.chunk();
+        for (int64_t i = 0; i < chunks && next.more(); i++) next.chunk();
     }
     for (int64_t s = 0; s < more.count; s++)
         multiply_square<PANEL_LEFT>(more.left + s * SIDE * DEPTH<E>, more.right + s * SIDE * DEPTH<E>);
@@ -234,7 +119,7 @@ ET_INLINE void multiply(float* c, const Squares<E>& main, const Squares<E>& more
     ET_MEMORY_BARRIER();
 }
 
-// The same of one product, no sums before it and nothing to do in between.
+// c (SQUARE,), as four tiles, = one product, with no sums before it and nothing to dequantise or prefetch in between.
 template <class E>
 static void multiply_alone(float* c, const Squares<E>& squares) {
     struct {
@@ -244,22 +129,24 @@ static void multiply_alone(float* c, const Squares<E>& squares) {
     multiply<false>(c, squares, Squares<E>{}, false, nothing, 0, Ahead{});
 }
 
+// ---- results ----
+
+// Two registers of fp32 -> 32 bf16, to nearest even.
 ET_INLINE __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-ET_INLINE __m512 widened(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-}
+ET_INLINE __m512 widened(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
-// 32 x 32 sums of x's rows (two tiles, then two) to bf16: `rows` rows of out, as far as there are.
+// c (four tiles of sums, a row of it a row of x) -> bf16: the first `rows` (at most 32) rows of out, 32 columns of each.
 static void write_rows(const float* c, Bf16* out, int64_t out_row, int64_t rows) {
     for (int64_t half = 0; half < 2; half++, c += 512, out += 16 * out_row)
         for (int64_t r = 0; r < least(16, rows - 16 * half); r++)
             _mm512_storeu_si512(out + r * out_row, rounded(_mm512_loadu_ps(c + 16 * r), _mm512_loadu_ps(c + 256 + 16 * r)));
 }
 
-// The same for sums whose columns are x's rows. Rounded neighbours of a column become one word before words are transposed.
+// c (four tiles of sums, a column of it a row of x) -> the same. Rounded neighbours of a column are joined to one 32-bit word
+// first, so that words can be transposed instead of 16-bit numbers.
 static void write_columns(const float* c, Bf16* out, int64_t out_row, int64_t rows) {
-    alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+    alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(zip);
     for (int64_t half = 0; half < 2; half++, c += 256, out += 16 * out_row) {
@@ -274,5 +161,7 @@ static void write_columns(const float* c, Bf16* out, int64_t out_row, int64_t ro
             _mm512_storeu_si512(out + r * out_row, _mm512_load_si512(turned + 32 * r));
     }
 }
+
+#include "gemm_int8.inl"
 
 }  // namespace gemm

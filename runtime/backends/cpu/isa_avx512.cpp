@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ: the first generation (Skylake servers).
+// AVX-512 F, BW, VL and DQ: its first generation, Intel Skylake servers.
 #define ET_ISA avx512
 #define ET_USE_AVX2 1
 #define ET_USE_AVX512 1

@@ -1,5 +1,6 @@
-// All kernels of one instruction set: isa_*.cpp defines ET_ISA (the namespace) and includes this with its own compiler flags.
-#include "kernels.h"
+// Compiles all kernels for one instruction set: isa_*.cpp defines ET_ISA (the namespace) and the ET_USE_... macros, and
+// includes this file with compiler flags of its own.
+#include "structures.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -17,7 +18,6 @@ namespace {
 #include "dequant.inl"
 #if defined(ET_USE_AMX)
 #include "gemm.inl"
-#include "int8.inl"
 #include "project.inl"
 #else
 #include "elementwise.inl"
@@ -26,12 +26,11 @@ namespace {
 #endif
 }  // namespace
 
-#if defined(ET_USE_AMX)  // et_kernel finds the others among avx512_bf16's
+#if defined(ET_USE_AMX)  // AMX only multiplies matrices: for all other kernels et_kernel falls back to avx512_bf16's
 #define ET_KERNELS(X) ET_ATTENTION_KERNELS(X) ET_PROJECT_KERNELS(X)
 #else
-#define ET_KERNELS(X)                                                                                               \
-    ET_ATTENTION_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) \
-    ET_DECODE_KERNELS(X)
+#define ET_KERNELS(X) \
+    ET_ATTENTION_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) ET_DECODE_KERNELS(X)
 #endif
 #define X(kernel) {#kernel, reinterpret_cast<void (*)()>(&kernel)},
 extern const Kernel table[];

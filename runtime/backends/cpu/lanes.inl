@@ -1,5 +1,8 @@
-// A register of fp32 numbers, in the compiler's own vector types: one text for every instruction set, and no luck needed as
-// with loops left to the vectoriser. 16 lanes with AVX-512, 8 with AVX2, 4 with NEON and SSE, 1 for a compiler without.
+// A register of fp32 numbers in the compiler's own vector types: the same source serves every instruction set, and does not
+// depend on what the auto-vectoriser makes of a loop. 16 lanes with AVX-512, 8 with AVX2, 4 with NEON and SSE, and 1 for
+// compilers without vector types (MSVC).
+//
+// get and put move numbers between memory and registers and convert them to and from fp32; everything is computed in fp32.
 
 #if defined(ET_USE_AVX512)
 constexpr int LANES = 16;
@@ -49,13 +52,13 @@ ET_INLINE To read_as(const From* p) {
 
 ET_INLINE Floats get(const float* p) { return read_as<Floats>(p); }
 ET_INLINE Floats get(const Bf16* p) { return as_floats(widen(read_as<Halves>(p)) << 16); }
-ET_INLINE Floats get(const int8_t* p) {  // compilers take compare-and-shuffle detours over the plain conversion
+ET_INLINE Floats get(const int8_t* p) {  // intrinsics: compilers turn the plain conversion into compares and shuffles
 #if defined(ET_USE_AVX512)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(ET_USE_AVX2) && defined(__GNUC__)
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #elif defined(ET_USE_NEON) && defined(__GNUC__)
-    int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(read_as<uint32_t>(p))));  // four bytes, twice
+    int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(read_as<uint32_t>(p))));  // the same four bytes in both halves
     return (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 #else
     return to_floats(read_as<Octets>(p));
@@ -63,22 +66,22 @@ ET_INLINE Floats get(const int8_t* p) {  // compilers take compare-and-shuffle d
 }
 
 ET_INLINE void put(float* p, Floats value) { memcpy(p, &value, sizeof value); }
-ET_INLINE void put(int8_t* p, Floats value) {  // of integers
+ET_INLINE void put(int8_t* p, Floats value) {  // value: already rounded to integers
     Octets octets = to_octets(value);
     memcpy(p, &octets, sizeof octets);
 }
-ET_INLINE void put(Bf16* p, Floats value) {  // to nearest, ties to even; a NaN stays one
+ET_INLINE void put(Bf16* p, Floats value) {  // rounds to nearest, ties to even; a NaN stays a NaN
 #if defined(ET_USE_AVX512_BF16) && defined(__GNUC__)
     __m256bh halves = _mm512_cvtneps_pbh((__m512)value);  // subnormals (below 1.2e-38) become 0 here, and only here
 #else
     Words bits = as_words(value);
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Halves halves = narrow((bits & 0x7fffffff) > 0x7f800000 ? all(0x7fc0u) : rounded);
+    Halves halves = narrow((bits & MAGNITUDE_BITS) > INFINITY_BITS ? all(uint32_t(BF16_NAN)) : rounded);
 #endif
     memcpy(static_cast<void*>(p), &halves, sizeof halves);
 }
 
-// a * b + c, fused where there is an instruction for it
+// Return a * b + c, with one rounding on CPUs that have the instruction, and two on others.
 ET_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #if defined(ET_USE_AVX512)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -93,6 +96,7 @@ ET_INLINE Floats fused(Floats a, Floats b, Floats c) {
 
 ET_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Return the sum of the lanes: halves are added to halves, so the order depends on LANES alone.
 ET_INLINE float sum(Floats x) {
     float parts[LANES];
     put(parts, x);
@@ -102,13 +106,13 @@ ET_INLINE float sum(Floats x) {
 }
 
 ET_INLINE float largest(Floats x) {
-    float most = from_bits(0xff800000), parts[LANES];
+    float most = from_bits(MINUS_INFINITY_BITS), parts[LANES];
     put(parts, x);
     for (float part : parts) most = part > most ? part : most;
     return most;
 }
 
-// ---- rows: all full registers of a row, then what is left ----
+// ---- rows: all full registers of a row, then the rest ----
 
 struct Full {};
 struct Some {
@@ -116,7 +120,9 @@ struct Some {
 };
 
 template <class T>
-ET_INLINE Floats get(const T* p, Full, float = 0) { return get(p); }
+ET_INLINE Floats get(const T* p, Full, float = 0) {
+    return get(p);
+}
 template <class T>
 ET_INLINE Floats get(const T* p, Some some, float fill = 0) {  // `fill` in the lanes beyond the row
     float values[LANES];
@@ -124,7 +130,9 @@ ET_INLINE Floats get(const T* p, Some some, float fill = 0) {  // `fill` in the 
     return get(values);
 }
 template <class T>
-ET_INLINE void put(T* p, Floats value, Full) { put(p, value); }
+ET_INLINE void put(T* p, Floats value, Full) {
+    put(p, value);
+}
 template <class T>
 ET_INLINE void put(T* p, Floats value, Some some) {
     T values[LANES];
@@ -132,7 +140,8 @@ ET_INLINE void put(T* p, Floats value, Some some) {
     memcpy(static_cast<void*>(p), values, size_t(some.count) * sizeof(T));
 }
 
-// body(i, part) for each register of a row of n: part is what get and put take.
+// Call body(i, part) for each register of a row of n numbers, i its first number. `part` is handed on to get and put: Full, or
+// Some for the last few numbers, so that nothing outside the row is touched.
 template <class Body>
 ET_INLINE void each(int64_t n, const Body& body) {
     int64_t i = 0;
@@ -140,10 +149,10 @@ ET_INLINE void each(int64_t n, const Body& body) {
     if (i < n) body(i, Some{n - i});
 }
 
-// e^x to about one unit in the last place; 0 below -87.3, e^88.37 (2.4e38) for all above, NaN for NaN.
+// Return e^x to about one unit in the last place; 0 below -87.3, e^88.37 (2.4e38) for everything above, NaN for NaN.
 // x = n ln2 + r with |r| <= ln2/2; e^r by a polynomial (Cephes' expf), 2^n by adding n to the exponent.
 ET_INLINE Floats exponential(Floats x) {
-    const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits of the sum
+    const Floats shift = all(ROUNDING_SHIFT);
     Floats bounded = x > 88.37626f ? all(88.37626f) : x;
     Floats total = fused(bounded, all(1.44269504f), shift);
     Floats n = total - shift;

@@ -1,31 +1,19 @@
-// y (n, rows) = x (n <= 8, cols) @ W^T for a frozen linear layer: the product behind every generated token.
+// The product behind every generated token: y (n, rows) = x (n, cols) @ W^T of a frozen linear layer, for n <= MAX_TOKENS.
 //
-// A token reads each weight once, so this is bound by memory: packed codes become values in registers and are multiplied at
-// once (forms.inl), the 8-bit absmax is expanded 16 blocks at a time, and one dequantised register serves all n tokens.
-// A linear with neither 64 to a block nor 64 | cols has blocks that cross rows, and is expanded row by row instead.
+// Each weight is read once for all tokens, so speed is bound by memory. Packed codes become values in registers and are
+// multiplied at once (forms.inl), the 8-bit absmax is expanded for 16 blocks at a time, and one dequantised register serves all
+// n tokens. Where the block size is not 64, or 64 does not divide cols, blocks may cross rows, and rows are expanded one by
+// one.
 #include "forms.inl"
 
+// Kind: the storage of a weight. Compute: the arithmetic of an NF4 product. decode.py has the same numbers.
 enum Kind : int64_t { NF4 = 0, DENSE_BF16 = 1, DENSE_F32 = 2, ROWS_INT8 = 3 };
 enum Compute : int64_t { COMPUTE_F32 = 0, COMPUTE_BF16 = 1, COMPUTE_INT8 = 2 };
 
-constexpr int MAX_TOKENS = 8;
-constexpr int64_t PANEL = 32;  // rows of lora_B that lie together, and the grain in which threads share rows
-
-// A frozen linear with its adapter; decode.py's `Linear` mirrors it field by field.
-struct Linear {
-    int64_t kind, rows, cols;
-    const void* weight;  // packed codes (ceil(rows * cols / 2)), or bf16, fp32 or int8 (rows, cols)
-    const float* codes;  // (16,); ROWS_INT8: (rows,), what each row is multiplied by
-    Absmax absmax;
-    int64_t block_size;
-    const float* bias;  // (rows,) or null
-    int64_t rank;        // 0: no adapter
-    int64_t lora_kind;   // DENSE_BF16 or DENSE_F32
-    const void* lora_A;  // (rank, cols), times alpha / rank
-    const void* lora_B;  // (ceil(rows / PANEL), rank, PANEL): whole cache lines for a range of rows; padded with zeros
-};
-
-static bool has_form(const Linear& w) { return w.kind == NF4 && w.block_size == BLOCK && w.cols % BLOCK == 0; }
+// Return true if forms.inl's products fit this weight.
+static bool has_form(const DecodeLinear& w) {
+    return w.kind == NF4 && w.block_size == QUANT_BLOCK && w.cols % QUANT_BLOCK == 0;
+}
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -38,19 +26,19 @@ ET_INLINE float dot(const T* a, const float* b, int64_t count) {
 
 // ---- activations ----
 
-// Bytes that one token of `cols` activations takes when laid out: bf16 values (int8 needs less), scales and corrections.
+// Return the bytes that one token of `cols` activations takes: values (bf16, the larger of the forms), scales and corrections.
 static int64_t activation_bytes(int64_t cols) {
-    int64_t blocks = round_up(cols / BLOCK + 1, GROUP);
-    return blocks * BLOCK * 2 + blocks * 4 * 2;
+    int64_t blocks = round_up(cols / QUANT_BLOCK + 1, ABSMAX_GROUP);
+    return blocks * QUANT_BLOCK * 2 + blocks * 4 * 2;
 }
 
-// x (n, cols) laid out for `form` in `space` (n * activation_bytes(cols), aligned to 64) -> tokens[MAX_TOKENS]; those past n
-// repeat the last, so that a kernel for 4 tokens can serve 3.
+// Lay x (n, cols) out for Form in space (n * activation_bytes(cols) bytes, at a multiple of ALIGNMENT) -> tokens (MAX_TOKENS,).
+// Those past n repeat the last, so that a kernel for 4 tokens can serve 3.
 template <class Form>
 void lay_out(const float* x, int n, int64_t cols, uint8_t* space, Activations* tokens) {
-    int64_t blocks = round_up(cols / BLOCK + 1, GROUP);
+    int64_t blocks = round_up(cols / QUANT_BLOCK + 1, ABSMAX_GROUP);
     for (int t = 0; t < n; t++, space += activation_bytes(cols)) {
-        float* scale = reinterpret_cast<float*>(space + blocks * BLOCK * 2);
+        float* scale = reinterpret_cast<float*>(space + blocks * QUANT_BLOCK * 2);
         tokens[t] = {x + t * cols, space, scale, scale + blocks};
         Form::prepare(cols, tokens[t]);
     }
@@ -58,8 +46,8 @@ void lay_out(const float* x, int n, int64_t cols, uint8_t* space, Activations* t
 }
 
 static void lay_out(int64_t compute, const float* x, int n, int64_t cols, uint8_t* space, Activations* tokens) {
-    if (compute == COMPUTE_INT8 && cols % BLOCK == 0) lay_out<Int8Form>(x, n, cols, space, tokens);
-    else if (compute == COMPUTE_BF16 && cols % BLOCK == 0) lay_out<Bf16Form>(x, n, cols, space, tokens);
+    if (compute == COMPUTE_INT8 && cols % QUANT_BLOCK == 0) lay_out<Int8Form>(x, n, cols, space, tokens);
+    else if (compute == COMPUTE_BF16 && cols % QUANT_BLOCK == 0) lay_out<Bf16Form>(x, n, cols, space, tokens);
     else lay_out<FloatForm>(x, n, cols, space, tokens);
 }
 
@@ -70,12 +58,11 @@ static void lay_out(int64_t compute, const float* x, int n, int64_t cols, uint8_
 #else
 #define ET_PREFETCH(p) __builtin_prefetch(p)
 #endif
-constexpr int64_t PREFETCH = 2048;  // bytes ahead in each of the streams that form_range reads
 
-// The absmax of `count` <= GROUP blocks from `first` on -> out (GROUP,), 0 beyond count.
+// Write the absmax of `count` <= ABSMAX_GROUP blocks from `first` on to out (ABSMAX_GROUP,), 0 beyond count.
 ET_INLINE void expand_absmax(const Absmax& absmax, int64_t first, int64_t count, float* out) {
 #if defined(ET_USE_AVX512)
-    if (absmax.codes && absmax.shift >= 4) {  // so at most two nested absmax among them
+    if (absmax.codes && absmax.shift >= 4) {  // 16 blocks or more share a nested absmax, so at most two of those are needed
         __mmask16 there = __mmask16((1u << count) - 1);
         __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, absmax.codes + first));
         int64_t segment = first >> absmax.shift, left = ((segment + 1) << absmax.shift) - first;
@@ -87,35 +74,37 @@ ET_INLINE void expand_absmax(const Absmax& absmax, int64_t first, int64_t count,
         return;
     }
 #endif
-    for (int64_t i = 0; i < GROUP; i++) out[i] = i < count ? absmax.at(first + i) : 0.0f;
+    for (int64_t i = 0; i < ABSMAX_GROUP; i++) out[i] = i < count ? absmax.at(first + i) : 0.0f;
 }
 
-// R rows, `gap` apart from `row` on, times N tokens, of which the first n are stored at y[token * stride + row].
+// Multiply R rows of w (row, row + gap, ...) with N tokens x (N,), and store the first n results of each row at
+// y[token * stride + row]. R * N accumulators stay in registers.
 template <class Form, int R, int N>
-ET_INLINE void form_rows(const Linear& w, const typename Form::Table& table, const Activations* x, int n, float* y,
+ET_INLINE void form_rows(const DecodeLinear& w, const typename Form::Table& table, const Activations* x, int n, float* y,
                          int64_t stride, int64_t row, int64_t gap) {
     constexpr int S = Form::SCALED ? N : 1;
-    const int64_t blocks = w.cols / BLOCK, row_bytes = w.cols / 2;
+    const int64_t blocks = w.cols / QUANT_BLOCK, row_bytes = w.cols / 2;
     const uint8_t* packed = static_cast<const uint8_t*>(w.weight) + row * row_bytes;
-    alignas(64) float scale[R][S][GROUP];
+    alignas(64) float scale[R][S][ABSMAX_GROUP];
     typename Form::Sum sum[R][N];
     for (int j = 0; j < R; j++)
         for (int t = 0; t < N; t++) sum[j][t] = Form::zero();
-    for (int64_t first = 0; first < blocks; first += GROUP) {
-        const int64_t count = blocks - first < GROUP ? blocks - first : GROUP;
+    for (int64_t first = 0; first < blocks; first += ABSMAX_GROUP) {
+        const int64_t count = blocks - first < ABSMAX_GROUP ? blocks - first : ABSMAX_GROUP;
         for (int j = 0; j < R; j++) {
-            alignas(64) float absmax[GROUP];
+            alignas(64) float absmax[ABSMAX_GROUP];
             expand_absmax(w.absmax, (row + j * gap) * blocks + first, count, absmax);
             for (int t = 0; t < N; t++) sum[j][t] = Form::group(x[t], first, absmax, sum[j][t]);
             for (int s = 0; s < S; s++) {
                 ET_SIMD
-                for (int64_t i = 0; i < GROUP; i++) scale[j][s][i] = Form::SCALED ? absmax[i] * x[s].scale[first + i] : absmax[i];
+                for (int64_t i = 0; i < ABSMAX_GROUP; i++)
+                    scale[j][s][i] = Form::SCALED ? absmax[i] * x[s].scale[first + i] : absmax[i];
             }
         }
         for (int64_t b = 0; b < count; b += Form::BLOCKS) {
             for (int j = 0; j < R; j++) {
-                const uint8_t* p = packed + j * gap * row_bytes + (first + b) * (BLOCK / 2);
-                ET_PREFETCH(p + PREFETCH);
+                const uint8_t* p = packed + j * gap * row_bytes + (first + b) * (QUANT_BLOCK / 2);
+                ET_PREFETCH(p + PREFETCH_BYTES);
                 typename Form::Weights weights;
                 Form::load(table, p, count - b, weights);
                 for (int t = 0; t < N; t++)
@@ -127,10 +116,11 @@ ET_INLINE void form_rows(const Linear& w, const typename Form::Table& table, con
         for (int t = 0; t < N && t < n; t++) y[t * stride + row + j * gap] = Form::total(sum[j][t]);
 }
 
-// The rows taken together come from R equal parts of the range, so that memory is read in R long streams, each in its own
-// page: neighbouring rows would be short streams in one page, which the prefetcher does not follow (10 GB/s instead of 14).
+// Multiply rows [begin, end). The R rows taken together come from R equal parts of the range, so that memory is read in R long
+// streams, each in its own page: neighbouring rows would be short streams in one page, which the hardware's prefetcher does not
+// follow (8.9 instead of 14.0 GB/s a core: LOG.md, "four rows from distant parts").
 template <class Form, int R, int N>
-void form_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+void form_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
     const typename Form::Table table(w.codes);
     const int64_t part = (end - begin) / R;
     for (int64_t row = begin; row < begin + part; row++) form_rows<Form, R, N>(w, table, x, n, y, stride, row, part);
@@ -138,7 +128,7 @@ void form_range(const Linear& w, const Activations* x, int n, float* y, int64_t 
 }
 
 template <class Form>
-void form_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+void form_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
     if (n == 1) form_range<Form, 4, 1>(w, x, n, y, stride, begin, end);
     else if (n == 2) form_range<Form, 4, 2>(w, x, n, y, stride, begin, end);
     else if (n <= 4) form_range<Form, 2, 4>(w, x, n, y, stride, begin, end);
@@ -147,14 +137,16 @@ void form_range(const Linear& w, const Activations* x, int n, float* y, int64_t 
 
 // ---- everything else: blocks that cross rows, other block sizes, dense weights ----
 
-static void crossing_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
-    constexpr int64_t PIECE = 512;
+// Rows whose quantisation blocks cross rows: each is expanded to the stack in pieces, and multiplied in fp32.
+static void crossing_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
+                           int64_t end) {
     const uint8_t* packed = static_cast<const uint8_t*>(w.weight);
-    float values[PIECE];
+    float values[CROSSING_PIECE];
     for (int64_t row = begin; row < end; row++) {
         float sums[MAX_TOKENS] = {};
-        for (int64_t column = 0; column < w.cols; column += PIECE) {
-            const int64_t count = w.cols - column < PIECE ? w.cols - column : PIECE, flat = row * w.cols + column;
+        for (int64_t column = 0; column < w.cols; column += CROSSING_PIECE) {
+            const int64_t count = w.cols - column < CROSSING_PIECE ? w.cols - column : CROSSING_PIECE,
+                          flat = row * w.cols + column;
             dequantize_range(packed, w.codes, w.absmax, w.block_size, flat, flat + count, values);
             for (int t = 0; t < n; t++) sums[t] += dot(values, x[t].x + column, count);
         }
@@ -162,11 +154,12 @@ static void crossing_range(const Linear& w, const Activations* x, int n, float* 
     }
 }
 
-// Four rows at a time, so that four sums are in flight; from four equal parts of the range, as in form_range.
+// weight (rows, cols) dense. Four rows at a time, so that four sums are in flight and hide the latency of an addition; from
+// four equal parts of the range, as in form_range. A cache line is prefetched once, and is a whole number of registers.
 template <class T>
 void dense_range(const T* weight, int64_t cols, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
                  int64_t end) {
-    constexpr int64_t AHEAD = PREFETCH / sizeof(T), LINE_NUMBERS = 64 / sizeof(T);  // of a cache line: whole registers
+    constexpr int64_t AHEAD = PREFETCH_BYTES / sizeof(T), LINE_NUMBERS = ALIGNMENT / sizeof(T);
     const int64_t part_rows = (end - begin) / 4, gap = part_rows * cols;
     for (int64_t row = begin; row < begin + part_rows; row++) {
         const T *a = weight + row * cols, *b = a + gap, *c = b + gap, *d = c + gap;
@@ -203,14 +196,16 @@ static void dense_range(int64_t kind, const void* weight, int64_t cols, const Ac
     else dense_range(static_cast<const float*>(weight), cols, x, n, y, stride, begin, end);
 }
 
-static void int8_range(const Linear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
+// weight (rows, cols) int8, one scale a row (w.codes).
+static void int8_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin,
+                       int64_t end) {
     dense_range(static_cast<const int8_t*>(w.weight), w.cols, x, n, y, stride, begin, end);
     for (int t = 0; t < n; t++)
         for (int64_t row = begin; row < end; row++) y[t * stride + row] *= w.codes[row];
 }
 
-// Rows [begin, end) of x W^T -> y[token * stride + row]; x laid out by lay_out for the same `compute`.
-static void product_range(const Linear& w, int64_t compute, const Activations* x, int n, float* y, int64_t stride,
+// Write rows [begin, end) of x W^T to y[token * stride + row]. x (MAX_TOKENS,): laid out by lay_out for the same `compute`.
+static void product_range(const DecodeLinear& w, int64_t compute, const Activations* x, int n, float* y, int64_t stride,
                           int64_t begin, int64_t end) {
     if (w.kind == ROWS_INT8) int8_range(w, x, n, y, stride, begin, end);
     else if (w.kind != NF4) dense_range(w.kind, w.weight, w.cols, x, n, y, stride, begin, end);
@@ -220,41 +215,42 @@ static void product_range(const Linear& w, int64_t compute, const Activations* x
     else form_range<FloatForm>(w, x, n, y, stride, begin, end);
 }
 
-// y (n, w.rows) = x (n, w.cols) W^T + bias; space: n * matvec_space(w.cols) bytes, aligned to 64.
-static void matvec(const Linear* w, int64_t compute, const float* x, int64_t n, float* y, uint8_t* space, int threads) {
+// Kernel: y (n, w.rows) = x (n, w.cols) W^T + bias, all fp32, n <= MAX_TOKENS; the adapter is not used. space: n times
+// matvec_space's bytes, at a multiple of ALIGNMENT.
+static void matvec(const DecodeLinear* w, int64_t compute, const float* x, int64_t n, float* y, uint8_t* space, int threads) {
     Activations tokens[MAX_TOKENS];
     lay_out(compute, x, int(n), w->cols, space, tokens);
-    parallel_for(threads, w->rows, PANEL, [=, &tokens](int64_t begin, int64_t end) {
+    parallel_for(threads, w->rows, LORA_PANEL, [=, &tokens](int64_t begin, int64_t end) {
         product_range(*w, compute, tokens, int(n), y, w->rows, begin, end);
         for (int64_t t = 0; t < n && w->bias; t++)
             for (int64_t row = begin; row < end; row++) y[t * w->rows + row] += w->bias[row];
     });
 }
 
-// Bytes of `space` that a token of `cols` activations takes.
+// Kernel: write the bytes of matvec's `space` for one token of `cols` activations to bytes (1,).
 static void matvec_space(int64_t cols, int64_t* bytes) { *bytes = activation_bytes(cols); }
 
 // ---- dense rows to 8 bits ----
 
-// weight (rows, cols) -> codes (rows, cols), scale (rows,): a row's largest magnitude becomes 127, the others the nearest
-// integers, ties to even. A row with inf or NaN gets a scale that is not finite either, and codes of no account.
+// Kernels: weight (rows, cols) -> codes (rows, cols), scale (rows,). A row's largest magnitude becomes 127, and the others the
+// nearest integers, ties to even. A row with inf or NaN gets a scale that is not finite; its codes are left unwritten.
 template <class T>
 void int8_rows(const T* weight, int64_t rows, int64_t cols, int8_t* codes, float* scale, int threads) {
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+    const float shift = ROUNDING_SHIFT;
     parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T* values = weight + row * cols;
-            Words most = {};  // magnitudes compare as integers do, and a NaN is the largest
+            Words most = {};  // magnitudes of fp32 compare like integers, and NaN is above all others
             each(cols, [&](int64_t i, auto part) {
-                Words magnitude = as_words(get(values + i, part)) & 0x7fffffff;
+                Words magnitude = as_words(get(values + i, part)) & MAGNITUDE_BITS;
                 most = most > magnitude ? most : magnitude;
             });
             uint32_t parts[LANES], top = 0;
             memcpy(parts, &most, sizeof parts);
             for (uint32_t bits : parts) top = bits > top ? bits : top;
-            scale[row] = from_bits(top) / 127.0f;
-            const float divisor = scale[row] > 1e-38f ? scale[row] : 1e-38f;
-            if (top < 0x7f800000)
+            scale[row] = from_bits(top) / INT8_LARGEST;
+            const float divisor = scale[row] > SMALLEST_ROW_SCALE ? scale[row] : SMALLEST_ROW_SCALE;
+            if (top < INFINITY_BITS)
                 each(cols, [&](int64_t i, auto part) {
                     put(codes + row * cols + i, get(values + i, part) / divisor + shift - shift, part);
                 });

@@ -1,28 +1,26 @@
-// Numbers in 8 bits for gemm.inl's products: a row of the weight in steps of its largest / 127, a row of x in steps of its own
-// largest / 127, and sums that are whole numbers until all depth is done. Backward, where the depth is the weight's rows, it is
-// dy times their scales that is rounded. After "LLM.int8()" (Dettmers et al. 2022, arXiv 2208.07339), which sets outlier
-// columns apart; here a product whose rows are too uneven is left to bf16 as a whole.
+// Rounding to 8 bits for gemm.inl's products: a row of the weight in steps of its largest / 127, a row of x in steps of its own
+// largest / 127, and sums that are integers until the whole depth is done. Backward, where the depth is the weight's rows, dy
+// times the scales of those rows is what is rounded. After "LLM.int8()" (Dettmers et al. 2022, arXiv 2208.07339), which
+// multiplies outlier columns apart; here a product whose rows are too uneven is left to bf16 as a whole.
 
-namespace gemm {
-
-constexpr float INT8_STEPS = 127.0f;
-constexpr float COARSE = 0.06f;  // an error of rounding, as a share of what is rounded, that asks for bf16 instead (LOG.md)
-
-// The scale of every row of a weight, and 1 / it: the largest absmax of its blocks, for 1 is the largest of the codes.
-static void scale_rows(const Weight& weight, int64_t inputs, int64_t from, int64_t until, float* scales, float* inverses) {
+// Write the scale of rows [from, until) of a weight, and its inverse, into scales and inverses (outputs,). A row's largest
+// magnitude is the largest absmax of its blocks, for the largest value in the code table is 1.
+static void scale_rows(const ProjectWeight& weight, int64_t inputs, int64_t from, int64_t until, float* scales,
+                       float* inverses) {
     const int64_t blocks = inputs >> weight.block_shift;
     for (int64_t row = from; row < until; row++) {
         float largest = 0.0f;
         for (int64_t i = row * blocks; i < (row + 1) * blocks; i++) {
-            const float absmax = fabsf(weight.absmax.at(i));  // double quantisation may leave one of almost 0 below it
-            if (!(absmax <= largest)) largest = absmax;       // a NaN stays
+            const float absmax = fabsf(weight.absmax.at(i));  // double quantisation may turn an absmax of almost 0 negative
+            if (!(absmax <= largest)) largest = absmax;       // true for a NaN, which stays
             if (largest != largest) break;
         }
-        scales[row] = largest / INT8_STEPS, inverses[row] = largest > 0.0f ? INT8_STEPS / largest : 0.0f;
+        scales[row] = largest / INT8_LARGEST, inverses[row] = largest > 0.0f ? INT8_LARGEST / largest : 0.0f;
     }
 }
 
-// 32 x 32 whole-number sums (four tiles) -> fp32, in place, times the factors of their rows and columns (null: 1), plus `more`.
+// c (four tiles of int32 sums) -> fp32, in place, times rows (32,) and columns (32,) (null: 1), plus more (four tiles of fp32
+// sums; null: 0).
 static void scale_sums(float* c, const float* rows, const float* columns, const float* more) {
     for (int64_t tile = 0; tile < 4; tile++)
         for (int64_t r = 0; r < 16; r++) {
@@ -35,8 +33,8 @@ static void scale_sums(float* c, const float* rows, const float* columns, const 
         }
 }
 
-// The scale of a row of `depth` numbers, each times its factor (null: 1), and the square of the relative error that rounding
-// to its steps makes: steps^2 / 12 a number; NaN where a number is not finite.
+// Write the scale of row (depth,), each number times its factor (depth,) (null: 1). Return the square of the relative error
+// that rounding to steps of this scale makes, step^2 / 12 a number; NaN if a number is not finite.
 static float scale_numbers(const Bf16* row, const float* factors, int64_t depth, float* scale) {
     __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < depth; i += 16) {
@@ -45,28 +43,29 @@ static float scale_numbers(const Bf16* row, const float* factors, int64_t depth,
         largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
         squares = _mm512_fmadd_ps(values, values, squares);
     }
-    *scale = _mm512_reduce_max_ps(largest) / INT8_STEPS;
+    *scale = _mm512_reduce_max_ps(largest) / INT8_LARGEST;
     const float all = _mm512_reduce_add_ps(squares);
     return all == 0.0f ? 0.0f : *scale * *scale / 12.0f * float(depth) / all;
 }
 
-// Whether the rows with these errors may be rounded: false for any that is not finite. Rows of zeros, what pads or is not
-// trained, do not count.
+// Return true if rows with these squared errors (rows,) may be rounded to 8 bits; false if any is not finite. Rows of zeros
+// (padding, or tokens that are not trained on) are not counted, so that they cannot hide the errors of the others.
 static bool even_enough(const float* errors, int64_t rows) {
     float all = 0.0f;
     int64_t counted = 0;
     for (int64_t row = 0; row < rows; row++) all += errors[row], counted += errors[row] != 0.0f;
-    return all <= COARSE * COARSE * float(counted);
+    return all <= INT8_ERROR_LIMIT * INT8_ERROR_LIMIT * float(counted);
 }
 
-// 32 rows of bf16 squares in left form, `depth` deep, rounded: int8 squares in left form, or turned to the right form.
+// Round bf16 squares in left form, 32 rows x depth, to int8 squares in left form or, if `turned`, in right form.
+// row_scales (32,); factors (depth,), by which numbers are multiplied first, or null.
 static void round_squares(const Bf16* lines, const float* row_scales, const float* factors, int64_t depth, bool turned,
                           int8_t* to) {
     alignas(64) int8_t left[2048];
     for (int64_t deep = 0; deep < depth; deep += 64, lines += 2 * SQUARE, to += 2048) {
         int8_t* square = turned ? left : to;
         for (int64_t r = 0; r < SIDE; r++) {
-            const __m512 inverse = _mm512_set1_ps(row_scales[r] > 1e-37f ? 1.0f / row_scales[r] : 0.0f);  // never inf
+            const __m512 inverse = _mm512_set1_ps(row_scales[r] > SMALLEST_PRODUCT_SCALE ? 1.0f / row_scales[r] : 0.0f);
             for (int64_t i = 0; i < 4; i++) {
                 const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
                 __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
@@ -80,5 +79,3 @@ static void round_squares(const Bf16* lines, const float* row_scales, const floa
             for (int64_t tile = 0; tile < 2048; tile += 1024) transpose_words(left + tile, 64, to + tile);
     }
 }
-
-}  // namespace gemm
