@@ -31,10 +31,11 @@ from edgetune.export.targets import (
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
-from edgetune.runtime.adapter import check_fits, read_json
+from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.memory_meter import MemoryMeter
+from edgetune.runtime.peft_folder import read_json
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.checkpoints import output_lock
 

@@ -1,6 +1,6 @@
 """For mlx-lm on Apple silicon: an adapter folder, or base and adapter as one MLX model.
 
-An adapter folder holds adapters.safetensors, `model.layers.0.self_attn.q_proj.lora_a` (in, r) and `.lora_b` (r, out), and an
+An adapter folder holds peft_folder.safetensors, `model.layers.0.self_attn.q_proj.lora_a` (in, r) and `.lora_b` (r, out), and an
 adapter_config.json with the scale itself instead of alpha. Source: mlx_lm.tuner.utils.load_adapters, mlx_lm.tuner.lora.
 """
 
@@ -32,14 +32,15 @@ from edgetune.export.targets import (
     held_by_reference,
     work_folder,
 )
-from edgetune.runtime import adapter as adapters
-from edgetune.runtime.adapter import Adapter, read_json, whole_number
+from edgetune.runtime import peft_folder
+from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.model import Block, Llama, hf_linear_name
 from edgetune.runtime.model_folder import write_model
+from edgetune.runtime.peft_folder import read_json, whole_number
 from edgetune.runtime.safetensors_file import SafetensorsFile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,7 +116,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterError(
             f"The mlx-lm adapter at {folder} is of type {reprlib.repr(kind)}; expected lora with its lora_parameters."
         )
-    stored = adapters.read_tensors(folder / ADAPTER_FILE, _KEY)
+    stored = peft_folder.read_tensors(folder / ADAPTER_FILE, _KEY)
     tensors = {key: tensor.T.contiguous() for key, tensor in stored.items()}
     targets = tuple(name for name in LINEARS if name in {linear for _, linear, _ in tensors})
     return Adapter(_lora_config(settings, parameters, targets, folder), tensors, {}, _layers(settings, tensors, folder))
@@ -138,7 +139,7 @@ def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: 
                 return written
         return LoraConfig(rank, scale * rank, dropout, targets)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-        raise adapters.unusable(folder, error) from error
+        raise peft_folder.unusable(folder, error) from error
 
 
 def _layers(settings: dict[str, Any], tensors: dict[tuple[int, str, str], Tensor], folder: Path) -> tuple[int, ...] | None:

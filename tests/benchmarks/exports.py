@@ -90,8 +90,8 @@ def random_pair(arguments: argparse.Namespace) -> tuple[str, str]:
     """The shape's NF4 folder, with the built-in model's tokenizer, and an adapter of seeded random numbers for it."""
     from adapters import random_adapter
 
-    from edgetune.runtime.adapter import save
     from edgetune.runtime.checkpoint import open_model
+    from edgetune.runtime.peft_folder import save
 
     model, _ = common.random_folders(arguments.workdir, arguments.shape, dense=False)
     for name in ("tokenizer.model", "tokenizer_config.json"):
