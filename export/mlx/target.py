@@ -1,6 +1,6 @@
 """For mlx-lm on Apple silicon: an adapter folder, or base and adapter as one MLX model.
 
-An adapter folder holds peft_folder.safetensors, `model.layers.0.self_attn.q_proj.lora_a` (in, r) and `.lora_b` (r, out), and an
+An adapter folder holds adapters.safetensors, `model.layers.0.self_attn.q_proj.lora_a` (in, r) and `.lora_b` (r, out), and an
 adapter_config.json with the scale itself instead of alpha. Source: mlx_lm.tuner.utils.load_adapters, mlx_lm.tuner.lora.
 """
 
