@@ -32,10 +32,10 @@ from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
 from edgetune.runtime.adapter import check_fits
-from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, ModelError, UsageError
+from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
+from edgetune.runtime.json_file import EXPORT_RECORD, read_object
 from edgetune.runtime.memory_meter import MemoryMeter
-from edgetune.runtime.peft_folder import read_json
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.checkpoints import output_lock
 
@@ -219,8 +219,8 @@ def _free_folder(folder: Path, target: str) -> Path:
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be read ({error.strerror}); name another folder.") from error
     try:
-        earlier = read_json(folder / verify.GOLDEN_FILE) if folder.is_dir() else {}
-    except AdapterError:
+        earlier = read_object(folder / verify.GOLDEN_FILE, EXPORT_RECORD) if folder.is_dir() else {}
+    except ModelError:
         earlier = {}
     ours = {folder / str(name) for name in earlier.get("files", ())} | {folder / verify.GOLDEN_FILE}
     stranger = next((path for path in found if path not in ours), None)

@@ -16,9 +16,10 @@ from edgetune.config import DataConfig, TrainConfig, default_epochs, parse_bytes
 from edgetune.runtime import budget, ops
 from edgetune.runtime.budget import Parts, Setting, Stored, Vocabulary
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import available_memory, can_compact_heap, card_memory, compute_dtype, process_memory
+from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.errors import ResourceError, UsageError
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.heap import can_compact_heap
+from edgetune.runtime.memory import anonymous_memory, available_memory, card_memory, process_memory
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8

@@ -12,8 +12,9 @@ from edgetune.export.targets import PROCESS_BYTES, Held, Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.checkpoint import Checkpoint, is_linear, model_shapes
+from edgetune.runtime.checkpoint import Checkpoint, model_shapes
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.names import is_linear
 from edgetune.runtime.safetensors_file import TensorSpec
 
 COPIES = 3

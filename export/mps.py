@@ -35,6 +35,7 @@ from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, sha256_file
+from edgetune.runtime.json_file import BUNDLE_MANIFEST, read_object, read_value
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import companions
@@ -49,7 +50,6 @@ MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 NF4_BYTES = 9 / 16
 """For each number of a linear that was quantised on the way: its code, and an fp32 scale for 64 of them."""
 _FORMAT = 1
-_MAX_MANIFEST = 1 << 20
 
 
 def held(job: Job) -> dict[str, list[Held]]:
@@ -87,7 +87,7 @@ def write(job: Job, folder: Path) -> Written:
 
 def seal(folder: Path) -> None:
     """Put golden.json's digest beside the others."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_object(folder / MANIFEST, BUNDLE_MANIFEST)
     manifest["sha256"][GOLDEN_FILE] = sha256_file(folder / GOLDEN_FILE)
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
@@ -127,9 +127,7 @@ def read_adapter(folder: Path) -> Adapter | None:
     if not manifest.is_file():
         return None
     try:
-        if manifest.stat().st_size > _MAX_MANIFEST:
-            raise ValueError("too large")
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = read_value(manifest, BUNDLE_MANIFEST)
         if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
             return None  # another program's
         if found["format"] != _FORMAT:
@@ -138,7 +136,7 @@ def read_adapter(folder: Path) -> Adapter | None:
             return None
         digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE)}
         whole = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise AdapterError(f"The {MANIFEST} of {folder} is unusable; export the folder again.") from error
     if not whole:
         raise AdapterError(f"The adapter in {folder} is not the one its {MANIFEST} names; export the folder again.")

@@ -22,11 +22,11 @@ from edgetune.export.effect import TOKENS, Documents, packed
 from edgetune.export.merge import COPIES, Merged
 from edgetune.export.targets import Held, Job, held_by_reference
 from edgetune.runtime import vocabulary
-from edgetune.runtime.checkpoint import EMBEDDING, is_linear
 from edgetune.runtime.config import LINEARS
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.lora import Identity, Norm, Panel, ProjectPlan, SwiGlu, Weight, project
-from edgetune.runtime.model import Block, Context, hf_linear_name, rope_frequencies
+from edgetune.runtime.model import Block, Context, rope_frequencies
+from edgetune.runtime.names import EMBEDDING, is_linear, linear_weight
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DAMPING = (0.01, 0.1, 1.0)
@@ -119,7 +119,7 @@ def rounded(merged: Merged, make_grid: MakeGrid, documents: Documents | None) ->
 
 
 def _names(layer: int) -> list[str]:
-    return [f"model.layers.{layer}.{hf_linear_name(linear)}.weight" for linear in LINEARS]
+    return [linear_weight(layer, linear) for linear in LINEARS]
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> It
             """Round linears of one input x (N, in), and let the block compute with them from now on."""
             feedback = Feedback.of(x)
             for linear in linears:
-                name = f"model.layers.{block.layer}.{hf_linear_name(linear)}.weight"
+                name = linear_weight(block.layer, linear)
                 weight = merged.tensor(name)
                 grid = make_grid(weight)
                 codes = with_feedback(weight, grid, feedback)
@@ -159,7 +159,7 @@ def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> It
 def _block(merged: Merged, layer: int) -> Block:
     """A layer with fp32 norms and biases, and the base's linears until they are rounded."""
     tensors: dict[str, Weight] = {
-        name: weight.float() if isinstance(weight, Tensor) and not name.endswith("_proj.weight") else weight
+        name: weight.float() if isinstance(weight, Tensor) and not is_linear(name) else weight
         for name, weight in merged.base.block_tensors(layer).items()
     }
     return Block(merged.base.config, layer, tensors)

@@ -37,12 +37,12 @@ from torch import Tensor
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import LINEAR
-from edgetune.runtime.checkpoint import EMBEDDING, Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
+from edgetune.runtime.names import EMBEDDING, LINEAR_WEIGHT
 from edgetune.runtime.pager import SLOTS
 
 Progress = Callable[[str, int, int], None]
@@ -154,7 +154,7 @@ class Held:
         share as they are stored, all of them, a dense base's as fp32."""
         if not self.models:
             return self.fixed
-        config, stored = base.config, sum(tensor.nbytes for name, tensor in base.stored.items() if LINEAR in name)
+        config, stored = base.config, sum(tensor.nbytes for name, tensor in base.stored.items() if LINEAR_WEIGHT in name)
         if memory * LAYER_SHARE >= stored:
             kept = stored if base.quant is not None else 4 * config.linear_parameters
             return self.fixed + self.models * kept

@@ -12,17 +12,16 @@ from enum import StrEnum
 import torch
 
 from edgetune.runtime import ops
-from edgetune.runtime.checkpoint import EMBEDDING, HEAD, Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig, QuantConfig
 from edgetune.runtime.int8 import PANEL_ROWS
+from edgetune.runtime.names import EMBEDDING, HEAD, LINEAR_WEIGHT
 from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 
 TORCH_BYTES = 180_000_000
 """Anonymous memory of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
-LINEAR = "_proj.weight"
-"""In the name of every tensor that a linear of a block is stored in."""
 PACKED_ROWS, PACKED_RANK = 512, 32
 """gemm.inl's TALL and SIDE: the rows that the fused products pack at a time, and what a rank is padded to."""
 
@@ -62,7 +61,7 @@ class Stored:
         if checkpoint.quant is None:
             later = cls.nf4(config, mapped=False)
             return replace(later, embedding=embedding, head=own_head, head_dtype=head_dtype)
-        linears = sum(size for name, size in sizes.items() if LINEAR in name)
+        linears = sum(size for name, size in sizes.items() if LINEAR_WEIGHT in name)
         norms = 2 * (sum(sizes.values()) - linears - embedding - head)
         return cls(linears // config.num_layers, embedding, own_head, norms, True, head_dtype)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,28 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
-from edgetune.runtime.config import LlamaConfig, QuantConfig
+from edgetune.runtime.config import ATTENTION_LINEARS, MLP_LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.json_file import MODEL_CONFIG, WEIGHT_INDEX, read_object
+from edgetune.runtime.names import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    K_NORM,
+    MLP_NORM,
+    Q_NORM,
+    hf_linear_name,
+    is_linear,
+    layer_tensor,
+)
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")  # old LLaMA; a tied head
-_MAX_JSON = 64 << 20
+_IGNORED = re.compile(rf"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|{re.escape(HEAD)}")
 _SHOWN = 12  # mismatches named in one message
 _SAMPLES, _SAMPLE_BYTES = 4, 1024
 
@@ -35,31 +45,26 @@ _SAMPLES, _SAMPLE_BYTES = 4, 1024
 def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of one layer, by its Hugging Face name inside the layer, in the order of its use."""
     d, hd, linears = config.hidden_size, config.head_dim, config.linear_shapes()
-    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (d,)}
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        shapes[f"self_attn.{name}.weight"] = linears[name]
+    shapes: dict[str, tuple[int, ...]] = {ATTENTION_NORM: (d,)}
+    for name in ATTENTION_LINEARS:
+        shapes[f"{hf_linear_name(name)}.weight"] = linears[name]
         if config.o_bias if name == "o_proj" else config.qkv_bias:
-            shapes[f"self_attn.{name}.bias"] = linears[name][:1]
+            shapes[f"{hf_linear_name(name)}.bias"] = linears[name][:1]
     if config.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
-    shapes["post_attention_layernorm.weight"] = (d,)
-    return shapes | {f"mlp.{name}.weight": linears[name] for name in ("gate_proj", "up_proj", "down_proj")}
+        shapes |= {Q_NORM: (hd,), K_NORM: (hd,)}
+    shapes[MLP_NORM] = (d,)
+    return shapes | {f"{hf_linear_name(name)}.weight": linears[name] for name in MLP_LINEARS}
 
 
 def model_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a model of this config has, layer by layer."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block_shapes(config).items()}
+        shapes |= {layer_tensor(layer, name): shape for name, shape in block_shapes(config).items()}
     shapes[FINAL_NORM] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
-
-
-def is_linear(name: str) -> bool:
-    """Whether a tensor is the weight of a linear of a block: what NF4 and LoRA are for."""
-    return name.endswith("_proj.weight")
 
 
 class Checkpoint:
@@ -110,7 +115,7 @@ class Checkpoint:
 
     def block_tensors(self, layer: int) -> dict[str, Tensor | QuantizedTensor]:
         """All tensors of a layer by their names inside it: 'self_attn.q_proj.weight', 'input_layernorm.weight', …"""
-        return {name: self.tensor(f"model.layers.{layer}.{name}") for name in block_shapes(self.config)}
+        return {name: self.tensor(layer_tensor(layer, name)) for name in block_shapes(self.config)}
 
     def located(self, name: str) -> tuple[Path, StoredTensor]:
         """The file that holds a stored tensor (a 4-bit weight's codes go by the weight's own name), and where in it."""
@@ -240,28 +245,13 @@ def _promises(files: list[SafetensorsFile], promised: dict[str, str]) -> list[st
     return faults + lost
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder. Raises ModelError for anything else."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ModelError(f"{path} takes {path.stat().st_size:,} bytes, too many for a model's JSON; copy it again.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; check that it is yours to read.") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON; copy it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object; copy it again.")
-    return value
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands, refused where its weights are in a form that edgetune does not read."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` beside `--model`.")
         raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json", MODEL_CONFIG)
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         method = quantization.get("quant_method", "bitsandbytes")
@@ -285,7 +275,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    promised = read_json(folder / INDEX).get("weight_map")
+    promised = read_object(folder / INDEX, WEIGHT_INDEX).get("weight_map")
     if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
     names = sorted(set(promised.values()))

@@ -1,8 +1,7 @@
-"""Which device, which dtype, how much memory there is and is held, and what a device wants while it works."""
+"""Pick the device and the dtype to compute in, and explain the errors of a graphics card."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
@@ -10,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import psutil
 import torch
 
 from edgetune.runtime.errors import DeviceError, ResourceError
+from edgetune.runtime.memory import card_memory
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -63,43 +61,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def process_memory() -> int:
-    """Bytes this process holds: anonymous memory plus resident pages of mapped files, where the system tells."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes that the driver of an Apple GPU holds for this process, its cache included; 0 for other devices.
-
-    Their memory is the machine's own, and no part of what `process_memory` sees.
-    """
-    return int(torch.mps.driver_allocated_memory()) if device.type == "mps" else 0
-
-
-def available_memory(device_type: str = "cpu") -> int:
-    """Bytes that could be allocated now without swapping; a container's limit counts, and what Metal recommends."""
-    available = int(psutil.virtual_memory().available)
-    limits = [_cgroup_limit()]
-    if device_type == "mps" and torch.backends.mps.is_available():
-        limits.append(max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())))
-    return min([available, *(limit for limit in limits if limit is not None)])
-
-
-@dataclass(frozen=True)
-class CardMemory:
-    """Bytes of an NVIDIA card: free for anyone, held by this process's allocator, and in all."""
-
-    free: int
-    held: int
-    total: int
-
-
-def card_memory() -> CardMemory:
-    """The current card's memory now. Its own state (about half a gigabyte) is begun first, so that `free` is without it."""
-    free, total = torch.cuda.mem_get_info()
-    return CardMemory(int(free), int(torch.cuda.memory_reserved()), int(total))
-
-
 @contextmanager
 def explain_card_memory(advice: str) -> Iterator[None]:
     """A card that runs out of memory within the block becomes a ResourceError that ends with `advice`.
@@ -116,68 +77,11 @@ def explain_card_memory(advice: str) -> Iterator[None]:
         ) from error
 
 
-def _cgroup_limit() -> int | None:
-    """What this process's memory cgroup still allows, in bytes; None where there is no limit."""
-    pairs = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    )
-    for limit_path, used_path in pairs:
-        try:
-            with open(limit_path) as limit, open(used_path) as used:
-                return max(0, int(limit.read()) - int(used.read()))
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def trim_memory() -> None:
-    """Give freed heap pages back to the system (glibc alone keeps them)."""
-    if sys.platform == "linux":
-        with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if with_trim is not None:
-            with_trim(0)
-
-
-def trim_device(device: torch.device) -> None:
-    """Give memory that torch keeps for later tensors back to the system, where a device shares it with everyone: on MPS."""
-    if device.type == "mps":
-        torch.mps.synchronize()  # what is queued may still need it
-        torch.mps.empty_cache()
-
-
 def end_command_buffer(device: torch.device) -> None:
     """Have the device finish what is queued, where a long queue is a danger: macOS ends a program whose work keeps the
     display waiting. A block's work is short; the wait costs less than a millisecond. Nothing on other devices."""
     if device.type == "mps":
         torch.mps.synchronize()
-
-
-def steady_heap() -> None:
-    """From now on keep the heap whole, so that the same step takes the same memory again and again; glibc alone needs it.
-
-    New threads share one heap. And the slivers that glibc cuts from both ends of an aligned tensor join it again when it is
-    freed: set aside for small requests, as they would be, they leave a hole too short for a tensor of the same size.
-    """
-    set_aside, most_heaps = 1, -8  # M_MXFAST, M_ARENA_MAX
-    if can_compact_heap():
-        ctypes.CDLL(None).mallopt(set_aside, 0)
-        ctypes.CDLL(None).mallopt(most_heaps, 1)
-
-
-def can_compact_heap() -> bool:
-    """Whether `compact_heap` does anything here."""
-    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
-
-
-def compact_heap() -> None:
-    """From now on give tensors of a mebibyte and more pages of their own, which go back when they are freed.
-
-    Their memory is then never lost to holes in the heap; but new pages take time. glibc alone has the switch.
-    """
-    map_threshold = -3  # M_MMAP_THRESHOLD
-    if can_compact_heap():
-        ctypes.CDLL(None).mallopt(map_threshold, 1 << 20)
 
 
 def cpu_name() -> str:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, vocabulary
-from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, Checkpoint, is_linear
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.lora import Linear, Weight
-from edgetune.runtime.model import Block, Llama, hf_linear_name
+from edgetune.runtime.model import Block, Llama
+from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD, LINEAR_WEIGHT, is_linear, layer_tensor, linear_weight
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
 from edgetune.runtime.vocabulary import FILE, Embedding, Head, StoredRows
@@ -54,7 +55,7 @@ def load_llama(
         blocks.append(Block(config, layer, tensors))
         if quant is not None or device.type != "cpu":  # what was made of the file's numbers stays, the numbers need not
             for name in tensors:
-                checkpoint.release(f"model.layers.{layer}.{name}")
+                checkpoint.release(layer_tensor(layer, name))
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
@@ -104,14 +105,14 @@ def _in_file(checkpoint: Checkpoint, name: str, device: torch.device) -> StoredR
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the linears of all blocks as stored: what a model without streaming holds of them."""
-    return sum(tensor.nbytes for name, tensor in checkpoint.stored.items() if "_proj.weight" in name)
+    return sum(tensor.nbytes for name, tensor in checkpoint.stored.items() if LINEAR_WEIGHT in name)
 
 
 def _paged(checkpoint: Checkpoint, block: Block, device: torch.device) -> PagedLayer:
     """A block's linears as what their files hold; the mapping that they were checked through is let go."""
     weights = []
     for name in LINEARS:
-        full = f"model.layers.{block.layer}.{hf_linear_name(name)}.weight"
+        full = linear_weight(block.layer, name)
         weights.append(_paged_weight(checkpoint, full, getattr(block, name), device))
         checkpoint.release(full)
     return PagedLayer(weights)

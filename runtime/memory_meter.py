@@ -3,9 +3,6 @@ driver holds."""
 
 from __future__ import annotations
 
-import mmap
-import os
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,38 +11,9 @@ from typing import Protocol
 
 import torch
 
-from edgetune.runtime.device import card_memory, device_memory, process_memory
+from edgetune.runtime.memory import anonymous_memory, card_memory, device_memory, resident_pages
 
 INTERVAL = 0.1
-
-
-def anonymous_memory() -> int:
-    """Bytes that belong to no file. Linux tells; elsewhere the whole resident size stands in for it, which is more.
-
-    A meter asks at any moment of a step: what is read is too short to be put into the heap that the step's tensors lie in.
-    """
-    if sys.platform != "linux":
-        return process_memory()
-    file = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        _, resident, shared, *_ = os.read(file, 256).split()
-    finally:
-        os.close(file)
-    return (int(resident) - int(shared)) * mmap.PAGESIZE
-
-
-def resident_pages(files: Sequence[Path]) -> int:
-    """Bytes of the named files that this process has mapped and in memory; 0 where the system does not tell."""
-    if sys.platform != "linux":
-        return 0
-    names = {str(file.resolve()) for file in files}
-    resident, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
-        if line.startswith("Rss:"):
-            resident += int(line.split()[1]) * 1024 if inside else 0
-        elif "-" in line.split(" ", 1)[0]:
-            inside = line.split(maxsplit=5)[-1] in names
-    return resident
 
 
 class MemoryMeter:

@@ -24,6 +24,7 @@ from edgetune.runtime import ops, vocabulary
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
 from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
+from edgetune.runtime.names import ATTENTION_NORM, K_NORM, MLP_NORM, Q_NORM, hf_linear_name
 from edgetune.runtime.pager import Pager, Resident
 from edgetune.runtime.vocabulary import Embedding, Head, StoredRows
 
@@ -95,8 +96,8 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        self.attn_norm, self.mlp_norm = dense["input_layernorm.weight"], dense["post_attention_layernorm.weight"]
-        self.q_norm, self.k_norm = dense.get("self_attn.q_norm.weight"), dense.get("self_attn.k_norm.weight")
+        self.attn_norm, self.mlp_norm = dense[ATTENTION_NORM], dense[MLP_NORM]
+        self.q_norm, self.k_norm = dense.get(Q_NORM), dense.get(K_NORM)
         for name in LINEARS:
             path = hf_linear_name(name)
             self.add_module(name, Linear(tensors[f"{path}.weight"], dense.get(f"{path}.bias")))
@@ -226,8 +227,3 @@ class Llama(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """Last block's h (N, D) -> logits (N, V) in the compute dtype."""
         return vocabulary.logits(ops.rms_norm(h, self.norm, self.config.rms_norm_eps), self.head)
-
-
-def hf_linear_name(name: str) -> str:
-    """ "q_proj" -> "self_attn.q_proj", "up_proj" -> "mlp.up_proj"."""
-    return f"self_attn.{name}" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else f"mlp.{name}"

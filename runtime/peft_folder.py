@@ -24,12 +24,12 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
-from edgetune.runtime.model import hf_linear_name
+from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object, read_object_if_there
+from edgetune.runtime.names import hf_linear_name, layer_tensor
 from edgetune.runtime.safetensors_file import write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
-_MAX_JSON = 8 << 20
 _MOST_NAMED = 8
 NO_LORA, NO_MATRIX, NOT_FINITE = "no LoRA of a LLaMA linear", "no matrix", "inf or NaN"
 """What can be wrong with a tensor of an adapter's file, whatever its format."""
@@ -67,7 +67,7 @@ def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
         "layers_to_transform": None if adapter.layers is None else list(adapter.layers),
     }  # fmt: skip
     named = {
-        f"base_model.model.model.layers.{layer}.{hf_linear_name(name)}.lora_{part}.weight": tensor
+        f"base_model.model.{layer_tensor(layer, hf_linear_name(name))}.lora_{part}.weight": tensor
         for (layer, name, part), tensor in sorted(adapter.tensors.items())
     }
     atomic_write(folder / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")
@@ -95,8 +95,8 @@ def load_config(folder: Path) -> Adapter:
         raise AdapterError(
             f"No adapter at {folder}: found no {CONFIG_FILE}, expected a PEFT or mlx-lm folder or a .gguf file; name one."
         )
-    peft = read_json(folder / CONFIG_FILE)
-    about = read_json(folder / EDGETUNE_FILE) if (folder / EDGETUNE_FILE).is_file() else {}
+    peft = read_object(folder / CONFIG_FILE, ADAPTER_CONFIG)
+    about = read_object_if_there(folder / EDGETUNE_FILE, ADAPTER_CONFIG)
     return Adapter(_lora_config(peft, folder), {}, about, _layers(peft, folder))
 
 
@@ -218,16 +218,3 @@ def whole_number(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise ValueError(f"the rank is {str(value)[:40]!r}, expected a whole number")
     return int(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of an adapter. Raises AdapterError for anything else, or too much of it."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise AdapterError(f"{path} is larger than {_MAX_JSON >> 20} MB; expected a short JSON file.")
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is no readable JSON; copy the adapter again.") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} holds no JSON object; copy the adapter again.")
-    return value

@@ -14,38 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.json_file import (
+    SENTENCEPIECE_MODEL,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    read_limited,
+    read_object_if_there,
+)
 
-CONFIG_BYTES = 4 << 20
-JSON_BYTES = 64 << 20  # the largest in use (262,144 pieces) takes 34 MB
-MODEL_BYTES = 32 << 20
 MOST_IDS = 1 << 22
-
-
-def read_limited(path: Path, limit: int) -> bytes:
-    """A file's bytes, at most `limit` of them. Raises TokenizerError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read ({error.strerror}); check the folder and its permissions.") from None
-    if len(data) > limit:
-        raise TokenizerError(
-            f"{path} is larger than {limit >> 20} MiB, which no known model's is; copy it again from its publisher."
-        )
-    return data
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; {} where there is no such file. Raises TokenizerError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(read_limited(path, CONFIG_BYTES))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object; copy it again from the model's publisher.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -112,14 +89,15 @@ class SpecialNames:
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any], template: str) -> SpecialNames:
         """`config` is tokenizer_config.json's content, `template` the chat template's source or ""."""
-        older = read_config(folder / "special_tokens_map.json")
-        generation, model = read_config(folder / "generation_config.json"), read_config(folder / "config.json")
+        older = read_object_if_there(folder / "special_tokens_map.json", TOKENIZER_CONFIG)
+        generation = read_object_if_there(folder / "generation_config.json", TOKENIZER_CONFIG)
+        model = read_object_if_there(folder / "config.json", TOKENIZER_CONFIG)
         names = cls(template)
         for name in NAMES:
             for source in (config, older):
                 if name in source:
                     names.spelled.setdefault(name, _spelling(source[name]))
-        names.declared = list(_declared(config, older, read_config(folder / "added_tokens.json")))
+        names.declared = list(_declared(config, older, read_object_if_there(folder / "added_tokens.json", TOKENIZER_CONFIG)))
         known = {token.spelling for token in names.declared}
         for spelling in names.spelled.values():
             if spelling is not None and spelling not in known:
@@ -183,7 +161,7 @@ class JsonPieces:
 
         self._where = str(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(read_limited(path, JSON_BYTES).decode())
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_limited(path, TOKENIZER_JSON).decode())
         except TokenizerError:
             raise
         except BaseException as error:
@@ -323,7 +301,7 @@ class SentencePieces:
     def __init__(self, path: Path, names: SpecialNames) -> None:
         import sentencepiece
 
-        data = read_limited(path, MODEL_BYTES)
+        data = read_limited(path, SENTENCEPIECE_MODEL)
         try:
             whole = sentencepiece.SentencePieceProcessor(model_proto=data)
             bare = sentencepiece.SentencePieceProcessor(model_proto=data + self._NO_PREFIX)

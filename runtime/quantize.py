@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
-from edgetune.runtime.checkpoint import HEAD, Checkpoint, is_linear, model_shapes, open_model
+from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import explain_full_disk, sync_folder
@@ -34,6 +34,7 @@ from edgetune.runtime.model_folder import (
     write_companions,
     write_shard,
 )
+from edgetune.runtime.names import HEAD, is_linear
 from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
 
 HEADS = ("bf16", "nf4")

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.json_file import TOKENIZER_CONFIG, read_limited, read_object_if_there
 from edgetune.runtime.pieces import (
-    CONFIG_BYTES,
     JsonPieces,
     Pieces,
     SentencePieces,
     SpecialNames,
-    read_config,
-    read_limited,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +66,7 @@ class Tokenizer:
     def load(cls, folder: Path | str) -> Tokenizer:
         """Open the tokenizer of a model folder. Raises TokenizerError, one sentence, for anything unusable."""
         folder = Path(folder)
-        config = read_config(folder / "tokenizer_config.json")
+        config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
         template = read_template(folder, config)
         names = SpecialNames.read(folder, config, template[0] if template else "")
         pieces: Pieces
@@ -266,8 +264,8 @@ def read_template(folder: Path, config: dict[str, Any] | None = None) -> tuple[s
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return read_limited(path, CONFIG_BYTES).decode("utf-8", "replace"), str(path)
-    config = read_config(folder / "tokenizer_config.json") if config is None else config
+        return read_limited(path, TOKENIZER_CONFIG).decode("utf-8", "replace"), str(path)
+    config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG) if config is None else config
     found = config.get("chat_template")
     if isinstance(found, list):  # named templates: the one called "default", or the only one
         named = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}

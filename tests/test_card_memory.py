@@ -17,8 +17,9 @@ from edgetune.memory_settings import CARD_LATER_BYTES, choose, held_already, mem
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LINEARS, LoraConfig
-from edgetune.runtime.device import card_memory, explain_card_memory
+from edgetune.runtime.device import explain_card_memory
 from edgetune.runtime.errors import ResourceError
+from edgetune.runtime.memory import card_memory
 from edgetune.runtime.memory_meter import CardMeter, MemoryMeter, meter_for
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.session import Session

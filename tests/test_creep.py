@@ -22,10 +22,10 @@ TRAIN = """
 import json, random, sys
 import torch
 from edgetune.machine.bench import random_llama
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import steady_heap
+from edgetune.runtime.heap import steady_heap
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch

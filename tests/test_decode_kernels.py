@@ -12,7 +12,8 @@ from edgetune.runtime import int8, nf4, ops
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.lora import LoraLinear
-from edgetune.runtime.model import Block, KVCache, Llama, hf_linear_name
+from edgetune.runtime.model import Block, KVCache, Llama
+from edgetune.runtime.names import hf_linear_name
 from edgetune.runtime.runner import Runner
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError)

@@ -19,10 +19,11 @@ from edgetune.export.merge import DenseRecipe, Merged
 from edgetune.export.targets import check_memory
 from edgetune.exporting import export_adapter
 from edgetune.runtime import nf4, peft_folder
-from edgetune.runtime.checkpoint import Checkpoint, is_linear, open_model
+from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model_folder import write_model
+from edgetune.runtime.names import is_linear
 from edgetune.runtime.tokenizer import Tokenizer
 
 pytest.importorskip("transformers")

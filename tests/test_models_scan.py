@@ -17,6 +17,7 @@ from edgetune.library.base_models import DEMO, Found, ModelChoice, resolve, scan
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.json_file import MODEL_CONFIG
 from edgetune.runtime.quantize import quantize_folder
 
 CONFIG: dict[str, Any] = {
@@ -241,7 +242,7 @@ def break_numbers(folder: Path) -> None:
 
 
 def break_size(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"x": "a" * (models.MAX_JSON + 1)}))
+    (folder / "config.json").write_text(json.dumps({"x": "a" * (MODEL_CONFIG.limit + 1)}))
 
 
 def break_tokenizer(folder: Path) -> None:

@@ -19,7 +19,7 @@ from edgetune.cli.main import plain_failures
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import device, ops, peft_folder, vocabulary
+from edgetune.runtime import device, heap, memory, ops, peft_folder, vocabulary
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
@@ -340,19 +340,19 @@ def test_every_op_of_a_run_has_a_kernel_on_mps(mac: Machine, small: tuple[Path, 
 def test_the_devices_memory_is_counted_and_limits_what_may_be_used(
     mac: Machine, small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert device.device_memory(CPU) == 0
-    assert device.device_memory(MPS) == mac.allocated + mac.cached
-    device.trim_device(CPU)
+    assert memory.device_memory(CPU) == 0
+    assert memory.device_memory(MPS) == mac.allocated + mac.cached
+    heap.trim_device(CPU)
     device.end_command_buffer(CPU)
     assert mac.asked == []
-    device.trim_device(MPS)
+    heap.trim_device(MPS)
     assert mac.asked == ["synchronize", "empty_cache"]
-    assert device.device_memory(MPS) == mac.allocated
+    assert memory.device_memory(MPS) == mac.allocated
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 << 20)
-    assert device.available_memory("mps") == (10 << 20) - mac.allocated
-    assert device.available_memory() > 10 << 20
+    assert memory.available_memory("mps") == (10 << 20) - mac.allocated
+    assert memory.available_memory() > 10 << 20
     mac.allocated = 3 << 30
-    assert device.available_memory("mps") == 0
+    assert memory.available_memory("mps") == 0
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 8 << 30)
     on_gpu = run(*small, device="mps", steps=1)[-1]
     assert isinstance(on_gpu, Finished)

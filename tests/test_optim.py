@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from edgetune.runtime.errors import ResourceError, TrainingError
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.nf4 import dynamic_map
 from edgetune.runtime.optim import HOST, PagedAdamW
 

@@ -23,7 +23,7 @@ from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.lora import Linear
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.model import Llama
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.optim import PagedAdamW

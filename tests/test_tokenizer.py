@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -555,9 +556,9 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_is_not_parsed(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "JSON_BYTES", 1000)
+    monkeypatch.setattr(pieces, "TOKENIZER_JSON", replace(pieces.TOKENIZER_JSON, limit=1000))
     assert "larger than" in refused(shutil.copytree(folders["llama2.json"], tmp_path / "m"))
-    monkeypatch.setattr(pieces, "MODEL_BYTES", 1000)
+    monkeypatch.setattr(pieces, "SENTENCEPIECE_MODEL", replace(pieces.SENTENCEPIECE_MODEL, limit=1000))
     assert "larger than" in refused(shutil.copytree(folders["llama2.model"], tmp_path / "n"))
 
 

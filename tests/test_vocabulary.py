@@ -25,7 +25,7 @@ from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.memory_meter import anonymous_memory
+from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner

@@ -6,7 +6,6 @@ named. What lies there was written by others: an entry that is broken or hostile
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,8 +19,9 @@ from edgetune.config import TrainConfig
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
-from edgetune.runtime.device import available_memory
 from edgetune.runtime.errors import EdgetuneError, ModelError
+from edgetune.runtime.json_file import MODEL_CONFIG, read_object
+from edgetune.runtime.memory import available_memory
 from edgetune.runtime.runner import Recompute
 from edgetune.runtime.tokenizer import read_template
 
@@ -36,7 +36,6 @@ NOTHING_FOUND = (
 
 Status = Literal["ready", "convert", "no"]
 CONVERT_BYTES = 4_000_000_000  # beyond this, quantising anew at each start costs more patience than disk
-MAX_JSON = 4 << 20
 MAX_ENTRIES = 2000  # of one folder
 
 
@@ -308,12 +307,9 @@ def _list(value: Any) -> list[Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; {} for anything else."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-        value = json.loads(data) if len(data) <= MAX_JSON else None
-    except (OSError, ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {}
+        return read_object(path, MODEL_CONFIG)
+    except ModelError:
+        return {}
 
 
 # --- one folder -------------------------------------------------------------------------------------------------------

@@ -21,11 +21,13 @@ from edgetune.runtime import nf4
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.device import cpu_name, trim_memory
+from edgetune.runtime.device import cpu_name
 from edgetune.runtime.generate import Generator
+from edgetune.runtime.heap import trim_memory
 from edgetune.runtime.lora import Linear
 from edgetune.runtime.memory_meter import MemoryMeter
-from edgetune.runtime.model import Block, Llama, hf_linear_name
+from edgetune.runtime.model import Block, Llama
+from edgetune.runtime.names import ATTENTION_NORM, MLP_NORM, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Runner
@@ -113,8 +115,8 @@ def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> Llam
         tensors: dict[str, Any] = {}
         for name, shape in config.linear_shapes().items():
             tensors[f"{hf_linear_name(name)}.weight"] = random_nf4(shape, generator)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{norm}.weight"] = torch.ones(config.hidden_size)
+        for norm in (ATTENTION_NORM, MLP_NORM):
+            tensors[norm] = torch.ones(config.hidden_size)
         blocks.append(Block(config, layer, tensors))
     embedding = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(dtype)
     head = embedding if config.tie_embeddings else embedding.clone()

@@ -26,9 +26,11 @@ from edgetune.runtime.batch import Batch
 from edgetune.runtime.budget import Stored, least_layer_memory
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.device import compute_dtype, device_memory, trim_device
+from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.heap import trim_device
 from edgetune.runtime.loader import load_llama
+from edgetune.runtime.memory import device_memory
 from edgetune.runtime.model import Llama
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner

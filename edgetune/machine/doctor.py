@@ -19,7 +19,8 @@ import edgetune
 from edgetune.export.targets import TARGETS, load_target, missing_packages
 from edgetune.home import home
 from edgetune.machine.device_checks import confirm, without_paths
-from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
+from edgetune.runtime.device import compute_dtype, cpu_name, has_fast_bf16, pick_device
+from edgetune.runtime.memory import available_memory
 from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
 
 

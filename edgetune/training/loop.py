@@ -36,9 +36,9 @@ from edgetune.library.adapter_registry import Current
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.device import trim_device, trim_memory
 from edgetune.runtime.errors import LinkError, TrainingError
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
 from edgetune.training import checkpoints as runstate
 from edgetune.training.best_adapter import BestAdapter

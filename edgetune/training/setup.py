@@ -26,9 +26,10 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LoraConfig
-from edgetune.runtime.device import compact_heap, pick_device, steady_heap
+from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import AdapterError, DataError, ModelError, UsageError
 from edgetune.runtime.files import sha256_file
+from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.runtime.tokenizer import Tokenizer
 

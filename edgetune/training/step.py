@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime.device import trim_memory
+from edgetune.runtime.heap import trim_memory
 from edgetune.runtime.loss import meet_head
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.training.distributed import World

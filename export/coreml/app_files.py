@@ -19,10 +19,10 @@ from edgetune.export.coreml.model import HIDDEN, Plan
 from edgetune.export.coreml.package import Array
 from edgetune.export.verify import GOLDEN_FILE, PROMPT
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.checkpoint import read_json
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.json_file import EXPORT_RECORD, read_object
 from edgetune.runtime.model_folder import companions
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, read_template
@@ -172,7 +172,7 @@ def write_call(call: Mapping[str, Any], folder: Path) -> None:
 
 def read_call(folder: Path) -> dict[str, Any]:
     """Read how-to-call.json. Raises ModelError where it is none."""
-    return read_json(folder / CALL_FILE)
+    return read_object(folder / CALL_FILE, EXPORT_RECORD)
 
 
 def masks(call: Mapping[str, Any], count: int, length: int) -> dict[str, Array]:

@@ -25,9 +25,20 @@ from torch import Tensor
 
 from edgetune.export.coreml.package import Array
 from edgetune.export.coreml.weights import EMBEDDING_NAME, Stored, constexpr, half_of, nf4_table
-from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from edgetune.runtime.config import LlamaConfig
-from edgetune.runtime.model import hf_linear_name, rope_frequencies
+from edgetune.runtime.model import rope_frequencies
+from edgetune.runtime.names import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    K_NORM,
+    MLP_NORM,
+    Q_NORM,
+    hf_linear_name,
+    layer_tensor,
+    linear_weight,
+)
 
 HIDDEN = -1e4
 """What a mask adds to the score of a position that is not seen: nothing is left of it, and fp16 can add to it."""
@@ -91,14 +102,14 @@ def constants(plan: Plan) -> dict[str, Array]:
     frequencies = rope_frequencies(config.rope, config.head_dim)
     angles = torch.arange(plan.context, dtype=torch.float64).unsqueeze(1) * frequencies
     found = {"cos": half_of("cos", angles.cos()), "sin": half_of("sin", angles.sin())}
-    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    norms = {"attn_norm": ATTENTION_NORM, "mlp_norm": MLP_NORM}
     if config.qk_norm:
-        norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+        norms |= {"q_norm": Q_NORM, "k_norm": K_NORM}
     biased = [*(("q_proj", "k_proj", "v_proj") if config.qkv_bias else ()), *(("o_proj",) if config.o_bias else ())]
     own = {"norm_weight": FINAL_NORM}
     for layer in range(config.num_layers):
-        own |= {f"layers_{layer}_{called}_weight": f"model.layers.{layer}.{name}.weight" for called, name in norms.items()}
-        own |= {f"{linear_name(layer, part)}_bias": f"model.layers.{layer}.{hf_linear_name(part)}.bias" for part in biased}
+        own |= {f"layers_{layer}_{called}_weight": layer_tensor(layer, name) for called, name in norms.items()}
+        own |= {f"{linear_name(layer, part)}_bias": layer_tensor(layer, f"{hf_linear_name(part)}.bias") for part in biased}
     found |= {called: half_of(name, plan.tensor(name)) for called, name in own.items()}
     for (layer, part), pair in plan.constants.items():
         found |= {f"{linear_name(layer, part)}_{which}": values for which, values in zip("ab", pair, strict=True)}
@@ -206,7 +217,7 @@ class _Graph:
     def linear(self, layer: int, part: str, x: Any) -> Any:
         """(1, T, in) -> (1, T, out), with bias and adapter where there are any."""
         mb, name = self.mb, linear_name(layer, part)
-        full, shape = f"model.layers.{layer}.{hf_linear_name(part)}.weight", self.config.linear_shapes()[part]
+        full, shape = linear_weight(layer, part), self.config.linear_shapes()[part]
         weight = self.weight(full, shape, f"{name}_weight")
         bias = {"bias": self.constant(f"{name}_bias")} if f"{name}_bias" in self.values else {}
         y = self.product(x, weight, **bias, name=name)

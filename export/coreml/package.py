@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.runtime.checkpoint import read_json
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import explain_full_disk
+from edgetune.runtime.json_file import EXPORT_RECORD, read_object
 
 Array = npt.NDArray[Any]
 DTYPES: dict[str, type[np.generic]] = {
@@ -43,7 +43,7 @@ class Package:
         from coremltools.proto import Model_pb2
 
         try:
-            manifest = read_json(path / "Manifest.json")
+            manifest = read_object(path / "Manifest.json", EXPORT_RECORD)
             file = path / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
             if file.stat().st_size > _MAX_GRAPH:
                 raise ValueError("too large")

@@ -20,12 +20,13 @@ from edgetune.export.coreml.weights import EMBEDDING_NAME, Stored
 from edgetune.export.merge import Merged
 from edgetune.export.targets import Job, Measured, work_folder
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime.checkpoint import EMBEDDING, HEAD, is_linear, open_model
+from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.model import Llama, hf_linear_name
+from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import write_model
+from edgetune.runtime.names import EMBEDDING, HEAD, is_linear, linear_weight
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.safetensors_file import TensorSpec
 
@@ -90,9 +91,7 @@ class Source:
         config = self.job.base.config
         head = {} if config.tie_embeddings else {"logits": HEAD}
         layers = {
-            linear_name(layer, name): f"model.layers.{layer}.{hf_linear_name(name)}.weight"
-            for layer in range(config.num_layers)
-            for name in LINEARS
+            linear_name(layer, name): linear_weight(layer, name) for layer in range(config.num_layers) for name in LINEARS
         }
         return {EMBEDDING_NAME: EMBEDDING, **layers, **head}
 

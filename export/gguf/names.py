@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 LINEARS = {
@@ -26,9 +27,9 @@ _MODULES = {
     "post_attention_layernorm": "ffn_norm",
 }
 _OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
+    EMBEDDING: "token_embd.weight",
+    FINAL_NORM: "output_norm.weight",
+    HEAD: "output.weight",
 }
 _INSIDE = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.(weight|bias)")
 

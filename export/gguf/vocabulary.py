@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.json_file import (
+    SENTENCEPIECE_MODEL,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    read_limited,
+    read_object,
+    read_object_if_there,
+)
 from edgetune.runtime.pieces import (
-    JSON_BYTES,
-    MODEL_BYTES,
     JsonPieces,
     Pieces,
     SentencePieces,
     SpecialNames,
-    read_config,
-    read_limited,
 )
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
 
@@ -76,7 +80,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
     Raises TokenizerError for a tokenizer that llama.cpp would not follow.
     """
-    config = read_config(folder / "tokenizer_config.json")
+    config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     template = read_template(folder, config)
     names = SpecialNames.read(folder, config, template[0] if template else "")
     tokenizer = Tokenizer.load(folder)
@@ -122,11 +126,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_limited(path, JSON_BYTES))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
+    value = read_object(path, TOKENIZER_JSON)
+    if not isinstance(value.get("model"), dict):
         raise TokenizerError(f"{path} is not a tokenizer; copy it again from the model's publisher.")
     return value
 
@@ -192,7 +193,7 @@ def _merged_pieces(source: dict[str, Any], folder: Path) -> Vocabulary:
 def _sentencepiece(path: Path) -> Vocabulary:
     import sentencepiece
 
-    data = read_limited(path, MODEL_BYTES)
+    data = read_limited(path, SENTENCEPIECE_MODEL)
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError:

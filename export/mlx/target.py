@@ -34,13 +34,15 @@ from edgetune.export.targets import (
 )
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
+from edgetune.runtime.checkpoint import block_shapes, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.model import Block, Llama, hf_linear_name
+from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object
+from edgetune.runtime.model import Block, Llama
 from edgetune.runtime.model_folder import write_model
-from edgetune.runtime.peft_folder import read_json, whole_number
+from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD, hf_linear_name, is_linear, layer_tensor
+from edgetune.runtime.peft_folder import whole_number
 from edgetune.runtime.safetensors_file import SafetensorsFile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +86,7 @@ def write_adapter(adapter: Adapter, folder: Path, base_name: str, num_layers: in
     """The two files, private. Layers that the adapter leaves alone get none: mlx-lm starts them at zero."""
     config = adapter.config
     tensors = {
-        f"model.layers.{layer}.{hf_linear_name(name)}.lora_{part.lower()}": tensor.T.contiguous()
+        f"{layer_tensor(layer, hf_linear_name(name))}.lora_{part.lower()}": tensor.T.contiguous()
         for (layer, name, part), tensor in sorted(adapter.tensors.items())
     }
     first = 0 if adapter.layers is None else adapter.layers[0]
@@ -110,7 +112,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises AdapterError for one that is damaged or holds what LoRA alone cannot express: DoRA, whole layers, embeddings.
     """
-    settings = read_json(folder / CONFIG_FILE)
+    settings = read_object(folder / CONFIG_FILE, ADAPTER_CONFIG)
     kind, parameters = settings.get("fine_tune_type", "lora"), settings.get("lora_parameters")
     if kind != "lora" or not isinstance(parameters, dict):
         raise AdapterError(
@@ -238,7 +240,7 @@ def _int4_model(job: Job, folder: Path) -> Llama:
 
     shapes = model_shapes(config)
     blocks = [
-        Block(config, layer, {name: tensor(f"model.layers.{layer}.{name}") for name in block_shapes(config)})
+        Block(config, layer, {name: tensor(layer_tensor(layer, name)) for name in block_shapes(config)})
         for layer in range(config.num_layers)
     ]
     embedding = tensor(EMBEDDING)

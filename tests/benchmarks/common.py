@@ -266,7 +266,7 @@ def measured(files: Sequence[Path], bare: int) -> Iterator[Result]:
     """
     import gc
 
-    from edgetune.runtime.device import trim_memory
+    from edgetune.runtime.heap import trim_memory
     from edgetune.runtime.memory_meter import MemoryMeter
 
     gc.collect()
@@ -404,7 +404,8 @@ def _write_random_nf4(path: Path, shape: str) -> None:
     from edgetune.machine.bench import random_nf4
     from edgetune.machine.shapes import SHAPES
     from edgetune.runtime.bnb_layout import weight_specs, weight_tensors
-    from edgetune.runtime.checkpoint import is_linear, model_shapes
+    from edgetune.runtime.checkpoint import model_shapes
+    from edgetune.runtime.names import is_linear
     from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
 
     generator = torch.Generator().manual_seed(0)

@@ -129,9 +129,11 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     from edgetune.runtime.budget import Stored, Vocabulary
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.config import LINEARS, LoraConfig
-    from edgetune.runtime.device import compact_heap, compute_dtype, trim_memory
+    from edgetune.runtime.device import compute_dtype
+    from edgetune.runtime.heap import compact_heap, trim_memory
     from edgetune.runtime.loader import load_llama
-    from edgetune.runtime.memory_meter import MemoryMeter, anonymous_memory
+    from edgetune.runtime.memory import anonymous_memory
+    from edgetune.runtime.memory_meter import MemoryMeter
     from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Runner
     from edgetune.runtime.vocabulary import FILE
