@@ -1,4 +1,4 @@
-"""LoRA adapters on a model: attach one, detach it, copy its tensors."""
+"""Attach LoRA adapters to a model, detach them, and read and copy their tensors."""
 
 from __future__ import annotations
 
@@ -16,32 +16,37 @@ from edgetune.runtime.model import Llama
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter apart from any model. `tensors[layer, linear, "A" | "B"]` are f32; `about` is edgetune.json."""
+    """A LoRA adapter that is not on any model.
+
+    tensors: by (layer, linear, "A" or "B"), in f32: A is (rank, in_features), B is (out_features, rank).
+    about: the content of edgetune.json. layers: the adapted layers, ascending; None for all layers.
+    """
 
     config: LoraConfig
     tensors: dict[tuple[int, str, str], Tensor]
     about: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
-    """The layers that it is on, ascending; None for all."""
 
 
 def attach_new(model: Llama, config: LoraConfig, seed: int) -> None:
-    """Put a fresh adapter on every target linear: A random from `seed`, B zero, so that nothing changes yet."""
+    """Attach a new adapter to every target linear: A is random from `seed`, B is zero, so the model's output is unchanged."""
     generator = torch.Generator().manual_seed(seed)
     for block in model.blocks:
         for name in config.targets:
-            base = _bare(getattr(block, name))
+            base = _base_linear(getattr(block, name))
             setattr(block, name, LoraLinear.from_base(base, config, generator))
 
 
 def attach(model: Llama, adapter: Adapter) -> None:
-    """Put a stored adapter on the model, replacing any that is there.
+    """Attach a stored adapter to the model in place of the one that it may have.
 
-    Raises AdapterError that names every tensor which does not fit, and leaves the model as it was.
+    Raises AdapterError, which names every tensor that does not fit, and leaves the model unchanged.
     """
     check_fits(adapter, model.config)
     linears = {
-        (layer, name): _bare(module) for layer, block in enumerate(model.blocks) for name, module in block.linears().items()
+        (layer, name): _base_linear(module)
+        for layer, block in enumerate(model.blocks)
+        for name, module in block.linears().items()
     }
     detach(model)
     for layer, name in sorted({key[:2] for key in adapter.tensors}):
@@ -51,12 +56,12 @@ def attach(model: Llama, adapter: Adapter) -> None:
 
 
 def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
-    """Raise AdapterError, naming everything that does not fit, for an adapter that was made for another shape of model."""
+    """Raise AdapterError, which names everything that does not fit, if the adapter was made for a model of another shape."""
     config, shapes = adapter.config, model.linear_shapes()
     layers = set(range(model.num_layers) if adapter.layers is None else adapter.layers)
     wanted = {(layer, name) for layer in layers & set(range(model.num_layers)) for name in config.targets}
     found = {(layer, name) for layer, name, _ in adapter.tensors}
-    wrong: dict[tuple[str, str], list[int]] = {}  # linear, what is wrong -> layers
+    wrong: dict[tuple[str, str], list[int]] = {}  # (linear, fault) -> layers
     for layer, name in sorted(found):
         a, b = (adapter.tensors.get((layer, name, part)) for part in "AB")
         rows, columns = shapes[name]
@@ -65,19 +70,19 @@ def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
             layers.add(layer)
             continue
         if a is None or b is None:
-            said = f"lora_{'A' if a is None else 'B'} is missing"
+            fault = f"lora_{'A' if a is None else 'B'} is missing"
         elif (a.shape, b.shape) != expected:
-            said = f"lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
+            fault = f"lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
         elif (layer, name) not in wanted:
-            said = "adapter_config.json does not name it"
+            fault = "adapter_config.json does not name it"
         else:
             continue
-        wrong.setdefault((name, said), []).append(layer)
+        wrong.setdefault((name, fault), []).append(layer)
     for layer, name in sorted(wanted - found):
         wrong.setdefault((name, "no tensors"), []).append(layer)
     beyond = sorted(layer for layer in layers if layer >= model.num_layers)
-    problems = [f"the model has no {_named(beyond)}"] if beyond else []
-    problems += [f"{_named(where)} {name}: {said}" for (name, said), where in wrong.items()]
+    problems = [f"the model has no {_layer_list(beyond)}"] if beyond else []
+    problems += [f"{_layer_list(where)} {name}: {fault}" for (name, fault), where in wrong.items()]
     if problems:
         raise AdapterError(
             f"The adapter does not fit this model: {'; '.join(problems)}; if it was made for another base, name that with "
@@ -85,27 +90,27 @@ def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
         )
 
 
-def _named(layers: list[int]) -> str:
-    """Ascending numbers as "layer 3" or "layers 0-7, 9": a mismatch is most often every layer's."""
-    runs: list[list[int]] = []
+def _layer_list(layers: list[int]) -> str:
+    """Return ascending numbers as "layer 3" or "layers 0-7, 9"; usually every layer has the same mismatch."""
+    ranges: list[list[int]] = []
     for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
         else:
-            runs.append([layer, layer])
-    spelt = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"layer{'s' if len(layers) > 1 else ''} {spelt}"
+            ranges.append([layer, layer])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return f"layer{'s' if len(layers) > 1 else ''} {text}"
 
 
 def detach(model: Llama) -> None:
-    """Leave the bare base."""
+    """Remove the adapter from the model; the base model stays."""
     for block in model.blocks:
         for name, linear in block.linears().items():
-            setattr(block, name, _bare(linear))
+            setattr(block, name, _base_linear(linear))
 
 
 def live_tensors(model: Llama) -> dict[tuple[int, str, str], Tensor]:
-    """The model's adapter itself, by (layer, linear, "A" or "B"): writing to one changes the model."""
+    """Return the tensors of the model's adapter, not copies, by (layer, linear, "A" or "B")."""
     return {
         (layer, name, part): getattr(linear, f"lora_{part}").detach()
         for layer, block in enumerate(model.blocks)
@@ -116,22 +121,23 @@ def live_tensors(model: Llama) -> dict[tuple[int, str, str], Tensor]:
 
 
 def copy_into(model: Llama, adapter: Adapter) -> None:
-    """Give the model's adapter the values of one of the same shape; what holds its tensors keeps them."""
+    """Overwrite the model's adapter with the values of another of the same shape, in place: references to it stay valid."""
     for key, tensor in live_tensors(model).items():
         tensor.copy_(adapter.tensors[key])
 
 
 def snapshot(model: Llama, config: LoraConfig, about: dict[str, Any] | None = None) -> Adapter:
-    """The model's adapter as it stands now, copied: for whoever goes on training. `live_tensors` copies nothing."""
+    """Return a copy of the model's adapter, which later training does not change. `live_tensors` copies nothing."""
     copies = {key: tensor.cpu().clone() for key, tensor in live_tensors(model).items()}
     layers = tuple(sorted({layer for layer, _, _ in copies}))
     return Adapter(config, copies, about or {}, None if len(layers) == len(model.blocks) else layers)
 
 
 def parameters(model: Llama) -> list[torch.nn.Parameter]:
-    """The trained tensors, lora_A and lora_B of each linear in layer order."""
+    """Return the trainable tensors: lora_A and lora_B of each linear, in the order of the layers."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _bare(linear: Linear | LoraLinear) -> Linear:
+def _base_linear(linear: Linear | LoraLinear) -> Linear:
+    """Return the linear of the base model under an adapter, or `linear` itself if it has none."""
     return linear.base if isinstance(linear, LoraLinear) else linear

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(fr
     other = open_model(tmp_path / "other")
     with pytest.raises(AdapterError, match=r"layers 0-1 q_proj: lora_A is \(4, 384\) .*expected \(4, 64\).*"):
         registry.keep(from_mlx, other, "other")
-    with pytest.raises(AdapterError, match=r"No adapter at .*found no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"No adapter at .*adapter_config.json is missing"):
         registry.keep(tmp_path / "other", open_model(DEMO), "demo")
     for nothing in ("nope", "nope.gguf"):
         with pytest.raises(AdapterError, match=r"There is nothing at .*mlx-lm folder or a \.gguf file"):
@@ -175,7 +175,7 @@ def test_a_layer_of_a_thousand_digits_is_one_sentence(form: str, from_mlx: Path,
     name = next(name for name in tensors if "layers.7." in name)
     tensors[name.replace("layers.7.", f"layers.{'7' * 5000}.")] = tensors.pop(name)
     safetensors.torch.save_file(tensors, folder / file)
-    with pytest.raises(AdapterError, match=r"no LoRA of a LLaMA linear: '.*77"):
+    with pytest.raises(AdapterError, match=r"not LoRA of a LLaMA linear: '.*77"):
         registry.read(folder, open_model(DEMO).config)
 
 
@@ -200,29 +200,29 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path
     said = str(raised.value)
     beyond = names[5].replace("self_attn", "mlp")
     for fault in (
-        f"no LoRA of a LLaMA linear: '{'lm_head.weight'.ljust(80, 'x')}', {beyond!r}" if form == "mlx" else repr(beyond),
+        f"not LoRA of a LLaMA linear: '{'lm_head.weight'.ljust(80, 'x')}', {beyond!r}" if form == "mlx" else repr(beyond),
         f"inf or NaN: {names[0]!r}, {names[1]!r}",
         f"numbers of type I8: {names[2]!r}",
-        f"no matrix: {names[3]!r}",
+        f"not a matrix: {names[3]!r}",
         f"given twice: {names[4]!r}",
     ):
         assert fault in said
     assert len(said) < 1200
     safetensors.torch.save_file({}, folder / file)
-    with pytest.raises(AdapterError, match="holds no tensors; copy it again"):
+    with pytest.raises(AdapterError, match="has no tensors; copy it again"):
         registry.read(folder, open_model(DEMO).config)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights 'pissa_niter_4', which alters the base beneath it"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights 'pissa_niter_4', which changes the base model"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ({"alora_invocation_tokens": [5, 6], "use_qalora": True}, "uses alora_invocation_tokens, use_qalora, which"),
         ({"use_dora": True, "rank_pattern": {"q_proj": 8}}, "uses use_dora, rank_pattern, which"),
         ({"r": 0}, r"unusable: The rank is 0; expected 1 to 1024, e\.g\. 16; copy the adapter again\.$"),
         ({"target_modules": ["wq" * 10_000]}, r"unusable: The targets name \['wqwq.{,300}; copy the adapter again"),
-        ({"target_modules": ".*q_proj" * 1000}, r"names its target_modules by '.{,40}; expected a list"),
+        ({"target_modules": ".*q_proj" * 1000}, r"has target_modules '.{,40}; expected a list"),
     ],
 )  # fmt: skip
 def test_a_peft_adapter_that_is_more_than_lora_is_refused(change: dict[str, object], said: str, from_peft: Path) -> None:

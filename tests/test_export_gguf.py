@@ -359,8 +359,8 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(tmp_path: Path) -> None:
         "blk.0.ffn_up.weight.lora_a": ones,
     }  # fmt: skip
     said = (
-        r"\(no LoRA of a LLaMA linear: 'output\.weight\.lora_a', 'blk\.0\.nothing\.weight\.lora_a'; "
-        r"inf or NaN: '.*v\.weight\.lora_a'; no matrix: '.*v\.weight\.lora_b'; "
+        r"\(not LoRA of a LLaMA linear: 'output\.weight\.lora_a', 'blk\.0\.nothing\.weight\.lora_a'; "
+        r"inf or NaN: '.*v\.weight\.lora_a'; not a matrix: '.*v\.weight\.lora_b'; "
         r"neither f32 nor f16 nor bf16: 'blk\.1\..*'; given twice: '.*up\.weight\.lora_a'\)"
     )
     with pytest.raises(AdapterError, match=said):

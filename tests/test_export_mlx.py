@@ -231,7 +231,7 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
     file = tmp_path / target.ADAPTER_FILE
     tensors = load_file(file)
     save_file(tensors | {"model.layers.0.self_attn.q_proj.m": torch.ones(3)}, file)
-    with pytest.raises(AdapterError, match=r"no LoRA of a LLaMA linear: 'model.*q_proj\.m'\)"):
+    with pytest.raises(AdapterError, match=r"not LoRA of a LLaMA linear: 'model.*q_proj\.m'\)"):
         target.read_adapter(tmp_path)
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, file)
     with pytest.raises(AdapterError, match=r"inf or NaN: .* and 8 more"):
