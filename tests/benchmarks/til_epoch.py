@@ -162,7 +162,8 @@ def render(everything: Result, contenders: list[Contender], summary: dict[str, A
              "bits/byte before", "after", "by its own count"]  # fmt: skip
     about = (
         f"{settings['documents']} notes, {settings['tokens']:,} tokens including start and end tokens; "
-        f"{settings['held_out']} held out, {settings['held_out_bytes']:,} bytes; medians of {settings['rounds']} rounds. Epoch: only the optimizer steps. "
+        f"{settings['held_out']} held out, {settings['held_out_bytes']:,} bytes; "
+        f"medians of {settings['rounds']} rounds. Epoch: only the optimizer steps. "
         "Whole run: from after the imports to the saved adapter, with reading, tokenising and loading (ours also with both "
         "evaluations, the samples and the report). text tokens/s: tokens of the notes a second of epoch, padding not counted.\n"
     )
