@@ -27,6 +27,7 @@ from torch import Tensor
 from edgetune.export.targets import Held, Job, Written, held_by_reference
 from edgetune.export.verify import GOLDEN_FILE
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
@@ -76,7 +77,7 @@ def write(job: Job, folder: Path) -> Written:
             done(file.name)
     if job.adapter is not None:
         (folder / ADAPTER).mkdir(mode=0o700)
-        adapters.write_files(replace(job.adapter, about={}), folder / ADAPTER, job.base_name)
+        peft_folder.write_files(replace(job.adapter, about={}), folder / ADAPTER, job.base_name)
     (folder / KERNEL_FOLDER).mkdir(mode=0o700)
     atomic_write(folder / KERNEL_FOLDER / SOURCE, kernel_source())
     atomic_write(folder / MANIFEST, json.dumps(_manifest(folder), indent=2) + "\n")
@@ -133,13 +134,13 @@ def read_adapter(folder: Path) -> Adapter | None:
             raise AdapterError(f"{manifest} is of a newer edgetune (format {found['format']!r}); update edgetune.")
         if found["adapter"] is None:
             return None
-        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)}
+        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE)}
         whole = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
     except (OSError, KeyError, TypeError) as error:
         raise AdapterError(f"The {MANIFEST} of {folder} is unusable; export the folder again.") from error
     if not whole:
         raise AdapterError(f"The adapter in {folder} is not the one its {MANIFEST} names; export the folder again.")
-    return adapters.load(folder / ADAPTER)
+    return peft_folder.load(folder / ADAPTER)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.targets import Held, Job, Written, held_by_fp32_reader, held_by_reference
-from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.errors import ModelError
 
 WEIGHTS = ("",)
@@ -27,7 +27,7 @@ TRANSFORMERS_BYTES, PEFT_BYTES = 300_000_000, 50_000_000
 
 def write(job: Job, folder: Path) -> Written:
     """adapter_config.json and adapter_model.safetensors."""
-    adapters.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
+    peft_folder.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
     if "/" in job.base_name:  # an id that AutoPeftModel finds
         return Written()
     told = f"PEFT finds no base by the name {job.base_name}: open the base's folder, and the adapter over it."

@@ -1,4 +1,4 @@
-"""Chat templates: a model's own Jinja text, rendered as transformers renders it, inside `sandbox`'s limits."""
+"""Render conversations with a model's own chat template (Jinja), as transformers does, inside the limits of `sandbox`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.sandbox import DEEPEST, METER, Meter, MeteredEnvironment, Raised, Refused
+from edgetune.runtime.sandbox import MeteredEnvironment, Raised
+from edgetune.runtime.template_limits import DEEPEST, METER, Meter, Refused
 
-TEMPLATE_BYTES = 64 << 10  # the longest in use (tools, reasoning) are a third of it
+TEMPLATE_BYTES = 64 << 10
+"""The largest chat template in bytes. Chosen by hand: the longest in use (tools, reasoning) are a third of it."""
+LONGEST_SHOWN = 200
+"""The most characters of a template's own error message that are shown. Chosen by hand."""
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """`value` rebuilt from JSON's types, so that a template meets no other object's methods."""
+    """Return `value` rebuilt from the types of JSON, so that a template never meets an object with methods of its own."""
     if depth > DEEPEST // 2:
         raise Refused("a message is nested too deeply")
     if value is None or isinstance(value, bool):
@@ -24,19 +28,21 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Iterable):
         return [_plain(item, depth + 1) for item in value]
-    raise Refused("a message holds something that is not text, a number, a list or a mapping")
+    raise Refused("a message contains something that is not text, a number, a list or a mapping")
 
 
 class ChatTemplate:
-    """A compiled template.
-
-    `where` is the file it came from, for error messages; `variables` are the special tokens' spellings, by name.
-    """
+    """A compiled chat template."""
 
     def __init__(self, source: str, where: str, variables: Mapping[str, str] | None = None) -> None:
+        """Compile `source`. Raises TokenizerError if it is too long or not valid Jinja.
+
+        `where` is the file that it came from, for error messages. `variables` are the spellings of the special tokens by
+        name (bos_token, eos_token, ...), which templates use.
+        """
         if len(source.encode("utf-8", "replace")) > TEMPLATE_BYTES:
             raise TokenizerError(
-                f"The chat template in {where} is longer than {TEMPLATE_BYTES >> 10} KiB, which no known model's is; "
+                f"The chat template in {where} is longer than {TEMPLATE_BYTES >> 10} KiB, the limit for a template; "
                 "replace it with the one its publisher ships."
             )
         self._source, self._where, self._variables = source, where, dict(variables or {})
@@ -50,20 +56,22 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as one text. Any failure is a TokenizerError that shows nothing of the messages."""
+        """Return the conversation as one text. Raises TokenizerError, which shows nothing of the messages, on any failure."""
         try:
             chat = [{key: value for key, value in _plain(message).items() if value is not None} for message in messages]
             return self._render(chat, add_generation_prompt)
         except Exception as error:
-            raise TokenizerError(self._sentence(error)) from None
+            # `from None`: the text of the original error may quote a message.
+            raise TokenizerError(self._explain(error)) from None
 
     def _render(self, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        """Return the conversation as one text, counted by a meter of its own."""
         meter = Meter(chat)
         token = METER.set(meter)
-        given = {"tools": None, "documents": None, **self._variables}
+        variables = {"tools": None, "documents": None, **self._variables}
         try:
             pieces, size = [], 0
-            for piece in self._template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **given):
+            for piece in self._template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **variables):
                 size += meter.weigh(piece)[0]
                 meter.fits(size)
                 pieces.append(piece)
@@ -71,16 +79,19 @@ class ChatTemplate:
         finally:
             METER.reset(token)
 
-    def _sentence(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> str:
+        """Return the sentence that tells the user why rendering failed, without any text of the messages."""
         head = f"The chat template in {self._where} could not render this conversation: "
         if isinstance(error, Refused):
             return f"{head}{error}; use a template from a publisher you trust."
         if isinstance(error, Raised):
-            # A literal of the template may be shown; anything it put together may hold a message's text.
+            # A sentence that stands in the template word for word may be shown. One that the template put together may
+            # quote a message.
             said = " ".join(str(error).split())
-            known = bool(said) and str(error) in self._source and said.isprintable() and len(said) <= 200
-            reason = f"it says '{said}'" if known else "it refuses it with a message that is not shown"
+            is_literal = bool(said) and str(error) in self._source and said.isprintable() and len(said) <= LONGEST_SHOWN
+            reason = f"it says '{said}'" if is_literal else "it refuses it with an error whose text is not shown"
             return f"{head}{reason}; check the order of the roles."
+        # Find the line of the template, which jinja2 puts into the traceback under the file name "<template>".
         line, frame = None, error.__traceback__
         while frame is not None:
             line = frame.tb_lineno if frame.tb_frame.f_code.co_filename == "<template>" else line

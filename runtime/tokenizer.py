@@ -1,8 +1,8 @@
-"""Text to token ids and back: `tokenizers` and `sentencepiece` behind one small face.
+"""Turn text into token ids and back, for any supported model folder.
 
-`encode` never makes a control token out of what a text merely spells (`</s>`, `<|eot_id|>`): control ids come from a
-chat template or from the caller. `decode` is defined byte by byte, so that streaming is the same thing done piecewise.
-Ids are transformers' (version 5) on the same text; where `tokenizer.json` exists it is used, else `tokenizer.model`.
+`encode` never makes a control token of a text that merely spells one (`</s>`, `<|eot_id|>`): control ids come from a
+chat template or from the caller. `decode` is defined byte by byte, so that streaming gives the same text in parts.
+The ids are those of transformers 5 for the same text. tokenizer.json is used if it exists, otherwise tokenizer.model.
 """
 
 from __future__ import annotations
@@ -17,78 +17,88 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import TOKENIZER_CONFIG, read_limited, read_object_if_there
-from edgetune.runtime.pieces import (
-    JsonPieces,
-    Pieces,
-    SentencePieces,
-    SpecialNames,
+from edgetune.runtime.special_tokens import SpecialTokens
+from edgetune.runtime.tokenizer_libraries import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    TokenizerLibrary,
 )
 
 if TYPE_CHECKING:
     from edgetune.runtime.templates import ChatTemplate
 
-STRETCH = 1 << 20  # characters given to a library at once
+STRETCH = 1 << 20
+"""The characters that a library encodes at once, so that it takes at most about 100 MB. Chosen by hand."""
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
-# A chat model ends its turn with one of these, whatever its config calls the end of a text.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
+"""Tokens with which a chat model ends its turn, even if its configuration names another end-of-text token."""
 
 
 class Tokenizer:
-    """The face. `folder` is a model folder as Hugging Face lays it out; see `load`.
+    """The tokenizer of one model folder, in the layout of Hugging Face; open it with `Tokenizer.load`.
 
-    vocab_size: one more than the highest id. bos_id, pad_id: or None. eos_ids: every id that stops generation, the
-    one that ends a document first. start_ids: what a document begins with.
+    vocab_size: one more than the highest id. bos_id, pad_id: the ids of those tokens, or None.
+    eos_ids: every id that ends generation, starting with the one that ends a document.
+    start_ids: the ids that a document begins with, at most one.
     """
 
-    def __init__(self, pieces: Pieces, names: SpecialNames, template: tuple[str, str] | None, folder: str) -> None:
-        self._pieces, self._names, self._template_source, self._folder = pieces, names, template, folder
-        self.vocab_size = pieces.size
-        self.bos_id = self._named("bos_token", names.bos)
-        self.pad_id = self._named("pad_token", names.pad)
-        eos = [self._named("eos_token", None), *names.eos]
-        eos += [pieces.id_of(end) for end in TURN_ENDS if end in names.template]
-        self.eos_ids = tuple(dict.fromkeys(id for id in eos if id is not None and id < pieces.size))
+    def __init__(
+        self, library: TokenizerLibrary, special: SpecialTokens, template: tuple[str, str] | None, folder: str
+    ) -> None:
+        self._library, self._special, self._template_source, self._folder = library, special, template, folder
+        self.vocab_size = library.size
+        self.bos_id = self._id_of_name("bos_token", special.bos)
+        self.pad_id = self._id_of_name("pad_token", special.pad)
+        eos = [self._id_of_name("eos_token", None), *special.eos]
+        eos += [library.id_of(end) for end in TURN_ENDS if end in special.template]
+        self.eos_ids = tuple(dict.fromkeys(id for id in eos if id is not None and id < library.size))
         # Qwen's tokenizer has no bos, but its config.json names the token that stood between texts in training.
-        start = [self.bos_id, names.bos, *self.eos_ids]
-        self.start_ids = [id for id in start if id is not None and id < pieces.size][:1]
-        special = [token for token in pieces.added if token.special and token.spelling]
-        self._special = [token.spelling for token in special]
-        self._control = frozenset(token.id for token in special)
-        steering = {self.bos_id, self.pad_id, *self.eos_ids}
-        self._never = self._control - ({self._named("unk_token", None)} - steering)  # what no text may become
-        special.sort(key=lambda token: -len(token.spelling))
-        self._split = re.compile("|".join(f"({token.pattern})" for token in special) or "(?!)")
+        start = [self.bos_id, special.bos, *self.eos_ids]
+        self.start_ids = [id for id in start if id is not None and id < library.size][:1]
+
+        control = [token for token in library.added if token.special and token.spelling]
+        self._control_spellings = [token.spelling for token in control]
+        self._control = frozenset(token.id for token in control)
+        # Ordinary text may become the unknown token, unless the model uses that token to control something as well.
+        used_for_control = {self.bos_id, self.pad_id, *self.eos_ids}
+        self._forbidden_in_text = self._control - ({self._id_of_name("unk_token", None)} - used_for_control)
+        # The longest spelling comes first, so that a token whose spelling begins another's does not hide it.
+        control.sort(key=lambda token: -len(token.spelling))
+        self._split = re.compile("|".join(f"({token.pattern})" for token in control) or "(?!)")
+        self._split_ids = [token.id for token in control]
+        self._spelled = re.compile("|".join(re.escape(token.spelling) for token in control) or "(?!)")
         self._bytes: dict[int, bytes] = {}
-        self._split_ids = [token.id for token in special]
-        self._spelled = re.compile("|".join(re.escape(token.spelling) for token in special) or "(?!)")
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Open the tokenizer of a model folder. Raises TokenizerError, one sentence, for anything unusable."""
+        """Open the tokenizer of a model folder. Raises TokenizerError for a missing, damaged or unsupported tokenizer."""
         folder = Path(folder)
         config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
         template = read_template(folder, config)
-        names = SpecialNames.read(folder, config, template[0] if template else "")
-        pieces: Pieces
+        special = SpecialTokens.read(folder, config, template[0] if template else "")
+        library: TokenizerLibrary
         if (folder / "tokenizer.json").is_file():
-            pieces = JsonPieces(folder / "tokenizer.json", names)
+            library = JsonTokenizer(folder / "tokenizer.json", special)
         elif (folder / "tokenizer.model").is_file():
-            pieces = SentencePieces(folder / "tokenizer.model", names)
+            library = SentencePieceTokenizer(folder / "tokenizer.model", special)
         else:
             raise TokenizerError(
                 f"{folder} has neither tokenizer.json nor tokenizer.model; copy one of them from the model's publisher."
             )
-        return cls(pieces, names, template, str(folder))
+        return cls(library, special, template, str(folder))
 
-    def _named(self, name: str, fallback: int | None) -> int | None:
-        """Id of the token that the configuration files call `name`; `fallback` where they say nothing."""
-        if name not in self._names.spelled:
-            return fallback if fallback is not None and 0 <= fallback < self._pieces.size else None
-        spelling = self._names.spelled[name]
-        id = None if spelling is None else self._pieces.id_of(spelling)
+    def _id_of_name(self, name: str, fallback: int | None) -> int | None:
+        """Return the id of the token that the configuration files call `name`, or `fallback` if no file mentions it.
+
+        Raises TokenizerError for an end-of-text token that the vocabulary lacks; other names may lack an id.
+        """
+        if name not in self._special.spelled:
+            return fallback if fallback is not None and 0 <= fallback < self._library.size else None
+        spelling = self._special.spelled[name]
+        id = None if spelling is None else self._library.id_of(spelling)
         if id is None and spelling is not None and name == "eos_token":
             raise TokenizerError(
-                f"{self._folder} names an end-of-text token that its vocabulary does not hold; "
+                f"{self._folder} names an end-of-text token that is missing from its vocabulary; "
                 "take tokenizer_config.json and the tokenizer from the same model."
             )
         return id
@@ -96,59 +106,65 @@ class Tokenizer:
     # --- text -> ids --------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with nothing added, and no control token whatever it spells."""
+        """Return the ids of `text`. No token is added, and no control token is made whatever the text spells."""
         return self._encode(text, first=True)
 
     def _encode(self, text: str, first: bool) -> list[int]:
+        """Return the ids of `text`; `first` says that nothing stands before it, which decides about a leading space."""
         try:
             text.encode()
         except UnicodeEncodeError:  # half a surrogate pair, from a broken JSON file or file name
             text = text.encode("utf-8", "replace").decode()
         ids = self._encode_parts(_stretches(text), first)
-        if self._never.isdisjoint(ids):
+        if self._forbidden_in_text.isdisjoint(ids):
             return ids
-        # A vocabulary may hold a control token's spelling as a piece of text: cut the spelling after its first sign.
+        # A vocabulary may have the spelling of a control token as an ordinary piece with the same id. Cut each such
+        # spelling after its first character and encode the parts by themselves, so that no piece can hold all of it.
         cuts = [match.start() + 1 for match in self._spelled.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         ids = self._encode_parts(parts, first)
-        if not self._never.isdisjoint(ids):
+        if not self._forbidden_in_text.isdisjoint(ids):
             raise TokenizerError(
                 f"The tokenizer in {self._folder} turns ordinary text into control tokens; take it from its publisher."
             )
         return ids
 
     def _encode_parts(self, parts: Iterable[str], first: bool) -> list[int]:
-        return [id for n, part in enumerate(parts) for id in self._pieces.encode(part, first and n == 0)]
+        """Return the ids of parts of one text, each encoded by itself."""
+        return [id for n, part in enumerate(parts) for id in self._library.encode(part, first and n == 0)]
 
     # --- ids -> text --------------------------------------------------------------------------------------------------
 
     def _bytes_of(self, id: int) -> bytes:
-        known = self._bytes.get(id)
-        if known is None:
-            inside = 0 <= id < self._pieces.size and id not in self._control
-            known = self._bytes[id] = self._pieces.bytes_of(id) if inside else b""
-        return known
+        """Return the bytes of an id, b"" for a control token or an id outside the vocabulary, and remember them."""
+        data = self._bytes.get(id)
+        if data is None:
+            is_text = 0 <= id < self._library.size and id not in self._control
+            data = self._bytes[id] = self._library.bytes_of(id) if is_text else b""
+        return data
 
     def decode(self, ids: Iterable[int], continuing: bool = False) -> str:
-        """Text of `ids`. Control tokens and ids beyond the vocabulary give nothing; broken UTF-8 gives U+FFFD.
+        """Return the text of `ids`. Control tokens and ids outside the vocabulary give ""; broken UTF-8 gives U+FFFD.
 
-        `continuing`: the ids follow others, so that the space before their first word belongs to the text.
+        `continuing`: the ids follow others, so the space before their first word is part of the text and is kept.
         """
         text = b"".join(self._bytes_of(int(id)) for id in ids).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._pieces.strips_space and not continuing else text
+        return text.removeprefix(" ") if self._library.strips_space and not continuing else text
 
     def stream_decoder(self, continuing: bool = False) -> StreamDecoder:
-        """A decoder that is given one id at a time; what it returns, joined, is `decode` of them all."""
-        return StreamDecoder(self._bytes_of, self._pieces.strips_space and not continuing)
+        """Return a decoder for one id at a time; the texts that it returns, joined, equal `decode` of all the ids."""
+        return StreamDecoder(self._bytes_of, self._library.strips_space and not continuing)
 
     # --- chats --------------------------------------------------------------------------------------------------------
 
     @property
     def has_template(self) -> bool:
+        """Return True if the model folder has a chat template."""
         return self._template_source is not None
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
+        """Return the compiled chat template. Raises TokenizerError if the model has none."""
         from edgetune.runtime.templates import ChatTemplate  # jinja2 is slow to import, and most commands need none
 
         if self._template_source is None:
@@ -156,19 +172,25 @@ class Tokenizer:
                 f"{self._folder} has no chat template; use an instruction-tuned model, or `edgetune generate`."
             )
         source, where = self._template_source
-        return ChatTemplate(source, where, {name: token for name, token in self._names.spelled.items() if token is not None})
+        return ChatTemplate(source, where, {name: token for name, token in self._special.spelled.items() if token is not None})
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it; messages are {"role": ..., "content": ...}."""
+        """Return a conversation as the model's chat template writes it; messages are {"role": ..., "content": ...}.
+
+        Raises TokenizerError if the model has no template or the template fails.
+        """
         return self._template.render(messages, add_generation_prompt)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of the conversation: the template's control tokens as such, those spelled inside a message as text.
+        """Return the ids of a conversation: control tokens of the template as such, those that a message spells as text.
 
-        Nothing is added: a template that writes no beginning-of-text token gives none.
+        No token is added: if the template writes no beginning-of-text token, the ids begin without one.
+        Raises TokenizerError as `render_chat` does.
         """
-        nonce = f"{secrets.randbelow(10**24):024d}"  # digits: no filter of a template alters them
-        marked = [_Marker(self._spelled, self._special, nonce).mark(message) for message in messages]
+        # Once rendered, the template's control tokens and those that a message merely spells look alike. So each
+        # spelling in a message is broken by a random number before rendering, and the number is removed afterwards.
+        nonce = f"{secrets.randbelow(10**24):024d}"  # only digits, which no filter of a template changes
+        marked = [_Marker(self._spelled, self._control_spellings, nonce).mark(message) for message in messages]
         text = self.render_chat(marked, add_generation_prompt)
         ids: list[int] = []
         at = 0
@@ -179,14 +201,15 @@ class Tokenizer:
         return ids + self._text_between(text[at:], nonce, first=at == 0)
 
     def _text_between(self, text: str, nonce: str, first: bool) -> list[int]:
+        """Return the ids of rendered text that holds no control token of the template."""
         text = text.replace(nonce, "")
         return self._encode(text, first) if text else []
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """Cut a very long text before a space between two letters, where every tokenizer cuts, too.
+    """Yield a very long text in parts of STRETCH characters, because the libraries need 100 bytes of memory per character.
 
-    The libraries need a hundred bytes of memory a character.
+    The cut is before a space between two letters, where every tokenizer cuts too, so the ids stay the same.
     """
     start = 0
     while len(text) - start > STRETCH:
@@ -199,21 +222,22 @@ def _stretches(text: str) -> Iterator[str]:
 
 
 class StreamDecoder:
-    """Whole characters only, in constant time a token."""
+    """Decodes one token at a time, in constant time a token; returns whole characters only."""
 
     def __init__(self, bytes_of: Any, strip_space: bool) -> None:
         self._bytes_of, self._strip = bytes_of, strip_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """The text that became certain with token `id`; often "" in the middle of a character."""
+        """Return the text that token `id` completes; "" as long as a character is not complete."""
         return self._stripped(self._utf8.decode(self._bytes_of(int(id))))
 
     def flush(self) -> str:
-        """What is left at the end: "" or U+FFFD for half a character."""
+        """Return the rest at the end of the stream: "", or U+FFFD for an incomplete character."""
         return self._stripped(self._utf8.decode(b"", final=True))
 
     def _stripped(self, text: str) -> str:
+        """Return `text`; the first text of the stream loses the space that encoding put before it."""
         if self._strip and text:
             self._strip = False
             return text.removeprefix(" ")
@@ -221,53 +245,63 @@ class StreamDecoder:
 
 
 class _Marker:
-    """Puts a nonce inside each special token that a message spells, so that it is none after rendering.
+    """Puts a nonce inside each control token that a message spells, so that it is not one after rendering.
 
-    So too where a message ends, or begins, with part of one, which the template's text or the next message's could
-    complete. The sign that is cut off stays at the edge, so that a template's trimming sees what it would have seen.
+    Does the same if a message ends or begins with part of such a spelling, which the template's text or the next
+    message could complete. White space at the edges of a message stays at the edges, so a template that trims a message
+    trims the same as without the nonce.
     """
 
-    def __init__(self, spelled: re.Pattern[str], special: list[str], nonce: str) -> None:
-        self._spelled, self._nonce = spelled, nonce
-        self._special = special
+    def __init__(self, spelled: re.Pattern[str], spellings: list[str], nonce: str) -> None:
+        self._spelled, self._spellings, self._nonce = spelled, spellings, nonce
 
     def mark(self, value: Any, whole: bool = False) -> Any:
+        """Return a message, or a value inside it, with the nonces put in.
+
+        `whole`: look for whole spellings only. This is for keys and roles, which a template joins to its own text on
+        purpose: a role "assistant" becomes the token `<|assistant|>`.
+        """
         if isinstance(value, str):
-            text = self._spelled.sub(lambda match: self._cut(match[0], 1), value)
-            return text if whole else self._edges(text)
-        if isinstance(value, Mapping):  # a role is part of the template's own words: `<|assistant|>`
+            text = self._spelled.sub(lambda match: self._broken(match[0], 1), value)
+            return text if whole else self._with_broken_edges(text)
+        if isinstance(value, Mapping):
             return {self.mark(key, True): self.mark(item, key == "role") for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.mark(item) for item in value]
         return value
 
-    def _cut(self, text: str, at: int) -> str:
+    def _broken(self, text: str, at: int) -> str:
         return text[:at] + self._nonce + text[at:]
 
-    def _edges(self, text: str) -> str:
+    def _with_broken_edges(self, text: str) -> str:
+        """Return `text` with a nonce where it ends with the beginning of a spelling or begins with the end of one."""
         body = text.strip()
         if not body:
             return text
         start = len(text) - len(text.lstrip())
-        tails = [n for token in self._special for n in range(1, min(len(token), len(body) + 1)) if body.endswith(token[:n])]
-        if tails:
-            text = self._cut(text, start + len(body) - max(tails) + 1)
-        if any(body.startswith(token[-n:]) for token in self._special for n in range(1, len(token))):
-            text = self._cut(text, start + 1)
+        longest_end = max(
+            (n for token in self._spellings for n in range(1, min(len(token), len(body) + 1)) if body.endswith(token[:n])),
+            default=0,
+        )
+        if longest_end:
+            text = self._broken(text, start + len(body) - longest_end + 1)
+        if any(body.startswith(token[-n:]) for token in self._spellings for n in range(1, len(token))):
+            text = self._broken(text, start + 1)
         return text
 
 
 def read_template(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str] | None:
-    """(source, file) of a model folder's chat template, or None; chat_template.jinja wins, as in transformers.
+    """Return (source, file) of a model folder's chat template, or None; chat_template.jinja wins, as in transformers.
 
-    `config` is tokenizer_config.json's content, read where it is not given. Raises TokenizerError.
+    `config` is the content of tokenizer_config.json, which is read if it is not given. Raises TokenizerError for a file
+    that cannot be read or is too large.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_limited(path, TOKENIZER_CONFIG).decode("utf-8", "replace"), str(path)
     config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG) if config is None else config
     found = config.get("chat_template")
-    if isinstance(found, list):  # named templates: the one called "default", or the only one
+    if isinstance(found, list):  # several templates with names: take the one called "default", or the only one
         named = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
         found = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
     return (found, str(folder / "tokenizer_config.json")) if isinstance(found, str) and found else None

@@ -21,6 +21,7 @@ from edgetune.export.targets import Job
 from edgetune.home import home
 from edgetune.library import adapter_registry as registry
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError
@@ -56,7 +57,7 @@ def from_mlx(tmp_path: Path, adapter: Adapter) -> Path:
 
 @pytest.fixture
 def from_peft(tmp_path: Path, adapter: Adapter) -> Path:
-    adapters.save(adapter, tmp_path / "from-peft", "demo")
+    peft_folder.save(adapter, tmp_path / "from-peft", "demo")
     return tmp_path / "from-peft"
 
 
@@ -65,10 +66,10 @@ def test_an_mlx_lm_and_a_peft_folder_are_kept_alike(from_mlx: Path, from_peft: P
     one = said("adapters", "import", str(from_mlx), "--model", "demo")
     two = said("adapters", "import", str(from_peft), "--model", "demo", "--name", "second")
     assert (one["name"], two["name"]) == ("from-mlx", "second")
-    for file in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE, adapters.EDGETUNE_FILE):
+    for file in (peft_folder.WEIGHTS_FILE, peft_folder.CONFIG_FILE, peft_folder.EDGETUNE_FILE):
         assert (Path(str(one["adapter"])) / file).read_bytes() == (Path(str(two["adapter"])) / file).read_bytes()
         assert (Path(str(one["adapter"])) / file).stat().st_mode & 0o777 == 0o600
-    assert adapters.load(Path(str(one["adapter"]))).about == {"base": open_model(DEMO).digest}
+    assert peft_folder.load(Path(str(one["adapter"]))).about == {"base": open_model(DEMO).digest}
     found = said("adapters", "list")["adapters"]
     assert isinstance(found, list)
     assert [(each["name"], each["rank"], each["current"]) for each in found] == [("from-mlx", 4, False), ("second", 4, False)]
@@ -113,7 +114,7 @@ def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(fr
     other = open_model(tmp_path / "other")
     with pytest.raises(AdapterError, match=r"layers 0-1 q_proj: lora_A is \(4, 384\) .*expected \(4, 64\).*"):
         registry.keep(from_mlx, other, "other")
-    with pytest.raises(AdapterError, match=r"No adapter at .*found no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"No adapter at .*adapter_config.json is missing"):
         registry.keep(tmp_path / "other", open_model(DEMO), "demo")
     for nothing in ("nope", "nope.gguf"):
         with pytest.raises(AdapterError, match=r"There is nothing at .*mlx-lm folder or a \.gguf file"):
@@ -125,8 +126,8 @@ def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(fr
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_digest(from_peft: Path) -> None:
-    about = json.loads((from_peft / adapters.EDGETUNE_FILE).read_text())
-    (from_peft / adapters.EDGETUNE_FILE).write_text(json.dumps(about | {"base": "f" * 64}))
+    about = json.loads((from_peft / peft_folder.EDGETUNE_FILE).read_text())
+    (from_peft / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about | {"base": "f" * 64}))
     with pytest.raises(AdapterError, match="was made for another base"):
         registry.keep(from_peft, open_model(DEMO), "demo")
 
@@ -169,18 +170,18 @@ def test_alpha_beyond_any_float_is_one_sentence(form: str, from_mlx: Path, from_
 
 @pytest.mark.parametrize("form", ["mlx", "peft"])
 def test_a_layer_of_a_thousand_digits_is_one_sentence(form: str, from_mlx: Path, from_peft: Path) -> None:
-    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, adapters.WEIGHTS_FILE)
+    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, peft_folder.WEIGHTS_FILE)
     tensors = safetensors.torch.load_file(folder / file)
     name = next(name for name in tensors if "layers.7." in name)
     tensors[name.replace("layers.7.", f"layers.{'7' * 5000}.")] = tensors.pop(name)
     safetensors.torch.save_file(tensors, folder / file)
-    with pytest.raises(AdapterError, match=r"no LoRA of a LLaMA linear: '.*77"):
+    with pytest.raises(AdapterError, match=r"not LoRA of a LLaMA linear: '.*77"):
         registry.read(folder, open_model(DEMO).config)
 
 
 @pytest.mark.parametrize("form", ["mlx", "peft"])
 def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path, from_peft: Path) -> None:
-    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, adapters.WEIGHTS_FILE)
+    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, peft_folder.WEIGHTS_FILE)
     tensors = safetensors.torch.load_file(folder / file)
     names = {
         n: next(name for name in tensors if f".{n}.self_attn.q_proj.lora_{'a' if form == 'mlx' else 'A'}" in name)
@@ -199,53 +200,53 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path
     said = str(raised.value)
     beyond = names[5].replace("self_attn", "mlp")
     for fault in (
-        f"no LoRA of a LLaMA linear: '{'lm_head.weight'.ljust(80, 'x')}', {beyond!r}" if form == "mlx" else repr(beyond),
+        f"not LoRA of a LLaMA linear: '{'lm_head.weight'.ljust(80, 'x')}', {beyond!r}" if form == "mlx" else repr(beyond),
         f"inf or NaN: {names[0]!r}, {names[1]!r}",
         f"numbers of type I8: {names[2]!r}",
-        f"no matrix: {names[3]!r}",
+        f"not a matrix: {names[3]!r}",
         f"given twice: {names[4]!r}",
     ):
         assert fault in said
     assert len(said) < 1200
     safetensors.torch.save_file({}, folder / file)
-    with pytest.raises(AdapterError, match="holds no tensors; copy it again"):
+    with pytest.raises(AdapterError, match="has no tensors; copy it again"):
         registry.read(folder, open_model(DEMO).config)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights 'pissa_niter_4', which alters the base beneath it"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights 'pissa_niter_4', which changes the base model"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ({"alora_invocation_tokens": [5, 6], "use_qalora": True}, "uses alora_invocation_tokens, use_qalora, which"),
         ({"use_dora": True, "rank_pattern": {"q_proj": 8}}, "uses use_dora, rank_pattern, which"),
         ({"r": 0}, r"unusable: The rank is 0; expected 1 to 1024, e\.g\. 16; copy the adapter again\.$"),
         ({"target_modules": ["wq" * 10_000]}, r"unusable: The targets name \['wqwq.{,300}; copy the adapter again"),
-        ({"target_modules": ".*q_proj" * 1000}, r"names its target_modules by '.{,40}; expected a list"),
+        ({"target_modules": ".*q_proj" * 1000}, r"has target_modules '.{,40}; expected a list"),
     ],
 )  # fmt: skip
 def test_a_peft_adapter_that_is_more_than_lora_is_refused(change: dict[str, object], said: str, from_peft: Path) -> None:
-    config = json.loads((from_peft / adapters.CONFIG_FILE).read_text())
-    (from_peft / adapters.CONFIG_FILE).write_text(json.dumps(config | change))
+    config = json.loads((from_peft / peft_folder.CONFIG_FILE).read_text())
+    (from_peft / peft_folder.CONFIG_FILE).write_text(json.dumps(config | change))
     with pytest.raises(AdapterError, match=said):
         registry.read(from_peft, open_model(DEMO).config)
-    (from_peft / adapters.CONFIG_FILE).write_text(json.dumps({key: config[key] for key in config if key != "lora_alpha"}))
+    (from_peft / peft_folder.CONFIG_FILE).write_text(json.dumps({key: config[key] for key in config if key != "lora_alpha"}))
     with pytest.raises(AdapterError, match="unusable: it has no 'lora_alpha'; copy"):
         registry.read(from_peft, open_model(DEMO).config)
 
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva"])
 def test_how_a_peft_adapter_began_does_not_matter_else(start: object, from_peft: Path, adapter: Adapter) -> None:
-    config = json.loads((from_peft / adapters.CONFIG_FILE).read_text())
+    config = json.loads((from_peft / peft_folder.CONFIG_FILE).read_text())
     newer = {"alora_invocation_tokens": None, "use_qalora": False, "arrow_config": None, "kasa_config": None}
-    (from_peft / adapters.CONFIG_FILE).write_text(json.dumps(config | {"init_lora_weights": start} | newer))
+    (from_peft / peft_folder.CONFIG_FILE).write_text(json.dumps(config | {"init_lora_weights": start} | newer))
     assert registry.read(from_peft, open_model(DEMO).config).config == adapter.config
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_an_adapter_whose_numbers_overflow_is_one_sentence(temperature: str, adapter: Adapter, tmp_path: Path) -> None:
     huge = {key: tensor * 1e30 for key, tensor in adapter.tensors.items()}
-    adapters.save(replace(adapter, tensors=huge), tmp_path / "huge", "demo")
+    peft_folder.save(replace(adapter, tensors=huge), tmp_path / "huge", "demo")
     result = run("generate", "hi", "--model", "demo", "--adapter", str(tmp_path / "huge"), "--temperature", temperature)
     assert isinstance(result.exception, ModelError)
     assert "gives NaN for the next token: its adapter, or" in str(result.exception)
@@ -273,7 +274,7 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
     def lost(path: Path, framework: str) -> None:
         raise FileNotFoundError(f"No such file or directory: {path}")  # what safetensors says of a file that is another's
 
-    monkeypatch.setattr(adapters.safetensors, "safe_open", lost)
+    monkeypatch.setattr(peft_folder.safetensors, "safe_open", lost)
     with pytest.raises(AdapterError, match=r"safetensors cannot be read; check that it is there"):
         registry.read(from_peft, open_model(DEMO).config)
 
@@ -281,7 +282,7 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
 def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:
     kept = Path(str(said("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
     about = {"heldout_bits_per_byte_before": 10**400, "heldout_bits_per_byte_after": 2.5}
-    (kept / adapters.EDGETUNE_FILE).write_text(json.dumps(about))
+    (kept / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about))
     (found,) = registry.kept()
     assert (found.heldout_bits_per_byte_before, found.heldout_bits_per_byte_after) == (None, 2.5)
 
@@ -294,17 +295,17 @@ def test_an_adapter_on_some_layers_changes_these_alone(tmp_path: Path) -> None:
     adapters.attach(model, partial)
     assert [type(block.q_proj).__name__ for block in model.blocks] == ["Linear", "LoraLinear"]
     assert adapters.snapshot(model, partial.config).layers == (1,)
-    adapters.save(partial, tmp_path / "kept", "base")
-    assert json.loads((tmp_path / "kept" / adapters.CONFIG_FILE).read_text())["layers_to_transform"] == [1]
-    assert adapters.load(tmp_path / "kept").layers == (1,)
+    peft_folder.save(partial, tmp_path / "kept", "base")
+    assert json.loads((tmp_path / "kept" / peft_folder.CONFIG_FILE).read_text())["layers_to_transform"] == [1]
+    assert peft_folder.load(tmp_path / "kept").layers == (1,)
     beyond = random_adapter(base.config, layers=(1,))
-    config = json.loads((tmp_path / "kept" / adapters.CONFIG_FILE).read_text())
+    config = json.loads((tmp_path / "kept" / peft_folder.CONFIG_FILE).read_text())
     for layers, message in (
         ([0, 1], "layer 0 down_proj: no tensors"),
         ([7], "the model has no layer 7"),
         (["x"], "expected numb"),
     ):
-        (tmp_path / "kept" / adapters.CONFIG_FILE).write_text(json.dumps(config | {"layers_to_transform": layers}))
+        (tmp_path / "kept" / peft_folder.CONFIG_FILE).write_text(json.dumps(config | {"layers_to_transform": layers}))
         with pytest.raises(AdapterError, match=message):
-            adapters.attach(model, adapters.load(tmp_path / "kept"))
+            adapters.attach(model, peft_folder.load(tmp_path / "kept"))
     assert torch.equal(model.blocks[1].q_proj.lora_A, beyond.tensors[1, "q_proj", "A"])  # as it was

@@ -25,12 +25,11 @@ from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Stepped, read_events
 from edgetune.library import adapter_registry as registry
 from edgetune.lock import Lock
-from edgetune.runtime import adapter as adapters
-from edgetune.runtime import ops
-from edgetune.runtime.adapter import WEIGHTS_FILE
+from edgetune.runtime import ops, peft_folder
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import BusyError, ResourceError, TrainingError
 from edgetune.runtime.files import exchange
+from edgetune.runtime.peft_folder import WEIGHTS_FILE
 from edgetune.training import checkpoints as runstate
 from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.loop import Keeper
@@ -102,7 +101,7 @@ class Place:
         asides = self.out.parent.glob(f".{self.out.name}.old.*/{self.out.name}")
         found = self.out if self.world.exchanges or self.out.exists() else next(asides)
         assert (found / WEIGHTS_FILE).read_bytes() in (self.world.earlier, self.world.reference)
-        assert json.loads((found / adapters.CONFIG_FILE).read_text())["r"] == 2
+        assert json.loads((found / peft_folder.CONFIG_FILE).read_text())["r"] == 2
         if (self.home / registry.CURRENT).exists():
             assert json.loads((self.home / registry.CURRENT).read_text())["adapter"] == str(self.out)
 

@@ -24,6 +24,7 @@ from edgetune import Session
 from edgetune.export.coreml import app_files as coreml_app
 from edgetune.export.coreml import model as coreml_model
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import TokenizerError
@@ -191,7 +192,7 @@ def test_the_morning_exports_what_it_can_and_says_why_not(tmp_path: Path, capsys
     model = load_llama(base, torch.float32)
     config = LoraConfig(2, 4.0)
     adapters.attach_new(model, config, 0)
-    adapters.save(adapters.snapshot(model, config, {"base": base.digest}), tmp_path / "night", "tiny")
+    peft_folder.save(adapters.snapshot(model, config, {"base": base.digest}), tmp_path / "night", "tiny")
     arguments = ["--model", str(folder), "--adapter", str(tmp_path / "night"), "--out", str(tmp_path / "out")]
     opened("morning.py").main([*arguments, "--targets", "peft,coreml,toaster"])
     lines = capsys.readouterr().out.splitlines()

@@ -24,7 +24,7 @@ from edgetune.cli.main import cli
 from edgetune.events import Event, Exporting
 from edgetune.export import effect
 from edgetune.export.targets import TARGETS, Job, check_memory, load_target
-from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError, UsageError
 
@@ -34,7 +34,7 @@ def made(tmp_path: Path) -> tuple[str, str]:
     """A model and an adapter of it."""
     save_trainable(tmp_path / "somebodys-model")
     base = open_model(tmp_path / "somebodys-model")
-    adapters.save(random_adapter(base.config), tmp_path / "night", str(base.folder))
+    peft_folder.save(random_adapter(base.config), tmp_path / "night", str(base.folder))
     return str(base.folder), str(tmp_path / "night")
 
 
@@ -88,7 +88,7 @@ def test_too_little_memory_for_any_export_is_refused(tmp_path: Path, made: tuple
     with pytest.raises(ResourceError, match=r"type --memory \d+MB or more"):
         export_adapter("peft", *made, tmp_path / "out", memory=100_000_000, check=False)
     base = open_model(Path(made[0]))
-    check_memory(load_target("peft"), Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000))
+    check_memory(load_target("peft"), Job(base, "model", peft_folder.load(Path(made[1])), memory=400_000_000))
 
 
 STAGES = ("sampling", "laying out", "writing", "comparing", "measuring", "proving")

@@ -36,7 +36,7 @@ from edgetune.export.coreml.weights import Stored, blank, store
 from edgetune.export.merge import Merged
 from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import nf4, ops
+from edgetune.runtime import nf4, ops, peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
@@ -556,7 +556,7 @@ def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
 def test_an_app_that_does_what_how_to_call_says_finds_the_golden_logits(tmp_path: Path) -> None:
     """Nothing but the JSON, the files that it names and the package; the adapter's bytes as its layout has them."""
     out, model = tmp_path / "out", tiny(tmp_path / "model", vocab_size=open_model(DEMO).config.vocab_size)
-    adapters.save(an_adapter(model), tmp_path / "night", "tiny")
+    peft_folder.save(an_adapter(model), tmp_path / "night", "tiny")
     assert export_adapter("coreml", str(model), str(tmp_path / "night"), out).verified
     call = json.loads((out / "how-to-call.json").read_text())
     golden = json.loads((out / call["golden"]["file"]).read_text())

@@ -30,6 +30,7 @@ from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
 from edgetune.export.merge import merged
 from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
@@ -171,7 +172,7 @@ def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
         ),
         ("deeper", {"num_hidden_layers": 3}, "the model has no layer 2"),
     ):
-        adapters.save(an_adapter(opened(tmp_path / name, **changes).config), tmp_path / f"for-{name}", "tiny")
+        peft_folder.save(an_adapter(opened(tmp_path / name, **changes).config), tmp_path / f"for-{name}", "tiny")
         with pytest.raises(AdapterError, match=said):
             export_adapter("gguf", str(tmp_path / "m"), str(tmp_path / f"for-{name}"), tmp_path / "out", weights, check=False)
     assert not (tmp_path / "out").exists()
@@ -223,10 +224,10 @@ def test_an_adapter_comes_back_value_for_value(tmp_path: Path, family: str) -> N
 def test_peft_to_gguf_to_peft_changes_no_byte(tmp_path: Path, lora: LoraConfig, layers: tuple[int, ...] | None) -> None:
     config = opened(tmp_path / "m").config
     made = random_adapter(config, lora.rank, targets=lora.targets, layers=layers)
-    adapters.save(replace(made, config=lora), tmp_path / "peft", "tiny")
-    gguf_adapter.write_adapter(adapters.load(tmp_path / "peft"), config, tmp_path / "a.gguf")
-    adapters.save(gguf_adapter.read_adapter(tmp_path / "a.gguf", config), tmp_path / "again", "tiny")
-    for name in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE):
+    peft_folder.save(replace(made, config=lora), tmp_path / "peft", "tiny")
+    gguf_adapter.write_adapter(peft_folder.load(tmp_path / "peft"), config, tmp_path / "a.gguf")
+    peft_folder.save(gguf_adapter.read_adapter(tmp_path / "a.gguf", config), tmp_path / "again", "tiny")
+    for name in (peft_folder.WEIGHTS_FILE, peft_folder.CONFIG_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
 
 
@@ -358,8 +359,8 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(tmp_path: Path) -> None:
         "blk.0.ffn_up.weight.lora_a": ones,
     }  # fmt: skip
     said = (
-        r"\(no LoRA of a LLaMA linear: 'output\.weight\.lora_a', 'blk\.0\.nothing\.weight\.lora_a'; "
-        r"inf or NaN: '.*v\.weight\.lora_a'; no matrix: '.*v\.weight\.lora_b'; "
+        r"\(not LoRA of a LLaMA linear: 'output\.weight\.lora_a', 'blk\.0\.nothing\.weight\.lora_a'; "
+        r"inf or NaN: '.*v\.weight\.lora_a'; not a matrix: '.*v\.weight\.lora_b'; "
         r"neither f32 nor f16 nor bf16: 'blk\.1\..*'; given twice: '.*up\.weight\.lora_a'\)"
     )
     with pytest.raises(AdapterError, match=said):
@@ -551,7 +552,7 @@ def test_the_command_proves_and_keeps_it(
     tmp_path: Path, target: str, weights: str, adapted_demo: tuple[Job, verify.Golden, verify.Golden]
 ) -> None:
     job, expected, _ = adapted_demo
-    adapters.save(job.needed_adapter(), tmp_path / "mine", "demo")
+    peft_folder.save(job.needed_adapter(), tmp_path / "mine", "demo")
     result = export_adapter(target, "demo", str(tmp_path / "mine"), tmp_path / "out", weights or None)
     assert result.verified
     assert result.greedy_match

@@ -18,8 +18,7 @@ from edgetune.export import hf as target
 from edgetune.export.merge import DenseRecipe, Merged
 from edgetune.export.targets import check_memory
 from edgetune.exporting import export_adapter
-from edgetune.runtime import adapter as adapters
-from edgetune.runtime import nf4
+from edgetune.runtime import nf4, peft_folder
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
@@ -210,7 +209,7 @@ def test_a_base_alone_is_not_merged_to_4_bits(base: Checkpoint, tmp_path: Path) 
 
 
 def test_the_command_writes_the_demo_and_notices_a_corrupted_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters.save(random_adapter(open_model(DEMO).config), tmp_path / "adapter", "demo")
+    peft_folder.save(random_adapter(open_model(DEMO).config), tmp_path / "adapter", "demo")
     result = export_adapter("hf", "demo", str(tmp_path / "adapter"), tmp_path / "out")
     assert result.verified
     assert result.greedy_match

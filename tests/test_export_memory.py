@@ -15,7 +15,7 @@ from adapters import random_adapter
 from tiny import save_trainable
 
 from edgetune import export_adapter
-from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError
 
@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("larger")
     save_trainable(folder / "model", width=512, inner=1536, layers=16, dtype=torch.bfloat16)
     base = open_model(folder / "model")
-    adapters.save(random_adapter(base.config, rank=8, size=0.02), folder / "night", str(base.folder))
+    peft_folder.save(random_adapter(base.config, rank=8, size=0.02), folder / "night", str(base.folder))
     return str(base.folder), str(folder / "night")
 
 

@@ -19,7 +19,7 @@ from edgetune.export.mlx import groups as mlx_groups
 from edgetune.export.mlx import target
 from edgetune.export.rounding import nearest
 from edgetune.exporting import export_adapter
-from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
@@ -166,14 +166,14 @@ def test_peft_to_mlx_to_peft_changes_no_byte(config: LoraConfig, layers: tuple[i
     shape = open_model(tmp_path / "base").config
     made = random_adapter(shape, config.rank, config.alpha, config.targets, layers=layers)
     made = replace(made, config=config)
-    adapters.save(made, tmp_path / "peft", "a base")
+    peft_folder.save(made, tmp_path / "peft", "a base")
     (tmp_path / "mlx").mkdir()
-    target.write_adapter(adapters.load(tmp_path / "peft"), tmp_path / "mlx", "a base", shape.num_layers)
+    target.write_adapter(peft_folder.load(tmp_path / "peft"), tmp_path / "mlx", "a base", shape.num_layers)
     assert target.is_adapter(tmp_path / "mlx")
     back = target.read_adapter(tmp_path / "mlx")
     assert same(back, made)
-    adapters.save(back, tmp_path / "again", "a base")
-    for file in (adapters.WEIGHTS_FILE, adapters.CONFIG_FILE):
+    peft_folder.save(back, tmp_path / "again", "a base")
+    for file in (peft_folder.WEIGHTS_FILE, peft_folder.CONFIG_FILE):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "peft" / file).read_bytes()
 
 
@@ -231,7 +231,7 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
     file = tmp_path / target.ADAPTER_FILE
     tensors = load_file(file)
     save_file(tensors | {"model.layers.0.self_attn.q_proj.m": torch.ones(3)}, file)
-    with pytest.raises(AdapterError, match=r"no LoRA of a LLaMA linear: 'model.*q_proj\.m'\)"):
+    with pytest.raises(AdapterError, match=r"not LoRA of a LLaMA linear: 'model.*q_proj\.m'\)"):
         target.read_adapter(tmp_path)
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, file)
     with pytest.raises(AdapterError, match=r"inf or NaN: .* and 8 more"):
@@ -242,7 +242,7 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters.save(random_adapter(open_model(DEMO).config), tmp_path / "adapter", "demo")
+    peft_folder.save(random_adapter(open_model(DEMO).config), tmp_path / "adapter", "demo")
     result = export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "out")
     assert result.verified
     assert result.greedy_match

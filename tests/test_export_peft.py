@@ -22,6 +22,7 @@ from edgetune.export import verify
 from edgetune.export.targets import TARGETS, load_target
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
 from edgetune.runtime.quantize import quantize_folder
@@ -34,7 +35,7 @@ DEMO = Path(edgetune.__file__).parent / "demo"
 
 @pytest.fixture
 def demo_adapter(tmp_path: Path) -> Path:
-    adapters.save(random_adapter(open_model(DEMO).config, rank=8), tmp_path / "adapter", "demo")
+    peft_folder.save(random_adapter(open_model(DEMO).config, rank=8), tmp_path / "adapter", "demo")
     return tmp_path / "adapter"
 
 
@@ -73,7 +74,7 @@ def test_an_adapter_on_some_layers_travels(tmp_path: Path) -> None:
     adapter = random_adapter(base.config, layers=(1,))
     _, found = write_and_compare(target, "peft", job_for(base, adapter), tmp_path / "out")
     assert found.max_logit_difference < 1e-4
-    back = adapters.load(tmp_path / "out")
+    back = peft_folder.load(tmp_path / "out")
     assert back.layers == (1,)
     assert set(back.tensors) == set(adapter.tensors)
 
@@ -106,7 +107,7 @@ def test_golden_json_holds_what_the_reference_says(demo_adapter: Path, tmp_path:
     assert not result.verified
     assert result.max_logit_difference is None
     golden = json.loads((tmp_path / "out" / verify.GOLDEN_FILE).read_text())
-    job = job_for(open_model(DEMO), adapters.load(tmp_path / "out"))
+    job = job_for(open_model(DEMO), peft_folder.load(tmp_path / "out"))
     ids, prompt = golden["token_ids"], golden["prompt_tokens"]
     assert len(ids) == prompt + verify.WRITTEN_TOKENS
     logits = verify.golden(job, ids[:prompt], job.model()).logits
@@ -123,7 +124,7 @@ def test_a_corrupted_export_is_caught_and_leaves_nothing(
     write = target.write
 
     def flip(job, folder):
-        written, file = write(job, folder), folder / adapters.WEIGHTS_FILE
+        written, file = write(job, folder), folder / peft_folder.WEIGHTS_FILE
         tensors = load_file(file)
         name = next(name for name in tensors if "lora_B" in name)
         tensors[name].view(-1)[5] += 8.0
@@ -136,7 +137,7 @@ def test_a_corrupted_export_is_caught_and_leaves_nothing(
     assert list((tmp_path / "new").iterdir()) == []
 
     def cut(job, folder):
-        written, file = write(job, folder), folder / adapters.WEIGHTS_FILE
+        written, file = write(job, folder), folder / peft_folder.WEIGHTS_FILE
         file.write_bytes(file.read_bytes()[:1000])
         return written
 
@@ -199,7 +200,7 @@ def test_an_adapter_of_another_base_is_refused_with_all_mismatches(demo_adapter:
     save_model(tmp_path / "base")
     base = open_model(tmp_path / "base")
     with pytest.raises(AdapterError) as caught:
-        adapters.check_fits(adapters.load(demo_adapter), base.config)
+        adapters.check_fits(peft_folder.load(demo_adapter), base.config)
     said = str(caught.value)
     assert "the model has no layers 2-7; " in said
     for name, (rows, columns) in open_model(DEMO).config.linear_shapes().items():

@@ -18,7 +18,7 @@ from edgetune.cli.main import cli
 from edgetune.export import effect
 from edgetune.export.targets import TARGETS, Job, check_texts, load_target
 from edgetune.library.base_models import resolve
-from edgetune.runtime import adapter as adapters
+from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import DataError, UsageError
 
@@ -71,7 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_model(folder, intermediate_size=128, num_hidden_layers=1, vocab_size=vocabulary)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(demo / name, folder / name)
-    adapters.save(random_adapter(open_model(folder).config), folder.parent / "night", str(folder))
+    peft_folder.save(random_adapter(open_model(folder).config), folder.parent / "night", str(folder))
     return folder
 
 
@@ -95,7 +95,7 @@ def test_texts_are_refused_where_they_would_not_be_read_and_only_there(
     measured_by_reader = target == "gguf" and importlib.util.find_spec("llama_cpp")
     for check in (False, True) if measured_by_reader else (False,):
         texts = Noticing([[1, *range(3, 60)], [1, *range(60, 90)]])
-        adapter = adapters.load(model.parent / "night")
+        adapter = peft_folder.load(model.parent / "night")
         job = Job(base, "a base", adapter, weights, adapter_as, texts=texts, force=True, check=check)
         folder = tmp_path / str(check)
         folder.mkdir()

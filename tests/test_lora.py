@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import nf4, ops
+from edgetune.runtime import nf4, ops, peft_folder
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
@@ -59,7 +59,7 @@ def peft_model(theirs: torch.nn.Module, model: Llama, folder: Path) -> torch.nn.
     """The same adapter in peft, put there through the file format."""
     import peft
 
-    adapters.save(adapters.snapshot(model, CONFIG), folder, "base")
+    peft_folder.save(adapters.snapshot(model, CONFIG), folder, "base")
     return peft.PeftModel.from_pretrained(theirs, str(folder), is_trainable=True)
 
 
@@ -166,7 +166,7 @@ def test_peft_loads_what_we_write_and_gives_our_logits(folder: Path, tmp_path: P
 
     config = replace(CONFIG, rslora=rslora, targets=("q_proj", "v_proj", "down_proj"))
     model = shaken(load_llama(open_model(folder), torch.float32), config)
-    adapters.save(adapters.snapshot(model, config), tmp_path / "adapter", "base")
+    peft_folder.save(adapters.snapshot(model, config), tmp_path / "adapter", "base")
     theirs = peft.PeftModel.from_pretrained(tiny.transformers_model("llama-2-grouped"), str(tmp_path / "adapter"))
     ids = row().input_ids
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_we_load_what_peft_writes(folder: Path, tmp_path: Path) -> None:
     )
     theirs.save_pretrained(str(tmp_path / "adapter"))
     model = load_llama(open_model(folder), torch.float32)
-    adapters.attach(model, adapters.load(tmp_path / "adapter"))
+    adapters.attach(model, peft_folder.load(tmp_path / "adapter"))
     ids = row().input_ids
     with torch.no_grad():
         ours = model.logits(Runner(model).infer(ids, torch.arange(50), [Segment(0, 50, 0, 50)], None))
@@ -193,8 +193,8 @@ def test_we_load_what_peft_writes(folder: Path, tmp_path: Path) -> None:
 def test_saving_and_loading_changes_no_bit_and_is_private(folder: Path, tmp_path: Path) -> None:
     model = shaken(load_llama(open_model(folder), torch.float32))
     stored = adapters.snapshot(model, CONFIG, {"base": "abc"})
-    adapters.save(stored, tmp_path / "adapter", "base")
-    again = adapters.load(tmp_path / "adapter")
+    peft_folder.save(stored, tmp_path / "adapter", "base")
+    again = peft_folder.load(tmp_path / "adapter")
     assert again.config == CONFIG
     assert again.about == {"base": "abc"}
     assert all(torch.equal(again.tensors[key], tensor) for key, tensor in stored.tensors.items())
@@ -213,7 +213,7 @@ def test_an_adapter_for_another_base_names_every_mismatch_and_changes_nothing(fo
 
 
 def damage(folder: Path, what: str) -> None:
-    config_file, weights = folder / adapters.CONFIG_FILE, folder / adapters.WEIGHTS_FILE
+    config_file, weights = folder / peft_folder.CONFIG_FILE, folder / peft_folder.WEIGHTS_FILE
     config = json.loads(config_file.read_text())
     tensors = safetensors.torch.load_file(weights)
     if what == "no config":
@@ -242,10 +242,10 @@ def damage(folder: Path, what: str) -> None:
 )
 def test_a_damaged_adapter_is_one_sentence(folder: Path, tmp_path: Path, what: str) -> None:
     path = tmp_path / "adapter"
-    adapters.save(adapters.snapshot(shaken(load_llama(open_model(folder), torch.float32)), CONFIG), path, "base")
+    peft_folder.save(adapters.snapshot(shaken(load_llama(open_model(folder), torch.float32)), CONFIG), path, "base")
     damage(path, what)
     with pytest.raises(AdapterError) as error:
-        adapters.load(path)
+        peft_folder.load(path)
     assert "\n" not in str(error.value)
 
 
@@ -255,7 +255,7 @@ def test_a_folder_that_is_no_adapter_is_never_replaced(folder: Path, tmp_path: P
     mine.mkdir()
     (mine / "diary.txt").write_text("dear diary")
     with pytest.raises(AdapterError, match="mine"):
-        adapters.save(adapters.snapshot(model, CONFIG), mine, "base")
+        peft_folder.save(adapters.snapshot(model, CONFIG), mine, "base")
     assert (mine / "diary.txt").read_text() == "dear diary"
 
 

@@ -19,7 +19,7 @@ from edgetune.cli.main import plain_failures
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import device, heap, memory, ops, vocabulary
+from edgetune.runtime import device, heap, memory, ops, peft_folder, vocabulary
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
@@ -287,7 +287,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_in_one_piece(mac: Machine, small:
             stop.set()
     assert isinstance(event, Interrupted)
     assert isinstance(list(train(config))[-1], Finished)
-    weights = [(tmp_path / name / adapters.WEIGHTS_FILE).read_bytes() for name in ("whole", "parts")]
+    weights = [(tmp_path / name / peft_folder.WEIGHTS_FILE).read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
 
 

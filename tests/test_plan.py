@@ -22,7 +22,7 @@ from edgetune.machine.forecast import forecast
 from edgetune.machine.shapes import SHAPES
 from edgetune.reports.terminal import human_bytes
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget
+from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.budget import Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
@@ -196,7 +196,7 @@ def test_an_adapter_to_go_on_from_is_forecast_in_its_own_shape(tmp_path: Path) -
     checkpoint = open_model(tmp_path / "model")
     model, shape = load_llama(checkpoint, torch.float32, quant=QuantConfig()), LoraConfig(2, 16.0, targets=("q_proj",))
     adapters.attach_new(model, shape, 0)
-    adapters.save(adapters.snapshot(model, shape), tmp_path / "adapter", "tiny")
+    peft_folder.save(adapters.snapshot(model, shape), tmp_path / "adapter", "tiny")
     default = TrainConfig(DataConfig(seq_len=64, batch_tokens=64), str(tmp_path / "model"))
     named = dataclasses.replace(default, from_adapter=str(tmp_path / "adapter"))
     alike = dataclasses.replace(default, rank=2, targets=("q_proj",))

@@ -19,7 +19,7 @@ from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Starte
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import ops
+from edgetune.runtime import ops, peft_folder
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError, UsageError
 from edgetune.runtime.lora import LoraLinear
@@ -58,7 +58,7 @@ def finished(events: list[Event]) -> Finished:
 
 
 def adapter_bytes(folder: str) -> bytes:
-    return (Path(folder) / adapters.WEIGHTS_FILE).read_bytes()
+    return (Path(folder) / peft_folder.WEIGHTS_FILE).read_bytes()
 
 
 STEPS_IMPORT = """
@@ -188,7 +188,7 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
     end = finished(list(train(config(notes, steps=6, evaluations=6))))
     assert end.best_step == 2
     assert end.heldout_bits_per_byte_after == 1.0
-    assert torch.equal(adapters.load(Path(end.adapter)).tensors[0, "q_proj", "A"], kept[2])
+    assert torch.equal(peft_folder.load(Path(end.adapter)).tensors[0, "q_proj", "A"], kept[2])
 
 
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, 
     monkeypatch.setattr(Run, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
     end = finished(list(train(config(notes, steps=3, evaluations=3))))
     assert not end.promoted
-    assert (Path(end.adapter) / adapters.CONFIG_FILE).is_file()
+    assert (Path(end.adapter) / peft_folder.CONFIG_FILE).is_file()
     assert registry.get_current() is None
 
 
@@ -214,7 +214,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(notes: Path, m
     events = list(train(config(notes, data=dataclasses.replace(config(notes).data, batch_tokens=256), steps=4)))
     assert [event.step for event in events if isinstance(event, Skipped)] == [2]
     assert finished(events).skipped_steps == 1
-    weights = adapters.load(Path(finished(events).adapter)).tensors.values()
+    weights = peft_folder.load(Path(finished(events).adapter)).tensors.values()
     assert all(torch.isfinite(tensor).all() for tensor in weights)
 
 
@@ -242,7 +242,7 @@ def test_training_goes_on_from_an_adapter(notes: Path) -> None:
 
 def test_edgetune_json_names_base_and_data_and_no_path(notes: Path) -> None:
     end = finished(list(train(config(notes, steps=2, out=str(notes.parent / "out")))))
-    about = json.loads((Path(end.adapter) / adapters.EDGETUNE_FILE).read_text())
+    about = json.loads((Path(end.adapter) / peft_folder.EDGETUNE_FILE).read_text())
     assert about["base"] == open_base("demo")[1].digest
     assert about["edgetune"] == edgetune.__version__
     assert str(notes) not in json.dumps(about)
@@ -305,13 +305,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_adapter(
     out = tmp_path / "out"
     first = finished(list(train(config(notes, steps=1, out=str(out)))))
     kept = adapter_bytes(first.adapter)
-    original = adapters.save
+    original = peft_folder.save
 
     def full(*arguments: object) -> None:
         monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(adapters, "save", full)
+    monkeypatch.setattr(peft_folder, "save", full)
     with pytest.raises(ResourceError, match="disk is full"):
         list(train(config(notes, steps=2, out=str(out))))
     assert adapter_bytes(str(out)) == kept

@@ -20,8 +20,8 @@ from edgetune.export.gguf import adapter as gguf_adapter
 from edgetune.export.gguf import target as gguf
 from edgetune.export.mlx import target as mlx_folder
 from edgetune.home import PRIVATE_FOLDER, expand, home, private_folder
-from edgetune.runtime import adapter as peft_folder
-from edgetune.runtime.adapter import Adapter
+from edgetune.runtime import peft_folder
+from edgetune.runtime.adapter import Adapter, check_fits
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import AdapterError
@@ -210,7 +210,7 @@ def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None
     Raises AdapterError where it does not fit the base, every mismatch named, or where the name is taken or none.
     """
     adapter = load_for(source, base)
-    peft_folder.check_fits(adapter, base.config)
+    check_fits(adapter, base.config)
     name = re.sub(r"[^\w.-]+", "-", source.stem if source.suffix == GGUF else source.name).strip(".-") if name is None else name
     if not _NAME.fullmatch(name) or name == NONE:
         raise AdapterError(

@@ -34,7 +34,7 @@ from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_registry import Current
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget
+from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import LinkError, TrainingError
 from edgetune.runtime.generate import Generator, Sampling
@@ -354,7 +354,7 @@ class Run:
     def _save(self, adapter: Adapter, promoted: bool) -> Path:
         """Write the adapter and, unless the held-out notes say that it is worse than nothing, make it current."""
         choice, base, folder = self.prepared.loaded.choice, self.plan.base, adapter_folder(self.prepared)
-        adapters.save(adapter, folder, choice.name)
+        peft_folder.save(adapter, folder, choice.name)
         if promoted:
             registry.set_current(Current(folder.resolve(), choice.name, base))
         return folder

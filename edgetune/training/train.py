@@ -17,8 +17,7 @@ from edgetune.home import expand, private_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, open_base
 from edgetune.reports.html import write_report
-from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget
+from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.device import explain_card_memory, pick_device
 from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
 from edgetune.runtime.files import check_place, mend
@@ -45,7 +44,7 @@ def train(
     """
     deadline = _deadline(config)
     if config.out is not None:
-        adapters.refuse_foreign(expand(config.out))
+        peft_folder.refuse_foreign(expand(config.out))
         check_place(expand(config.out))
     base = open_base(config.model)
     digest = base[1].digest

@@ -1,4 +1,4 @@
-"""A chat apart from any window: questions go in, pieces of answers come out of a queue that a window empties when it likes."""
+"""Hold a chat without a window: questions go in, and parts of the answers come out of a queue that a window reads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from edgetune.chat import Chat
 
 @dataclass(frozen=True)
 class News:
-    """kind is "piece" (a part of the answer), "end", or "failure" (a sentence to show)."""
+    """An item of the queue. `kind` is "piece" (part of the answer), "end", or "failure" (a sentence to show)."""
 
     kind: str
     text: str = ""
 
 
 class Conversation:
-    """One chat with a Session, answered on a thread of its own, so that a window stays alive."""
+    """One chat with a Session. Answers are generated on a thread of their own, so that the window stays responsive."""
 
     def __init__(self, session: Session, max_tokens: int = 256, temperature: float = 0.7, seed: int | None = None) -> None:
         self._chat = Chat(session, max_tokens, temperature, seed)
@@ -30,10 +30,11 @@ class Conversation:
 
     @property
     def busy(self) -> bool:
+        """Return True while an answer is being generated."""
         return self._thread is not None and self._thread.is_alive()
 
     def ask(self, question: str) -> bool:
-        """Begin to answer; False where an answer is still being written or the question is empty."""
+        """Start an answer; return False if another one is still being generated or the question is empty."""
         if self.busy or not question.strip():
             return False
         self._stop.clear()
@@ -42,23 +43,23 @@ class Conversation:
         return True
 
     def news(self) -> list[News]:
-        """What has come since the last call."""
+        """Return the items that arrived since the last call."""
         found = []
         while not self._news.empty():
             found.append(self._news.get())
         return found
 
     def stop(self) -> None:
-        """End the answer where it is; what was said stays in the conversation."""
+        """End the answer where it is; the part so far stays in the conversation."""
         self._stop.set()
 
     def close(self) -> None:
-        """Stop and wait: a process that ends while a thread computes may crash."""
+        """Stop and wait for the thread, because a process that exits while a thread computes may crash."""
         self.stop()
         self.wait()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the answer is whole."""
+        """Wait until the answer is complete, or for at most `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
 

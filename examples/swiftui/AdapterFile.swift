@@ -3,7 +3,7 @@
 import CoreML
 import Foundation
 
-/// adapter.safetensors: 8 bytes of header length, a JSON header, then the fp16 tensors that the header places.
+/// Reads adapter.safetensors: 8 bytes with the length of the header, a JSON header, then the fp16 tensors.
 struct AdapterFile {
     private let tensors: [String: (shape: [Int], bytes: Range<Int>)]
     private let data: Data
@@ -24,7 +24,7 @@ struct AdapterFile {
                 entry["dtype"] as? String == "F16",
                 let shape = entry["shape"] as? [Int], shape.count == 3,
                 let offsets = entry["data_offsets"] as? [Int], offsets.count == 2,
-                shape.allSatisfy({ $0 > 0 && $0 < 1 << 20 }),  // whose product Int holds
+                shape.allSatisfy({ $0 > 0 && $0 < 1 << 20 }),  // so that their product fits an Int
                 offsets[0] >= 0, offsets[0] <= offsets[1], offsets[1] <= data.count - start,
                 offsets[1] - offsets[0] == 2 * shape.reduce(1, *)
             else { throw damaged }
@@ -33,7 +33,7 @@ struct AdapterFile {
         tensors = found
     }
 
-    /// The inputs of a package, those of a lower rank padded with zeros. Throws for an adapter of another base or a higher rank.
+    /// Returns the inputs for a package, padded with zeros to its rank. Throws if the adapter has another base or a higher rank.
     func inputs(for call: HowToCall) throws -> [String: MLFeatureValue] {
         guard let wanted = call.adapter?.inputs, base == call.base, Set(wanted.keys) == Set(tensors.keys) else {
             throw ModelFailure("This adapter was trained on another model; export it again.")

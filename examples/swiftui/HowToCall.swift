@@ -2,16 +2,16 @@
 
 import Foundation
 
-/// how-to-call.json, which lies beside the package.
+/// The content of how-to-call.json, which is next to the package.
 struct HowToCall: Decodable {
-    /// A mask's numbers; nil for input_ids.
+    /// The numbers of a mask; nil for input_ids.
     struct Input: Decodable {
         let seen: Float?
         let hidden: Float?
         let window: Int?
     }
 
-    /// The text that golden.json begins with.
+    /// The text with which golden.json begins.
     struct GoldenText: Decodable {
         let prompt: String
     }
@@ -53,7 +53,7 @@ struct HowToCall: Decodable {
     }
 }
 
-/// golden.json: tokens and the likeliest logits at each place, by edgetune's own model.
+/// The content of golden.json: tokens, and the highest logits at each position, from edgetune's own model.
 struct Golden: Decodable {
     let promptTokens: Int
     let tokenIds: [Int32]
@@ -73,7 +73,7 @@ struct Golden: Decodable {
     }
 }
 
-/// What went wrong, as a sentence for the person at the screen.
+/// An error, with a sentence for the user.
 struct ModelFailure: LocalizedError {
     let errorDescription: String?
 

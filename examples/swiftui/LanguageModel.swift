@@ -3,13 +3,13 @@
 import CoreML
 import Foundation
 
-/// Text to token ids, with nothing added, and back: see README.md for what does that.
+/// Turns text into token ids, without adding any, and back. README.md tells which libraries do that.
 protocol TextTokenizer: Sendable {
     func encode(text: String) -> [Int32]
     func decode(tokens: [Int32]) -> String
 }
 
-/// An exported package with an adapter fed as inputs, one token at a time.
+/// An exported package, run token by token, with an adapter as inputs.
 actor LanguageModel {
     let call: HowToCall
     private let folder: URL
@@ -32,13 +32,13 @@ actor LanguageModel {
         }
     }
 
-    /// Another night's adapter, with the package as it is: what `edgetune export coreml --weights none` writes.
+    /// Replaces the adapter, from the output of `edgetune export coreml --weights none`; the package stays the same.
     func useAdapter(at url: URL) throws {
         adapter = try AdapterFile(at: url).inputs(for: call)
     }
 
-    /// Continue a text: it and what has been written after it, longer with every element. Not pieces, since the end of a text may
-    /// change as it goes on: an accent joins its letter, and tokenizers tidy spaces. The task that reads may be cancelled.
+    /// Continues a text. Each element is the whole text so far, not the new part, because the end of a text may still
+    /// change: an accent joins its letter, and tokenizers tidy spaces. The task that reads may be cancelled.
     nonisolated func stream(_ text: String, maxTokens: Int = 256, temperature: Float = 0.7) -> AsyncThrowingStream<String, Error> {
         AsyncThrowingStream { continuation in
             let task = Task {
@@ -53,8 +53,8 @@ actor LanguageModel {
         }
     }
 
-    /// The largest difference to the logits in golden.json: what shows that this device computes what edgetune computed, with the
-    /// adapter that came with the package. Reads as `write` does: the prompt in chunks, the rest token by token.
+    /// Returns the largest difference to the logits in golden.json, which shows if this device computes what edgetune did, with the
+    /// adapter that came with the package. As in `write`, the prompt is fed in chunks and the rest token by token.
     func largestDifferenceToGolden() throws -> Float {
         let golden = try Golden(folder: folder)
         let prompt = call.startIds + tokenizer.encode(text: call.golden.prompt)
@@ -101,7 +101,7 @@ actor LanguageModel {
         }
     }
 
-    /// Feed a chunk to the model -> logits of the token after it.
+    /// Feeds a chunk to the model and returns the logits of the next token.
     private func read(_ tokens: [Int32], after length: Int, into state: MLState) throws -> [Float] {
         let ids = MLShapedArray(scalars: tokens, shape: [1, tokens.count])
         var inputs = adapter
@@ -116,7 +116,7 @@ actor LanguageModel {
         return logits[0][tokens.count - 1].scalars.map(Float.init)
     }
 
-    /// (1, 1, T, M): row t sees the positions up to its own, and no more than its window of them.
+    /// Returns the mask (1, 1, T, M): row t sees the positions up to its own, at most as many as its window.
     private func mask(_ mask: HowToCall.Input, count: Int, after length: Int) -> MLShapedArray<Float16> {
         let seen = Float16(mask.seen ?? 0), hidden = Float16(mask.hidden ?? -10000)
         let total = length + count

@@ -2,7 +2,7 @@
 
 import SwiftUI
 
-/// A text, and the same with what the model writes after it.
+/// Holds a text, and that text continued by the model.
 @MainActor
 @Observable
 final class Writer {

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from edgetune.export.gguf.names import ARCHITECTURES, LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
-from edgetune.runtime.adapter import NO_LORA, NO_MATRIX, NOT_FINITE, Adapter, refuse_tensors
+from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS as ORDER
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE
+from edgetune.runtime.peft_folder import NO_LORA, NO_MATRIX, NOT_FINITE, refuse_tensors
 
 _MOST_KEYS, _MOST_TENSORS, _MOST_ITEMS = 1024, 1 << 16, 1 << 20
 _MOST_DIMS = 4  # ggml's

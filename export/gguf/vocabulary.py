@@ -21,13 +21,13 @@ from edgetune.runtime.json_file import (
     read_object,
     read_object_if_there,
 )
-from edgetune.runtime.pieces import (
-    JsonPieces,
-    Pieces,
-    SentencePieces,
-    SpecialNames,
-)
+from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
+from edgetune.runtime.tokenizer_libraries import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    TokenizerLibrary,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h's llama_token_type
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -82,12 +82,12 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """
     config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     template = read_template(folder, config)
-    names = SpecialNames.read(folder, config, template[0] if template else "")
+    names = SpecialTokens.read(folder, config, template[0] if template else "")
     tokenizer = Tokenizer.load(folder)
-    pieces: Pieces
+    pieces: TokenizerLibrary
     if (folder / "tokenizer.json").is_file():
         source = _json(folder / "tokenizer.json")
-        pieces = JsonPieces(folder / "tokenizer.json", names)
+        pieces = JsonTokenizer(folder / "tokenizer.json", names)
         if (source.get("decoder") or {}).get("type") == "ByteLevel":
             found = _byte_level(source, folder)
         elif (folder / "tokenizer.model").is_file():
@@ -96,7 +96,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             found = _merged_pieces(source, folder)
     else:
         source = {}
-        pieces = SentencePieces(folder / "tokenizer.model", names)
+        pieces = SentencePieceTokenizer(folder / "tokenizer.model", names)
         found = _sentencepiece(folder / "tokenizer.model")
     if len(found.tokens) > rows:
         raise TokenizerError(f"{folder} has {len(found.tokens)} tokens and {rows} rows of embedding; copy the model again.")
@@ -209,11 +209,11 @@ def _is_byte(piece: str) -> bool:
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
-def _adds_bos(config: dict[str, Any], source: dict[str, Any], names: SpecialNames, bos: str) -> bool:
+def _adds_bos(config: dict[str, Any], source: dict[str, Any], names: SpecialTokens, bos: str) -> bool:
     """Whether the model's own tokenizer begins a text with its bos: as the files say, else as LLaMA's does."""
     said = config.get("add_bos_token")
     if isinstance(said, bool):
         return said
-    if names.rebuilds_llama or not source:
+    if names.rebuilt_as_llama or not source:
         return True
     return bos in json.dumps(source.get("post_processor"), ensure_ascii=False)

@@ -32,8 +32,8 @@ from edgetune.export.targets import (
     held_by_reference,
     work_folder,
 )
-from edgetune.runtime import adapter as adapters
-from edgetune.runtime.adapter import Adapter, whole_number
+from edgetune.runtime import peft_folder
+from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import block_shapes, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
@@ -42,6 +42,7 @@ from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object
 from edgetune.runtime.model import Block, Llama
 from edgetune.runtime.model_folder import write_model
 from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD, hf_linear_name, is_linear, layer_tensor
+from edgetune.runtime.peft_folder import whole_number
 from edgetune.runtime.safetensors_file import SafetensorsFile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,7 +118,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterError(
             f"The mlx-lm adapter at {folder} is of type {reprlib.repr(kind)}; expected lora with its lora_parameters."
         )
-    stored = adapters.read_tensors(folder / ADAPTER_FILE, _KEY)
+    stored = peft_folder.read_tensors(folder / ADAPTER_FILE, _KEY)
     tensors = {key: tensor.T.contiguous() for key, tensor in stored.items()}
     targets = tuple(name for name in LINEARS if name in {linear for _, linear, _ in tensors})
     return Adapter(_lora_config(settings, parameters, targets, folder), tensors, {}, _layers(settings, tensors, folder))
@@ -140,7 +141,7 @@ def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: 
                 return written
         return LoraConfig(rank, scale * rank, dropout, targets)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-        raise adapters.unusable(folder, error) from error
+        raise peft_folder.unusable(folder, error) from error
 
 
 def _layers(settings: dict[str, Any], tensors: dict[tuple[int, str, str], Tensor], folder: Path) -> tuple[int, ...] | None:

@@ -1,8 +1,8 @@
-"""What the benchmarks share: contenders in processes of their own, in rounds; medians and ratios; one yardstick of memory.
+"""Run the contenders of a benchmark in processes of their own, in rounds, and compute medians, ratios and peak memory.
 
-A contender is a function in a script. The script starts itself once for each contender and round, so that memory,
-caches and threads are the contender's own, and takes them in turn (A B C A B C), since a machine's speed drifts.
-This file imports nothing but the standard library at its top: llama.cpp's own Python, without torch, runs it too.
+A contender is a function in a script. The script starts itself once for each contender and round, so that each has its
+own memory, caches and threads. Contenders take turns (A B C A B C), because a machine's speed drifts.
+At its top this file imports only the standard library: the Python of llama.cpp, which may lack torch, runs it too.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Result = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "numpy")
 LONGEST = 7200.0
-"""Seconds that a contender may take."""
+"""The most seconds that a contender may take. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of a table: `key` names the function in the script, `python` who runs it, `environment` what it is given."""
+    """One row of a table. `key` names the function in the script; `python` runs it, with `environment` added to ours."""
 
     key: str
     label: str
@@ -50,32 +50,43 @@ class Contender:
 
 
 def parser(description: str | None, contenders: bool = True) -> argparse.ArgumentParser:
-    """The flags that every benchmark takes; those of rounds and contenders only where there are any."""
+    """Return a parser with the flags of every benchmark; `contenders` adds those for rounds and contenders."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--shape", default="tinyllama-1.1b", help="of edgetune.machine.shapes.SHAPES; `demo` to try the script")
-    flags.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    flags.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "edgetune-benchmarks")
-    flags.add_argument("--json", type=Path, help="write everything measured to this file")
+    flags.add_argument(
+        "--shape",
+        default="tinyllama-1.1b",
+        help="a shape in edgetune.machine.shapes.SHAPES (default: tinyllama-1.1b); `demo` tries the script out",
+    )
+    flags.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads (default: one for each core)")
+    flags.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "edgetune-benchmarks",
+        help="folder for the random models, which are written once and used again",
+    )
+    flags.add_argument("--json", type=Path, help="write all measurements to this file")
     if contenders:
-        flags.add_argument("--repeats", type=int, default=3, help="rounds over all contenders")
-        flags.add_argument("--only", help="contenders to run, by key, separated by commas")
+        flags.add_argument(
+            "--repeats", type=int, default=3, help="rounds; each runs every contender once (default: %(default)s)"
+        )
+        flags.add_argument("--only", help="run only these contenders, named by their keys, separated by commas")
         flags.add_argument("--contender", help=argparse.SUPPRESS)
         flags.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return flags
 
 
 def say(text: str) -> None:
-    """Progress, which is no part of the answer."""
+    """Print progress on standard error, apart from the results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def serve(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], Result]) -> None:
-    """The child's side: run the contender and leave its result for the parent."""
+    """Run the contender in the child process and write its result to the file that the parent reads."""
     arguments.result.write_text(json.dumps(work(arguments)))
 
 
 def run(script: Path, contender: Contender, arguments: Sequence[str], timeout: float = LONGEST) -> Result:
-    """One contender, once. A failure is a result too: {"error": its last words}."""
+    """Run one contender once in a child process and return its result; {"error": its last line} if it fails."""
     with tempfile.TemporaryDirectory(prefix="edgetune-benchmark-") as folder:
         result = Path(folder) / "result.json"
         command = [contender.python, str(script), *arguments, *contender.arguments]
@@ -102,10 +113,10 @@ def run_rounds(
     until: float = math.inf,
     keep: Callable[[dict[str, list[Result]]], object] = lambda results: None,
 ) -> dict[str, list[Result]]:
-    """All contenders in turn, `repeats` times -> each one's results, a round each.
+    """Run all contenders in turn, `repeats` times; return the results of each contender, one for each round.
 
-    until: the time.monotonic() at which whoever runs is ended and nobody starts any more. keep: given all that is known after
-    every contender.
+    until: the time of time.monotonic() at which the running contender is ended and no other starts. keep: called with
+    all results so far after each contender.
     """
     results: dict[str, list[Result]] = {contender.key: [] for contender in contenders}
     for number in range(repeats):
@@ -122,7 +133,7 @@ def run_rounds(
 
 
 def brief(result: Result) -> str:
-    """The numbers of a result, on a line."""
+    """Return the numbers of a result on one line."""
     if "error" in result:
         return f"failed: {result['error']}"
     shown = {key: value for key, value in result.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
@@ -130,47 +141,49 @@ def brief(result: Result) -> str:
 
 
 def chosen(contenders: Iterable[Contender], only: str | None) -> list[Contender]:
-    """Those that --only names, or all."""
+    """Return the contenders that --only names, or all of them."""
     contenders = list(contenders)
     if only is None:
         return contenders
     wanted = only.split(",")
     unknown = sorted(set(wanted) - {contender.key for contender in contenders})
     if unknown:
-        sys.exit(f"--only names {', '.join(unknown)}; the contenders are {', '.join(c.key for c in contenders)}.")
+        sys.exit(
+            f"--only has unknown contenders: {', '.join(unknown)}. The contenders are {', '.join(c.key for c in contenders)}."
+        )
     return [contender for contender in contenders if contender.key in wanted]
 
 
 def median(results: Sequence[Result], key: str) -> float | None:
-    """The median over rounds; None where nothing was measured."""
+    """Return the median over rounds, or None if nothing was measured."""
     values = [result[key] for result in results if result.get(key) is not None]
     return statistics.median(values) if values else None
 
 
 def median_ratio(ours: Sequence[Result], theirs: Sequence[Result], key: str) -> float | None:
-    """Median of the rounds' own ratios: each compares what ran within the same minutes."""
+    """Return the median of the ratios of each round, which compare runs within the same minutes."""
     pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=False) if a.get(key) and b.get(key)]
     return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
 def number(value: float | None, form: str = "{:.1f}") -> str:
-    """A cell of a table."""
+    """Return a number as a cell of a table."""
     return "–" if value is None else form.format(value)
 
 
 def megabytes(value: float | None) -> str:
-    """A cell of memory, in MB (10^6)."""
+    """Return bytes as a cell of a table, in MB (10^6 bytes)."""
     return "–" if value is None else f"{value / 1e6:,.0f}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; all columns but the first to the right."""
+    """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def machine(threads: int) -> Result:
-    """What it ran on. The name of the host is nobody's business."""
+    """Return the machine's CPU, memory, system and load. The name of the host is left out for privacy."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -189,7 +202,7 @@ def machine(threads: int) -> Result:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages installed for this Python."""
+    """Return the versions of the packages in PEERS that are installed for this Python."""
     found = {}
     for name in PEERS:
         try:
@@ -200,14 +213,14 @@ def versions() -> dict[str, str]:
 
 
 def lacking() -> list[str]:
-    """What the peers ran without, to be said beside every figure of theirs."""
+    """Return the optional parts that the peers ran without, to be printed with their figures."""
     if importlib.util.find_spec("bitsandbytes") is not None and importlib.util.find_spec("kernels") is None:
         return ["bitsandbytes ran without the CPU kernel (kernels-community) that it downloads from a hub"]
     return ["everything ran offline: a kernel that bitsandbytes would download from a hub was used only if already cached"]
 
 
 def heading(about: Result) -> str:
-    """The lines above a table."""
+    """Return the lines above a table: the machine, the versions and what the peers lacked."""
     host = about["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = "" if host["load_before"] is None else f", load {host['load_before']:.1f} before the run"
@@ -215,25 +228,25 @@ def heading(about: Result) -> str:
     return "\n".join([
         f"{host['cpu']}, {size}, {host['system']}{load}.",
         f"Python {host['python']}, {packages}.",
-        *(f"Lacking: {lack}." for lack in about["lacking"]),
+        *(f"Missing: {lack}." for lack in about["lacking"]),
         "",
     ])  # fmt: skip
 
 
 def listed(summary: Result) -> str:
-    """The summary as a list."""
+    """Return the summary as a Markdown list."""
     cells = {key: value if isinstance(value, str) else number(value, "{:.4g}") for key, value in summary.items()}
     return "\n".join(f"- {key}: {cell}" for key, cell in cells.items())
 
 
 def publish(path: Path | None, text: str, everything: Result) -> None:
-    """The table on standard output, all that was measured in the file that --json names."""
+    """Print the table on standard output and write all measurements to the file of --json."""
     print(text)
     write_json(path, everything)
 
 
 def write_json(path: Path | None, everything: Result) -> None:
-    """All that was measured, in the file that --json names, if any."""
+    """Write all measurements to the file of --json, if there is one."""
     if path is not None:
         path.write_text(json.dumps(everything, indent=2, ensure_ascii=False) + "\n")
 
@@ -242,7 +255,7 @@ def write_json(path: Path | None, everything: Result) -> None:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that belong to no file, on Linux; elsewhere 0. For a Python without edgetune."""
+    """Return the bytes of this process that belong to no file (Linux; 0 elsewhere). Works in a Python without edgetune."""
     if sys.platform != "linux":
         return 0
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -250,7 +263,7 @@ def anonymous_memory() -> int:
 
 
 def bare_torch(threads: int) -> int:
-    """Import torch, and nothing else yet -> anonymous memory then: what every contender's is counted from."""
+    """Import torch and nothing else; return the anonymous memory then, which is subtracted from every contender's."""
     import torch
 
     torch.set_num_threads(threads)
@@ -259,10 +272,10 @@ def bare_torch(threads: int) -> int:
 
 @contextmanager
 def measured(files: Sequence[Path], bare: int) -> Iterator[Result]:
-    """Peaks of what runs inside, by edgetune.meter, in the dict that is yielded, once it is over.
+    """Measure the peak memory of the block, by edgetune.runtime.memory_meter; yield a dict that is filled at its end.
 
     peak_memory_bytes: anonymous memory plus resident pages of the weight files. anonymous_beyond_torch: the anonymous
-    part less `bare`. Freed heap is given back first, so that nobody pays for how its weights were loaded.
+    part minus `bare`. Freed heap is returned to the system first, so that the way of loading the weights costs nobody.
     """
     import gc
 
@@ -280,7 +293,7 @@ def measured(files: Sequence[Path], bare: int) -> Iterator[Result]:
 
 
 class PlainMeter:
-    """The same yardstick from the standard library alone, for a Python without edgetune."""
+    """Measures peak memory as `measured` does, with the standard library alone, for a Python without edgetune."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._names = {str(file.resolve()) for file in files}
@@ -301,7 +314,7 @@ class PlainMeter:
             self._peak = max(self._peak, anonymous_memory())
 
     def peak(self) -> int:
-        """Highest anonymous memory so far, plus the most weight pages that a call of this found resident."""
+        """Return the highest anonymous memory so far, plus the most resident weight pages that any call has found."""
         self._peak = max(self._peak, anonymous_memory())
         if sys.platform != "linux":
             return 0
@@ -319,7 +332,7 @@ class PlainMeter:
 
 
 def seconds_of(work: Callable[[], object], repeats: int, warmups: int = 1) -> list[float]:
-    """How long each of `repeats` runs took, after warm-ups that do not count."""
+    """Return the seconds of each of `repeats` runs, after warm-up runs that do not count."""
     for _ in range(warmups):
         work()
     times = []
@@ -334,7 +347,7 @@ def seconds_of(work: Callable[[], object], repeats: int, warmups: int = 1) -> li
 
 
 def hf_config(shape: str) -> Result:
-    """config.json of a shape of edgetune.machine.shapes.SHAPES."""
+    """Return the config.json of a shape in edgetune.machine.shapes.SHAPES."""
     from edgetune.machine.shapes import SHAPES
 
     config = SHAPES[shape]
@@ -372,7 +385,7 @@ NF4_CONFIG = {
 
 
 def random_folders(workdir: Path, shape: str, dense: bool) -> tuple[Path, Path | None]:
-    """Folders of seeded random weights, written once: NF4 in bitsandbytes' layout, and the very same weights in bf16."""
+    """Write folders of seeded random weights, unless they exist: NF4 in bitsandbytes' layout, and the same weights in bf16."""
     nf4_folder, dense_folder = workdir / f"{shape}-nf4", workdir / f"{shape}-bf16"
     if not nf4_folder.exists():
         say(f"writing {nf4_folder}")
@@ -384,7 +397,7 @@ def random_folders(workdir: Path, shape: str, dense: bool) -> tuple[Path, Path |
 
 
 def _write_folder(folder: Path, shape: str, quantization: Result | None, write: Callable[[Path, str], None]) -> None:
-    """All or nothing: the folder gets its name when it is whole."""
+    """Write a model folder, which gets its name only when it is complete."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True, mode=0o700)
     try:
@@ -425,7 +438,7 @@ def _write_random_nf4(path: Path, shape: str) -> None:
 
 
 def write_dense(source: Path, path: Path) -> None:
-    """The weights of a 4-bit folder, dequantised to bf16, as one file."""
+    """Write the weights of a 4-bit folder, dequantised to bf16, as one file."""
     import torch
 
     from edgetune.runtime.checkpoint import model_shapes, open_model
@@ -440,5 +453,5 @@ def write_dense(source: Path, path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files whose resident pages count as memory."""
+    """Return the weight files of a folder, whose resident pages count as memory."""
     return sorted(folder.glob("*.safetensors"))

@@ -1,12 +1,13 @@
-"""A LLaMA of random weights on an NVIDIA card: edgetune beside transformers + peft + bitsandbytes, in the same run.
+"""Compare edgetune with transformers + peft + bitsandbytes on an NVIDIA card, on a LLaMA of random weights.
 
     python tests/benchmarks/cuda.py [--tokens 4096] [--repeats 3] [--minutes 9] [--json FILE]
-    python tests/benchmarks/cuda.py --smoke      tries the script out, on the CPU in Triton's interpreter: no figures
+    python tests/benchmarks/cuda.py --smoke      to try the script out on the CPU in Triton's interpreter: no figures
 
-train: a row of `--tokens` tokens, r16 on all linears, forward, backward, clipping, AdamW. decode: one token after another,
-and the share of the card's read bandwidth that its weights take. numerics: the kernels against plain torch. matvec: the
-product of decoding, cut in other ways too. Everyone has the same NF4 folder, written once. The file is rewritten after every
-contender, the most telling ones first; one that fails or has no time left leaves the others standing. No card has run this yet.
+train: a row of `--tokens` tokens, rank 16 on all linears, forward, backward, clipping, AdamW. decode: one token after
+another, and the share of the card's read bandwidth that reading the weights takes. numerics: the kernels against plain
+torch. matvec: the product of decoding, also with other sizes of its programs. All use the same NF4 folder, written once.
+The most important contenders run first, and the file of --json is rewritten after each; if one fails or no time is left,
+the results of the others remain. No card has run this yet.
 """
 
 from __future__ import annotations
@@ -29,21 +30,23 @@ from common import Contender, Result
 PROMPT, SPEED = 16, "tokens_per_second"
 OURS = ("train-ours-none", "train-ours-selective", "train-ours-full")
 PEERS = ("train-peft-fp32", "train-peft-fp32-recompute", "train-peft-bf16", "train-peft-bf16-recompute")
-"""By recomputation, and by the adapters' dtype: fp32 under autocast, or bf16."""
+"""With and without recomputation, and with adapters in fp32 under autocast or in bf16."""
 FIRST = ("card", "numerics", "train-ours-none", "train-peft-bf16", "decode-ours", "decode-peer", "matvec")
 CUTS = ((4, 256, 1), (4, 512, 1), (1, 1024, 1), (2, 1024, 2), (4, 512, 2), (4, 256, 4))
-"""Other ROWS, ROW_BYTES and WARPS of weights.py: how a product of few rows is cut into programs."""
+"""Other values of ROWS, ROW_BYTES and WARPS in weights.py, which divide a product of few rows into programs."""
 KEYS = (*FIRST, *(key for key in (*PEERS, *OURS) if key not in FIRST))
 
 
 def main() -> None:
     flags = common.parser(__doc__)
     flags.set_defaults(shape="llama-3.1-8b")
-    flags.add_argument("--tokens", type=int, default=4096)
-    flags.add_argument("--steps", type=int, default=3, help="timed steps a contender and round, after a warm-up step")
-    flags.add_argument("--new-tokens", type=int, default=64)
-    flags.add_argument("--minutes", type=float, default=math.inf, help="end within these, with what is measured by then")
-    flags.add_argument("--smoke", action="store_true", help="one tiny layer on the CPU: tries the script out")
+    flags.add_argument("--tokens", type=int, default=4096, help="tokens in a row (default: %(default)s)")
+    flags.add_argument(
+        "--steps", type=int, default=3, help="timed steps in each round, after one warm-up step (default: %(default)s)"
+    )
+    flags.add_argument("--new-tokens", type=int, default=64, help="tokens that decode generates (default: %(default)s)")
+    flags.add_argument("--minutes", type=float, default=math.inf, help="end after this many minutes with the results so far")
+    flags.add_argument("--smoke", action="store_true", help="try the script out with one tiny layer on the CPU")
     arguments = flags.parse_args()
     if arguments.smoke:
         from edgetune.machine.shapes import SHAPES
@@ -61,7 +64,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """The parent: writes the weights, runs everyone in turn, prints the table."""
+    """Write the weights, run all contenders in turn, and print the table."""
     until = time.monotonic() + 60 * arguments.minutes
     common.random_folders(arguments.workdir, arguments.shape, dense=False)
     passed = ["--threads", str(arguments.threads), "--workdir", str(arguments.workdir)]
@@ -89,7 +92,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def summarise(results: dict[str, list[Result]]) -> Result:
-    """Ratios within rounds, medians over them; each side's fastest setting."""
+    """Return ratios within rounds, as medians over them, of each side's fastest setting."""
 
     def fastest(keys: tuple[str, ...]) -> list[Result]:
         return results.get(max(keys, key=lambda key: common.median(results.get(key, []), SPEED) or 0.0), [])
@@ -123,7 +126,7 @@ def contend(arguments: argparse.Namespace) -> Result:
 
 
 def timed(step: Callable[[], Any], arguments: argparse.Namespace, repeats: int, work: float) -> Result:
-    """`work` a second, and the card's peak, after a warm-up, whose result is a loss or of no interest."""
+    """Return the speed of `step` in `work` a second, the card's peak memory, and the loss of the warm-up step if it has one."""
     import torch
 
     on_card, seconds, first = arguments.device.type == "cuda", [], step()
@@ -156,7 +159,7 @@ def load_peer(arguments: argparse.Namespace) -> Any:
 
 
 def train(arguments: argparse.Namespace) -> Result:
-    """A whole step of either side."""
+    """Measure whole training steps of edgetune or of a peer."""
     import torch
 
     from edgetune.machine import bench
@@ -233,7 +236,7 @@ def decode_peer(arguments: argparse.Namespace) -> Result:
 
 
 def card(arguments: argparse.Namespace) -> Result:
-    """Its name, and its read bandwidth by a sum over 4 GB."""
+    """Return the name of the card and its read bandwidth, measured by a sum over 4 GB."""
     import torch
 
     x = torch.ones(2**10 if arguments.smoke else 2**30, device=arguments.device)
@@ -242,7 +245,7 @@ def card(arguments: argparse.Namespace) -> Result:
 
 
 def matvec(arguments: argparse.Namespace) -> Result:
-    """Bytes a second that ops.matvec reads of a layer's linears, for one row of x, as it is and for each of CUTS."""
+    """Return the bytes a second that ops.matvec reads of a layer's linears for one row of x, as it is and with each of CUTS."""
     import torch
 
     from edgetune.machine.bench import random_nf4
@@ -263,7 +266,7 @@ def matvec(arguments: argparse.Namespace) -> Result:
     for cut in ((weights.ROWS, weights.ROW_BYTES, weights.WARPS), *CUTS[: 1 if arguments.smoke else None]):
         weights.ROWS, weights.ROW_BYTES, weights.WARPS = cut
         step = products
-        if not arguments.smoke:  # launched from Python they would take longer than they run
+        if not arguments.smoke:  # launching from Python would take longer than the kernels run
             products()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -275,7 +278,7 @@ def matvec(arguments: argparse.Namespace) -> Result:
 
 
 def numerics(arguments: argparse.Namespace) -> Result:
-    """Weights that dequantise otherwise than nf4.py says; relative errors of a product and of one layer's gradients."""
+    """Count weights that dequantise differently from nf4.py; return relative errors of a product and a layer's gradients."""
     import torch
 
     from edgetune.machine import bench

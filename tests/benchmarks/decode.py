@@ -1,12 +1,12 @@
-"""Decode and prefill speed on a LLaMA of random weights: edgetune's NF4 beside llama.cpp's Q4_0, IQ4_NL and BF16.
+"""Compare decode and prefill speed on a LLaMA of random weights: edgetune's NF4 and llama.cpp's Q4_0, IQ4_NL and BF16.
 
     python tests/benchmarks/decode.py [--llama-python PATH] [--repeats 3] [--json FILE]
     python tests/benchmarks/decode.py --shape demo --repeats 1                       to try the script out
 
-llama.cpp comes through llama-cpp-python, with `gguf` beside it (`pip install edgetune[bench]`); --llama-python names the
-Python that has them where this one has not, and --llama-lib NAME=FOLDER (as often as wanted) another build of its
-libraries, run beside. The GGUF files are written here, once, with random blocks: speed does not depend on values.
-llama.cpp is given its better of flash attention on and off, and the best of its builds, in prefill and decode apart.
+llama.cpp runs through llama-cpp-python and `gguf` (`pip install edgetune[bench]`). If this Python lacks them,
+--llama-python names one that has them. --llama-lib NAME=FOLDER, which may be repeated, adds another build of llama.cpp's
+libraries to the comparison. The script writes the GGUF files once, with random blocks: speed does not depend on values.
+llama.cpp counts with its better result of flash attention on and off, and of its builds, for prefill and decode separately.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common import Contender, Result
 PROMPT = 16
 OURS = {
     "ours-nf4": "edgetune NF4, head bf16 (`--head stored`)",
-    "ours-int8-head": "edgetune NF4, head int8 (what `generate` takes)",
+    "ours-int8-head": "edgetune NF4, head int8 (as `generate` uses it)",
     "ours-nf4-head": "edgetune NF4, head NF4 (`--head nf4`)",
 }
 HEAD_KINDS = {"ours-nf4": None, "ours-int8-head": "int8", "ours-nf4-head": "nf4"}
@@ -39,7 +39,7 @@ LLAMA = {
     "llama-iq4_nl": "llama.cpp IQ4_NL (output Q6_K)",
     "llama-bf16": "llama.cpp BF16",
 }
-# contender -> the types of a block's linears, of the output and of the embedding
+# For each contender, the GGUF types of a block's linears, of the output matrix and of the embedding.
 TYPES = {
     "llama-q4_0": ("Q4_0", "Q6_K", "Q4_0"),
     "llama-q4_0-pure": ("Q4_0", "Q4_0", "Q4_0"),
@@ -51,11 +51,11 @@ SPEEDS = ("decode_tokens_per_second", "prefill_tokens_per_second")
 
 def main() -> None:
     flags = common.parser(__doc__)
-    flags.add_argument("--prefill", type=int, default=512, help="tokens of the prompt that prefill reads")
-    flags.add_argument("--tokens", type=int, default=96, help="tokens that decode writes")
+    flags.add_argument("--prefill", type=int, default=512, help="tokens of the prompt for prefill (default: %(default)s)")
+    flags.add_argument("--tokens", type=int, default=96, help="tokens that decode generates (default: %(default)s)")
     flags.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python and gguf")
     flags.add_argument("--llama-lib", action="append", default=[], metavar="NAME=FOLDER",
-                       help="another build of llama.cpp's libraries, for the same llama-cpp-python")  # fmt: skip
+                       help="another build of llama.cpp's libraries for the same llama-cpp-python; repeatable")  # fmt: skip
     arguments = flags.parse_args()
     if arguments.contender:
         common.serve(arguments, contend)
@@ -79,7 +79,7 @@ def compare(arguments: argparse.Namespace) -> None:
         every += llama_contenders(arguments)
         llama = common.run(script, replace(every[-1], key="llama-versions"), passed)
     else:
-        lacking.append("llama.cpp, for want of llama-cpp-python and gguf; name a Python that has them with --llama-python")
+        lacking.append("llama.cpp: this Python lacks llama-cpp-python or gguf; name one that has them with --llama-python")
     contenders = common.chosen(every, arguments.only)
     for contender in contenders:
         kind = contender.key.split("+")[0]
@@ -106,7 +106,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def llama_contenders(arguments: argparse.Namespace) -> list[Contender]:
-    """Each type of weights with each build, under `type+build`."""
+    """Return a contender for each type of weights and each build, with the key `type+build`."""
     contenders = []
     for build in ["", *arguments.llama_lib]:
         name, _, folder = build.partition("=")
@@ -126,7 +126,7 @@ def gguf_path(arguments: argparse.Namespace, key: str) -> Path:
 
 
 def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
-    """The rows of the issue's table."""
+    """Return the ratios and shares that the summary lists: ratios within rounds, medians over them."""
     for rounds in results.values():
         for row, read in zip(rounds, results.get("bandwidth", []), strict=False):
             if row.get("read_bytes_a_token") and row.get(SPEEDS[0]) and read.get("read_gb_per_second"):
@@ -156,7 +156,7 @@ def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
 
 
 def fastest(results: dict[str, list[Result]], kinds: tuple[str, ...], speed: str) -> str | None:
-    """The contender of these kinds, in whichever build, whose median is the highest."""
+    """Return the contender of these kinds, in any build, with the highest median speed, or None."""
     speeds = {key: common.median(rounds, speed) or 0.0 for key, rounds in results.items() if key.split("+")[0] in kinds}
     best = max(speeds, key=speeds.__getitem__, default=None)
     return best if best is not None and speeds[best] else None
@@ -184,7 +184,7 @@ def render(everything: Result, contenders: list[Contender], summary: dict[str, A
              "to Q4_0", "peak memory MB", "MB read a token"]  # fmt: skip
     read = common.number(common.median(results.get("bandwidth", []), "read_gb_per_second"))
     about = (
-        f"{settings['shape']}, {settings['tokens']} tokens written after a prompt of {PROMPT}, without sampling; medians of "
+        f"{settings['shape']}, {settings['tokens']} tokens generated after a prompt of {PROMPT}, without sampling; medians of "
         f"{settings['rounds']} rounds. Read bandwidth {read} GB/s. llama.cpp: {everything['llama_system'] or 'not run'}\n"
     )
     return "\n".join([common.heading(everything), about, common.table(heads, rows), "", common.listed(summary)])
@@ -240,7 +240,7 @@ def ours(arguments: argparse.Namespace, head_kind: str | None, bare: int) -> Res
 
 
 def measure(arguments: argparse.Namespace, evaluate: Callable[[list[int], bool], None], vocabulary: int) -> Result:
-    """Speeds of reading a prompt anew and of writing token after token; the first of each do not count."""
+    """Return the speeds of prefill and of decode; the first run of prefill and the first tokens do not count."""
     prompt = [1 + 7919 * place % (vocabulary - 1) for place in range(arguments.prefill)]
     seconds = common.seconds_of(lambda: evaluate(prompt, True), 3)
     evaluate(prompt[:PROMPT], True)
@@ -256,7 +256,7 @@ def measure(arguments: argparse.Namespace, evaluate: Callable[[list[int], bool],
 
 
 def llama(arguments: argparse.Namespace) -> Result:
-    """Runs in llama.cpp's Python, which has neither torch nor edgetune."""
+    """Measure llama.cpp, in its own Python, which may have neither torch nor edgetune."""
     from llama_cpp import Llama
 
     path = gguf_path(arguments, arguments.contender.split("+")[0])
@@ -279,11 +279,11 @@ def evaluate_llama(model: Any, ids: list[int], anew: bool) -> None:
     if anew:
         model.reset()
     model.eval(ids)
-    model._ctx.get_logits()  # waits until they are there
+    model._ctx.get_logits()  # waits until they are computed
 
 
 def read_bytes(path: Path) -> int:
-    """Bytes of a GGUF's tensors that each token reads: all but the embedding, unless it is the output too."""
+    """Return the bytes of a GGUF that each token reads: all tensors but the embedding, unless it is also the output."""
     from gguf import GGUFReader
 
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(str(path)).tensors}
@@ -294,7 +294,7 @@ def read_bytes(path: Path) -> int:
 
 
 def write_gguf(arguments: argparse.Namespace, key: str) -> Result:
-    """A llama GGUF of this shape without a tokenizer; runs in llama.cpp's Python."""
+    """Write a llama GGUF of this shape without a tokenizer; runs in llama.cpp's Python."""
     import gguf
     import numpy as np
 
@@ -329,7 +329,7 @@ def write_gguf(arguments: argparse.Namespace, key: str) -> Result:
 
 
 def gguf_tensors(config: Result, linear: str, output: str, embedding: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, type) of every tensor."""
+    """Return (name, shape, type) of every tensor."""
     d, f, hd = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
     tied = config["tie_word_embeddings"]
@@ -345,7 +345,7 @@ def gguf_tensors(config: Result, linear: str, output: str, embedding: str) -> li
 
 
 def random_blocks(shape: tuple[int, ...], kind: str, random: Any) -> tuple[Any, Any]:
-    """Random weights of about 0.02 in a GGUF type: its bytes as an array, and the type written (Q4_0 where rows do not fit)."""
+    """Return random weights of about 0.02 as bytes of a GGUF type, and the type used (Q4_0 if the rows do not fit `kind`)."""
     import gguf
     import numpy as np
 
@@ -358,7 +358,7 @@ def random_blocks(shape: tuple[int, ...], kind: str, random: Any) -> tuple[Any, 
         quant = gguf.GGMLQuantizationType.Q4_0
     values, size = gguf.GGML_QUANT_SIZES[quant]
     blocks = random.integers(0, 256, (rows, columns // values, size), np.uint8)
-    # the fp16 scale: first in a block of Q4_0 and IQ4_NL, last in one of Q6_K, whose codes reach 32 times 127
+    # The fp16 scale comes first in a block of Q4_0 and IQ4_NL, and last in one of Q6_K, whose codes reach 32 times 127.
     scale, at = {"Q4_0": (0.0027, 0), "IQ4_NL": (0.0002, 0), "Q6_K": (5e-6, size - 2)}[quant.name]
     blocks[:, :, at : at + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
     return blocks.reshape(rows, -1), quant

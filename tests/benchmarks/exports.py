@@ -1,11 +1,12 @@
-"""One adapter to every target in each of its forms: seconds, peak memory, size, and how far its own reader is from edgetune.
+"""Export one adapter to every target in each form; measure seconds, peak memory, size, and the difference to edgetune.
 
-    python tests/benchmarks/exports.py --model BASE --adapter A          # the table of README's exports
-    python tests/benchmarks/exports.py --only peft,gguf-f16              # a 1.1B of random weights, a random adapter
-    python tests/benchmarks/exports.py --no-verify --least               # within the least memory that each asks for
+    python tests/benchmarks/exports.py --model BASE --adapter A          # the table of exports in the documentation
+    python tests/benchmarks/exports.py --only peft,gguf-f16              # a 1.1B of random weights and a random adapter
+    python tests/benchmarks/exports.py --no-verify --least               # within the least memory that each export needs
 
-Each row is an `edgetune export` of its own. With --least its --memory is what a first one, given next to none, says would do.
-Random weights are for seconds and bytes: they are exported with --force, and not called proved where they are out of bounds.
+Each row is an `edgetune export` of its own. With --least, a first export with almost no memory fails and names the least
+--memory that would do, and a second one gets exactly that. Random weights serve to measure seconds and bytes only: they
+are exported with --force, and count as unproved if the difference is out of bounds.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from common import Result
 
 from edgetune.export.targets import TARGETS, load_target
 
-sys.path.append(str(common.ROOT / "tests"))  # its adapters.py
+sys.path.append(str(common.ROOT / "tests"))  # for tests/adapters.py
 
 RANK, SIZE = 16, 0.002
-"""Of the random adapter, and of the numbers of its B: a hundredth of the weights' size, as training makes it."""
+"""The rank of the random adapter, and the size of the values of its B: a hundredth of the weights', as after training."""
 TIMEOUT = 3600.0
+"""The most seconds that an export may take. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A row of the table: a target, and what is typed after it."""
+    """A row of the table: a target and its options on the command line."""
 
     target: str
     weights: str = ""
@@ -42,17 +44,18 @@ class Form:
 
     @property
     def key(self) -> str:
-        """As --only names it."""
+        """Return the name of the row for --only."""
         return "-".join(filter(None, (self.target, self.weights, self.adapter_as)))
 
     @property
     def options(self) -> list[str]:
-        typed = (("--weights", self.weights), ("--adapter-as", self.adapter_as))
-        return [part for option, value in typed if value for part in (option, value)]
+        """Return the options on the command line."""
+        options = (("--weights", self.weights), ("--adapter-as", self.adapter_as))
+        return [part for option, value in options if value for part in (option, value)]
 
 
 def forms() -> list[Form]:
-    """All that can be typed, a target's default weights in each form of its adapter."""
+    """Return every form: each target with each kind of weights, and its default weights in each form of the adapter."""
     found = []
     for target in TARGETS:
         module = load_target(target)
@@ -63,11 +66,11 @@ def forms() -> list[Form]:
 
 def main() -> None:
     flags = common.parser(__doc__, contenders=False)
-    flags.add_argument("--model", help="a model's folder or name; without it the shape's random weights")
-    flags.add_argument("--adapter", help="its adapter; without it a random one of the shape")
-    flags.add_argument("--only", help="rows to run, by key, separated by commas: peft, gguf-f16, coreml-nf4-functions")
-    flags.add_argument("--no-verify", action="store_true", help="write alone")
-    flags.add_argument("--least", action="store_true", help="within the least memory that each asks for")
+    flags.add_argument("--model", help="a model's folder or name (default: random weights of --shape)")
+    flags.add_argument("--adapter", help="the adapter (default: a random one)")
+    flags.add_argument("--only", help="run only these rows, separated by commas, such as peft,gguf-f16,coreml-nf4-functions")
+    flags.add_argument("--no-verify", action="store_true", help="write the exports without proving them")
+    flags.add_argument("--least", action="store_true", help="give each export the least memory that it says it needs")
     arguments = flags.parse_args()
     if (arguments.model is None) != (arguments.adapter is None):
         flags.error("--model and --adapter go together: name both, or neither for random ones.")
@@ -75,7 +78,7 @@ def main() -> None:
     if arguments.only is not None:
         wanted, keys = arguments.only.split(","), [form.key for form in chosen]
         if unknown := sorted(set(wanted) - set(keys)):
-            flags.error(f"--only names {', '.join(unknown)}; the rows are {', '.join(keys)}.")
+            flags.error(f"--only has unknown rows: {', '.join(unknown)}; the rows are {', '.join(keys)}.")
         chosen = [form for form in chosen if form.key in wanted]
     model, adapter = (arguments.model, arguments.adapter) if arguments.model else random_pair(arguments)
     host, results, run = common.machine(arguments.threads), {}, least if arguments.least else export
@@ -87,11 +90,11 @@ def main() -> None:
 
 
 def random_pair(arguments: argparse.Namespace) -> tuple[str, str]:
-    """The shape's NF4 folder, with the built-in model's tokenizer, and an adapter of seeded random numbers for it."""
+    """Write the shape's NF4 folder, with the built-in model's tokenizer, and a random adapter for it; return both paths."""
     from adapters import random_adapter
 
-    from edgetune.runtime.adapter import save
     from edgetune.runtime.checkpoint import open_model
+    from edgetune.runtime.peft_folder import save
 
     model, _ = common.random_folders(arguments.workdir, arguments.shape, dense=False)
     for name in ("tokenizer.model", "tokenizer_config.json"):
@@ -103,11 +106,13 @@ def random_pair(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def export(arguments: argparse.Namespace, form: Form, model: str, adapter: str, *more: str) -> Result:
-    """One export, which is deleted again -> what its --json says, or {"error": its last words}."""
+    """Run one export, delete its output, and return the content of its --json, or {"error": its last line}."""
     out = arguments.workdir / f"export-{os.getpid()}"
     command = [sys.executable, "-m", "edgetune", "export", form.target, *form.options, "--model", model, "--adapter", adapter]
     command += ["--out", str(out), "--json", *more, *(["--no-verify"] if arguments.no_verify else [])]
-    command += ["--force"] if arguments.model is None else []  # what rounding leaves of a random adapter is no measure
+    command += (
+        ["--force"] if arguments.model is None else []
+    )  # rounding may remove most of a random adapter, which says nothing here
     environment = {**os.environ, **common.OFFLINE, "OMP_NUM_THREADS": str(arguments.threads)}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -117,12 +122,12 @@ def export(arguments: argparse.Namespace, form: Form, model: str, adapter: str, 
         shutil.rmtree(out, ignore_errors=True)
     if done.returncode != 0:
         return {"error": (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]}
-    told: Result = json.loads(done.stdout.splitlines()[-1])
-    return {key: value for key, value in told.items() if key not in ("path", "model", "adapter", "notices")}
+    answer: Result = json.loads(done.stdout.splitlines()[-1])
+    return {key: value for key, value in answer.items() if key not in ("path", "model", "adapter", "notices")}
 
 
 def least(arguments: argparse.Namespace, form: Form, model: str, adapter: str) -> Result:
-    """The same within the --memory that a refusal names."""
+    """Run one export with the least --memory, which the refusal of a first export names."""
     refused = export(arguments, form, model, adapter, "--memory", "1MB")
     amount = re.search(r"type --memory (\d+)MB or more", refused.get("error", ""))
     if amount is None:
@@ -132,7 +137,7 @@ def least(arguments: argparse.Namespace, form: Form, model: str, adapter: str) -
 
 
 def publish(arguments: argparse.Namespace, host: Result, results: dict[str, Result]) -> None:
-    """The table, a row a form."""
+    """Print the table, with a row for each form."""
     named = arguments.model or f"{arguments.shape} of random weights"
     everything = {
         "benchmark": "exports",
@@ -149,7 +154,7 @@ def publish(arguments: argparse.Namespace, host: Result, results: dict[str, Resu
 
 
 def row(key: str, result: Result) -> list[str]:
-    """A form's cells."""
+    """Return the cells of one form."""
     if "error" in result:
         return [key, *["–"] * 7, result["error"]]
     match = result["greedy_match"]
@@ -167,7 +172,7 @@ def row(key: str, result: Result) -> list[str]:
 
 
 def kept(facts: Result) -> float | None:
-    """The share of the adapter that is left where the export measured it, or both divergences that make it."""
+    """Return the share of the adapter's effect that the export keeps, if the export measured it."""
     if "kl_of_adapter" in facts:
         return 1.0 - facts["kl_of_rounding"] / facts["kl_of_adapter"]
     return next((share for name, share in facts.items() if "_kept" in name), None)

@@ -1,7 +1,7 @@
-"""Training inside memory cgroups: what the planner chooses, whether it holds, and what it costs.
+"""Train inside memory cgroups, and measure what the planner chooses, whether the run stays inside, and its speed.
 
-For each limit a process enters a cgroup of that size (which counts the page cache too, without swap), lets edgetune choose a
-setting for a budget a little below it, and trains. The same recomputation without a limit runs beside, for the ratio.
+For each limit a process enters a cgroup of that size (which counts the page cache too, without swap), lets edgetune choose
+settings for a budget a little below it, and trains. A run with the same recomputation and no limit is the comparison.
 
     python tests/benchmarks/memory.py --limits 1GB,700MB,500MB
     python tests/benchmarks/memory.py --shape llama-7b --limits 2GB --steps 2
@@ -21,14 +21,17 @@ from typing import Any
 import common
 
 RANK, ALPHA, RATE = 16, 16.0, 1e-4
-MARGIN = 0.04  # of a limit: page tables, the reader's pages, what the kernel charges beside the process's own
+MARGIN = 0.04
+"""Share of a limit that is left for page tables, the reader's pages, and the kernel's other charges. Chosen by hand."""
 
 
 def main() -> None:
     flags = common.parser(__doc__, contenders=False)
-    flags.add_argument("--tokens", type=int, default=512)
-    flags.add_argument("--steps", type=int, default=4, help="timed steps, after a warm-up step")
-    flags.add_argument("--limits", default="1GB,700MB,500MB", help="sizes of cgroups")
+    flags.add_argument("--tokens", type=int, default=512, help="tokens in a row (default: %(default)s)")
+    flags.add_argument("--steps", type=int, default=4, help="timed steps after one warm-up step (default: %(default)s)")
+    flags.add_argument(
+        "--limits", default="1GB,700MB,500MB", help="sizes of cgroups, separated by commas (default: %(default)s)"
+    )
     flags.add_argument("--child", help=argparse.SUPPRESS)
     arguments = flags.parse_args()
     if arguments.child:
@@ -38,7 +41,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """One line a limit, and its ratio to the run without one."""
+    """Print a line for each limit, with its ratio to the run without a limit."""
     from edgetune.config import parse_bytes
 
     common.random_folders(arguments.workdir, arguments.shape, dense=False)
@@ -64,16 +67,17 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def describe(setting: dict[str, Any]) -> str:
+    """Return the settings as a cell of the table."""
     layers = setting["layer_memory"]
-    told = [setting["recompute"], f"{layers / 1e6:.0f} MB of layers" if layers is not None else "resident"]
-    told += [name for name in ("paged_optimizer", "offload", "compact") if setting[name]]
-    told += [f"{setting['in_file']} in file"] * (setting["in_file"] != "neither")
-    told += ["8-bit states"] * (setting["optimizer_bits"] == 8)
-    return ", ".join([*told, f"{setting['loss_rows']} loss rows"])
+    words = [setting["recompute"], f"{layers / 1e6:.0f} MB of layers" if layers is not None else "resident"]
+    words += [name for name in ("paged_optimizer", "offload", "compact") if setting[name]]
+    words += [f"{setting['in_file']} in file"] * (setting["in_file"] != "neither")
+    words += ["8-bit states"] * (setting["optimizer_bits"] == 8)
+    return ", ".join([*words, f"{setting['loss_rows']} loss rows"])
 
 
 def run(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
-    """The job in a process of its own, inside a cgroup where it has a limit."""
+    """Run the job in a process of its own, inside a cgroup if it has a limit."""
     command = [sys.executable, __file__, "--workdir", str(arguments.workdir), "--shape", arguments.shape]
     command += ["--tokens", str(arguments.tokens), "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
     command += ["--child", json.dumps(job)]
@@ -83,14 +87,14 @@ def run(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
             return {"error": lines[-1], **job}
-        return {**json.loads(done.stdout.splitlines()[-1]), **job, **({"charged": group.most()} if group else {})}
+        return {**json.loads(done.stdout.splitlines()[-1]), **job, **({"charged": group.peak()} if group else {})}
     finally:
         if group:
             group.close()
 
 
 class Group:
-    """A memory cgroup below our own, of version 1 or 2; needs the right to make one."""
+    """A memory cgroup, version 1 or 2, below the one of this process. Needs the right to make one."""
 
     def __init__(self, limit: int) -> None:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -104,7 +108,8 @@ class Group:
     def enter(self) -> None:
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
-    def most(self) -> int:
+    def peak(self) -> int:
+        """Return the most bytes that the cgroup was charged."""
         return int((self.folder / ("memory.max_usage_in_bytes" if self.old else "memory.peak")).read_text())
 
     def close(self) -> None:
@@ -117,7 +122,7 @@ class Group:
 
 
 def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
-    """The child: choose, open, train."""
+    """Choose settings, open the model and train, in the child process; return the measurements."""
     import dataclasses
 
     import torch
@@ -148,7 +153,7 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     choice = choose(checkpoint.config, lora, stored, data, dtype, memory, process, recompute=job.get("recompute", "auto"))
     if choice is None:
         smallest = least(checkpoint.config, lora, stored, data, dtype, process).parts.total
-        raise SystemExit(f"does not fit: the least is {smallest / 1e6:,.0f} MB")
+        raise SystemExit(f"does not fit: it needs at least {smallest / 1e6:,.0f} MB")
     setting = choice.setting
     if setting.compact:
         compact_heap()

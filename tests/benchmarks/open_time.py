@@ -1,10 +1,10 @@
-"""How soon a quantised model answers: from after `import torch` to the first logits, files in the page cache.
+"""Measure how soon a quantised model answers: from after `import torch` to the first logits, files in the page cache.
 
     python tests/benchmarks/open_time.py [--repeats 5] [--json FILE]
     python tests/benchmarks/open_time.py --shape demo                                to try the script out
 
-A fresh process each time. Importing edgetune's modules is a part of its own; then the folder is opened and checked, the
-weights mapped, the tokenizer loaded (where --tokenizer has one) and one token run. The first run only warms the cache.
+Each run is a new process. It imports edgetune's modules (timed separately), opens and checks the folder, maps the
+weights, loads the tokenizer (if --tokenizer has one) and runs one token. The first run only warms the page cache.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PARTS = {
     "load": "building the model over the mapped weights",
     "tokenizer": "loading the tokenizer",
     "first_logits": "first logits of a prompt of one token",
-    "ready": "from after `import torch` to those logits, imports included",
-    "ready_without_imports": "the same without imports",
+    "ready": "from after `import torch` to the first logits, imports included",
+    "ready_without_imports": "from after `import torch` to the first logits, without imports",
 }
 CONTENDERS = {
     "step": "by the decoder's own step",
@@ -35,7 +35,7 @@ CONTENDERS = {
 def main() -> None:
     flags = common.parser(__doc__)
     flags.add_argument("--tokenizer", type=Path, default=common.ROOT.parent / "shared" / "data" / "llama2_tokenizer",
-                       help="a folder with a tokenizer of the same kind of model")  # fmt: skip
+                       help="a folder with a tokenizer for this kind of model")  # fmt: skip
     arguments = flags.parse_args()
     if arguments.contender:
         common.serve(arguments, contend)
@@ -63,8 +63,8 @@ def compare(arguments: argparse.Namespace) -> None:
         "summary": {key: {part: common.median(results[key], part) for part in PARTS} for key in results},
     }
     rows = []
-    for part, said in PARTS.items():
-        rows.append([said, *(common.number(common.median(results[c.key], part), "{:.3f}") for c in contenders)])
+    for part, label in PARTS.items():
+        rows.append([label, *(common.number(common.median(results[c.key], part), "{:.3f}") for c in contenders)])
     memory = [common.megabytes(common.median(results[c.key], "anonymous_beyond_torch")) for c in contenders]
     rows.append(["anonymous beyond torch, MB", *memory])
     text = common.table(["seconds", *(contender.label for contender in contenders)], rows)

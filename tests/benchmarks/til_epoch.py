@@ -1,11 +1,11 @@
-"""One epoch over real notes with the 16M base: wall clock and held-out bits per byte, edgetune beside peft.
+"""Compare edgetune and peft over one epoch of real notes with the 16M base: wall clock and held-out bits per byte.
 
     python tests/benchmarks/til_epoch.py [--data ../shared/data] [--repeats 1] [--json FILE]
     python tests/benchmarks/til_epoch.py --limit 60                                  to try the script out
 
-Everyone trains the same documents (edgetune's reading and split of --notes), rank 16, alpha 16, dropout 0.05, AdamW at
-1e-3 with 10 warm-up steps and linear decay to a tenth, clip 1.0. One scorer judges all: transformers in fp32 with the
-weights each was trained on (bf16, or NF4 dequantised) and its adapter, put on by peft.
+All train the same documents (read and split by edgetune from --notes) with rank 16, alpha 16, dropout 0.05, AdamW at
+1e-3 with 10 warm-up steps and linear decay to a tenth, and clipping at 1.0. One scorer judges all of them: transformers in
+fp32, with the weights that each was trained on (bf16, or NF4 dequantised) and its adapter, attached by peft.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Peer(NamedTuple):
-    """How a peer trains: `base` bf16 or nf4 names the folder, `dtype` what its weights are loaded as."""
+    """The way a peer trains. `base` ("bf16" or "nf4") selects the model folder; the weights are loaded in `dtype`."""
 
     label: str
     base: str = "bf16"
@@ -52,7 +52,9 @@ PEERS = {
     "peft-nf4": Peer("peft+bitsandbytes NF4, bf16 autocast, packed 4×512", "nf4"),
     "peft-nf4-adapters": Peer("peft+bitsandbytes NF4, bf16 adapters, packed 4×512", "nf4", autocast=False, bf16_adapters=True),
     "peft-defaults": Peer("peft as trl's defaults: 4 padded notes, cut at 1,024, recompute", padded=True, recompute=True),
-    "peft-defaults-nf4": Peer("the same with bitsandbytes NF4", "nf4", padded=True, recompute=True),
+    "peft-defaults-nf4": Peer(
+        "peft+bitsandbytes NF4 as trl's defaults: 4 padded notes, cut at 1,024, recompute", "nf4", padded=True, recompute=True
+    ),
 }
 OURS = {"ours": "edgetune NF4, packed, documents isolated"}
 
@@ -60,10 +62,10 @@ OURS = {"ours": "edgetune NF4, packed, documents isolated"}
 def main() -> None:
     flags = common.parser(__doc__)
     flags.set_defaults(repeats=1)
-    flags.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="holds base-16m and til")
+    flags.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder with base-16m and til")
     flags.add_argument("--base", type=Path, help="the base model's folder (DATA/base-16m)")
     flags.add_argument("--notes", type=Path, help="the notes' folder (DATA/til)")
-    flags.add_argument("--limit", type=int, help="only this many notes, to try the script out")
+    flags.add_argument("--limit", type=int, help="use only this many notes, to try the script out")
     arguments = flags.parse_args()
     arguments.base = arguments.base or arguments.data / "base-16m"
     arguments.notes = arguments.notes or arguments.data / "til"
@@ -100,7 +102,7 @@ def compare(arguments: argparse.Namespace) -> None:
         "benchmark": "til_epoch",
         "machine": host,
         "versions": common.versions(),
-        "lacking": [*common.lacking(), "trl is not installed: its defaults are done by hand, without its logging and saving"],
+        "lacking": [*common.lacking(), "trl, whose defaults are reproduced by hand, without its logging and saving"],
         "settings": {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "rate": RATE, "rounds": arguments.repeats, **texts},
         "results": results,
         "scores": scores,
@@ -159,8 +161,9 @@ def render(everything: Result, contenders: list[Contender], summary: dict[str, A
     heads = ["one epoch", "epoch s", "times ours", "whole run s", "text tokens/s", "steps", "peak memory MB",
              "bits/byte before", "after", "by its own count"]  # fmt: skip
     about = (
-        f"{settings['documents']} notes, {settings['tokens']:,} tokens with ends; {settings['held_out']} held out, "
-        f"{settings['held_out_bytes']:,} bytes; medians of {settings['rounds']} rounds. Epoch: the optimizer steps alone. "
+        f"{settings['documents']} notes, {settings['tokens']:,} tokens including start and end tokens; "
+        f"{settings['held_out']} held out, {settings['held_out_bytes']:,} bytes; "
+        f"medians of {settings['rounds']} rounds. Epoch: only the optimizer steps. "
         "Whole run: from after the imports to the saved adapter, with reading, tokenising and loading (ours also with both "
         "evaluations, the samples and the report). text tokens/s: tokens of the notes a second of epoch, padding not counted.\n"
     )
@@ -187,7 +190,7 @@ def notes_folder(arguments: argparse.Namespace) -> Path:
 
 
 def prepare(arguments: argparse.Namespace) -> Result:
-    """The two sides as texts.json, and the base three ways: as it is, in NF4, and that dequantised."""
+    """Write the training and held-out texts as texts.json, and the base in NF4 and dequantised from NF4."""
     from edgetune.config import DataConfig, TrainConfig
     from edgetune.runtime.quantize import quantize_folder
     from edgetune.runtime.tokenizer import Tokenizer
@@ -223,7 +226,7 @@ def texts(arguments: argparse.Namespace, side: str) -> list[str]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to a tenth: what edgetune.train does, and the yardstick did."""
+    """Return the learning rate: linear warm-up, then linear decay to a tenth, as `edgetune train` and the yardstick have it."""
     warmup = min(WARMUP, steps // 4)
     if step < warmup:
         return RATE * (step + 1) / warmup
@@ -231,7 +234,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def packed(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
-    """(ids, labels, attention mask) of 4 rows of 512 from all documents end to end, nothing isolated; the rest is padded."""
+    """Yield (ids, labels, attention mask) of 4 rows of 512 from all documents end to end, not isolated; pad the last batch."""
     import torch
 
     stream = [token for document in documents for token in document]
@@ -244,7 +247,7 @@ def packed(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def padded(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
-    """4 documents a batch, each cut at 1,024 tokens and padded to the longest: the rest of a long document is never seen."""
+    """Yield batches of 4 documents, each cut at 1,024 tokens and padded to the longest; nobody trains on what is cut off."""
     import torch
 
     for start in range(0, len(documents), DOCUMENTS):
@@ -308,7 +311,7 @@ def peer(arguments: argparse.Namespace, key: str, bare: int) -> Result:
 
 
 def ours(arguments: argparse.Namespace, bare: int) -> Result:
-    """`edgetune.train` as a user calls it, but for one epoch, the yardstick's rate and a reading at the end only."""
+    """Train as `edgetune train` does, but for one epoch, at the yardstick's rate, with one evaluation at the end."""
     os.environ["EDGETUNE_HOME"] = str(arguments.workdir / "home")
     from edgetune.config import DataConfig, TrainConfig
     from edgetune.events import Evaluated, Finished, Started
@@ -349,9 +352,9 @@ def ours(arguments: argparse.Namespace, bare: int) -> Result:
 
 
 def scored(arguments: argparse.Namespace, base: str, adapter: str | None) -> Result:
-    """Bits per byte of the held-out notes: every text token once, BOS first, nothing after the text.
+    """Return the bits per byte of the held-out notes: every token of a text counts once, after BOS, with no end token.
 
-    A note longer than the context is read in windows of it, each but the first with half a window of context.
+    A note longer than the context is read in windows; each but the first begins with half a window of context.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

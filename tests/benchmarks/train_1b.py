@@ -1,10 +1,10 @@
-"""Training speed and memory on a LLaMA of random weights: edgetune beside transformers + peft (+ bitsandbytes).
+"""Compare training speed and memory of edgetune and transformers + peft (+ bitsandbytes) on a LLaMA of random weights.
 
     python tests/benchmarks/train_1b.py [--tokens 512] [--repeats 3] [--json FILE]
     python tests/benchmarks/train_1b.py --shape demo --tokens 128 --repeats 1        to try the script out
 
 One row of `--tokens` tokens, LoRA r16 alpha 16 on all seven linears of a block, forward, backward, clipping and AdamW.
-Everyone trains the same weights: the bf16 folder holds the NF4 folder's, dequantised; the first loss of each shows it.
+All train the same weights: the bf16 folder contains those of the NF4 folder, dequantised. Equal first losses show it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Tried = dict[str, dict[str, Result]]  # peer -> variant -> a short run of it
 RANK, ALPHA, RATE, CLIP = 16, 16, 1e-4, 1.0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# A peer's ways to run in bf16: which is fastest differs from machine to machine, so each is tried and the best one kept.
+# The ways in which a peer can run in bf16. The fastest differs between machines, so each is tried and the best is used.
 VARIANTS = {
-    "fp32-adapters": "peft's default: adapters in fp32, cast on the way",
+    "fp32-adapters": "peft's default: adapters in fp32, cast for each product",
     "autocast": "adapters in fp32 under bf16 autocast",
     "bf16-adapters": "adapters in bf16 (AdamW too)",
 }
@@ -43,17 +43,21 @@ OURS = {
     "ours-selective": "edgetune NF4, recompute selective",
     "ours-full": "edgetune NF4, recompute full",
     "ours-smallest": "edgetune NF4, smallest: recompute, states and activations in files",
-    "ours-compact": "edgetune NF4, the same with a compact heap",
+    "ours-compact": "edgetune NF4, smallest with a compact heap",
 }
 SMALL = ("smallest", "compact")
 
 
 def main() -> None:
     flags = common.parser(__doc__)
-    flags.add_argument("--tokens", type=int, default=512)
-    flags.add_argument("--steps", type=int, default=3, help="timed steps a contender and round, after a warm-up step")
-    flags.add_argument("--variant", default="auto", help=f"of the peers: auto (the fastest), {', '.join(VARIANTS)}")
-    flags.add_argument("--loss-rows", type=int, default=256, help="rows of logits at a time in our settings")
+    flags.add_argument("--tokens", type=int, default=512, help="tokens in a row (default: %(default)s)")
+    flags.add_argument(
+        "--steps", type=int, default=3, help="timed steps in each round, after one warm-up step (default: %(default)s)"
+    )
+    flags.add_argument("--variant", default="auto", help=f"how the peers run: auto (the fastest), {', '.join(VARIANTS)}")
+    flags.add_argument(
+        "--loss-rows", type=int, default=256, help="rows of logits that edgetune computes at a time (default: %(default)s)"
+    )
     arguments = flags.parse_args()
     if arguments.contender:
         common.serve(arguments, contend)
@@ -98,7 +102,7 @@ def _contenders(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def _choose_variants(script: Path, contenders: list[Contender], passed: list[str], variant: str) -> Tried:
-    """A short run of each peer in each variant; recomputation changes nothing in which is fastest."""
+    """Run each peer in each variant for two steps. Recomputation does not change which variant is the fastest."""
     variants = list(VARIANTS) if variant == "auto" else [variant]
     tried: Tried = {}
     for peer in sorted({c.key.removesuffix("-recompute") for c in contenders if c.key in PEERS}):
@@ -120,7 +124,7 @@ def _best(tried: Tried, key: str) -> str:
 
 
 def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
-    """The rows of the issue's table: ratios within rounds, medians over them."""
+    """Return the ratios and shares that the summary lists: ratios within rounds, medians over them."""
     speed, memory = "tokens_per_second", "anonymous_beyond_torch"
     for rounds in results.values():
         for row, peak in zip(rounds, results.get("gemm", []), strict=False):
@@ -205,7 +209,7 @@ def gemm_peak(arguments: argparse.Namespace) -> Result:
 
 
 def timed(step: Callable[[], float], arguments: argparse.Namespace, files: list[Path], bare: int) -> Result:
-    """The speed of `step`, which returns its loss, and the memory it held; the first loss is the warm-up's."""
+    """Return the speed of `step`, which returns its loss, and its peak memory; the first loss is that of the warm-up."""
     losses: list[float] = []
     with common.measured(files, bare) as peaks:
         seconds = common.seconds_of(lambda: losses.append(step()), arguments.steps)
@@ -214,7 +218,7 @@ def timed(step: Callable[[], float], arguments: argparse.Namespace, files: list[
 
 
 def row_of_ids(arguments: argparse.Namespace) -> Any:
-    """(tokens + 1,) int64, the same for everyone."""
+    """Return random ids, (tokens + 1,) int64, the same for every contender."""
     import torch
 
     vocabulary = common.hf_config(arguments.shape)["vocab_size"]
@@ -263,7 +267,7 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
 
 
 def peer(arguments: argparse.Namespace, nf4: bool, recompute: bool, bare: int) -> Result:
-    """transformers + peft as their documentation has it, less prepare_model_for_kbit_training, whose fp32 head is slower."""
+    """Measure transformers + peft as documented, without prepare_model_for_kbit_training, whose fp32 head is slower."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -1,0 +1,307 @@
+"""Wrap the two tokenizer libraries, `tokenizers` and `sentencepiece`, behind one small interface.
+
+Both open untrusted files: the size of a file is checked before it is parsed, and every fault that a library reports
+becomes a TokenizerError of one sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.json_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON, read_limited
+from edgetune.runtime.special_tokens import MAX_IDS, AddedToken, SpecialTokens
+
+_SPACE = "▁"
+"""The sign (U+2581) that sentencepiece and its relatives write in a piece for a space."""
+_MAX_BEYOND = 1 << 16
+"""The most ids that added tokens may have beyond the pieces of a tokenizer.model. Chosen by hand."""
+
+
+class TokenizerLibrary(Protocol):
+    """A tokenizer library with one model's vocabulary loaded.
+
+    size: the number of ids. added: the tokens that are looked for before a text is split.
+    strips_space: decoding drops one space at the beginning of a text, which encoding put there.
+    """
+
+    size: int
+    added: list[AddedToken]
+    strips_space: bool
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        """Return the ids of `text`; special tokens that it spells stay text. `first`: no other text comes before it."""
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of the token or piece with this spelling, or None if the vocabulary has none."""
+
+    def bytes_of(self, id: int) -> bytes:
+        """Return the UTF-8 bytes, perhaps part of a character, that the token with this id stands for."""
+
+
+class JsonTokenizer:
+    """A vocabulary in tokenizer.json, opened by the `tokenizers` library."""
+
+    def __init__(self, path: Path, special: SpecialTokens) -> None:
+        import tokenizers
+
+        self._where = str(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_limited(path, TOKENIZER_JSON).decode())
+        except TokenizerError:
+            raise
+        except BaseException as error:
+            # A panic inside the Rust library arrives as a BaseException that is not an Exception.
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise TokenizerError(
+                f"{path} is not a tokenizer that the tokenizers library can read; copy it again from its publisher."
+            ) from None
+        # A file may carry truncation or padding from training; a text must come back whole.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._add(special)
+        # True means that the spelling of a special token in a text is encoded as plain text, not as the token.
+        self._tokenizer.encode_special_tokens = True
+        self.added = [
+            AddedToken(token.content, id, token.special, token.lstrip, token.rstrip, token.single_word)
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+        ]
+        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not 0 < self.size <= MAX_IDS:
+            raise TokenizerError(
+                f"{path} has {self.size} token ids, expected 1 to {MAX_IDS}; copy it again from its publisher."
+            )
+        if special.rebuilt_as_llama:
+            self._rebuild_as_llama(special.space_prefix)
+        self._byte_level, self.strips_space = self._decoder()
+        self._without_prefix: tokenizers.Tokenizer | None = None
+
+    def _add(self, special: SpecialTokens) -> None:
+        """Add the tokens that the configuration files declare; one that exists keeps its id and becomes special.
+
+        Raises TokenizerError if tokenizer.json and tokenizer_config.json disagree on an id.
+        """
+        import tokenizers
+
+        existing = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        control = [token for token in existing.values() if not token.special and special.is_control(token.content)]
+        self._tokenizer.add_special_tokens(control)
+        for token in special.declared:
+            old = existing.get(token.spelling)
+            if old is not None and (old.special or not token.special):
+                continue
+            # Adding a spelling without an id would invent an id. Tokenizer._id_of_name decides whether its absence matters.
+            if old is None and token.id < 0 and self.id_of(token.spelling) is None:
+                continue
+            new = tokenizers.AddedToken(
+                token.spelling,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                single_word=token.single_word,
+                normalized=False,
+            )
+            (self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens)([new])
+            id = self.id_of(token.spelling)
+            if token.id >= 0 and id != token.id:
+                raise TokenizerError(
+                    f"{self._where} has id {id} for a token that tokenizer_config.json declares as {token.id}; "
+                    "take both files from the same model."
+                )
+
+    def _rebuild_as_llama(self, space_prefix: str) -> None:
+        """Put the space before a text as transformers 5 does for LLaMA models, whose older files do it by a normalizer.
+
+        transformers 5 replaces that normalizer by the pre-tokenizer Metaspace, which gives other ids for some texts.
+        """
+        from tokenizers import normalizers, pre_tokenizers
+
+        normalizer = self._state(self._tokenizer.normalizer)
+        steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+        prepends = [step.get("type") for step in steps] == ["Prepend", "Replace"] and steps[0].get("prepend") == _SPACE
+        pre_tokenizer = self._state(self._tokenizer.pre_tokenizer)
+        if (prepends and not pre_tokenizer) or (not normalizer and pre_tokenizer.get("type") == "Metaspace"):
+            self._tokenizer.normalizer = normalizers.Sequence([])
+            self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, space_prefix, split=False)
+
+    @staticmethod
+    def _state(part: Any) -> dict[str, Any]:
+        """Return the settings of a part of the tokenizer as tokenizer.json writes them; {} for a part that is missing."""
+        state = json.loads(part.__getstate__()) if part is not None else {}
+        return state if isinstance(state, dict) else {}
+
+    def _decoder(self) -> tuple[bool, bool]:
+        """Return (is byte-level, strips the first space). Raises TokenizerError for the decoder of an unsupported model."""
+        state = self._state(self._tokenizer.decoder)
+        steps = state.get("decoders", []) if state.get("type") == "Sequence" else [state]
+        kinds = [step.get("type") for step in steps]
+        if kinds == ["ByteLevel"]:
+            return True, False
+        if kinds == ["Metaspace"] and steps[0].get("replacement") == _SPACE:
+            return False, steps[0].get("prepend_scheme", "always") != "never"
+        # The other spelling of the same decoder, in steps: ▁ to a space, <0x0A> to a byte, the first space off.
+        spaces = {"pattern": {"String": _SPACE}, "content": " "}
+        only_spaces = all(step.items() >= spaces.items() for step in steps if step.get("type") == "Replace")
+        strips = [(step.get("content"), step.get("start"), step.get("stop")) for step in steps if step["type"] == "Strip"]
+        if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in kinds and only_spaces:
+            if not strips or strips == [(" ", 1, 0)]:
+                return False, bool(strips)
+            if strips == [(" ", 0, 0)]:
+                return False, False
+        raise TokenizerError(
+            f"{self._where} decodes with {', '.join(map(str, kinds))}, which edgetune does not support; it reads "
+            "byte-level and sentencepiece-like tokenizers: choose a LLaMA, Mistral, SmolLM2 or Qwen model."
+        )
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        tokenizer = self._tokenizer if first else self._continuing()
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception:
+            raise TokenizerError(
+                f"{self._where} has no ids for part of a text, because its vocabulary lacks an unknown token; copy it again "
+                "from its publisher."
+            ) from None
+
+    def _continuing(self) -> Any:
+        """Return the tokenizer for text that follows a control token, where Metaspace's scheme "first" puts no space."""
+        state = self._state(self._tokenizer.pre_tokenizer)
+        if state.get("type") != "Metaspace" or state.get("prepend_scheme") != "first":
+            return self._tokenizer
+        if self._without_prefix is None:
+            import tokenizers
+
+            self._without_prefix = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+            self._without_prefix.encode_special_tokens = True
+            self._without_prefix.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+                state["replacement"], "never", split=bool(state["split"])
+            )
+        return self._without_prefix
+
+    def id_of(self, token: str) -> int | None:
+        id: int | None = self._tokenizer.token_to_id(token)
+        return id
+
+    def bytes_of(self, id: int) -> bytes:
+        token = self._tokenizer.id_to_token(id)
+        if token is None:
+            return b""
+        return _byte_level_bytes(token) if self._byte_level else _piece_bytes(token)
+
+
+class SentencePieceTokenizer:
+    """A vocabulary in tokenizer.model, opened by the `sentencepiece` library.
+
+    sentencepiece puts a space before every text; transformers 5 does so unless the text begins with one, and never
+    after a control token. To get the same ids, the model is opened with that step off and this class puts the space.
+    """
+
+    # Appended to the file's bytes, protobuf merges it as normalizer_spec { add_dummy_prefix: false }.
+    _NO_PREFIX = b"\x1a\x02\x18\x00"
+
+    def __init__(self, path: Path, special: SpecialTokens) -> None:
+        import sentencepiece
+
+        data = read_limited(path, SENTENCEPIECE_MODEL)
+        try:
+            whole = sentencepiece.SentencePieceProcessor(model_proto=data)
+            bare = sentencepiece.SentencePieceProcessor(model_proto=data + self._NO_PREFIX)
+            puts_space = whole.normalize("a") == f"{_SPACE}a"
+            # Switching the step off must change nothing else; a model that normalises in its own way is used as it is.
+            self._adds_space = puts_space and bare.normalize(" a") == f"{_SPACE}a" and bare.normalize("a") == "a"
+        except Exception:
+            raise TokenizerError(
+                f"{path} is not a sentencepiece model; copy it again, or put tokenizer.json beside it."
+            ) from None
+        self._processor = bare if self._adds_space else whole
+        self._space_prefix = special.space_prefix
+        self._num_pieces = self._processor.get_piece_size()
+        self.strips_space = puts_space
+        self.added = self._added(special)
+        self.size = max([self._num_pieces, *(token.id + 1 for token in self.added)])
+        self._spelling_beyond = {token.id: token.spelling for token in self.added if token.id >= self._num_pieces}
+        # sentencepiece knows no tokens from the JSON files: they are searched for here, the longest first.
+        plain = sorted((token for token in self.added if not token.special), key=lambda token: -len(token.spelling))
+        self._plain_ids = [token.id for token in plain]
+        self._plain = re.compile("|".join(f"({token.pattern})" for token in plain)) if plain else None
+
+    def _added(self, special: SpecialTokens) -> list[AddedToken]:
+        """Return the model file's control and unknown tokens, and those that the configuration files declare.
+
+        Also completes `special.spelled` with the names that only the model file gives.
+        """
+        sp = self._processor
+        added = {
+            sp.id_to_piece(id): AddedToken(sp.id_to_piece(id), id, True)
+            for id in range(self._num_pieces)
+            if sp.is_control(id) or sp.is_unknown(id)
+        }
+        for token in special.declared:
+            id = token.id if token.id >= 0 else self._piece_id(token.spelling)
+            if id is None or not 0 <= id < self._num_pieces + _MAX_BEYOND:
+                continue
+            is_special = token.special or token.spelling in added or special.is_control(token.spelling)
+            added[token.spelling] = AddedToken(token.spelling, id, is_special, token.lstrip, token.rstrip, token.single_word)
+        for name, id in ("bos_token", sp.bos_id()), ("eos_token", sp.eos_id()), ("unk_token", sp.unk_id()):
+            if id >= 0:
+                special.spelled.setdefault(name, sp.id_to_piece(id))
+        return list(added.values())
+
+    def _piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece of the model file, or None; sentencepiece itself gives the unknown token's id."""
+        id = int(self._processor.piece_to_id(piece))
+        return id if self._processor.id_to_piece(id) == piece else None
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        ids: list[int] = []
+        at = 0
+        for match in self._plain.finditer(text) if self._plain is not None else ():
+            ids += self._encode_plain(text[at : match.start()], first and at == 0)
+            ids.append(self._plain_ids[(match.lastindex or 1) - 1])
+            at = match.end()
+        return ids + self._encode_plain(text[at:], first and at == 0)
+
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
+        """Return the ids of a text in which no added token is looked for."""
+        wants_space = self._space_prefix == "always" or (first and self._space_prefix == "first")
+        if self._adds_space and wants_space and text[:1] not in ("", " ", _SPACE):
+            text = " " + text
+        return list(self._processor.encode(text))
+
+    def id_of(self, token: str) -> int | None:
+        return next((added.id for added in self.added if added.spelling == token), self._piece_id(token))
+
+    def bytes_of(self, id: int) -> bytes:
+        if id >= self._num_pieces:
+            return self._spelling_beyond.get(id, "").encode()
+        return _piece_bytes(self._processor.id_to_piece(id))
+
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Return the bytes of a piece in sentencepiece's spelling: ▁ is a space, <0x0A> is one byte."""
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
+
+
+@functools.cache
+def _byte_level_table() -> dict[str, int]:
+    """Return the byte of each sign in GPT-2's spelling: printable bytes are themselves, the others are U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """Return the bytes of a piece in GPT-2's spelling."""
+    table = _byte_level_table()
+    try:
+        return bytes(table[sign] for sign in token)
+    except KeyError:  # an added token is written as plain text, with signs that are not in the table
+        return token.encode()
