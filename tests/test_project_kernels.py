@@ -198,12 +198,12 @@ def test_a_weight_with_a_number_that_is_none_gives_none_in_int8_too() -> None:
 
 
 def test_sums_of_int8_are_never_deeper_than_32_bits_hold() -> None:
-    wide = [project._Linear(outputs=outputs) for outputs in (66_560, 66_560)]
+    wide = [project.ProjectLinear(outputs=outputs) for outputs in (66_560, 66_560)]
     assert project._fits_int8(wide, 64)
     assert 127 * 127 * 2 * 66_560 < 2**31
-    assert not project._fits_int8([*wide, project._Linear(outputs=64)], 64)
+    assert not project._fits_int8([*wide, project.ProjectLinear(outputs=64)], 64)
     assert not project._fits_int8(wide, 133_184)
-    assert not project._fits_int8([project._Linear(outputs=96)], 64)
+    assert not project._fits_int8([project.ProjectLinear(outputs=96)], 64)
 
 
 @needs_amx

@@ -16,32 +16,9 @@ from torch import Tensor
 
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.backends.cpu.library import kernel
+from edgetune.runtime.backends.cpu.structures import AttentionCall, AttentionRows
 
 MAX_HEAD_DIM = 256
-
-
-class _Rows(ctypes.Structure):
-    """A (rows, heads, hd) tensor whose last dimension is contiguous: attention.inl's Rows."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
-
-
-_TENSORS = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
-_NUMBERS = ("segment_count", "queries", "heads", "kv_heads", "size", "window", "bf16", "threads")
-
-
-class _Call(ctypes.Structure):
-    """attention.inl's Attention, field for field."""
-
-    _fields_ = (
-        *((name, _Rows) for name in _TENSORS),
-        ("lse", ctypes.c_void_p),
-        ("segments", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-    )
 
 
 def attention_forward(
@@ -100,7 +77,7 @@ def _run(
         raise ValueError(f"scale is {scale}; expected a positive number")
     q, k = tensors["q"], tensors["k"]
     table = (ctypes.c_int64 * (4 * len(segments)))(*(bound for segment in segments for bound in segment))
-    call = _Call(
+    call = AttentionCall(
         lse=lse.data_ptr(),
         segments=ctypes.addressof(table),
         segment_count=len(segments),
@@ -114,7 +91,7 @@ def _run(
         scale=scale,
     )
     for field, tensor in tensors.items():
-        setattr(call, field, _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
+        setattr(call, field, AttentionRows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
     function, address = kernel(name, "p"), ctypes.addressof(call)
     function(address)
     scratch = torch.empty(call.scratch_bytes + 63, dtype=torch.uint8)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edgetune.runtime import int8
 from edgetune.runtime.backends.cpu.library import kernel
+from edgetune.runtime.backends.cpu.structures import Absmax, DecodeBlock, DecodeJob, DecodeLinear, DecodeShape
 from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor, code_table
 from edgetune.runtime.vocabulary import StoredRows
@@ -31,41 +32,6 @@ bf16, else f32); weights and activations in 8 bits, a scale for each 64 (error o
 _PANEL = 32  # matvec.inl's PANEL
 _KIND = {torch.bfloat16: 1, torch.float32: 2}  # matvec.inl's Kind; 0 is NF4
 _INT8 = 3
-_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class _Absmax(ctypes.Structure):
-    _fields_ = [*((name, _pointer) for name in ("plain", "codes", "table", "nested")), ("offset", _float), ("shift", _int)]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [
-        ("kind", _int), ("rows", _int), ("cols", _int), ("weight", _pointer), ("codes", _pointer), ("absmax", _Absmax),
-        ("block_size", _int), ("bias", _pointer), ("rank", _int), ("lora_kind", _int), ("lora_A", _pointer),
-        ("lora_B", _pointer),
-    ]  # fmt: skip
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, _int) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "max_length", "cache_bf16", "compute")),
-        ("eps", _float), ("scale", _float), ("cosines", _pointer), ("sines", _pointer),
-    ]  # fmt: skip
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, _pointer) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
-        ("window", _int),
-    ]  # fmt: skip
-
-
-class _Job(ctypes.Structure):
-    _fields_ = [
-        ("shape", _pointer), ("blocks", _pointer), ("block_count", _int), ("norm", _pointer), ("head", _pointer),
-        ("logits", _pointer), ("h", _pointer), ("n", _int), ("position", _int), ("space", _pointer), ("space_own", _int),
-    ]  # fmt: skip
 
 
 def _require(condition: bool, message: str, *values: Any) -> None:
@@ -90,7 +56,7 @@ def _aligned(size: int) -> Tensor:
 # ---- structs that point into our tensors ----
 
 
-def _weight(weight: Tensor | QuantizedTensor | Int8Rows, name: str) -> _Linear:
+def _weight(weight: Tensor | QuantizedTensor | Int8Rows, name: str) -> DecodeLinear:
     """The struct of a weight (out, in) without bias and adapter; it points into the weight's own tensors."""
     _require(len(weight.shape) == 2, "{} is {}; expected a matrix", name, tuple(weight.shape))
     rows, cols = weight.shape
@@ -99,23 +65,24 @@ def _weight(weight: Tensor | QuantizedTensor | Int8Rows, name: str) -> _Linear:
     if isinstance(weight, Int8Rows):
         codes = _address(weight.codes, f"{name}'s codes", (rows, cols), torch.int8)
         scale = _address(weight.scale, f"{name}'s scale", (rows, 1), torch.float32)
-        return _Linear(kind=_INT8, rows=rows, cols=cols, weight=codes, codes=scale)
+        return DecodeLinear(kind=_INT8, rows=rows, cols=cols, weight=codes, codes=scale)
     _require(weight.dtype in _KIND, "{} is {}; expected bf16, f32, NF4 or 8-bit rows", name, weight.dtype)
-    return _Linear(kind=_KIND[weight.dtype], rows=rows, cols=cols, weight=_address(weight, name, (rows, cols), weight.dtype))
+    address = _address(weight, name, (rows, cols), weight.dtype)
+    return DecodeLinear(kind=_KIND[weight.dtype], rows=rows, cols=cols, weight=address)
 
 
-def _quantized(weight: QuantizedTensor, rows: int, cols: int, name: str) -> _Linear:
+def _quantized(weight: QuantizedTensor, rows: int, cols: int, name: str) -> DecodeLinear:
     state, nested = weight.state, weight.state.nested
     size = state.block_size
     _require(size >= 2 and size % 2 == 0, "{} has blocks of {}; expected an even number", name, size)
     packed = _address(weight.packed, f"{name}'s codes", ((rows * cols + 1) // 2, 1), torch.uint8)
     count = -(-rows * cols // size)
     if nested is None:
-        absmax = _Absmax(plain=_address(state.absmax, f"{name}'s absmax", (count,), torch.float32))
+        absmax = Absmax(plain=_address(state.absmax, f"{name}'s absmax", (count,), torch.float32))
     else:
         shift, many = nested.block_size.bit_length() - 1, nested.block_size
         _require(many == 1 << shift, "{} has nested blocks of {}; expected a power of two", name, many)
-        absmax = _Absmax(
+        absmax = Absmax(
             codes=_address(state.absmax, f"{name}'s absmax", (count,), torch.uint8),
             table=_address(nested.table, f"{name}'s nested table", (256,), torch.float32),
             nested=_address(nested.absmax, f"{name}'s nested absmax", (-(-count // many),), torch.float32),
@@ -123,7 +90,7 @@ def _quantized(weight: QuantizedTensor, rows: int, cols: int, name: str) -> _Lin
             shift=shift,
         )
     codes = code_table(state.quant_type).data_ptr()  # cached: it lives as long as the process
-    return _Linear(kind=0, rows=rows, cols=cols, weight=packed, codes=codes, absmax=absmax, block_size=size)
+    return DecodeLinear(kind=0, rows=rows, cols=cols, weight=packed, codes=codes, absmax=absmax, block_size=size)
 
 
 def _panels(b: Tensor) -> Tensor:
@@ -154,13 +121,13 @@ class Decoder:
         half = (cache.max_length, config.head_dim // 2)
         kind = cache.k[0].dtype
         _require(kind in _KIND, "the KV cache is {}; expected bf16 or f32", kind)
-        self._shape = _Shape(
+        self._shape = DecodeShape(
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
             cache.max_length, int(kind == torch.bfloat16), compute, config.rms_norm_eps,
             config.head_dim**-0.5, self._keep(cos, "cos", half), self._keep(sin, "sin", half),
         )  # fmt: skip
         blocks: Any = model.blocks
-        self._blocks = (_Block * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(blocks)))
+        self._blocks = (DecodeBlock * config.num_layers)(*(self._block(block, layer) for layer, block in enumerate(blocks)))
         self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
         assert not isinstance(model.head, StoredRows)  # such a model is not `whole`
         self._head = self._frozen(model.head, None, "head", config.vocab_size, config.hidden_size)
@@ -175,7 +142,7 @@ class Decoder:
 
     def _frozen(
         self, weight: Tensor | QuantizedTensor | Int8Rows, bias: Tensor | None, name: str, rows: int, cols: int
-    ) -> _Linear:
+    ) -> DecodeLinear:
         found = tuple(weight.shape)
         _require(found == (rows, cols), "{} is {}; expected {}", name, found, (rows, cols))
         self._kept.append(weight)
@@ -184,7 +151,7 @@ class Decoder:
             struct.bias = self._keep(bias.float(), f"{name}'s bias", (rows,))
         return struct
 
-    def _linear(self, linear: AnyLinear, name: str, rows: int, cols: int) -> _Linear:
+    def _linear(self, linear: AnyLinear, name: str, rows: int, cols: int) -> DecodeLinear:
         base: Any = getattr(linear, "base", linear)
         struct = self._frozen(base.weight, base.bias, name, rows, cols)
         if base is linear:
@@ -198,7 +165,7 @@ class Decoder:
         struct.lora_B = self._keep(_panels(b), f"{name}'s lora_B", (-(-rows // _PANEL), rank, _PANEL), self._dtype)
         return struct
 
-    def _block(self, block: Block, layer: int) -> _Block:
+    def _block(self, block: Block, layer: int) -> DecodeBlock:
         c = self.model.config
         d, f, name = c.hidden_size, c.intermediate_size, f"layer {layer}'s "
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -208,7 +175,7 @@ class Decoder:
             for key, weight in (("q_norm", block.q_norm), ("k_norm", block.k_norm))
             if weight is not None
         }
-        return _Block(
+        return DecodeBlock(
             self._linear(block.q_proj, name + "q_proj", q, d),
             self._linear(block.k_proj, name + "k_proj", kv, d),
             self._linear(block.v_proj, name + "v_proj", kv, d),
@@ -246,7 +213,7 @@ class Decoder:
         )  # fmt: skip
         self._reserve(n, threads)
         logits = torch.empty(n, self._head.rows)
-        job = _Job(
+        job = DecodeJob(
             ctypes.addressof(self._shape), ctypes.addressof(self._blocks), len(self._blocks), self._norm,
             ctypes.addressof(self._head), logits.data_ptr(), _address(h, "h", (n, self._shape.hidden), torch.float32), n,
             position, self._space.data_ptr(), self._own,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from edgetune.runtime.backends.cpu.decode import _Absmax, _aligned, _quantized
+from edgetune.runtime.backends.cpu.decode import _aligned, _quantized
 from edgetune.runtime.backends.cpu.library import kernel, selected_isa
+from edgetune.runtime.backends.cpu.structures import ProjectCall, ProjectLinear, ProjectWeight
 
 if TYPE_CHECKING:
     from edgetune.runtime.ops import Adapted
@@ -25,37 +26,6 @@ STRIP = 32  # gemm.inl's SIDE: ranks are padded to it, outputs are multiples of 
 INT8_STRIP = 64  # gemm.inl's DEPTH of int8: outputs, the backward's depth, are multiples of it
 INT8_DEPTH = 2**31 // 127**2  # of so many numbers the sums of int8 products fit 32 bits
 CHUNK = 64  # gemm.inl's CHUNK
-
-_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class _Weight(ctypes.Structure):
-    """gemm.inl's Weight, field for field."""
-
-    _fields_ = (("packed", _pointer), ("codes", _pointer), ("absmax", _Absmax), ("block_shift", _int))
-
-
-class _Linear(ctypes.Structure):
-    """project.inl's Linear, field for field."""
-
-    _fields_ = (
-        ("weight", _Weight),
-        *((name, _int) for name in ("outputs", "rank")),
-        *((name, _pointer) for name in ("a", "b", "da", "db")),
-        *((name, _float) for name in ("scale", "keep")),
-        *((name, ctypes.c_uint64) for name in ("key", "threshold")),
-    )
-
-
-class _Call(ctypes.Structure):
-    """project.inl's Call, field for field."""
-
-    _fields_ = (
-        *((name, kind) for matrix in ("x", "y", "dx") for name, kind in ((matrix, _pointer), (f"{matrix}_row", _int))),
-        *((name, _pointer) for name in ("reduced", "linears")),
-        *((name, _int) for name in ("count", "rows", "inputs", "threads", "int8")),
-        *(("scratch", _pointer), ("scratch_bytes", _int)),
-    )
 
 
 class _Scratch(threading.local):
@@ -159,12 +129,12 @@ def _address(tensor: Tensor, name: str, shape: tuple[int, int]) -> int:
     return tensor.data_ptr()
 
 
-def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear:
+def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> ProjectLinear:
     """The struct; it points into the linear's own tensors, and into its gradients'."""
     weight, (outputs, inputs) = linear.weight, linear.weight.shape
     found = _quantized(weight, outputs, inputs, "the weight")
-    struct = _Linear(
-        weight=_Weight(found.weight, found.codes, found.absmax, weight.state.block_size.bit_length() - 1),
+    struct = ProjectLinear(
+        weight=ProjectWeight(found.weight, found.codes, found.absmax, weight.state.block_size.bit_length() - 1),
         outputs=outputs,
         keep=1,
     )
@@ -183,20 +153,20 @@ def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear
     return struct
 
 
-def _fits_int8(linears: list[_Linear], inputs: int) -> bool:
+def _fits_int8(linears: list[ProjectLinear], inputs: int) -> bool:
     outputs = [linear.outputs for linear in linears]
     return all(width % INT8_STRIP == 0 for width in outputs) and max(inputs, sum(outputs)) <= INT8_DEPTH
 
 
 def _run(
-    name: str, linears: list[_Linear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor, int8: bool
+    name: str, linears: list[ProjectLinear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor, int8: bool
 ) -> None:
     """Call a kernel twice: it says how much scratch it needs, then works in it."""
     rows, inputs = x.shape
     if rows == 0:
         return
-    array = (_Linear * len(linears))(*linears)
-    call = _Call(
+    array = (ProjectLinear * len(linears))(*linears)
+    call = ProjectCall(
         x=x.data_ptr(),
         x_row=x.stride(0),
         y=y.data_ptr() if y is not None else None,
