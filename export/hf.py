@@ -98,7 +98,7 @@ class Nf4Grid:
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         scale = self._scale[column]
-        codes = torch.bucketize(values / scale.clamp(min=1e-38), self._bounds)
+        codes = torch.bucketize(values / scale.clamp(min=nf4.SMALLEST_ABSMAX), self._bounds)
         return codes, nf4.NF4_TABLE[codes] * scale
 
     def weight(self, codes: Tensor) -> QuantizedTensor:

@@ -25,8 +25,9 @@ from edgetune.runtime import vocabulary
 from edgetune.runtime.checkpoint import EMBEDDING, is_linear
 from edgetune.runtime.config import LINEARS
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.lora import Identity, Norm, Panel, ProjectPlan, SwiGlu, Weight, project
 from edgetune.runtime.model import Block, Context, hf_linear_name, rope_frequencies
+from edgetune.runtime.ops_types import Weight
+from edgetune.runtime.project import Identity, Norm, Panel, ProjectPlan, SwiGlu, project
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DAMPING = (0.01, 0.1, 1.0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
-from edgetune.runtime.lora import Linear, LoraLinear
+from edgetune.runtime.linear import Linear, LoraLinear
 from edgetune.runtime.model import Llama, hf_linear_name
 from edgetune.runtime.safetensors_file import write_tensors
 

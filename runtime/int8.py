@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgetune.runtime.nf4 import SMALLEST_ABSMAX
+
 PANEL_ROWS = 2048
 """Rows that are in fp32 at once while they are quantised."""
 
@@ -46,5 +48,5 @@ def quantize(weight: Tensor) -> Int8Rows:
     for start in range(0, weight.shape[0], PANEL_ROWS):
         rows, part = weight[start : start + PANEL_ROWS].float(), slice(start, start + PANEL_ROWS)
         scale[part] = rows.abs().amax(1, keepdim=True) / 127
-        codes[part] = (rows / scale[part].clamp(min=1e-38)).round_().nan_to_num_(0)
+        codes[part] = (rows / scale[part].clamp(min=SMALLEST_ABSMAX)).round_().nan_to_num_(0)
     return Int8Rows(codes, scale)

@@ -51,7 +51,9 @@ NESTED_BLOCK_SIZE = 256
 QUANT_TYPES = ("nf4", "fp4", "fp4_e3m0", "int4")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-_SMALLEST_ABSMAX = 1e-38  # below it a block is divided by this instead: its values become zero, never inf or NaN
+SMALLEST_ABSMAX = 1e-38
+"""Least divisor of a block or row that is quantised, near the smallest normal fp32 number. A smaller absmax is replaced by it:
+the values become zero, never inf or NaN."""
 _CHUNK = 1 << 20  # elements worked on at a time, a multiple of every block size: temporaries stay near 16 MB
 
 
@@ -162,9 +164,9 @@ def _absmax_and_ratio(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     full = flat.numel() // block_size * block_size
     blocks = flat[:full].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    ratio = (blocks * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+    ratio = (blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX)).unsqueeze(1)).clamp_(-1, 1).view(-1)
     if full < flat.numel():
-        last = flat[full:].abs().amax().clamp(min=_SMALLEST_ABSMAX)
+        last = flat[full:].abs().amax().clamp(min=SMALLEST_ABSMAX)
         absmax = torch.cat([absmax, last.unsqueeze(0)])
         ratio = torch.cat([ratio, (flat[full:] / last).clamp_(-1, 1)])
     return absmax, ratio

@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 
 from edgetune.runtime.errors import TrainingError
 from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
-from edgetune.runtime.nf4 import dynamic_map
+from edgetune.runtime.nf4 import SMALLEST_ABSMAX, dynamic_map
 
 BLOCK = 256
 SMALLEST_8BIT = 4096
@@ -35,7 +35,6 @@ HOST: Literal["host"] = "host"
 
 _ALIGNMENT = 64
 _CHUNK = 256 * BLOCK  # values of an 8-bit update at a time: its temporaries stay in the cache
-_SMALLEST_ABSMAX = 1e-38
 
 
 class _Layout:
@@ -280,7 +279,7 @@ class _Moment:
         """Quantise new values, which are used up."""
         blocks = values.view(-1, BLOCK)
         self._absmax.copy_(torch.amax(blocks.abs(), 1))  # no `out=`: macOS 14 may lose what is written to a view
-        blocks.div_(self._absmax.clamp(min=_SMALLEST_ABSMAX).unsqueeze(1))
+        blocks.div_(self._absmax.clamp(min=SMALLEST_ABSMAX).unsqueeze(1))
         bits = values.half().view(torch.int16).int().add_(1 << 15)
         self._codes.copy_(torch.index_select(_nearest(self._signed, values.device), 0, bits))
 
