@@ -15,12 +15,12 @@ from torch import Tensor
 
 from edgetune.export.targets import Job
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.model import Llama
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Runner
 
 Documents = list[list[int]]

@@ -24,9 +24,10 @@ from edgetune.export.targets import Held, Job, held_by_reference
 from edgetune.runtime import vocabulary
 from edgetune.runtime.config import LINEARS
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.lora import Identity, Norm, Panel, ProjectPlan, SwiGlu, Weight, project
 from edgetune.runtime.model import Block, Context, rope_frequencies
 from edgetune.runtime.names import EMBEDDING, is_linear, linear_weight
+from edgetune.runtime.ops_types import Weight
+from edgetune.runtime.project import Identity, Norm, Panel, ProjectPlan, SwiGlu, project
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DAMPING = (0.01, 0.1, 1.0)

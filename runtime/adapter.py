@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.lora import Linear, LoraLinear
+from edgetune.runtime.linear import Linear, LoraLinear
 from edgetune.runtime.model import Llama
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edgetune.runtime.attention import Segment
+from edgetune.runtime.ops_types import Segment
 
 
 @dataclass(frozen=True)

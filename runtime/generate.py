@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import ops
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model import KVCache
+from edgetune.runtime.ops_types import FEW_ROWS, Segment
 from edgetune.runtime.runner import Runner
 
 PREFILL_TOKENS = 512
 """Prompt tokens run at once: enough to keep the matrix units busy, few enough to bound memory."""
-FEW_TOKENS = 8
-"""Up to so many new tokens it is quicker to write them one by one than to dequantise every weight for them."""
 PREFILL_MULTIPLE = 64
 """Shorter stretches are padded to a multiple of this, for the reason of runner.ROW_MULTIPLE."""
 
@@ -72,7 +70,7 @@ class Generator:
         """Run a prompt, reusing the part that the cache already holds -> logits (V,) after its last token."""
         shared = self._shared_prefix(input_ids)
         self.cache.length, self.tokens = shared, list(input_ids)
-        if self._step is not None and len(input_ids) - shared <= FEW_TOKENS:
+        if self._step is not None and len(input_ids) - shared <= FEW_ROWS:
             return [self.step(token) for token in input_ids[shared:]][-1]
         for start in range(shared, len(input_ids), PREFILL_TOKENS):
             last = self._prefill_stretch(input_ids[start : start + PREFILL_TOKENS], start)

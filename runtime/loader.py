@@ -11,10 +11,19 @@ from edgetune.runtime import nf4, vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.lora import Linear, Weight
+from edgetune.runtime.linear import Linear
 from edgetune.runtime.model import Block, Llama
-from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD, LINEAR_WEIGHT, is_linear, layer_tensor, linear_weight
+from edgetune.runtime.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LINEAR_WEIGHT,
+    is_linear,
+    layer_tensor,
+    linear_weight,
+)
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import Weight
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
 from edgetune.runtime.vocabulary import FILE, Embedding, Head, StoredRows
 

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.runtime import ops, vocabulary
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
-from edgetune.runtime.lora import AnyLinear, Identity, Linear, Norm, ProjectPlan, SwiGlu, Weight, project
+from edgetune.runtime.linear import AnyLinear, Linear
 from edgetune.runtime.names import ATTENTION_NORM, K_NORM, MLP_NORM, Q_NORM, hf_linear_name
+from edgetune.runtime.ops_types import AttentionGradients, AttentionInputs, Segment, Weight
 from edgetune.runtime.pager import Pager, Resident
+from edgetune.runtime.project import Identity, Norm, ProjectPlan, SwiGlu, project
 from edgetune.runtime.vocabulary import Embedding, Head, StoredRows
 
 
@@ -124,7 +125,7 @@ class Block(nn.Module):
         q, k = self.rotate(q, k, ctx)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)
-        return ops.attention_forward(q, k, v, ctx.segments, self.window, self.scale)[0].flatten(1)
+        return ops.attention_forward(AttentionInputs(q, k, v, ctx.segments, self.window, self.scale))[0].flatten(1)
 
     @property
     def window(self) -> int | None:
@@ -158,7 +159,7 @@ class _Attend(torch.autograd.Function):
         q, k, v = block.split_heads(qkv.detach())
         raw = (q, k) if block.q_norm is not None else ()
         q, k = block.rotate(q, k, context)
-        o, lse = ops.attention_forward(q, k, v, context.segments, block.window, block.scale)
+        o, lse = ops.attention_forward(AttentionInputs(q, k, v, context.segments, block.window, block.scale))
         ctx.block, ctx.context = block, context
         ctx.save_for_backward(q, k, v, o, lse, *raw)
         return o.flatten(1)
@@ -169,7 +170,8 @@ class _Attend(torch.autograd.Function):
         q, k, v, o, lse, *raw = ctx.saved_tensors
         gradient = do.new_empty(do.shape[0], (q.shape[1] + 2 * k.shape[1]) * q.shape[2])
         dq, dk, dv = block.split_heads(gradient)
-        ops.attention_backward(do.view(q.shape), q, k, v, o, lse, context.segments, block.window, block.scale, dq, dk, dv)
+        inputs = AttentionInputs(q, k, v, context.segments, block.window, block.scale)
+        ops.attention_backward(inputs, o, lse, do.view(q.shape), AttentionGradients(dq, dk, dv))
         ops.rope_(dq, context.cos, context.sin, inverse=True)
         ops.rope_(dk, context.cos, context.sin, inverse=True)
         if raw:

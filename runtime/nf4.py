@@ -54,8 +54,9 @@ QUANT_TYPES = ("nf4", "fp4", "fp4_e3m0", "int4")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 SMALLEST_ABSMAX = 1e-38
-"""Least value that a block is divided by, in fp32. A block whose absmax is smaller becomes zero, never inf or NaN."""
-_CHUNK = 1 << 20  # values worked on at a time, a multiple of every block size: temporaries stay near 16 MB
+"""Least divisor of a block or row that is quantised, near the smallest normal fp32 number. A smaller absmax is replaced by it:
+the values become zero, never inf or NaN."""
+_CHUNK = 1 << 20  # elements worked on at a time, a multiple of every block size: temporaries stay near 16 MB
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import read_at
-from edgetune.runtime.lora import Linear, Weight
+from edgetune.runtime.linear import Linear
+from edgetune.runtime.ops_types import Weight
 from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor
 
 SLOTS = 2

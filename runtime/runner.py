@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.device import end_command_buffer
 from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
-from edgetune.runtime.lora import Panel, ProjectPlan
 from edgetune.runtime.loss import chunked_cross_entropy, token_nats
 from edgetune.runtime.model import Block, Context, KVCache, Llama
-from edgetune.runtime.ops import FEW_ROWS
+from edgetune.runtime.ops_types import FEW_ROWS, Segment
+from edgetune.runtime.project import Panel, ProjectPlan
 
 
 class Recompute(StrEnum):

@@ -19,7 +19,7 @@ from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import read_at
 from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor, QuantState
-from edgetune.runtime.ops import Adapted
+from edgetune.runtime.ops_types import FEW_ROWS, Adapted
 
 KINDS = ("int8", "nf4")
 """The forms that a dense head can be quantised to."""
@@ -108,9 +108,9 @@ def logits(x: Tensor, head: Head) -> Tensor:
     """Multiply x (N, D) by the head's transpose; return logits (N, V)."""
     if isinstance(head, Tensor):
         return x @ head.T
-    if isinstance(head, QuantizedTensor) and len(x) <= ops.FEW_ROWS:
+    if isinstance(head, QuantizedTensor) and len(x) <= FEW_ROWS:
         return ops.matvec(x, head)
-    if isinstance(head, Int8Rows) and len(x) <= ops.FEW_ROWS and (few := ops.int8_matvec(x, head)) is not None:
+    if isinstance(head, Int8Rows) and len(x) <= FEW_ROWS and (few := ops.int8_matvec(x, head)) is not None:
         return few
     out = x.new_empty(len(x), head.shape[0])
     if isinstance(head, QuantizedTensor) and ops.project(x, [Adapted(head)], out) is not None:

@@ -245,6 +245,7 @@ def forget(ops: Any, modules: dict[str, Any]) -> None:
     ops._best.cache_clear()
     for name in [name for name in modules if name.startswith("edgetune.runtime.backends.metal")]:
         del modules[name]
+    vars(modules["edgetune.runtime.backends"]).pop("metal", None)  # or else `from backends import metal` finds the old one
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from tiny import threads
 from torch import Tensor
 
-from edgetune.runtime.attention import Segment
+from edgetune.runtime.ops_types import AttentionGradients, AttentionInputs, Segment
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
 
@@ -52,6 +53,20 @@ def inputs(heads: int, kv_heads: int, size: int, segments: Sequence[Segment], dt
     return 2 * q, k, v, do  # twice: probabilities that are far from equal
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Any], window: int | None, scale: float) -> AttentionInputs:
+    return AttentionInputs(q, k, v, [Segment(*segment) for segment in segments], window, scale)
+
+
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The kernel's o and lse, for `attention`'s arguments."""
+    found: tuple[Tensor, Tensor] = cpu.attention_forward(attention(*inputs))
+    return found
+
+
+def backward(inputs: AttentionInputs, o: Tensor, lse: Tensor, do: Tensor, *gradients: Tensor) -> None:
+    cpu.attention_backward(inputs, o, lse, do, AttentionGradients(*gradients))
+
+
 def plain(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -81,9 +96,9 @@ def test_output_and_gradients_are_those_of_plain_attention(case: str, dtype: tor
     heads, kv_heads, size, segments, window = CASES[case]
     q, k, v, do = inputs(heads, kv_heads, size, segments, dtype)
     scale = size**-0.5
-    o, lse = cpu.attention_forward(q, k, v, segments, window, scale)
+    o, lse = forward(q, k, v, segments, window, scale)
     gradients = [torch.full_like(x, 7.0) for x in (q, k, v)]
-    cpu.attention_backward(do, q, k, v, o, lse, segments, window, scale, *gradients)
+    backward(attention(q, k, v, segments, window, scale), o, lse, do, *gradients)
 
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = plain(*exact, segments, window, scale)
@@ -103,9 +118,9 @@ def test_slices_of_one_packed_tensor_give_what_torch_gives(dtype: torch.dtype, i
     q, k, v = packed.split(split, 1)
     do = torch.randn(tokens, heads, size, generator=generator).to(dtype)
     segments = [Segment.packed(0, tokens)]
-    o, lse = cpu.attention_forward(q, k, v, segments, None, size**-0.5)
+    o, lse = forward(q, k, v, segments, None, size**-0.5)
     gradient = torch.full_like(packed, math.nan)  # all of it is written
-    cpu.attention_backward(do, q, k, v, o, lse, segments, None, size**-0.5, *gradient.split(split, 1))
+    backward(attention(q, k, v, segments, None, size**-0.5), o, lse, do, *gradient.split(split, 1))
 
     leaf = packed.float().requires_grad_()
     tq, tk, tv = (x.transpose(0, 1) for x in leaf.split(split, 1))
@@ -122,8 +137,8 @@ def test_a_cache_is_read_up_to_its_length_and_no_further(isa: str) -> None:
     caches = torch.full((2, 2, 128, 64), math.nan, dtype=BF16)
     caches[0, :, :length], caches[1, :, :length] = k.transpose(0, 1), v.transpose(0, 1)
     views = [cache.transpose(0, 1)[:length] for cache in caches]
-    o, lse = cpu.attention_forward(q, *views, [(0, new, 0, length)], None, 0.125)
-    same, same_lse = cpu.attention_forward(q, k, v, [(0, new, 0, length)], None, 0.125)
+    o, lse = forward(q, *views, [(0, new, 0, length)], None, 0.125)
+    same, same_lse = forward(q, k, v, [(0, new, 0, length)], None, 0.125)
     assert torch.equal(o, same)
     assert torch.equal(lse, same_lse)
 
@@ -134,9 +149,9 @@ def test_the_bits_are_the_same_each_time_and_at_any_number_of_threads(dtype: tor
     q, k, v, do = inputs(8, 2, 64, segments, dtype)
 
     def run() -> list[Tensor]:
-        o, lse = cpu.attention_forward(q, k, v, segments, None, 0.125)
+        o, lse = forward(q, k, v, segments, None, 0.125)
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        cpu.attention_backward(do, q, k, v, o, lse, segments, None, 0.125, *gradients)
+        backward(attention(q, k, v, segments, None, 0.125), o, lse, do, *gradients)
         return [o, lse, *gradients]
 
     with threads(1):
@@ -154,9 +169,9 @@ def test_no_note_sees_another(isa: str) -> None:
         x[:45] = math.nan
     results = []
     for a, b, c, d in ((q, k, v, do), poisoned):
-        o, lse = cpu.attention_forward(a, b, c, segments, None, 0.2)
+        o, lse = forward(a, b, c, segments, None, 0.2)
         gradients = [torch.empty_like(x) for x in (a, b, c)]
-        cpu.attention_backward(d, a, b, c, o, lse, segments, None, 0.2, *gradients)
+        backward(attention(a, b, c, segments, None, 0.2), o, lse, d, *gradients)
         results.append([o, lse.T, *gradients])
     for clean, beside in zip(*results, strict=True):
         assert beside[:45].isnan().all()
@@ -169,7 +184,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(direction: int, isa: str
     tokens, size = 400, 32
     q, k, v, _ = inputs(1, 1, size, [(0, tokens, 0, tokens)], F32)
     q[:], k[:] = 1.0, direction * torch.arange(tokens).view(-1, 1, 1) * 0.5
-    o, lse = cpu.attention_forward(q, k, v, [(0, tokens, 0, tokens)], None, 1.0)
+    o, lse = forward(q, k, v, [(0, tokens, 0, tokens)], None, 1.0)
     expected, expected_lse = plain(q.double(), k.double(), v.double(), [(0, tokens, 0, tokens)], None, 1.0)
     assert distance(o, expected) < 1e-5
     assert torch.allclose(lse.double(), expected_lse, rtol=1e-6, atol=1e-5)
@@ -178,9 +193,9 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(direction: int, isa: str
 def test_rows_of_no_segment_get_no_gradient(isa: str) -> None:
     q, k, v, do = inputs(2, 2, 32, [(0, 50, 0, 60)], F32)
     segments = [(10, 30, 20, 60)]
-    o, lse = cpu.attention_forward(q, k, v, segments, None, 0.2)
+    o, lse = forward(q, k, v, segments, None, 0.2)
     dq, dk, dv = (torch.full_like(x, 7.0) for x in (q, k, v))
-    cpu.attention_backward(do, q, k, v, o, lse, segments, None, 0.2, dq, dk, dv)
+    backward(attention(q, k, v, segments, None, 0.2), o, lse, do, dq, dk, dv)
     assert not dq[:10].any()
     assert not dq[30:].any()
     assert not dk[:20].any()
@@ -191,10 +206,10 @@ def test_rows_of_no_segment_get_no_gradient(isa: str) -> None:
 
 def test_nothing_to_do_is_fine(isa: str) -> None:
     q, k = torch.zeros(0, 4, 64), torch.zeros(0, 2, 64)
-    o, lse = cpu.attention_forward(q, k, k, [], None, 0.125)
+    o, lse = forward(q, k, k, [], None, 0.125)
     assert o.shape == q.shape
     assert lse.shape == (4, 0)
-    cpu.attention_backward(q, q, k, k, o, lse, [], None, 0.125, q.clone(), k.clone(), k.clone())
+    backward(attention(q, k, k, [], None, 0.125), o, lse, q, q.clone(), k.clone(), k.clone())
 
 
 def _q(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -204,20 +219,23 @@ def _q(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: cpu.attention_forward(_q(5, 3, 8), _q(5, 2, 8), _q(5, 2, 8), [(0, 5, 0, 5)], None, 1.0), "divide"),
-        (lambda: cpu.attention_forward(_q(5, 2, 300), _q(5, 2, 300), _q(5, 2, 300), [], None, 1.0), "up to 256"),
-        (lambda: cpu.attention_forward(_q(5, 2, 8), _q(5, 2, 8), _q(4, 2, 8), [], None, 1.0), "v is"),
-        (lambda: cpu.attention_forward(_q(5, 2, 8), _q(5, 2, 8), _q(5, 2, 8, dtype=BF16), [], None, 1.0), "v is"),
-        (lambda: cpu.attention_forward(*[_q(5, 2, 8, dtype=torch.float16)] * 3, [], None, 1.0), "float16"),
-        (lambda: cpu.attention_forward(*[_q(5, 2, 16)[..., ::2]] * 3, [], None, 1.0), "not contiguous"),
-        (lambda: cpu.attention_forward(*[_q(5, 2, 8)] * 3, [(0, 6, 0, 6)], None, 1.0), "does not fit"),
-        (lambda: cpu.attention_forward(*[_q(5, 2, 8)] * 3, [(0, 5, 1, 5)], None, 1.0), "a key for every query"),
-        (lambda: cpu.attention_forward(*[_q(5, 2, 8)] * 3, [(0, 5, 0, 5)], 0, 1.0), "window"),
-        (lambda: cpu.attention_forward(*[_q(5, 2, 8)] * 3, [(0, 5, 0, 5)], None, -1.0), "scale"),
-        (lambda: cpu.attention_backward(*[_q(5, 2, 8)] * 5, _q(2, 4), [], None, 1.0, *[_q(5, 2, 8)] * 3), "lse"),
+        (lambda: forward(_q(5, 3, 8), _q(5, 2, 8), _q(5, 2, 8), [(0, 5, 0, 5)], None, 1.0), "divide"),
+        (lambda: forward(_q(5, 2, 300), _q(5, 2, 300), _q(5, 2, 300), [], None, 1.0), "up to 256"),
+        (lambda: forward(_q(5, 2, 8), _q(5, 2, 8), _q(4, 2, 8), [], None, 1.0), "v is"),
+        (lambda: forward(_q(5, 2, 8), _q(5, 2, 8), _q(5, 2, 8, dtype=BF16), [], None, 1.0), "v is"),
+        (lambda: forward(*[_q(5, 2, 8, dtype=torch.float16)] * 3, [], None, 1.0), "float16"),
+        (lambda: forward(*[_q(5, 2, 16)[..., ::2]] * 3, [], None, 1.0), "not contiguous"),
+        (lambda: forward(*[_q(5, 2, 8)] * 3, [(0, 6, 0, 6)], None, 1.0), "does not fit"),
+        (lambda: forward(*[_q(5, 2, 8)] * 3, [(0, 5, 1, 5)], None, 1.0), "a key for every query"),
+        (lambda: forward(*[_q(5, 2, 8)] * 3, [(0, 5, 0, 5)], 0, 1.0), "window"),
+        (lambda: forward(*[_q(5, 2, 8)] * 3, [(0, 5, 0, 5)], None, -1.0), "scale"),
+        (lambda: backward(attention(*[_q(5, 2, 8)] * 3, [], None, 1.0), _q(5, 2, 8), _q(2, 4), *[_q(5, 2, 8)] * 4), "lse"),
         (
-            lambda: cpu.attention_backward(
-                *[_q(5, 2, 8)] * 5, _q(2, 5), [(0, 3, 0, 3), (3, 5, 2, 5)], None, 1.0, *[_q(5, 2, 8)] * 3
+            lambda: backward(
+                attention(*[_q(5, 2, 8)] * 3, [(0, 3, 0, 3), (3, 5, 2, 5)], None, 1.0),
+                _q(5, 2, 8),
+                _q(2, 5),
+                *[_q(5, 2, 8)] * 4,
             ),
             "share rows",
         ),

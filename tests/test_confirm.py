@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import metal_shim
 import pytest
@@ -22,6 +22,7 @@ from edgetune.machine import device_checks as module
 from edgetune.machine.device_checks import CHECKS, Confirmation, _tried, confirm, without_paths
 from edgetune.runtime import ops
 from edgetune.runtime.backends import reference
+from edgetune.runtime.ops_types import AttentionInputs
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.quantize import quantize_folder
 
@@ -96,10 +97,19 @@ def test_a_faithful_apple_gpu_confirms_everything(mac: Machine, monkeypatch: pyt
     assert [one for one in confirm(MPS) if not one.ok] == []
 
 
+def spoil_gradients(right: Callable[..., None]) -> Callable[..., None]:
+    def wrong(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+        right(dact, gate, up, dgate, dup)
+        dgate.mul_(1.001)
+        dup.mul_(1.001)
+
+    return wrong
+
+
 FAULTS = {
     "dequantize": ("NF4 dequantisation", lambda right: lambda q, dtype, out=None: right(q, dtype, out) * 1.02),
     "matvec": ("products of few rows", lambda right: lambda x, q: right(x, q) * 1.05),
-    "swiglu_backward": ("elementwise parts", lambda right: lambda *a: tuple(part.mul_(1.001) for part in right(*a))),
+    "swiglu_backward": ("elementwise parts", spoil_gradients),
     "dropout": ("elementwise parts", lambda right: lambda x, p, key: right(x, p, key + 1)),
     "rms_norm": ("training steps", lambda right: lambda h, weight, eps: right(h, weight, eps) * 1.01),
 }
@@ -129,11 +139,11 @@ def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypa
     """What a card's flash attention could get wrong."""
     right = ops.attention_forward
 
-    def wrong(q: Tensor, k: Tensor, v: Tensor, segments: Any, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
-        if fault == "window":
-            window = window and window + 8
-        o, lse = right(q, k, v, segments, window, scale)
-        return o * 1.05 if fault == "only bf16" and q.dtype == torch.bfloat16 else o, lse
+    def wrong(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        if fault == "window" and inputs.window is not None:
+            inputs = dataclasses.replace(inputs, window=inputs.window + 8)
+        o, lse = right(inputs)
+        return o * 1.05 if fault == "only bf16" and inputs.q.dtype == torch.bfloat16 else o, lse
 
     monkeypatch.setattr(ops, "attention_forward", wrong)
     found = _tried("attention", CHECKS["attention"], CPU)
@@ -163,8 +173,8 @@ def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
 def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.attention_forward
 
-    def wrong(*arguments: object) -> tuple[Tensor, Tensor]:
-        o, lse = right(*arguments)  # type: ignore[arg-type]
+    def wrong(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        o, lse = right(inputs)
         return o.flip(1), lse
 
     with monkeypatch.context() as patch:

@@ -27,7 +27,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.heap import steady_heap
 from edgetune.runtime.optim import PagedAdamW
-from edgetune.runtime.attention import Segment
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.runner import Recompute, Runner
 from edgetune.training.step import give_back

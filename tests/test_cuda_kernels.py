@@ -19,16 +19,16 @@ from torch import Tensor
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import attention as tiled
 from edgetune.runtime import nf4, ops
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.backends import reference
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.linear import LoraLinear
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.lora import LoraLinear
 from edgetune.runtime.model import KVCache, Llama
 from edgetune.runtime.nf4 import QuantizedTensor, QuantState
+from edgetune.runtime.ops_types import AttentionGradients, AttentionInputs, Segment
 from edgetune.runtime.runner import Recompute, Runner
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -154,7 +154,9 @@ def test_swiglu_on_halves_of_one_matrix(dtype: torch.dtype) -> None:
     assert relative(cuda.swiglu(gate, up), reference.swiglu(gate, up)) < ERROR[dtype]
     out = torch.empty_like(gate_up)
     cuda.swiglu_backward(dact, gate, up, *out.chunk(2, dim=1))
-    assert relative(out, torch.cat(reference.swiglu_backward(dact, gate, up), 1)) < ERROR[dtype]
+    wanted = torch.empty_like(out)
+    reference.swiglu_backward(dact, gate, up, *wanted.chunk(2, dim=1))
+    assert relative(out, wanted) < ERROR[dtype]
 
 
 def test_swiglu_of_huge_gates_is_finite() -> None:
@@ -163,7 +165,9 @@ def test_swiglu_of_huge_gates_is_finite() -> None:
     assert torch.allclose(cuda.swiglu(gate, up), reference.swiglu(gate, up))
     gradients = torch.empty_like(gate), torch.empty_like(up)
     cuda.swiglu_backward(up, gate, up, *gradients)
-    for found, expected in zip(gradients, reference.swiglu_backward(up, gate, up), strict=True):
+    wanted = torch.empty_like(gate), torch.empty_like(up)
+    reference.swiglu_backward(up, gate, up, *wanted)
+    for found, expected in zip(gradients, wanted, strict=True):
         assert torch.allclose(found, expected)
 
 
@@ -205,9 +209,9 @@ def test_a_target_outside_the_vocabulary_gives_nan_not_a_stray_read() -> None:
 
 # ---- attention ----
 
-Segments = Sequence[tuple[int, int, int, int]]
-PACKED: Segments = [(0, 5, 0, 5), (5, 6, 5, 6), (6, 17, 6, 17)]
-CONTINUED: Segments = [(0, 3, 0, 9)]
+Segments = Sequence[Segment]
+PACKED: Segments = [Segment.packed(0, 5), Segment.packed(5, 6), Segment.packed(6, 17)]
+CONTINUED: Segments = [Segment(0, 3, 0, 9)]
 
 
 def test_segments_as_the_operator_takes_them() -> None:
@@ -258,7 +262,7 @@ class _Operator:
     @staticmethod
     def _segments(queries: Tensor, keys: Tensor) -> Segments:
         q, k = queries.tolist(), keys.tolist()
-        return list(zip(q[:-1], q[1:], k[:-1], k[1:], strict=True))
+        return [Segment(*bounds) for bounds in zip(q[:-1], q[1:], k[:-1], k[1:], strict=True)]
 
     @staticmethod
     def _window(left: int, right: int) -> int | None:
@@ -273,7 +277,8 @@ class _Operator:
         assert (max_q, max_k) == (max(s[1] - s[0] for s in segments), max(s[3] - s[2] for s in segments))
         assert is_causal
         assert (dropout_p, return_debug_mask) == (0.0, False)
-        found = tiled.forward(q, k, v, segments, self._window(window_size_left, window_size_right), scale)
+        window = self._window(window_size_left, window_size_right)
+        found = tiled.forward(AttentionInputs(q, k, v, segments, window, scale))
         return *found, torch.zeros(2), torch.zeros(()), torch.zeros(0)
 
     def backward(
@@ -285,7 +290,8 @@ class _Operator:
         self.modes.append((torch.are_deterministic_algorithms_enabled(), fills))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         window = self._window(window_size_left, window_size_right)
-        tiled.backward(do, q, k, v, o, lse, self._segments(cum_q, cum_k), window, scale, dq, dk, dv)
+        inputs = AttentionInputs(q, k, v, self._segments(cum_q, cum_k), window, scale)
+        tiled.backward(inputs, o, lse, do, AttentionGradients(dq, dk, dv))
         return dq, dk, dv
 
 
@@ -302,13 +308,14 @@ def test_attention_through_a_stand_in_for_the_operator(
     rows, keys = segments[-1][1], segments[-1][3]
     q, do, kv = randn(rows, 4, 16), randn(rows, 4, 16), randn(keys, 4, 16)
     k, v = kv[:, :2], kv[:, 2:]
-    expected = tiled.forward(q, k, v, segments, window, 0.25)
-    o, lse = cuda.attention_forward(q, k, v, segments, window, 0.25)
+    inputs = AttentionInputs(q, k, v, segments, window, 0.25)
+    expected = tiled.forward(inputs)
+    o, lse = cuda.attention_forward(inputs)
     assert torch.equal(o, expected[0])
     assert torch.equal(lse, expected[1])
     found, wanted = ([torch.empty_like(x) for x in (q, k, v)] for _ in range(2))
-    cuda.attention_backward(do, q, k, v, o, lse, segments, window, 0.25, *found)
-    tiled.backward(do, q, k, v, o, lse, segments, window, 0.25, *wanted)
+    cuda.attention_backward(inputs, o, lse, do, AttentionGradients(*found))
+    tiled.backward(inputs, o, lse, do, AttentionGradients(*wanted))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert operator.modes == [(True, False)]
     assert not torch.are_deterministic_algorithms_enabled()
@@ -339,12 +346,14 @@ def test_flash_attention_on_a_card(segments: Segments, window: int | None) -> No
     k, v = randn(keys, 2, 64, dtype=torch.bfloat16), randn(keys, 2, 64, dtype=torch.bfloat16)
     if not flash.fits(q):
         pytest.skip("this card or this build of torch has no flash attention")
-    o, lse = cuda.attention_forward(q, k, v, segments, window, 0.125)
-    exact = tiled.forward(q.float(), k.float(), v.float(), segments, window, 0.125)
-    assert relative(o, exact[0]) < 1e-2
+    inputs = AttentionInputs(q, k, v, segments, window, 0.125)
+    exact = AttentionInputs(q.float(), k.float(), v.float(), segments, window, 0.125)
+    o, lse = cuda.attention_forward(inputs)
+    exact_o, exact_lse = tiled.forward(exact)
+    assert relative(o, exact_o) < 1e-2
     found, wanted = [torch.empty_like(x) for x in (q, k, v)], [torch.empty_like(x).float() for x in (q, k, v)]
-    cuda.attention_backward(do, q, k, v, o, lse, segments, window, 0.125, *found)
-    tiled.backward(do.float(), q.float(), k.float(), v.float(), *exact, segments, window, 0.125, *wanted)
+    cuda.attention_backward(inputs, o, lse, do, AttentionGradients(*found))
+    tiled.backward(exact, exact_o, exact_lse, do.float(), AttentionGradients(*wanted))
     assert max(relative(a, b) for a, b in zip(found, wanted, strict=True)) < 2e-2
 
 
@@ -370,7 +379,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer and larger programs: the interpreter's time goes by their number."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(weights, "ROWS", 64)
-        monkeypatch.setattr(decode, "_A_ROWS", 64)
+        monkeypatch.setattr(decode, "A_ROWS", 64)
 
 
 def row_of(count: int) -> Batch:
@@ -542,7 +551,7 @@ def test_a_machine_on_which_triton_makes_no_kernel_is_told_apart(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
     monkeypatch.setattr(cuda, "rms_norm", fails)
-    with pytest.raises(ImportError, match=r"cannot make kernels for this card here \(Failed to find C compiler\.\)"):
+    with pytest.raises(ImportError, match=r"cannot compile kernels for this card \(Failed to find C compiler\.\)"):
         cuda.load()
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import int8, nf4, ops
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LINEARS, LlamaConfig
-from edgetune.runtime.lora import LoraLinear
+from edgetune.runtime.linear import LoraLinear
 from edgetune.runtime.model import Block, KVCache, Llama
 from edgetune.runtime.names import hf_linear_name
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Runner
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError)
 decode = pytest.importorskip("edgetune.runtime.backends.cpu.decode", exc_type=ImportError)
+weights = pytest.importorskip("edgetune.runtime.backends.cpu.weights", exc_type=ImportError)
 
 ERROR = {"f32": 2e-6, "bf16": 4e-3, "int8": 1.2e-2}  # of one product, relative
 
@@ -44,7 +45,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # ---- products ----
 
 
-@pytest.mark.parametrize("compute", decode.COMPUTE)
+@pytest.mark.parametrize("compute", weights.COMPUTE)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(("rows", "cols"), [(300, 2048), (37, 192), (33, 64), (70, 1408)])
 def test_a_product_is_within_its_error(isa: str, rows: int, cols: int, double_quant: bool, compute: str) -> None:
@@ -52,10 +53,10 @@ def test_a_product_is_within_its_error(isa: str, rows: int, cols: int, double_qu
     dense = nf4.dequantize(quantized, torch.float32)
     for n in (1, 2, 3, 5, 8, 11):
         x = torch.randn(n, cols)
-        assert relative(decode.matvec(x, quantized, compute), x @ dense.T) < ERROR[compute]
+        assert relative(weights.matvec(x, quantized, compute), x @ dense.T) < ERROR[compute]
 
 
-@pytest.mark.parametrize("compute", decode.COMPUTE)
+@pytest.mark.parametrize("compute", weights.COMPUTE)
 @pytest.mark.parametrize(
     ("rows", "cols", "block_size", "quant_type"),
     [
@@ -74,7 +75,7 @@ def test_blocks_that_cross_rows_and_other_formats_are_right(
     x = torch.randn(3, cols)
     exact = cols % 64 != 0 or block_size != 64
     expected = x @ nf4.dequantize(quantized, torch.float32).T
-    assert relative(decode.matvec(x, quantized, compute), expected) < ERROR["f32" if exact else compute]
+    assert relative(weights.matvec(x, quantized, compute), expected) < ERROR["f32" if exact else compute]
 
 
 def test_int8_survives_zeros_and_outliers_in_their_own_block(isa: str) -> None:
@@ -85,27 +86,27 @@ def test_int8_survives_zeros_and_outliers_in_their_own_block(isa: str) -> None:
     dense = nf4.dequantize(quantized, torch.float32)
     without = x.clone()
     without[:, 64:128] = 0
-    found = decode.matvec(x, quantized, "int8") - decode.matvec(x - without, quantized, "int8")
+    found = weights.matvec(x, quantized, "int8") - weights.matvec(x - without, quantized, "int8")
     assert relative(found, without @ dense.T) < 3e-2
-    assert not decode.matvec(torch.zeros(1, 256), quantized, "int8").any()
+    assert not weights.matvec(torch.zeros(1, 256), quantized, "int8").any()
 
 
 def test_a_product_does_not_depend_on_threads_or_company(isa: str) -> None:
     quantized = nf4.quantize(torch.randn(130, 320))
     x = torch.randn(8, 320)
-    for compute in decode.COMPUTE:
+    for compute in weights.COMPUTE:
         torch.set_num_threads(2)
-        together = decode.matvec(x, quantized, compute)
+        together = weights.matvec(x, quantized, compute)
         torch.set_num_threads(1)
-        assert torch.equal(decode.matvec(x, quantized, compute), together)
-        alone = torch.cat([decode.matvec(row[None], quantized, compute) for row in x])
+        assert torch.equal(weights.matvec(x, quantized, compute), together)
+        alone = torch.cat([weights.matvec(row[None], quantized, compute) for row in x])
         assert torch.equal(alone, together)
 
 
 def test_bf16_activations_give_bf16(isa: str) -> None:
     quantized = nf4.quantize(torch.randn(16, 64))
     x = torch.randn(2, 64, dtype=torch.bfloat16)
-    found = decode.matvec(x, quantized)
+    found = weights.matvec(x, quantized)
     assert found.dtype == torch.bfloat16
     assert relative(found, x.float() @ nf4.dequantize(quantized, torch.float32).T) < 8e-3
 
@@ -116,11 +117,11 @@ def test_products_of_8_bit_rows_are_exact_but_for_sums(isa: str, rows: int, cols
     dense = weight.codes * weight.scale
     for n in (1, 3, 11):
         x = torch.randn(n, cols)
-        found = decode.int8_matvec(x, weight)
+        found = weights.int8_matvec(x, weight)
         assert relative(found, x @ dense.T) < 2e-6
         torch.set_num_threads(2)
-        assert torch.equal(decode.int8_matvec(x, weight), found)
-        assert torch.equal(torch.cat([decode.int8_matvec(row[None], weight) for row in x]), found)
+        assert torch.equal(weights.int8_matvec(x, weight), found)
+        assert torch.equal(torch.cat([weights.int8_matvec(row[None], weight) for row in x]), found)
         torch.set_num_threads(1)
 
 
@@ -143,10 +144,10 @@ def test_rows_become_8_bits_as_specified(isa: str, dtype: torch.dtype) -> None:
 def test_a_wrong_shape_is_refused_before_a_pointer_crosses() -> None:
     quantized = nf4.quantize(torch.randn(16, 64))
     with pytest.raises(ValueError, match="65 features"):
-        decode.matvec(torch.randn(1, 65), quantized)
+        weights.matvec(torch.randn(1, 65), quantized)
     short = nf4.QuantizedTensor(quantized.packed[:-1], quantized.state)
     with pytest.raises(ValueError, match="codes"):
-        decode.matvec(torch.randn(1, 64), short)
+        weights.matvec(torch.randn(1, 64), short)
 
 
 # ---- whole steps ----

@@ -38,12 +38,12 @@ from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops, peft_folder
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 

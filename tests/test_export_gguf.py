@@ -35,7 +35,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, TokenizerError
-from edgetune.runtime.lora import LoraLinear
+from edgetune.runtime.linear import LoraLinear
 from edgetune.runtime.tokenizer import Tokenizer
 
 library = pytest.importorskip("gguf")

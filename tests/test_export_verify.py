@@ -18,8 +18,8 @@ from edgetune.export.targets import Held, Job, enough
 from edgetune.export.verify import Agreement, Bound, Golden
 from edgetune.library.base_models import resolve
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.ops_types import Segment
 
 DEMO = Path(edgetune.__file__).parent / "demo"
 FORMS = [("gguf", "q8_0"), ("gguf", "bf16"), ("hf", "bf16"), ("coreml", "nf4"), ("gguf", "f16"), ("peft", "")]

@@ -13,14 +13,14 @@ import torch
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops, peft_folder
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
 from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.linear import Linear, LoraLinear
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.lora import Linear, LoraLinear
 from edgetune.runtime.model import Llama
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Recompute, Runner
 
 CONFIG = LoraConfig(rank=4, alpha=8.0)

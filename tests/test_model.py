@@ -9,11 +9,11 @@ import tiny
 import torch
 
 from edgetune.runtime import ops
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import KVCache, Llama
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Runner
 
 TOLERANCE = 1e-4  # absolute, fp32

@@ -20,13 +20,13 @@ from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Event, Finished, Interrupted, Sampled, Started, Stepped
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import device, heap, memory, ops, peft_folder, vocabulary
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.pager import CopySlots, Streamer
 from edgetune.runtime.quantize import quantize_folder

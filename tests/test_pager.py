@@ -15,17 +15,17 @@ import torch
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import pager
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import LoraConfig, QuantConfig
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.linear import Linear
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.lora import Linear
 from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.model import Llama
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.pager import CudaSlots, HostSlots, PagedLayer, PagedWeight, Streamer, streamed_layers
 from edgetune.runtime.quantize import quantize_folder

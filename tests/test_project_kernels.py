@@ -11,9 +11,11 @@ import torch
 from tiny import threads
 from torch import Tensor
 
-from edgetune.runtime import lora, nf4, ops
+from edgetune.runtime import nf4, ops
+from edgetune.runtime import project as products
 from edgetune.runtime.backends import reference
-from edgetune.runtime.ops import Adapted
+from edgetune.runtime.linear import Linear, LoraLinear
+from edgetune.runtime.ops_types import Adapted
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
 project = importlib.import_module("edgetune.runtime.backends.cpu.project")
@@ -198,12 +200,12 @@ def test_a_weight_with_a_number_that_is_none_gives_none_in_int8_too() -> None:
 
 
 def test_sums_of_int8_are_never_deeper_than_32_bits_hold() -> None:
-    wide = [project._Linear(outputs=outputs) for outputs in (66_560, 66_560)]
+    wide = [project.ProjectLinear(outputs=outputs) for outputs in (66_560, 66_560)]
     assert project._fits_int8(wide, 64)
     assert 127 * 127 * 2 * 66_560 < 2**31
-    assert not project._fits_int8([*wide, project._Linear(outputs=64)], 64)
+    assert not project._fits_int8([*wide, project.ProjectLinear(outputs=64)], 64)
     assert not project._fits_int8(wide, 133_184)
-    assert not project._fits_int8([project._Linear(outputs=96)], 64)
+    assert not project._fits_int8([project.ProjectLinear(outputs=96)], 64)
 
 
 @needs_amx
@@ -286,16 +288,16 @@ def test_a_projection_with_fused_products_is_the_one_with_a_panel(
     monkeypatch: pytest.MonkeyPatch, odd_gradient: bool, dropout_key: int | None
 ) -> None:
     generator = torch.Generator().manual_seed(1)
-    bases = [lora.Linear(nf4.quantize(torch.randn(96, 320, generator=generator) * 0.05))]
-    bases.append(lora.Linear(nf4.quantize(torch.randn(352, 320, generator=generator) * 0.05), bias=torch.ones(352, dtype=BF16)))
+    bases = [Linear(nf4.quantize(torch.randn(96, 320, generator=generator) * 0.05))]
+    bases.append(Linear(nf4.quantize(torch.randn(352, 320, generator=generator) * 0.05), bias=torch.ones(352, dtype=BF16)))
     adapters = [torch.randn(size, generator=generator) * 0.1 for size in ((8, 320), (352, 8))]
-    linears = [bases[0], lora.LoraLinear(bases[1], *adapters, scale=2.0, dropout=0.2)]
+    linears = [bases[0], LoraLinear(bases[1], *adapters, scale=2.0, dropout=0.2)]
     dy = torch.ones(1, 1, dtype=BF16).expand(100, 448) if odd_gradient else numbers(100, 448)
     results = []
     for least_rows in (64, 1000):
-        monkeypatch.setattr(lora, "FUSED_ROWS", least_rows)
+        monkeypatch.setattr(products, "FUSED_ROWS", least_rows)
         h = numbers(100, 320).requires_grad_()
-        y = lora.project(h, lora.Identity(), linears, lora.ProjectPlan(lora.Panel(), dropout_key))
+        y = products.project(h, products.Identity(), linears, products.ProjectPlan(products.Panel(), dropout_key))
         linears[1].zero_grad()
         y.backward(dy)
         results.append([y.detach(), h.grad, linears[1].lora_A.grad, linears[1].lora_B.grad])

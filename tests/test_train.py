@@ -22,7 +22,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops, peft_folder
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import AdapterError, DataError, ResourceError, TrainingError, UsageError
-from edgetune.runtime.lora import LoraLinear
+from edgetune.runtime.linear import LoraLinear
 from edgetune.session import Session
 from edgetune.training.evaluation import evaluate
 from edgetune.training.loop import Run

@@ -17,7 +17,6 @@ from edgetune.cli.main import cli
 from edgetune.library.base_models import resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops, vocabulary
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
@@ -27,6 +26,7 @@ from edgetune.runtime.int8 import PANEL_ROWS, Int8Rows
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.vocabulary import Head, StoredRows

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from edgetune.dataset.token_store import CONTEXT, TEXT, TokenStore
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import DataError, UsageError
+from edgetune.runtime.ops_types import Segment
 
 Int = npt.NDArray[np.int64]
 

@@ -18,17 +18,17 @@ from edgetune.machine.shapes import SHAPES
 from edgetune.memory_settings import number_format
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import cpu_name
 from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_memory
-from edgetune.runtime.lora import Linear
+from edgetune.runtime.linear import Linear
 from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.model import Block, Llama
 from edgetune.runtime.names import ATTENTION_NORM, MLP_NORM, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
+from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Runner
 

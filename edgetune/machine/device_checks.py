@@ -20,7 +20,6 @@ from torch import Tensor
 from edgetune.library.base_models import DEMO, resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import attention, nf4, ops, vocabulary
-from edgetune.runtime.attention import Segment
 from edgetune.runtime.backends import reference
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.budget import Stored, least_layer_memory
@@ -32,6 +31,7 @@ from edgetune.runtime.heap import trim_device
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.memory import device_memory
 from edgetune.runtime.model import Llama
+from edgetune.runtime.ops_types import COMPUTE_DTYPES, FEW_ROWS, AttentionGradients, AttentionInputs, Segment
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 
@@ -137,9 +137,9 @@ def _products(device: torch.device) -> str:
     for number, shape in enumerate(SHAPES):
         quantized = nf4.quantize(_random(*shape, seed=number))
         there, dense = quantized.to(device), nf4.dequantize(quantized, torch.float32)
-        for dtype in ops.COMPUTE_DTYPES:
+        for dtype in COMPUTE_DTYPES:
             bound = _CPU_PRODUCT if device.type == "cpu" else max(2 * torch.finfo(dtype).eps, _EXACT)
-            for rows in (1, 2, 7, ops.FEW_ROWS):
+            for rows in (1, 2, 7, FEW_ROWS):
                 x = _random(rows, shape[1], seed=rows).to(dtype)
                 error = _error(ops.matvec(x.to(device), there), x.float() @ dense.T)
                 worst = max(worst, _within(f"{rows} rows times {shape} in {dtype}", error, bound))
@@ -151,7 +151,7 @@ def _dense_products(device: torch.device) -> str:
     worst = 0.0
     x, w, wide = _random(64, 96), _random(96, 80, seed=1), _random(64, 200, seed=2)
     dlogits, head = _random(32, 40000, seed=3), _random(40000, 48, seed=4)
-    for dtype in ops.COMPUTE_DTYPES:
+    for dtype in COMPUTE_DTYPES:
         bound = max(8 * torch.finfo(dtype).eps, _EXACT)
         x_, w_, found = (tensor.to(device, dtype, copy=True) for tensor in (x, w, wide))
         ops.product_into(found[:, 7:87], x_, w_)
@@ -176,7 +176,7 @@ def _elementwise(device: torch.device) -> str:
     there = [tensor.to(device) for tensor in (h, weight, gate_up, dx, dact, angles, logits, targets)]
     h_, weight_, gate_up_, dx_, dact_, angles_, logits_, targets_ = there
     gate, up = gate_up.chunk(2, dim=1)
-    gradients = torch.cat(reference.swiglu_backward(dact, gate, up), 1)
+    reference.swiglu_backward(dact, gate, up, *(gradients := torch.empty_like(gate_up)).chunk(2, dim=1))
     rotated = reference.rope_(heads.clone(), angles.cos(), angles.sin())
     losses = reference.cross_entropy_(given := logits.clone(), targets, torch.ones(100))
     pairs = {
@@ -196,19 +196,19 @@ def _elementwise(device: torch.device) -> str:
 def _attention(device: torch.device) -> str:
     """Attention of packed documents, with grouped heads and a window, forward and backward: a card's bf16 is another kernel."""
     q, k, v, do = _random(300, 6, 64), _random(300, 2, 64, seed=1), _random(300, 2, 64, seed=2), _random(300, 6, 64, seed=3)
-    segments, told = [(0, 130, 0, 130), (130, 300, 130, 300)], []
-    for dtype in ops.COMPUTE_DTYPES:
+    segments, told = [Segment.packed(0, 130), Segment.packed(130, 300)], []
+    for dtype in COMPUTE_DTYPES:
         bound, worst = _EXACT if dtype == torch.float32 else 4 * torch.finfo(dtype).eps, 0.0
-        given = [tensor.to(dtype) for tensor in (q, k, v, do)]
-        q_, k_, v_, do_ = (tensor.to(device) for tensor in given)
-        exact_q, exact_k, exact_v, exact_do = (tensor.float() for tensor in given)
+        q_, k_, v_, do_ = (tensor.to(dtype) for tensor in (q, k, v, do))
         for window in (None, 100):
-            o, lse = attention.forward(exact_q, exact_k, exact_v, segments, window, 0.125)
+            exact = AttentionInputs(q_.float(), k_.float(), v_.float(), segments, window, 0.125)
+            o, lse = attention.forward(exact)
             wanted = [torch.empty_like(tensor) for tensor in (q, k, v)]
-            attention.backward(exact_do, exact_q, exact_k, exact_v, o, lse, segments, window, 0.125, *wanted)
-            o_, lse_ = ops.attention_forward(q_, k_, v_, segments, window, 0.125)
-            found = [torch.empty_like(tensor) for tensor in (q_, k_, v_)]
-            ops.attention_backward(do_, q_, k_, v_, o_, lse_, segments, window, 0.125, *found)
+            attention.backward(exact, o, lse, do_.float(), AttentionGradients(*wanted))
+            there = AttentionInputs(q_.to(device), k_.to(device), v_.to(device), segments, window, 0.125)
+            o_, lse_ = ops.attention_forward(there)
+            found = [torch.empty_like(tensor) for tensor in (there.q, there.k, there.v)]
+            ops.attention_backward(there, o_, lse_, do_.to(device), AttentionGradients(*found))
             for name, one, other in zip(("output", "dq", "dk", "dv"), (o_, *found), (o, *wanted), strict=True):
                 worst = max(worst, _within(f"{name} in {dtype}, window {window}", _error(one, other), bound))
         told.append(f"{worst:.2g} in {dtype}".replace("torch.", ""))

@@ -21,8 +21,8 @@ from edgetune.export.coreml.package import Array, Package
 from edgetune.runtime import nf4
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.lora import Weight
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import Weight
 
 EMBEDDING_NAME = "embedding"
 """What the embedding is called in the program."""

@@ -1,1 +1,4 @@
-"""Back ends of `ops.py`: `reference` in plain torch, `cpu` in C++, `metal` for Apple GPUs; each offers the same functions."""
+"""The back ends of ops.py: `reference` in plain torch, `cpu` in C++, `cuda` in Triton and `metal` for Apple GPUs.
+
+Each is a module that satisfies ops_types.Backend, and imports nothing above that module.
+"""

@@ -1,4 +1,4 @@
-"""Every op in plain torch: slow, short, and what the other back ends are tested against.
+"""Every op in plain torch: slow, short, and the yardstick of the other back ends' tests.
 
 Shapes: N tokens, D hidden, F feed-forward, H heads of hd, R rows with a target, V vocabulary. bf16 inputs are computed in
 fp32 and rounded once, to nearest even, when they are stored.
@@ -7,36 +7,83 @@ fp32 and rounded once, to nearest even, when they are stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4
+from edgetune.runtime.attention import backward as attention_backward
+from edgetune.runtime.attention import forward as attention_forward
+from edgetune.runtime.int8 import Int8Rows
+from edgetune.runtime.int8 import quantize as int8_rows
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import Adapted, DecoderCache, DecoderModel, DecodeStep
+
+__all__ = [
+    "NAME",
+    "attention_backward",
+    "attention_forward",
+    "cross_entropy_",
+    "decoder",
+    "dequantize",
+    "dropout",
+    "fuses",
+    "int8_matvec",
+    "int8_rows",
+    "load",
+    "matvec",
+    "multiplies_int8",
+    "project",
+    "project_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope_",
+    "selected_isa",
+    "swiglu",
+    "swiglu_backward",
+]
 
 NAME = "reference"
-_MASK32 = 0xFFFFFFFF
+MASK32 = 0xFFFFFFFF
+
+
+def load() -> None:
+    """Do nothing: there are no kernels to make ready."""
+
+
+def selected_isa() -> str | None:
+    """Return None: plain torch has no instruction set to choose."""
+    return None
+
+
+def multiplies_int8() -> bool:
+    """Return False: `int8_matvec` has no kernel here."""
+    return False
+
+
+def fuses(dtype: torch.dtype) -> bool:
+    """Return False: `project` has no kernel here."""
+    return False
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """(out_features, in_features) in `dtype`; written into `out` where given."""
+    """Return the dense weight (out_features, in_features) in `dtype`, written into `out` where given."""
     dense = nf4.dequantize(quantized, dtype)
     return dense if out is None else out.copy_(dense)
 
 
 def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """x (n, in) times W^T -> (n, out), for the few rows of decoding."""
+    """Multiply x (n, in) by W^T through a dense copy of W; return (n, out)."""
     return x @ nf4.dequantize(quantized, x.dtype).T
 
 
-def fuses(dtype: torch.dtype) -> bool:
-    """False: there are no fused products here."""
-    return False
+def int8_matvec(x: Tensor, weight: Int8Rows) -> Tensor | None:
+    """Return None: there is no product with 8-bit rows here, and callers dequantise."""
+    return None
 
 
-def project(x: Tensor, linears: Sequence[Any], y: Tensor | None, int8: bool = False) -> Tensor | None:
-    """None: there is no fused product here, and callers dequantise."""
+def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:
+    """Return None: there is no fused product here, and callers dequantise."""
     return None
 
 
@@ -44,23 +91,28 @@ def project_backward(
     dy: Tensor,
     x: Tensor,
     reduced: Tensor,
-    linears: Sequence[Any],
+    linears: Sequence[Adapted],
     gradients: Sequence[tuple[Tensor, Tensor]],
     int8: bool = False,
 ) -> Tensor | None:
-    """None: there is no fused product here, and callers dequantise."""
+    """Return None: there is no fused product here, and callers dequantise."""
+    return None
+
+
+def decoder(model: DecoderModel, cache: DecoderCache) -> DecodeStep | None:
+    """Return None: tokens are run block by block here."""
     return None
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """h (N, D) over its root mean square, times weight (D,) -> (N, D). Zhang & Sennrich 2019, arXiv 1910.07467."""
+    """Divide h (N, D) by its root mean square, multiply by weight (D,). Zhang & Sennrich 2019, arXiv 1910.07467."""
     x = h.float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     return (x * weight.float()).to(h.dtype)
 
 
 def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient of the input alone, (N, D): the weight is frozen."""
+    """Return the gradient (N, D) of the input alone: the weight is frozen."""
     x = h.float()
     rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     normed = x * rstd
@@ -69,22 +121,17 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, (N, F). Shazeer 2020, arXiv 2002.05202."""
+    """Return silu(gate) * up, all (N, F). Shazeer 2020, arXiv 2002.05202."""
     g = gate.float()
     return (g * torch.sigmoid(g) * up.float()).to(gate.dtype)
 
 
-def swiglu_backward(
-    dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None = None, dup: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, (N, F) each; written into dgate and dup where given."""
+def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of gate and up (N, F) into dgate and dup."""
     d, g, u = dact.float(), gate.float(), up.float()
     sigmoid = torch.sigmoid(g)
-    gate_grad = (d * u * sigmoid * (1 + g * (1 - sigmoid))).to(gate.dtype)
-    up_grad = (d * g * sigmoid).to(gate.dtype)
-    if dgate is None or dup is None:
-        return gate_grad, up_grad
-    return dgate.copy_(gate_grad), dup.copy_(up_grad)
+    dgate.copy_((d * u * sigmoid * (1 + g * (1 - sigmoid))).to(gate.dtype))
+    dup.copy_((d * g * sigmoid).to(gate.dtype))
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -101,22 +148,29 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
 
 
 def _hash32(x: Tensor) -> Tensor:
-    """lowbias32 (Wellons 2018) on int64 tensors that hold 32-bit values: a good bijection of three multiplies' cost."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
-    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
+    """Hash int64 tensors of 32-bit values with lowbias32 (Wellons 2018), a bijection that costs two multiplications."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & MASK32
+    x = (x ^ (x >> 15)) * 0x846CA68B & MASK32
     return x ^ (x >> 16)
 
 
+def hashed_key(key: int) -> int:
+    """Return the hash of a dropout key, with which every position is combined before it is hashed in turn."""
+    return int(_hash32(torch.tensor(key & MASK32)))
+
+
 def dropout(x: Tensor, p: float, key: int) -> Tensor:
-    """x / (1 - p) where hash(key, i) >= p * 2^32 for flat position i, else 0: the same bits in every back end."""
-    seed = int(_hash32(torch.tensor(key & _MASK32)))
-    position = torch.arange(x.numel(), device=x.device) & _MASK32
-    keep = _hash32(position ^ seed) >= int(p * 2**32)
+    """Return x / (1 - p) where hash(key, i) >= p * 2^32 for flat position i, else 0: the same bits in every back end."""
+    position = torch.arange(x.numel(), device=x.device) & MASK32
+    keep = _hash32(position ^ hashed_key(key)) >= int(p * 2**32)
     return (x.float() * (1.0 / (1.0 - p)) * keep.view(x.shape)).to(x.dtype)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Losses (R,) f32 in nats of logits (R, V) at targets (R,); logits become d(sum of weights * losses)/d(logits)."""
+    """Return the losses (R,) f32, in nats, of logits (R, V) at targets (R,).
+
+    The logits become the gradient of sum(weights * losses).
+    """
     values = logits.float()
     log_z = torch.logsumexp(values, dim=-1)
     losses = log_z - values.gather(1, targets.unsqueeze(1)).squeeze(1)

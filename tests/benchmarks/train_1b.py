@@ -230,13 +230,13 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
 
     from edgetune.machine import bench
     from edgetune.runtime import adapter as adapters
-    from edgetune.runtime.attention import Segment
     from edgetune.runtime.batch import Batch
     from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.device import compute_dtype
     from edgetune.runtime.heap import compact_heap
     from edgetune.runtime.loader import load_llama
     from edgetune.runtime.ops import fuses
+    from edgetune.runtime.ops_types import Segment
     from edgetune.runtime.optim import PagedAdamW
     from edgetune.runtime.runner import Recompute, Runner
 

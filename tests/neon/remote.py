@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from edgetune.runtime.backends import cpu
-from edgetune.runtime.backends.cpu import attention, decode, library
+from edgetune.runtime.backends.cpu import attention, decode, elementwise, library, weights
 
 NEON = ("neon_i8mm", "neon")
 _CTYPES = (ctypes.Structure, ctypes.Array, ctypes._SimpleCData)
@@ -145,7 +145,7 @@ def _isas() -> tuple[str, ...]:
     return (*_native_isas, *NEON)
 
 
-for module in (library, cpu, attention, decode):
+for module in (library, cpu, attention, decode, elementwise, weights):
     if hasattr(module, "kernel"):
         module.kernel = _kernel
     if hasattr(module, "isas"):

@@ -1,7 +1,7 @@
-"""Attention's C++ kernels behind ctypes, with the face of runtime/attention.py, which says what they compute.
+"""Attention by C++ kernels: the functions of runtime/attention.py, which says what they compute.
 
-Arguments are checked here, all of them, before a pointer crosses. Scratch is torch's memory: it is reported, reused and
-refused like any other tensor's.
+All arguments are checked here before a pointer crosses. Scratch is torch's memory, so that it is counted and reused, and
+running out of it raises, as for any other tensor.
 """
 
 from __future__ import annotations
@@ -14,93 +14,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edgetune.runtime.attention import Segment
+from edgetune.runtime.backends.cpu.arguments import aligned
 from edgetune.runtime.backends.cpu.library import kernel
+from edgetune.runtime.backends.cpu.structures import AttentionCall, AttentionRows
+from edgetune.runtime.ops_types import COMPUTE_DTYPES, AttentionGradients, AttentionInputs, Segment
 
 MAX_HEAD_DIM = 256
+"""Largest head size that is accepted, chosen by hand: the largest that tests/test_attention_kernels.py runs."""
 
 
-class _Rows(ctypes.Structure):
-    """A (rows, heads, hd) tensor whose last dimension is contiguous: attention.inl's Rows."""
+def attention_forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Return o (N, H, hd) and lse (H, N) f32, for q (N, H, hd), k and v (M, KV, hd) in f32 or bf16.
 
-    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64))
-
-
-_TENSORS = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
-_NUMBERS = ("segment_count", "queries", "heads", "kv_heads", "size", "window", "bf16", "threads")
-
-
-class _Call(ctypes.Structure):
-    """attention.inl's Attention, field for field."""
-
-    _fields_ = (
-        *((name, _Rows) for name in _TENSORS),
-        ("lse", ctypes.c_void_p),
-        ("segments", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-    )
-
-
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """q (N, H, hd), k and v (M, KV, hd), f32 or bf16 -> o (N, H, hd), lse (H, N) f32.
-
-    Rows outside every segment are left as they were allocated. Raises ValueError for arguments that do not fit.
+    Rows outside every segment are left uninitialised. Raises ValueError for arguments that do not fit together.
     """
-    _check_tensors(q, k, v)
-    _check_segments(q.shape[0], k.shape[0], segments)
+    q = inputs.q
+    _check_inputs(inputs, like_q={}, like_k={})
     o = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _run("attention_forward", {"q": q, "k": k, "v": v, "o": o}, lse, segments, window, scale)
+    _run("attention_forward", inputs, {"o": o}, lse)
     return o, lse
 
 
-def attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    segments: Sequence[Segment],
-    window: int | None,
-    scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Write the gradients of q, k and v into dq (N, H, hd), dk and dv (M, KV, hd), 0 outside every segment.
+def attention_backward(inputs: AttentionInputs, o: Tensor, lse: Tensor, do: Tensor, gradients: AttentionGradients) -> None:
+    """Write the gradients of q, k and v, which are 0 outside every segment; do (N, H, hd) is the gradient of o.
 
-    do, o (N, H, hd) and lse (H, N) f32 are the forward's. The same bits at any number of threads. Raises ValueError for
+    o (N, H, hd) and lse (H, N) f32 are the forward's. The bits are the same at any number of threads. Raises ValueError for
     arguments that do not fit together, among them segments that share rows.
     """
-    _check_tensors(q, k, v, like_q={"do": do, "o": o, "dq": dq}, like_k={"dk": dk, "dv": dv})
+    q, dq, dk, dv = inputs.q, gradients.dq, gradients.dk, gradients.dv
+    _check_inputs(inputs, like_q={"do": do, "o": o, "dq": dq}, like_k={"dk": dk, "dv": dv})
     if lse.shape != (q.shape[1], q.shape[0]) or lse.dtype != torch.float32 or not lse.is_contiguous():
         raise ValueError(f"lse is {tuple(lse.shape)} {lse.dtype}; expected contiguous {(q.shape[1], q.shape[0])} f32")
-    _check_segments(q.shape[0], k.shape[0], segments)
-    for begin, gradients in ((0, (dq,)), (2, (dk, dv))):
-        if _covered(segments, begin) < gradients[0].shape[0]:
-            for gradient in gradients:
-                gradient.zero_()
-    tensors = {"q": q, "k": k, "v": v, "o": o, "dout": do, "dq": dq, "dk": dk, "dv": dv}
-    _run("attention_backward", tensors, lse, segments, window, scale)
+    # The kernels write the rows of segments only. Where these leave rows out, all gradients start from zero.
+    if _covered([(segment.q_start, segment.q_end) for segment in inputs.segments]) < dq.shape[0]:
+        dq.zero_()
+    if _covered([(segment.k_start, segment.k_end) for segment in inputs.segments]) < dk.shape[0]:
+        dk.zero_()
+        dv.zero_()
+    _run("attention_backward", inputs, {"o": o, "dout": do, "dq": dq, "dk": dk, "dv": dv}, lse)
 
 
-def _run(
-    name: str, tensors: dict[str, Tensor], lse: Tensor, segments: Sequence[Segment], window: int | None, scale: float
-) -> None:
-    """Call a kernel twice: it says how much scratch it needs, then works in it."""
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; expected None or at least 1")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale}; expected a positive number")
-    q, k = tensors["q"], tensors["k"]
-    table = (ctypes.c_int64 * (4 * len(segments)))(*(bound for segment in segments for bound in segment))
-    call = _Call(
+def _run(name: str, inputs: AttentionInputs, others: dict[str, Tensor], lse: Tensor) -> None:
+    """Call a kernel twice: the first call says how many bytes of scratch it needs, the second works in them."""
+    q, k, segments = inputs.q, inputs.k, inputs.segments
+    table = (ctypes.c_int64 * (4 * len(segments)))(*itertools.chain.from_iterable(segments))
+    call = AttentionCall(
         lse=lse.data_ptr(),
         segments=ctypes.addressof(table),
         segment_count=len(segments),
@@ -108,25 +67,24 @@ def _run(
         heads=q.shape[1],
         kv_heads=k.shape[1],
         size=q.shape[2],
-        window=window or 0,
+        window=inputs.window or 0,
         bf16=q.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
-        scale=scale,
+        scale=inputs.scale,
     )
-    for field, tensor in tensors.items():
-        setattr(call, field, _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
-    function, address = kernel(name, "p"), ctypes.addressof(call)
-    function(address)
-    scratch = torch.empty(call.scratch_bytes + 63, dtype=torch.uint8)
-    call.scratch = -(-scratch.data_ptr() // 64) * 64
-    function(address)
+    for field, tensor in {"q": q, "k": k, "v": inputs.v, **others}.items():
+        setattr(call, field, AttentionRows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1)))
+    function, pointer = kernel(name, "p"), ctypes.addressof(call)
+    function(pointer)
+    scratch = aligned(max(call.scratch_bytes, 1))  # never empty: without scratch a kernel only counts
+    call.scratch = scratch.data_ptr()
+    function(pointer)
 
 
-def _check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, like_q: dict[str, Tensor] | None = None, like_k: dict[str, Tensor] | None = None
-) -> None:
-    """Types, shapes and strides, before pointers cross."""
-    if q.dtype not in (torch.float32, torch.bfloat16) or q.dim() != 3 or k.dim() != 3:
+def _check_inputs(inputs: AttentionInputs, like_q: dict[str, Tensor], like_k: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the inputs fit together, and the named tensors have the layout of q and of k."""
+    q, k = inputs.q, inputs.k
+    if q.dtype not in COMPUTE_DTYPES or q.dim() != 3 or k.dim() != 3:
         raise ValueError(f"q is {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)}; expected (rows, heads, hd) f32 or bf16")
     heads, size, kv_heads = q.shape[1], q.shape[2], k.shape[1]
     if not 1 <= size <= MAX_HEAD_DIM or k.shape[2] != size or kv_heads < 1 or heads < 1 or heads % kv_heads:
@@ -134,14 +92,18 @@ def _check_tensors(
             f"q is {tuple(q.shape)} and k {tuple(k.shape)}; expected one head size, up to {MAX_HEAD_DIM}, and a number "
             "of query heads that key heads divide"
         )
-    queries, keys = {"q": q, **(like_q or {})}, {"k": k, "v": v, **(like_k or {})}
-    for shape, tensors in ((q.shape, queries), (k.shape, keys)):
+    for shape, tensors in ((q.shape, {"q": q, **like_q}), (k.shape, {"k": k, "v": inputs.v, **like_k})):
         for name, tensor in tensors.items():
             if tensor.shape != shape or tensor.dtype != q.dtype or tensor.device.type != "cpu":
                 found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
                 raise ValueError(f"{name} is {found}; expected {tuple(shape)} {q.dtype} on cpu")
             if tensor.stride(2) != 1 and size > 1:
                 raise ValueError(f"{name} is not contiguous along its last dimension")
+    _check_segments(q.shape[0], k.shape[0], inputs.segments)
+    if inputs.window is not None and inputs.window < 1:
+        raise ValueError(f"window is {inputs.window}; expected None or at least 1")
+    if not (inputs.scale > 0 and math.isfinite(inputs.scale)):
+        raise ValueError(f"scale is {inputs.scale}; expected a positive number")
 
 
 def _check_segments(queries: int, keys: int, segments: Sequence[Segment]) -> None:
@@ -155,10 +117,10 @@ def _check_segments(queries: int, keys: int, segments: Sequence[Segment]) -> Non
             )
 
 
-def _covered(segments: Sequence[Segment], begin: int) -> int:
-    """Rows that segments cover, of queries (begin 0) or keys (begin 2). Raises ValueError where two share one."""
-    ranges = sorted((segment[begin], segment[begin + 1]) for segment in segments if segment[begin] < segment[begin + 1])
-    for before, after in itertools.pairwise(ranges):
+def _covered(ranges: Sequence[tuple[int, int]]) -> int:
+    """Return the number of rows that the ranges (start, end) cover. Raises ValueError where two of them share a row."""
+    filled = sorted((start, end) for start, end in ranges if start < end)
+    for before, after in itertools.pairwise(filled):
         if after[0] < before[1]:
             raise ValueError(f"segments share rows, {before} and {after}; expected every row in one segment at most")
-    return sum(end - start for start, end in ranges)
+    return sum(end - start for start, end in filled)

@@ -1,6 +1,6 @@
-"""NF4 linears of many rows with their adapters, forward and backward, by project.inl: no dense copy of a weight is made.
+"""Fused products of 4-bit linears and their adapters, forward and backward, by project.inl: no weight is made dense.
 
-They need AMX, and shapes that tiles take; elsewhere these functions return None, nothing is written, and the caller
+They need AMX, and shapes that fill its tiles. Elsewhere these functions return None with nothing written, and the caller
 dequantises. Everything is checked here before a pointer crosses.
 """
 
@@ -9,64 +9,38 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from edgetune.runtime.backends.cpu.decode import _Absmax, _aligned, _quantized
+from edgetune.runtime.backends.cpu.arguments import address, address_of_output, address_of_rows, aligned
 from edgetune.runtime.backends.cpu.library import kernel, selected_isa
-
-if TYPE_CHECKING:
-    from edgetune.runtime.ops import Adapted
+from edgetune.runtime.backends.cpu.structures import ProjectCall, ProjectLinear, ProjectWeight
+from edgetune.runtime.backends.cpu.weights import quantized_addresses
+from edgetune.runtime.nf4 import code_table
+from edgetune.runtime.ops_types import Adapted
 
 ISA = "amx"
-STRIP = 32  # gemm.inl's SIDE: ranks are padded to it, outputs are multiples of it
-INT8_STRIP = 64  # gemm.inl's DEPTH of int8: outputs, the backward's depth, are multiples of it
-INT8_DEPTH = 2**31 // 127**2  # of so many numbers the sums of int8 products fit 32 bits
-CHUNK = 64  # gemm.inl's CHUNK
-
-_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-
-
-class _Weight(ctypes.Structure):
-    """gemm.inl's Weight, field for field."""
-
-    _fields_ = (("packed", _pointer), ("codes", _pointer), ("absmax", _Absmax), ("block_shift", _int))
-
-
-class _Linear(ctypes.Structure):
-    """project.inl's Linear, field for field."""
-
-    _fields_ = (
-        ("weight", _Weight),
-        *((name, _int) for name in ("outputs", "rank")),
-        *((name, _pointer) for name in ("a", "b", "da", "db")),
-        *((name, _float) for name in ("scale", "keep")),
-        *((name, ctypes.c_uint64) for name in ("key", "threshold")),
-    )
-
-
-class _Call(ctypes.Structure):
-    """project.inl's Call, field for field."""
-
-    _fields_ = (
-        *((name, kind) for matrix in ("x", "y", "dx") for name, kind in ((matrix, _pointer), (f"{matrix}_row", _int))),
-        *((name, _pointer) for name in ("reduced", "linears")),
-        *((name, _int) for name in ("count", "rows", "inputs", "threads", "int8")),
-        *(("scratch", _pointer), ("scratch_bytes", _int)),
-    )
+"""The instruction set that has fused kernels."""
+STRIP = 32
+"""Ranks are padded to a multiple of this, and outputs must be one: SIDE in gemm.inl."""
+INT8_STRIP = 64
+"""In 8 bits, outputs (the depth of the backward's sums) must be a multiple of this: gemm.inl's DEPTH of int8."""
+INT8_DEPTH = 2**31 // 127**2
+"""Largest number of int8 products whose sum fits 32 bits."""
+CHUNK = 64
+"""Least block size of a weight: CHUNK in gemm.inl."""
 
 
 class _Scratch(threading.local):
-    """A thread's scratch, kept from call to call: a training step asks for it hundreds of times."""
+    """A thread's scratch memory, kept from call to call: a training step asks for it hundreds of times."""
 
     memory = torch.empty(0, dtype=torch.uint8)
 
     def address(self, size: int) -> int:
-        """Of `size` bytes, which hold nothing in particular."""
+        """Return the address of `size` uninitialised bytes."""
         if self.memory.numel() < size:
-            self.memory = _aligned(size)
+            self.memory = aligned(size)
         return self.memory.data_ptr()
 
 
@@ -74,17 +48,18 @@ _scratch = _Scratch()
 
 
 def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:
-    """y (M, sum of O) = x (M, I) times each linear's W^T, plus its adapter's share; bf16, fp32 sums rounded once.
+    """Write x (M, I) times each linear's W^T, plus its adapter's part, into y (M, sum of O): bf16, fp32 sums rounded once.
 
-    y None: only what the backward needs. Returns that: dropout(x) A^T of each adapter, (M, ranks padded to 32), bf16. None
-    where no fused kernel fits this machine, dtype or shape: nothing was written. Raises ValueError for arguments that do not
-    fit together. W has dequantize's bits; y may be a slice of columns. int8: x and W are rounded to 8 bits, each row in steps
-    of its largest / 127, where that costs x less than 6% (project.inl's COARSE) and the shapes allow it.
+    Return the tensor that the backward needs: dropout(x) A^T of each adapter, (M, ranks padded to 32), bf16; y None computes
+    only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. Raises ValueError for
+    arguments that do not fit together. W has dequantize's bits; y may be a slice of columns.
+
+    int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 6% (project.inl's
+    COARSE) and the shapes allow it.
     """
-    _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
+    address_of_rows(x, "x", (x.shape[0], linears[0].weight.shape[1]), x.dtype)
     if y is not None:
-        _check(y, "y", x.shape[0], sum(linear.weight.shape[0] for linear in linears), x.dtype)
-        _check_written(y, "y")
+        address_of_output(y, "y", (x.shape[0], _outputs(linears)), x.dtype)
     if not _fits(x, linears):
         return None
     reduced = x.new_empty(x.shape[0], _padded_ranks(linears))
@@ -100,13 +75,13 @@ def project_backward(
     gradients: Sequence[tuple[Tensor, Tensor]],
     int8: bool = False,
 ) -> Tensor | None:
-    """dx (M, I) bf16; adds to (dA, dB) f32 of each linear that has an adapter, from project's own `reduced`.
+    """Return dx (M, I) bf16, and add to (dA, dB) f32 of each linear that has an adapter; `reduced` is project's.
 
-    None, ValueError and int8 as in `project`; it is dy with the scales of W's rows that is rounded.
+    None and ValueError as in `project`. int8: round dy, with the scales of W's rows multiplied into it, to 8 bits.
     """
-    _check(x, "x", x.shape[0], linears[0].weight.shape[1], x.dtype)
-    _check(dy, "dy", x.shape[0], sum(linear.weight.shape[0] for linear in linears), x.dtype)
-    _check(reduced, "reduced", x.shape[0], _padded_ranks(linears), x.dtype)
+    address_of_rows(x, "x", (x.shape[0], linears[0].weight.shape[1]), x.dtype)
+    address_of_rows(dy, "dy", (x.shape[0], _outputs(linears)), x.dtype)
+    address_of_rows(reduced, "reduced", (x.shape[0], _padded_ranks(linears)), x.dtype)
     if not _fits(x, linears):
         return None
     if not reduced.is_contiguous():
@@ -120,51 +95,39 @@ def project_backward(
 
 
 def fuses(dtype: torch.dtype) -> bool:
-    """Whether there are fused kernels for this dtype here, for shapes that they take."""
+    """Return True if this machine has fused kernels for the dtype; they still refuse some shapes."""
     return dtype == torch.bfloat16 and selected_isa() == ISA
 
 
 def _fits(x: Tensor, linears: Sequence[Adapted]) -> bool:
+    """Return True if the kernels take these linears. Raises ValueError where a weight has another width than x."""
     if not fuses(x.dtype):
         return False
     for linear in linears:
         if linear.weight.shape[1] != x.shape[1]:
             raise ValueError(f"a weight is {tuple(linear.weight.shape)}; x has {x.shape[1]} features")
         (outputs, inputs), size = linear.weight.shape, linear.weight.state.block_size
+        # Blocks of a power of two, whole in every row, and outputs that fill the tiles.
         if size < CHUNK or size & (size - 1) or inputs % size or outputs % STRIP:
             return False
     return True
+
+
+def _outputs(linears: Sequence[Adapted]) -> int:
+    return sum(linear.weight.shape[0] for linear in linears)
 
 
 def _padded_ranks(linears: Sequence[Adapted]) -> int:
     return sum(-(-linear.a.shape[0] // STRIP) * STRIP for linear in linears if linear.a is not None)
 
 
-def _check(matrix: Tensor, name: str, rows: int, width: int, dtype: torch.dtype) -> None:
-    if tuple(matrix.shape) != (rows, width) or matrix.dtype != dtype or matrix.device.type != "cpu":
-        found = f"{tuple(matrix.shape)} {matrix.dtype} on {matrix.device}"
-        raise ValueError(f"{name} is {found}; expected {(rows, width)} {dtype} on cpu")
-    if width > 1 and matrix.stride(1) != 1:
-        raise ValueError(f"{name} is not contiguous along its last dimension")
-
-
-def _check_written(matrix: Tensor, name: str) -> None:
-    if matrix.shape[0] > 1 and matrix.stride(0) < matrix.shape[1]:
-        raise ValueError(f"{name} has rows that overlap")
-
-
-def _address(tensor: Tensor, name: str, shape: tuple[int, int]) -> int:
-    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} f32, contiguous")
-    return tensor.data_ptr()
-
-
-def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear:
-    """The struct; it points into the linear's own tensors, and into its gradients'."""
+def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> ProjectLinear:
+    """Return the structure of a linear; it points into the linear's own tensors and into its gradients."""
     weight, (outputs, inputs) = linear.weight, linear.weight.shape
-    found = _quantized(weight, outputs, inputs, "the weight")
-    struct = _Linear(
-        weight=_Weight(found.weight, found.codes, found.absmax, weight.state.block_size.bit_length() - 1),
+    packed, absmax = quantized_addresses(weight, "the weight")
+    codes = code_table(weight.state.quant_type).data_ptr()  # cached: it lives as long as the process
+    struct = ProjectLinear(
+        weight=ProjectWeight(packed, codes, absmax, weight.state.block_size.bit_length() - 1),
         outputs=outputs,
         keep=1,
     )
@@ -172,31 +135,32 @@ def _linear(linear: Adapted, gradients: tuple[Tensor, Tensor] | None) -> _Linear
         return struct
     rank = linear.a.shape[0]
     struct.rank, struct.scale = rank, linear.scale
-    struct.a = _address(linear.a, "lora_A", (rank, inputs))
-    struct.b = _address(linear.b, "lora_B", (outputs, rank))
+    struct.a = address(linear.a, "lora_A", (rank, inputs), torch.float32)
+    struct.b = address(linear.b, "lora_B", (outputs, rank), torch.float32)
     if linear.key is not None:
         struct.key, struct.threshold = linear.key & 0xFFFFFFFF, int(linear.dropout * 2**32)
         struct.keep = 1.0 / (1.0 - linear.dropout)
     if gradients is not None:
-        struct.da = _address(gradients[0], "A's gradient", (rank, inputs))
-        struct.db = _address(gradients[1], "B's gradient", (outputs, rank))
+        struct.da = address(gradients[0], "A's gradient", (rank, inputs), torch.float32)
+        struct.db = address(gradients[1], "B's gradient", (outputs, rank), torch.float32)
     return struct
 
 
-def _fits_int8(linears: list[_Linear], inputs: int) -> bool:
+def _fits_int8(linears: list[ProjectLinear], inputs: int) -> bool:
+    """Return True if the sums of int8 products, forward and backward, fit 32 bits and outputs fill the tiles."""
     outputs = [linear.outputs for linear in linears]
     return all(width % INT8_STRIP == 0 for width in outputs) and max(inputs, sum(outputs)) <= INT8_DEPTH
 
 
 def _run(
-    name: str, linears: list[_Linear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor, int8: bool
+    name: str, linears: list[ProjectLinear], x: Tensor, y: Tensor | None, dx: Tensor | None, reduced: Tensor, int8: bool
 ) -> None:
-    """Call a kernel twice: it says how much scratch it needs, then works in it."""
+    """Call a kernel twice: the first call says how many bytes of scratch it needs, the second works in them."""
     rows, inputs = x.shape
     if rows == 0:
         return
-    array = (_Linear * len(linears))(*linears)
-    call = _Call(
+    array = (ProjectLinear * len(linears))(*linears)
+    call = ProjectCall(
         x=x.data_ptr(),
         x_row=x.stride(0),
         y=y.data_ptr() if y is not None else None,
@@ -211,7 +175,7 @@ def _run(
         threads=torch.get_num_threads(),
         int8=int8 and _fits_int8(linears, inputs),
     )
-    function, address = kernel(name, "p"), ctypes.addressof(call)
-    function(address)
+    function, pointer = kernel(name, "p"), ctypes.addressof(call)
+    function(pointer)
     call.scratch = _scratch.address(call.scratch_bytes)
-    function(address)
+    function(pointer)

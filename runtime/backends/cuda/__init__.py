@@ -1,11 +1,11 @@
-"""The CUDA back end: the functions of reference.py by Triton kernels. Importing it raises ImportError without triton.
+"""The CUDA back end: ops_types.Backend by Triton kernels. Importing it raises ImportError without triton.
 
-Big products are cuBLAS's: a weight is dequantised into the panel that lora.py reuses, one write and one read of it, which
-every row of the step shares. A few rows go to `matvec`, which reads the packed weight as it is. Attention is torch's flash
-attention, a document at a time; what has no kernel here is reference.py's.
+Large products are cuBLAS's: a weight is dequantised into the panel that project.py reuses, which costs one write and one read
+of it, shared by every row of the step. A few rows go to `matvec`, which reads the packed weight as it is. Attention is torch's
+flash attention, one document at a time. Functions without a kernel here are reference.py's.
 
-The kernels run in Triton's interpreter on CPU tensors in the tests. No card has run them yet: what only a card can show
-is unverified, speed above all.
+The tests run the kernels in Triton's interpreter on CPU tensors. No card has run them yet: what only a card can show, speed
+above all, is unverified.
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ from edgetune.runtime.backends.cuda.elementwise import (
     swiglu_backward,
 )
 from edgetune.runtime.backends.cuda.weights import dequantize, matvec
-from edgetune.runtime.backends.reference import fuses, project, project_backward
+from edgetune.runtime.backends.reference import (
+    fuses,
+    int8_matvec,
+    int8_rows,
+    multiplies_int8,
+    project,
+    project_backward,
+    selected_isa,
+)
 
 __all__ = [
+    "NAME",
     "attention_backward",
     "attention_forward",
     "cross_entropy_",
@@ -39,13 +48,17 @@ __all__ = [
     "dequantize",
     "dropout",
     "fuses",
+    "int8_matvec",
+    "int8_rows",
     "load",
     "matvec",
+    "multiplies_int8",
     "project",
     "project_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope_",
+    "selected_isa",
     "swiglu",
     "swiglu_backward",
 ]
@@ -54,15 +67,15 @@ NAME = "cuda"
 
 
 def load() -> None:
-    """Make one small kernel for this machine's card: Triton wants a C compiler, Python's headers and a card it knows.
+    """Compile one small kernel for this machine's card, if it has one.
 
-    Raises ImportError where one of them is missing.
+    Triton needs a C compiler, Python's headers and a card that it supports. Raises ImportError where one of them is missing.
     """
     if not torch.cuda.is_available():
         return
     ones = torch.ones(1, 16, device="cuda")
     try:
         rms_norm(ones, ones[0], 1e-5)
-    except Exception as error:  # whatever it is, there are no kernels
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ImportError(f"Triton cannot make kernels for this card here ({first})") from error
+    except Exception as error:  # whatever the reason, there are no kernels
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ImportError(f"Triton cannot compile kernels for this card ({reason})") from error

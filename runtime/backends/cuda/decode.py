@@ -1,16 +1,16 @@
-"""Decoding on a card: one token's step as few launches, recorded once as a CUDA graph and replayed for every token.
+"""Decoding on a card: one token's step in few launches, recorded once as a CUDA graph and replayed for every token.
 
-A token reads every weight once and computes next to nothing, so that launches from Python would take longer than the work.
-A graph replays the same launches on the same memory: the token and its position are therefore read from the card, and the
-adapters are copied (in the model's dtype) as they are now: after one has changed, make a new decoder.
+A token reads every weight once and computes next to nothing, so that launching the kernels from Python would take longer than
+running them. A graph replays the same launches on the same memory. The token and its position are therefore read from the card,
+and adapters are copied (in the model's dtype) as they are now: after an adapter has changed, make a new decoder.
 
-Graphs are unverified on a card; the step itself runs in the tests.
+Graphs are unverified on a card; the tests run the step itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -20,97 +20,96 @@ from edgetune.runtime.backends.cuda import kernels
 from edgetune.runtime.backends.cuda.elementwise import rms_norm, swiglu
 from edgetune.runtime.backends.cuda.weights import multiply, takes_rows
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import DecoderBlock, DecoderCache, DecoderLinear, DecoderModel, DecodeStep
 
-if TYPE_CHECKING:  # what a back end runs, not what it is made of
-    from edgetune.runtime.lora import AnyLinear
-    from edgetune.runtime.model import Block, KVCache, Llama
-
-SPLIT_KEYS, MOST_SPLITS = 64, 32
-"""Keys of the longest context that one program attends to, and programs a head at most."""
-_KEYS = 32  # keys that a program holds at a time
-_A_ROWS, _A_COLUMNS = 1, 4096  # what a program makes of A x, and how much of x it holds at a time: A is wide, of few rows
+SPLIT_KEYS = 64
+"""Keys that one program attends to at the longest context; chosen by hand."""
+MAX_SPLITS = 32
+"""Largest number of programs among which the keys of one head are split; chosen by hand."""
+KEYS_AT_ONCE = 32
+"""Keys that a program of attend_part holds at a time; chosen by hand."""
+A_ROWS, A_COLUMNS = 1, 4096
+"""Rows of lora_A that a program multiplies and columns that it holds at a time: A is wide and has few rows."""
 
 
 class _Group:
-    """Linears that share an input: weights and biases as they lie, their A's (times the scale) as one matrix, their B's."""
+    """Linears that share an input: their weights and biases, their lora_A times the scale as one matrix, their lora_B."""
 
-    def __init__(self, linears: Sequence[AnyLinear], dtype: torch.dtype) -> None:
-        bases: list[Any] = [getattr(linear, "base", linear) for linear in linears]
-        for base in bases:
-            if not isinstance(base.weight, QuantizedTensor) or not takes_rows(base.weight):
-                raise ValueError(f"a linear is {tuple(base.weight.shape)}; expected 4 bits in rows of whole blocks")
-        self.weights = [base.weight for base in bases]
-        self.biases = [base.bias for base in bases]
-        self.a: Tensor | None = None
+    def __init__(self, linears: Sequence[DecoderLinear], dtype: torch.dtype) -> None:
+        self.weights: list[QuantizedTensor] = []
+        self.biases: list[Tensor | None] = []
         self.b: list[Tensor | None] = []
-        parts = []
-        for linear, base in zip(linears, bases, strict=True):
-            adapted: Any = None if linear is base else linear
-            self.b.append(None if adapted is None else adapted.lora_B.detach().to(dtype).contiguous())
-            if adapted is not None:
-                parts.append((adapted.lora_A.detach() * adapted.scale).to(dtype))
-        if parts:
-            self.a = torch.cat(parts).contiguous()
+        scaled_a: list[Tensor] = []
+        for linear in linears:
+            parts = linear.parts()
+            if not isinstance(parts.weight, QuantizedTensor) or not takes_rows(parts.weight):
+                raise ValueError(f"a linear is {tuple(parts.weight.shape)}; expected 4 bits in rows of whole blocks")
+            self.weights.append(parts.weight)
+            self.biases.append(parts.bias)
+            self.b.append(None if parts.lora_B is None else parts.lora_B.to(dtype).contiguous())
+            if parts.lora_A is not None:
+                scaled_a.append((parts.lora_A * parts.scale).to(dtype))
+        self.a = torch.cat(scaled_a).contiguous() if scaled_a else None
 
     def __call__(self, x: Tensor, out: Tensor, add: bool = False) -> Tensor:
-        """out (1, sum of outputs) f32 = the products of x (1, in) f32, side by side; `add`: added to what it holds."""
+        """Write the products of x (1, in) f32 into out (1, sum of outputs) f32, side by side; `add`: add them to it instead."""
         reduced = self._reduced(x)
-        column = place = 0
+        column = offset = 0
         for weight, bias, b in zip(self.weights, self.biases, self.b, strict=True):
             part = out[:, column : column + weight.shape[0]]
             column += weight.shape[0]
             if b is None or reduced is None:
                 multiply(x, weight, part, bias, add=add)
             else:
-                multiply(x, weight, part, bias, reduced[:, place : place + b.shape[1]], b, add)
-                place += b.shape[1]
+                multiply(x, weight, part, bias, reduced[:, offset : offset + b.shape[1]], b, add)
+                offset += b.shape[1]
         return out
 
     def _reduced(self, x: Tensor) -> Tensor | None:
-        """x A^T (1, sum of ranks) f32 of all adapters in one launch."""
+        """Return x A^T (1, sum of ranks) f32 of all adapters, in one launch; None where there is no adapter."""
         if self.a is None:
             return None
         rows, width = self.a.shape
         reduced = torch.empty(1, rows, dtype=torch.float32, device=x.device)
-        tile = min(triton.next_power_of_2(width), _A_COLUMNS)
-        kernels.dense_matvec[(triton.cdiv(rows, _A_ROWS),)](x, self.a, reduced, rows, width, ROWS=_A_ROWS, TILE=tile)
+        tile = min(triton.next_power_of_2(width), A_COLUMNS)
+        kernels.dense_matvec[(triton.cdiv(rows, A_ROWS),)](x, self.a, reduced, rows, width, ROWS=A_ROWS, TILE=tile)
         return reduced
 
 
 class _Layer:
-    """A block's groups and what else its step reads."""
+    """One transformer layer: its groups of linears, norms and share of the KV cache."""
 
-    def __init__(self, block: Block, cache: KVCache, dtype: torch.dtype) -> None:
+    def __init__(self, block: DecoderBlock, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
         self.qkv = _Group((block.q_proj, block.k_proj, block.v_proj), dtype)
         self.o = _Group((block.o_proj,), dtype)
         self.gate_up = _Group((block.gate_proj, block.up_proj), dtype)
         self.down = _Group((block.down_proj,), dtype)
         self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
         self.q_norm, self.k_norm = block.q_norm, block.k_norm
-        self.keys, self.values = cache.k[block.layer], cache.v[block.layer]
+        self.keys, self.values = keys, values
         self.window, self.scale = block.window, block.scale
 
 
 class Decoder:
-    """One sequence's decoding: `decoder(token)` -> logits (V,) of the next, the cache growing by one.
+    """The decoding of one sequence: `decoder(token)` returns the logits (V,) of the next token and extends the cache.
 
     Raises ValueError for linears that are not in 4 bits or whose rows are not whole blocks.
     """
 
-    def __init__(self, model: Llama, cache: KVCache) -> None:
+    def __init__(self, model: DecoderModel, cache: DecoderCache) -> None:
         self.model, self.cache = model, cache
-        blocks: Any = model.blocks
-        self.layers = [_Layer(block, cache, model.dtype) for block in blocks]
+        layers = zip(model.blocks, cache.k, cache.v, strict=True)
+        self.layers = [_Layer(block, keys, values, model.dtype) for block, keys, values in layers]
         self.cos, self.sin = model.rope(torch.arange(cache.max_length))
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=model.device)
-        self.splits = min(triton.cdiv(cache.max_length, SPLIT_KEYS), MOST_SPLITS)
+        self.splits = min(triton.cdiv(cache.max_length, SPLIT_KEYS), MAX_SPLITS)
         self._records = model.device.type == "cuda"
         self._graph: Any = None
         self._logits: Tensor | None = None
 
     def __call__(self, token: int) -> Tensor:
-        """The token after those in the cache -> logits (V,) in the model's dtype."""
+        """Run the token that follows those in the cache; return logits (V,) of the next in the model's dtype."""
         at = self.cache.length
         if at >= self.cache.max_length:
             raise ValueError(f"the KV cache holds {self.cache.max_length} tokens; {at + 1} were to be stored")
@@ -121,11 +120,12 @@ class Decoder:
         return logits
 
     def _replayed(self) -> Tensor:
-        """The step by its graph, which the first call records."""
+        """Run the step by its graph, which the first call records."""
         if self._graph is None:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # a recording may neither compile kernels nor copy constants to the card
+            # A run before the recording: while recording, Triton may not compile kernels, nor torch copy constants to the card.
+            with torch.cuda.stream(side):
                 self.run()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
@@ -137,7 +137,7 @@ class Decoder:
 
     @torch.no_grad()
     def run(self) -> Tensor:
-        """The step of the token and position that lie on the card -> logits (V,); running it twice changes nothing."""
+        """Run the token and position that lie on the card; return logits (V,). Running it again changes nothing."""
         model, config = self.model, self.model.config
         h = model.embed(self.token).float()
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -150,7 +150,7 @@ class Decoder:
         return model.logits(h.to(model.dtype))[0]
 
     def _attend(self, layer: _Layer, qkv: Tensor) -> Tensor:
-        """qkv (1, (H + 2 KV) hd) -> attention's output (1, H hd); k and v go into the cache."""
+        """Store k and v of qkv (1, (H + 2 KV) hd) in the cache; return attention's output (1, H hd)."""
         config = self.model.config
         heads, kv, size, longest = config.num_heads, config.num_kv_heads, config.head_dim, self.cache.max_length
         kernels.rotate_and_store[(heads + 2 * kv,)](
@@ -162,7 +162,7 @@ class Decoder:
         tile = triton.next_power_of_2(size)
         kernels.attend_part[(heads, self.splits)](
             qkv, layer.keys, layer.values, self.position, sums, tops, parts, heads // kv, longest, size, layer.window or 0,
-            layer.scale, self.splits, WINDOW=layer.window is not None, KEYS=_KEYS, TILE=tile,
+            layer.scale, self.splits, WINDOW=layer.window is not None, KEYS=KEYS_AT_ONCE, TILE=tile,
         )  # fmt: skip
         out = qkv.new_empty(1, heads * size)
         kernels.attend_whole[(heads,)](
@@ -171,8 +171,8 @@ class Decoder:
         return out
 
 
-def decoder(model: Llama, cache: KVCache) -> Decoder | None:
-    """`step(token) -> logits (V,)` for this model and cache; None where the kernels cannot run it."""
+def decoder(model: DecoderModel, cache: DecoderCache) -> DecodeStep | None:
+    """Return `step(token) -> logits (V,)` for this model and cache, or None where the kernels cannot run it."""
     try:
         return Decoder(model, cache)
     except ValueError:

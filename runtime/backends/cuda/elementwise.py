@@ -1,6 +1,6 @@
-"""Norms, SwiGLU, RoPE, dropout and the loss on a card: reference.py's functions, a launch each.
+"""Norms, SwiGLU, RoPE, dropout and the loss on a card: reference.py's functions, one launch each.
 
-ops.py has checked the arguments; what is checked here is what only these kernels need.
+ops.py has checked the arguments; this module checks only what these kernels need in addition.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ import torch
 import triton
 from torch import Tensor
 
+from edgetune.runtime.backends import reference
 from edgetune.runtime.backends.cuda import kernels
 
-_MASK32 = 0xFFFFFFFF
-COLUMNS, VOCABULARY_COLUMNS = 1024, 4096
-"""What a program of the elementwise kernels, and of cross_entropy_, takes of a row at a time."""
+COLUMNS = 1024
+"""Numbers of a row that a program of an elementwise kernel takes; chosen by hand."""
+VOCABULARY_COLUMNS = 4096
+"""Logits that a program of cross_entropy_ takes at a time; chosen by hand."""
 
 
 def _rows(x: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """x with whole rows, of this shape. Raises ValueError for another one."""
+    """Return x with contiguous rows, copied if need be. Raises ValueError unless it has this shape."""
     if x.shape != shape:
         raise ValueError(f"{name} is {tuple(x.shape)}; expected {tuple(shape)}")
     return x if x.stride(-1) == 1 or shape[-1] == 1 else x.contiguous()
 
 
 def _warps(tile: int) -> int:
-    """Warps for a row of `tile` numbers: 8 of them or more a thread."""
+    """Return the number of warps for a row of `tile` numbers: at least 8 numbers a thread, at most 16 warps."""
     return min(max(tile // 256, 1), 16)
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """h (N, D) over its root mean square, times weight (D,) -> (N, D)."""
+    """Divide h (N, D) by its root mean square and multiply by weight (D,); return (N, D)."""
     h, weight, out = _rows(h, h.shape, "h"), weight.contiguous(), torch.empty(h.shape, dtype=h.dtype, device=h.device)
     tile = triton.next_power_of_2(h.shape[1])
     if len(h):
@@ -38,7 +40,7 @@ def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient (N, D) of rms_norm's input, the weight frozen."""
+    """Return the gradient (N, D) of rms_norm's input; the weight is frozen."""
     h, dx, weight = _rows(h, h.shape, "h"), _rows(dx, h.shape, "dx"), weight.contiguous()
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     tile = triton.next_power_of_2(h.shape[1])
@@ -50,7 +52,7 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, (N, F) each, perhaps halves of one (N, 2F)."""
+    """Return silu(gate) * up, all (N, F); gate and up may be halves of one (N, 2F)."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
     if gate.numel():
@@ -61,7 +63,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    """Gradients of gate and up, (N, F) each, into dgate and dup, which have whole rows."""
+    """Write the gradients of gate and up (N, F) into dgate and dup, whose rows are contiguous."""
     dact, gate, up = _rows(dact, gate.shape, "dact"), _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
     if gate.numel():
         kernels.swiglu_backward[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
@@ -83,27 +85,20 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     return x
 
 
-def _hash32(value: int) -> int:
-    """reference.py's hash of one number."""
-    value = (value ^ (value >> 16)) * 0x7FEB352D & _MASK32
-    value = (value ^ (value >> 15)) * 0x846CA68B & _MASK32
-    return value ^ (value >> 16)
-
-
 def dropout(x: Tensor, p: float, key: int) -> Tensor:
-    """x (N, D) / (1 - p) where hash(key, flat position) >= p * 2^32, else 0: reference.py's bits."""
+    """Return x (N, D) / (1 - p) where hash(key, flat position) >= p * 2^32, else 0, with reference.py's bits."""
     x, out = _rows(x, x.shape, "x"), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         kernels.dropout[(len(x), triton.cdiv(x.shape[1], COLUMNS))](
-            x, out, x.shape[1], x.stride(0), _hash32(key & _MASK32), int(p * 2**32), 1.0 / (1.0 - p), TILE=COLUMNS
+            x, out, x.shape[1], x.stride(0), reference.hashed_key(key), int(p * 2**32), 1.0 / (1.0 - p), TILE=COLUMNS
         )
     return out
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Losses (R,) f32 in nats of logits (R, V) at targets (R,); logits become d(sum of weights * losses)/d(logits).
+    """Return the losses (R,) f32, in nats, of logits (R, V) at targets (R,).
 
-    A target outside the vocabulary gives a loss of NaN.
+    The logits become the gradient of sum(weights * losses). A target outside the vocabulary gives a loss of NaN.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if logits.stride(1) != 1:

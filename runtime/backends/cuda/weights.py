@@ -18,14 +18,18 @@ from edgetune.runtime.nf4 import QuantizedTensor, code_table
 
 PROGRAM_BYTES = 1024
 """Packed bytes that a program of `dequantize` unpacks: 8 for each of its 128 threads."""
-ROW_BYTES, ROWS, WARPS = 512, 2, 1
-"""Packed bytes of a row that a program of `matvec` holds at a time, the rows that it makes, and its warps: one warp has no
-barriers. Chosen by counting machine code's instructions; tests/benchmarks/cuda.py times the others on a card."""
+ROW_BYTES = 512
+"""Packed bytes of a row of W that a program of `matvec` holds at a time. This and the next two were chosen by counting
+instructions of the compiled kernels; tests/benchmarks/cuda.py times other values on a card."""
+ROWS = 2
+"""Rows of W, that is outputs, that a program of `matvec` computes."""
+WARPS = 1
+"""Warps of a program of `matvec`: a single warp needs no barriers."""
 
 
 @functools.cache
 def _table(quant_type: str, device: torch.device) -> Tensor:
-    """nf4.py's table (16,) f32, once a device."""
+    """Return nf4.py's table (16,) f32, copied to each device once."""
     return code_table(quant_type).to(device)
 
 
@@ -34,7 +38,7 @@ def _is_power(size: int) -> bool:
 
 
 def takes(quantized: QuantizedTensor) -> bool:
-    """Whether the kernels serve: blocks (of both levels) of a power of two, as every known checkpoint has them."""
+    """Return True if the kernels take this weight: blocks (of both levels) of a power of two, as in every known checkpoint."""
     nested = quantized.state.nested
     return quantized.state.block_size >= 2 and all(
         _is_power(size) for size in (quantized.state.block_size, *([] if nested is None else [nested.block_size]))
@@ -42,22 +46,23 @@ def takes(quantized: QuantizedTensor) -> bool:
 
 
 def takes_rows(quantized: QuantizedTensor) -> bool:
-    """Whether `matvec` serves: rows of whole blocks."""
+    """Return True if `matvec` has a kernel for this weight: its rows must be whole blocks."""
     return takes(quantized) and quantized.shape[1] % quantized.state.block_size == 0
 
 
 def _scales(quantized: QuantizedTensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What both kernels are given of a weight: (packed, table, absmax, nested table, nested absmax, offset), NESTED's."""
+    """Return a weight's arguments of both kernels: (packed, table, absmax, nested table, nested absmax, offset), constants."""
     state, nested = quantized.state, quantized.state.nested
     blocks = -(-quantized.numel // state.block_size)
-    wanted = [(quantized.packed, (quantized.numel + 1) // 2, torch.uint8)]
+    expected = [(quantized.packed, (quantized.numel + 1) // 2, torch.uint8)]
     if nested is None:
-        wanted += [(state.absmax, blocks, torch.float32)]
+        expected += [(state.absmax, blocks, torch.float32)]
     else:
-        wanted += [(state.absmax, blocks, torch.uint8), (nested.table, 256, torch.float32)]
-        wanted += [(nested.absmax, -(-blocks // nested.block_size), torch.float32)]
-    for tensor, count, dtype in wanted:
-        if tensor.numel() != count or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != quantized.device:
+        expected += [(state.absmax, blocks, torch.uint8), (nested.table, 256, torch.float32)]
+        expected += [(nested.absmax, -(-blocks // nested.block_size), torch.float32)]
+    for tensor, count, dtype in expected:
+        fits = tensor.numel() == count and tensor.dtype == dtype and tensor.device == quantized.device
+        if not (fits and tensor.is_contiguous()):
             found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"a part of a weight is {found}; expected {count} contiguous {dtype} on {quantized.device}")
     second = (None, None, 0.0) if nested is None else (nested.table, nested.absmax, nested.offset)
@@ -66,7 +71,10 @@ def _scales(quantized: QuantizedTensor) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The dense weight (out_features, in_features) in f32, bf16 or f16: nf4.dequantize's bits; into `out` where given."""
+    """Return the dense weight (out_features, in_features) in f32, bf16 or f16, written into `out` where given.
+
+    The bits are those of nf4.dequantize.
+    """
     if not takes(quantized):
         return reference.dequantize(quantized, dtype, out)
     if out is None:
@@ -83,7 +91,7 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | Non
 
 
 def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """x (n, in) f32 or bf16, a few rows -> x W^T (n, out) in x's dtype, W never dense and never rounded."""
+    """Multiply x (n, in) f32 or bf16, a few rows, by W^T; return (n, out) in x's dtype. W is never dense and never rounded."""
     if not takes_rows(quantized):
         return x @ dequantize(quantized, x.dtype).T
     out = torch.empty(x.shape[0], quantized.shape[0], dtype=x.dtype, device=x.device)
@@ -100,9 +108,10 @@ def multiply(
     lora_b: Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """out (n, out) = x W^T, and in the same launch + bias (out,), + reduced (n, r) lora_B (out, r)^T, + out as it was.
+    """Write x (n, in) W^T, plus bias (out,), plus reduced (n, r) lora_b (out, r)^T into out (n, out), in one launch.
 
-    Takes only what `takes_rows` does. x, out and reduced may have rows apart; lora_b is contiguous.
+    add: add all that to the old values of out. The weight must satisfy `takes_rows`. The rows of x, out and reduced may have
+    gaps between them; lora_b is contiguous.
     """
     rows, width = quantized.shape
     fits = x.shape == (out.shape[0], width) and out.shape[1] == rows and x.device == out.device == quantized.device

@@ -1,7 +1,7 @@
-"""The back end of Apple GPUs: NF4 dequantisation and the product of few rows as Metal kernels, the rest through torch.
+"""The back end of Apple GPUs: NF4 dequantisation and the product of few rows as Metal kernels, the rest in plain torch.
 
-`load` compiles the kernels, and raises KernelsMissing (an ImportError) where they cannot be compiled or give wrong numbers
-on a small weight; plain torch serves then. Shapes and meaning are reference.py's.
+`load` compiles the kernels, and raises KernelsMissing (an ImportError) where they do not compile or give wrong numbers on a
+small weight; plain torch serves then. Shapes and meaning are reference.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from edgetune.runtime import nf4, ops
+from edgetune.runtime import nf4
 from edgetune.runtime.backends import reference
 from edgetune.runtime.backends.metal.contract import (
     DEQUANTIZE,
@@ -24,43 +24,59 @@ from edgetune.runtime.backends.metal.contract import (
 )
 from edgetune.runtime.backends.metal.library import KernelsMissing, launch, library
 from edgetune.runtime.backends.reference import (
+    attention_backward,
+    attention_forward,
     cross_entropy_,
+    decoder,
     dropout,
     fuses,
+    int8_matvec,
+    int8_rows,
+    multiplies_int8,
     project,
     project_backward,
     rms_norm,
     rms_norm_backward,
     rope_,
+    selected_isa,
     swiglu,
     swiglu_backward,
 )
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import FEW_ROWS
 
 __all__ = [
+    "NAME",
     "KernelsMissing",
+    "attention_backward",
+    "attention_forward",
     "cross_entropy_",
+    "decoder",
     "dequantize",
     "dropout",
     "fuses",
+    "int8_matvec",
+    "int8_rows",
     "load",
     "matvec",
+    "multiplies_int8",
     "project",
     "project_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope_",
+    "selected_isa",
     "swiglu",
     "swiglu_backward",
 ]
 
 NAME = "metal"
-_MOST = 1 << 32
-"""Weights that a kernel counts up to, in 32 bits."""
+MAX_WEIGHTS = 1 << 32
+"""The kernels count weights in 32 bits: a tensor of this many or more goes to plain torch."""
 
 
 def load() -> None:
-    """Compile the kernels and try them; once is enough. Raises KernelsMissing where they cannot serve."""
+    """Compile the kernels and compare them with plain torch. Raises KernelsMissing where they cannot serve."""
     for dtype in VALUES:
         library(dtype)
         _prove(dtype, torch.device("mps"))
@@ -68,12 +84,12 @@ def load() -> None:
 
 @functools.cache
 def _table(quant_type: str, device: torch.device) -> Tensor:
-    """f32 (16,): the values of the codes, on the device."""
+    """Return the values of the 16 codes, f32 (16,), on the device."""
     return nf4.code_table(quant_type).to(device)
 
 
 def _scales(quantized: QuantizedTensor) -> tuple[Tensor | float | int, ...]:
-    """The kernels' arguments that say what the absmax of each block is."""
+    """Return the kernel arguments that give the absmax of each block."""
     state, nested = quantized.state, quantized.state.nested
     if nested is None:
         return (state.absmax,)
@@ -81,9 +97,9 @@ def _scales(quantized: QuantizedTensor) -> tuple[Tensor | float | int, ...]:
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """(out_features, in_features) in `dtype`; written into `out` where given."""
+    """Return the dense weight (out_features, in_features) in `dtype`, written into `out` where given."""
     count, state, device = quantized.numel, quantized.state, quantized.device
-    if not 0 < count < _MOST:
+    if not 0 < count < MAX_WEIGHTS:
         return reference.dequantize(quantized, dtype, out)
     out = torch.empty(quantized.shape, dtype=dtype, device=device) if out is None else out
     kernel = DEQUANTIZE if state.nested is None else DEQUANTIZE_NESTED
@@ -93,10 +109,10 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | Non
 
 
 def matvec(x: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """x (n, in) times W^T -> (n, out), for the few rows of decoding; of any other weight or x through a dense copy."""
+    """Multiply x (n, in) by W^T; return (n, out). More than FEW_ROWS rows, or rows of broken blocks, take a dense copy."""
     state, device = quantized.state, quantized.device
     out_features, in_features = quantized.shape
-    if not (0 < len(x) <= ops.FEW_ROWS and in_features % state.block_size == 0 and 0 < quantized.numel < _MOST):
+    if not (0 < len(x) <= FEW_ROWS and in_features % state.block_size == 0 and 0 < quantized.numel < MAX_WEIGHTS):
         return x @ dequantize(quantized, x.dtype).T
     y = x.new_empty(len(x), out_features)
     kernel = MATVEC if state.nested is None else MATVEC_NESTED
@@ -118,5 +134,5 @@ def _prove(dtype: torch.dtype, device: torch.device) -> None:
             (matvec(x.to(device), whole.to(device)), product),
         ):
             error = float((found.cpu().float() - expected.float()).norm() / expected.float().norm())
-            if not error < 4 * torch.finfo(dtype).eps:
+            if not error < 4 * torch.finfo(dtype).eps:  # also true for NaN
                 raise KernelsMissing(f"the Metal kernels give wrong numbers on this GPU ({dtype}, error {error:.2g})")

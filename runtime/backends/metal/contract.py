@@ -1,4 +1,4 @@
-"""What each kernel of nf4.metal is called with: its arguments in order, their types, the size of a threadgroup.
+"""The record of nf4.metal's kernels: the arguments of each in order, their types, and the size of a threadgroup.
 
 `torch.mps.compile_shader` binds arguments by position and checks no type: a tensor is its buffer at its storage offset, a
 Python int eight bytes, a float four. So the launcher checks every call against this record, and a test checks this record
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 LANES = 32
-"""Threads of a simdgroup, on every Apple GPU."""
+"""Threads in a simdgroup, on every Apple GPU."""
 SPAN = 8
-"""Weights that a thread takes at a time."""
+"""Weights that a thread decodes at a time; nf4.metal says why 8."""
 VALUES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
-"""The dense dtypes, and what the shading language calls them: VALUE in the source."""
+"""The dense dtypes and their names in the shading language: VALUE in the source."""
 _DTYPES = {"uchar": torch.uint8, "float": torch.float32}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """`arguments`: (name, type as the source has it) in the order of their buffers."""
+    """A kernel's record; `arguments` are pairs (name, type as in the source), in the order of their buffers."""
 
     name: str
     arguments: tuple[tuple[str, str], ...]
     group_size: tuple[int, ...]
 
     def check(self, dtype: torch.dtype, device: torch.device, values: tuple[Any, ...]) -> None:
-        """Raise ValueError for a call whose arguments are not those recorded, where VALUE is `dtype`."""
+        """Raise ValueError unless the values are of the types recorded, with VALUE as `dtype`."""
         if len(values) != len(self.arguments):
             raise ValueError(f"{self.name} takes {len(self.arguments)} arguments; {len(values)} were given")
         for (name, kind), value in zip(self.arguments, values, strict=True):
