@@ -132,7 +132,7 @@ def main() -> None:
     """The driver: forks a run for each task, and answers with how it ended."""
     import torch
 
-    from edgetune.training.train import loop as run
+    from edgetune.training import loop as run
 
     torch.set_num_threads(1)
     run.KEEP_SECONDS = 0.0  # a checkpoint before every step and reading
