@@ -14,19 +14,15 @@ import edgetune
 from edgetune.documents.reading import read_notes
 from edgetune.events import Event, Exporting
 from edgetune.export import verify
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import check_memory
 from edgetune.export.targets import (
-    Job,
-    Target,
-    Written,
+    TargetSpec,
     check_adapter_as,
-    check_memory,
     check_reader,
     check_texts,
     check_weights,
     load_target,
-    proved_by,
-    reference,
-    seal,
 )
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
@@ -75,20 +71,20 @@ def export_adapter(
     force: bool = False,
     show: Callable[[Event], None] = lambda event: None,
 ) -> Exported:
-    """Write an adapter, or the model it makes of its base, for one of export.target's TARGETS.
+    """Write an adapter, or the model it makes of its base, for one of export.targets' TARGETS.
 
     model and adapter: as the command line takes them. out: a folder; None is "<adapter>-<target>" here. weights: as the
     target has them; None is its default. texts: files and folders to measure what rounding costs on, for forms that do measure.
     check: prove it with the target's own reader, which must be installed then. show: told how far it is, by events.Exporting.
     Raises EdgetuneError's children; nothing is left behind then, and what was at `out` is still there.
     """
-    module = load_target(target)
-    form = check_weights(target, module, weights)
-    check_adapter_as(target, module, adapter_as)
+    spec = load_target(target)
+    form = check_weights(spec, weights)
+    check_adapter_as(spec, adapter_as)
     if texts:
-        check_texts(target, module, form, adapter_as, check)
+        check_texts(spec, form, adapter_as, check)
     if check:
-        check_reader(target, module, form)
+        check_reader(spec, form)
     choice, base = open_base(model)
     name, own = registry.adapter_for(adapter, base)
     if own is not None:
@@ -98,11 +94,11 @@ def export_adapter(
     documents = _documents(tokenizer, texts) if texts else []
     progress = _Events(show, begun)
     job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
-    check_memory(module, job)
+    check_memory(spec.peak_memory, job)
     with output_lock(folder), MemoryMeter(base.files) as meter:
         mend(folder)
         with atomic_folder(folder) as temporary:
-            written, agreement, bound = _write(target, module, job, temporary, _tokens(tokenizer, verify.PROMPT))
+            written, agreement, bound = _write(target, spec, job, temporary, _tokens(tokenizer, verify.PROMPT))
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
             peak = meter.peak()
     proved = agreement is not None and agreement.holds(bound)
@@ -114,7 +110,7 @@ def export_adapter(
         path=str(folder / written.opens),
         bytes=size,
         verified=proved,
-        proved_by=proved_by(module, form),
+        proved_by=spec.reader_name(form),
         max_logit_difference=None if agreement is None else agreement.max_logit_difference,
         mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
         kl=None if agreement is None else agreement.kl,
@@ -139,16 +135,16 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _write(
-    target: str, module: Target, job: Job, folder: Path, prompt: list[int]
+    target: str, spec: TargetSpec, job: Job, folder: Path, prompt: list[int]
 ) -> tuple[Written, verify.Agreement | None, verify.Bound]:
     """All that the folder is to hold, how far it agrees with the reference where that is to be checked, and how far it should.
 
     Raises ModelError where it does not, unless the job insists.
     """
-    written = module.write(job, folder)
+    written = spec.write(job, folder)
     usual = verify.BOUNDS[target, job.weights]
     with job.stage("measuring"):
-        expected = verify.golden(job, prompt, reference(module, job, folder), usual.rounds)
+        expected = verify.golden(job, prompt, spec.reference(job, folder), usual.rounds)
     bound = usual.of(expected)
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     about = {
@@ -157,14 +153,14 @@ def _write(
         "weights": job.weights,
         "base": job.base.digest,
         "files": files,
-        "bounds_for": proved_by(module, job.weights),
+        "bounds_for": spec.reader_name(job.weights),
     }
     atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
-    seal(module, folder)
+    spec.seal(folder)
     if not job.check:
         return written, None, bound
     with job.stage("proving"):
-        agreement = _prove(target, module, job, folder, expected, bound)
+        agreement = _prove(target, spec, job, folder, expected, bound)
     if not agreement.holds(bound) and not job.force:
         raise ModelError(f"{_out_of_bounds(target, agreement, bound, 'not kept')} Type --force to keep it all the same.")
     return written, agreement, bound
@@ -185,15 +181,15 @@ class _Events:
 
 
 def _prove(
-    target: str, module: Target, job: Job, folder: Path, expected: verify.Golden, bound: verify.Bound
+    target: str, spec: TargetSpec, job: Job, folder: Path, expected: verify.Golden, bound: verify.Bound
 ) -> verify.Agreement:
     """Open and compare. Whatever the other program says against a folder becomes one sentence."""
     try:
-        return verify.compare(expected, module.read(job, folder), bound)
+        return verify.compare(expected, spec.read(job, folder), bound)
     except (EdgetuneError, MemoryError):
         raise
     except Exception as error:
-        said, reader = " ".join(str(error).split())[:300], proved_by(module, job.weights)
+        said, reader = " ".join(str(error).split())[:300], spec.reader_name(job.weights)
         raise ModelError(
             f"{reader} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
             "type --no-verify to write it unproved."

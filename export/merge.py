@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import PROCESS_BYTES, Held, Job
+from edgetune.export.job import Job
+from edgetune.export.memory import PROCESS_BYTES, StageMemory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.adapter import Adapter
@@ -92,7 +93,7 @@ class DenseRecipe:
         self.merged.base.release(name)
 
 
-def held_by_merge(job: Job) -> Held:
+def merge_memory(job: Job) -> StageMemory:
     """Writing a merged model a tensor at a time: the adapter, and copies of the largest linear or of the embedding."""
     copies = max(torch.float32.itemsize * COPIES * job.largest_linear, job.head_bytes)
-    return Held(PROCESS_BYTES + job.adapter_bytes + copies)
+    return StageMemory(PROCESS_BYTES + job.adapter_bytes + copies)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import Job, Reader
+from edgetune.export.job import Job, Reader
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.generate import Generator, Sampling

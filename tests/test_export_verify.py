@@ -14,7 +14,8 @@ from torch import Tensor
 
 import edgetune
 from edgetune.export import verify
-from edgetune.export.targets import Held, Job, enough
+from edgetune.export.job import Job
+from edgetune.export.memory import StageMemory, sufficient_memory
 from edgetune.export.verify import Agreement, Bound, Golden
 from edgetune.library.base_models import resolve
 from edgetune.runtime.adapter import Adapter
@@ -151,13 +152,13 @@ def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(
     if family == "dense":
         tiny.save_model(tmp_path / "dense")
     base = open_model(resolve("demo").path if family == "demo" else tmp_path / "dense")
-    stages = [Held((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
+    stages = [StageMemory((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
     regimes = set()
     for share in range(1, 200):
         memory = share * base.config.linear_parameters // 8
-        needed = [held.needed(base, memory) for held in stages]
-        accepted = enough(stages, base, memory)
-        assert all(held.needed(base, accepted) <= accepted for held in stages)
+        needed = [stage.needed(base, memory) for stage in stages]
+        accepted = sufficient_memory(stages, base, memory)
+        assert all(stage.needed(base, accepted) <= accepted for stage in stages)
         assert accepted == memory if max(needed) <= memory else accepted > memory
         regimes.add(tuple(needed))
     assert len(regimes) == (1 if models == (0,) else 2)
