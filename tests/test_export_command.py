@@ -48,9 +48,9 @@ def test_an_export_is_replaced_by_the_next_but_nobody_elses_file(tmp_path: Path,
         "golden.json"
     }
     (out / "my-notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds my-notes.txt, which is of no export to peft"):
+    with pytest.raises(UsageError, match=r"contains my-notes.txt, which is not part of an export to peft"):
         export_adapter("peft", *made, out, check=False)
-    with pytest.raises(UsageError, match=r"is no export to mps|holds"):
+    with pytest.raises(UsageError, match=r"is not an export to mps|contains"):
         export_adapter("mps", *made, out, check=False)
     assert (out / "my-notes.txt").read_text() == "mine"
 
@@ -64,9 +64,9 @@ def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, s
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
     for place in (".", "..", str(tmp_path)):
-        with pytest.raises(UsageError, match="is where you are"):
+        with pytest.raises(UsageError, match="is the current folder or contains it"):
             export_adapter("peft", *made, place, check=False)
-    with pytest.raises(UsageError, match="names a file"):
+    with pytest.raises(UsageError, match="looks like a file name"):
         export_adapter("gguf", *made, "model.gguf", check=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be made"):
@@ -175,7 +175,7 @@ def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]
     result = CliRunner().invoke(cli, ["export", "peft", *options])
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[0] == f"Model {made[0]}, adapter night."
-    assert "can be drawn from this export" in result.stderr
+    assert "can be extracted from this export" in result.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -98,7 +98,7 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     named, base, warned = run.stderr.splitlines()
     assert named == f"Model demo, adapter {demo_adapter.name}."
     assert base == "PEFT finds no base by the name demo: open the base's folder, and the adapter over it."
-    assert warned.startswith("What it was trained on")
+    assert warned.startswith("The notes it was trained on")
     assert capfd.readouterr().err == ""  # no bars, no advice of other packages
 
 
@@ -142,7 +142,7 @@ def test_a_corrupted_export_is_caught_and_leaves_nothing(
         return written
 
     monkeypatch.setattr(target, "SPEC", replace(spec, write=cut))
-    with pytest.raises(ModelError, match=r"peft in fp32 does not open the export to peft .*--no-verify"):
+    with pytest.raises(ModelError, match=r"peft in fp32 cannot open the export to peft .*--no-verify"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"is there already and holds thesis.txt, which is of no export"):
+    with pytest.raises(UsageError, match=r"already exists and contains thesis.txt, which is not part of an export"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "mine")
     for name, weights, sentence in (
         ("peft", "none", "export peft has no --weights none: it writes the adapter alone; leave --weights out."),

@@ -145,6 +145,6 @@ def test_texts_of_a_token_each_are_refused(model: Path, tmp_path: Path, monkeypa
     (tmp_path / "a.txt").write_text("Whatever this says.")
     monkeypatch.setattr("edgetune.exporting._tokens", lambda tokenizer, text: [7])
     night, texts = str(model.parent / "night"), (str(tmp_path / "a.txt"),)
-    with pytest.raises(DataError, match="No text of --texts is longer than a token"):
+    with pytest.raises(DataError, match="No text in --texts is longer than one token"):
         export_adapter("hf", str(model), night, tmp_path / "out", "nf4", texts=texts, check=False)
     assert not (tmp_path / "out").exists()
