@@ -86,7 +86,7 @@ the shape of a 1.1B model: largest difference 0.064, KL 3e-6."""
 BF16_PRODUCTS = Bound(0.2, 2.5e-2, 4.5e-5)
 """For llama.cpp's bf16, which also rounds activations to 8 bits. Measured: 0.045, 0.005 and 9e-6."""
 Q8_0 = Bound(0.6, 9e-2, 9e-4, lost=0.5)
-"""For weights and activations that are 8-bit integers in blocks of 32. Measured: 0.13 and 0.23, 0.02 and 1.9e-4. The base is
+"""For weights and activations that are 8-bit integers in blocks of 32. Measured: 0.13 and 0.23, 0.02, 1.9e-4. The base is
 rounded as well as the adapter, so `lost` is large: an adapter with ten times this effect must not be refused."""
 COREML = Bound(7e-2, 8e-3, 7.5e-6)
 """For Core ML, which computes everything between two norms in fp16. Measured: 0.014, 0.0016 and 1.5e-6."""

@@ -172,7 +172,7 @@ def test_feedback_keeps_an_adapter_where_the_nearest_loses_it_and_such_a_merge_i
     written = target.write(job_for(demo, adapter, target.NF4, texts=texts), tmp_path / "fed")
     assert dict(written.facts)["adapter_effect_kept"] > 0.6
     (tmp_path / "nearest").mkdir()
-    with pytest.raises(ModelError, match=r"This merge keeps -?\d+% of what the adapter does on the texts, .*--weights nf4,"):
+    with pytest.raises(ModelError, match=r"This merge keeps -?\d+% of the adapter's effect on the texts, .*--weights nf4,"):
         target.write(job_for(demo, adapter, target.NF4_NEAREST, texts=texts), tmp_path / "nearest")
 
 
