@@ -121,19 +121,19 @@ def packed(documents: Documents) -> tuple[Tensor, Tensor, list[Segment]]:
 
 
 @torch.no_grad()
-def measure(own: Llama, merged: Llama, documents: Documents) -> Effect:
-    """Run the base, the adapted and the merged model on each document. own: the base with its adapter, which is detached."""
-    own_runner, sums, count = Runner(own), torch.zeros(5, dtype=torch.float64), 0
+def measure(adapted_model: Llama, merged: Llama, documents: Documents) -> Effect:
+    """Run the base, the adapted and the merged model on each document; detaches the adapter of `adapted_model`."""
+    base_runner, sums, count = Runner(adapted_model), torch.zeros(5, dtype=torch.float64), 0
     # One model serves as adapted and as base: keep the hidden states of all documents, then detach the adapter.
-    adapted_states = [own_runner.read(document) for document in documents]
-    adapters.detach(own)
+    adapted_states = [base_runner.read(document) for document in documents]
+    adapters.detach(adapted_model)
     merged_runner = Runner(merged)
     for document, h_adapted in zip(documents, adapted_states, strict=True):
-        h_base, h_merged = own_runner.read(document), merged_runner.read(document)
+        h_base, h_merged = base_runner.read(document), merged_runner.read(document)
         for rows, targets in _predictions(document):
             adapted, base, rounded = (
                 torch.log_softmax(model.logits(h[rows]).double(), dim=-1)
-                for model, h in ((own, h_adapted), (own, h_base), (merged, h_merged))
+                for model, h in ((adapted_model, h_adapted), (adapted_model, h_base), (merged, h_merged))
             )
             nats = [-logs.gather(1, targets.unsqueeze(1)).sum() for logs in (base, adapted, rounded)]
             divergences = [(adapted.exp() * (adapted - logs)).sum() for logs in (base, rounded)]

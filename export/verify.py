@@ -36,8 +36,8 @@ STORED_DECIMALS = 5
 MARGIN = 5
 """Largest ratio between a bound and the figure that was measured on correct exports."""
 MOVED_BY_BF16 = (0.076, 0.0098, 4.2e-5)
-"""How far computing the blocks in bf16 moves the model that the bounds were measured on: largest and mean difference of a
-logit, and KL in nats. That model is base-16m with an adapter trained on 1,778 notes."""
+"""Largest and mean difference of a logit, and KL in nats, when the model that the bounds were measured on runs its blocks in
+bf16. That model is base-16m with an adapter trained on 1,778 notes."""
 LEAST_EFFECT = 1e-6
 """Smallest KL(adapted || base) in nats of which a lost share is computed. An untrained adapter, whose B is 0, is below it.
 Chosen by hand."""
@@ -151,7 +151,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an export differs from the reference on the golden tokens.
+    """The differences between an export and the reference on the golden tokens.
 
     kl: in nats. adapter_lost: kl as a share of the adapter's own effect there; None if the adapter has no effect, or if it is
     merged into the reference's weights.

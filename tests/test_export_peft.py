@@ -1,4 +1,4 @@
-"""`export peft`: transformers and peft compute what the reference computes, in fp32, and say nothing needless."""
+"""`export peft`: transformers and peft compute the same as the reference in fp32, and print nothing needless."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
 
 
 def test_every_target_names_all_that_its_reader_imports() -> None:
-    """The extra must install each, and none may be found missing after the work is done."""
+    """The extra must install each of them, so that none is found missing after the work is done."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras, spelt = project["project"]["optional-dependencies"], {"llama_cpp": "llama-cpp-python", "mlx_lm": "mlx-lm"}
     found = {}
