@@ -154,7 +154,7 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="llama3 rope scaling"):
         gguf_model.write_model(Job(scaled, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
     base = opened(tmp_path / "plain")
-    with pytest.raises(ResourceError, match=r"takes about 0\.2\d GB, .*; type --memory 2\d\dMB or more"):
+    with pytest.raises(ResourceError, match=r"needs about 0\.2\d GB, .*; type --memory 2\d\dMB or more"):
         check_memory(gguf.peak_memory, Job(base, "tiny", None, "f16", memory=1 << 20))
     for kind, size in (("f16", 1e6), ("q8_0", 1e8)):
         with pytest.raises(ModelError, match="--weights bf16"):
