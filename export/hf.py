@@ -1,9 +1,10 @@
-"""A merged model for transformers and all that reads its folders: dense, or 4-bit in bitsandbytes' layout.
+"""Export a merged model as a Hugging Face folder, for transformers and whatever reads the same: dense, or 4-bit (bitsandbytes).
 
-Rounding to 4 bits to the nearest loses most of an adapter, so `nf4` rounds with feedback; `nf4-nearest` is there to compare.
-Both measure what is left, and refuse where that is little. On the demo after ten steps on examples/notes, nearest kept 33% on
-text of its own and 27% on notes (4% and 3% on the base's own blocks), feedback 98% and 86%, calibrated on notes 98% and 90%.
-A residual adapter would keep all, but over a base that is 4-bit already that is what `export peft` writes.
+Rounding to nearest in 4 bits loses most of an adapter, so `nf4` rounds with feedback; `nf4-nearest` exists for comparison. Both
+measure how much of the adapter is left and refuse to write if it is little. On the demo after ten steps on examples/notes,
+nearest kept 33% on the model's own text and 27% on notes (4% and 3% with the base's own blocks); feedback kept 98% and 86%, and
+98% and 90% when calibrated on notes. A residual adapter would keep all of it, but over a base that is already 4-bit that is
+what `export peft` writes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from edgetune.export import effect, merge
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers
-from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
-from edgetune.export.targets import Held, Job, Measured, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
+from edgetune.export.targets import MeasuredForm, TargetSpec
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
@@ -30,25 +33,23 @@ from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Dense forms of the weights, by their name in --weights."""
 NF4, NF4_NEAREST = "nf4", "nf4-nearest"
-WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
-NEEDS = (("transformers", "accelerate"), "peft")
-MEASURED = (Measured(NF4), Measured(NF4_NEAREST))
-ALSO_NEEDS = dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",))
-PROVED_BY = "transformers in fp32"
+"""4-bit forms of the weights, rounded with feedback and to nearest."""
 QUANT = QuantConfig()
+"""Quantisation of the 4-bit forms."""
 
 
-def held(job: Job) -> dict[str, list[Held]]:
-    """A 4-bit form is rounded and measured; transformers reads dense ones whole, in fp32."""
+def peak_memory(job: Job) -> ExportMemory:
+    """Forecast the merge, or rounding and measuring for the 4-bit forms; transformers reads either as a whole, in fp32."""
     dense = job.weights in DTYPES
-    made = merge.held_by_merge(job) if dense else held_by_rounding(job)
-    reader = held_by_fp32_reader(job, TRANSFORMERS_BYTES if dense else TRANSFORMERS_BYTES + PEFT_BYTES)
-    return {"write": [made, held_by_reference(job)], "read": [reader]}
+    merging = merge.merge_memory(job) if dense else rounding_memory(job)
+    reader = fp32_reader_memory(job, TRANSFORMERS_BYTES if dense else TRANSFORMERS_BYTES + PEFT_BYTES)
+    return ExportMemory([merging, reference_memory(job)], [reader])
 
 
 def write(job: Job, folder: Path) -> Written:
-    """config.json, model.safetensors or its shards, and the base's tokenizer and settings."""
+    """Write config.json, model.safetensors or its shards, and the base's tokenizer and settings."""
     config = {key: value for key, value in job.base.hf_config.items() if key not in ("dtype", "quantization_config")}
     if job.weights not in DTYPES:
         return _write_nf4(job, folder, config)
@@ -60,9 +61,10 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
+    """Write a 4-bit form, and measure how much of the adapter is left in it. Raises UsageError without an adapter."""
     if job.adapter is None:
         raise UsageError(
-            f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` for the base alone in 4 bits."
+            f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` to write the base in 4 bits."
         )
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)
@@ -79,7 +81,7 @@ def _linear_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
 
 
 class Nf4Grid:
-    """NF4's table times the absmax of each block, doubly quantised as it will be read; a Grid of rounding.py."""
+    """The Grid (rounding.py) of NF4: its table times each block's absmax, doubly quantised as the reader will see it."""
 
     def __init__(self, quantized: QuantizedTensor) -> None:
         self._state = replace(quantized.state, dtype=torch.bfloat16)
@@ -90,7 +92,7 @@ class Nf4Grid:
 
     @classmethod
     def of(cls, weight: Tensor) -> Nf4Grid:
-        """The blocks of a dense weight (out, in)."""
+        """Make the grid of a dense weight (out, in). Raises ModelError if it cannot be quantised."""
         try:
             return cls(nf4.quantize(weight, QUANT.quant_type, QUANT.block_size, QUANT.double_quant))
         except ValueError as error:
@@ -110,15 +112,30 @@ class Nf4Grid:
 
 
 def reference_model(job: Job, folder: Path) -> Llama:
-    """The model in `folder` as edgetune reads it."""
+    """Load the model in `folder` with edgetune, in fp32."""
     return load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
 
 
 def reference(job: Job, folder: Path) -> Llama:
-    """4-bit forms are proved against the weights that were written."""
+    """Load the model to agree with: base and adapter, or for the 4-bit forms the rounded weights that were written."""
     return job.model() if job.weights in DTYPES else reference_model(job, folder)
 
 
 def read(job: Job, folder: Path) -> TransformersReader:
-    """The folder by transformers."""
+    """Open the folder with transformers."""
     return TransformersReader(open_transformers(folder))
+
+
+SPEC = TargetSpec(
+    name="hf",
+    weights=(*DTYPES, NF4, NF4_NEAREST),
+    proved_by="transformers in fp32",
+    packages=("transformers", "accelerate"),
+    also_needs=dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",)),
+    extra="peft",
+    measured=(MeasuredForm(NF4), MeasuredForm(NF4_NEAREST)),
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+    reference=reference,
+)

@@ -33,8 +33,9 @@ from edgetune.export.coreml import weights as coreml_weights
 from edgetune.export.coreml.evaluator import OPERATIONS, MilProgram
 from edgetune.export.coreml.package import Package
 from edgetune.export.coreml.weights import Stored, blank, store
+from edgetune.export.job import Job
+from edgetune.export.memory import check_memory
 from edgetune.export.merge import Merged
-from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops, peft_folder
 from edgetune.runtime.adapter import Adapter
@@ -473,7 +474,7 @@ def test_a_merge_that_leaves_the_adapter_out_is_refused(
     job = replace(job_of(thin, weights, an_adapter(thin), "merged"), texts=[IDS])
     monkeypatch.setattr(Merged, "scale", 0.0)
     tmp_path.joinpath("out").mkdir()
-    with pytest.raises(ModelError, match=r"keeps -?\d+% of what the adapter does on the texts, .* type --adapter-as inputs"):
+    with pytest.raises(ModelError, match=r"keeps -?\d+% of the adapter's effect on the texts, .* type --adapter-as inputs"):
         coreml.write(job, tmp_path / "out")
     tmp_path.joinpath("forced").mkdir()
     facts = dict(coreml.write(replace(job, force=True), tmp_path / "forced").facts)
@@ -498,7 +499,7 @@ def test_a_base_whose_codes_say_nothing_is_refused(
     monkeypatch.setattr(coreml_weights, "_store_int4", nothing)
     job = replace(job_of(folder, "int4", None if adapter_as is None else an_adapter(folder), adapter_as), texts=[IDS])
     tmp_path.joinpath("out").mkdir()
-    with pytest.raises(ModelError, match=r"Rounded to int4, the model is KL [\d.]+ from what it was .* type --weights nf4, or"):
+    with pytest.raises(ModelError, match=r"Rounding to int4 changes the model by KL [\d.]+ on .* type --weights nf4, or"):
         coreml.write(job, tmp_path / "out")
 
 
@@ -593,7 +594,7 @@ def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Pat
     with pytest.raises(UsageError, match="inputs, functions or merged"):
         coreml.write(job_of(folder, adapter_as="state"), tmp_path)
     with pytest.raises(ResourceError, match=r"--memory allows 0\.10 GB"):
-        check_memory(coreml, replace(job_of(folder), memory=100 << 20))
+        check_memory(coreml.peak_memory, replace(job_of(folder), memory=100 << 20))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "coremltools" else find(name))
     with pytest.raises(ResourceError, match="needs coremltools"):

@@ -120,7 +120,7 @@ def test_a_base_whose_codes_say_nothing_is_refused(tmp_path: Path, monkeypatch: 
     tensors = mlx_groups.AffineGrid.tensors
     monkeypatch.setattr(mlx_groups.AffineGrid, "tensors", lambda self, name, codes: tensors(self, name, codes * 0))
     (tmp_path / "wrong").mkdir()
-    with pytest.raises(ModelError, match=r"Rounded to int4, the model is KL [\d.]+ from what it was .* --weights bf16, or"):
+    with pytest.raises(ModelError, match=r"Rounding to int4 changes the model by KL [\d.]+ on .* --weights bf16, or"):
         target.write(job, tmp_path / "wrong")
 
 
@@ -252,15 +252,15 @@ def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, m
     model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))
     assert mlx_lm.generate(model, tokenizer, prompt="The lighthouse", max_tokens=8)
     assert fused.max_logit_difference < 0.1
-    read = target.read
+    spec = target.SPEC
 
     def flipped(job, folder):
         tensors = load_file(folder / target.ADAPTER_FILE)
         next(iter(tensors.values()))[0, 0] += 30.0
         save_file(tensors, folder / target.ADAPTER_FILE)
-        return read(job, folder)
+        return spec.read(job, folder)
 
-    monkeypatch.setattr(target, "read", flipped)
+    monkeypatch.setattr(target, "SPEC", replace(spec, read=flipped))
     with pytest.raises(ModelError, match="does not agree with edgetune's own model"):
         export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "third")
     assert not (tmp_path / "third").exists()

@@ -1,4 +1,4 @@
-"""What the proof of an export lets through and what it does not, with readers that are known to be right or wrong."""
+"""The proof of an export accepts readers that are known to be right and rejects those known to be wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 import edgetune
 from edgetune.export import verify
-from edgetune.export.targets import Held, Job, enough
+from edgetune.export.job import Job
+from edgetune.export.memory import StageMemory, sufficient_memory
 from edgetune.export.verify import Agreement, Bound, Golden
 from edgetune.library.base_models import resolve
 from edgetune.runtime.adapter import Adapter
@@ -26,7 +27,7 @@ FORMS = [("gguf", "q8_0"), ("gguf", "bf16"), ("hf", "bf16"), ("coreml", "nf4"), 
 
 
 class Fixed:
-    """A reader that gives what it was made with."""
+    """A reader that returns fixed logits."""
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
@@ -37,7 +38,7 @@ class Fixed:
 
 @pytest.fixture(scope="module")
 def job() -> Job:
-    """The demo with an adapter of about the effect that training on notes has, KL 0.4."""
+    """Return a job for the demo with an adapter whose effect, KL 0.4, is about that of training on notes."""
     base = open_model(DEMO)
     return job_for(base, random_adapter(base.config, size=0.06))
 
@@ -48,7 +49,7 @@ def expected(job: Job) -> Golden:
 
 
 def read_as(job: Job, adapter: Adapter | None, expected: Golden) -> Fixed:
-    """A reader that is right but for the adapter."""
+    """Return a reader that is right except for its adapter."""
     model = replace(job, adapter=adapter).model()
     positions, n = torch.arange(len(expected.ids)), len(expected.ids)
     with torch.no_grad():
@@ -71,14 +72,14 @@ def test_an_adapter_without_its_k_proj_or_with_nine_tenths_of_its_scale_is_no_pr
 
 
 def test_the_loss_of_a_weak_adapter_is_seen_where_every_figure_is_small(job: Job) -> None:
-    """One that changes less than q8_0's rounding does is measured by its own effect; one that does nothing, not at all."""
+    """An adapter that changes less than q8_0's rounding is measured by its own effect; one without effect is not measured."""
     bound, base = verify.BOUNDS["gguf", "q8_0"], open_model(DEMO)
     weak = replace(job, adapter=random_adapter(base.config, size=2e-4))
     expected = verify.golden(weak, PROMPT, weak.model())
     assert expected.kl_of_adapter is not None
     assert verify.LEAST_EFFECT < expected.kl_of_adapter < bound.kl / 5
     found = verify.compare(expected, read_as(weak, None, expected), bound)
-    assert found.faults(bound) == ["KL is 100% of what the adapter does (at most 50%)"]
+    assert found.faults(bound) == ["KL is 100% of the adapter's effect (at most 50%)"]
     assert verify.compare(expected, read_as(weak, weak.adapter, expected), bound).holds(bound)
     new = replace(job, adapter=random_adapter(base.config, size=0.0))
     expected = verify.golden(new, PROMPT, new.model())
@@ -98,7 +99,7 @@ def test_golden_says_nothing_of_the_bare_base_in_its_file_or_without_an_adapter(
 
 
 def test_a_bound_grows_with_what_rounding_does_to_a_model_and_never_shrinks(expected: Golden) -> None:
-    """Exact forms' bounds stay, and so does what may be lost of the adapter."""
+    """The bounds of exact forms stay, and so does the share of the adapter that may be lost."""
     bound = verify.BOUNDS["hf", "bf16"]
     largest, mean, kl = verify.MOVED_BY_BF16
     moved = bound.of(replace(expected, moved_by_bf16=(2 * largest, mean / 2, 3 * kl)))
@@ -118,7 +119,7 @@ def test_trying_what_rounding_does_leaves_the_reference_as_it_was(job: Job, expe
 
 
 def test_only_a_tie_may_go_either_way() -> None:
-    """Within twice what a correct export's logits move by, and no further, although the difference itself is in bounds."""
+    """Tokens may swap within twice what a correct export's logits move by, although larger differences are in bounds."""
     bound = Bound(max_logit=0.5, mean_logit=0.5, kl=0.5)
     logits = torch.zeros(3, 8)
     for gap, holds in ((0.19, True), (0.21, False)):
@@ -127,7 +128,7 @@ def test_only_a_tie_may_go_either_way() -> None:
         swapped[:, 1], swapped[:, 2] = 5.0, 5.0 + gap
         found = verify.compare(Golden(1, [0, 1, 1], logits.clone()), Fixed(swapped), bound)
         assert found.holds(bound) is holds
-        assert found.faults(bound) == ([] if holds else ["the greedy text is another (expected the same)"])
+        assert found.faults(bound) == ([] if holds else ["the greedy text is different (expected the same)"])
 
 
 def test_every_figure_that_is_out_of_bounds_is_named() -> None:
@@ -136,8 +137,8 @@ def test_every_figure_that_is_out_of_bounds_is_named() -> None:
         "logits differ by up to 0.2 (at most 0.1)",
         "logits differ by 0.02 on average (at most 0.01)",
         "KL is 0.002 (at most 0.001)",
-        "KL is 50% of what the adapter does (at most 5%)",
-        "the greedy text is another (expected the same)",
+        "KL is 50% of the adapter's effect (at most 5%)",
+        "the greedy text is different (expected the same)",
     ]
     assert Agreement(float("nan"), 0.0, 0.0, True).faults(bound) == ["logits differ by up to nan (at most 0.1)"]
 
@@ -147,17 +148,17 @@ def test_every_figure_that_is_out_of_bounds_is_named() -> None:
 def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(
     tmp_path: Path, family: str, models: tuple[int, ...]
 ) -> None:
-    """More memory may load what less would have streamed, a dense base as fp32: neither way may more be held than allowed."""
+    """More memory may load layers that less would stream, a dense base's as fp32: the peak stays within it either way."""
     if family == "dense":
         tiny.save_model(tmp_path / "dense")
     base = open_model(resolve("demo").path if family == "demo" else tmp_path / "dense")
-    stages = [Held((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
+    stages = [StageMemory((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
     regimes = set()
     for share in range(1, 200):
         memory = share * base.config.linear_parameters // 8
-        needed = [held.needed(base, memory) for held in stages]
-        accepted = enough(stages, base, memory)
-        assert all(held.needed(base, accepted) <= accepted for held in stages)
+        needed = [stage.needed(base, memory) for stage in stages]
+        accepted = sufficient_memory(stages, base, memory)
+        assert all(stage.needed(base, accepted) <= accepted for stage in stages)
         assert accepted == memory if max(needed) <= memory else accepted > memory
         regimes.add(tuple(needed))
     assert len(regimes) == (1 if models == (0,) else 2)

@@ -21,7 +21,7 @@ from edgetune.export.coreml.model import Plan
 from edgetune.export.coreml.package import Package
 from edgetune.export.coreml.source import BASE, Source, bare, stored_model
 from edgetune.export.coreml.weights import Stored
-from edgetune.export.targets import Job
+from edgetune.export.job import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 

@@ -17,8 +17,9 @@ from edgetune.export.coreml import weights as coreml_weights
 from edgetune.export.coreml.model import Plan, linear_name
 from edgetune.export.coreml.package import Array
 from edgetune.export.coreml.weights import EMBEDDING_NAME, Stored
+from edgetune.export.job import Job, work_folder
 from edgetune.export.merge import Merged
-from edgetune.export.targets import Job, Measured, work_folder
+from edgetune.export.targets import MeasuredForm
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LINEARS, QuantConfig
@@ -31,7 +32,7 @@ from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.safetensors_file import TensorSpec
 
 ADAPTER_AS = ("inputs", "functions", "merged")
-MEASURED = (Measured("int4"), Measured("nf4", "merged"))
+MEASURED = (MeasuredForm("int4"), MeasuredForm("nf4", "merged"))
 """The forms whose stored weights are others than the engine's."""
 ADAPTER_ALONE = "none"
 """--weights none: adapter.safetensors alone, for a package that is there already."""

@@ -27,7 +27,9 @@ from edgetune.export.coreml.model import Plan
 from edgetune.export.coreml.package import Package
 from edgetune.export.coreml.proof import AdapterFile, EvaluatedPackage, FunctionsPackage, compare_constants, compare_weights
 from edgetune.export.coreml.source import ADAPTER_ALONE, Source, bare, source_of, stored_model
-from edgetune.export.targets import LOGITS, Held, Job, Written, held_by_reference, work_folder
+from edgetune.export.job import Job, Written, work_folder
+from edgetune.export.memory import LOGIT_BYTES, ExportMemory, StageMemory, reference_memory
+from edgetune.export.targets import TargetSpec
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ResourceError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write
@@ -35,11 +37,6 @@ from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import companions
 from edgetune.runtime.tokenizer import Tokenizer
 
-PROVED_BY = "edgetune's own evaluator"
-ALSO_PROVED_BY = {"none": "edgetune on the CPU"}
-WEIGHTS = ("nf4", "int4", "fp16", "none")
-ADAPTER_AS, MEASURED = coreml_source.ADAPTER_AS, coreml_source.MEASURED
-NEEDS = (("coremltools",), "coreml")
 COREMLTOOLS_BYTES, LAYER_BYTES = 272_000_000, 4_000_000
 """Held by Python with torch and coremltools, and by the graph of a layer. Measured: 328 MB after writing 22 layers."""
 STORED_BYTES, DENSE_BYTES = {"nf4": 5, "int4": 18, "fp16": 4}, 22
@@ -122,19 +119,21 @@ def _check_coremltools() -> None:
     quiet_coremltools()
 
 
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """coremltools, its graph and a weight as it is stored and compared; a model or two; the evaluator and a dense weight."""
     source, config = source_of(job), job.base.config
     if job.weights == ADAPTER_ALONE:
-        return {"write": [held_by_reference(job)], "read": [held_by_reference(job)]}
+        return ExportMemory([reference_memory(job)], [reference_memory(job)])
     process = COREMLTOOLS_BYTES + LAYER_BYTES * config.num_layers
     vocabulary, number = config.vocab_size * config.hidden_size, STORED_BYTES[job.weights] + SUM_BYTES * source.merges
-    stored = Held(process + 2 * job.adapter_bytes + max(VOCABULARY_BYTES * vocabulary, number * job.largest_linear))
-    model = held_by_reference(job, process)
+    stored = StageMemory(process + 2 * job.adapter_bytes + max(VOCABULARY_BYTES * vocabulary, number * job.largest_linear))
+    model = reference_memory(job, process)
     if source.requantises:
-        model = Held(model.fixed + job.head_bytes + job.embedding_bytes, models=2)
-    made = Held(process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGITS * config.vocab_size, models=1)
-    return {"write": [stored, model], "read": [made, *([model] if source.adapter_as == "functions" else [])]}
+        model = StageMemory(model.fixed + job.head_bytes + job.embedding_bytes, models=2)
+    made = StageMemory(
+        process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGIT_BYTES * config.vocab_size, models=1
+    )
+    return ExportMemory([stored, model], [made, *([model] if source.adapter_as == "functions" else [])])
 
 
 @contextlib.contextmanager
@@ -231,3 +230,19 @@ def _loss_notice(source: Source, loss: dict[str, float]) -> str:
         f"The adapter was merged into weights rounded to {form}: KL {rounding:.2g} by rounding where the whole adapter makes "
         f"{whole:.2g}, {lost}; --adapter-as inputs keeps it whole."
     )
+
+
+SPEC = TargetSpec(
+    name="coreml",
+    weights=("nf4", "int4", "fp16", ADAPTER_ALONE),
+    proved_by="edgetune's own evaluator",
+    also_proved_by={ADAPTER_ALONE: "edgetune on the CPU"},
+    packages=("coremltools",),
+    extra="coreml",
+    adapter_as=coreml_source.ADAPTER_AS,
+    measured=coreml_source.MEASURED,
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+    reference=reference,
+)
