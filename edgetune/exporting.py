@@ -1,4 +1,4 @@
-"""An adapter to where it is used: resolve names, write, prove, and only then let the export appear.
+"""Export an adapter for another program: resolve names, write, prove, and only then publish the folder.
 
 >>> edgetune.export_adapter("gguf", model="demo", out="my-model")  # doctest: +SKIP
 """
@@ -9,25 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import edgetune
 from edgetune.documents.reading import read_notes
 from edgetune.events import Event, Exporting
 from edgetune.export import verify
-from edgetune.export.targets import (
-    Job,
-    Target,
-    Written,
-    check_adapter_as,
-    check_memory,
-    check_reader,
-    check_texts,
-    check_weights,
-    load_target,
-    proved_by,
-    reference,
-    seal,
-)
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import check_memory
+from edgetune.export.targets import TargetSpec, check_adapter_as, check_reader, check_texts, check_weights, load_target
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
@@ -38,12 +28,21 @@ from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.checkpoints import output_lock
 
-WARNING = "What it was trained on can be drawn from this export: give it only to those you would give the notes."
+WARNING = "The notes it was trained on can be extracted from this export: share it only with those you would give the notes."
+"""Notice that comes with every export that contains an adapter."""
+FILE_SUFFIXES = (".gguf", ".mlpackage", ".safetensors")
+"""Endings by which --out is taken for a file's name; an export is always a folder."""
+QUOTED_ERROR = 300
+"""Upper bound on the characters of another program's error message that are quoted in ours. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how far it agrees with the reference; None where it was not verified."""
+    """The result of an export: where it is, how large, and how far it agrees with edgetune's own model.
+
+    bytes: size of all files. verified: the target's reader opened it and every figure is within its bound. The four figures
+    of agreement (logits, KL in nats, greedy text) are None if nothing was verified. facts: what the target measured, by name.
+    """
 
     target: str
     model: str
@@ -62,6 +61,19 @@ class Exported:
     facts: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What a target wrote and how it compares with the reference; `agreement` is None if that was not checked."""
+
+    written: Written
+    agreement: verify.Agreement | None
+    bound: verify.Bound
+
+    @property
+    def proved(self) -> bool:
+        return self.agreement is not None and self.agreement.holds(self.bound)
+
+
 def export_adapter(
     target: str,
     model: str | None = None,
@@ -75,164 +87,204 @@ def export_adapter(
     force: bool = False,
     show: Callable[[Event], None] = lambda event: None,
 ) -> Exported:
-    """Write an adapter, or the model it makes of its base, for one of export.target's TARGETS.
+    """Export an adapter, or its base with the adapter merged in, to one of export.targets.TARGETS.
 
-    model and adapter: as the command line takes them. out: a folder; None is "<adapter>-<target>" here. weights: as the
-    target has them; None is its default. texts: files and folders to measure what rounding costs on, for forms that do measure.
-    check: prove it with the target's own reader, which must be installed then. show: told how far it is, by events.Exporting.
-    Raises EdgetuneError's children; nothing is left behind then, and what was at `out` is still there.
+    model and adapter: as on the command line. out: a folder; None is "<adapter>-<target>" in the current folder. weights: a
+    form of the weights that the target offers; None is its default. texts: files and folders on which to measure what rounding
+    costs, for forms that measure it. memory: limit in bytes. check: prove the export with the target's own reader, which must
+    then be installed. force: write the export even if it fails a check. show: receives progress as events.Exporting.
+
+    Raises a subclass of EdgetuneError; nothing new is left behind then, and an earlier export at `out` stays as it was.
     """
-    module = load_target(target)
-    form = check_weights(target, module, weights)
-    check_adapter_as(target, module, adapter_as)
-    if texts:
-        check_texts(target, module, form, adapter_as, check)
-    if check:
-        check_reader(target, module, form)
+    spec = load_target(target)
+    weights = _check_options(spec, weights, adapter_as, texts, check)
     choice, base = open_base(model)
-    name, own = registry.adapter_for(adapter, base)
-    if own is not None:
-        check_fits(own, base.config)
-    folder = _free_folder(expand(f"{name}-{target}" if out is None else str(out)), target)
-    tokenizer, begun = Tokenizer.load(choice.path), time.monotonic()
+    adapter_name, loaded = registry.adapter_for(adapter, base)
+    if loaded is not None:
+        check_fits(loaded, base.config)
+    folder = _output_folder(expand(f"{adapter_name}-{target}" if out is None else str(out)), target)
+    tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
-    progress = _Events(show, begun)
-    job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
-    check_memory(module, job)
-    with output_lock(folder), MemoryMeter(base.files) as meter:
-        mend(folder)
-        with atomic_folder(folder) as temporary:
-            written, agreement, bound = _write(target, module, job, temporary, _tokens(tokenizer, verify.PROMPT))
-            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-            peak = meter.peak()
-    proved = agreement is not None and agreement.holds(bound)
-    kept = () if agreement is None or proved else (_out_of_bounds(target, agreement, bound, "kept by --force"),)
+    progress = _ProgressEvents(show, started)
+    job = Job(base, _public_name(choice.name), loaded, weights, adapter_as, memory, documents, force, check, progress)
+    check_memory(spec.peak_memory, job)
+    outcome, size, peak = _publish(spec, job, folder, _tokens(tokenizer, verify.PROMPT))
     return Exported(
         target=target,
         model=choice.name,
-        adapter=name,
-        path=str(folder / written.opens),
+        adapter=adapter_name,
+        path=str(folder / outcome.written.opens),
         bytes=size,
-        verified=proved,
-        proved_by=proved_by(module, form),
-        max_logit_difference=None if agreement is None else agreement.max_logit_difference,
-        mean_logit_difference=None if agreement is None else agreement.mean_logit_difference,
-        kl=None if agreement is None else agreement.kl,
-        greedy_match=None if agreement is None else agreement.greedy_match,
-        seconds=time.monotonic() - begun,
+        verified=outcome.proved,
+        proved_by=spec.reader_name(weights),
+        **_figures(outcome.agreement),
+        seconds=time.monotonic() - started,
         peak_memory_bytes=peak,
-        notices=(*kept, *written.notices, *((WARNING,) if own is not None else ())),
-        facts=dict(written.facts),
+        notices=_notices(spec, job, outcome),
+        facts=dict(outcome.written.facts),
+    )
+
+
+def _check_options(spec: TargetSpec, weights: str | None, adapter_as: str | None, texts: tuple[str, ...], check: bool) -> str:
+    """Raise if the target lacks an option or its reader is missing; return the form of the weights."""
+    form = check_weights(spec, weights)
+    check_adapter_as(spec, adapter_as)
+    if texts:
+        check_texts(spec, form, adapter_as, check)
+    if check:
+        check_reader(spec, form)
+    return form
+
+
+def _figures(agreement: verify.Agreement | None) -> dict[str, Any]:
+    """Return the figures of an agreement by their names in Exported, each of them None without one."""
+    names = ("max_logit_difference", "mean_logit_difference", "kl", "greedy_match")
+    return {name: None if agreement is None else getattr(agreement, name) for name in names}
+
+
+def _notices(spec: TargetSpec, job: Job, outcome: _Outcome) -> tuple[str, ...]:
+    """Return the sentences for the user: a failed proof first, then the target's own, then the warning about the notes."""
+    failed = outcome.agreement is not None and not outcome.proved
+    return (
+        *((_disagreement(spec, outcome, "kept because of --force"),) if failed else ()),
+        *outcome.written.notices,
+        *((WARNING,) if job.adapter is not None else ()),
     )
 
 
 def _documents(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[int]]:
-    """The token ids of each text. Raises DataError where none is long enough for a token to follow another."""
-    found = [ids for document in read_notes(texts).documents if len(ids := _tokens(tokenizer, document.text)) > 1]
-    if not found:
-        raise DataError("No text of --texts is longer than a token: nothing can be measured on them; name others.")
-    return found
+    """Return the token ids of each text. Raises DataError if every text is too short to predict a token of it."""
+    documents = [ids for document in read_notes(texts).documents if len(ids := _tokens(tokenizer, document.text)) > 1]
+    if not documents:
+        raise DataError("No text in --texts is longer than one token, so nothing can be measured on them; name other texts.")
+    return documents
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
-def _write(
-    target: str, module: Target, job: Job, folder: Path, prompt: list[int]
-) -> tuple[Written, verify.Agreement | None, verify.Bound]:
-    """All that the folder is to hold, how far it agrees with the reference where that is to be checked, and how far it should.
+def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> tuple[_Outcome, int, int]:
+    """Write and prove the export in a temporary folder, then move it to `folder`; return size and peak memory in bytes too."""
+    with output_lock(folder), MemoryMeter(job.base.files) as meter:
+        mend(folder)
+        with atomic_folder(folder) as temporary:
+            outcome = _write_and_prove(spec, job, temporary, prompt)
+            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+            return outcome, size, meter.peak()
 
-    Raises ModelError where it does not, unless the job insists.
+
+def _write_and_prove(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> _Outcome:
+    """Fill the folder, golden.json included, and compare it with the reference model if job.check says so.
+
+    Raises ModelError if they do not agree, unless job.force.
     """
-    written = module.write(job, folder)
-    usual = verify.BOUNDS[target, job.weights]
+    written = spec.write(job, folder)
+    form_bound = verify.BOUNDS[spec.name, job.weights]
     with job.stage("measuring"):
-        expected = verify.golden(job, prompt, reference(module, job, folder), usual.rounds)
-    bound = usual.of(expected)
+        expected = verify.golden(job, prompt, spec.reference(job, folder), form_bound.rounds)
+    bound = form_bound.of(expected)
+    atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, _about(spec, job, folder)))
+    spec.seal(folder)
+    if not job.check:
+        return _Outcome(written, None, bound)
+    with job.stage("proving"):
+        outcome = _Outcome(written, _prove(spec, job, folder, expected, bound), bound)
+    if not outcome.proved and not job.force:
+        raise ModelError(f"{_disagreement(spec, outcome, 'discarded')} Type --force to keep it anyway.")
+    return outcome
+
+
+def _about(spec: TargetSpec, job: Job, folder: Path) -> dict[str, Any]:
+    """Return what golden.json says about the export itself; the list of files is what a later export may replace."""
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    about = {
+    return {
         "edgetune": edgetune.__version__,
-        "target": target,
+        "target": spec.name,
         "weights": job.weights,
         "base": job.base.digest,
         "files": files,
-        "bounds_for": proved_by(module, job.weights),
+        "bounds_for": spec.reader_name(job.weights),
     }
-    atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, about))
-    seal(module, folder)
-    if not job.check:
-        return written, None, bound
-    with job.stage("proving"):
-        agreement = _prove(target, module, job, folder, expected, bound)
-    if not agreement.holds(bound) and not job.force:
-        raise ModelError(f"{_out_of_bounds(target, agreement, bound, 'not kept')} Type --force to keep it all the same.")
-    return written, agreement, bound
 
 
-class _Events:
-    """A Job's progress as events: each stage's begin and end, and every whole percent between."""
+class _ProgressEvents:
+    """A Job's progress as events: the beginning and end of each stage, and every whole percent between."""
 
-    def __init__(self, show: Callable[[Event], None], begun: float) -> None:
-        self._show, self._begun = show, begun
+    def __init__(self, show: Callable[[Event], None], started: float) -> None:
+        self._show, self._started = show, started
         self._last = ("", -1)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = (stage, done * 100 // max(total, 1))
         if now != self._last:
             self._last = now
-            self._show(Exporting(stage, done, total, time.monotonic() - self._begun))
+            self._show(Exporting(stage, done, total, time.monotonic() - self._started))
 
 
-def _prove(
-    target: str, module: Target, job: Job, folder: Path, expected: verify.Golden, bound: verify.Bound
-) -> verify.Agreement:
-    """Open and compare. Whatever the other program says against a folder becomes one sentence."""
+def _prove(spec: TargetSpec, job: Job, folder: Path, expected: verify.Golden, bound: verify.Bound) -> verify.Agreement:
+    """Open the export with the target's reader and compare it. Turns any error of the other program into one sentence."""
     try:
-        return verify.compare(expected, module.read(job, folder), bound)
+        return verify.compare(expected, spec.read(job, folder), bound)
     except (EdgetuneError, MemoryError):
         raise
     except Exception as error:
-        said, reader = " ".join(str(error).split())[:300], proved_by(module, job.weights)
+        message, reader = " ".join(str(error).split())[:QUOTED_ERROR], spec.reader_name(job.weights)
         raise ModelError(
-            f"{reader} does not open the export to {target} ({type(error).__name__}: {said}), so it was not kept; "
+            f"{reader} cannot open the export to {spec.name} ({type(error).__name__}: {message}), so it was discarded; "
             "type --no-verify to write it unproved."
         ) from error
 
 
-def _free_folder(folder: Path, target: str) -> Path:
-    """`folder` in full, if nothing is there or an earlier export to the same target and no more, which is then replaced.
+def _disagreement(spec: TargetSpec, outcome: _Outcome, fate: str) -> str:
+    """Say which figures are out of bounds and what became of the export."""
+    assert outcome.agreement is not None
+    faults = "; ".join(outcome.agreement.faults(outcome.bound))
+    return f"The export to {spec.name} does not agree with edgetune's own model and was {fate}: {faults}."
 
-    Raises UsageError for one where anything of somebody else's would go.
+
+def _output_folder(folder: Path, target: str) -> Path:
+    """Return `folder` as an absolute path that may be written: free, or holding nothing but an earlier export to `target`.
+
+    Raises UsageError for a place that cannot be written or that holds any file of someone else's.
     """
-    if folder.suffix in (".gguf", ".mlpackage", ".safetensors"):
-        raise UsageError(f"--out {folder} names a file; expected a folder, which will hold it: --out {folder.with_suffix('')}.")
+    if folder.suffix in FILE_SUFFIXES:
+        raise UsageError(
+            f"--out {folder} looks like a file name; expected a folder to write into: type --out {folder.with_suffix('')}."
+        )
     folder = folder.resolve()
     if folder == Path.cwd() or folder in Path.cwd().parents:
-        raise UsageError(f"--out {folder} is where you are; name a folder that the export may be: --out {folder / target}.")
+        raise UsageError(
+            f"--out {folder} is the current folder or contains it; name a folder of its own: type --out {folder / target}."
+        )
     check_place(folder)
     try:
-        found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return folder
+        occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+        found = sorted(path for path in folder.rglob("*") if path.is_file()) if occupied and folder.is_dir() else []
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be read ({error.strerror}); name another folder.") from error
+    if occupied:
+        _check_replaceable(folder, found, target)
+    return folder
+
+
+def _check_replaceable(folder: Path, found: list[Path], target: str) -> None:
+    """Raise UsageError unless golden.json lists every file in `folder` as part of an earlier export to `target`."""
     try:
         earlier = read_json(folder / verify.GOLDEN_FILE) if folder.is_dir() else {}
     except AdapterError:
         earlier = {}
-    ours = {folder / str(name) for name in earlier.get("files", ())} | {folder / verify.GOLDEN_FILE}
-    stranger = next((path for path in found if path not in ours), None)
-    if earlier.get("target") != target or stranger is not None:
-        what = f"is no export to {target}" if stranger is None else f"holds {stranger.name}, which is of no export to {target}"
-        raise UsageError(f"{folder} is there already and {what}; name another --out folder.")
-    return folder
+    exported = {folder / str(name) for name in earlier.get("files", ())} | {folder / verify.GOLDEN_FILE}
+    foreign = next((path for path in found if path not in exported), None)
+    if foreign is not None:
+        raise UsageError(
+            f"{folder} already exists and contains {foreign.name}, which is not part of an export to {target}; "
+            "name another --out folder."
+        )
+    if earlier.get("target") != target:
+        raise UsageError(f"{folder} already exists and is not an export to {target}; name another --out folder.")
 
 
-def _out_of_bounds(target: str, found: verify.Agreement, bound: verify.Bound, fate: str) -> str:
-    return f"The export to {target} does not agree with edgetune's own model and was {fate}: {'; '.join(found.faults(bound))}."
-
-
-def _public(model: str) -> str:
-    """A model's name without the folders above it, which tell whose it is."""
+def _public_name(model: str) -> str:
+    """Return a model's name without the folders above it, which may tell whose machine this is."""
     return Path(model).name if Path(model).is_absolute() else model

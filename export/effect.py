@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import Job
+from edgetune.export.job import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.attention import Segment
 from edgetune.runtime.config import LlamaConfig

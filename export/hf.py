@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from edgetune.export import effect, merge
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers
-from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
-from edgetune.export.targets import Held, Job, Measured, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
+from edgetune.export.targets import MeasuredForm, TargetSpec
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
@@ -31,20 +33,15 @@ from edgetune.runtime.safetensors_file import TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NF4, NF4_NEAREST = "nf4", "nf4-nearest"
-WEIGHTS = (*DTYPES, NF4, NF4_NEAREST)
-NEEDS = (("transformers", "accelerate"), "peft")
-MEASURED = (Measured(NF4), Measured(NF4_NEAREST))
-ALSO_NEEDS = dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",))
-PROVED_BY = "transformers in fp32"
 QUANT = QuantConfig()
 
 
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """A 4-bit form is rounded and measured; transformers reads dense ones whole, in fp32."""
     dense = job.weights in DTYPES
-    made = merge.held_by_merge(job) if dense else held_by_rounding(job)
-    reader = held_by_fp32_reader(job, TRANSFORMERS_BYTES if dense else TRANSFORMERS_BYTES + PEFT_BYTES)
-    return {"write": [made, held_by_reference(job)], "read": [reader]}
+    made = merge.merge_memory(job) if dense else rounding_memory(job)
+    reader = fp32_reader_memory(job, TRANSFORMERS_BYTES if dense else TRANSFORMERS_BYTES + PEFT_BYTES)
+    return ExportMemory([made, reference_memory(job)], [reader])
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -122,3 +119,18 @@ def reference(job: Job, folder: Path) -> Llama:
 def read(job: Job, folder: Path) -> TransformersReader:
     """The folder by transformers."""
     return TransformersReader(open_transformers(folder))
+
+
+SPEC = TargetSpec(
+    name="hf",
+    weights=(*DTYPES, NF4, NF4_NEAREST),
+    proved_by="transformers in fp32",
+    packages=("transformers", "accelerate"),
+    also_needs=dict.fromkeys((NF4, NF4_NEAREST), ("bitsandbytes",)),
+    extra="peft",
+    measured=(MeasuredForm(NF4), MeasuredForm(NF4_NEAREST)),
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+    reference=reference,
+)

@@ -1,4 +1,4 @@
-"""Adapter and base as one model, a tensor at a time: the sum is never held for more than one linear."""
+"""Merge adapter and base into one model, a tensor at a time: no more than one merged linear is in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import PROCESS_BYTES, Held, Job
+from edgetune.export.job import Job
+from edgetune.export.memory import PROCESS_BYTES, StageMemory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
 from edgetune.runtime.adapter import Adapter
@@ -17,24 +18,28 @@ from edgetune.runtime.errors import ModelError
 from edgetune.runtime.safetensors_file import TensorSpec
 
 COPIES = 3
-"""fp32 copies of a linear at its merge: the sum, what it is dequantised through, and what it is written from."""
+"""Number of fp32 copies of a linear while it is merged: the sum, the buffer it is dequantised through, and the one it is
+written from."""
 
 
 class Merged:
-    """The tensors of base + adapter by their Hugging Face names.
+    """The tensors of base and adapter merged, by their Hugging Face names.
 
-    Raises AdapterError, naming every mismatch, for an adapter of another base.
+    shapes: the shape of every tensor, layer by layer, which is the order to ask for them in. Raises AdapterError, naming every
+    mismatch, for an adapter of another base.
     """
 
     def __init__(self, base: Checkpoint, adapter: Adapter | None) -> None:
         self.base, self.adapter = base, adapter
         self.shapes = model_shapes(base.config)
-        """Shape of every tensor, layer by layer: the order to ask for them in."""
         if adapter is not None:
             adapters.check_fits(adapter, base.config)
 
     def tensor(self, name: str) -> Tensor:
-        """W + scale * B A in fp32 for a linear of a block, a 4-bit head in fp32, anything else as stored (then read-only)."""
+        """Return one tensor: W + scale * B A (out, in) in fp32 for a linear of a block, a 4-bit head in fp32, others as stored.
+
+        A tensor that is returned as stored is read-only.
+        """
         stored = self.base.tensor(name)
         if not is_linear(name):
             return stored if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
@@ -43,7 +48,7 @@ class Merged:
         return dense if a is None or b is None else dense.addmm_(b, a, alpha=self.scale)
 
     def update(self, name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """lora_A (r, in) and lora_B (out, r) of a linear; None and None where the adapter leaves it alone."""
+        """Return lora_A (r, in) and lora_B (out, r) of a linear; None and None if the adapter does not change it."""
         parts, tensors = name.split("."), {} if self.adapter is None else self.adapter.tensors
         layer, linear = int(parts[2]), parts[-2]
         if (layer, linear, "A") not in tensors:
@@ -52,12 +57,12 @@ class Merged:
 
     @property
     def scale(self) -> float:
-        """What multiplies B A."""
+        """Return the factor of B A."""
         return 1.0 if self.adapter is None else self.adapter.config.scale
 
 
 def merged(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all of them in their order; none is held once the next is asked for."""
+    """Yield (name, tensor) of the merged model, layer by layer; the base releases each one before it reads the next."""
     sums = Merged(job.base, job.adapter)
     for name in sums.shapes:
         yield name, sums.tensor(name)
@@ -66,7 +71,7 @@ def merged(job: Job) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class DenseRecipe:
-    """Every tensor rounded once, from the fp32 sum, to `dtype`; a Recipe of model_folder.py."""
+    """The Recipe (model_folder.py) of a dense model: every tensor is rounded once, from the fp32 sum to `dtype`."""
 
     merged: Merged
     dtype: torch.dtype
@@ -79,12 +84,12 @@ class DenseRecipe:
         return [TensorSpec(name, self.dtype, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Raises ModelError for a weight that the dtype has no number for."""
+        """Return the tensor in fp32, to be rounded when it is written. Raises ModelError if it exceeds the dtype's range."""
         weight = self.merged.tensor(name)
         largest = max(-float(weight.min()), float(weight.max()))
         if not largest <= torch.finfo(self.dtype).max:
             raise ModelError(
-                f"{name} holds {largest:g} and {self.dtype} ends at {torch.finfo(self.dtype).max:g}; type --weights bf16."
+                f"{name} contains {largest:g}, and {self.dtype} ends at {torch.finfo(self.dtype).max:g}; type --weights bf16."
             )
         return {name: weight}
 
@@ -92,7 +97,7 @@ class DenseRecipe:
         self.merged.base.release(name)
 
 
-def held_by_merge(job: Job) -> Held:
-    """Writing a merged model a tensor at a time: the adapter, and copies of the largest linear or of the embedding."""
+def merge_memory(job: Job) -> StageMemory:
+    """Forecast the writing of a merged model: the adapter, and copies of the largest linear or of the embedding."""
     copies = max(torch.float32.itemsize * COPIES * job.largest_linear, job.head_bytes)
-    return Held(PROCESS_BYTES + job.adapter_bytes + copies)
+    return StageMemory(PROCESS_BYTES + job.adapter_bytes + copies)

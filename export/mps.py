@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import Held, Job, Written, held_by_reference
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import ExportMemory, StageMemory, reference_memory
+from edgetune.export.targets import TargetSpec
 from edgetune.export.verify import GOLDEN_FILE
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
@@ -41,9 +43,6 @@ from edgetune.runtime.nf4 import code_table
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
 
-WEIGHTS = ("nf4",)
-NEEDS: tuple[tuple[str, ...], str] = ((), "")
-PROVED_BY = "edgetune on the CPU"
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 NF4_BYTES = 9 / 16
 """For each number of a linear that was quantised on the way: its code, and an fp32 scale for 64 of them."""
@@ -51,12 +50,12 @@ _FORMAT = 1
 _MAX_MANIFEST = 1 << 20
 
 
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """Both models are edgetune's own; one that is quantised on the way is in memory as a whole."""
-    made = held_by_reference(job)
+    made = reference_memory(job)
     if job.base.quant is None:
-        made = Held(made.fixed + int(job.base.config.linear_parameters * NF4_BYTES))
-    return {"write": [made], "read": [held_by_reference(job)]}
+        made = StageMemory(made.fixed + int(job.base.config.linear_parameters * NF4_BYTES))
+    return ExportMemory([made], [reference_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -168,3 +167,15 @@ def read(job: Job, folder: Path) -> BundleReader:
     if adapter is not None:
         adapters.attach(model, adapter)
     return BundleReader(model)
+
+
+SPEC = TargetSpec(
+    name="mps",
+    weights=("nf4",),
+    proved_by="edgetune on the CPU",
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+    reference=reference,
+    seal=seal,
+)

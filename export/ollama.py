@@ -11,27 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune.export.gguf import target as gguf
-from edgetune.export.gguf.model import GGUF_BYTES, held_by_gguf, write_model
+from edgetune.export.gguf.model import GGUF_BYTES, gguf_memory, write_model
 from edgetune.export.gguf.vocabulary import CONTROL, Vocabulary, read_vocabulary
 from edgetune.export.go_template import Derived, derive
-from edgetune.export.targets import Held, Job, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
+from edgetune.export.targets import TargetSpec
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.tokenizer import Tokenizer
 
-WEIGHTS = ("q8_0", "f16", "bf16")
-NEEDS = gguf.NEEDS
-PROVED_BY = "llama.cpp"
 MODELFILE = "Modelfile"
 
-read = gguf.read
 
-
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """As a GGUF model."""
-    return {
-        "write": [held_by_gguf(job), held_by_reference(job, GGUF_BYTES)],
-        "read": [held_by_fp32_reader(job)],
-    }
+    return ExportMemory([gguf_memory(job), reference_memory(job, GGUF_BYTES)], [fp32_reader_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -99,3 +93,15 @@ def stops(vocabulary: Vocabulary, eos_ids: Sequence[int], derived: Derived | Non
         found += [text.strip() for n, text in enumerate(parts) if n % 2 == 1 and text != begins]
         found += [text.strip() for n, text in enumerate(parts) if n % 2 == 0 and re.search(r"\w\W|\W\w", text.strip())]
     return [text for text in dict.fromkeys(found) if text and '"' not in text and text.isprintable()]
+
+
+SPEC = TargetSpec(
+    name="ollama",
+    weights=("q8_0", "f16", "bf16"),
+    proved_by=gguf.SPEC.proved_by,
+    packages=gguf.SPEC.packages,
+    extra=gguf.SPEC.extra,
+    peak_memory=peak_memory,
+    write=write,
+    read=gguf.read,
+)

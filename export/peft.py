@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import Held, Job, Written, held_by_fp32_reader, held_by_reference
+from edgetune.export.job import Job, Written
+from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
+from edgetune.export.targets import TargetSpec
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 
-WEIGHTS = ("",)
-NEEDS = (("peft", "transformers", "accelerate", "bitsandbytes"), "peft")
-PROVED_BY = "peft in fp32"
 TRANSFORMERS_BYTES, PEFT_BYTES = 300_000_000, 50_000_000
 """Anonymous memory of a process with transformers in it, and what peft and bitsandbytes add (measured: 265 and 53 MB)."""
 
@@ -99,9 +98,9 @@ def _quiet() -> Iterator[None]:
             advice.enable_progress_bar()
 
 
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """The adapter's file is as nothing beside the model that it is compared with."""
-    return {"write": [held_by_reference(job)], "read": [held_by_fp32_reader(job, TRANSFORMERS_BYTES + PEFT_BYTES)]}
+    return ExportMemory([reference_memory(job)], [fp32_reader_memory(job, TRANSFORMERS_BYTES + PEFT_BYTES)])
 
 
 def read(job: Job, folder: Path) -> TransformersReader:
@@ -111,3 +110,15 @@ def read(job: Job, folder: Path) -> TransformersReader:
         from peft import PeftModel
 
         return TransformersReader(PeftModel.from_pretrained(base, folder))
+
+
+SPEC = TargetSpec(
+    name="peft",
+    weights=("",),
+    proved_by="peft in fp32",
+    packages=("peft", "transformers", "accelerate", "bitsandbytes"),
+    extra="peft",
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from edgetune.export.effect import TOKENS, Documents, packed
+from edgetune.export.job import Job
+from edgetune.export.memory import StageMemory, reference_memory
 from edgetune.export.merge import COPIES, Merged
-from edgetune.export.targets import Held, Job, held_by_reference
 from edgetune.runtime import vocabulary
 from edgetune.runtime.checkpoint import EMBEDDING, is_linear
 from edgetune.runtime.config import LINEARS
@@ -165,14 +166,14 @@ def _block(merged: Merged, layer: int) -> Block:
     return Block(merged.base.config, layer, tensors)
 
 
-def held_by_rounding(job: Job, beside: int = 0) -> Held:
+def rounding_memory(job: Job, beside: int = 0) -> StageMemory:
     """Rounding with feedback, calibrated, and measuring what is left: two models at once, and `beside` bytes."""
     config = job.base.config
     widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     moments = MOMENTS * max(config.hidden_size, config.intermediate_size) ** 2
-    model, second = held_by_reference(job), job.head_bytes + job.embedding_bytes
+    model, second = reference_memory(job), job.head_bytes + job.embedding_bytes
     numbers = COPIES * job.largest_linear + TOKENS * widths + moments
-    return Held(model.fixed + second + torch.float32.itemsize * numbers + beside, models=2)
+    return StageMemory(model.fixed + second + torch.float32.itemsize * numbers + beside, models=2)
 
 
 class RoundedRecipe:

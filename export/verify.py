@@ -1,10 +1,9 @@
-"""Proof of an export: the target's own reader against the reference back end in fp32, on the same tokens.
+"""Prove an export: compare the target's own reader with the reference back end in fp32 on the same tokens.
 
-The golden tokens are a prompt and what the model writes after it, taking the likeliest token each time. A reader that finds
-the reference's likeliest token the likeliest at each place would write the same text. They travel with every export as
-golden.json, so that the receiving app can prove the same on its own device. A reader that computes otherwise than the one that
-its bounds are for differs by more: transformers and mlx-lm compute in bf16 where a folder says so, which made 0.05 to 0.27 of a
-logit on the demo.
+The golden tokens are a prompt and its greedy continuation by the model. A reader whose most likely token is the reference's at
+every position would write the same text. Every export contains them as golden.json, so that the receiving app can repeat the
+proof on its own device. The bounds hold for one reader only: transformers and mlx-lm compute in bf16 if a folder asks for it,
+and then differed by 0.05 to 0.27 of a logit on the demo.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.targets import Job, Reader
+from edgetune.export.job import Job, Reader
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.generate import Generator, Sampling
@@ -26,26 +25,30 @@ from edgetune.runtime.runner import Runner
 
 GOLDEN_FILE = "golden.json"
 PROMPT = "The lighthouse keeper wrote down the weather twice a day, and on the last page he"
+"""Beginning of the golden text."""
 WRITTEN_TOKENS = 16
+"""Tokens that the model writes after the prompt. Chosen by hand."""
 STORED_LOGITS = 32
-"""The likeliest tokens at each place whose logits golden.json holds."""
-
+"""Number of most likely tokens per position whose logits golden.json stores. Chosen by hand."""
+STORED_DECIMALS = 5
+"""Decimals of a logit in golden.json. Chosen by hand."""
 
 MARGIN = 5
-"""What a bound leaves, at most, over what was measured on correct exports."""
+"""Largest ratio between a bound and the figure that was measured on correct exports."""
 MOVED_BY_BF16 = (0.076, 0.0098, 4.2e-5)
-"""Largest and mean logit difference and KL that blocks in bf16 make in the model that the bounds were measured on: base-16m
-with an adapter trained on 1,778 notes."""
+"""How far computing the blocks in bf16 moves the model that the bounds were measured on: largest and mean difference of a
+logit, and KL in nats. That model is base-16m with an adapter trained on 1,778 notes."""
 LEAST_EFFECT = 1e-6
-"""KL(adapted || base) in nats: an adapter below it does too little for a share, as a new one does, whose B is 0."""
+"""Smallest KL(adapted || base) in nats of which a lost share is computed. An untrained adapter, whose B is 0, is below it.
+Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The most by which an export may differ: logits at any place and on average, and KL(reference || export) in nats.
+    """Upper bounds on the differences of an export: logits at any position and on average, and KL(reference || export) in nats.
 
-    lost: the most that this KL may be of KL(reference || bare base): little may be missing of a small effect, too.
-    rounds: whether the form rounds weights or what is multiplied with them, which moves some models more than others.
+    lost: upper bound on that KL as a share of KL(reference || bare base), so that a small adapter's loss is noticed too.
+    rounds: the form rounds weights or activations, which moves some models more than others.
     """
 
     max_logit: float
@@ -56,12 +59,17 @@ class Bound:
 
     @property
     def tie(self) -> float:
-        """Two tokens whose logits are closer in the reference may change places: each moves by what a correct export's do."""
+        """Return the distance of two logits of the reference below which the greedy text may take either token.
+
+        Each of the two may move by max_logit / MARGIN, which is what correct exports were measured to do.
+        """
         return 2 * self.max_logit / MARGIN
 
     def of(self, expected: Golden) -> Bound:
-        """The bound for the model that made `expected`: where rounding moves it more than the one that the table was measured
-        on, by as much larger. What may be lost of the adapter stays."""
+        """Return the bound for the model that produced `expected`.
+
+        It is larger in proportion if bf16 moves that model more than the one the table was measured on; `lost` stays.
+        """
         if not self.rounds or expected.moved_by_bf16 is None:
             return self
         largest, mean, kl = (max(1.0, a / b) for a, b in zip(expected.moved_by_bf16, MOVED_BY_BF16, strict=True))
@@ -69,19 +77,19 @@ class Bound:
 
 
 EXACT = Bound(5e-3, 5e-4, 1e-7, rounds=False)
-"""The same numbers in another order of adding."""
+"""For forms that change no number, only the order of additions."""
 FP16 = Bound(2e-2, 3e-3, 1e-6)
-"""Weights rounded to 11 bits. Measured with llama.cpp, which rounds activations so too: 0.004, 6e-4 and 2e-7."""
+"""For weights rounded to 11 bits. Measured with llama.cpp, which also rounds activations to fp16: 0.004, 6e-4 and 2e-7."""
 BF16 = Bound(0.2, 3e-2, 1.5e-5)
-"""Weights rounded to 8 bits, arithmetic in fp32. Measured on a 16M model: 0.015, 0.0018 and 2e-6; on one of a 1.1B's shape with
-random weights a largest difference of 0.064 and KL 3e-6."""
+"""For weights rounded to 8 bits, with arithmetic in fp32. Measured on a 16M model: 0.015, 0.0018 and 2e-6; on random weights in
+the shape of a 1.1B model: largest difference 0.064, KL 3e-6."""
 BF16_PRODUCTS = Bound(0.2, 2.5e-2, 4.5e-5)
-"""llama.cpp's bf16 rounds activations to 8 bits as well. Measured: 0.045, 0.005 and 9e-6."""
+"""For llama.cpp's bf16, which also rounds activations to 8 bits. Measured: 0.045, 0.005 and 9e-6."""
 Q8_0 = Bound(0.6, 9e-2, 9e-4, lost=0.5)
-"""Weights and activations are 8-bit integers in blocks of 32. Measured: 0.13 and 0.23, 0.02 and 1.9e-4, which is the rounding
-of the base too: an adapter that does ten times as much is not to be refused."""
+"""For weights and activations that are 8-bit integers in blocks of 32. Measured: 0.13 and 0.23, 0.02 and 1.9e-4. The base is
+rounded as well as the adapter, so `lost` is large: an adapter with ten times this effect must not be refused."""
 COREML = Bound(7e-2, 8e-3, 7.5e-6)
-"""Everything between two norms is fp16. Measured: 0.014, 0.0016 and 1.5e-6."""
+"""For Core ML, which computes everything between two norms in fp16. Measured: 0.014, 0.0016 and 1.5e-6."""
 BOUNDS: dict[tuple[str, str], Bound] = {
     ("peft", ""): EXACT,
     ("mps", "nf4"): Bound(5e-2, 5e-3, 1e-4),  # embedding, head and norms of an fp32 base become bf16
@@ -106,15 +114,21 @@ BOUNDS: dict[tuple[str, str], Bound] = {
     ("mlx", "fp16"): FP16,
     ("mlx", "int4"): EXACT,
 }
-"""By target and form of its weights, for a model that rounding moves as the one they were measured on. 4-bit models are held to
-the rounded weights, see target.py: what rounding leaves of the model and of the adapter is measured apart, by effect.py."""
+"""The bound of each target and form of its weights, for a model that rounding moves as much as MOVED_BY_BF16.
+
+4-bit models are compared with the rounded weights (TargetSpec.reference); effect.py measures separately how much of the model
+and of the adapter the rounding leaves.
+"""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """ids (N,): prompt, then the model's own continuation; logits (N, V) f32 of the reference; kl_of_adapter: the divergence
-    from it of the same model without its adapter along the ids, None where it has none attached; moved_by_bf16: the largest
-    and mean difference of a logit and the KL that computing the blocks in bf16 makes, where that was asked for."""
+    """The golden tokens and what the reference makes of them.
+
+    ids (N,): the prompt, then the model's continuation. logits (N, V): of the reference, f32. kl_of_adapter: KL in nats of
+    the reference to the same model without its adapter, None if none is attached. moved_by_bf16: how far computing the blocks
+    in bf16 moves this model (as MOVED_BY_BF16), None if that was not measured.
+    """
 
     prompt_tokens: int
     ids: list[int]
@@ -123,23 +137,24 @@ class Golden:
     moved_by_bf16: tuple[float, float, float] | None = None
 
     def as_dict(self, bound: Bound) -> dict[str, Any]:
-        """JSON-ready: the ids, and at each place the likeliest tokens with their logits."""
+        """Return the content of golden.json: the ids, and at each position the most likely tokens with their logits."""
         values, tokens = self.logits.topk(min(STORED_LOGITS, self.logits.shape[1]))
         return {
             "format": 1,
             "prompt_tokens": self.prompt_tokens,
             "token_ids": self.ids,
             "top_token_ids": tokens.tolist(),
-            "top_logits": [[round(value, 5) for value in row] for row in values.tolist()],
+            "top_logits": [[round(value, STORED_DECIMALS) for value in row] for row in values.tolist()],
             "bounds": asdict(bound),
         }
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an export is from the reference on the golden tokens.
+    """How far an export differs from the reference on the golden tokens.
 
-    adapter_lost: kl as a share of what the adapter does there; None where it does nothing, or is in the reference's weights.
+    kl: in nats. adapter_lost: kl as a share of the adapter's own effect there; None if the adapter has no effect, or if it is
+    merged into the reference's weights.
     """
 
     max_logit_difference: float
@@ -149,36 +164,37 @@ class Agreement:
     adapter_lost: float | None = None
 
     def holds(self, bound: Bound) -> bool:
-        """Whether every figure is within its bound, and the text the same."""
+        """Return True if every figure is within its bound and the greedy text is the same."""
         return not self.faults(bound)
 
     def faults(self, bound: Bound) -> list[str]:
-        """Each figure that is out of bounds, as a clause that says what was found and what is allowed."""
+        """Return a clause for each figure that is out of bounds, with the value found and the one allowed."""
         figures = [
             ("logits differ by up to {}", self.max_logit_difference, bound.max_logit),
             ("logits differ by {} on average", self.mean_logit_difference, bound.mean_logit),
             ("KL is {}", self.kl, bound.kl),
         ]
-        said = [f"{text.format(f'{found:.3g}')} (at most {most:g})" for text, found, most in figures if not found <= most]
+        # `not <=` instead of `>`, so that NaN is a fault.
+        clauses = [f"{text.format(f'{found:.3g}')} (at most {limit:g})" for text, found, limit in figures if not found <= limit]
         if self.adapter_lost is not None and not self.adapter_lost <= bound.lost:
-            said.append(f"KL is {self.adapter_lost:.0%} of what the adapter does (at most {bound.lost:.0%})")
+            clauses.append(f"KL is {self.adapter_lost:.0%} of the adapter's effect (at most {bound.lost:.0%})")
         if not self.greedy_match:
-            said.append("the greedy text is another (expected the same)")
-        return said
+            clauses.append("the greedy text is different (expected the same)")
+        return clauses
 
 
 @torch.no_grad()
 def golden(job: Job, prompt: Sequence[int], model: Llama, rounds: bool = False) -> Golden:
-    """What `model`, the reference of the job's target, writes after `prompt` (token ids, at least one) by this machine's
-    kernels, and the reference back end's logits along it. An adapter that is attached to the model is detached at the end.
+    """Write the golden text with `model`, the reference of the job's target, and return it with its reference logits.
 
-    rounds: whether to try how much rounding moves this model.
+    prompt: token ids, at least one. rounds: also measure how far bf16 moves this model. The text is written by this machine's
+    kernels, the logits come from the reference back end. An adapter attached to the model is detached at the end.
     """
     runner = Runner(model)
     room = min(len(prompt) + WRITTEN_TOKENS, model.config.max_positions)
     ids = [*prompt, *Generator(runner, room).generate(prompt, WRITTEN_TOKENS, Sampling(temperature=0.0))]
     expected = along(model, ids, len(prompt), rounds)
-    if job.adapter is None or not adapters.parameters(model):  # it may be in the weights
+    if job.adapter is None or not adapters.parameters(model):  # none, or merged into the weights
         return expected
     adapters.detach(model)
     return replace(expected, kl_of_adapter=_divergence(expected.logits, reference_logits(model, ids)))
@@ -186,13 +202,17 @@ def golden(job: Job, prompt: Sequence[int], model: Llama, rounds: bool = False) 
 
 @torch.no_grad()
 def along(model: Llama, ids: Sequence[int], prompt_tokens: int = 1, rounds: bool = False) -> Golden:
-    """What the reference back end makes of ids that are there already."""
+    """Return the reference back end's logits for ids (N,) of an existing text. rounds: also measure how far bf16 moves them."""
     logits = reference_logits(model, ids)
-    return Golden(prompt_tokens, list(ids), logits, None, _figures(logits, _in_bf16(model, ids)) if rounds else None)
+    moved = _figures(logits, _logits_in_bf16(model, ids)) if rounds else None
+    return Golden(prompt_tokens, list(ids), logits, kl_of_adapter=None, moved_by_bf16=moved)
 
 
-def _in_bf16(model: Llama, ids: Sequence[int]) -> Tensor:
-    """What reference_logits would be if the blocks computed in bf16; the head, of which that would need a copy, does not."""
+def _logits_in_bf16(model: Llama, ids: Sequence[int]) -> Tensor:
+    """Run ids (N,) as reference_logits does but with the blocks in bf16; return logits (N, V) f32.
+
+    The head stays in its own dtype: a bf16 head would be a second copy of it.
+    """
     dtype, model.dtype = model.dtype, torch.bfloat16
     try:
         with ops.use_backend("reference"):
@@ -204,7 +224,7 @@ def _in_bf16(model: Llama, ids: Sequence[int]) -> Tensor:
 
 
 def _figures(expected: Tensor, found: Tensor) -> tuple[float, float, float]:
-    """Largest and mean difference of a logit, and KL, of two (N, V) f32."""
+    """Return the largest and the mean difference of a logit, and KL(expected || found) in nats, of two (N, V) f32."""
     difference = (found - expected).abs()
     largest = float(difference.max()) if torch.isfinite(found).all() else float("inf")
     return largest, float(difference.mean()), _divergence(expected, found)
@@ -212,34 +232,35 @@ def _figures(expected: Tensor, found: Tensor) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def reference_logits(model: Llama, ids: Sequence[int]) -> Tensor:
-    """Token ids (N,) of one sequence -> logits (N, V) f32 by the reference back end."""
+    """Run token ids (N,) of one sequence on the reference back end; return logits (N, V) f32."""
     with ops.use_backend("reference"):
         return model.logits(Runner(model).read(ids)).float()
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
-    """KL in nats of two (N, V), the mean over places."""
+    """Return KL(expected || found) in nats of two logits (N, V), the mean over positions."""
     log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (expected, found))
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def compare(expected: Golden, reader: Reader, bound: Bound) -> Agreement:
-    """What the reader makes of the golden tokens, against the reference.
+    """Let the reader run the golden tokens, and compare its logits with the reference's.
 
-    The greedy texts match where at each written place both find the same token the likeliest, or one that in the reference
-    is closer to it than bound.tie.
+    The greedy texts match if at each written position the reader's most likely token is the reference's, or one whose logit
+    in the reference is at most bound.tie below it.
     """
     found = reader.logits(expected.ids).float()
     if found.shape != expected.logits.shape:
         return Agreement(float("inf"), float("inf"), float("inf"), False)
-    (largest, mean, kl), whole = _figures(expected.logits, found), expected.kl_of_adapter
-    places = slice(expected.prompt_tokens - 1, len(expected.ids) - 1)
-    best = expected.logits[places].max(-1).values
-    chosen = expected.logits[places].gather(1, found[places].argmax(-1, keepdim=True)).squeeze(1)
-    lost = None if whole is None or whole < LEAST_EFFECT else kl / whole
+    largest, mean, kl = _figures(expected.logits, found)
+    written = slice(expected.prompt_tokens - 1, len(expected.ids) - 1)  # rows that predict the written tokens
+    best = expected.logits[written].max(-1).values
+    chosen = expected.logits[written].gather(1, found[written].argmax(-1, keepdim=True)).squeeze(1)
+    effect = expected.kl_of_adapter
+    lost = None if effect is None or effect < LEAST_EFFECT else kl / effect
     return Agreement(largest, mean, kl, bool((best - chosen <= bound.tie).all()), lost)
 
 
 def golden_json(expected: Golden, bound: Bound, about: dict[str, Any]) -> str:
-    """The text of golden.json."""
+    """Return the text of golden.json. about: what it says about the export, before the tokens."""
     return json.dumps({**about, **expected.as_dict(bound)}) + "\n"

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from edgetune.export import verify
-from edgetune.export.targets import Job, Written, reference
+from edgetune.export.job import Job, Written
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
@@ -44,5 +44,5 @@ def write_and_compare(target: ModuleType, name: str, job: Job, folder: Path) -> 
     """Write an export and let its own reader read it, as `edgetune export` does."""
     folder.mkdir(mode=0o700)
     written = target.write(job, folder)
-    golden = verify.golden(job, PROMPT, reference(target, job, folder))  # type: ignore[arg-type]
+    golden = verify.golden(job, PROMPT, target.SPEC.reference(job, folder))
     return written, verify.compare(golden, target.read(job, folder), verify.BOUNDS[name, job.weights])

@@ -16,8 +16,8 @@ from tiny import save_model
 import edgetune
 from edgetune.cli.main import cli
 from edgetune.export.gguf import target as gguf
+from edgetune.export.job import Job
 from edgetune.export.mlx import target as mlx
-from edgetune.export.targets import Job
 from edgetune.home import home
 from edgetune.library import adapter_registry as registry
 from edgetune.runtime import adapter as adapters

@@ -199,7 +199,7 @@ def test_the_morning_exports_what_it_can_and_says_why_not(tmp_path: Path, capsys
     assert re.match(rf"peft +{re.escape(str(tmp_path / 'out' / 'peft'))} +\S+ \wB  within \S+, same text", lines[1])
     assert re.match(r"coreml .*model.mlpackage +\S+ \wB  within \S+, same text", lines[2])
     assert re.match(r"toaster +- +-  skipped: Unknown target 'toaster'", lines[3])
-    assert "can be drawn from this export" in " ".join(lines[4:])
+    assert "can be extracted from this export" in " ".join(lines[4:])
 
 
 # --- the Swift sketch --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from edgetune import export_adapter
 from edgetune.cli.main import cli
 from edgetune.events import Event, Exporting
 from edgetune.export import effect
-from edgetune.export.targets import TARGETS, Job, check_memory, load_target
+from edgetune.export.job import Job
+from edgetune.export.memory import check_memory
+from edgetune.export.targets import TARGETS, load_target
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError, UsageError
@@ -46,9 +48,9 @@ def test_an_export_is_replaced_by_the_next_but_nobody_elses_file(tmp_path: Path,
         "golden.json"
     }
     (out / "my-notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds my-notes.txt, which is of no export to peft"):
+    with pytest.raises(UsageError, match=r"contains my-notes.txt, which is not part of an export to peft"):
         export_adapter("peft", *made, out, check=False)
-    with pytest.raises(UsageError, match=r"is no export to mps|holds"):
+    with pytest.raises(UsageError, match=r"is not an export to mps|contains"):
         export_adapter("mps", *made, out, check=False)
     assert (out / "my-notes.txt").read_text() == "mine"
 
@@ -62,9 +64,9 @@ def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, s
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
     for place in (".", "..", str(tmp_path)):
-        with pytest.raises(UsageError, match="is where you are"):
+        with pytest.raises(UsageError, match="is the current folder or contains it"):
             export_adapter("peft", *made, place, check=False)
-    with pytest.raises(UsageError, match="names a file"):
+    with pytest.raises(UsageError, match="looks like a file name"):
         export_adapter("gguf", *made, "model.gguf", check=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be made"):
@@ -88,7 +90,7 @@ def test_too_little_memory_for_any_export_is_refused(tmp_path: Path, made: tuple
     with pytest.raises(ResourceError, match=r"type --memory \d+MB or more"):
         export_adapter("peft", *made, tmp_path / "out", memory=100_000_000, check=False)
     base = open_model(Path(made[0]))
-    check_memory(load_target("peft"), Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000))
+    check_memory(load_target("peft").peak_memory, Job(base, "model", adapters.load(Path(made[1])), memory=400_000_000))
 
 
 STAGES = ("sampling", "laying out", "writing", "comparing", "measuring", "proving")
@@ -149,19 +151,20 @@ def test_the_help_has_every_form_of_the_weights() -> None:
     (option,) = [option for option in command.params if option.name == "weights"]
     assert isinstance(option, click.Option)
     said = " ".join((option.help or "").split())
-    modules = {name: load_target(name) for name in TARGETS}
-    forms = {name: ", ".join(filter(None, module.WEIGHTS)) for name, module in modules.items()}
+    specs = {name: load_target(name) for name in TARGETS}
+    forms = {name: ", ".join(filter(None, spec.weights)) for name, spec in specs.items()}
     assert said.startswith("Form of the weights. " + "; ".join(f"{name}: {known}" for name, known in forms.items() if known))
-    alone = [name for name, module in modules.items() if not module.WEIGHTS[0]]
+    alone = [name for name, spec in specs.items() if not spec.weights[0]]
     assert said.endswith(f"the adapter alone for {', '.join(alone[:-1])} and {alone[-1]}.")
 
 
 def test_a_count_is_shown_whole_a_share_in_percent_and_all_else_in_three_digits(
     tmp_path: Path, made: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = load_target("peft").write
+    spec = load_target("peft")
     facts = (("numbers_compared", 15_800_000.0), ("effect_kept", 0.98765), ("kl", 0.0123456))
-    monkeypatch.setattr("edgetune.export.peft.write", lambda job, folder: replace(write(job, folder), facts=facts))
+    changed = replace(spec, write=lambda job, folder: replace(spec.write(job, folder), facts=facts))
+    monkeypatch.setattr("edgetune.export.peft.SPEC", changed)
     options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
     result = CliRunner().invoke(cli, ["export", "peft", *options])
     assert result.stdout.splitlines()[1:4] == ["numbers compared: 15,800,000", "effect kept: 99%", "kl: 0.0123"]
@@ -172,14 +175,17 @@ def test_model_and_adapter_are_named_first(tmp_path: Path, made: tuple[str, str]
     result = CliRunner().invoke(cli, ["export", "peft", *options])
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[0] == f"Model {made[0]}, adapter night."
-    assert "can be drawn from this export" in result.stderr
+    assert "can be extracted from this export" in result.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(("sent", "code", "said"), [(signal.SIGINT, 130, "edgetune: interrupted."), (signal.SIGTERM, 143, "")])
 def test_ctrl_c_and_sigterm_leave_nothing(tmp_path: Path, made: tuple[str, str], sent: int, code: int, said: str) -> None:
     options = ["--model", made[0], "--adapter", made[1], "--out", str(tmp_path / "out"), "--no-verify"]
-    slow = "import edgetune.export.peft as t, time; t.write = lambda *_: (print('begun', flush=True), time.sleep(60))"
+    slow = (
+        "import edgetune.export.peft as t, dataclasses, time; "
+        "t.SPEC = dataclasses.replace(t.SPEC, write=lambda *_: (print('begun', flush=True), time.sleep(60)))"
+    )
     script = (
         f"{slow}; from edgetune.cli.main import main; import sys; sys.argv = {['edgetune', 'export', 'peft', *options]}; main()"
     )

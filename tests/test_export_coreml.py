@@ -35,8 +35,9 @@ from edgetune.export.coreml.plan import does_nothing
 from edgetune.export.coreml.proof import EvaluatedPackage, compare_constants, compare_weights
 from edgetune.export.coreml.stored_weight import StoredWeight, placeholder, store
 from edgetune.export.coreml.weight_locations import EMBEDDING_NAME, weight_locations
+from edgetune.export.job import Job
+from edgetune.export.memory import check_memory
 from edgetune.export.merge import Merged
-from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.adapter import Adapter
@@ -595,7 +596,7 @@ def test_what_cannot_be_done_is_said_before_the_work(folder: Path, tmp_path: Pat
     with pytest.raises(UsageError, match="inputs, functions or merged"):
         coreml.write(job_of(folder, adapter_as="state"), tmp_path)
     with pytest.raises(ResourceError, match=r"--memory allows 0\.10 GB"):
-        check_memory(coreml, replace(job_of(folder), memory=100 << 20))
+        check_memory(coreml.peak_memory, replace(job_of(folder), memory=100 << 20))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "coremltools" else find(name))
     with pytest.raises(ResourceError, match="needs coremltools"):

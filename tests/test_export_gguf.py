@@ -27,8 +27,9 @@ from edgetune.export.gguf import model as gguf_model
 from edgetune.export.gguf import target as gguf
 from edgetune.export.gguf.names import from_llama_rows, to_llama_rows
 from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
+from edgetune.export.job import Job
+from edgetune.export.memory import check_memory
 from edgetune.export.merge import merged
-from edgetune.export.targets import Job, check_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
@@ -154,13 +155,13 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         gguf_model.write_model(Job(scaled, "tiny", None), tmp_path / "m.gguf", "f16", nothing)
     base = opened(tmp_path / "plain")
     with pytest.raises(ResourceError, match=r"takes about 0\.2\d GB, .*; type --memory 2\d\dMB or more"):
-        check_memory(gguf, Job(base, "tiny", None, "f16", memory=1 << 20))
+        check_memory(gguf.peak_memory, Job(base, "tiny", None, "f16", memory=1 << 20))
     for kind, size in (("f16", 1e6), ("q8_0", 1e8)):
         with pytest.raises(ModelError, match="--weights bf16"):
             gguf_model.write_model(Job(base, "tiny", an_adapter(base.config, size=size)), tmp_path / "m.gguf", kind, nothing)
 
 
-@pytest.mark.parametrize("weights", gguf.WEIGHTS)
+@pytest.mark.parametrize("weights", gguf.SPEC.weights)
 def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
     base = opened(tmp_path / "m")
     for name, changes, said in (
@@ -528,7 +529,7 @@ def adapted_demo(llama: None) -> tuple[Job, verify.Golden, verify.Golden]:
     return job, verify.golden(job, prompt, job.model()), verify.golden(job, prompt, replace(job, adapter=None).model())
 
 
-@pytest.mark.parametrize("weights", gguf.WEIGHTS)
+@pytest.mark.parametrize("weights", gguf.SPEC.weights)
 def test_the_demo_is_proved_in_every_form(
     tmp_path: Path, weights: str, adapted_demo: tuple[Job, verify.Golden, verify.Golden]
 ) -> None:

@@ -15,8 +15,8 @@ from tiny import save_model
 import edgetune
 from edgetune.export import effect, rounding, verify
 from edgetune.export import hf as target
+from edgetune.export.memory import check_memory
 from edgetune.export.merge import DenseRecipe, Merged
-from edgetune.export.targets import check_memory
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4
@@ -94,9 +94,9 @@ def test_memory_is_refused_with_what_would_do(base: Checkpoint, tmp_path: Path) 
     """The sentence names an amount; with that it is written, from streamed layers."""
     adapter = random_adapter(base.config)
     with pytest.raises(ResourceError, match=r"takes about .*type --memory \d+MB or more") as said:
-        check_memory(target, job_for(base, adapter, "bf16", memory=1_000_000))
+        check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=1_000_000))
     enough = int(str(said.value).split("type --memory ")[1].split("MB")[0]) * 1_000_000
-    check_memory(target, job_for(base, adapter, "bf16", memory=enough))
+    check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=enough))
     target.write(job_for(base, adapter, "bf16", memory=enough), tmp_path / "out")
     target.write(job_for(base, adapter, "bf16"), tmp_path / "free")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "free" / "model.safetensors").read_bytes()
@@ -216,16 +216,16 @@ def test_the_command_writes_the_demo_and_notices_a_corrupted_weight(tmp_path: Pa
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o600}
     export_adapter("hf", "demo", str(tmp_path / "adapter"), tmp_path / "out", check=False)  # ours: it is replaced
-    write = target.write
+    spec = target.SPEC
 
     def flip(job, folder):
-        written, file = write(job, folder), folder / "model.safetensors"
+        written, file = spec.write(job, folder), folder / "model.safetensors"
         tensors = load_file(file)
         tensors["model.layers.3.mlp.down_proj.weight"].view(torch.int16)[5, 7] ^= 0x4000  # the exponent's highest bit
         save_file(tensors, file, {"format": "pt"})
         return written
 
-    monkeypatch.setattr(target, "write", flip)
+    monkeypatch.setattr(target, "SPEC", replace(spec, write=flip))
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(ModelError, match="does not agree with edgetune's own model"):
         export_adapter("hf", "demo", str(tmp_path / "adapter"), tmp_path / "out")

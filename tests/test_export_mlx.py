@@ -252,15 +252,15 @@ def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, m
     model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))
     assert mlx_lm.generate(model, tokenizer, prompt="The lighthouse", max_tokens=8)
     assert fused.max_logit_difference < 0.1
-    read = target.read
+    spec = target.SPEC
 
     def flipped(job, folder):
         tensors = load_file(folder / target.ADAPTER_FILE)
         next(iter(tensors.values()))[0, 0] += 30.0
         save_file(tensors, folder / target.ADAPTER_FILE)
-        return read(job, folder)
+        return spec.read(job, folder)
 
-    monkeypatch.setattr(target, "read", flipped)
+    monkeypatch.setattr(target, "SPEC", replace(spec, read=flipped))
     with pytest.raises(ModelError, match="does not agree with edgetune's own model"):
         export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "third")
     assert not (tmp_path / "third").exists()

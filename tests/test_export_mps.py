@@ -15,7 +15,7 @@ from tiny import FAMILIES, save_model, save_trainable
 
 from edgetune import export_adapter
 from edgetune.export import mps, verify
-from edgetune.export.targets import Job
+from edgetune.export.job import Job
 from edgetune.runtime import nf4
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.checkpoint import open_model

@@ -11,7 +11,7 @@ import tiny
 import edgetune
 from edgetune.export import ollama, verify
 from edgetune.export.go_template import Derived, derive, evaluate
-from edgetune.export.targets import Job
+from edgetune.export.job import Job
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.templates import ChatTemplate
 from edgetune.runtime.tokenizer import Tokenizer
@@ -209,7 +209,7 @@ def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:
     assert parse((tmp_path / "out" / "Modelfile").read_text()) == [("FROM", "./model.gguf"), ("PARAMETER", "stop </s>")]
 
 
-@pytest.mark.parametrize("weights", ollama.WEIGHTS)
+@pytest.mark.parametrize("weights", ollama.SPEC.weights)
 def test_llama_cpp_proves_the_model(tmp_path: Path, weights: str) -> None:
     pytest.importorskip("llama_cpp")
     tiny.save_trainable(tmp_path / "m")

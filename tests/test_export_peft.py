@@ -6,6 +6,7 @@ import json
 import re
 import stat
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     named, base, warned = run.stderr.splitlines()
     assert named == f"Model demo, adapter {demo_adapter.name}."
     assert base == "PEFT finds no base by the name demo: open the base's folder, and the adapter over it."
-    assert warned.startswith("What it was trained on")
+    assert warned.startswith("The notes it was trained on")
     assert capfd.readouterr().err == ""  # no bars, no advice of other packages
 
 
@@ -120,28 +121,28 @@ def test_golden_json_holds_what_the_reference_says(demo_adapter: Path, tmp_path:
 def test_a_corrupted_export_is_caught_and_leaves_nothing(
     demo_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = target.write
+    spec = target.SPEC
 
     def flip(job, folder):
-        written, file = write(job, folder), folder / adapters.WEIGHTS_FILE
+        written, file = spec.write(job, folder), folder / adapters.WEIGHTS_FILE
         tensors = load_file(file)
         name = next(name for name in tensors if "lora_B" in name)
         tensors[name].view(-1)[5] += 8.0
         save_file(tensors, file)
         return written
 
-    monkeypatch.setattr(target, "write", flip)
+    monkeypatch.setattr(target, "SPEC", replace(spec, write=flip))
     with pytest.raises(ModelError, match="does not agree with edgetune's own model"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
 
     def cut(job, folder):
-        written, file = write(job, folder), folder / adapters.WEIGHTS_FILE
+        written, file = spec.write(job, folder), folder / adapters.WEIGHTS_FILE
         file.write_bytes(file.read_bytes()[:1000])
         return written
 
-    monkeypatch.setattr(target, "write", cut)
-    with pytest.raises(ModelError, match=r"peft in fp32 does not open the export to peft .*--no-verify"):
+    monkeypatch.setattr(target, "SPEC", replace(spec, write=cut))
+    with pytest.raises(ModelError, match=r"peft in fp32 cannot open the export to peft .*--no-verify"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -151,7 +152,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"is there already and holds thesis.txt, which is of no export"):
+    with pytest.raises(UsageError, match=r"already exists and contains thesis.txt, which is not part of an export"):
         export_adapter("peft", "demo", str(demo_adapter), tmp_path / "mine")
     for name, weights, sentence in (
         ("peft", "none", "export peft has no --weights none: it writes the adapter alone; leave --weights out."),
@@ -170,7 +171,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
         (("torch", "no_such"), r"needs no_such, which is not installed; type pip install 'edgetune\[peft\]'"),
         (("no_such", "torch", "nor_this"), "needs no_such and nor_this, which are not installed"),
     ):
-        monkeypatch.setattr(target, "NEEDS", (needs, "peft"))
+        monkeypatch.setattr(target, "SPEC", replace(target.SPEC, packages=needs))
         with pytest.raises(ResourceError, match=said):
             export_adapter("peft", "demo", str(demo_adapter), tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
@@ -184,11 +185,11 @@ def test_every_target_names_all_that_its_reader_imports() -> None:
     extras, spelt = project["project"]["optional-dependencies"], {"llama_cpp": "llama-cpp-python", "mlx_lm": "mlx-lm"}
     found = {}
     for name in TARGETS:
-        packages, extra = load_target(name).NEEDS
-        installed = [re.split(r"[\[>;]", line)[0] for line in extras.get(extra, [])]
-        also = [package for form in getattr(load_target(name), "ALSO_NEEDS", {}).values() for package in form]
-        assert {spelt.get(package, package) for package in (*packages, *also)} <= set(installed), name
-        found[name] = set(packages)
+        spec = load_target(name)
+        installed = [re.split(r"[\[>;]", line)[0] for line in extras.get(spec.extra, [])]
+        also = [package for form in spec.also_needs.values() for package in form]
+        assert {spelt.get(package, package) for package in (*spec.packages, *also)} <= set(installed), name
+        found[name] = set(spec.packages)
     assert found["hf"] == {"transformers", "accelerate"}
     assert found["peft"] == {"peft", "transformers", "accelerate", "bitsandbytes"}
     assert found["mlx"] == {"mlx_lm", "mlx"}

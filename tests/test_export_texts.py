@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from edgetune import export_adapter
 from edgetune.cli.main import cli
 from edgetune.export import effect
-from edgetune.export.targets import TARGETS, Job, check_texts, load_target
+from edgetune.export.job import Job
+from edgetune.export.targets import TARGETS, check_texts, load_target
 from edgetune.library.base_models import resolve
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
@@ -77,7 +78,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def is_refused(target: str, weights: str, adapter_as: str | None, check: bool) -> bool:
     try:
-        check_texts(target, load_target(target), weights, adapter_as, check)
+        check_texts(load_target(target), weights, adapter_as, check)
     except UsageError:
         return True
     return False
@@ -108,8 +109,8 @@ def test_every_form_of_every_target_was_tried() -> None:
     known = {
         (name, weights, how)
         for name in TARGETS
-        for weights in load_target(name).WEIGHTS
-        for how in (None, *(getattr(load_target(name), "ADAPTER_AS", ()) if weights != "none" else ()))
+        for weights in load_target(name).weights
+        for how in (None, *(load_target(name).adapter_as if weights != "none" else ()))
     }
     assert tried == known
 
@@ -144,6 +145,6 @@ def test_texts_of_a_token_each_are_refused(model: Path, tmp_path: Path, monkeypa
     (tmp_path / "a.txt").write_text("Whatever this says.")
     monkeypatch.setattr("edgetune.exporting._tokens", lambda tokenizer, text: [7])
     night, texts = str(model.parent / "night"), (str(tmp_path / "a.txt"),)
-    with pytest.raises(DataError, match="No text of --texts is longer than a token"):
+    with pytest.raises(DataError, match="No text in --texts is longer than one token"):
         export_adapter("hf", str(model), night, tmp_path / "out", "nf4", texts=texts, check=False)
     assert not (tmp_path / "out").exists()

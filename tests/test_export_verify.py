@@ -14,7 +14,8 @@ from torch import Tensor
 
 import edgetune
 from edgetune.export import verify
-from edgetune.export.targets import Held, Job, enough
+from edgetune.export.job import Job
+from edgetune.export.memory import StageMemory, sufficient_memory
 from edgetune.export.verify import Agreement, Bound, Golden
 from edgetune.library.base_models import resolve
 from edgetune.runtime.adapter import Adapter
@@ -78,7 +79,7 @@ def test_the_loss_of_a_weak_adapter_is_seen_where_every_figure_is_small(job: Job
     assert expected.kl_of_adapter is not None
     assert verify.LEAST_EFFECT < expected.kl_of_adapter < bound.kl / 5
     found = verify.compare(expected, read_as(weak, None, expected), bound)
-    assert found.faults(bound) == ["KL is 100% of what the adapter does (at most 50%)"]
+    assert found.faults(bound) == ["KL is 100% of the adapter's effect (at most 50%)"]
     assert verify.compare(expected, read_as(weak, weak.adapter, expected), bound).holds(bound)
     new = replace(job, adapter=random_adapter(base.config, size=0.0))
     expected = verify.golden(new, PROMPT, new.model())
@@ -127,7 +128,7 @@ def test_only_a_tie_may_go_either_way() -> None:
         swapped[:, 1], swapped[:, 2] = 5.0, 5.0 + gap
         found = verify.compare(Golden(1, [0, 1, 1], logits.clone()), Fixed(swapped), bound)
         assert found.holds(bound) is holds
-        assert found.faults(bound) == ([] if holds else ["the greedy text is another (expected the same)"])
+        assert found.faults(bound) == ([] if holds else ["the greedy text is different (expected the same)"])
 
 
 def test_every_figure_that_is_out_of_bounds_is_named() -> None:
@@ -136,8 +137,8 @@ def test_every_figure_that_is_out_of_bounds_is_named() -> None:
         "logits differ by up to 0.2 (at most 0.1)",
         "logits differ by 0.02 on average (at most 0.01)",
         "KL is 0.002 (at most 0.001)",
-        "KL is 50% of what the adapter does (at most 5%)",
-        "the greedy text is another (expected the same)",
+        "KL is 50% of the adapter's effect (at most 5%)",
+        "the greedy text is different (expected the same)",
     ]
     assert Agreement(float("nan"), 0.0, 0.0, True).faults(bound) == ["logits differ by up to nan (at most 0.1)"]
 
@@ -151,13 +152,13 @@ def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(
     if family == "dense":
         tiny.save_model(tmp_path / "dense")
     base = open_model(resolve("demo").path if family == "demo" else tmp_path / "dense")
-    stages = [Held((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
+    stages = [StageMemory((20 - n) * base.config.linear_parameters // 10, count) for n, count in enumerate(models)]
     regimes = set()
     for share in range(1, 200):
         memory = share * base.config.linear_parameters // 8
-        needed = [held.needed(base, memory) for held in stages]
-        accepted = enough(stages, base, memory)
-        assert all(held.needed(base, accepted) <= accepted for held in stages)
+        needed = [stage.needed(base, memory) for stage in stages]
+        accepted = sufficient_memory(stages, base, memory)
+        assert all(stage.needed(base, accepted) <= accepted for stage in stages)
         assert accepted == memory if max(needed) <= memory else accepted > memory
         regimes.add(tuple(needed))
     assert len(regimes) == (1 if models == (0,) else 2)

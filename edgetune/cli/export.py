@@ -1,4 +1,4 @@
-"""edgetune export."""
+"""Define `edgetune export`: parse its options, call export_adapter, and print the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgetune.reports.terminal import human_bytes, human_time, one_line, rendere
 @click.option(
     "--out",
     metavar="DIR",
-    help="The folder to write; an earlier export to the same target is replaced. Default: ADAPTER-TARGET here.",
+    help="Folder to write; an earlier export to the same target is replaced. Default: ADAPTER-TARGET in the current folder.",
 )
 @click.option(
     "--weights",
@@ -32,14 +32,22 @@ from edgetune.reports.terminal import human_bytes, human_time, one_line, rendere
 @click.option(
     "--adapter-as",
     type=click.Choice(("inputs", "functions", "merged")),
-    help="Core ML: how the adapter is part of the package. Default: inputs, so that a new night needs no new export.",
+    help="Core ML: how the package contains the adapter. Default: inputs, so that a new adapter needs no new package.",
 )
-@click.option("--texts", multiple=True, metavar="NOTES", help="Texts to measure on what a lossy merge keeps of the adapter.")
 @click.option(
-    "--memory", metavar="2GB", help="Stay within this: stream layers, and refuse what cannot, with the amount that would do."
+    "--texts",
+    multiple=True,
+    metavar="NOTES",
+    help="Files or folders of texts on which to measure how much of the adapter a lossy merge keeps.",
 )
-@click.option("--force", is_flag=True, help="Write even what was found useless or out of bounds.")
-@click.option("--no-verify", is_flag=True, help="Do not open the result with the target's own reader.")
+@click.option(
+    "--memory",
+    metavar="2GB",
+    help="Limit of the peak memory: layers are streamed to stay within it, and an export that cannot is refused with the "
+    "amount it needs.",
+)
+@click.option("--force", is_flag=True, help="Write the export even if it loses most of the adapter or fails its proof.")
+@click.option("--no-verify", is_flag=True, help="Skip the proof: do not open the result with the target's own reader.")
 @json_option
 def export_command(
     target: str,
@@ -54,7 +62,7 @@ def export_command(
     no_verify: bool,
     as_json: bool,
 ) -> None:
-    """Write the adapter, or the model that it makes of its base, for another program, and prove it there."""
+    """Write the adapter, or its base with the adapter merged in, for another program, and prove it with that program."""
     from edgetune.exporting import export_adapter
 
     limit = None if memory is None else parse_bytes(memory)
@@ -78,7 +86,7 @@ def export_command(
     if as_json:
         print_json(dataclasses.asdict(result))
         return
-    took = f"in {human_time(result.seconds)}, {human_bytes(result.peak_memory_bytes)} held"
+    took = f"written in {human_time(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}"
     click.echo(f"{one_line(result.path)}: {human_bytes(result.bytes)}, {took}.")
     for name, value in result.facts.items():
         click.echo(f"{name.replace('_', ' ')}: {_figure(name, value)}")
@@ -88,12 +96,13 @@ def export_command(
         click.echo(
             f"Opened by {result.proved_by}: logits differ by up to {result.max_logit_difference:.3g}, on average "
             f"{result.mean_logit_difference:.3g}, KL {result.kl:.3g}; the greedy text is "
-            f"{'the same' if result.greedy_match else 'another'}."
+            f"{'the same' if result.greedy_match else 'different'}."
         )
 
 
 def _figure(name: str, value: float) -> str:
-    """A share in percent, a count whole."""
+    """Format a share as a percentage, a count without decimals, anything else with three digits."""
     if "_kept" in name:
         return f"{value:.0%}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    is_count = value >= 1000  # no measured loss in nats comes near it
+    return f"{value:,.0f}" if is_count else f"{value:.3g}"

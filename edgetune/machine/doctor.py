@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import edgetune
-from edgetune.export.targets import TARGETS, load_target, missing_packages
+from edgetune.export.targets import TARGETS, load_target
 from edgetune.home import home
 from edgetune.machine.device_checks import confirm, without_paths
 from edgetune.runtime.device import available_memory, compute_dtype, cpu_name, has_fast_bf16, pick_device
@@ -59,7 +59,7 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
         "confirmations": [dataclasses.asdict(found) for found in confirmations],
         "memory_available_bytes": available_memory(),
         "exports_proved": [name for name in TARGETS if not _missing(name)],
-        "exports_lacking": [f"{name}: edgetune[{load_target(name).NEEDS[1]}]" for name in TARGETS if _missing(name)],
+        "exports_lacking": [f"{name}: edgetune[{load_target(name).extra}]" for name in TARGETS if _missing(name)],
         "home_is_private": private,
         "problems": problems,
     }
@@ -67,8 +67,8 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
 
 def _missing(target: str) -> list[str]:
     """Packages without which an export is not proved here."""
-    module = load_target(target)
-    return missing_packages(module, module.WEIGHTS[0])
+    spec = load_target(target)
+    return spec.missing_packages(spec.weights[0])
 
 
 def _system() -> str:

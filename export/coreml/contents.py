@@ -10,8 +10,9 @@ from edgetune.export.coreml.package import Array
 from edgetune.export.coreml.plan import Plan, linear_name
 from edgetune.export.coreml.stored_weight import StoredWeight, placeholder, store
 from edgetune.export.coreml.weight_locations import EMBEDDING_NAME
+from edgetune.export.job import Job
 from edgetune.export.merge import Merged
-from edgetune.export.targets import Job, Measured
+from edgetune.export.targets import MeasuredForm
 from edgetune.runtime.checkpoint import EMBEDDING, HEAD, is_linear
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import UsageError
@@ -19,7 +20,7 @@ from edgetune.runtime.model import hf_linear_name
 
 ADAPTER_AS = ("inputs", "functions", "merged")
 """The values of --adapter-as: inputs of the program, a second function beside the bare base, or merged into the weights."""
-MEASURED = (Measured("int4"), Measured("nf4", "merged"))
+MEASURED = (MeasuredForm("int4"), MeasuredForm("nf4", "merged"))
 """The forms whose stored weights are rounded again, so that they are not the engine's own."""
 ADAPTER_ALONE = "none"
 """The value of --weights that writes adapter.safetensors alone, for a package that was exported before."""

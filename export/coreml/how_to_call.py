@@ -59,9 +59,9 @@ CHAT_RULE = (
 )
 GOLDEN_RULE = (
     "The first prompt_tokens of token_ids are start_ids and the tokens of prompt: the app's tokenizer must produce the same. "
-    "In a new state, with this folder's adapter, read these tokens in chunks and the others one by one. Row t of all logits must "
-    "hold top_logits[t] at top_token_ids[t]. In edgetune's evaluation of the package they differ by at most bounds.max_logit; "
-    "Apple's kernels were not measured."
+    "In a new state, with this folder's adapter, read these tokens in chunks and the others one by one. Row t of all logits "
+    "must hold top_logits[t] at top_token_ids[t]. In edgetune's evaluation of the package they differ by at most "
+    "bounds.max_logit; Apple's kernels were not measured."
 )
 
 

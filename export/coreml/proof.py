@@ -22,7 +22,7 @@ from edgetune.export.coreml.plan import Plan, constants, does_nothing
 from edgetune.export.coreml.reference import bare_model, stored_model
 from edgetune.export.coreml.stored_weight import StoredWeight
 from edgetune.export.coreml.weight_locations import weight_locations
-from edgetune.export.targets import Job
+from edgetune.export.job import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edgetune.export.coreml.contents import ADAPTER_ALONE, Contents, contents_of
-from edgetune.export.targets import Job, work_folder
+from edgetune.export.job import Job, work_folder
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import is_linear, open_model
 from edgetune.runtime.config import QuantConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from edgetune.export import effect, verify
 from edgetune.export.coreml.adapter_file import ADAPTER_FILE, write_adapter
-from edgetune.export.coreml.contents import ADAPTER_ALONE, Contents, contents_of
+from edgetune.export.coreml.contents import ADAPTER_ALONE, ADAPTER_AS, MEASURED, Contents, contents_of
 from edgetune.export.coreml.evaluator import quiet_coremltools
 from edgetune.export.coreml.graph import build
 from edgetune.export.coreml.how_to_call import PACKAGE, how_to_call, write_call
@@ -28,18 +28,15 @@ from edgetune.export.coreml.plan import Plan
 from edgetune.export.coreml.proof import AdapterFile, EvaluatedPackage, FunctionsPackage, compare_constants, compare_weights
 from edgetune.export.coreml.reference import bare_model, stored_model
 from edgetune.export.coreml.weight_locations import weight_locations
-from edgetune.export.targets import LOGITS, Held, Job, Written, held_by_reference, work_folder
+from edgetune.export.job import Job, Written, work_folder
+from edgetune.export.memory import LOGIT_BYTES, ExportMemory, StageMemory, reference_memory
+from edgetune.export.targets import TargetSpec
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ResourceError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write
-from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import companions
 from edgetune.runtime.tokenizer import Tokenizer
 
-PROVED_BY = "edgetune's own evaluator"
-ALSO_PROVED_BY = {"none": "edgetune on the CPU"}
-WEIGHTS = ("nf4", "int4", "fp16", "none")
-NEEDS = (("coremltools",), "coreml")
 COREMLTOOLS_BYTES, LAYER_BYTES = 272_000_000, 4_000_000
 """Bytes that Python holds with torch and coremltools, and that the graph of a layer takes. Measured: 328 MB after writing 22
 layers."""
@@ -105,11 +102,6 @@ def write(job: Job, folder: Path) -> Written:
     return Written(PACKAGE, tuple(notices), tuple(facts))
 
 
-def reference(job: Job, folder: Path) -> Llama:
-    """Return the model with which the package has to agree."""
-    return stored_model(job, folder)
-
-
 def read(job: Job, folder: Path) -> EvaluatedPackage | AdapterFile:
     """Open the export with our evaluator."""
     if job.weights == ADAPTER_ALONE:
@@ -128,19 +120,22 @@ def _check_coremltools() -> None:
     quiet_coremltools()
 
 
-def held(job: Job) -> dict[str, list[Held]]:
-    """coremltools, its graph and a weight as it is stored and compared; a model or two; the evaluator and a dense weight."""
+def peak_memory(job: Job) -> ExportMemory:
+    """Forecast the memory of writing (coremltools with its graph and the weight that is stored and compared, then the models
+    that are measured) and of the proof (the evaluator with a dense weight, then the base where it is proved too)."""
     contents, config = contents_of(job), job.base.config
     if job.weights == ADAPTER_ALONE:
-        return {"write": [held_by_reference(job)], "read": [held_by_reference(job)]}
+        return ExportMemory([reference_memory(job)], [reference_memory(job)])
     process = COREMLTOOLS_BYTES + LAYER_BYTES * config.num_layers
     vocabulary, number = config.vocab_size * config.hidden_size, STORED_BYTES[job.weights] + SUM_BYTES * contents.merges
-    stored = Held(process + 2 * job.adapter_bytes + max(VOCABULARY_BYTES * vocabulary, number * job.largest_linear))
-    model = held_by_reference(job, process)
+    stored = StageMemory(process + 2 * job.adapter_bytes + max(VOCABULARY_BYTES * vocabulary, number * job.largest_linear))
+    model = reference_memory(job, process)
     if contents.requantises:
-        model = Held(model.fixed + job.head_bytes + job.embedding_bytes, models=2)
-    made = Held(process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGITS * config.vocab_size, models=1)
-    return {"write": [stored, model], "read": [made, *([model] if contents.adapter_as == "functions" else [])]}
+        model = StageMemory(model.fixed + job.head_bytes + job.embedding_bytes, models=2)
+    evaluator = StageMemory(
+        process + job.adapter_bytes + DENSE_BYTES * job.largest_linear + LOGIT_BYTES * config.vocab_size, models=1
+    )
+    return ExportMemory([stored, model], [evaluator, *([model] if contents.adapter_as == "functions" else [])])
 
 
 @contextlib.contextmanager
@@ -205,7 +200,7 @@ def _fill(path: Path, contents: Contents) -> None:
 
 
 def _loss(job: Job, folder: Path) -> dict[str, float]:
-    """Measure KL in nats of the engine's model to the stored one and to the bare base, on the job's texts or the golden prompt."""
+    """Measure KL in nats of the engine's model to the stored one and to the bare base, on job.texts or the golden prompt."""
     texts = [list(text[:TEXT_TOKENS]) for text in job.texts if len(text) > 1][:TEXTS]
     trained = bare_model(job, folder)
     if job.adapter is not None:
@@ -243,3 +238,19 @@ def _loss_notice(contents: Contents, loss: dict[str, float]) -> str:
         f"The adapter was merged into weights rounded to {form}. Rounding moves the model by KL {rounding:.2g}, the whole "
         f"adapter by {adapter_effect:.2g}, {lost}; --adapter-as inputs keeps it whole."
     )
+
+
+SPEC = TargetSpec(
+    name="coreml",
+    weights=("nf4", "int4", "fp16", ADAPTER_ALONE),
+    proved_by="edgetune's own evaluator",
+    also_proved_by={ADAPTER_ALONE: "edgetune on the CPU"},
+    packages=("coremltools",),
+    extra="coreml",
+    adapter_as=ADAPTER_AS,
+    measured=MEASURED,
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+    reference=stored_model,
+)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from edgetune.export.gguf.names import architecture, is_rotated, tensor_name, to_llama_rows
+from edgetune.export.job import Job
+from edgetune.export.memory import PROCESS_BYTES, StageMemory
 from edgetune.export.merge import COPIES, merged
-from edgetune.export.targets import PROCESS_BYTES, Held, Job
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig, RopeConfig
 from edgetune.runtime.errors import ModelError
@@ -180,11 +181,11 @@ def _q8_0(panel: Tensor) -> bytes:
     return torch.cat([_half(scale).view(torch.uint8), bytes_of_codes], dim=1).numpy().tobytes()
 
 
-def held_by_gguf(job: Job) -> Held:
+def gguf_memory(job: Job) -> StageMemory:
     """Writing a model: the process and the adapter, a tensor as the file has it, a linear merged and the next being merged, and
     a panel."""
     largest = max(tensor.nbytes for tensor in job.base.stored.values())
     if job.base.quantized_head:
         largest += job.head_bytes  # it is dense for a moment
     numbers = COPIES * job.largest_linear + _PANELS * _PANEL
-    return Held(PROCESS_BYTES + job.adapter_bytes + torch.float32.itemsize * numbers + largest)
+    return StageMemory(PROCESS_BYTES + job.adapter_bytes + torch.float32.itemsize * numbers + largest)

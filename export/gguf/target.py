@@ -19,28 +19,17 @@ from torch import Tensor
 
 from edgetune.export.gguf import llamacpp
 from edgetune.export.gguf.adapter import write_adapter
-from edgetune.export.gguf.model import GGUF_BYTES, held_by_gguf, write_model
+from edgetune.export.gguf.model import GGUF_BYTES, gguf_memory, write_model
 from edgetune.export.gguf.vocabulary import read_vocabulary
-from edgetune.export.targets import (
-    WITHOUT_ADAPTER,
-    Held,
-    Job,
-    Measured,
-    Written,
-    held_by_fp32_reader,
-    held_by_reference,
-    work_folder,
-)
+from edgetune.export.job import OR_NAME_WEIGHTS, Job, Written, work_folder
+from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
+from edgetune.export.targets import MeasuredForm, TargetSpec
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
-WEIGHTS = ("", "f16", "bf16", "q8_0")
-MEASURED = (Measured("", by_reader=True),)
-NEEDS = (("llama_cpp", "gguf"), "gguf")
-PROVED_BY = "llama.cpp"
 ADAPTER_FILE, MODEL_FILE = "adapter.gguf", "model.gguf"
 LEAST_KEPT = 0.8
 """The share of an adapter's gain under which a Q4_K_M base is warned of."""
@@ -63,19 +52,16 @@ PROBES = (
 """Texts whose ids must be ours; none begins with a space, to which llama.cpp and sentencepiece add another."""
 
 
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """The adapter alone is tried on a bare base in f32."""
-    return {
-        "write": [held_by_gguf(job), held_by_reference(job, GGUF_BYTES)],
-        "read": [held_by_fp32_reader(job)],
-    }
+    return ExportMemory([gguf_memory(job), reference_memory(job, GGUF_BYTES)], [fp32_reader_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
     """adapter.gguf, or model.gguf with the adapter merged into it."""
     check_writer()
     if not job.weights:
-        adapter = job.needed_adapter(WITHOUT_ADAPTER)
+        adapter = job.needed_adapter(OR_NAME_WEIGHTS)
         write_adapter(adapter, job.base.config, folder / ADAPTER_FILE)
         if not job.check or importlib.util.find_spec("llama_cpp") is None:
             return Written(ADAPTER_FILE)
@@ -189,3 +175,16 @@ def _written(job: Job) -> list[list[int]]:
         with torch.no_grad():
             documents.append([*start, *generator.generate(start, room - len(start), sampling)])
     return documents
+
+
+SPEC = TargetSpec(
+    name="gguf",
+    weights=("", "f16", "bf16", "q8_0"),
+    proved_by="llama.cpp",
+    packages=("llama_cpp", "gguf"),
+    extra="gguf",
+    measured=(MeasuredForm("", by_reader=True),),
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+)

@@ -20,18 +20,11 @@ import torch
 from torch import Tensor
 
 from edgetune.export import effect, merge
+from edgetune.export.job import OR_NAME_WEIGHTS, Job, Written, work_folder
+from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.mlx.groups import BITS, GROUP, AffineGrid, affine_specs, affine_weight
-from edgetune.export.rounding import RoundedRecipe, held_by_rounding, rounded
-from edgetune.export.targets import (
-    WITHOUT_ADAPTER,
-    Held,
-    Job,
-    Measured,
-    Written,
-    held_by_fp32_reader,
-    held_by_reference,
-    work_folder,
-)
+from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
+from edgetune.export.targets import MeasuredForm, TargetSpec
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter, read_json, whole_number
 from edgetune.runtime.checkpoint import EMBEDDING, FINAL_NORM, HEAD, block_shapes, is_linear, model_shapes
@@ -44,22 +37,18 @@ from edgetune.runtime.safetensors_file import SafetensorsFile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT4 = "int4"
-WEIGHTS = ("", *DTYPES, INT4)
-MEASURED = (Measured(INT4),)
-NEEDS = (("mlx_lm", "mlx"), "mlx")
-PROVED_BY = "mlx-lm in fp32"
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0
 """mlx-lm's own, for adapters of versions that did not write it."""
 _KEY = re.compile(r"model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([ab])")
 
 
-def held(job: Job) -> dict[str, list[Held]]:
+def peak_memory(job: Job) -> ExportMemory:
     """MLX's own 4-bit model is dense where it is measured."""
-    made = [] if not job.weights else [merge.held_by_merge(job)]
+    made = [] if not job.weights else [merge.merge_memory(job)]
     if job.weights == INT4:
-        made = [held_by_rounding(job, 4 * job.base.config.linear_parameters)]
-    return {"write": [*made, held_by_reference(job)], "read": [held_by_fp32_reader(job)]}
+        made = [rounding_memory(job, 4 * job.base.config.linear_parameters)]
+    return ExportMemory([*made, reference_memory(job)], [fp32_reader_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
@@ -68,7 +57,7 @@ def write(job: Job, folder: Path) -> Written:
         return _write_int4(job, folder)
     if job.weights:
         return Written(notices=_write_model(job, folder))
-    adapter = job.needed_adapter(WITHOUT_ADAPTER)
+    adapter = job.needed_adapter(OR_NAME_WEIGHTS)
     write_adapter(adapter, folder, job.base_name, job.base.config.num_layers)
     notices = _window_notice(job.base.config)
     if job.base.quant is not None:
@@ -290,3 +279,17 @@ def open_mlx(folder: Path, adapter: Path | None = None) -> Any:
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
     return model
+
+
+SPEC = TargetSpec(
+    name="mlx",
+    weights=("", *DTYPES, INT4),
+    proved_by="mlx-lm in fp32",
+    packages=("mlx_lm", "mlx"),
+    extra="mlx",
+    measured=(MeasuredForm(INT4),),
+    peak_memory=peak_memory,
+    write=write,
+    read=read,
+    reference=reference,
+)

@@ -55,9 +55,9 @@ def forms() -> list[Form]:
     """All that can be typed, a target's default weights in each form of its adapter."""
     found = []
     for target in TARGETS:
-        module = load_target(target)
-        found += [Form(target, weights) for weights in module.WEIGHTS]
-        found += [Form(target, module.WEIGHTS[0], form) for form in getattr(module, "ADAPTER_AS", ())[1:]]
+        spec = load_target(target)
+        found += [Form(target, weights) for weights in spec.weights]
+        found += [Form(target, spec.weights[0], form) for form in spec.adapter_as[1:]]
     return found
 
 
