@@ -17,7 +17,6 @@ from pathlib import Path
 
 from edgetune.export import mps as bundle
 from edgetune.export.gguf import adapter as gguf_adapter
-from edgetune.export.gguf import target as gguf
 from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.home import PRIVATE_FOLDER, expand, home, private_folder
 from edgetune.runtime import adapter as peft_folder
@@ -131,8 +130,8 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
             raise AdapterError(f"There is nothing at {path}; expected a PEFT folder, an mlx-lm folder or a {GGUF} file.")
         if path.suffix == GGUF and path.is_file():
             return gguf_adapter.read_adapter(path, base)
-        if (path / gguf.ADAPTER_FILE).is_file():
-            return gguf_adapter.read_adapter(path / gguf.ADAPTER_FILE, base)
+        if (path / gguf_adapter.ADAPTER_FILE).is_file():
+            return gguf_adapter.read_adapter(path / gguf_adapter.ADAPTER_FILE, base)
         if mlx_adapter.is_adapter(path):
             return mlx_adapter.read_adapter(path)
         return peft_folder.load(path)

@@ -83,7 +83,7 @@ def write_dense(job: Job, folder: Path) -> tuple[str, ...]:
 
 
 def write_int4(job: Job, folder: Path) -> Written:
-    """Write the merged model with its linears rounded, with feedback, to MLX's 4-bit groups; measure what is left of the adapter.
+    """Write the merged model with its linears rounded, with feedback, to MLX's 4-bit groups; measure what that leaves of it.
 
     Raises UsageError for a model whose rows are not whole groups, ModelError if too little is left.
     """
