@@ -1,8 +1,8 @@
-"""How much of what an adapter does is left in a merge that rounds: measured on text, not hoped.
+"""Measure on text how much of an adapter's effect is left in a merge that rounds the weights.
 
-On texts that the person gives, by nats: (base - merged) / (base - adapted). On text that the adapted model writes itself,
-whose nats need no sample of their own, by divergences: 1 - KL(adapted || merged) / KL(adapted || base). 1 is all of it, 0
-nothing; below 0 rounding did more harm than the adapter does good.
+On the user's texts the share is one of losses in nats: (base - merged) / (base - adapted). Without texts the adapted model
+writes some itself, and the share is one of divergences: 1 - KL(adapted || merged) / KL(adapted || base). 1 means that all of
+the effect is left, 0 none of it; below 0, rounding does more harm than the adapter does good.
 """
 
 from __future__ import annotations
@@ -26,23 +26,32 @@ from edgetune.runtime.runner import Runner
 Documents = list[list[int]]
 
 DOCUMENT_TOKENS = 256
-"""Of a document that the model writes, and of the pieces that a text is cut into."""
+"""Length in tokens of a document that the model writes, and of the pieces that a text is cut into. Chosen by hand."""
 TOKENS = 4096
-"""To calibrate on, and of texts to measure on; of its own writing half as many others."""
-LEAST = 0.5
-"""Of the effect; a merge that keeps less is refused."""
-MOST_KL = 0.2
-"""Nats a token that rounding a model to 4 bits may cost it, beside the adapter's effect. Measured on a 16M model: 0.0032 (MLX's
-groups of 64, with feedback) and 0.0057 (blocks of 32, to the nearest). Larger models lose more: OpenLLaMA 3B, to the nearest in
-blocks of 32, 0.05 by the perplexities of llama.cpp's own tests (8.53, and 8.97 in q4_0).
+"""Tokens to calibrate on, and upper bound on the tokens of texts to measure on. Chosen by hand.
+
+If the model writes the texts itself, half as many further tokens are measured on.
 """
+LEAST = 0.5
+"""Smallest share of the adapter's effect that a merge must keep, else it is refused. Chosen by hand."""
+MOST_KL = 0.2
+"""Upper bound, in nats per token, on the loss of rounding a model without an adapter to 4 bits.
+
+Measured on a 16M model: 0.0032 (MLX's groups of 64, with feedback) and 0.0057 (blocks of 32, to nearest). Larger models lose
+more: OpenLLaMA 3B, to nearest in blocks of 32, 0.05 by the perplexities of llama.cpp's own tests (8.53, and 8.97 in q4_0).
+"""
+SMALLEST_KL = 1e-12
+"""Divergence in nats that a share is divided by if the adapter has no effect at all, to avoid division by 0."""
 _ROWS = 128
-"""Rows of logits that exist at once, for each of three models."""
+"""Rows of logits in memory at once, for each of three models. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Nats a token of base, adapted and merged model, and the divergences from the adapted one, over the same tokens."""
+    """Loss in nats per token of the base, adapted and merged model, and KL of the adapted model to the other two.
+
+    All are means over the same tokens.
+    """
 
     nats_base: float
     nats_adapted: float
@@ -51,44 +60,51 @@ class Effect:
     kl_merged: float
 
     def kept(self, by_nats: bool) -> float:
-        """The share that is left; by divergences too where the adapter was not trained for such a text: a gain much smaller
-        than what it changes would make a share out of noise.
+        """Return the share of the adapter's effect that is left (1 is all). by_nats: measure it by losses if they say enough.
+
+        An adapter that was not trained for such a text changes much and gains little; a share of that gain would be noise, so
+        divergences are used instead.
         """
         gain = self.nats_base - self.nats_adapted
         if by_nats and gain > self.kl_base / 2:
             return (self.nats_base - self.nats_merged) / gain
-        return 1.0 - self.kl_merged / max(self.kl_base, 1e-12)
+        return 1.0 - self.kl_merged / max(self.kl_base, SMALLEST_KL)
 
 
 def texts_for(job: Job) -> tuple[Documents, Documents]:
-    """Token ids to calibrate on and others to measure on: every second text of the job each, or the model's own writing."""
+    """Return token ids to calibrate on, and others to measure on.
+
+    Each gets every second text of the job. A single text is only measured on, and the adapted model writes the texts to
+    calibrate on; without any text it writes both.
+    """
     given = [list(text) for text in job.texts if len(text) > 1]
     if len(given) > 1:
         return _pieces(given[::2]), _pieces(given[1::2])
     count = TOKENS // DOCUMENT_TOKENS
     room = min(DOCUMENT_TOKENS, job.base.config.max_positions)
     model = job.model(compute_dtype(torch.device("cpu")))
-    wanted = count + (0 if given else count // 2)
-    done, written = job.counter("sampling", wanted), []
-    for seed in range(wanted):
+    number = count + (0 if given else count // 2)
+    done, written = job.counter("sampling", number), []
+    for seed in range(number):
         written.append(_write(model, room, seed))
         done(str(seed))
     return written[:count], _pieces(given) or written[count:]
 
 
 def _write(model: Llama, room: int, seed: int) -> list[int]:
-    """A document of the model's, sampled from all that it finds possible."""
+    """Let the model write a document of `room` tokens, sampled at temperature 1 from its whole distribution."""
     start = _start(model.config)
     return [start, *Generator(Runner(model), room).generate([start], room - 1, Sampling(1.0, 1.0, seed))]
 
 
 def _start(config: LlamaConfig) -> int:
+    """Return the token that a document begins with: bos, else an eos, else token 0."""
     ids = [config.bos_token_id, *config.eos_token_ids, 0]
     return next(token for token in ids if token is not None)
 
 
 def _pieces(texts: Documents) -> Documents:
-    """Texts cut to DOCUMENT_TOKENS, at most TOKENS in all."""
+    """Cut texts into pieces of DOCUMENT_TOKENS; return at most TOKENS in all."""
     pieces = [text[i : i + DOCUMENT_TOKENS] for text in texts for i in range(0, len(text), DOCUMENT_TOKENS)]
     pieces = [piece for piece in pieces if len(piece) > 1]
     return pieces[: max(1, TOKENS // DOCUMENT_TOKENS)]
@@ -105,43 +121,44 @@ def packed(documents: Documents) -> tuple[Tensor, Tensor, list[Segment]]:
 
 
 @torch.no_grad()
-def measure(own: Llama, merged: Llama, documents: Documents) -> Effect:
-    """Run base, adapted and merged model on each document. own: base and adapter, which is detached."""
-    runners, sums, count = Runner(own), torch.zeros(5, dtype=torch.float64), 0
-    hidden = [runners.read(document) for document in documents]
-    adapters.detach(own)
-    other = Runner(merged)
-    for document, adapted in zip(documents, hidden, strict=True):
-        base, changed = runners.read(document), other.read(document)
+def measure(adapted_model: Llama, merged: Llama, documents: Documents) -> Effect:
+    """Run the base, the adapted and the merged model on each document; detaches the adapter of `adapted_model`."""
+    base_runner, sums, count = Runner(adapted_model), torch.zeros(5, dtype=torch.float64), 0
+    # One model serves as adapted and as base: keep the hidden states of all documents, then detach the adapter.
+    adapted_states = [base_runner.read(document) for document in documents]
+    adapters.detach(adapted_model)
+    merged_runner = Runner(merged)
+    for document, h_adapted in zip(documents, adapted_states, strict=True):
+        h_base, h_merged = base_runner.read(document), merged_runner.read(document)
         for rows, targets in _predictions(document):
-            a, b, c = (
+            adapted, base, rounded = (
                 torch.log_softmax(model.logits(h[rows]).double(), dim=-1)
-                for model, h in ((own, adapted), (own, base), (merged, changed))
+                for model, h in ((adapted_model, h_adapted), (adapted_model, h_base), (merged, h_merged))
             )
-            nats = [-logs.gather(1, targets.unsqueeze(1)).sum() for logs in (b, a, c)]
-            divergences = [(a.exp() * (a - logs)).sum() for logs in (b, c)]
+            nats = [-logs.gather(1, targets.unsqueeze(1)).sum() for logs in (base, adapted, rounded)]
+            divergences = [(adapted.exp() * (adapted - logs)).sum() for logs in (base, rounded)]
             sums += torch.stack([*nats, *divergences])
             count += len(targets)
     return Effect(*(sums / count).tolist())
 
 
 def _predictions(document: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows predict, and the ids that they should have."""
+    """Yield slices of at most _ROWS rows that predict a token of the document, with the ids they should predict."""
     for start in range(0, len(document) - 1, _ROWS):
         stop = min(start + _ROWS, len(document) - 1)
         yield slice(start, stop), torch.tensor(document[start + 1 : stop + 1])
 
 
 def check(job: Job, merged: Llama, documents: Documents, advice: str) -> tuple[str, float]:
-    """What rounding left, as a fact to report: the share of the adapter's effect that `merged` keeps, or without an adapter
-    the divergence from the base.
+    """Measure what rounding left and return it as a fact to report, by name.
 
-    Raises ModelError, with `advice` at its end, where that is out of bounds and the job does not insist.
+    That is the share of the adapter's effect that `merged` keeps, or without an adapter the KL of the base to it. Raises
+    ModelError, which ends with `advice`, if it is out of bounds, unless job.force.
     """
     with job.stage("measuring"):
         found = measure(job.model(), merged, documents)
     given = any(len(text) > 1 for text in job.texts)
-    where = "the texts" if given else "text that it writes itself"
+    where = "the texts" if given else "text that the model wrote itself"
     if job.adapter is None:
         hold_rounding(job, found.kl_merged, where, advice)
         return "kl_of_rounding", found.kl_merged
@@ -151,18 +168,18 @@ def check(job: Job, merged: Llama, documents: Documents, advice: str) -> tuple[s
 
 
 def hold_kept(job: Job, kept: float, where: str, advice: str) -> None:
-    """Raise ModelError, unless the job insists, where a merge keeps less than LEAST of the adapter's effect."""
+    """Raise ModelError if a merge keeps less than LEAST of the adapter's effect, unless job.force. where: measured on what."""
     if not kept >= LEAST and not job.force:
         raise ModelError(
-            f"This merge keeps {kept:.0%} of what the adapter does on {where}, so it was not written (expected at least "
-            f"{LEAST:.0%}); {advice}, or --force to write it all the same."
+            f"This merge keeps {kept:.0%} of the adapter's effect on {where}, so it was not written (expected at least "
+            f"{LEAST:.0%}); {advice}, or --force to write it anyway."
         )
 
 
 def hold_rounding(job: Job, kl: float, where: str, advice: str) -> None:
-    """Raise ModelError, unless the job insists, where rounded weights are farther than MOST_KL from those they were made of."""
+    """Raise ModelError if rounding moved the model by more than MOST_KL, unless job.force. where: measured on what."""
     if not kl <= MOST_KL and not job.force:
         raise ModelError(
-            f"Rounded to {job.weights}, the model is KL {kl:.2g} from what it was on {where}, so it was not written (expected "
-            f"at most {MOST_KL:g}); {advice}, or --force to write it all the same."
+            f"Rounding to {job.weights} changes the model by KL {kl:.2g} on {where}, so it was not written (expected at most "
+            f"{MOST_KL:g}); {advice}, or --force to write it anyway."
         )

@@ -1,9 +1,10 @@
-"""A merged model for transformers and all that reads its folders: dense, or 4-bit in bitsandbytes' layout.
+"""Export a merged model as a Hugging Face folder, for transformers and whatever reads the same: dense, or 4-bit (bitsandbytes).
 
-Rounding to 4 bits to the nearest loses most of an adapter, so `nf4` rounds with feedback; `nf4-nearest` is there to compare.
-Both measure what is left, and refuse where that is little. On the demo after ten steps on examples/notes, nearest kept 33% on
-text of its own and 27% on notes (4% and 3% on the base's own blocks), feedback 98% and 86%, calibrated on notes 98% and 90%.
-A residual adapter would keep all, but over a base that is 4-bit already that is what `export peft` writes.
+Rounding to nearest in 4 bits loses most of an adapter, so `nf4` rounds with feedback; `nf4-nearest` exists for comparison. Both
+measure how much of the adapter is left and refuse to write if it is little. On the demo after ten steps on examples/notes,
+nearest kept 33% on the model's own text and 27% on notes (4% and 3% with the base's own blocks); feedback kept 98% and 86%, and
+98% and 90% when calibrated on notes. A residual adapter would keep all of it, but over a base that is already 4-bit that is
+what `export peft` writes.
 """
 
 from __future__ import annotations
@@ -32,20 +33,26 @@ from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Dense forms of the weights, by their name in --weights."""
 NF4, NF4_NEAREST = "nf4", "nf4-nearest"
+"""4-bit forms of the weights, rounded with feedback and to nearest."""
 QUANT = QuantConfig()
+"""Quantisation of the 4-bit forms."""
+SMALLEST_SCALE = 1e-38
+"""Lower bound of a block's scale where weights are divided by it: a block of zeros has scale 0. About fp32's smallest normal
+number, 1.2e-38."""
 
 
 def peak_memory(job: Job) -> ExportMemory:
-    """A 4-bit form is rounded and measured; transformers reads dense ones whole, in fp32."""
+    """Forecast the merge, or rounding and measuring for the 4-bit forms; transformers reads either as a whole, in fp32."""
     dense = job.weights in DTYPES
-    made = merge.merge_memory(job) if dense else rounding_memory(job)
+    merging = merge.merge_memory(job) if dense else rounding_memory(job)
     reader = fp32_reader_memory(job, TRANSFORMERS_BYTES if dense else TRANSFORMERS_BYTES + PEFT_BYTES)
-    return ExportMemory([made, reference_memory(job)], [reader])
+    return ExportMemory([merging, reference_memory(job)], [reader])
 
 
 def write(job: Job, folder: Path) -> Written:
-    """config.json, model.safetensors or its shards, and the base's tokenizer and settings."""
+    """Write config.json, model.safetensors or its shards, and the base's tokenizer and settings."""
     config = {key: value for key, value in job.base.hf_config.items() if key not in ("dtype", "quantization_config")}
     if job.weights not in DTYPES:
         return _write_nf4(job, folder, config)
@@ -57,9 +64,10 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
+    """Write a 4-bit form, and measure how much of the adapter is left in it. Raises UsageError without an adapter."""
     if job.adapter is None:
         raise UsageError(
-            f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` for the base alone in 4 bits."
+            f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` to write the base in 4 bits."
         )
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)
@@ -76,7 +84,7 @@ def _linear_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
 
 
 class Nf4Grid:
-    """NF4's table times the absmax of each block, doubly quantised as it will be read; a Grid of rounding.py."""
+    """The Grid (rounding.py) of NF4: its table times each block's absmax, doubly quantised as the reader will see it."""
 
     def __init__(self, quantized: QuantizedTensor) -> None:
         self._state = replace(quantized.state, dtype=torch.bfloat16)
@@ -87,7 +95,7 @@ class Nf4Grid:
 
     @classmethod
     def of(cls, weight: Tensor) -> Nf4Grid:
-        """The blocks of a dense weight (out, in)."""
+        """Make the grid of a dense weight (out, in). Raises ModelError if it cannot be quantised."""
         try:
             return cls(nf4.quantize(weight, QUANT.quant_type, QUANT.block_size, QUANT.double_quant))
         except ValueError as error:
@@ -95,7 +103,7 @@ class Nf4Grid:
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         scale = self._scale[column]
-        codes = torch.bucketize(values / scale.clamp(min=1e-38), self._bounds)
+        codes = torch.bucketize(values / scale.clamp(min=SMALLEST_SCALE), self._bounds)
         return codes, nf4.NF4_TABLE[codes] * scale
 
     def weight(self, codes: Tensor) -> QuantizedTensor:
@@ -107,17 +115,17 @@ class Nf4Grid:
 
 
 def reference_model(job: Job, folder: Path) -> Llama:
-    """The model in `folder` as edgetune reads it."""
+    """Load the model in `folder` with edgetune, in fp32."""
     return load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
 
 
 def reference(job: Job, folder: Path) -> Llama:
-    """4-bit forms are proved against the weights that were written."""
+    """Load the model to agree with: base and adapter, or for the 4-bit forms the rounded weights that were written."""
     return job.model() if job.weights in DTYPES else reference_model(job, folder)
 
 
 def read(job: Job, folder: Path) -> TransformersReader:
-    """The folder by transformers."""
+    """Open the folder with transformers."""
     return TransformersReader(open_transformers(folder))
 
 

@@ -84,7 +84,7 @@ class DenseRecipe:
         return [TensorSpec(name, self.dtype, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensor in fp32, to be rounded when it is written. Raises ModelError if it exceeds the dtype's range."""
+        """Return the merged tensor, to be rounded when it is written. Raises ModelError if it exceeds the dtype's range."""
         weight = self.merged.tensor(name)
         largest = max(-float(weight.min()), float(weight.max()))
         if not largest <= torch.finfo(self.dtype).max:

@@ -1,13 +1,13 @@
-"""One folder for apps on Apple GPUs: the base in bitsandbytes' 4-bit layout, the adapter, the Metal source, a manifest.
+"""Export one folder (a bundle) for apps on Apple GPUs: the base in bitsandbytes' 4-bit layout, the adapter, and Metal kernels.
 
-    config.json, *.safetensors, tokenizer …   a Hugging Face folder like any other
+    config.json, *.safetensors, tokenizer …   an ordinary Hugging Face folder
     adapter/                                  a PEFT folder
     kernels/nf4.metal                         for apps that run the kernels without edgetune
-    golden.json                               what the model must say, to prove it there
-    manifest.json                             digests of all that, the kernels' arguments, the table of the 4-bit codes
+    golden.json                               the expected logits, to repeat the proof on the device
+    manifest.json                             digests of all files, the kernels' arguments, the table of the 4-bit codes
 
-`Session.load(folder, device="mps")` opens it with its adapter, and compiles the Metal source that edgetune was installed
-with, never a folder's: a bundle is data.
+`Session.load(folder, device="mps")` opens it with its adapter. It compiles the Metal source that edgetune was installed with,
+never the one in a folder: a bundle is data, not code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.files import atomic_write, sha256_file
+from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import companions
@@ -44,58 +44,72 @@ from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
 
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
+"""Names of the bundle's own file and folders."""
 NF4_BYTES = 9 / 16
-"""For each number of a linear that was quantised on the way: its code, and an fp32 scale for 64 of them."""
+"""Bytes per weight of a linear in NF4: half a byte for the code, and an fp32 scale for every 64 weights."""
 _FORMAT = 1
+"""Version of the manifest's format."""
 _MAX_MANIFEST = 1 << 20
+"""Largest manifest.json, in bytes, that is read. Chosen by hand."""
 
 
 def peak_memory(job: Job) -> ExportMemory:
-    """Both models are edgetune's own; one that is quantised on the way is in memory as a whole."""
-    made = reference_memory(job)
+    """Forecast edgetune's own model twice: as reference, and as reader. A base that is quantised here is not streamed."""
+    reference = reference_memory(job)
     if job.base.quant is None:
-        made = StageMemory(made.fixed + int(job.base.config.linear_parameters * NF4_BYTES))
-    return ExportMemory([made], [reference_memory(job)])
+        reference = StageMemory(reference.fixed + int(job.base.config.linear_parameters * NF4_BYTES))
+    return ExportMemory([reference], [reference_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
-    """The bundle. A base that is not 4-bit yet is quantised on the way, a tensor at a time."""
+    """Write the bundle. A base that is not 4-bit yet is quantised a tensor at a time."""
     if job.base.quant is None:
-        quantize_folder(job.base.folder, folder / "base", progress=lambda done, total: job.progress("writing", done, total))
-        for file in sorted((folder / "base").iterdir()):
-            os.rename(file, folder / file.name)
-        (folder / "base").rmdir()
+        _quantize_base(job, folder)
     else:
-        config, index = job.base.folder / "config.json", job.base.folder / INDEX
-        files = [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]
-        done = job.counter("writing", len(files))
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-            os.chmod(folder / file.name, 0o600)
-            done(file.name)
+        _copy_base(job, folder)
     if job.adapter is not None:
         (folder / ADAPTER).mkdir(mode=0o700)
         adapters.write_files(replace(job.adapter, about={}), folder / ADAPTER, job.base_name)
     (folder / KERNEL_FOLDER).mkdir(mode=0o700)
     atomic_write(folder / KERNEL_FOLDER / SOURCE, kernel_source())
     atomic_write(folder / MANIFEST, json.dumps(_manifest(folder), indent=2) + "\n")
-    told = "Checked on the CPU: that an Apple GPU computes the same can only be seen on one (edgetune doctor there)."
-    return Written(notices=(told,))
+    notice = "Proved on the CPU only. To check that your Apple GPU computes the same, run edgetune doctor on that Mac."
+    return Written(notices=(notice,))
+
+
+def _quantize_base(job: Job, folder: Path) -> None:
+    """Quantise the base into a folder of its own, then move its files up into the bundle."""
+    quantize_folder(job.base.folder, folder / "base", progress=lambda done, total: job.progress("writing", done, total))
+    for file in sorted((folder / "base").iterdir()):
+        os.rename(file, folder / file.name)
+    (folder / "base").rmdir()
+
+
+def _copy_base(job: Job, folder: Path) -> None:
+    """Copy the files of a 4-bit base into the bundle, readable by their owner only."""
+    config, index = job.base.folder / "config.json", job.base.folder / INDEX
+    files = [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]
+    done = job.counter("writing", len(files))
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+        os.chmod(folder / file.name, PRIVATE_FILE)
+        done(file.name)
 
 
 def seal(folder: Path) -> None:
-    """Put golden.json's digest beside the others."""
+    """Add golden.json's digest to the manifest, once that file exists."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     manifest["sha256"][GOLDEN_FILE] = sha256_file(folder / GOLDEN_FILE)
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def kernel_source() -> str:
-    """The Metal source of this installation."""
+    """Return the Metal source of this installation."""
     return resources.files("edgetune.runtime.backends.metal").joinpath(SOURCE).read_text(encoding="utf-8")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of manifest.json for the files that are in the folder."""
     base = open_model(folder)
     assert base.quant is not None
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -117,9 +131,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> Adapter | None:
-    """The adapter of a bundle; None where the folder is no bundle, or one of a bare base.
+    """Load the adapter of a bundle; return None if the folder is not a bundle or contains no adapter.
 
-    Raises AdapterError for a bundle of a newer edgetune, and for one whose adapter is not what its manifest says.
+    Raises AdapterError for a bundle of a newer edgetune, and if the adapter's digests differ from those in the manifest.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -129,39 +143,39 @@ def read_adapter(folder: Path) -> Adapter | None:
             raise ValueError("too large")
         found = json.loads(manifest.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
-            return None  # another program's
+            return None  # a manifest.json of another program
         if found["format"] != _FORMAT:
-            raise AdapterError(f"{manifest} is of a newer edgetune (format {found['format']!r}); update edgetune.")
+            raise AdapterError(f"{manifest} was written by a newer edgetune (format {found['format']!r}); update edgetune.")
         if found["adapter"] is None:
             return None
         digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)}
-        whole = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
+        unchanged = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterError(f"The {MANIFEST} of {folder} is unusable; export the folder again.") from error
-    if not whole:
-        raise AdapterError(f"The adapter in {folder} is not the one its {MANIFEST} names; export the folder again.")
+        raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.") from error
+    if not unchanged:
+        raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
     return adapters.load(folder / ADAPTER)
 
 
 @dataclass(frozen=True)
 class BundleReader:
-    """The bundle as edgetune opens it, on the CPU in fp32."""
+    """The Reader of a bundle: edgetune's own model, on the CPU in fp32."""
 
     model: Llama
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """(N,) -> (N, V) f32."""
+        """Run token ids (N,); return logits (N, V) f32."""
         return self.model.logits(Runner(self.model).read(ids)).float()
 
 
 def reference(job: Job, folder: Path) -> Llama:
-    """Base and adapter; a base that was quantised on the way in NF4."""
+    """Load base and adapter; a base that the export quantised is loaded in NF4."""
     return job.model(quant=QuantConfig() if job.base.quant is None else None)
 
 
 def read(job: Job, folder: Path) -> BundleReader:
-    """Open what was written, by this machine's own kernels."""
+    """Open the bundle with this machine's own kernels."""
     model = load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
     adapter = read_adapter(folder)
     if adapter is not None:

@@ -1,7 +1,7 @@
-"""For Ollama: the merged model as a GGUF, and a Modelfile that names it, its template and where it stops.
+"""Export for Ollama: the merged model as a GGUF, and a Modelfile with its chat template and stop texts.
 
-`ollama create NAME -f Modelfile` takes both. The grammar is that of Ollama's Modelfile reference (docs.ollama.com). The
-adapter alone is not offered: Ollama's ADAPTER wants the very base it was trained on, which its own library has not.
+`ollama create NAME -f Modelfile` reads both. The grammar is that of Ollama's Modelfile reference (docs.ollama.com). The adapter
+alone is not offered: Ollama's ADAPTER needs exactly the base that it was trained on, which Ollama's library does not have.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ MODELFILE = "Modelfile"
 
 
 def peak_memory(job: Job) -> ExportMemory:
-    """As a GGUF model."""
+    """Forecast the same as for a whole GGUF model."""
     return ExportMemory([gguf_memory(job), reference_memory(job, GGUF_BYTES)], [fp32_reader_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
-    """model.gguf and the Modelfile.
+    """Write model.gguf and the Modelfile.
 
-    Ollama begins every text with the vocabulary's bos where the GGUF says so. A model whose template writes none was
-    trained without it, so that the GGUF says no; where the template writes one, Ollama's stands for it.
+    Ollama puts the vocabulary's bos before every text if the GGUF says so. A model whose template writes no bos was trained
+    without it, so its GGUF says no. If the template does write one, it is left out of the Go template, as Ollama adds it.
     """
     gguf.check_writer()
     tokenizer = Tokenizer.load(job.base.folder)
@@ -41,8 +41,8 @@ def write(job: Job, folder: Path) -> Written:
     notices: tuple[str, ...] = ()
     if tokenizer.has_template:
         bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else ""
-        begins = tokenizer.render_chat([{"role": "user", "content": "?"}]).startswith(bos) if bos else False
-        vocabulary.adds_bos = vocabulary.adds_bos and begins
+        template_writes_bos = bool(bos) and tokenizer.render_chat([{"role": "user", "content": "?"}]).startswith(bos)
+        vocabulary.adds_bos = vocabulary.adds_bos and template_writes_bos
         derived = derive(tokenizer.render_chat, bos if vocabulary.adds_bos else "")
         notices = _notices(derived, vocabulary.template or "")
     notices += write_model(job, folder / gguf.MODEL_FILE, job.weights, vocabulary.add_to)
@@ -51,21 +51,22 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def _notices(derived: Derived | None, jinja: str) -> tuple[str, ...]:
+    """Return what the user should know about the Modelfile's template. jinja: source of the model's own."""
     if derived is None or not _fits(derived.source):
         return (
-            "The model's chat template is of a form that has no Go template here, so the Modelfile has no TEMPLATE and "
-            "Ollama guesses one from the GGUF: compare its answers with `edgetune ask`.",
+            "The model's chat template cannot be converted to Ollama's format, so the Modelfile has no TEMPLATE and Ollama "
+            "guesses one from the GGUF: compare its answers with those of `edgetune ask`.",
         )
     notices = []
     if not derived.takes_system:
-        notices.append("The model's chat template takes no system message: Ollama drops what SYSTEM says.")
+        notices.append("The model's chat template takes no system message: Ollama will ignore SYSTEM.")
     if "strftime_now" in jinja:
-        notices.append("The model's chat template writes the day's date; the Modelfile has today's: change it as you like.")
+        notices.append("The model's chat template inserts the current date; the Modelfile has today's, which you can edit.")
     return tuple(notices)
 
 
 def modelfile(derived: Derived | None, stop: Sequence[str]) -> str:
-    """The Modelfile's text."""
+    """Return the text of the Modelfile."""
     lines = ["# Type: ollama create NAME -f Modelfile", f"FROM ./{gguf.MODEL_FILE}"]
     if derived is not None and _fits(derived.source):
         lines.append(f'TEMPLATE """{derived.source}"""')
@@ -74,23 +75,24 @@ def modelfile(derived: Derived | None, stop: Sequence[str]) -> str:
 
 
 def _fits(text: str) -> bool:
-    """Whether a Modelfile's triple quotes hold it: they know no escape, and signs that print nothing are dropped."""
-    return '"""' not in text and not text.endswith('"') and all(sign.isprintable() or sign in "\n\t" for sign in text)
+    """Return True if a Modelfile's triple quotes can contain the text: they know no escape and drop unprintable characters."""
+    return '"""' not in text and not text.endswith('"') and all(char.isprintable() or char in "\n\t" for char in text)
 
 
 def stops(vocabulary: Vocabulary, eos_ids: Sequence[int], derived: Derived | None) -> list[str]:
-    """Texts at which Ollama ends an answer: the model's own ends, and what its template writes before the next question.
+    """Return the texts at which Ollama ends an answer: the eos tokens, and what the template writes before the next question.
 
-    The latter for models that were never taught to end, and would go on with the user's part.
+    The latter stops models that were never trained to end an answer and would continue with the user's turn.
     """
     rows = len(vocabulary.tokens)
     found = [vocabulary.tokens[id] for id in eos_ids if id < rows]
     if derived is not None:
-        spelled = [token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL and token]
-        pattern = "|".join(re.escape(token) for token in sorted(spelled, key=len, reverse=True))
+        control = [token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL and token]
+        pattern = "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True))
         parts = re.split(f"({pattern})", derived.between) if pattern else [derived.between]
-        begins = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else None
-        found += [text.strip() for n, text in enumerate(parts) if n % 2 == 1 and text != begins]
+        bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else None
+        # re.split with a group returns text, control token, text, …; plain text stops only if it has a sign such as "###".
+        found += [text.strip() for n, text in enumerate(parts) if n % 2 == 1 and text != bos]
         found += [text.strip() for n, text in enumerate(parts) if n % 2 == 0 and re.search(r"\w\W|\W\w", text.strip())]
     return [text for text in dict.fromkeys(found) if text and '"' not in text and text.isprintable()]
 

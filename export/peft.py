@@ -1,4 +1,4 @@
-"""The adapter for transformers with PEFT, vLLM and TGI: a PEFT folder, the base named as it is on this machine."""
+"""Export the adapter as a PEFT folder, for transformers with PEFT, vLLM and TGI; the base is named as on this machine."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ from edgetune.export.targets import TargetSpec
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 
-TRANSFORMERS_BYTES, PEFT_BYTES = 300_000_000, 50_000_000
-"""Anonymous memory of a process with transformers in it, and what peft and bitsandbytes add (measured: 265 and 53 MB)."""
+TRANSFORMERS_BYTES = 300_000_000
+"""Anonymous memory in bytes of a process that has imported transformers. Measured: 265 MB."""
+PEFT_BYTES = 50_000_000
+"""Bytes that importing peft and bitsandbytes adds to that. Measured: 53 MB."""
 
 
 def write(job: Job, folder: Path) -> Written:
-    """adapter_config.json and adapter_model.safetensors."""
+    """Write adapter_config.json and adapter_model.safetensors."""
     adapters.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
-    if "/" in job.base_name:  # an id that AutoPeftModel finds
+    if "/" in job.base_name:  # a Hugging Face id, by which AutoPeftModel finds the base
         return Written()
-    told = f"PEFT finds no base by the name {job.base_name}: open the base's folder, and the adapter over it."
-    return Written(notices=(told,))
+    notice = f"PEFT cannot find a base named {job.base_name}: load the base from its folder, then the adapter onto it."
+    return Written(notices=(notice,))
 
 
 class TransformersReader:
-    """A model of transformers in fp32 on the CPU."""
+    """The Reader of a transformers model in fp32 on the CPU."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.eval()
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """(N,) -> (N, V) f32."""
-        found: Tensor = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-        return found.float()
+        """Run token ids (N,); return logits (N, V) f32."""
+        logits: Tensor = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return logits.float()
 
 
 def open_transformers(folder: Path) -> Any:
-    """A Hugging Face folder as transformers reads it, computing in fp32, with nothing fetched.
+    """Load a Hugging Face folder with transformers, to compute in fp32; nothing is downloaded.
 
-    transformers keeps the dense tensors of a 4-bit folder in its 16 bits whatever dtype is asked for, and bitsandbytes
-    rounds scales and activations to bf16 where the CPU has AVX-512 BF16: both are told not to.
+    Two defaults must be overridden: transformers keeps the dense tensors of a 4-bit folder in 16 bits whatever dtype is asked
+    for, and bitsandbytes rounds scales and activations to bf16 on CPUs with AVX-512 BF16.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     with _quiet():
@@ -69,42 +71,47 @@ def open_transformers(folder: Path) -> Any:
 
 
 def _refuse_misread(inputs: int, block_size: int) -> None:
-    """bitsandbytes' AVX-512 code takes every row to begin a block (seen in 0.50): its answers are wrong where none does."""
+    """Raise ModelError for linears that bitsandbytes computes wrongly on this CPU.
+
+    Its AVX-512 code assumes that every row begins a block of the quantisation (seen in 0.50).
+    """
     if inputs % block_size and torch.backends.cpu.get_cpu_capability() == "AVX512":
         raise ModelError(
-            f"bitsandbytes misreads 4-bit linears of {inputs} inputs, no multiple of their {block_size} a block, on this CPU "
-            "(AVX-512), so that the export cannot be proved here; type --no-verify to write it unproved."
+            f"bitsandbytes computes wrong results on this CPU (AVX-512) for 4-bit linears whose number of inputs ({inputs}) is "
+            f"not a multiple of their block size ({block_size}), so the export cannot be proved here; type --no-verify to "
+            "write it unproved."
         )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' bars and advice, and what bitsandbytes says of kernels that it would fetch; errors still rise."""
-    from transformers.utils import logging as advice
+    """Silence transformers' progress bars and advice, and bitsandbytes' log about downloadable kernels; errors still raise."""
+    from transformers.utils import logging as transformers_log
 
-    kernels, bars, level = logging.getLogger("bitsandbytes"), advice.is_progress_bar_enabled(), advice.get_verbosity()
-    before = kernels.level
-    kernels.setLevel(logging.ERROR)
-    advice.set_verbosity_error()
-    advice.disable_progress_bar()
+    bitsandbytes_log = logging.getLogger("bitsandbytes")
+    had_bars, verbosity = transformers_log.is_progress_bar_enabled(), transformers_log.get_verbosity()
+    level = bitsandbytes_log.level
+    bitsandbytes_log.setLevel(logging.ERROR)
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        kernels.setLevel(before)
-        advice.set_verbosity(level)
-        if bars:
-            advice.enable_progress_bar()
+        bitsandbytes_log.setLevel(level)
+        transformers_log.set_verbosity(verbosity)
+        if had_bars:
+            transformers_log.enable_progress_bar()
 
 
 def peak_memory(job: Job) -> ExportMemory:
-    """The adapter's file is as nothing beside the model that it is compared with."""
+    """Forecast the reference model and peft's; the adapter's own file is negligible beside them."""
     return ExportMemory([reference_memory(job)], [fp32_reader_memory(job, TRANSFORMERS_BYTES + PEFT_BYTES)])
 
 
 def read(job: Job, folder: Path) -> TransformersReader:
-    """The base by transformers, the adapter by peft."""
+    """Open the base with transformers and the adapter with peft."""
     base = open_transformers(job.base.folder)
     with _quiet():
         from peft import PeftModel

@@ -1,10 +1,11 @@
-"""Rounding a merged model to 4 bits so that small changes survive: each column's error goes into those still to come.
+"""Round a merged model to 4 bits with error feedback, so that the small changes of an adapter survive.
 
-An adapter moves most weights by less than half a step of the grid, so that rounding to the nearest undoes it. Here the
-columns of a weight are rounded one after another, and the later ones make good the error of each, as the inputs vary
-together: (X^T X)^-1. The products with real inputs stay, although few weights do. Layer by layer the inputs are those that
-the rounded layers before it make. Source: GPTQ (Frantar et al. 2022, arXiv 2210.17323), columns in order of their inputs'
-size; the grids are the stored ones, so that codes are chosen for what will be read.
+An adapter moves most weights by less than half a step of the grid, so rounding to nearest undoes it. Here the columns of a
+weight are rounded one after another, and the error of each is compensated in the columns still to come, in proportion to how
+their inputs correlate: (X^T X)^-1. The products with real inputs are preserved although few of the weights are. Layer by layer,
+the inputs are the outputs of the rounded layers before it. Source: GPTQ (Frantar et al. 2022, arXiv 2210.17323), with the
+columns ordered by the size of their inputs. Each grid is the one that is stored, so codes are chosen for the values that will
+be read.
 
 Shapes: W (out, in); X (N, in) the inputs of a linear; codes u8 (out, in).
 """
@@ -31,34 +32,39 @@ from edgetune.runtime.model import Block, Context, hf_linear_name, rope_frequenc
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DAMPING = (0.01, 0.1, 1.0)
-"""Of the mean of X^T X's diagonal, added to it: few tokens leave directions unseen. The first that makes it invertible."""
+"""Shares of the mean of X^T X's diagonal to add to that diagonal; the first that makes the matrix invertible is used.
+
+Few calibration tokens leave directions of the inputs unseen. 0.01 is GPTQ's; the larger ones are chosen by hand.
+"""
 MOMENTS = 3
-"""Matrices of (in, in) at once while the Feedback of a linear's inputs is made."""
+"""Number of (in, in) matrices in memory while the Feedback of a linear's inputs is computed."""
 COLUMNS = 128
-"""Rounded before the rest of the weight hears of their errors."""
+"""Number of columns that are rounded before their errors are added to the rest of the weight. 128 is GPTQ's block size."""
 
 
 class Grid(Protocol):
-    """The values that each weight of one linear may take, and what the codes of them become."""
+    """The values that each weight of one linear may take, and the stored form of their codes."""
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Values (out,) f32 of one input's column -> codes (out,) and what these stand for, f32 (out,)."""
+        """Round values (out,) f32 of one input's column; return codes (out,) and the values they stand for, f32 (out,)."""
 
     def weight(self, codes: Tensor) -> Weight:
-        """Codes u8 (out, in) as a weight to compute with, exactly what the file will hold."""
+        """Return codes u8 (out, in) as a weight to compute with, with exactly the values that the file will contain."""
 
     def tensors(self, name: str, codes: Tensor) -> dict[str, Tensor]:
-        """Codes u8 (out, in) as the file holds them, by name."""
+        """Return codes u8 (out, in) as the tensors of the file, by name."""
 
 
 MakeGrid = Callable[[Tensor], Grid]
-"""From a dense weight (out, in) f32 to its grid."""
+"""Make the Grid of a dense weight (out, in) f32."""
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the inputs of a linear vary together: the order of the columns, and in it the upper Cholesky factor of
-    (X^T X)^-1, (in, in).
+    """The correlation of a linear's inputs, by which rounding errors are fed back.
+
+    order (in,): the columns, those with the largest inputs first. factor (in, in): the upper Cholesky factor of (X^T X)^-1
+    with rows and columns in that order.
     """
 
     order: Tensor
@@ -66,9 +72,9 @@ class Feedback:
 
     @classmethod
     def of(cls, x: Tensor) -> Feedback:
-        """x (N, in)."""
+        """Compute the feedback of inputs x (N, in). Raises ModelError if they are not finite."""
         moment = x.float().T @ x.float()
-        moment.diagonal()[moment.diagonal() == 0] = 1.0  # an input that is never there: any rounding will do
+        moment.diagonal()[moment.diagonal() == 0] = 1.0  # this input is always 0: any rounding will do
         order = moment.diagonal().argsort(descending=True, stable=True)
         moment = moment[order][:, order]
         mean = moment.diagonal().mean()
@@ -79,19 +85,22 @@ class Feedback:
                 factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(factor).all():
                 return cls(order, factor)
-        raise ModelError("The adapted model makes inf or NaN of its text, so it cannot be merged to 4 bits; train it again.")
+        raise ModelError(
+            "The adapted model computes inf or NaN on the calibration text, so it cannot be merged to 4 bits; train the "
+            "adapter again."
+        )
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """Codes of the values nearest to a weight (out, in) f32."""
+    """Round a weight (out, in) f32 to nearest; return its codes u8 (out, in)."""
     columns = weight.T.contiguous()
     return torch.stack([grid.nearest(values, i)[0].to(torch.uint8) for i, values in enumerate(columns)], dim=1)
 
 
 def with_feedback(weight: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
-    """Codes of a weight (out, in) f32 whose products with the inputs stay."""
+    """Round a weight (out, in) f32 so that its products with the inputs are preserved; return its codes u8 (out, in)."""
     order, factor = feedback.order, feedback.factor
-    left = weight.T[order].contiguous()  # (in, out): a column of W is a row here
+    left = weight.T[order].contiguous()  # (in, out): a row here is a column of W
     codes = torch.empty(left.shape, dtype=torch.uint8)
     for start in range(0, len(order), COLUMNS):
         stop = min(start + COLUMNS, len(order))
@@ -101,30 +110,34 @@ def with_feedback(weight: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
             codes[column], value = grid.nearest(left[i], column)
             errors[i - start] = error = (left[i] - value) / factor[i, i]
             left[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+        # The columns beyond this block get all of its errors in one matrix product, which is faster than one at a time.
         left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
 
 
 def rounded(merged: Merged, make_grid: MakeGrid, documents: Documents | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every linear of the model, in its order: its name, and the tensors of its codes.
+    """Yield the name of every linear of the model, in its order, with the tensors of its codes.
 
-    documents: token ids to calibrate on; None rounds to the nearest. One linear is dense at a time, beside the inputs.
+    documents: token ids to calibrate on; None rounds to nearest. One linear at a time is dense, beside the inputs.
     """
-    for layer in range(merged.base.config.num_layers) if documents is None else ():
-        for name in _names(layer):
+    if documents is not None:
+        yield from _calibrated(merged, make_grid, documents)
+        return
+    for layer in range(merged.base.config.num_layers):
+        for linear in LINEARS:
+            name = _name(layer, linear)
             weight = merged.tensor(name)
             grid = make_grid(weight)
             yield name, grid.tensors(name, nearest(weight, grid))
-    if documents is not None:
-        yield from _calibrated(merged, make_grid, documents)
 
 
-def _names(layer: int) -> list[str]:
-    return [f"model.layers.{layer}.{hf_linear_name(linear)}.weight" for linear in LINEARS]
+def _name(layer: int, linear: str) -> str:
+    return f"model.layers.{layer}.{hf_linear_name(linear)}.weight"
 
 
 @torch.no_grad()
 def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Run the documents through the model a block at a time, and round each linear for the inputs it then gets."""
     config = merged.base.config
     ids, positions, segments = packed(documents)
     angles = positions.double().unsqueeze(1) * rope_frequencies(config.rope, config.head_dim)
@@ -135,16 +148,17 @@ def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> It
         block = _block(merged, layer)
 
         def code(linears: tuple[str, ...], x: Tensor, block: Block = block) -> Iterator[tuple[str, dict[str, Tensor]]]:
-            """Round linears of one input x (N, in), and let the block compute with them from now on."""
+            """Round the linears that share the input x (N, in), and replace them in the block by what was rounded."""
             feedback = Feedback.of(x)
             for linear in linears:
-                name = f"model.layers.{block.layer}.{hf_linear_name(linear)}.weight"
+                name = _name(block.layer, linear)
                 weight = merged.tensor(name)
                 grid = make_grid(weight)
                 codes = with_feedback(weight, grid, feedback)
                 getattr(block, linear).weight = grid.weight(codes)
                 yield name, grid.tensors(name, codes)
 
+        # The order of the block's own forward pass: each linear must be rounded before its output is computed.
         norm = Norm(block.attn_norm, config.rms_norm_eps)
         yield from code(("q_proj", "k_proj", "v_proj"), norm.forward(h))
         attended = block.attend(project(h, norm, (block.q_proj, block.k_proj, block.v_proj), plan), ctx)
@@ -158,7 +172,7 @@ def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> It
 
 
 def _block(merged: Merged, layer: int) -> Block:
-    """A layer with fp32 norms and biases, and the base's linears until they are rounded."""
+    """Return a block with fp32 norms and biases; its linears are the base's until rounded ones replace them."""
     tensors: dict[str, Weight] = {
         name: weight.float() if isinstance(weight, Tensor) and not name.endswith("_proj.weight") else weight
         for name, weight in merged.base.block_tensors(layer).items()
@@ -167,7 +181,7 @@ def _block(merged: Merged, layer: int) -> Block:
 
 
 def rounding_memory(job: Job, beside: int = 0) -> StageMemory:
-    """Rounding with feedback, calibrated, and measuring what is left: two models at once, and `beside` bytes."""
+    """Forecast rounding with feedback and measuring its effect, which runs two models at once, plus `beside` bytes."""
     config = job.base.config
     widths = config.hidden_size + 2 * config.intermediate_size + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     moments = MOMENTS * max(config.hidden_size, config.intermediate_size) ** 2
@@ -177,9 +191,9 @@ def rounding_memory(job: Job, beside: int = 0) -> StageMemory:
 
 
 class RoundedRecipe:
-    """A model folder whose linears are rounded and whose other tensors are in bf16; a Recipe of model_folder.py.
+    """The Recipe (model_folder.py) of a model with rounded linears and all other tensors in bf16.
 
-    linear_specs: what a linear of a shape is stored as. linears: `rounded`'s.
+    linear_specs: returns the stored tensors of a linear from its name and shape. linears: from `rounded`.
     """
 
     def __init__(
@@ -202,8 +216,8 @@ class RoundedRecipe:
     def tensors(self, name: str) -> dict[str, Tensor]:
         if not is_linear(name):
             return {name: self._merged.tensor(name)}
-        found, tensors = next(self._linears)
-        assert found == name, f"{found} was made where {name} is to be written"
+        rounded_name, tensors = next(self._linears)
+        assert rounded_name == name, f"{rounded_name} was rounded, but {name} is to be written"
         return tensors
 
     def release(self, name: str) -> None:

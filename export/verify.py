@@ -36,8 +36,8 @@ STORED_DECIMALS = 5
 MARGIN = 5
 """Largest ratio between a bound and the figure that was measured on correct exports."""
 MOVED_BY_BF16 = (0.076, 0.0098, 4.2e-5)
-"""How far computing the blocks in bf16 moves the model that the bounds were measured on: largest and mean difference of a
-logit, and KL in nats. That model is base-16m with an adapter trained on 1,778 notes."""
+"""Largest and mean difference of a logit, and KL in nats, when the model that the bounds were measured on runs its blocks in
+bf16. That model is base-16m with an adapter trained on 1,778 notes."""
 LEAST_EFFECT = 1e-6
 """Smallest KL(adapted || base) in nats of which a lost share is computed. An untrained adapter, whose B is 0, is below it.
 Chosen by hand."""
@@ -86,7 +86,7 @@ the shape of a 1.1B model: largest difference 0.064, KL 3e-6."""
 BF16_PRODUCTS = Bound(0.2, 2.5e-2, 4.5e-5)
 """For llama.cpp's bf16, which also rounds activations to 8 bits. Measured: 0.045, 0.005 and 9e-6."""
 Q8_0 = Bound(0.6, 9e-2, 9e-4, lost=0.5)
-"""For weights and activations that are 8-bit integers in blocks of 32. Measured: 0.13 and 0.23, 0.02 and 1.9e-4. The base is
+"""For weights and activations that are 8-bit integers in blocks of 32. Measured: 0.13 and 0.23, 0.02, 1.9e-4. The base is
 rounded as well as the adapter, so `lost` is large: an adapter with ten times this effect must not be refused."""
 COREML = Bound(7e-2, 8e-3, 7.5e-6)
 """For Core ML, which computes everything between two norms in fp16. Measured: 0.014, 0.0016 and 1.5e-6."""
@@ -151,7 +151,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an export differs from the reference on the golden tokens.
+    """The differences between an export and the reference on the golden tokens.
 
     kl: in nats. adapter_lost: kl as a share of the adapter's own effect there; None if the adapter has no effect, or if it is
     merged into the reference's weights.

@@ -1,4 +1,4 @@
-"""`edgetune export` itself: nobody's file goes, nothing of this machine travels, and Ctrl-C is Ctrl-C."""
+"""`edgetune export` deletes nobody else's file, exports no path of this machine, and stops cleanly on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from edgetune.runtime.errors import ResourceError, UsageError
 
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[str, str]:
-    """A model and an adapter of it."""
+    """Save a model and an adapter for it; return their paths."""
     save_trainable(tmp_path / "somebodys-model")
     base = open_model(tmp_path / "somebodys-model")
     adapters.save(random_adapter(base.config), tmp_path / "night", str(base.folder))
@@ -56,7 +56,7 @@ def test_an_export_is_replaced_by_the_next_but_nobody_elses_file(tmp_path: Path,
 
 
 def read_only(**options: object) -> str:
-    """What mkdtemp does on such a disk, whose modes root would not feel."""
+    """Fail as mkdtemp does on a read-only disk; tests run as root would ignore a folder's permissions."""
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(options["dir"]))
 
 

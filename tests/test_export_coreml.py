@@ -476,7 +476,7 @@ def test_a_merge_that_leaves_the_adapter_out_is_refused(
     job = replace(job_of(thin, weights, an_adapter(thin), "merged"), texts=[IDS])
     monkeypatch.setattr(Merged, "scale", 0.0)
     tmp_path.joinpath("out").mkdir()
-    with pytest.raises(ModelError, match=r"keeps -?\d+% of what the adapter does on the texts, .* type --adapter-as inputs"):
+    with pytest.raises(ModelError, match=r"keeps -?\d+% of the adapter's effect on the texts, .* type --adapter-as inputs"):
         coreml.write(job, tmp_path / "out")
     tmp_path.joinpath("forced").mkdir()
     facts = dict(coreml.write(replace(job, force=True), tmp_path / "forced").facts)
@@ -501,7 +501,7 @@ def test_a_base_whose_codes_say_nothing_is_refused(
     monkeypatch.setattr(stored_weight, "_store_int4", nothing)
     job = replace(job_of(folder, "int4", None if adapter_as is None else an_adapter(folder), adapter_as), texts=[IDS])
     tmp_path.joinpath("out").mkdir()
-    with pytest.raises(ModelError, match=r"Rounded to int4, the model is KL [\d.]+ from what it was .* type --weights nf4, or"):
+    with pytest.raises(ModelError, match=r"Rounding to int4 changes the model by KL [\d.]+ on .* type --weights nf4, or"):
         coreml.write(job, tmp_path / "out")
 
 

@@ -91,9 +91,9 @@ def test_shards_have_an_index_and_open(base: Checkpoint, tmp_path: Path) -> None
 
 
 def test_memory_is_refused_with_what_would_do(base: Checkpoint, tmp_path: Path) -> None:
-    """The sentence names an amount; with that it is written, from streamed layers."""
+    """The error names an amount; with that amount the export is written from streamed layers."""
     adapter = random_adapter(base.config)
-    with pytest.raises(ResourceError, match=r"takes about .*type --memory \d+MB or more") as said:
+    with pytest.raises(ResourceError, match=r"needs about .*type --memory \d+MB or more") as said:
         check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=1_000_000))
     enough = int(str(said.value).split("type --memory ")[1].split("MB")[0]) * 1_000_000
     check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=enough))
@@ -118,7 +118,7 @@ def test_golden_tokens_of_a_streamed_model_are_those_of_a_whole_one(tmp_path: Pa
 
 
 def test_feedback_keeps_products_where_the_nearest_does_not() -> None:
-    """Inputs that vary together, as a model's do: the output error of GPTQ is a fraction of rounding's."""
+    """With correlated inputs, as a model's are, the output error of GPTQ is a fraction of that of rounding to nearest."""
     torch.manual_seed(1)
     x = torch.randn(2048, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(2048, 128)
     weight = torch.randn(96, 128) * 0.05
@@ -134,7 +134,7 @@ def test_feedback_keeps_products_where_the_nearest_does_not() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 128), (48, 96), (3, 7)])
 def test_the_nearest_codes_are_the_quantisers_own(shape: tuple[int, int]) -> None:
-    """Nearest to the doubly quantised scales, which nf4.quantize does not know yet when it chooses: few codes differ."""
+    """Few codes differ: ours are nearest for the doubly quantised scales, which nf4.quantize does not know when it chooses."""
     weight = torch.randn(shape)
     grid, quantized = target.Nf4Grid.of(weight), nf4.quantize(weight)
     ours = grid.weight(rounding.nearest(weight, grid))
@@ -162,7 +162,7 @@ def test_transformers_reads_the_4bit_merge_as_edgetune_does(family: str, tmp_pat
 def test_feedback_keeps_an_adapter_where_the_nearest_loses_it_and_such_a_merge_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On real weights and notes; the demo is 4-bit already, so that most weights fall back to where they were."""
+    """Uses real weights and notes. The demo is already 4-bit, so most weights round back to where they were."""
     demo, tokenizer = open_model(DEMO), Tokenizer.load(DEMO)
     notes = sorted((Path(__file__).parent.parent / "examples" / "notes").rglob("*.md"))
     texts = [[*tokenizer.start_ids, *tokenizer.encode(note.read_text())] for note in notes]
@@ -172,12 +172,12 @@ def test_feedback_keeps_an_adapter_where_the_nearest_loses_it_and_such_a_merge_i
     written = target.write(job_for(demo, adapter, target.NF4, texts=texts), tmp_path / "fed")
     assert dict(written.facts)["adapter_effect_kept"] > 0.6
     (tmp_path / "nearest").mkdir()
-    with pytest.raises(ModelError, match=r"This merge keeps -?\d+% of what the adapter does on the texts, .*--weights nf4,"):
+    with pytest.raises(ModelError, match=r"This merge keeps -?\d+% of the adapter's effect on the texts, .*--weights nf4,"):
         target.write(job_for(demo, adapter, target.NF4_NEAREST, texts=texts), tmp_path / "nearest")
 
 
 def test_the_measure_is_the_share_of_the_gain(base: Checkpoint) -> None:
-    """All of it for the adapted model itself, none for the base, and by nats the same."""
+    """The adapted model keeps all of the effect, the base none of it, and losses in nats say the same."""
     adapter = random_adapter(base.config)
     job = job_for(base, adapter, texts=[[1, *range(3, 90)]])
     documents = [[1, *range(3, 90)], [1, *range(60, 20, -1)]]

@@ -1,4 +1,4 @@
-"""`--memory` is kept: an export that is given the least that it asks for holds no more, where without it it would."""
+"""An export stays within `--memory`: with the least amount it asks for its peak is no higher, and without a limit it is."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import ResourceError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports anonymous memory")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """16 layers that take 100 MB in bf16 and 200 MB in fp32, and an adapter of them."""
+    """Save 16 layers that take 100 MB in bf16 and 200 MB in fp32, and an adapter for them; return their paths."""
     folder = tmp_path_factory.mktemp("larger")
     save_trainable(folder / "model", width=512, inner=1536, layers=16, dtype=torch.bfloat16)
     base = open_model(folder / "model")
@@ -32,8 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(base.folder), str(folder / "night")
 
 
-def held(made: tuple[str, str], out: Path, target: str, *options: str) -> int:
-    """The most that a process held that exports and does nothing else, as its MemoryMeter has it."""
+def peak_memory(made: tuple[str, str], out: Path, target: str, *options: str) -> int:
+    """Export in a process of its own; return its peak memory in bytes, as its MemoryMeter measured it."""
     model, adapter = made
     named = ["--model", model, "--adapter", adapter, "--out", str(out), "--no-verify", "--json", *options]
     command = [sys.executable, "-m", "edgetune", "export", target, *named]
@@ -48,6 +48,6 @@ def test_an_export_holds_no_more_than_the_least_that_it_asks_for(made: tuple[str
     with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as said:
         export_adapter(target, *made, tmp_path / "out", memory=1, check=False)
     least = int(re.findall(r"--memory (\d+)MB", str(said.value))[0])
-    allowed = held(made, tmp_path / "out", target, "--memory", f"{least}MB")
-    assert allowed <= least * 1_000_000
-    assert held(made, tmp_path / "out", target) > least * 1_000_000  # so that the amount was what kept it
+    limited = peak_memory(made, tmp_path / "out", target, "--memory", f"{least}MB")
+    assert limited <= least * 1_000_000
+    assert peak_memory(made, tmp_path / "out", target) > least * 1_000_000  # so that the amount was what kept it

@@ -121,7 +121,7 @@ def test_a_base_whose_codes_say_nothing_is_refused(tmp_path: Path, monkeypatch: 
     tensors = affine.AffineGrid.tensors
     monkeypatch.setattr(affine.AffineGrid, "tensors", lambda self, name, codes: tensors(self, name, codes * 0))
     (tmp_path / "wrong").mkdir()
-    with pytest.raises(ModelError, match=r"Rounded to int4, the model is KL [\d.]+ from what it was .* --weights bf16, or"):
+    with pytest.raises(ModelError, match=r"Rounding to int4 changes the model by KL [\d.]+ on .* --weights bf16, or"):
         target.write(job, tmp_path / "wrong")
 
 

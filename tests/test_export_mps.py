@@ -1,4 +1,4 @@
-"""The bundle for Apple-GPU apps: opened as a model with its own adapter, its kernels and digests what they should be."""
+"""The bundle for Apple-GPU apps: it opens as a model with its own adapter, and its kernels and digests are right."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_session_opens_a_bundle_with_its_own_adapter(tmp_path: Path) -> None:
 
 @needs_a_compiler
 def test_on_an_apple_gpu_no_metal_of_a_bundle_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a folder holds, wherever in it, and whatever its manifest says of kernels."""
+    """True for Metal source anywhere in the folder, and whatever the manifest says about kernels."""
     save_trainable(tmp_path / "model")
     folder = export(job(tmp_path / "model"), tmp_path / "out")
     for name in ("kernels/nf4.metal", "nf4.metal", "adapter/nf4.metal"):

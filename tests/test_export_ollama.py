@@ -56,7 +56,7 @@ WORD = re.compile(r"[ \t]*(?:#[^\n]*|([A-Za-z]+)[ \t]+)?", re.ASCII)
 
 
 def parse(text: str) -> list[tuple[str, str]]:
-    """A Modelfile as its reference describes it -> (instruction, arguments); ValueError for what is none.
+    """Parse a Modelfile as its reference describes it into (instruction, arguments). Raises ValueError if it is not one.
 
     A line is a comment, or an instruction and its arguments: bare to the line's end, in quotes, or in triple quotes over
     several lines. FROM must be there; PARAMETER takes a name it knows and a value.
@@ -102,7 +102,7 @@ def derived(name: str, bos: str = "") -> Derived:
 
 @pytest.mark.parametrize("name", JINJA)
 def test_the_go_template_writes_what_the_jinja_writes(name: str) -> None:
-    """On conversations that derive() itself never sees."""
+    """Uses conversations that derive() itself never sees."""
     found, jinja = derived(name), ChatTemplate(JINJA[name], name, TOKENS)
     said = ["What is a lens?", "It bends light.", "And a mirror\n(say, a flat one)?", "It throws it back.", "Thanks! {ok}"]
     for count in (1, 3, 5):

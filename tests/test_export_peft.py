@@ -1,4 +1,4 @@
-"""`export peft`: transformers and peft compute what the reference computes, in fp32, and say nothing needless."""
+"""`export peft`: transformers and peft compute the same as the reference in fp32, and print nothing needless."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_bitsandbytes_misreads_on_this_cpu_is_not_taken_for_a_proof(
     quantize_folder(tmp_path / "dense", tmp_path / "base")
     base = open_model(tmp_path / "base")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    with pytest.raises(ModelError, match="misreads 4-bit linears of 96 inputs, no multiple of their 64 a block"):
+    with pytest.raises(ModelError, match=r"number of inputs \(96\) is not a multiple of their block size \(64\)"):
         write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
 
 
@@ -97,7 +97,7 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     named, base, warned = run.stderr.splitlines()
     assert named == f"Model demo, adapter {demo_adapter.name}."
-    assert base == "PEFT finds no base by the name demo: open the base's folder, and the adapter over it."
+    assert base == "PEFT cannot find a base named demo: load the base from its folder, then the adapter onto it."
     assert warned.startswith("The notes it was trained on")
     assert capfd.readouterr().err == ""  # no bars, no advice of other packages
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
 
 
 def test_every_target_names_all_that_its_reader_imports() -> None:
-    """The extra must install each, and none may be found missing after the work is done."""
+    """The extra must install each of them, so that none is found missing after the work is done."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras, spelt = project["project"]["optional-dependencies"], {"llama_cpp": "llama-cpp-python", "mlx_lm": "mlx-lm"}
     found = {}

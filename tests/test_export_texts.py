@@ -42,7 +42,7 @@ PACKAGES = {"gguf": "gguf", "ollama": "gguf", "coreml": "coremltools"}
 
 
 class Noticing(Sequence[Sequence[int]]):
-    """Texts that know whether they were looked into."""
+    """Texts that record whether anything read them."""
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self._texts, self.were_read = texts, False
@@ -65,7 +65,7 @@ class Noticing(Sequence[Sequence[int]]):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer whose rows are whole blocks, with the demo's tokenizer, and an adapter in `night` beside it."""
+    """Save a one-layer model whose rows are whole blocks, with the demo's tokenizer, and an adapter in `night` beside it."""
     folder = tmp_path_factory.mktemp("model") / "model"
     demo = resolve("demo").path
     vocabulary = open_model(demo).config.vocab_size
@@ -141,7 +141,7 @@ def test_the_refusal_says_what_to_type_before_anything_is_opened(typed: list[str
 
 
 def test_texts_of_a_token_each_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever names texts is not told of a measurement on others."""
+    """Nobody who names texts gets figures that were measured on others."""
     (tmp_path / "a.txt").write_text("Whatever this says.")
     monkeypatch.setattr("edgetune.exporting._tokens", lambda tokenizer, text: [7])
     night, texts = str(model.parent / "night"), (str(tmp_path / "a.txt"),)

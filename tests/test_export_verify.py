@@ -1,4 +1,4 @@
-"""What the proof of an export lets through and what it does not, with readers that are known to be right or wrong."""
+"""The proof of an export accepts readers that are known to be right and rejects those known to be wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMS = [("gguf", "q8_0"), ("gguf", "bf16"), ("hf", "bf16"), ("coreml", "nf4"), 
 
 
 class Fixed:
-    """A reader that gives what it was made with."""
+    """A reader that returns fixed logits."""
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
@@ -38,7 +38,7 @@ class Fixed:
 
 @pytest.fixture(scope="module")
 def job() -> Job:
-    """The demo with an adapter of about the effect that training on notes has, KL 0.4."""
+    """Return a job for the demo with an adapter whose effect, KL 0.4, is about that of training on notes."""
     base = open_model(DEMO)
     return job_for(base, random_adapter(base.config, size=0.06))
 
@@ -49,7 +49,7 @@ def expected(job: Job) -> Golden:
 
 
 def read_as(job: Job, adapter: Adapter | None, expected: Golden) -> Fixed:
-    """A reader that is right but for the adapter."""
+    """Return a reader that is right except for its adapter."""
     model = replace(job, adapter=adapter).model()
     positions, n = torch.arange(len(expected.ids)), len(expected.ids)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_an_adapter_without_its_k_proj_or_with_nine_tenths_of_its_scale_is_no_pr
 
 
 def test_the_loss_of_a_weak_adapter_is_seen_where_every_figure_is_small(job: Job) -> None:
-    """One that changes less than q8_0's rounding does is measured by its own effect; one that does nothing, not at all."""
+    """An adapter that changes less than q8_0's rounding is measured by its own effect; one without effect is not measured."""
     bound, base = verify.BOUNDS["gguf", "q8_0"], open_model(DEMO)
     weak = replace(job, adapter=random_adapter(base.config, size=2e-4))
     expected = verify.golden(weak, PROMPT, weak.model())
@@ -99,7 +99,7 @@ def test_golden_says_nothing_of_the_bare_base_in_its_file_or_without_an_adapter(
 
 
 def test_a_bound_grows_with_what_rounding_does_to_a_model_and_never_shrinks(expected: Golden) -> None:
-    """Exact forms' bounds stay, and so does what may be lost of the adapter."""
+    """The bounds of exact forms stay, and so does the share of the adapter that may be lost."""
     bound = verify.BOUNDS["hf", "bf16"]
     largest, mean, kl = verify.MOVED_BY_BF16
     moved = bound.of(replace(expected, moved_by_bf16=(2 * largest, mean / 2, 3 * kl)))
@@ -119,7 +119,7 @@ def test_trying_what_rounding_does_leaves_the_reference_as_it_was(job: Job, expe
 
 
 def test_only_a_tie_may_go_either_way() -> None:
-    """Within twice what a correct export's logits move by, and no further, although the difference itself is in bounds."""
+    """Tokens may swap within twice what a correct export's logits move by, although larger differences are in bounds."""
     bound = Bound(max_logit=0.5, mean_logit=0.5, kl=0.5)
     logits = torch.zeros(3, 8)
     for gap, holds in ((0.19, True), (0.21, False)):
@@ -148,7 +148,7 @@ def test_every_figure_that_is_out_of_bounds_is_named() -> None:
 def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(
     tmp_path: Path, family: str, models: tuple[int, ...]
 ) -> None:
-    """More memory may load what less would have streamed, a dense base as fp32: neither way may more be held than allowed."""
+    """More memory may load layers that less would stream, a dense base's as fp32: the peak stays within it either way."""
     if family == "dense":
         tiny.save_model(tmp_path / "dense")
     base = open_model(resolve("demo").path if family == "demo" else tmp_path / "dense")

@@ -12,6 +12,9 @@ from edgetune.config import parse_bytes
 from edgetune.export.targets import TARGETS
 from edgetune.reports.terminal import human_bytes, human_time, one_line, renderer
 
+SMALLEST_COUNT = 1000
+"""Smallest figure that is printed as a count, without decimals: losses in nats are far below it. Chosen by hand."""
+
 
 @click.command("export")
 @click.argument("target", type=click.Choice(TARGETS))
@@ -104,5 +107,4 @@ def _figure(name: str, value: float) -> str:
     """Format a share as a percentage, a count without decimals, anything else with three digits."""
     if "_kept" in name:
         return f"{value:.0%}"
-    is_count = value >= 1000  # no measured loss in nats comes near it
-    return f"{value:,.0f}" if is_count else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= SMALLEST_COUNT else f"{value:.3g}"
