@@ -46,7 +46,7 @@ class Contents:
         return self.adapter_as == "merged"
 
     @property
-    def requantises(self) -> bool:
+    def requantizes(self) -> bool:
         """Return True if the stored weights are rounded again, so that they are not the engine's own."""
         return any(form.covers(self.job.weights, self.adapter_as) for form in MEASURED)
 

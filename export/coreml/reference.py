@@ -28,12 +28,12 @@ def stored_model(job: Job, folder: Path) -> Llama:
     until it is open.
     """
     contents = contents_of(job)
-    if contents.requantises:
+    if contents.requantizes:
         config = {key: value for key, value in job.base.hf_config.items() if key != "quantization_config"}
         model = _through_files(job, folder, lambda made: write_model(job.base.folder, made, config, _StoredRecipe(contents)))
     else:
         model = bare_model(job, folder)
-    if job.adapter is not None and not (contents.merges and contents.requantises):
+    if job.adapter is not None and not (contents.merges and contents.requantizes):
         adapters.attach(model, job.adapter)
     return model
 
