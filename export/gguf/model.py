@@ -51,26 +51,17 @@ def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], Non
     import gguf
 
     config = job.base.config
-    arch, notices = architecture(config), []
-    window = min((window for window in config.windows if window), default=config.max_positions)
-    if window < min(_LEAST_WINDOW, config.max_positions):
-        raise ModelError(
-            f"llama.cpp's {arch} has no sliding window, but this model sees only {window} tokens; type `edgetune export hf`."
-        )
-    if window < config.max_positions:
-        notices.append(
-            f"llama.cpp's {arch} has no sliding window, but this model has one. Use at most {window} tokens of context, the "
-            "limit in the file: in longer texts llama.cpp would let the model see everything."
-        )
+    arch = architecture(config)
+    context, notices = _context(config, arch)
     writer = gguf.GGUFWriter(path, arch)
-    _describe(writer, config, job, kind, min(window, config.max_positions))
+    _describe(writer, config, job, kind, context)
     vocabulary(writer)
     factors = _rope_factors(config.rope, config.head_dim)
     if factors is not None:
         _announce(writer, "rope_freqs.weight", tuple(factors.shape), "f32")
-    kinds = {}
-    for name, shape in model_shapes(config).items():
-        kinds[name] = kind if len(shape) > 1 and (kind != "q8_0" or shape[1] % _Q8_0_BLOCK == 0) else _fallback(shape)
+    shapes = model_shapes(config)
+    kinds = {name: _tensor_kind(shape, kind) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
         _announce(writer, tensor_name(name), shape, kinds[name])
     try:
         path.touch(PRIVATE_FILE)
@@ -82,19 +73,44 @@ def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], Non
         writer.write_padding(file, file.tell())
         if factors is not None:
             _write(writer, file, factors, "f32")
-        done = job.counter("writing", len(kinds))
-        for expected, (name, tensor) in zip(kinds, merged(job), strict=True):
-            if name != expected or tensor.shape != model_shapes(config)[name]:
-                raise ValueError(f"merged gave {name} {tuple(tensor.shape)} where {expected} was announced")
-            if is_rotated(arch, name):
-                tensor = to_llama_rows(tensor, config.head_dim)
-            _write(writer, file, tensor, kinds[name])
-            done(name)
+        _write_merged(writer, file, job, kinds)
         file.flush()
         os.fsync(file.fileno())
     finally:
         writer.close()
-    return tuple(notices)
+    return notices
+
+
+def _context(config: LlamaConfig, arch: str) -> tuple[int, tuple[str, ...]]:
+    """Return the context length to write, limited to the sliding window, which llama.cpp ignores, and a notice where it is.
+
+    Raises ModelError for a window that is too short to be of use as a context.
+    """
+    window = min((window for window in config.windows if window), default=config.max_positions)
+    if window >= config.max_positions:
+        return config.max_positions, ()
+    if window < _LEAST_WINDOW:
+        raise ModelError(
+            f"llama.cpp's {arch} has no sliding window, but this model sees only {window} tokens; type `edgetune export hf`."
+        )
+    notice = (
+        f"llama.cpp's {arch} has no sliding window, but this model has one. Use at most {window} tokens of context, the limit "
+        "in the file: in longer texts llama.cpp would let the model see everything."
+    )
+    return window, (notice,)
+
+
+def _write_merged(writer: Any, file: Any, job: Job, kinds: dict[str, str]) -> None:
+    """Write the merged tensors, which must come in the order of `kinds`."""
+    config, arch = job.base.config, architecture(job.base.config)
+    shapes, done = model_shapes(config), job.counter("writing", len(kinds))
+    for expected, (name, tensor) in zip(kinds, merged(job), strict=True):
+        if name != expected or tensor.shape != shapes[name]:
+            raise ValueError(f"merged gave {name} {tuple(tensor.shape)} where {expected} was announced")
+        if is_rotated(arch, name):
+            tensor = to_llama_rows(tensor, config.head_dim)
+        _write(writer, file, tensor, kinds[name])
+        done(name)
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
@@ -107,9 +123,11 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None
     writer.add_tensor_info(name, shape, np.dtype("f4"), math.prod(shape) // block * size, quant)
 
 
-def _fallback(shape: tuple[int, ...]) -> str:
-    """Return the form of a vector, or of a matrix whose rows are not whole blocks of Q8_0."""
-    return "f32" if len(shape) == 1 else "f16"
+def _tensor_kind(shape: tuple[int, ...], kind: str) -> str:
+    """Return the form of a tensor in a file of `kind`: f32 for vectors, f16 for matrices that are not whole Q8_0 blocks."""
+    if len(shape) == 1:
+        return "f32"
+    return "f16" if kind == "q8_0" and shape[1] % _Q8_0_BLOCK else kind
 
 
 def _describe(writer: Any, config: LlamaConfig, job: Job, kind: str, context: int) -> None:

@@ -91,12 +91,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         source = _json(folder / "tokenizer.json")
         pieces = JsonPieces(folder / "tokenizer.json", names)
-        if (source.get("decoder") or {}).get("type") == "ByteLevel":
-            found = _byte_level(source, folder)
-        elif (folder / "tokenizer.model").is_file():
-            found = _sentencepiece(folder / "tokenizer.model")
-        else:
-            found = _merged_pieces(source, folder)
+        found = _from_json(source, folder)
     else:
         source = {}
         pieces = SentencePieces(folder / "tokenizer.model", names)
@@ -124,7 +119,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     }
     found.ids = {name: id for name, id in special.items() if id is not None and id < rows}
     found.adds_bos = "bos" in found.ids and _adds_bos(config, source, names, found.tokens[found.ids["bos"]])
-    letter = pieces.encode("a", True)
+    letter = pieces.encode("a", True)  # begins with a space if the tokenizer puts one in front of a text
     found.adds_space = found.model == "llama" and bool(letter) and pieces.bytes_of(letter[0]).startswith(b" ")
     found.template = template[0] if template else None
     return found
@@ -141,7 +136,16 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _plain(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+def _from_json(source: dict[str, Any], folder: Path) -> Vocabulary:
+    """Convert tokenizer.json, or the sentencepiece model beside it, which has the scores that tokenizer.json lacks."""
+    if (source.get("decoder") or {}).get("type") == "ByteLevel":
+        return _byte_level(source, folder)
+    if (folder / "tokenizer.model").is_file():
+        return _sentencepiece(folder / "tokenizer.model")
+    return _merged_pieces(source, folder)
+
+
+def _bpe(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """Return the pieces by id, and the pairs that merge, of the BPE in tokenizer.json."""
     model = source["model"]
     vocab, merges = model.get("vocab"), model.get("merges")
@@ -157,7 +161,7 @@ def _plain(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[
 
 def _byte_level(source: dict[str, Any], folder: Path) -> Vocabulary:
     """Convert a byte-level BPE."""
-    pieces, pairs = _plain(source, folder)
+    pieces, pairs = _bpe(source, folder)
     normalizer = (source.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):  # llama.cpp normalises nothing; NFC leaves text that is already composed unchanged
         raise TokenizerError(
@@ -191,7 +195,7 @@ def _split(source: dict[str, Any], folder: Path) -> str:
 
 def _merged_pieces(source: dict[str, Any], folder: Path) -> Vocabulary:
     """Convert sentencepiece's BPE from tokenizer.json: the earlier a piece is merged, the better its score."""
-    pieces, pairs = _plain(source, folder)
+    pieces, pairs = _bpe(source, folder)
     if not source["model"].get("byte_fallback"):
         raise TokenizerError(f"The tokenizer in {folder} has no byte pieces, which llama.cpp needs; type `edgetune export hf`.")
     rank: dict[str, int] = {}
