@@ -17,7 +17,7 @@ import edgetune
 from edgetune.cli.main import cli
 from edgetune.export.gguf import target as gguf
 from edgetune.export.job import Job
-from edgetune.export.mlx import target as mlx
+from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.home import home
 from edgetune.library import adapter_registry as registry
 from edgetune.runtime import adapter as adapters
@@ -51,7 +51,7 @@ def adapter() -> Adapter:
 @pytest.fixture
 def from_mlx(tmp_path: Path, adapter: Adapter) -> Path:
     (tmp_path / "from mlx").mkdir()
-    mlx.write_adapter(adapter, tmp_path / "from mlx", "demo", 8)
+    mlx_adapter.write_adapter(adapter, tmp_path / "from mlx", "demo", 8)
     return tmp_path / "from mlx"
 
 
@@ -170,7 +170,7 @@ def test_alpha_beyond_any_float_is_one_sentence(form: str, from_mlx: Path, from_
 
 @pytest.mark.parametrize("form", ["mlx", "peft"])
 def test_a_layer_of_a_thousand_digits_is_one_sentence(form: str, from_mlx: Path, from_peft: Path) -> None:
-    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, peft_folder.WEIGHTS_FILE)
+    folder, file = (from_mlx, mlx_adapter.ADAPTER_FILE) if form == "mlx" else (from_peft, peft_folder.WEIGHTS_FILE)
     tensors = safetensors.torch.load_file(folder / file)
     name = next(name for name in tensors if "layers.7." in name)
     tensors[name.replace("layers.7.", f"layers.{'7' * 5000}.")] = tensors.pop(name)
@@ -181,7 +181,7 @@ def test_a_layer_of_a_thousand_digits_is_one_sentence(form: str, from_mlx: Path,
 
 @pytest.mark.parametrize("form", ["mlx", "peft"])
 def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path, from_peft: Path) -> None:
-    folder, file = (from_mlx, mlx.ADAPTER_FILE) if form == "mlx" else (from_peft, peft_folder.WEIGHTS_FILE)
+    folder, file = (from_mlx, mlx_adapter.ADAPTER_FILE) if form == "mlx" else (from_peft, peft_folder.WEIGHTS_FILE)
     tensors = safetensors.torch.load_file(folder / file)
     names = {
         n: next(name for name in tensors if f".{n}.self_attn.q_proj.lora_{'a' if form == 'mlx' else 'A'}" in name)
@@ -266,7 +266,7 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
     def closed(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(mlx, "is_adapter", closed)
+    monkeypatch.setattr(mlx_adapter, "is_adapter", closed)
     with pytest.raises(AdapterError, match=r"from-peft cannot be read \(Permission denied\); name an adapter"):
         registry.read(from_peft, open_model(DEMO).config)
     monkeypatch.undo()

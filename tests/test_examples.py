@@ -21,8 +21,8 @@ from tiny import save_model
 
 import edgetune
 from edgetune import Session
-from edgetune.export.coreml import app_files as coreml_app
-from edgetune.export.coreml import model as coreml_model
+from edgetune.export.coreml.how_to_call import how_to_call
+from edgetune.export.coreml.plan import Plan
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
@@ -210,8 +210,8 @@ def test_the_swift_sketch_reads_keys_that_an_export_writes() -> None:
     """Of how-to-call.json and golden.json; the sketch itself is compiled by nobody here, and says so."""
     base = open_model(DEMO)
     ranks = dict.fromkeys(("q_proj", "v_proj"), 4)
-    plan = coreml_model.Plan(base.config, 64, 8, base.dense, lambda name, shape: None, ranks)  # type: ignore[arg-type, return-value]
-    call = coreml_app.how_to_call(plan, DEMO, base.digest, [])
+    plan = Plan(base.config, 64, 8, base.dense, lambda name, shape: None, ranks)  # type: ignore[arg-type, return-value]
+    call = how_to_call(plan, DEMO, base.digest, [])
     swift = (EXAMPLES / "swiftui" / "HowToCall.swift").read_text()
     call_keys, golden_keys = (re.findall(r'case \w+ = "(\w+)"', part) for part in swift.split("struct Golden:"))
     assert len(call_keys) == 11

@@ -23,16 +23,18 @@ from torch import Tensor
 import edgetune
 from edgetune import export_adapter
 from edgetune.export import verify
-from edgetune.export.coreml import app_files as coreml_app
-from edgetune.export.coreml import evaluator as mil_eval
-from edgetune.export.coreml import model as coreml_model
-from edgetune.export.coreml import proof as coreml_proof
-from edgetune.export.coreml import source as coreml_source
+from edgetune.export.coreml import evaluator, reference, stored_weight
 from edgetune.export.coreml import target as coreml
-from edgetune.export.coreml import weights as coreml_weights
-from edgetune.export.coreml.evaluator import OPERATIONS, MilProgram
+from edgetune.export.coreml.adapter_file import ADAPTER_FILE, stacked, write_adapter
+from edgetune.export.coreml.contents import ADAPTER_ALONE, contents_of
+from edgetune.export.coreml.evaluator import MilProgram
+from edgetune.export.coreml.how_to_call import HIDDEN, PACKAGE, masks
+from edgetune.export.coreml.operations import OPERATIONS
 from edgetune.export.coreml.package import Package
-from edgetune.export.coreml.weights import Stored, blank, store
+from edgetune.export.coreml.plan import does_nothing
+from edgetune.export.coreml.proof import EvaluatedPackage, compare_constants, compare_weights
+from edgetune.export.coreml.stored_weight import StoredWeight, placeholder, store
+from edgetune.export.coreml.weight_locations import EMBEDDING_NAME, weight_locations
 from edgetune.export.job import Job
 from edgetune.export.memory import check_memory
 from edgetune.export.merge import Merged
@@ -76,16 +78,16 @@ def an_adapter(folder: Path, rank: int = 4, seed: int = 0, targets: tuple[str, .
 
 
 def stored_model(job: Job) -> Llama:
-    """coreml_source.stored_model, with a place for its files."""
+    """reference.stored_model, with a place for its files."""
     with tempfile.TemporaryDirectory() as place:
-        return coreml_source.stored_model(job, Path(place))
+        return reference.stored_model(job, Path(place))
 
 
-def written(job: Job, folder: Path) -> coreml_proof.EvaluatedPackage:
+def written(job: Job, folder: Path) -> EvaluatedPackage:
     folder.mkdir()
     coreml.write(job, folder)
     found = coreml.read(job, folder)
-    assert isinstance(found, coreml_proof.EvaluatedPackage)
+    assert isinstance(found, EvaluatedPackage)
     return found
 
 
@@ -148,7 +150,7 @@ def test_every_family_agrees_in_prefill_and_decode(family: str, tmp_path: Path) 
 
 
 def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, inputs_package: Path) -> None:
-    package = coreml_proof.EvaluatedPackage(inputs_package)
+    package = EvaluatedPackage(inputs_package)
     whole = package.logits(IDS)
     package.call["prefill_tokens"] = 5
     assert apart(package.logits(IDS), whole) < CLOSE
@@ -156,7 +158,7 @@ def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, 
 
 def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
     """To the last place of the cache and the last angle."""
-    package, job = coreml_proof.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
+    package, job = EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
     ids = (IDS * package.call["context_tokens"])[: package.call["context_tokens"]]
     assert len(ids) == job.base.config.max_positions
     assert apart(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
@@ -174,11 +176,11 @@ def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
 
 def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -> None:
     """What decode gives depends on what prefill left in the states, and on which of it the mask shows."""
-    package = coreml_proof.EvaluatedPackage(inputs_package)
+    package = EvaluatedPackage(inputs_package)
 
     def feed(ids: list[int], end: int) -> dict[str, np.ndarray]:
         chunk = np.array([ids], np.int32)
-        return {"input_ids": chunk, **coreml_app.masks(package.call, len(ids), end), **package._adapter}
+        return {"input_ids": chunk, **masks(package.call, len(ids), end), **package._adapter}
 
     def last(mask_first: bool, fresh: bool) -> np.ndarray:
         states = package.program.states()
@@ -187,7 +189,7 @@ def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -
         assert not states["k_cache"][:, :, 8:].any()
         inputs = feed(IDS[8:9], 9)
         if mask_first:
-            inputs["causal_mask"][..., 0] = coreml_app.HIDDEN
+            inputs["causal_mask"][..., 0] = HIDDEN
         return package.program.run(inputs, package.program.states() if fresh else states)["logits"]
 
     assert np.abs(last(False, False) - last(False, True)).max() > 0.1
@@ -199,8 +201,8 @@ def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -
 
 def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> None:
     """Codes and absmax out of the saved file, against a quantisation of the folder's weight done here."""
-    program, base = MilProgram(inputs_package / coreml_app.PACKAGE), open_model(folder)
-    found = coreml_weights.places(program.package, "main")
+    program, base = MilProgram(inputs_package / PACKAGE), open_model(folder)
+    found = weight_locations(program.package, "main")
     weight = base.dense("model.layers.1.mlp.down_proj.weight")
     quantized = nf4.quantize(weight)
     stored = found["layers_1_down_proj"].read(program.package)
@@ -242,7 +244,7 @@ def test_differences_are_counted() -> None:
     codes = one.codes.copy()
     codes[2, 3] ^= 1
     assert one.differences(one) == 0
-    assert one.differences(Stored("nf4", codes, one.scale)) == 1
+    assert one.differences(StoredWeight("nf4", codes, one.scale)) == 1
     assert one.differences(store("w", torch.randn(4, 64), "fp16")) == one.codes.size
 
 
@@ -251,21 +253,21 @@ def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(inputs_package, copy)
     job = job_of(folder, "nf4", an_adapter(folder))
-    source = coreml_source.source_of(job)
-    assert coreml_proof.compare_weights(copy / coreml_app.PACKAGE, source) > 0
-    weights = copy / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    contents = contents_of(job)
+    assert compare_weights(copy / PACKAGE, contents) > 0
+    weights = copy / PACKAGE / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     quantized = nf4.quantize(open_model(folder).dense("model.layers.0.self_attn.q_proj.weight"))
-    codes = coreml_weights.store("q", quantized, "nf4").codes.reshape(-1, 2)
+    codes = store("q", quantized, "nf4").codes.reshape(-1, 2)
     low_first = (codes[:, 0] | codes[:, 1] << 4).astype(np.uint8).tobytes()  # Core ML's order within a byte
     data = bytearray(weights.read_bytes())
     data[data.index(low_first)] ^= 1
     weights.write_bytes(data)
     with pytest.raises(ModelError, match="layers_0_q_proj differs"):
-        coreml_proof.compare_weights(copy / coreml_app.PACKAGE, source)
+        compare_weights(copy / PACKAGE, contents)
     graph = weights.parent.parent / "model.mlmodel"
     graph.write_bytes(graph.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="no readable Core ML package"):
-        MilProgram(copy / coreml_app.PACKAGE)
+    with pytest.raises(ModelError, match="not a readable Core ML package"):
+        MilProgram(copy / PACKAGE)
 
 
 @pytest.mark.parametrize(("name", "place"), [("cos", (-1, 0)), ("layers_1_attn_norm_weight", (3,))])
@@ -274,16 +276,16 @@ def test_a_constant_beside_the_weights_is_compared_too(
 ) -> None:
     """By the last bit of an angle which no proof's tokens reach, or of a norm."""
     shutil.copytree(inputs_package, tmp_path / "copy")
-    path = tmp_path / "copy" / coreml_app.PACKAGE
-    plans = coreml_source.source_of(job_of(folder, "nf4", an_adapter(folder))).plans()
-    assert coreml_proof.compare_constants(path, plans) > 0
+    path = tmp_path / "copy" / PACKAGE
+    plans = contents_of(job_of(folder, "nf4", an_adapter(folder))).plans()
+    assert compare_constants(path, plans) > 0
     package = Package(path)
     made = {each.outputs[0].name: each for each in package.functions["main"].operations if each.type == "const"}
     numbers = np.array(package.constant(made[name].attributes["val"]))
     numbers.view(np.uint16)[place] ^= 1
     package.fill(made[name].attributes["val"], numbers)
     with pytest.raises(ModelError, match=f"The package's {name} differs"):
-        coreml_proof.compare_constants(path, plans)
+        compare_constants(path, plans)
 
 
 def without_a_write(operations: list[Any]) -> list[Any]:
@@ -315,7 +317,7 @@ def from_the_first_position(operations: list[Any]) -> list[Any]:
 def test_a_fault_of_the_graph_is_seen_in_the_logits(
     fault: Callable[[list[Any]], list[Any]], folder: Path, inputs_package: Path
 ) -> None:
-    package, job = coreml_proof.EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
+    package, job = EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
     block = package.program.package.functions["main"]
     kept = fault(list(block.operations))
     package.program.functions["main"] = type(package.program.functions["main"])(kept)
@@ -324,12 +326,12 @@ def test_a_fault_of_the_graph_is_seen_in_the_logits(
 
 def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() -> None:
     for form in ("nf4", "int4", "fp16"):
-        made, real = blank("w", (1 << 20, 1 << 16), form, 64), store("w", torch.randn(2, 128), form)
+        made, real = placeholder("w", (1 << 20, 1 << 16), form, 64), store("w", torch.randn(2, 128), form)
         assert made.codes.strides == (0, 0)
         assert made.codes.dtype == real.codes.dtype
         assert (made.scale is None) == (real.scale is None)
     with pytest.raises(ModelError, match=r"w has 96 inputs, .* --weights fp16"):
-        blank("w", (2, 96), "nf4", 64)
+        placeholder("w", (2, 96), "nf4", 64)
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
@@ -340,18 +342,18 @@ def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Pat
 
     job = replace(job_of(thin, weights, an_adapter(thin), "functions"), texts=[IDS])
     package = written(job, tmp_path / "out").program
-    graph = tmp_path / "out" / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    graph = tmp_path / "out" / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     spec = load_spec(str(graph))
     program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=str(graph.parent / "weights"))
     assert set(program.functions) == set(package.functions) == {"adapted", "base"}
-    source = coreml_source.source_of(job)
+    contents = contents_of(job)
     for name, function in program.functions.items():
-        places = coreml_weights.places(package.package, name)
+        locations = weight_locations(package.package, name)
         linears = {op.outputs[0].name: op.inputs["weight"] for op in function.operations if op.op_type == "linear"}
-        for called, full in source.stored().items():
-            ours, expected = places[called].read(package.package), source.weight(full)
+        for called, full in contents.weight_names().items():
+            ours, expected = locations[called].read(package.package), contents.weight(full)
             assert ours.differences(expected) == 0
-            if called == coreml_weights.EMBEDDING_NAME:
+            if called == EMBEDDING_NAME:
                 continue
             weight = linears[called]
             if weights == "fp16" or called == "logits":
@@ -364,11 +366,11 @@ def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Pat
 
 
 def test_weights_that_there_is_no_room_for_are_read_again(inputs_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mil_eval, "_SMALL", 256)
-    whole, none = coreml_proof.EvaluatedPackage(inputs_package), coreml_proof.EvaluatedPackage(inputs_package, room=0)
+    monkeypatch.setattr(evaluator, "_SMALL_CONSTANT", 256)
+    whole, none = EvaluatedPackage(inputs_package), EvaluatedPackage(inputs_package, cache_bytes=0)
     assert torch.equal(whole.logits(IDS), none.logits(IDS))
-    assert any(name.endswith("_weight") for _, name in whole.program._kept)
-    assert not any(name.endswith("_proj_weight") for _, name in none.program._kept)
+    assert any(name.endswith("_weight") for _, name in whole.program._cache)
+    assert not any(name.endswith("_proj_weight") for _, name in none.program._cache)
 
 
 # --- the adapter -------------------------------------------------------------------------------------------------------------
@@ -376,12 +378,12 @@ def test_weights_that_there_is_no_room_for_are_read_again(inputs_package: Path, 
 
 def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
     """Also one of a lower rank."""
-    package = coreml_proof.EvaluatedPackage(inputs_package)
+    package = EvaluatedPackage(inputs_package)
     job = job_of(folder, "nf4", an_adapter(folder))
     assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
-    other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=coreml.ADAPTER_ALONE)
-    assert coreml.write(other, tmp_path).opens == coreml_app.ADAPTER_FILE
-    package.use_adapter(tmp_path / coreml_app.ADAPTER_FILE)
+    other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=ADAPTER_ALONE)
+    assert coreml.write(other, tmp_path).opens == ADAPTER_FILE
+    package.use_adapter(tmp_path / ADAPTER_FILE)
     expected = engine(stored_model(replace(other, weights="nf4")), IDS)
     assert apart(package.logits(IDS), expected) < CLOSE
     assert apart(engine(stored_model(job), IDS), expected) > 20 * CLOSE
@@ -392,7 +394,7 @@ def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path
 def test_layers_that_an_adapter_leaves_alone_are_zeros(folder: Path) -> None:
     whole, config = an_adapter(folder, targets=("q_proj",)), open_model(folder).config
     part = replace(whole, tensors={key: tensor for key, tensor in whole.tensors.items() if key[0] == 1})
-    found, expected = coreml_app.stacked(part, config), coreml_app.stacked(whole, config)
+    found, expected = stacked(part, config), stacked(whole, config)
     assert set(found) == {"q_proj_a", "q_proj_b"}
     for name, values in found.items():
         assert not values[0].any()
@@ -405,9 +407,9 @@ def test_an_adapter_that_does_not_fit_is_refused(fault: str, folder: Path, input
     adapter = an_adapter(folder, 8 if fault == "rank" else 4, targets=("q_proj", "v_proj") if fault == "linears" else None)
     job = job_of(folder)
     path = tmp_path / "adapter.safetensors"
-    coreml_app.write_adapter(adapter, job.base.config, "another" if fault == "base" else job.base.digest, path)
+    write_adapter(adapter, job.base.config, "another" if fault == "base" else job.base.digest, path)
     with pytest.raises(AdapterError, match="does not fit this package"):
-        coreml_proof.EvaluatedPackage(inputs_package).use_adapter(path)
+        EvaluatedPackage(inputs_package).use_adapter(path)
 
 
 def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
@@ -416,7 +418,7 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
     assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
-    base = coreml_proof.EvaluatedPackage(tmp_path / "functions", function="base")
+    base = EvaluatedPackage(tmp_path / "functions", function="base")
     assert apart(base.logits(IDS), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
@@ -428,12 +430,12 @@ def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Pat
     from coremltools.proto import Model_pb2
 
     package = written(job_of(thin, "fp16", an_adapter(thin), "functions"), tmp_path / "out")
-    graph = tmp_path / "out" / coreml_app.PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    graph = tmp_path / "out" / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     model = Model_pb2.Model.FromString(graph.read_bytes())
     base = model.mlProgram.functions["base"]
     without_a_mask(list(base.block_specializations[base.opset].operations))
     graph.write_bytes(model.SerializeToString())
-    adapted = coreml_proof.EvaluatedPackage(tmp_path / "out", function="adapted")
+    adapted = EvaluatedPackage(tmp_path / "out", function="adapted")
     assert torch.isfinite(adapted.logits(IDS)).all()
     with pytest.raises(ModelError, match="function base is not the base: logits differ by up to"):
         package.logits(IDS)
@@ -490,13 +492,13 @@ def test_a_base_whose_codes_say_nothing_is_refused(
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 10
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    made = coreml_weights._store_int4
+    made = stored_weight._store_int4
 
-    def nothing(name: str, dense: Tensor) -> Stored:
+    def nothing(name: str, dense: Tensor) -> StoredWeight:
         right = made(name, dense)
         return replace(right, codes=right.codes * 0)
 
-    monkeypatch.setattr(coreml_weights, "_store_int4", nothing)
+    monkeypatch.setattr(stored_weight, "_store_int4", nothing)
     job = replace(job_of(folder, "int4", None if adapter_as is None else an_adapter(folder), adapter_as), texts=[IDS])
     tmp_path.joinpath("out").mkdir()
     with pytest.raises(ModelError, match=r"Rounding to int4 changes the model by KL [\d.]+ on .* type --weights nf4, or"):
@@ -517,10 +519,10 @@ def test_norms_of_ones_that_coremltools_leaves_out_are_no_fault(tmp_path: Path) 
 
 def test_only_what_does_nothing_may_be_missing() -> None:
     ones, zeros = np.ones(4, np.float16), np.zeros(4, np.float16)
-    assert coreml_model.does_nothing("layers_0_attn_norm_weight", ones)
-    assert coreml_model.does_nothing("layers_0_q_proj_bias", zeros)
+    assert does_nothing("layers_0_attn_norm_weight", ones)
+    assert does_nothing("layers_0_q_proj_bias", zeros)
     for name, values in (("norm_weight", zeros), ("layers_0_q_proj_bias", ones), ("layers_0_q_proj_a", ones), ("cos", ones)):
-        assert not coreml_model.does_nothing(name, values)
+        assert not does_nothing(name, values)
 
 
 def test_a_disk_without_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +533,7 @@ def test_a_disk_without_room_is_one_sentence(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(coremltools, "convert", full)
     save_trainable(tmp_path / "model")
-    with pytest.raises(ResourceError, match=r"could not write the package .* see that the disk has room"):
+    with pytest.raises(ResourceError, match=r"could not write the package .* make sure that the disk has room"):
         export_adapter("coreml", str(tmp_path / "model"), "none", tmp_path / "out", "fp16")
     assert not (tmp_path / "out").exists()
 

@@ -26,6 +26,7 @@ from edgetune.export.gguf import llamacpp
 from edgetune.export.gguf import model as gguf_model
 from edgetune.export.gguf import target as gguf
 from edgetune.export.gguf.names import from_llama_rows, to_llama_rows
+from edgetune.export.gguf.reader import PROBES, LlamaCppReader
 from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
 from edgetune.export.job import Job
 from edgetune.export.memory import check_memory
@@ -316,7 +317,7 @@ def header(tensors: int, keys: int, rest: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "no usable GGUF"),
+        (b"", "not a usable GGUF"),
         (b"PK\x03\x04" + bytes(64), "does not begin with GGUF"),
         (header(1 << 40, 0), "announces"),
         (header(0, 1 << 40), "announces"),
@@ -367,7 +368,7 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=said):
         gguf_adapter.read_adapter(lora_file(tmp_path / "a.gguf", wrong), config)
     activated = lora_file(tmp_path / "a.gguf", {f"{linear}a": ones}, adapter__alora__invocation_tokens=[1, 2])
-    with pytest.raises(AdapterError, match="it is an aLoRA, which acts after certain tokens alone"):
+    with pytest.raises(AdapterError, match="it is an aLoRA, which takes effect only after certain tokens"):
         gguf_adapter.read_adapter(activated, config)
 
 
@@ -392,7 +393,7 @@ def test_a_model_is_no_adapter(tmp_path: Path) -> None:
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------------
 
-TEXTS = [*gguf.PROBES, "", "tomatoes", "water ", "\n\n  x\n", "\t\tx\ty", "a\r\nb\r\n", "\x00\x01\x7f", "e\u0301 \ufb01"]
+TEXTS = [*PROBES, "", "tomatoes", "water ", "\n\n  x\n", "\t\tx\ty", "a\r\nb\r\n", "\x00\x01\x7f", "e\u0301 \ufb01"]
 CORPUS = [
     "The tomatoes want water in the morning and shade in the afternoon. I don't know; they'RE 12345!",
     "def water(plant):\n    for day in range(7):\n        plant.grow(day)\n\n\n    return plant\n",
@@ -485,7 +486,7 @@ def test_a_split_is_known_by_its_expression(tmp_path: Path, name: str) -> None:
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     byte_level(tmp_path / "t", split(r"\w+|\W"), ["<|end|>"])
-    with pytest.raises(TokenizerError, match="as no tokenizer of llama"):
+    with pytest.raises(TokenizerError, match="no tokenizer of llama"):
         read_vocabulary(tmp_path / "t", 720)
     byte_level(tmp_path / "t", splits()["qwen2"](), ["<|end|>"])
     source = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
@@ -512,9 +513,9 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
     ids = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     expected = verify.golden(job, ids, job.model())
     gguf_model.write_model(job, tmp_path / "m.gguf", "f32", nothing)
-    assert verify.compare(expected, gguf.LlamaCppReader(tmp_path / "m.gguf"), verify.EXACT).max_logit_difference < 1e-4
+    assert verify.compare(expected, LlamaCppReader(tmp_path / "m.gguf"), verify.EXACT).max_logit_difference < 1e-4
     (tmp_path / "a").mkdir()
-    gguf_adapter.write_adapter(job.needed_adapter(), base.config, tmp_path / "a" / gguf.ADAPTER_FILE)
+    gguf_adapter.write_adapter(job.needed_adapter(), base.config, tmp_path / "a" / gguf_adapter.ADAPTER_FILE)
     assert verify.compare(expected, gguf.read(job, tmp_path / "a"), verify.EXACT).max_logit_difference < 1e-4
     without = verify.golden(job, ids, replace(job, adapter=None).model())
     assert not verify.compare(without, gguf.read(job, tmp_path / "a"), verify.EXACT).holds(verify.EXACT)
@@ -604,7 +605,7 @@ def test_a_share_under_four_fifths_is_warned_of(tmp_path: Path, monkeypatch: pyt
     assert asked[0][2] == [[1, 2, 3], [5] * 256]
     work = Path(".work")
     assert lies == [(work, 0o700), (work / "base.gguf", 0o600), (work / "q4_k_m.gguf", 0o600)]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [gguf.ADAPTER_FILE]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [gguf_adapter.ADAPTER_FILE]
     losses, asked[:] = [3.0, 2.0, 3.2, 2.3], []
     assert gguf.write(job, tmp_path / "out").notices == ()
     assert gguf.write(replace(job, check=False), tmp_path / "out").facts == ()
@@ -644,7 +645,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     vocabulary.tokens[300], vocabulary.tokens[301] = vocabulary.tokens[301], vocabulary.tokens[300]
     vocabulary.scores[259:] = [0.0] * len(vocabulary.scores[259:])
     gguf_model.write_model(job, tmp_path / gguf.MODEL_FILE, "q8_0", vocabulary.add_to)
-    with pytest.raises(ModelError, match="as other tokens"):
+    with pytest.raises(ModelError, match="into other tokens"):
         gguf.read(job, tmp_path)
     gguf.read(replace(job, force=True), tmp_path)
 

@@ -15,8 +15,9 @@ from tiny import save_model
 
 import edgetune
 from edgetune.export import effect
-from edgetune.export.mlx import groups as mlx_groups
-from edgetune.export.mlx import target
+from edgetune.export.mlx import affine, reader, target
+from edgetune.export.mlx.adapter import ADAPTER_FILE, CONFIG_FILE, is_adapter, read_adapter, write_adapter
+from edgetune.export.mlx.reader import MlxReader, open_mlx
 from edgetune.export.rounding import nearest
 from edgetune.exporting import export_adapter
 from edgetune.runtime import peft_folder
@@ -64,7 +65,7 @@ def test_the_base_of_a_proof_lies_within_the_export_and_is_private(tmp_path: Pat
     def opened(folder: Path, adapter: Path) -> None:
         seen.extend((path.relative_to(adapter), path.stat().st_mode & 0o777) for path in (folder, *folder.iterdir()))
 
-    monkeypatch.setattr(target, "open_mlx", opened)
+    monkeypatch.setattr(reader, "open_mlx", opened)
     (tmp_path / "out").mkdir()
     target.write(job, tmp_path / "out")
     target.read(job, tmp_path / "out")
@@ -79,7 +80,7 @@ def test_a_window_that_mlx_lm_ignores_is_told(tmp_path: Path) -> None:
     base = open_model(tmp_path / "base")
     (tmp_path / "out").mkdir()
     (notice,) = target.write(job_for(base, random_adapter(base.config)), tmp_path / "out").notices
-    assert notice == "mlx-lm runs this model without its sliding window: beyond 16 tokens its answers will differ."
+    assert notice == "mlx-lm ignores this model's sliding window: its answers will differ beyond 16 tokens."
 
 
 def test_layers_without_a_window_between_those_with_one_are_honoured(tmp_path: Path) -> None:
@@ -117,8 +118,8 @@ def test_a_base_whose_codes_say_nothing_is_refused(tmp_path: Path, monkeypatch: 
     ((name, kl),) = target.write(job, tmp_path / "right").facts
     assert name == "kl_of_rounding"
     assert 0 < kl < effect.MOST_KL / 5
-    tensors = mlx_groups.AffineGrid.tensors
-    monkeypatch.setattr(mlx_groups.AffineGrid, "tensors", lambda self, name, codes: tensors(self, name, codes * 0))
+    tensors = affine.AffineGrid.tensors
+    monkeypatch.setattr(affine.AffineGrid, "tensors", lambda self, name, codes: tensors(self, name, codes * 0))
     (tmp_path / "wrong").mkdir()
     with pytest.raises(ModelError, match=r"Rounding to int4 changes the model by KL [\d.]+ on .* --weights bf16, or"):
         target.write(job, tmp_path / "wrong")
@@ -134,21 +135,21 @@ def test_groups_are_mlx_cores_bit_for_bit(kind: str) -> None:
         "zero": torch.zeros(2, 64),
         "constant": torch.full((2, 64), 0.3),
     }[kind]
-    packed, scales, biases = mx.quantize(mx.array(weight.numpy()), mlx_groups.GROUP, mlx_groups.BITS)
-    scale, bias = mlx_groups.affine_groups(weight)
+    packed, scales, biases = mx.quantize(mx.array(weight.numpy()), affine.GROUP, affine.BITS)
+    scale, bias = affine.affine_groups(weight)
     assert np.array_equal(scale.numpy(), np.array(scales))
     assert np.array_equal(bias.numpy(), np.array(biases))
-    grid = mlx_groups.AffineGrid(scale, bias)
+    grid = affine.AffineGrid(scale, bias)
     grid._scale, grid._bias = scale, bias  # in fp32, where mlx's own are
     tensors = grid.tensors("x.weight", nearest(weight, grid))
     assert np.array_equal(tensors["x.weight"].view(torch.int32).numpy().view(np.uint32), np.array(packed))
-    ours = mlx_groups.affine_weight(tensors["x.weight"], scale, bias)
-    assert np.array_equal(ours.numpy(), np.array(mx.dequantize(packed, scales, biases, mlx_groups.GROUP, mlx_groups.BITS)))
+    ours = affine.affine_weight(tensors["x.weight"], scale, bias)
+    assert np.array_equal(ours.numpy(), np.array(mx.dequantize(packed, scales, biases, affine.GROUP, affine.BITS)))
 
 
 def test_a_model_whose_rows_are_no_whole_groups_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
-    with pytest.raises(UsageError, match="linears of 96 inputs and MLX quantises groups of 64; type --weights bf16"):
+    with pytest.raises(UsageError, match=r"linears with 96 inputs, which is not a multiple of 64, .* type --weights bf16"):
         target.write(job_for(open_model(tmp_path / "base"), None, "int4"), tmp_path)
 
 
@@ -168,9 +169,9 @@ def test_peft_to_mlx_to_peft_changes_no_byte(config: LoraConfig, layers: tuple[i
     made = replace(made, config=config)
     peft_folder.save(made, tmp_path / "peft", "a base")
     (tmp_path / "mlx").mkdir()
-    target.write_adapter(peft_folder.load(tmp_path / "peft"), tmp_path / "mlx", "a base", shape.num_layers)
-    assert target.is_adapter(tmp_path / "mlx")
-    back = target.read_adapter(tmp_path / "mlx")
+    write_adapter(peft_folder.load(tmp_path / "peft"), tmp_path / "mlx", "a base", shape.num_layers)
+    assert is_adapter(tmp_path / "mlx")
+    back = read_adapter(tmp_path / "mlx")
     assert same(back, made)
     peft_folder.save(back, tmp_path / "again", "a base")
     for file in (peft_folder.WEIGHTS_FILE, peft_folder.CONFIG_FILE):
@@ -186,7 +187,7 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
     base = open_model(tmp_path / "base")
     (tmp_path / "model").mkdir()
     target.write(job_for(base, None, "fp16"), tmp_path / "model")
-    model = target.open_mlx(tmp_path / "model")
+    model = open_mlx(tmp_path / "model")
     settings = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
     model.freeze()
     linear_to_lora_layers(model, 1, settings)
@@ -194,10 +195,10 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
         trained = {name: mx.random.normal(value.shape) * 0.05 for name, value in tree_flatten(model.trainable_parameters())}
         model.load_weights(list(trained.items()), strict=False)
         (tmp_path / "theirs").mkdir()
-        mx.save_safetensors(str(tmp_path / "theirs" / target.ADAPTER_FILE), trained)
+        mx.save_safetensors(str(tmp_path / "theirs" / ADAPTER_FILE), trained)
     about = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
-    (tmp_path / "theirs" / target.CONFIG_FILE).write_text(json.dumps(about))
-    adapter = target.read_adapter(tmp_path / "theirs")
+    (tmp_path / "theirs" / CONFIG_FILE).write_text(json.dumps(about))
+    adapter = read_adapter(tmp_path / "theirs")
     assert (adapter.layers, adapter.config.scale, adapter.config.targets) == ((1,), 20.0, ("q_proj", "down_proj"))
     (tmp_path / "fused").mkdir()
     job = job_for(open_model(tmp_path / "model"), adapter)
@@ -205,40 +206,40 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
         from edgetune.export import verify
 
         expected = verify.golden(job, [1, 5, 9, 17], job.model()).logits[:4]
-    found = target.MlxReader(model).logits([1, 5, 9, 17])
+    found = MlxReader(model).logits([1, 5, 9, 17])
     assert (found - expected).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"fine_tune_type": "dora"}, "is of type 'dora'; expected lora"),
-        ({"num_layers": "all"}, "num_layers 'all'; expected a number"),
+        ({"fine_tune_type": "dora"}, "has fine_tune_type 'dora'; expected lora"),
+        ({"num_layers": "all"}, "num_layers 'all'; expected a whole number"),
         ({"lora_parameters": {"scale": 2.0}}, "unusable: it has no 'rank'; copy"),
         ({"lora_parameters": {"rank": 4, "scale": float("nan")}}, "unusable: Alpha is nan"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(change: dict[str, object], said: str, tmp_path: Path) -> None:
-    target.write_adapter(random_adapter(open_model(DEMO).config, targets=("q_proj",)), tmp_path, "demo", 8)
-    config = json.loads((tmp_path / target.CONFIG_FILE).read_text())
-    (tmp_path / target.CONFIG_FILE).write_text(json.dumps(config | change))
+    write_adapter(random_adapter(open_model(DEMO).config, targets=("q_proj",)), tmp_path, "demo", 8)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | change))
     with pytest.raises(AdapterError, match=said):
-        target.read_adapter(tmp_path)
+        read_adapter(tmp_path)
 
 
 def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
-    target.write_adapter(random_adapter(open_model(DEMO).config, targets=("q_proj",)), tmp_path, "demo", 8)
-    file = tmp_path / target.ADAPTER_FILE
+    write_adapter(random_adapter(open_model(DEMO).config, targets=("q_proj",)), tmp_path, "demo", 8)
+    file = tmp_path / ADAPTER_FILE
     tensors = load_file(file)
     save_file(tensors | {"model.layers.0.self_attn.q_proj.m": torch.ones(3)}, file)
     with pytest.raises(AdapterError, match=r"not LoRA of a LLaMA linear: 'model.*q_proj\.m'\)"):
-        target.read_adapter(tmp_path)
+        read_adapter(tmp_path)
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, file)
     with pytest.raises(AdapterError, match=r"inf or NaN: .* and 8 more"):
-        target.read_adapter(tmp_path)
+        read_adapter(tmp_path)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(AdapterError, match="is damaged"):
-        target.read_adapter(tmp_path)
+        read_adapter(tmp_path)
 
 
 def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, m
     assert result.verified
     assert result.greedy_match
     assert "edgetune export mlx --adapter none --weights bf16" in result.notices[0]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {target.ADAPTER_FILE, target.CONFIG_FILE, "golden.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER_FILE, CONFIG_FILE, "golden.json"}
     fused = export_adapter("mlx", "demo", str(tmp_path / "adapter"), tmp_path / "fused", weights="fp16")
     model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))
     assert mlx_lm.generate(model, tokenizer, prompt="The lighthouse", max_tokens=8)
@@ -255,9 +256,9 @@ def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, m
     spec = target.SPEC
 
     def flipped(job, folder):
-        tensors = load_file(folder / target.ADAPTER_FILE)
+        tensors = load_file(folder / ADAPTER_FILE)
         next(iter(tensors.values()))[0, 0] += 30.0
-        save_file(tensors, folder / target.ADAPTER_FILE)
+        save_file(tensors, folder / ADAPTER_FILE)
         return spec.read(job, folder)
 
     monkeypatch.setattr(target, "SPEC", replace(spec, read=flipped))

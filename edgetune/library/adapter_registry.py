@@ -17,8 +17,7 @@ from pathlib import Path
 
 from edgetune.export import mps as bundle
 from edgetune.export.gguf import adapter as gguf_adapter
-from edgetune.export.gguf import target as gguf
-from edgetune.export.mlx import target as mlx_folder
+from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.home import PRIVATE_FOLDER, expand, home, private_folder
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter, check_fits
@@ -131,10 +130,10 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
             raise AdapterError(f"There is nothing at {path}; expected a PEFT folder, an mlx-lm folder or a {GGUF} file.")
         if path.suffix == GGUF and path.is_file():
             return gguf_adapter.read_adapter(path, base)
-        if (path / gguf.ADAPTER_FILE).is_file():
-            return gguf_adapter.read_adapter(path / gguf.ADAPTER_FILE, base)
-        if mlx_folder.is_adapter(path):
-            return mlx_folder.read_adapter(path)
+        if (path / gguf_adapter.ADAPTER_FILE).is_file():
+            return gguf_adapter.read_adapter(path / gguf_adapter.ADAPTER_FILE, base)
+        if mlx_adapter.is_adapter(path):
+            return mlx_adapter.read_adapter(path)
         return peft_folder.load(path)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}); name an adapter that is yours to read.") from error

@@ -1,1 +1,1 @@
-"""Core ML packages: writing, app files and the proof by our own evaluator."""
+"""Write Core ML packages and the files that an app needs beside them, and prove them with our own evaluator."""

@@ -1,11 +1,13 @@
-"""A .mlpackage as files: its program, and its weights a tensor at a time, read from the mapped file or written in their place.
+"""Read the files of a .mlpackage, and read or overwrite its constants one at a time.
 
     Manifest.json       names the model among the items below Data/
-    model.mlmodel       protobuf, coremltools.proto's Model: operations, and each large constant as a place in weight.bin
-    weights/weight.bin  a header of 64 bytes, then the constants, each behind 64 bytes that tell its type, bytes and first byte;
-                        all at multiples of 64, little-endian, numbers of 4 bits two a byte, the first in the low half
+    model.mlmodel       protobuf, coremltools.proto's Model: operations, and for each large constant its offset in weight.bin
+    weights/weight.bin  a header of 64 bytes, then the constants, each after 64 bytes that give its type, its size in bytes and
+                        its first byte; all at multiples of 64, little-endian; 4-bit numbers lie two to a byte, the first in
+                        the low half
 
-So a package can be laid out by coremltools around weights that stand in for others, and be given those one by one.
+Because constants can be overwritten in place, coremltools lays out a package around placeholders, and the real weights are
+then written one by one.
 """
 
 from __future__ import annotations
@@ -28,24 +30,26 @@ DTYPES: dict[str, type[np.generic]] = {
     "FLOAT16": np.float16, "FLOAT32": np.float32, "INT32": np.int32, "INT16": np.int16, "UINT16": np.uint16, "INT8": np.int8,
     "UINT8": np.uint8, "INT4": np.int8, "UINT4": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-"""What a tensor is in numpy, by the specification's name of its type; 4 bits take a byte there."""
+"""The numpy dtype for each data type of the specification that edgetune writes. A 4-bit number takes a whole byte in numpy."""
 _BLOB_TYPES = {"FLOAT16": 1, "FLOAT32": 2, "UINT8": 3, "INT8": 4, "INT4": 8, "UINT4": 11}
-_BLOB = struct.Struct("<IIQQ")  # sentinel, type, bytes, first byte
+"""The number of each data type in weight.bin, from coremltools' BlobDataType."""
+_BLOB_HEADER = struct.Struct("<IIQQ")  # sentinel, type, size in bytes, first byte
 _SENTINEL = 0xDEADBEEF
-_MAX_GRAPH = 1 << 30
+_MAX_GRAPH_BYTES = 1 << 30
+"""Largest model.mlmodel that is parsed, in bytes. Chosen by hand, against hostile files."""
 
 
 class Package:
-    """An opened package. `functions`: the operations of each, as coremltools.proto's MIL_pb2 has them."""
+    """An opened package. `functions` maps each function's name to its block of operations (coremltools.proto's MIL_pb2)."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError for what is no package of an ML program."""
+        """Open the package at `path`. Raises ModelError where it holds no ML program."""
         from coremltools.proto import Model_pb2
 
         try:
             manifest = read_object(path / "Manifest.json", EXPORT_RECORD)
             file = path / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-            if file.stat().st_size > _MAX_GRAPH:
+            if file.stat().st_size > _MAX_GRAPH_BYTES:
                 raise ValueError("too large")
             model = Model_pb2.Model.FromString(file.read_bytes())
             self.functions = {
@@ -55,21 +59,21 @@ class Package:
             self.default: str = model.description.defaultFunctionName or "main"
             if self.default not in self.functions:
                 raise ValueError("no function")
-        except Exception as error:  # whatever a damaged file makes of a parser
-            raise ModelError(f"{path} is no readable Core ML package ({type(error).__name__}); export it again.") from error
+        except Exception as error:  # a damaged file can make the parsers raise anything
+            raise ModelError(f"{path} is not a readable Core ML package ({type(error).__name__}); export it again.") from error
         self._path, self._weights = path, file.parent / "weights"
 
     def constant(self, value: Any) -> Array:
-        """A constant's numbers: out of the graph, or mapped while whoever asks holds them, 4-bit ones unpacked.
+        """Return a constant's numbers. Those in weight.bin are memory-mapped, except 4-bit ones, which are unpacked to bytes.
 
-        Raises ModelError for one that the file does not hold as the graph says.
+        Raises ModelError where the file does not hold the type and size that the graph declares.
         """
         name, shape = tensor_type(value.type)
         if value.WhichOneof("value") == "immediateValue":
             return _immediate(value.immediateValue.tensor, name, shape)
-        file, first, size = self._place(value)
+        file, first, size = self._locate(value)
         if name not in ("INT4", "UINT4"):
-            # copy on write: torch wants what it could write to
+            # "c" is copy-on-write: torch warns about arrays that it cannot write to
             return np.memmap(file, DTYPES[name], "c", first, tuple(shape))
         pairs = np.fromfile(file, np.uint8, size, offset=first)
         codes = np.empty((size, 2), np.uint8)
@@ -79,43 +83,45 @@ class Package:
         return (codes ^ 8).view(np.int8) - np.int8(8) if name == "INT4" else codes
 
     def fill(self, value: Any, numbers: Array) -> None:
-        """Write a constant's numbers where the package has room for them.
+        """Overwrite a constant in weight.bin with `numbers`.
 
-        Raises ModelError where they are not what the graph says, ResourceError for a full disk.
+        Raises ModelError where their shape or dtype is not the one that the graph declares, ResourceError for a full disk.
         """
         name, shape = tensor_type(value.type)
         if numbers.shape != tuple(shape) or numbers.dtype != DTYPES[name]:
-            raise ModelError(f"{self._path} has room for {name} {list(shape)}, not for {numbers.dtype} {list(numbers.shape)}.")
+            raise ModelError(
+                f"{self._path} expects {name} {list(shape)} here, not {numbers.dtype} {list(numbers.shape)}; export it again."
+            )
         if name in ("INT4", "UINT4"):
             codes = numbers.reshape(-1).view(np.uint8)
             numbers = np.bitwise_or(codes[::2] & 15, codes[1::2] << 4)
-        file, first, size = self._place(value)
+        file, first, size = self._locate(value)
         assert numbers.nbytes == size
         with explain_full_disk(file), file.open("r+b") as out:
             out.seek(first)
             out.write(np.ascontiguousarray(numbers).view(np.uint8).data)
 
-    def _place(self, value: Any) -> tuple[Path, int, int]:
-        """The file, first byte and bytes of a constant, held to what the graph says of it."""
+    def _locate(self, value: Any) -> tuple[Path, int, int]:
+        """Return the file, the first byte and the size in bytes of a constant, checked against the graph."""
         name, shape = tensor_type(value.type)
         bits = 4 if name in ("INT4", "UINT4") else 8 * np.dtype(DTYPES[name]).itemsize
-        wanted, file = -(-bits * math.prod(shape) // 8), self._weights / Path(value.blobFileValue.fileName).name
+        expected_size, file = -(-bits * math.prod(shape) // 8), self._weights / Path(value.blobFileValue.fileName).name
         try:
             with file.open("rb") as weights:
                 weights.seek(value.blobFileValue.offset)
-                sentinel, kind, size, first = _BLOB.unpack(weights.read(_BLOB.size))
-            whole = first + size <= file.stat().st_size
+                sentinel, kind, size, first = _BLOB_HEADER.unpack(weights.read(_BLOB_HEADER.size))
+            complete = first + size <= file.stat().st_size
         except (OSError, struct.error) as error:
             raise ModelError(f"{file} cannot be read where the graph points; export the package again.") from error
-        if (sentinel, kind, size) != (_SENTINEL, _BLOB_TYPES.get(name), wanted) or not whole:
+        if (sentinel, kind, size) != (_SENTINEL, _BLOB_TYPES.get(name), expected_size) or not complete:
             raise ModelError(f"{file} does not hold {name} {list(shape)} where the graph points; export the package again.")
         return file, first, size
 
 
 def tensor_type(type_: Any) -> tuple[str, Sequence[int]]:
-    """A type as (name, shape); -1 stands for a size that is known when it runs, and a state is what it holds.
+    """Return the (name, shape) of a tensor type, or of the tensor in a state; -1 is a size that is known only at run time.
 
-    Raises ModelError for what is no tensor.
+    Raises ModelError for a data type that edgetune does not write.
     """
     from coremltools.proto import MIL_pb2
 
@@ -127,7 +133,7 @@ def tensor_type(type_: Any) -> tuple[str, Sequence[int]]:
 
 
 def _immediate(tensor: Any, name: str, shape: Sequence[int]) -> Array:
-    """A constant that stands in the graph."""
+    """Return a constant that is stored in the graph itself."""
     kind = tensor.WhichOneof("value")
     values = getattr(tensor, kind).values
     if name == "STRING":

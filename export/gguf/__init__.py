@@ -1,1 +1,1 @@
-"""GGUF: adapters and whole models for llama.cpp, and the proof in it."""
+"""Write and read GGUF adapters, write GGUF models, and prove both in llama.cpp."""

@@ -1,8 +1,8 @@
-"""A LoRA adapter as a GGUF file, there and back, value-exact: both matrices in f32, and alpha so that alpha / r is the scale.
+"""Write and read a LoRA adapter as a GGUF file, value-exact: both matrices in f32, and alpha such that alpha / r is the scale.
 
-llama.cpp's loader (src/llama-adapter.cpp) asks for general.type, general.architecture, adapter.type and
-adapter.lora.alpha, and for `<tensor of the model>.lora_a` (r, in) and `.lora_b` (out, r). We add what it does not read: the
-head counts, since the order of rows depends on them, and what its one alpha in f32 was made of.
+llama.cpp's loader (src/llama-adapter.cpp) asks for general.type, general.architecture, adapter.type and adapter.lora.alpha, and
+for `<tensor of the model>.lora_a` (r, in) and `.lora_b` (out, r). edgetune adds keys that it ignores: the head counts, on which
+the order of the rows depends, and the settings from which llama.cpp's single alpha in f32 was computed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import mmap
 import re
 import reprlib
 import statistics
-import struct
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgetune.export.gguf.header import Header
 from edgetune.export.gguf.names import ARCHITECTURES, LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS as ORDER
@@ -28,18 +28,17 @@ from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.peft_folder import NO_LORA, NO_MATRIX, NOT_FINITE, refuse_tensors
 
-_MOST_KEYS, _MOST_TENSORS, _MOST_ITEMS = 1024, 1 << 16, 1 << 20
-_MOST_DIMS = 4  # ggml's
-_LONGEST_TEXT, _LONGEST_HEADER = 1 << 20, 16 << 20
-_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # gguf's types as struct spells them
-_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types of tensors
+ADAPTER_FILE = "adapter.gguf"
+_DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""The dtype of each of ggml's tensor types (ggml_type) that an adapter may have."""
 _TENSOR = re.compile(r"blk\.(\d{1,4})\.(\w+)\.weight\.lora_([ab])")
-_NAMES = {theirs: ours for ours, theirs in LINEARS.items()}
+_HF_NAMES = {gguf_name: hf_name for hf_name, gguf_name in LINEARS.items()}
+"""Hugging Face's name of each linear by llama.cpp's."""
 _ALPHA, _ACTIVATED = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 
 
 def write_adapter(adapter: Adapter, config: LlamaConfig, path: Path) -> None:
-    """Write an adapter of a base with `config`. Raises ModelError for a base that llama.cpp has no architecture for."""
+    """Write an adapter of a base with `config`. Raises ModelError for a base whose architecture llama.cpp does not have."""
     import gguf
 
     arch = architecture(config)
@@ -68,95 +67,31 @@ def write_adapter(adapter: Adapter, config: LlamaConfig, path: Path) -> None:
 
 
 def read_adapter(path: Path, base: LlamaConfig) -> Adapter:
-    """Read a GGUF LoRA, whoever wrote it, for the model `base`, whose heads the order of its rows goes by; it becomes f32.
+    """Read a GGUF LoRA, written by any program, as f32. The order of its rows depends on the heads of the model `base`.
 
-    Raises AdapterError for a file that is none, is damaged or holds anything else, every tensor named, and for one whose
-    rows stand in the order of another architecture or of other heads than `base` has, where it says so: the files of
-    llama.cpp's own converter do not. Shapes are for adapter.check_fits.
+    Raises AdapterError for a file that is damaged or holds anything but LoRA, naming every such tensor, and for one that was
+    made for another architecture or other head counts than those of `base`. Files of llama.cpp's own converter do not give
+    their head counts. Shapes are left to adapter.check_fits.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read(_Header(data), data, path, base)
+            return _read(Header(data), data, path, base)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}); check that it is there and yours to read.") from error
     except (ValueError, UsageError) as error:
-        said = str(error).rstrip(".")
-        raise AdapterError(f"{path} is no usable GGUF LoRA adapter ({said}); export or copy it again.") from error
+        reason = str(error).rstrip(".")
+        raise AdapterError(f"{path} is not a usable GGUF LoRA adapter ({reason}); export or copy it again.") from error
 
 
-class _Header:
-    """keys: every scalar and string key; tensors: name -> (shape outermost first, ggml type, place in the file)."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 0
-        magic, version = self._take("4sI")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError("it does not begin with GGUF, version 2 or 3")
-        tensors, keys = self._take("QQ")
-        if tensors > _MOST_TENSORS or keys > _MOST_KEYS:
-            raise ValueError(f"it announces {tensors} tensors and {keys} keys")
-        self.keys: dict[str, Any] = {}
-        for _ in range(keys):
-            key = self._text()
-            self.keys[key] = self._value(*self._take("I"))
-        found: dict[str, tuple[tuple[int, ...], int, int]] = {}
-        for _ in range(tensors):
-            name = self._text()
-            (dims,) = self._take("I")
-            if not 1 <= dims <= _MOST_DIMS or name in found:
-                raise ValueError(f"tensor {name[:80]!r} {'stands twice' if name in found else f'has {dims} dimensions'}")
-            *sizes, kind, offset = self._take(f"{dims}QIQ")
-            found[name] = (tuple(reversed(sizes)), kind, offset)
-        alignment = self.keys.get("general.alignment", 32)
-        if type(alignment) is not int or not 0 < alignment <= 1 << 16:
-            raise ValueError(f"its alignment is {alignment!r}")
-        start = -(-self._at // alignment) * alignment
-        self.tensors = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in found.items()}
-
-    def _take(self, form: str) -> tuple[Any, ...]:
-        size = struct.calcsize("<" + form)
-        if self._at + size > min(len(self._data), _LONGEST_HEADER):
-            raise ValueError("it ends within its header, or has none that ends")
-        values = struct.unpack_from("<" + form, self._data, self._at)
-        self._at += size
-        return values
-
-    def _text(self) -> str:
-        (length,) = self._take("Q")
-        if length > _LONGEST_TEXT:
-            raise ValueError(f"it holds a text of {length} bytes")
-        return str(self._take(f"{length}s")[0], "utf-8")
-
-    def _value(self, kind: int) -> Any:
-        """A scalar or a text; of an array, what it holds is passed over."""
-        if kind == 8:
-            return self._text()
-        if kind == 9:
-            inner, count = self._take("IQ")
-            if inner == 9 or count > _MOST_ITEMS:
-                raise ValueError(f"it holds an array of {count} items of type {inner}")
-            if inner == 8:
-                for _ in range(count):
-                    self._text()
-            else:
-                self._take(f"{count * struct.calcsize('<' + self._form(inner))}x")
-            return None
-        return self._take(self._form(kind))[0]
-
-    @staticmethod
-    def _form(kind: int) -> str:
-        if kind not in _SCALARS:
-            raise ValueError(f"it holds a value of the unknown type {kind}")
-        return _SCALARS[kind]
-
-
-def _read(header: _Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> Adapter:
+def _read(header: Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> Adapter:
+    """Build the adapter from an opened file. Raises ValueError or AdapterError where it does not fit."""
     _check_keys(header.keys, path, base)
     tensors = _tensors(header, data, path)
     if not tensors:
-        raise ValueError("it holds no tensor")
+        raise ValueError("it holds no tensors")
     shapes = base.linear_shapes()
-    for (layer, name, part), tensor in tensors.items():  # rows of another number have no order, and are refused with the rest
+    for (layer, name, part), tensor in tensors.items():
+        # a wrong number of rows cannot be reordered; check_fits refuses it later, together with all other mismatches
         if part == "B" and is_rotated(ARCHITECTURES[base.model_type], name) and tensor.shape[0] == shapes[name][0]:
             tensors[layer, name, part] = from_llama_rows(tensor, base.head_dim)
     rank = statistics.mode(tensor.shape[0 if part == "A" else 1] for (_, _, part), tensor in tensors.items())
@@ -166,12 +101,13 @@ def _read(header: _Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> Ad
 
 
 def _check_keys(keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
-    """Raise where the file is no LoRA, or the rows of its q and k, whose shapes may fit, stand in another order."""
+    """Raise ValueError if the file is not a LoRA, AdapterError if it is for another architecture or other head counts: then the
+    rows of q and k are in another order, even where their shapes fit."""
     kinds = keys.get("general.type"), keys.get("adapter.type")
     if kinds != ("adapter", "lora"):
         raise ValueError(f"its types are {reprlib.repr(kinds)}, expected ('adapter', 'lora')")
     if _ACTIVATED in keys:
-        raise ValueError("it is an aLoRA, which acts after certain tokens alone; expected plain LoRA")
+        raise ValueError("it is an aLoRA, which takes effect only after certain tokens; expected plain LoRA")
     arch = ARCHITECTURES[base.model_type]
     heads = f"{arch}.attention.head_count"
     expected: dict[str, Any] = {"general.architecture": arch}
@@ -181,49 +117,49 @@ def _check_keys(keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
         raise AdapterError(f"{path} was made for another base: {'; '.join(wrong)}; name its model with --model.")
 
 
-def _tensors(header: _Header, data: mmap.mmap, path: Path) -> dict[tuple[int, str, str], Tensor]:
-    """The file's matrices in f32, rows as they stand there. Raises AdapterError, naming them, for any that are none."""
+def _tensors(header: Header, data: mmap.mmap, path: Path) -> dict[tuple[int, str, str], Tensor]:
+    """Return the file's matrices in f32, their rows in the file's order. Raises AdapterError that names every other tensor."""
     sizes = {
         full: math.prod(shape) * _DTYPES[kind].itemsize for full, (shape, kind, _) in header.tensors.items() if kind in _DTYPES
     }
-    if sum(sizes.values()) > len(data):  # tensors that lie over each other would make a small file a large adapter
+    if sum(sizes.values()) > len(data):  # overlapping tensors would turn a small file into a huge adapter
         raise ValueError("its tensors together are larger than the file")
     tensors: dict[tuple[int, str, str], Tensor] = {}
     faults: defaultdict[str, list[str]] = defaultdict(list)
-    for full, (shape, kind, place) in header.tensors.items():
+    for full, (shape, kind, start) in header.tensors.items():
         match = _TENSOR.fullmatch(full)
-        if match is None or match[2] not in _NAMES:
+        if match is None or match[2] not in _HF_NAMES:
             faults[NO_LORA].append(full)
         elif kind not in _DTYPES:
             faults["neither f32 nor f16 nor bf16"].append(full)
         elif len(shape) != 2 or 0 in shape:
             faults[NO_MATRIX].append(full)
-        elif place + sizes[full] > len(data):
+        elif start + sizes[full] > len(data):
             faults["beyond the file's end"].append(full)
-        elif (where := (int(match[1]), _NAMES[match[2]], match[3].upper())) in tensors:
+        elif (key := (int(match[1]), _HF_NAMES[match[2]], match[3].upper())) in tensors:
             faults["given twice"].append(full)
         else:
-            raw = bytearray(data[place : place + sizes[full]])
-            tensors[where] = torch.frombuffer(raw, dtype=_DTYPES[kind]).view(shape).float()
-            if not torch.isfinite(tensors[where]).all():
+            raw = bytearray(data[start : start + sizes[full]])
+            tensors[key] = torch.frombuffer(raw, dtype=_DTYPES[kind]).view(shape).float()
+            if not torch.isfinite(tensors[key]).all():
                 faults[NOT_FINITE].append(full)
     refuse_tensors(path, faults)
     return tensors
 
 
 def _alpha(config: LoraConfig) -> float:
-    """What llama.cpp divides by the rank, as the file's f32 has it."""
+    """Return the alpha that llama.cpp divides by the rank, rounded to f32 as in the file."""
     return torch.tensor(config.scale * config.rank, dtype=torch.float32).item()
 
 
 def _lora_config(keys: dict[str, Any], rank: int, targets: tuple[str, ...]) -> LoraConfig:
-    """Alpha as llama.cpp takes it; what edgetune made it of, where the file tells and it still gives that alpha."""
+    """Return the configuration that edgetune wrote if it still gives the file's alpha, otherwise one with the file's alpha."""
     alpha = keys.get(_ALPHA, 0.0)
     if not isinstance(alpha, float):
         raise ValueError(f"its {_ALPHA} is {reprlib.repr(alpha)}, expected a number")
-    own, dropout, rslora = (keys.get(f"edgetune.lora.{name}") for name in ("alpha", "dropout", "rslora"))
-    if isinstance(own, float) and isinstance(dropout, float) and isinstance(rslora, bool):
-        written = LoraConfig(rank, own, dropout, targets, rslora)
+    own_alpha, dropout, rslora = (keys.get(f"edgetune.lora.{name}") for name in ("alpha", "dropout", "rslora"))
+    if isinstance(own_alpha, float) and isinstance(dropout, float) and isinstance(rslora, bool):
+        written = LoraConfig(rank, own_alpha, dropout, targets, rslora)
         if _alpha(written) == alpha:
             return written
-    return LoraConfig(rank, alpha or float(rank), 0.0, targets)  # llama.cpp's scale is 1 where there is none
+    return LoraConfig(rank, alpha or float(rank), 0.0, targets)  # without an alpha llama.cpp's scale is 1

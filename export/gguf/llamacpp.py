@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python, asked from outside: each question is a process, so that its crash is one sentence."""
+"""Call llama.cpp through llama-cpp-python in a child process for each call, so that a crash becomes an error message."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from edgetune.runtime.errors import ModelError
 
 _CHILD = Path(__file__).with_name("llamacpp_child.py")
+_REASON_CHARACTERS = 200
+"""Characters of llama.cpp's last line that an error message quotes. Chosen by hand."""
 
 
 def logits(model: Path, lora: Path | None, ids: Sequence[int]) -> Tensor:
-    """Token ids (N,) -> logits (N, V) f32 of a GGUF model with a GGUF adapter. Raises ModelError."""
+    """Run token ids (N,) through a GGUF model with a GGUF adapter; return logits (N, V) f32. Raises ModelError."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "logits"
         _ask("logits", model, lora, ids=list(ids), raw=str(raw))
@@ -29,28 +31,29 @@ def logits(model: Path, lora: Path | None, ids: Sequence[int]) -> Tensor:
 
 
 def loss(model: Path, lora: Path | None, documents: Sequence[Sequence[int]]) -> float:
-    """Mean nats a token of documents, each of at least two ids. Raises ModelError."""
+    """Return the mean loss in nats per token of documents, each of at least two ids. Raises ModelError."""
     return float(_ask("losses", model, lora, documents=[list(ids) for ids in documents])["loss"])
 
 
 def tokenize(model: Path, texts: Sequence[str]) -> list[list[int]]:
-    """The ids that the model's own vocabulary gives each text, with none added. Raises ModelError."""
+    """Split each text into ids with the vocabulary in the GGUF file; no ids are added. Raises ModelError."""
     return [[int(id) for id in ids] for ids in _ask("tokenize", model, None, texts=list(texts))["ids"]]
 
 
 def quantize(model: Path, out: Path) -> None:
-    """Write a GGUF model as llama.cpp's Q4_K_M. Raises ModelError."""
+    """Quantise a GGUF model to llama.cpp's Q4_K_M and write it to `out`. Raises ModelError."""
     _ask("quantize", model, None, out=str(out))
 
 
 def _ask(action: str, model: Path, lora: Path | None, **more: Any) -> dict[str, Any]:
+    """Run one action of llamacpp_child.py; return its answer. Raises ModelError where the child fails."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         request = {
             "action": action, "model": str(model), "lora": None if lora is None else str(lora), "answer": str(answer),
             "threads": torch.get_num_threads(), **more,
         }  # fmt: skip
-        # -P: the folder of the script is this package, whose modules are called like the libraries they export to.
+        # -P keeps the script's folder off sys.path: this package's modules must not shadow the libraries that it imports.
         done = subprocess.run(
             [sys.executable, "-P", str(_CHILD)],
             input=json.dumps(request).encode(),
@@ -60,14 +63,14 @@ def _ask(action: str, model: Path, lora: Path | None, **more: Any) -> dict[str, 
         if done.returncode or not answer.is_file():
             raise ModelError(
                 f"llama.cpp could not use {model.name if lora is None else lora.name} ({_reason(done)}); "
-                "install the newest llama-cpp-python, or type --no-verify to write it unproved."
+                "install the newest llama-cpp-python, or type --no-verify to write the export unproved."
             )
         found: dict[str, Any] = json.loads(answer.read_text())
         return found
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """How a process ended, and the last it said."""
-    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-    return f"{how}: {said[-1][:200]}" if said else how
+    """Say how a process ended, followed by the start of the last line that it wrote to standard error."""
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    ending = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
+    return f"{ending}: {lines[-1][:_REASON_CHARACTERS]}" if lines else ending

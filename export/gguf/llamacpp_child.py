@@ -1,7 +1,7 @@
-"""What runs in a process of its own, since llama.cpp ends the process that gives it a bad file.
+"""Run llama.cpp in a process of its own, because llama.cpp ends the process when a file is bad.
 
-Run as a script, with a request as JSON on its standard input, and an answer as JSON in the file that it names. It
-imports nothing of edgetune's: a model is opened here, and a few numbers go back.
+This is a script: it reads a request as JSON from standard input and writes its answer as JSON to the file that the request
+names. It imports nothing of edgetune.
 """
 
 from __future__ import annotations
@@ -13,30 +13,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-F32 = 0  # ggml's number of the type
+F32 = 0
+"""The number of f32 among ggml's types (ggml_type)."""
+LEAST_CONTEXT = 8
+"""Smallest context that a model is opened with, in tokens. Chosen by hand."""
 
 
 def _open(request: dict[str, Any], positions: int) -> Any:
-    """The model, and its adapter where there is one, with a cache for `positions` tokens kept in fp32.
+    """Open the model and its adapter, if any, with an fp32 cache for `positions` tokens.
 
-    Weights are used as the file has them: repacked copies for a CPU's matrix unit are left out, since their kernels
-    round otherwise and some builds crash in them.
+    Weights are used as the file has them. llama.cpp would repack them for the CPU's matrix unit, but those kernels round
+    differently, and some builds crash in them.
     """
     import llama_cpp
 
-    defaults = llama_cpp.llama_model_default_params
+    defaults, context = llama_cpp.llama_model_default_params, max(positions, LEAST_CONTEXT)
 
-    def plain() -> Any:
+    def without_repacking() -> Any:
         params = defaults()
         params.use_extra_bufts = False
         return params
 
-    llama_cpp.llama_cpp.llama_model_default_params = plain
+    # llama_cpp.Llama has no argument for this setting, so its defaults are replaced
+    llama_cpp.llama_cpp.llama_model_default_params = without_repacking
     model = llama_cpp.Llama(
         request["model"],
-        n_ctx=max(positions, 8),
-        n_batch=max(positions, 8),
-        n_ubatch=max(positions, 8),
+        n_ctx=context,
+        n_batch=context,
+        n_ubatch=context,
         n_threads=request["threads"],
         n_threads_batch=request["threads"],
         type_k=F32,
@@ -51,7 +55,7 @@ def _open(request: dict[str, Any], positions: int) -> Any:
 
 
 def _attach(model: Any, lora: bytes) -> None:
-    """Put an adapter on an open model. Llama(lora_path=...) would do it on a copy of the whole base in memory."""
+    """Attach an adapter to an open model. Llama(lora_path=...) would copy the whole base in memory to do so."""
     import llama_cpp
 
     adapter = llama_cpp.llama_adapter_lora_init(model._model.model, lora)
@@ -61,21 +65,21 @@ def _attach(model: Any, lora: bytes) -> None:
     if hasattr(llama_cpp, "llama_set_adapters_lora"):
         handles, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
         failed = llama_cpp.llama_set_adapters_lora(context, handles, 1, scales)
-    else:  # in older versions
+    else:  # older versions of llama-cpp-python
         failed = llama_cpp.llama_set_adapter_lora(context, adapter, 1.0)
     if failed:
         raise RuntimeError("llama.cpp could not attach the adapter")
 
 
 def logits(request: dict[str, Any]) -> None:
-    """ids (N,) -> logits (N, V) f32 in the file `raw`."""
+    """Write the logits (N, V) f32 of `ids` (N,) to the file `raw`."""
     model = _open(request, len(request["ids"]))
     model.eval(request["ids"])
     model.scores[: len(request["ids"])].astype("<f4").tofile(request["raw"])
 
 
 def losses(request: dict[str, Any]) -> dict[str, Any]:
-    """documents, each a list of ids -> nats a token of all that follow another."""
+    """Return the mean loss in nats over all tokens of `documents` but the first of each; a document is a list of ids."""
     import numpy as np
 
     model = _open(request, max(map(len, request["documents"])))
@@ -92,13 +96,13 @@ def losses(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize(request: dict[str, Any]) -> dict[str, Any]:
-    """texts -> ids of each, nothing added and no control token looked for."""
-    model = _open(request, 8)
+    """Return the ids of each of `texts`: nothing is added, and no text becomes a control token."""
+    model = _open(request, LEAST_CONTEXT)
     return {"ids": [model.tokenize(text.encode(), add_bos=False, special=False) for text in request["texts"]]}
 
 
 def quantize(request: dict[str, Any]) -> None:
-    """The model as llama.cpp's own Q4_K_M, in the file `out`."""
+    """Quantise the model to llama.cpp's own Q4_K_M and write it to the file `out`."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -109,13 +113,13 @@ def quantize(request: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Do what the request asks for."""
+    """Run the action that the request names, and write its answer."""
     request = json.load(sys.stdin)
     action = {"logits": logits, "losses": losses, "tokenize": tokenize, "quantize": quantize}[request["action"]]
     answer = action(request) or {}
     Path(request["answer"]).write_text(json.dumps(answer))
     sys.stderr.flush()
-    os._exit(0)  # freeing what the process has anyway is where some versions of the library trip
+    os._exit(0)  # skip the library's clean-up: some versions of it crash there
 
 
 if __name__ == "__main__":

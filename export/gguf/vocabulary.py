@@ -1,8 +1,9 @@
-"""A model folder's tokenizer and chat template as GGUF's tokenizer.ggml.* keys.
+"""Convert a model folder's tokenizer and chat template to GGUF's tokenizer.ggml.* keys.
 
-llama.cpp has two tokenizers for what edgetune runs: "llama" merges the pair of pieces with the best score, as
-sentencepiece does, and "gpt2" is byte-level BPE by ranks, after a split that it knows by a family's name. A split that it
-has no name for is refused: under a wrong one the model would read other words than it was trained on.
+llama.cpp has two tokenizers for the models that edgetune runs. "llama" merges the pair of pieces with the best score, as
+sentencepiece does. "gpt2" is byte-level BPE by ranks; before it merges, it splits the text in a way that is named after a
+model family. A tokenizer with a split that has no name in llama.cpp is refused: with a wrong one the model would read other
+words than it was trained on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from edgetune.runtime.tokenizer_libraries import (
     TokenizerLibrary,
 )
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.h's llama_token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""The types of tokens: llama.h's llama_token_type."""
+_PADDING_SCORE = -1000.0
+"""Score of a token for a row of the embedding that has no piece, as llama.cpp's convert_hf_to_gguf.py writes it."""
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
@@ -37,12 +41,15 @@ _TEKKEN = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
-"""llama.cpp's name for the text between words, by the regular expression that tokenizer.json writes."""
+"""llama.cpp's name of each split of a text, by the regular expression in tokenizer.json."""
 
 
 @dataclass
 class Vocabulary:
-    """model: "llama" or "gpt2"; for each id its token, score and type; merges and pre (the split's name) for gpt2 only."""
+    """The values of GGUF's tokenizer keys.
+
+    model: "llama" or "gpt2". tokens, scores, types: one per id. merges, and pre (the name of the split): for gpt2 only.
+    """
 
     model: str
     tokens: list[str]
@@ -51,7 +58,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     pre: str = "default"
     ids: dict[str, int] = field(default_factory=dict)
-    """bos, eos, eot, unknown and padding, those that there are."""
+    """The ids of bos, eos, eot, unknown and padding, as far as the model has them."""
     adds_bos: bool = False
     adds_space: bool = False
     template: str | None = None
@@ -76,9 +83,9 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The tokenizer of a model folder for an embedding of `rows` rows; ids that have no piece get a name that no text spells.
+    """Read the tokenizer of a model folder for an embedding of `rows` rows. Ids without a piece get a name that no text spells.
 
-    Raises TokenizerError for a tokenizer that llama.cpp would not follow.
+    Raises TokenizerError for a tokenizer that llama.cpp cannot reproduce.
     """
     config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     template = read_template(folder, config)
@@ -88,21 +95,18 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         source = _json(folder / "tokenizer.json")
         pieces = JsonTokenizer(folder / "tokenizer.json", names)
-        if (source.get("decoder") or {}).get("type") == "ByteLevel":
-            found = _byte_level(source, folder)
-        elif (folder / "tokenizer.model").is_file():
-            found = _sentencepiece(folder / "tokenizer.model")
-        else:
-            found = _merged_pieces(source, folder)
+        found = _from_json(source, folder)
     else:
         source = {}
         pieces = SentencePieceTokenizer(folder / "tokenizer.model", names)
         found = _sentencepiece(folder / "tokenizer.model")
     if len(found.tokens) > rows:
-        raise TokenizerError(f"{folder} has {len(found.tokens)} tokens and {rows} rows of embedding; copy the model again.")
+        raise TokenizerError(
+            f"{folder} has {len(found.tokens)} tokens, but only {rows} rows of embedding; copy the model again."
+        )
     for id in range(len(found.tokens), rows):
         found.tokens.append(f"[PAD{id}]")
-        found.scores.append(-1000.0)
+        found.scores.append(_PADDING_SCORE)
         found.types.append(UNUSED)
     unknown = pieces.id_of(names.spelled.get("unk_token") or "") if found.model == "llama" else None
     for token in pieces.added:
@@ -119,25 +123,37 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     }
     found.ids = {name: id for name, id in special.items() if id is not None and id < rows}
     found.adds_bos = "bos" in found.ids and _adds_bos(config, source, names, found.tokens[found.ids["bos"]])
-    letter = pieces.encode("a", True)
+    letter = pieces.encode("a", True)  # begins with a space if the tokenizer puts one in front of a text
     found.adds_space = found.model == "llama" and bool(letter) and pieces.bytes_of(letter[0]).startswith(b" ")
     found.template = template[0] if template else None
     return found
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Read tokenizer.json. Raises TokenizerError where it is not one."""
     value = read_object(path, TOKENIZER_JSON)
     if not isinstance(value.get("model"), dict):
         raise TokenizerError(f"{path} is not a tokenizer; copy it again from the model's publisher.")
     return value
 
 
-def _plain(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """Pieces by id, and the pairs that merge, of tokenizer.json's BPE."""
+def _from_json(source: dict[str, Any], folder: Path) -> Vocabulary:
+    """Convert tokenizer.json, or the sentencepiece model beside it, which has the scores that tokenizer.json lacks."""
+    if (source.get("decoder") or {}).get("type") == "ByteLevel":
+        return _byte_level(source, folder)
+    if (folder / "tokenizer.model").is_file():
+        return _sentencepiece(folder / "tokenizer.model")
+    return _merged_pieces(source, folder)
+
+
+def _bpe(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the pieces by id, and the pairs that merge, of the BPE in tokenizer.json."""
     model = source["model"]
     vocab, merges = model.get("vocab"), model.get("merges")
     if model.get("type") != "BPE" or not isinstance(vocab, dict) or not isinstance(merges, list):
-        raise TokenizerError(f"{folder} has a tokenizer of type {model.get('type')}, which llama.cpp has not; expected BPE.")
+        raise TokenizerError(
+            f"{folder} has a tokenizer of type {model.get('type')}, which llama.cpp does not have; expected BPE."
+        )
     ids = {id: piece for piece, id in vocab.items() if type(id) is int}
     pieces = [ids.get(id, f"[PAD{id}]") for id in range(max(ids, default=-1) + 1)]
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
@@ -145,18 +161,19 @@ def _plain(source: dict[str, Any], folder: Path) -> tuple[list[str], list[tuple[
 
 
 def _byte_level(source: dict[str, Any], folder: Path) -> Vocabulary:
-    pieces, pairs = _plain(source, folder)
+    """Convert a byte-level BPE."""
+    pieces, pairs = _bpe(source, folder)
     normalizer = (source.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp has none; of NFC, text that is composed already notices nothing
+    if normalizer not in (None, "NFC"):  # llama.cpp normalises nothing; NFC leaves text that is already composed unchanged
         raise TokenizerError(
-            f"The tokenizer in {folder} alters texts ({normalizer}), as llama.cpp does not; type `edgetune export hf`."
+            f"The tokenizer in {folder} alters texts ({normalizer}), but llama.cpp does not; type `edgetune export hf`."
         )
     types = [NORMAL] * len(pieces)
     return Vocabulary("gpt2", pieces, [0.0] * len(pieces), types, [" ".join(pair) for pair in pairs], _split(source, folder))
 
 
 def _split(source: dict[str, Any], folder: Path) -> str:
-    """llama.cpp's name for how tokenizer.json cuts a text before merging. Raises TokenizerError where it has none."""
+    """Return llama.cpp's name for the way tokenizer.json splits a text before merging. Raises TokenizerError if it has none."""
     part = source.get("pre_tokenizer") or {}
     steps = part.get("pretokenizers", []) if part.get("type") == "Sequence" else [part]
     kinds = [step.get("type") for step in steps]
@@ -172,14 +189,14 @@ def _split(source: dict[str, Any], folder: Path) -> str:
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
             return "smollm"
     raise TokenizerError(
-        f"The tokenizer in {folder} cuts texts into words ({', '.join(map(str, kinds)) or 'not at all'}) as no tokenizer of "
-        "llama.cpp's that edgetune knows does; export it with `edgetune export hf`."
+        f"The tokenizer in {folder} splits texts into words ({', '.join(map(str, kinds)) or 'not at all'}) in a way that "
+        "edgetune knows of no tokenizer of llama.cpp; type `edgetune export hf`."
     )
 
 
 def _merged_pieces(source: dict[str, Any], folder: Path) -> Vocabulary:
-    """sentencepiece's BPE as tokenizer.json has it: a piece's score is how early it is merged."""
-    pieces, pairs = _plain(source, folder)
+    """Convert sentencepiece's BPE from tokenizer.json: the earlier a piece is merged, the better its score."""
+    pieces, pairs = _bpe(source, folder)
     if not source["model"].get("byte_fallback"):
         raise TokenizerError(f"The tokenizer in {folder} has no byte pieces, which llama.cpp needs; type `edgetune export hf`.")
     rank: dict[str, int] = {}
@@ -191,6 +208,7 @@ def _merged_pieces(source: dict[str, Any], folder: Path) -> Vocabulary:
 
 
 def _sentencepiece(path: Path) -> Vocabulary:
+    """Convert a sentencepiece model."""
     import sentencepiece
 
     data = read_limited(path, SENTENCEPIECE_MODEL)
@@ -198,7 +216,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError:
         raise TokenizerError(
-            f"{path} is not a sentencepiece model; copy it again, or remove it: the tokenizer.json beside it tells enough."
+            f"{path} is not a sentencepiece model; copy it again, or remove it: the tokenizer.json beside it is enough."
         ) from None
     ids = range(sp.get_piece_size())
     types = [CONTROL if sp.is_control(id) else UNUSED if sp.is_unused(id) else BYTE if sp.is_byte(id) else NORMAL for id in ids]
@@ -206,14 +224,15 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _is_byte(piece: str) -> bool:
+    """Return True for a byte piece, such as <0x0A>."""
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _adds_bos(config: dict[str, Any], source: dict[str, Any], names: SpecialTokens, bos: str) -> bool:
-    """Whether the model's own tokenizer begins a text with its bos: as the files say, else as LLaMA's does."""
-    said = config.get("add_bos_token")
-    if isinstance(said, bool):
-        return said
+    """Return True if the model's own tokenizer begins a text with bos, according to its files, or else as LLaMA's does."""
+    setting = config.get("add_bos_token")
+    if isinstance(setting, bool):
+        return setting
     if names.rebuilt_as_llama or not source:
         return True
     return bos in json.dumps(source.get("post_processor"), ensure_ascii=False)

@@ -1,1 +1,1 @@
-"""MLX: mlx-lm adapters and merged models."""
+"""Write and read mlx-lm adapters, write MLX models, and prove both in mlx-lm."""

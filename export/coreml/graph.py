@@ -1,129 +1,38 @@
-"""Our Llama as an ML program for Core ML: iOS 18, macOS 15, with the KV cache as its state.
+"""Build the ML program of a Llama for Core ML (iOS 18, macOS 15), with the KV cache as its state.
 
 The program is written operation by operation with coremltools' builder, so that no dense copy of the model is traced and no
-pass has to find again which constant was which weight. One call reads a chunk of tokens:
+pass has to find out again which constant was which weight. One call reads a chunk of T tokens:
 
-    input_ids   i32 (1, T)            T from 1 to `prefill`
+    input_ids   i32 (1, T)            T is 1 to `prefill`
     causal_mask f16 (1, 1, T, M)      0 where a token sees a position, else HIDDEN; M is the length of the cache after the chunk
-    window_mask f16 (1, 1, T, M)      the same for layers with a sliding window, where the model has any
-    q_proj_a, q_proj_b, ...           f16 (L, r, in) and (L, out, r): the adapter, where it is an input; the scale is in b
-    k_cache, v_cache  f16 (L, KV, context, hd)      states; the chunk is written at M - T .. M
+    window_mask f16 (1, 1, T, M)      the same for layers with a sliding window; only where the model has any
+    q_proj_a, q_proj_b, ...           f16 (L, r, in) and (L, out, r): the adapter, where it is an input; b includes the scale
+    k_cache, v_cache  f16 (L, KV, context, hd)      states; the chunk is written to slots M - T to M
     logits      f16 (1, T, V)
 
-Everything is fp16 but what would overflow: the squares, mean and root of RMSNorm are fp32.
+Everything is fp16 except what would overflow: the squares, mean and root of RMSNorm are fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from edgetune.export.coreml.package import Array
-from edgetune.export.coreml.weights import EMBEDDING_NAME, Stored, constexpr, half_of, nf4_table
-from edgetune.runtime.config import LlamaConfig
-from edgetune.runtime.model import rope_frequencies
-from edgetune.runtime.names import (
-    ATTENTION_NORM,
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    K_NORM,
-    MLP_NORM,
-    Q_NORM,
-    hf_linear_name,
-    layer_tensor,
-    linear_weight,
-)
+from edgetune.export.coreml.plan import Plan, constants, linear_name
+from edgetune.export.coreml.stored_weight import constexpr, nf4_table
+from edgetune.export.coreml.weight_locations import EMBEDDING_NAME
+from edgetune.runtime.names import EMBEDDING, HEAD, linear_weight
 
-HIDDEN = -1e4
-"""What a mask adds to the score of a position that is not seen: nothing is left of it, and fp16 can add to it."""
-FILED = 10
-"""Constants of so many numbers stand in the file of weights, which is coremltools' rule; each of ours is named, or the same."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a program is made of.
-
-    tensor: a norm or a bias by its full Hugging Face name. weight: what holds the place of a weight (out, in), by its name and
-    shape, see coreml_weights.blank. input_ranks: rank of the adapter that each linear takes as input. constants: lora_A, lora_B
-    f16 of those that are built in.
-    """
-
-    config: LlamaConfig
-    context: int
-    prefill: int
-    tensor: Callable[[str], Tensor]
-    weight: Callable[[str, tuple[int, int]], Stored]
-    input_ranks: Mapping[str, int] = field(default_factory=dict)
-    constants: Mapping[tuple[int, str], tuple[Array, Array]] = field(default_factory=dict)
-
-    def window(self, layer: int) -> int | None:
-        """The sliding window of a layer, None where it is as long as the context."""
-        window = self.config.windows[layer]
-        return None if window is None or window >= self.context else window
-
-    @property
-    def windowed(self) -> bool:
-        return any(self.window(layer) is not None for layer in range(self.config.num_layers))
-
-    @property
-    def state_shape(self) -> tuple[int, int, int, int]:
-        config = self.config
-        return (config.num_layers, config.num_kv_heads, self.context, config.head_dim)
-
-    def adapter_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """The adapter's inputs by name."""
-        shapes, layers = self.config.linear_shapes(), self.config.num_layers
-        result: dict[str, tuple[int, int, int]] = {}
-        for name, rank in self.input_ranks.items():
-            out, width = shapes[name]
-            result |= {f"{name}_a": (layers, rank, width), f"{name}_b": (layers, out, rank)}
-        return result
-
-
-def linear_name(layer: int, name: str) -> str:
-    """What a layer's linear, and what comes out of it, is called in the program."""
-    return f"layers_{layer}_{name}"
-
-
-def constants(plan: Plan) -> dict[str, Array]:
-    """What a program multiplies and adds beside its weights, f16 by the name that each has there: the cosines and sines of all
-    positions (context, hd/2), norms, biases, and an adapter that is built in.
-
-    Raises ModelError where a number leaves fp16.
-    """
-    config = plan.config
-    frequencies = rope_frequencies(config.rope, config.head_dim)
-    angles = torch.arange(plan.context, dtype=torch.float64).unsqueeze(1) * frequencies
-    found = {"cos": half_of("cos", angles.cos()), "sin": half_of("sin", angles.sin())}
-    norms = {"attn_norm": ATTENTION_NORM, "mlp_norm": MLP_NORM}
-    if config.qk_norm:
-        norms |= {"q_norm": Q_NORM, "k_norm": K_NORM}
-    biased = [*(("q_proj", "k_proj", "v_proj") if config.qkv_bias else ()), *(("o_proj",) if config.o_bias else ())]
-    own = {"norm_weight": FINAL_NORM}
-    for layer in range(config.num_layers):
-        own |= {f"layers_{layer}_{called}_weight": layer_tensor(layer, name) for called, name in norms.items()}
-        own |= {f"{linear_name(layer, part)}_bias": layer_tensor(layer, f"{hf_linear_name(part)}.bias") for part in biased}
-    found |= {called: half_of(name, plan.tensor(name)) for called, name in own.items()}
-    for (layer, part), pair in plan.constants.items():
-        found |= {f"{linear_name(layer, part)}_{which}": values for which, values in zip("ab", pair, strict=True)}
-    return found
-
-
-def does_nothing(name: str, values: Array) -> bool:
-    """Whether coremltools leaves a constant out, with what it would do: a norm's product by ones, a sum with zeros."""
-    nothing = {"bias": 0, "weight": 1}.get(name.rsplit("_", 1)[-1])
-    return nothing is not None and bool((values == nothing).all())
+_LEAST_SHARED = 10
+"""Numbers from which a constant is stored in weight.bin instead of in the graph, which is coremltools' own rule. Only those are
+shared between functions, by name."""
 
 
 def build(plans: Mapping[str, Plan]) -> Any:
-    """The program: a function for each plan, the first of them the default. What they have in common is stored once."""
+    """Build a program with a function for each plan, the first being the default. They share constants of the same name."""
     from coremltools.converters.mil.mil import Program
 
     program = Program()
@@ -136,13 +45,13 @@ def build(plans: Mapping[str, Plan]) -> Any:
         program.export_as_multifunction = True
         for function in program.functions.values():
             for operation in function.operations:
-                if operation.op_type == "const" and np.size(operation.outputs[0].val) >= FILED:
+                if operation.op_type == "const" and np.size(operation.outputs[0].val) >= _LEAST_SHARED:
                     operation.weight_id = operation.name
     return program
 
 
 def _function(plan: Plan) -> tuple[Any, list[Any]]:
-    """A function, and its inputs as coremltools describes them."""
+    """Build a function; return it with coremltools' types of its inputs."""
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, types
@@ -164,7 +73,7 @@ def _function(plan: Plan) -> tuple[Any, list[Any]]:
 
 
 class _Graph:
-    """Writes the operations, in the order in which they run. Shapes as in model.py, behind a leading 1."""
+    """Writes a function's operations in the order in which they run. Shapes are those of runtime/model.py after a leading 1."""
 
     def __init__(self, plan: Plan, inputs: Mapping[str, Any]) -> None:
         from coremltools.converters.mil import Builder as mb
@@ -180,7 +89,7 @@ class _Graph:
         self.cos, self.sin = self.rope()
 
     def logits(self) -> Any:
-        """(1, T, V)."""
+        """Write the whole model; return the logits (1, T, V)."""
         mb = self.mb
         shape = (self.config.vocab_size, self.config.hidden_size)
         embedding = self.weight(EMBEDDING, shape, EMBEDDING_NAME)
@@ -191,7 +100,7 @@ class _Graph:
         return self.product(self.norm(h, "norm"), head, name="logits")
 
     def block(self, layer: int, h: Any) -> Any:
-        """(1, T, D) -> (1, T, D)."""
+        """Write a layer: (1, T, D) -> (1, T, D)."""
         mb, name = self.mb, f"layers_{layer}"
         x = self.norm(h, f"{name}_attn_norm")
         q, k, v = (self.linear(layer, part, x) for part in ("q_proj", "k_proj", "v_proj"))
@@ -202,11 +111,11 @@ class _Graph:
         return mb.add(x=h, y=self.linear(layer, "down_proj", gated), name=f"{name}_h")
 
     def constant(self, name: str) -> Any:
-        """One of `constants`."""
+        """Add one of plan.constants to the program."""
         return self.mb.const(val=self.values[name], name=name)
 
     def norm(self, x: Any, name: str) -> Any:
-        """RMSNorm over the last axis; fp32 until the weight."""
+        """Write RMSNorm over the last axis, in fp32 until the product with the weight."""
         mb = self.mb
         wide = mb.cast(x=x, dtype="fp32")
         mean = mb.reduce_mean(x=mb.mul(x=wide, y=wide), axes=[-1], keep_dims=True)
@@ -215,7 +124,7 @@ class _Graph:
         return mb.mul(x=narrow, y=self.constant(f"{name}_weight"), name=name)
 
     def linear(self, layer: int, part: str, x: Any) -> Any:
-        """(1, T, in) -> (1, T, out), with bias and adapter where there are any."""
+        """Write a linear (1, T, in) -> (1, T, out), with its bias and adapter if it has them."""
         mb, name = self.mb, linear_name(layer, part)
         full, shape = linear_weight(layer, part), self.config.linear_shapes()[part]
         weight = self.weight(full, shape, f"{name}_weight")
@@ -231,30 +140,30 @@ class _Graph:
         return y
 
     def product(self, x: Any, weight: Any, **more: Any) -> Any:
-        """x W^T with the zeros, stored once for all of a width, that Core ML adds where there is no bias."""
+        """Write x W^T. Without a bias Core ML adds zeros: they are stored once for all linears of a width."""
         if "bias" not in more:
             more["bias"] = self.shared(f"zeros_{weight.shape[0]}", lambda: np.zeros(weight.shape[0], np.float16))
         return self.mb.linear(x=x, weight=weight, **more)
 
     def weight(self, full: str, shape: tuple[int, int], name: str) -> Any:
-        """The place of a weight (out, in), by its Hugging Face name, called `name` here."""
+        """Add the weight (out, in) with the Hugging Face name `full` to the program, under `name`."""
         stored = self.plan.weight(full, shape)
         table = self.shared("nf4_table", lambda: nf4_table().reshape(1, 1, 16, 1)) if stored.form == "nf4" else None
         return constexpr(stored, name, table)
 
     def shared(self, name: str, make: Callable[[], Array]) -> Any:
-        """A constant that several operations take."""
+        """Return a constant that several operations take; make it on first use."""
         if name not in self.constants:
             self.constants[name] = self.mb.const(val=make(), name=name)
         return self.constants[name]
 
     def of_layer(self, layer: int, stacked: Any) -> Any:
-        """(L, ...) -> (1, ...)."""
+        """Slice one layer out of a stack: (L, ...) -> (1, ...)."""
         rest = list(stacked.shape[1:])
         return self.mb.slice_by_index(x=stacked, begin=[layer, *([0] * len(rest))], end=[layer + 1, *rest])
 
     def attend(self, layer: int, q: Any, k: Any, v: Any) -> Any:
-        """q (1, T, H hd), k and v (1, T, KV hd) -> (1, T, H hd)."""
+        """Write attention through the cache: q (1, T, H hd), k and v (1, T, KV hd) -> (1, T, H hd)."""
         mb, config = self.mb, self.config
         q, k, v = (
             self.heads(x, count) for x, count in ((q, config.num_heads), (k, config.num_kv_heads), (v, config.num_kv_heads))
@@ -267,12 +176,12 @@ class _Graph:
         return mb.reshape(x=mb.transpose(x=seen, perm=[0, 2, 1, 3]), shape=[1, -1, config.num_heads * config.head_dim])
 
     def heads(self, x: Any, count: int) -> Any:
-        """(1, T, count hd) -> (1, count, T, hd)."""
-        apart = self.mb.reshape(x=x, shape=[1, -1, count, self.config.head_dim])
-        return self.mb.transpose(x=apart, perm=[0, 2, 1, 3])
+        """Split into heads: (1, T, count hd) -> (1, count, T, hd)."""
+        split = self.mb.reshape(x=x, shape=[1, -1, count, self.config.head_dim])
+        return self.mb.transpose(x=split, perm=[0, 2, 1, 3])
 
     def rope(self) -> tuple[Any, Any]:
-        """cos and sin (T, hd/2) of this chunk's positions."""
+        """Slice cos and sin (T, hd/2) for this chunk's positions out of the tables of all positions."""
         mb, half = self.mb, self.config.head_dim // 2
         first = mb.concat(values=[self.begin, _ints(0)], axis=0)
         last = mb.concat(values=[self.end, _ints(half)], axis=0)
@@ -281,7 +190,7 @@ class _Graph:
         return cos, sin
 
     def rotate(self, x: Any) -> Any:
-        """RoPE on (1, heads, T, hd), the two halves of a head being its pairs."""
+        """Apply RoPE to (1, heads, T, hd): number i of a head pairs with i + hd/2."""
         mb = self.mb
         a, b = mb.split(x=x, num_splits=2, axis=-1)
         left = mb.sub(x=mb.mul(x=a, y=self.cos), y=mb.mul(x=b, y=self.sin))
@@ -289,18 +198,18 @@ class _Graph:
         return mb.concat(values=[left, right], axis=-1)
 
     def cached(self, layer: int, name: str, x: Any) -> Any:
-        """Write (1, KV, T, hd) into a state -> all of the layer's M positions, a head for each query head: (1, H, M, hd).
+        """Write x (1, KV, T, hd) into a state; return the layer's M positions with a head for each query head: (1, H, M, hd).
 
-        Core ML keeps a state by slices: what is read is what the update of the layer before left.
+        All layers share one state, so each layer updates the state that the previous layer's update returned.
         """
         mb, (_, heads, _, width) = self.mb, self.plan.state_shape
         first = mb.concat(values=[_ints(layer, 0), self.begin, _ints(0)], axis=0)
         last = mb.concat(values=[_ints(layer + 1, heads), self.end, _ints(width)], axis=0)
         written = mb.slice_update(x=self.caches[name], update=x, begin=first, end=last)
         self.caches[name] = mb.coreml_update_state(state=self.inputs[name], value=written)
-        own = self.of_layer(layer, self.caches[name])
+        cache = self.of_layer(layer, self.caches[name])
         last = mb.concat(values=[_ints(1, heads), self.end, _ints(width)], axis=0)
-        filled = mb.slice_by_index(x=own, begin=[0, 0, 0, 0], end=last, end_mask=[True, True, False, True])
+        filled = mb.slice_by_index(x=cache, begin=[0, 0, 0, 0], end=last, end_mask=[True, True, False, True])
         groups = self.config.num_heads // heads
         if groups == 1:
             return filled
@@ -309,4 +218,5 @@ class _Graph:
 
 
 def _ints(*values: int) -> Array:
+    """Return an i32 array, which coremltools turns into a constant."""
     return np.array(values, np.int32)
