@@ -13,7 +13,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from edgetune._version import __version__
 
 # `runtime/` and `export/` install as edgetune.runtime and edgetune.export. In a clone they lie beside this folder, and
 # Python run from the clone's root finds this folder first: then it is the clone's own floors that must be used.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgetune import EdgetuneError, export_adapter
 from edgetune.export.targets import TARGETS
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 Row = tuple[str, str, str, str]
 """Target, path, size, agreement."""

@@ -21,7 +21,7 @@ STEPS, WINDOW, WINDOWS = 2000, 3 * TRIM_STEPS, 10
 TRAIN = """
 import json, random, sys
 import torch
-from edgetune.machine.bench import random_llama
+from edgetune.machine.synthetic import random_llama
 from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig, LoraConfig

@@ -21,7 +21,7 @@ from edgetune.config import DataConfig, TrainConfig
 from edgetune.library.base_models import resolve
 from edgetune.machine.forecast import forecast
 from edgetune.machine.shapes import SHAPES
-from edgetune.reports.terminal import human_bytes
+from edgetune.reports.text import human_bytes
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored, Vocabulary

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from edgetune.events import Evaluated, Event, Exporting, Finished, Sampled, Skipped, Started, Stepped, from_dict
 from edgetune.reports import terminal as ui
+from edgetune.reports.text import human_bytes, human_time, sanitize
 
 
 def run_of(steps: int, seconds_per_step: float = 1.0, heldout: bool = True) -> Iterator[Event]:
@@ -52,7 +53,7 @@ def plain(events: Iterator[Event]) -> list[str]:
 @given(st.text(st.characters()))
 @example("\x1b]0;title\x07\x1b[2J\x9b31m\r\x00\x7f\u202eevil\u2066\u2028")
 def test_no_control_character_survives_sanitize(text: str) -> None:
-    shown = ui.sanitize(text)
+    shown = sanitize(text)
     kinds = {unicodedata.category(char) for char in shown if char not in "\n\t"}
     assert not kinds & {"Cc", "Cs", "Zl", "Zp"}
     assert not {unicodedata.bidirectional(char) for char in shown} & {
@@ -70,14 +71,14 @@ def test_no_control_character_survives_sanitize(text: str) -> None:
 
 @given(st.text(), st.text())
 def test_sanitize_is_the_same_in_a_stream_cut_anywhere(a: str, b: str) -> None:
-    assert ui.sanitize(a + b) == ui.sanitize(a) + ui.sanitize(b)
+    assert sanitize(a + b) == sanitize(a) + sanitize(b)
 
 
 def test_sanitize_shows_what_it_disarms_and_leaves_honest_text_alone() -> None:
     honest = "naïve café\n\t– 日本語 עברית 👩‍🌾 [red]not markup[/red]"
-    assert ui.sanitize(honest) == honest
-    assert ui.sanitize("\x1b[2Jgone") == "␛[2Jgone"
-    assert ui.sanitize("line\r\nline") == "line\nline"
+    assert sanitize(honest) == honest
+    assert sanitize("\x1b[2Jgone") == "␛[2Jgone"
+    assert sanitize("line\r\nline") == "line\nline"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_sanitize_shows_what_it_disarms_and_leaves_honest_text_alone() -> None:
      (412e6, "412 MB"), (2e15, "2000 TB")],
 )  # fmt: skip
 def test_bytes_for_people(count: float, text: str) -> None:
-    assert ui.human_bytes(count) == text
+    assert human_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_bytes_for_people(count: float, text: str) -> None:
      (97_300, "1 d 3 h"), (math.nan, "?"), (-1, "?")],
 )  # fmt: skip
 def test_time_for_people(seconds: float, text: str) -> None:
-    assert ui.human_time(seconds) == text
+    assert human_time(seconds) == text
 
 
 def test_json_lines_are_every_event_but_the_private_ones() -> None:

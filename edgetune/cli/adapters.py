@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.options import json_option, model_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 if TYPE_CHECKING:
     from edgetune.library.adapter_registry import Kept

@@ -6,7 +6,7 @@ import click
 
 from edgetune.cli.options import json_option, print_json
 from edgetune.machine.shapes import MEASURED
-from edgetune.reports.terminal import human_bytes
+from edgetune.reports.text import human_bytes
 
 
 @click.command("bench")

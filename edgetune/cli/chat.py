@@ -9,7 +9,7 @@ import click
 
 from edgetune.cli.generate import show
 from edgetune.cli.options import Writing, json_option, print_json, say, writing_options
-from edgetune.reports.terminal import sanitize
+from edgetune.reports.text import sanitize
 
 if TYPE_CHECKING:
     from edgetune.chat import Chat

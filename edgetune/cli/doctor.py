@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 
 @click.command("doctor")

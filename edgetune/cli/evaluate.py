@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 
 @click.command("eval")

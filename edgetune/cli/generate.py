@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from edgetune.cli.options import Writing, json_option, print_json, writing_options
-from edgetune.reports.terminal import sanitize
+from edgetune.reports.text import sanitize
 from edgetune.runtime.errors import UsageError
 
 

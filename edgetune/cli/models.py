@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 from edgetune.runtime.quantize import HEADS
 
 

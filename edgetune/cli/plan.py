@@ -8,7 +8,7 @@ import click
 
 from edgetune.cli.options import json_option, print_json
 from edgetune.cli.train import config_of, training_options
-from edgetune.reports.terminal import human_bytes, human_time
+from edgetune.reports.text import human_bytes, human_time
 
 if TYPE_CHECKING:
     from edgetune.machine.forecast import Forecast

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from edgetune.documents.document import Document, Reason, Skipped, Turn
-from edgetune.documents.text import clean_lines
+from edgetune.documents.encoding import unify_line_ends
 
 MAX_LINE_BYTES = 4 << 20
 MAX_TURNS = 1000
@@ -138,4 +138,4 @@ def guanaco_text(turns: tuple[Turn, ...] | None) -> str:
 
 def clean(text: str) -> str:
     """JSON can spell what no text holds: NUL and halves of surrogate pairs."""
-    return clean_lines(re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")))
+    return unify_line_ends(re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")))

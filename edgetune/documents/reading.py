@@ -9,7 +9,8 @@ from io import BytesIO
 
 from edgetune.documents.chats import read_chats
 from edgetune.documents.document import Document, Reading, Reason, Skipped
-from edgetune.documents.text import NotText, decode, without_front_matter
+from edgetune.documents.encoding import NotText, decode
+from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, Found, Walk, walk
 from edgetune.runtime.errors import DataError
 

@@ -196,4 +196,3 @@ def _quantisation(checkpoint: Checkpoint) -> str:
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     kind = str(largest.dtype).removeprefix("torch.")
     return names.get(kind, kind)
-

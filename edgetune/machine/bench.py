@@ -15,18 +15,15 @@ from typing import Any
 import torch
 
 from edgetune.machine.shapes import SHAPES
+from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import number_format
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import nf4
-from edgetune.runtime.attention import Segment
-from edgetune.runtime.batch import Batch
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import cpu_name, trim_memory
 from edgetune.runtime.generate import Generator
 from edgetune.runtime.lora import Linear
 from edgetune.runtime.memory_meter import MemoryMeter
-from edgetune.runtime.model import Block, Llama, hf_linear_name
-from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
+from edgetune.runtime.model import Llama
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Runner
 
@@ -105,38 +102,6 @@ def read_gb_per_second(megabytes: int = 1024) -> float:
     return x.nbytes / median_seconds(x.sum, 5) / 1e9
 
 
-def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> Llama:
-    """A model of this shape with random NF4 weights, made in place: as costly to run as a trained one."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = []
-    for layer in range(config.num_layers):
-        tensors: dict[str, Any] = {}
-        for name, shape in config.linear_shapes().items():
-            tensors[f"{hf_linear_name(name)}.weight"] = random_nf4(shape, generator)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{norm}.weight"] = torch.ones(config.hidden_size)
-        blocks.append(Block(config, layer, tensors))
-    embedding = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(dtype)
-    head = embedding if config.tie_embeddings else embedding.clone()
-    return Llama(config, embedding, blocks, torch.ones(config.hidden_size), head, dtype)
-
-
-def random_nf4(shape: tuple[int, int], generator: torch.Generator) -> QuantizedTensor:
-    """Random codes, scales around 0.045: values of about 0.02."""
-    blocks = -(-shape[0] * shape[1] // 64)
-    packed = torch.randint(0, 256, (-(-shape[0] * shape[1] // 2), 1), dtype=torch.uint8, generator=generator)
-    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
-    nested = NestedAbsmax(torch.full((-(-blocks // 256),), 0.005), nf4.dynamic_map(), 0.045)
-    return QuantizedTensor(packed, QuantState(codes, shape, torch.bfloat16, nested=nested))
-
-
-def random_row(config: LlamaConfig, tokens: int) -> Batch:
-    """One document of random tokens, all of them trained on."""
-    ids = torch.randint(0, config.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(1))
-    mask = torch.full((tokens,), 1 / tokens)
-    return Batch(ids[:-1], ids[1:], mask, torch.arange(tokens), (Segment.packed(0, tokens),))
-
-
 def linear_flops(config: LlamaConfig, recompute: Recompute) -> float:
     """FLOPs a token of the linears that a training step runs: forward, input gradient, and what is recomputed.
 
@@ -162,10 +127,10 @@ def train_speed(
     runner = Runner(model, recompute, int8=int8)
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters)
-    row = random_row(model.config, tokens)
+    batch = random_batch(model.config, tokens)
 
     def step() -> None:
-        runner.train(row)
+        runner.train(batch)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(1e-4)
         optimizer.zero_grad()
@@ -210,7 +175,7 @@ def decode_bytes(model: Llama) -> int:
     return sum(weight.nbytes for weight in weights) + model.head.nbytes
 
 
-def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) -> Bench:
+def bench(shape: str, tokens: int, repeats: int) -> Bench:
     """Measure this machine, then a model of the named shape on it."""
     device = torch.device("cpu")
     dtype, int8 = number_format("auto", device)  # as `edgetune train` has them

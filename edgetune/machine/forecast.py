@@ -18,8 +18,8 @@ from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
 from edgetune.home import home
 from edgetune.library.base_models import resolve
-from edgetune.machine.bench import random_llama, random_row
 from edgetune.machine.shapes import SHAPES
+from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
     COMPACT,
     FILE_SPEED,
@@ -178,7 +178,7 @@ def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype:
     adapters.attach_new(model, lora, 0)
     runner = Runner(model, setting.recompute, setting.loss_rows, int8=int8)
     optimizer = PagedAdamW(adapters.parameters(model))
-    row = random_row(config, setting.row_tokens)
+    row = random_batch(config, setting.row_tokens)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()

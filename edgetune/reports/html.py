@@ -17,7 +17,7 @@ from typing import Any
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
-from edgetune.reports.terminal import human_bytes, human_time, sanitize
+from edgetune.reports.text import human_bytes, human_time, sanitize
 from edgetune.runtime.files import atomic_write
 
 IN_SIGHT = 12  # names or rows shown at once; more fold away
