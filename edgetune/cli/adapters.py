@@ -12,7 +12,7 @@ from edgetune.cli.options import json_option, model_option, print_json
 from edgetune.reports.text import human_bytes, one_line
 
 if TYPE_CHECKING:
-    from edgetune.library.adapter_registry import Kept
+    from edgetune.library.adapter_registry import KeptAdapter
     from edgetune.runtime.checkpoint import Checkpoint
 
 
@@ -27,7 +27,7 @@ def list_command(as_json: bool) -> None:
     """Every adapter kept here, oldest first; * is the current one."""
     from edgetune.library import adapter_registry as registry
 
-    found = registry.kept()
+    found = registry.list_adapters()
     if as_json:
         print_json({"adapters": [dataclasses.asdict(adapter) for adapter in found]})
         return
@@ -66,7 +66,7 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
     from edgetune.library.loading import open_base
 
     choice, base = open_base(model)
-    folder = registry.keep(expand(str(source)), base, choice.name, name)
+    folder = registry.import_adapter(expand(str(source)), base, choice.name, name)
     if as_json:
         print_json({"adapter": str(folder), "name": folder.name, "model": choice.name})
         return
@@ -121,7 +121,7 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     return folder, choice.name, base
 
 
-def _line(adapter: Kept) -> str:
+def _line(adapter: KeptAdapter) -> str:
     before, after = adapter.heldout_bits_per_byte_before, adapter.heldout_bits_per_byte_after
     learned = "" if before is None or after is None else f", held-out {before:.3f} to {after:.3f} bits/byte"
     return (
