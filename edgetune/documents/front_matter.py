@@ -9,8 +9,12 @@ from __future__ import annotations
 import re
 
 _FRONT_CHARS = 1 << 16
+"""Longest front matter that is recognised, in characters. Chosen by hand."""
 _LINE_CHARS = 400
-_SCALAR_MARKS = {"", "|", ">", "|-", ">-", "|+", ">+"}
+"""Characters of a line that are read for a title or a tag. Chosen by hand."""
+_TITLE_CHARS, _TAG_CHARS, _TAGS = 300, 100, 50
+"""Longest title and tag that are kept, in characters, and the largest number of tags. Chosen by hand."""
+_BLOCK_SCALARS = {"", "|", ">", "|-", ">-", "|+", ">+"}
 _YAML_LINE = re.compile(r"\s|#|- |-$|[^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:(\s|$)|$")
 _TOML_LINE = re.compile(r"\s|#|\[|\]|[A-Za-z0-9_\-.\"']{1,100}\s*=|$")
 _KEY = {"---": re.compile(r"(title|tags)\s*:\s*(.*)", re.I), "+++": re.compile(r"(title|tags)\s*=\s*(.*)", re.I)}
@@ -19,10 +23,10 @@ _ITEM = re.compile(r"\s*(?:-\s+)?(.*?),?\s*$")
 
 
 def without_front_matter(text: str) -> str:
-    """`text` with its YAML (`---`) or TOML (`+++`) front matter reduced to title and tags.
+    """Return `text` with its YAML (`---`) or TOML (`+++`) front matter reduced to title and tags.
 
-    A line reader, not a parser: a block that is not closed within 64 KiB, or holds a line that is no setting (a ruler
-    above prose), is left as it is.
+    The front matter is read line by line, not parsed, so that no note can make this slow. A block that is not closed within
+    64 KiB, or that holds a line which is no setting (`---` may also be a ruler above prose), is left as it is.
     """
     fence = text[:3]
     if fence not in _CLOSING or text[3:4] not in ("\n", " ", "\t"):
@@ -43,24 +47,24 @@ def without_front_matter(text: str) -> str:
 
 
 def title_and_tags(lines: list[str], fence: str) -> tuple[str, list[str]]:
-    """The top-level `title` and `tags` of front matter, each cut to a sensible length."""
+    """Return the top-level `title` and `tags` of front matter, each cut to its limit."""
     title, tags = "", []
     for at, line in enumerate(lines):
         if fence == "+++" and re.match(r"\[[\w.\[\]\- ]+\]\s*$", line):
-            break  # a TOML table: what follows belongs to it
+            break  # a TOML table: the keys below belong to it
         found = _KEY[fence].match(line)
         if not found:
             continue
         value = found[2].strip()
         if found[1].lower() == "title":
-            title = "" if value in _SCALAR_MARKS else unquoted(value)[:300]
+            title = "" if value in _BLOCK_SCALARS else unquoted(value)[:_TITLE_CHARS]
         else:
             tags = read_list(value, lines[at + 1 :])
     return title, tags
 
 
 def read_list(value: str, following: list[str]) -> list[str]:
-    """A list on one line (`[a, b]` or `a, b`), or one item a line below its key."""
+    """Return the items of a list that is written on one line (`[a, b]` or `a, b`), or below its key with one item a line."""
     if value in ("", "["):
         items = []
         for line in following:
@@ -69,11 +73,11 @@ def read_list(value: str, following: list[str]) -> list[str]:
             items.append(_ITEM.sub(r"\1", line))
     else:
         items = value.strip("[]").split(",")
-    return [item for item in (unquoted(item.strip())[:100].lstrip("#") for item in items[:50]) if item]
+    return [item for item in (unquoted(item.strip())[:_TAG_CHARS].lstrip("#") for item in items[:_TAGS]) if item]
 
 
 def unquoted(value: str) -> str:
-    """`value` without its quotation marks, or without its comment."""
+    """Return `value` without its quotation marks; if it has none, without its comment."""
     if value[:1] in ("'", '"'):
         end = value.rfind(value[0])
         return value[1:end] if end > 0 else value[1:]

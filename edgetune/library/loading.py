@@ -88,8 +88,8 @@ def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str |
         return "int8" if ops.multiplies_int8(device) and not checkpoint.quantized_head else None
     if head == "int8" and checkpoint.quantized_head:
         raise UsageError(
-            f"The head of {checkpoint.folder} is stored in 4 bits, which --head int8 cannot undo; leave --head out, or name the "
-            "model that this one was quantised from."
+            f"The head of {checkpoint.folder} is stored in 4 bits, which --head int8 cannot undo; leave --head out, or name "
+            "the model that this one was quantised from."
         )
     width = checkpoint.config.hidden_size
     if head == "nf4" and not (checkpoint.quantized_head or has_nf4(width)):
