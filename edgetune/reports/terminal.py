@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from edgetune.events import Evaluated, Event, Exporting, Finished, Interrupted, Resumed, Skipped, Started, Stepped, line
-from edgetune.reports.text import human_bytes, human_time, one_line
+from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -20,8 +20,6 @@ LINE_EVERY_SECONDS = 5.0
 """Shortest time between two plain progress lines, in seconds, unless a tenth of the steps is done. Chosen by hand."""
 PACE_STEPS = 40
 """Number of last steps from which the time left is estimated. Chosen by hand."""
-BITS_PER_BYTE = "lower is better; measured on notes it has not seen"
-"""Explanation of held-out bits per byte, where a reader meets the term first."""
 
 
 class Progress:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+BITS_PER_BYTE = "lower is better; measured on notes it has not seen"
+"""Explains held-out bits per byte wherever a reader meets the term first."""
+
 # Characters that move a terminal's cursor, start its escape sequences or turn its writing direction, with what is shown in
 # their place. Each character is replaced on its own, so that a stream cut anywhere is as safe as the whole.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
