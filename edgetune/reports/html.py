@@ -120,9 +120,8 @@ def _head(run: Run) -> str:
         about += " The result is an adapter: a small file that is used together with the base model, which stays unchanged."
     badges = []
     if run.interrupted is not None:
-        badges.append(
-            f"stopped at step {run.interrupted.step:,} of {run.interrupted.steps:,}: run the same command again to continue"
-        )
+        place = f"{run.interrupted.step:,} of {run.interrupted.steps:,}"
+        badges.append(f"stopped at step {place}: run the same command again to continue")
     elif finished is None:
         badges.append("not finished")
     elif finished.cut:
@@ -143,13 +142,7 @@ def _tiles(run: Run) -> str:
     finished = run.finished
     tiles = []
     if run.before is not None and run.after is not None:
-        tiles.append(
-            (
-                "Held-out bits per byte",
-                f"{run.before:.3f} → {run.after:.3f}",
-                "lower is better; measured on notes it has not seen",
-            )
-        )
+        tiles.append(("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", BITS_PER_BYTE))
     if finished:
         tiles += [
             ("Trained on", f"{finished.tokens:,}", f"tokens in {_count(finished.steps, 'step')} (updates of the adapter)"),
@@ -167,6 +160,8 @@ def _tiles(run: Run) -> str:
 
 def _plots(run: Run) -> str:
     skipped = [float(event.step) for event in run.skipped]
+    speed, memory = _curve(run, "Tokens per second", "tokens_per_second"), _curve(run, "Memory", "memory_bytes")
+    norm, rate = _curve(run, "Gradient norm", "gradient_norm"), _curve(run, "Learning rate", "learning_rate")
     figures = [
         _loss(run, skipped),
         _heldout_curve(run),
@@ -174,34 +169,25 @@ def _plots(run: Run) -> str:
             "speed",
             "Throughput",
             "trained tokens per second",
-            chart(
-                "speed", "Throughput by step", [_curve(run, "Tokens per second", "tokens_per_second")], "{:,.0f}".format, True
-            ),
+            chart("speed", "Throughput by step", [speed], "{:,.0f}".format, from_zero=True),
         ),
         _figure(
             "memory",
             "Memory",
             "in use, including the weights that are loaded",
-            chart("memory", "Memory by step", [_curve(run, "Memory", "memory_bytes")], human_bytes, True),
+            chart("memory", "Memory by step", [memory], human_bytes, from_zero=True),
         ),
         _figure(
             "gradient",
             "Gradient norm",
             "size of the gradient before clipping",
-            chart(
-                "gradient",
-                "Gradient norm by step",
-                [_curve(run, "Gradient norm", "gradient_norm")],
-                "{:.3g}".format,
-                from_zero=True,
-                crosses=skipped,
-            ),
+            chart("gradient", "Gradient norm by step", [norm], "{:.3g}".format, from_zero=True, crosses=skipped),
         ),
         _figure(
             "rate",
             "Learning rate",
             "size of each update, as planned",
-            chart("rate", "Learning rate by step", [_curve(run, "Learning rate", "learning_rate")], "{:.2g}".format, True),
+            chart("rate", "Learning rate by step", [rate], "{:.2g}".format, from_zero=True),
         ),
     ]
     shown = "".join(figures)
@@ -298,11 +284,7 @@ def _score(before: float | None, after: float | None) -> str:
         return ""
     rows = [
         ("Bits per byte", f"{before:.3f}", f"{after:.3f}"),
-        (
-            "Perplexity per byte: the number of equally likely bytes that it wavers between",
-            f"{2**before:.2f}",
-            f"{2**after:.2f}",
-        ),
+        ("Perplexity per byte: number of bytes that seem equally likely to it", f"{2**before:.2f}", f"{2**after:.2f}"),
         ("Size of the notes if the model were used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
     ]
     body = "".join(
