@@ -18,7 +18,7 @@ from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
 from edgetune.home import home
 from edgetune.library.base_models import resolve
-from edgetune.machine.shapes import SHAPES
+from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
     COMPACT,
@@ -124,7 +124,7 @@ def _head_form(stored: Stored) -> str:
 
 def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
     """Return name, config, stored form and checkpoint of a model on this machine, or of a shape in SHAPES (no checkpoint)."""
-    if name in SHAPES and name != "demo" and not Path(name).exists():
+    if name in PLANNED and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
     choice = resolve(name)
     checkpoint = open_model(choice.path)

@@ -17,7 +17,7 @@ from typing import Any
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
-from edgetune.reports.text import human_bytes, human_time, sanitize
+from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, sanitize
 from edgetune.runtime.files import atomic_write
 
 UNFOLDED = 12
@@ -118,7 +118,17 @@ def _head(run: Run) -> str:
         held_out = _count(started.heldout_documents, "document")
         about += f", and was tested on {held_out} that it never trained on." if started.heldout_documents else "."
         about += " The result is an adapter: a small file that is used together with the base model, which stays unchanged."
-    badges = []
+    marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in _badges(run))
+    name = f"<span>{_text(started.run)}</span>" if started else ""
+    return (
+        f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_text(title)}</h1>'
+        f'<p class="about">{_text(about)}</p></header>'
+    )
+
+
+def _badges(run: Run) -> list[str]:
+    """Return what is unusual about the run, in a few words each."""
+    finished, badges = run.finished, []
     if run.interrupted is not None:
         place = f"{run.interrupted.step:,} of {run.interrupted.steps:,}"
         badges.append(f"stopped at step {place}: run the same command again to continue")
@@ -130,12 +140,7 @@ def _head(run: Run) -> str:
         badges.append("not made the current adapter")
     if run.skipped:
         badges.append(f"{_count(len(run.skipped), 'step')} skipped")
-    marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in badges)
-    name = f"<span>{_text(started.run)}</span>" if started else ""
-    return (
-        f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_text(title)}</h1>'
-        f'<p class="about">{_text(about)}</p></header>'
-    )
+    return badges
 
 
 def _tiles(run: Run) -> str:
