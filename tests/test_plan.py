@@ -181,7 +181,7 @@ def test_plan_names_what_of_embedding_and_head_takes_memory(monkeypatch: pytest.
     monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", lambda *arguments: 1.0)
     config = SHAPES["tinyllama-1.1b"]
     head = 2 * config.vocab_size * config.hidden_size
-    sizes = {"embedding, head in bfloat16": 2 * head, "head in bfloat16": head, "embedding, head in their file": 0}
+    sizes = {"embedding, head in bfloat16": 2 * head, "head in bfloat16": head, "embedding, head (in file)": 0}
     least = forecast(TrainConfig(model="tinyllama-1.1b", memory="1GB", compute="bf16")).least_memory_bytes
     seen = {}
     for more in range(0, 4 * 10**9, 10**8):

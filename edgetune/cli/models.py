@@ -48,7 +48,7 @@ def models_command(folder: str | None, as_json: bool) -> None:
 @click.option(
     "--head",
     type=click.Choice(HEADS),
-    default="bf16",
+    default=HEADS[0],
     show_default=True,
     help="Form of the head. nf4 makes a smaller folder and slightly worse text; it needs a head of its own, not a tied one.",
 )
