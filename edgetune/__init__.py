@@ -4,7 +4,7 @@
 >>> session = Session.load("demo")
 >>> session.generate("The tomatoes").text  # doctest: +SKIP
 
-Importing this package is cheap: torch is loaded by the first name that needs it.
+Importing this package is cheap: torch is loaded with the first name that needs it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from edgetune._version import __version__
 
-# `runtime/` and `export/` install as edgetune.runtime and edgetune.export. In a clone they lie beside this folder, and
-# Python run from the clone's root finds this folder first: then it is the clone's own floors that must be used.
+# `runtime/` and `export/` install as edgetune.runtime and edgetune.export. In a clone they are beside this folder, and Python
+# started in the clone's root finds this folder before an installed edgetune: then the clone's own `runtime/` and `export/` must
+# be used with it.
 _clone = Path(__file__).resolve().parent.parent
 if (_clone / "runtime" / "nf4.py").is_file() and str(_clone) not in __path__:
     __path__.append(str(_clone))

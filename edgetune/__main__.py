@@ -1,4 +1,4 @@
-"""`python -m edgetune` is `edgetune`."""
+"""Makes `python -m edgetune` run the `edgetune` command."""
 
 from edgetune.cli.main import main
 

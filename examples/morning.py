@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgetune import EdgetuneError, export_adapter
 from edgetune.export.targets import TARGETS
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 Row = tuple[str, str, str, str]
 """A row of the table: target, path, size, agreement."""

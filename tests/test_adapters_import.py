@@ -94,18 +94,18 @@ def test_promote_show_and_delete(from_mlx: Path) -> None:
     assert "* one: base" in run("adapters", "list").output
     refused = run("adapters", "delete", "one")
     assert isinstance(refused.exception, AdapterError)
-    assert "is the current one; type `edgetune adapters promote NAME`" in str(refused.exception)
+    assert "is the current one; first type `edgetune adapters promote NAME`" in str(refused.exception)
     assert said("adapters", "delete", "two") == {"deleted": "two"}
-    assert [each.name for each in registry.kept()] == ["one"]
+    assert [each.name for each in registry.list_adapters()] == ["one"]
     assert said("adapters", "delete", "one") == {"deleted": "one"}  # the last: there is no other to promote
-    assert registry.kept() == []
+    assert registry.list_adapters() == []
     assert not (home() / registry.CURRENT).exists()
 
 
 @pytest.mark.parametrize("name", ["../../etc", "none", "", "a/b", ".hidden", "x" * 101])
 def test_names_that_are_paths_or_nothing_are_refused(name: str, from_mlx: Path) -> None:
-    with pytest.raises(AdapterError, match="is no name for an adapter"):
-        registry.keep(from_mlx, open_model(DEMO), "demo", name)
+    with pytest.raises(AdapterError, match="cannot be the name of an adapter"):
+        registry.import_adapter(from_mlx, open_model(DEMO), "demo", name)
     assert registry.kept_folder(name, open_model(DEMO).digest) is None
 
 
@@ -113,23 +113,23 @@ def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(fr
     save_model(tmp_path / "other")
     other = open_model(tmp_path / "other")
     with pytest.raises(AdapterError, match=r"layers 0-1 q_proj: lora_A is \(4, 384\) .*expected \(4, 64\).*"):
-        registry.keep(from_mlx, other, "other")
-    with pytest.raises(AdapterError, match=r"No adapter at .*adapter_config.json is missing"):
-        registry.keep(tmp_path / "other", open_model(DEMO), "demo")
+        registry.import_adapter(from_mlx, other, "other")
+    with pytest.raises(AdapterError, match=r"No adapter at .*found no adapter_config.json"):
+        registry.import_adapter(tmp_path / "other", open_model(DEMO), "demo")
     for nothing in ("nope", "nope.gguf"):
         with pytest.raises(AdapterError, match=r"There is nothing at .*mlx-lm folder or a \.gguf file"):
-            registry.keep(tmp_path / nothing, open_model(DEMO), "demo")
-    assert registry.kept() == []
-    registry.keep(from_mlx, open_model(DEMO), "demo", "here")
-    with pytest.raises(AdapterError, match="There is an adapter here of this base already"):
-        registry.keep(from_mlx, open_model(DEMO), "demo", "here")
+            registry.import_adapter(tmp_path / nothing, open_model(DEMO), "demo")
+    assert registry.list_adapters() == []
+    registry.import_adapter(from_mlx, open_model(DEMO), "demo", "here")
+    with pytest.raises(AdapterError, match="This base model already has an adapter here"):
+        registry.import_adapter(from_mlx, open_model(DEMO), "demo", "here")
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_digest(from_peft: Path) -> None:
     about = json.loads((from_peft / peft_folder.EDGETUNE_FILE).read_text())
     (from_peft / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about | {"base": "f" * 64}))
     with pytest.raises(AdapterError, match="was made for another base"):
-        registry.keep(from_peft, open_model(DEMO), "demo")
+        registry.import_adapter(from_peft, open_model(DEMO), "demo")
 
 
 def test_a_gguf_file_is_read_for_the_base_and_kept(tmp_path: Path, adapter: Adapter) -> None:
@@ -144,7 +144,7 @@ def test_a_gguf_file_is_read_for_the_base_and_kept(tmp_path: Path, adapter: Adap
     assert found.config.scale == adapter.config.scale
     in_folder = registry.load_for(tmp_path, base)  # the folder that `edgetune export gguf` wrote
     assert all(torch.equal(in_folder.tensors[key], tensor) for key, tensor in found.tensors.items())
-    assert registry.keep(path, base, "demo").name == "adapter"
+    assert registry.import_adapter(path, base, "demo").name == "adapter"
 
 
 @pytest.mark.parametrize("rank", ["Infinity", "NaN", "16.7", "1" + "0" * 400, "true", '"4"'])
@@ -283,7 +283,7 @@ def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:
     kept = Path(str(said("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
     about = {"heldout_bits_per_byte_before": 10**400, "heldout_bits_per_byte_after": 2.5}
     (kept / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about))
-    (found,) = registry.kept()
+    (found,) = registry.list_adapters()
     assert (found.heldout_bits_per_byte_before, found.heldout_bits_per_byte_after) == (None, 2.5)
 
 

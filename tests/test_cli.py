@@ -183,7 +183,10 @@ def test_doctor() -> None:
 def test_doctor_tells_of_a_state_folder_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path / "home"))
-    assert "Others on this machine can look into the state folder; type chmod 700 for it." in run("doctor").out
+    assert (
+        "Other users of this machine can read the folder of adapters and runs; type chmod 700 and its path."
+        in run("doctor").out
+    )
 
 
 def test_doctor_tells_which_exports_can_be_proved_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from fake_mps import Machine, fake_mps
 from torch import Tensor
 
 from edgetune.machine import device_checks as module
-from edgetune.machine.device_checks import CHECKS, Confirmation, _tried, confirm, without_paths
+from edgetune.machine.device_checks import CHECKS, Confirmation, _run, confirm, without_paths
 from edgetune.runtime import ops
 from edgetune.runtime.backends import reference
 from edgetune.runtime.ops_types import AttentionInputs
@@ -44,8 +44,8 @@ def short(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
     monkeypatch.setattr(module, "resolve", lambda name: SimpleNamespace(path=small))
     monkeypatch.setattr(module, "SHAPES", ((48, 128), (9, 67)))
     monkeypatch.setattr(module, "_TOKENS", 64)
-    monkeypatch.setattr(module, "_WRITTEN", 2)
-    monkeypatch.setattr(module, "_LENT", 1 << 20)
+    monkeypatch.setattr(module, "_NEW_TOKENS", 2)
+    monkeypatch.setattr(module, "_BORROWED_BYTES", 1 << 20)
     with tiny.threads(1):
         yield
 
@@ -54,7 +54,7 @@ def test_a_report_tells_no_path() -> None:
     def fails(device: torch.device) -> str:
         raise ImportError("cannot open /home/alice/.venv/lib/x.so (C:\\Users\\alice\\x.dll): no such file")
 
-    assert _tried("a check", fails, CPU).detail == "ImportError: cannot open … (…): no such file"
+    assert _run("a check", fails, CPU).detail == "ImportError: cannot open … (…): no such file"
     assert without_paths(f"no {sys.prefix}/lib/x.so,\n nor {Path.home()}/my notes") == "no …, nor … notes"
 
 
@@ -93,7 +93,7 @@ def test_a_faithful_apple_gpu_confirms_everything(mac: Machine, monkeypatch: pyt
     zeros = torch.zeros
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", allocated)
     monkeypatch.setattr(torch.mps, "empty_cache", lent.clear)
-    monkeypatch.setattr(module.torch, "zeros", lambda *a, **k: (lent.append(module._LENT), zeros(*a, **k))[1])
+    monkeypatch.setattr(module.torch, "zeros", lambda *a, **k: (lent.append(module._BORROWED_BYTES), zeros(*a, **k))[1])
     assert [one for one in confirm(MPS) if not one.ok] == []
 
 
@@ -129,7 +129,7 @@ def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: 
             return spoil(right) if attribute == op else right
 
     monkeypatch.setattr(ops, "_best", lambda kind: Broken())
-    found = _tried(name, CHECKS[name], CPU)
+    found = _run(name, CHECKS[name], CPU)
     assert not found.ok
     assert "error" in found.detail or "dropout" in found.detail
 
@@ -146,7 +146,7 @@ def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypa
         return o * 1.05 if fault == "only bf16" and inputs.q.dtype == torch.bfloat16 else o, lse
 
     monkeypatch.setattr(ops, "attention_forward", wrong)
-    found = _tried("attention", CHECKS["attention"], CPU)
+    found = _run("attention", CHECKS["attention"], CPU)
     assert not found.ok
     assert ("bfloat16" if fault == "only bf16" else "window 100") in found.detail
 
@@ -165,7 +165,7 @@ def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
             end.copy_(kept)
 
     monkeypatch.setattr(PagedAdamW, "step", wrong)
-    found = _tried("optimizer", CHECKS["optimizer"], CPU)
+    found = _run("optimizer", CHECKS["optimizer"], CPU)
     assert not found.ok
     assert found.detail.startswith(f"{bits} bits, (2200, 1024)")
 
@@ -179,24 +179,24 @@ def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(ops, "attention_forward", wrong)
-        assert not _tried("attention", CHECKS["attention"], CPU).ok
+        assert not _run("attention", CHECKS["attention"], CPU).ok
     with monkeypatch.context() as patch:  # what macOS 14 does to a view
         patch.setattr(ops, "product_into", lambda out, x, w: None)
-        assert "into columns" in _tried("dense products", CHECKS["dense products"], CPU).detail
+        assert "into columns" in _run("dense products", CHECKS["dense products"], CPU).detail
     with monkeypatch.context() as patch:  # and an M1 to many terms
         patch.setattr(module.vocabulary, "input_gradient", lambda dlogits, head: dlogits @ head + 0.1 * head[:32])
-        assert "40,000 terms" in _tried("dense products", CHECKS["dense products"], CPU).detail
+        assert "40,000 terms" in _run("dense products", CHECKS["dense products"], CPU).detail
     with monkeypatch.context() as patch:
         texts = iter([[7, 8], [7, 9]])
         patch.setattr(module.Generator, "generate", lambda *_: iter(next(texts)))
-        text = _tried("greedy text", CHECKS["greedy text"], CPU)
-        assert (text.ok, text.detail) == (False, "1 of 2 tokens are the CPU's")
+        text = _run("greedy text", CHECKS["greedy text"], CPU)
+        assert (text.ok, text.detail) == (False, "1 of 2 tokens match the CPU's")
 
 
 @metal_shim.needs_a_compiler
 def test_a_gpu_whose_kernels_or_memory_are_wrong_is_told(mac: Machine) -> None:
     mac.source_changes = lambda source: source.replace("byte & 15", "byte & 7")
-    kernels, memory = (_tried(name, CHECKS[name], MPS) for name in ("kernels", "memory"))
+    kernels, memory = (_run(name, CHECKS[name], MPS) for name in ("kernels", "memory"))
     assert not kernels.ok
     assert "wrong numbers" in kernels.detail
     assert not memory.ok
@@ -210,9 +210,9 @@ def test_what_breaks_off_is_told_in_one_line_and_without_paths() -> None:
     def lost(device: torch.device) -> str:
         raise FileNotFoundError(2, "No such file or directory", "/Users/marra/notes")
 
-    assert _tried("memory", full, CPU).detail.startswith("RuntimeError: MPS backend out of memory (allocated: 9 GB) xxx")
-    assert len(_tried("memory", full, CPU).detail) < 330
-    assert _tried("file", lost, CPU) == Confirmation("file", False, "FileNotFoundError: No such file or directory")
+    assert _run("memory", full, CPU).detail.startswith("RuntimeError: MPS backend out of memory (allocated: 9 GB) xxx")
+    assert len(_run("memory", full, CPU).detail) < 330
+    assert _run("file", lost, CPU) == Confirmation("file", False, "FileNotFoundError: No such file or directory")
 
 
 def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatc
     assert plain["device"] == "cpu"
     tried = [
         Confirmation("kernels", True, "back end metal"),
-        Confirmation("greedy text", False, "3 of 16 tokens are the CPU's"),
+        Confirmation("greedy text", False, "3 of 16 tokens match the CPU's"),
     ]
     monkeypatch.setattr(doctor, "pick_device", lambda name: MPS)
     monkeypatch.setattr(doctor, "backend_name", lambda device: "metal")
@@ -234,18 +234,18 @@ def test_doctor_reports_what_the_device_confirmed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor, "kernels_missing", lambda: "cannot open /opt/lib/x.so")
     monkeypatch.setattr(doctor.platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
     run = CliRunner().invoke(doctor_command, ["--json"])
-    assert run.stderr == "trying greedy text\n"
+    assert run.stderr == "checking greedy text\n"
     report = json.loads(run.stdout)
     assert report["problems"][0].endswith("several times slower: cannot open …")
     assert report["confirmations"] == [
         {"name": "kernels", "ok": True, "detail": "back end metal"},
-        {"name": "greedy text", "ok": False, "detail": "3 of 16 tokens are the CPU's"},
+        {"name": "greedy text", "ok": False, "detail": "3 of 16 tokens match the CPU's"},
     ]
     assert report["system"].startswith("macOS 15.1 ")
-    assert report["problems"][-1] == "On mps, greedy text: 3 of 16 tokens are the CPU's."
+    assert report["problems"][-1] == "On mps, greedy text: 3 of 16 tokens match the CPU's."
     shown = CliRunner().invoke(doctor_command, []).output
-    assert "confirmed          kernels: back end metal\n" in shown
-    assert "NOT SO             greedy text: 3 of 16 tokens are the CPU's\n" in shown
+    assert "passed             kernels: back end metal\n" in shown
+    assert "FAILED             greedy text: 3 of 16 tokens match the CPU's\n" in shown
 
 
 def test_a_macs_chip_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

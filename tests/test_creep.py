@@ -23,6 +23,8 @@ import json, random, sys
 import torch
 from edgetune.machine.bench import random_llama
 from edgetune.runtime.memory import anonymous_memory
+from edgetune.machine.synthetic import random_llama
+from edgetune.runtime.memory_meter import anonymous_memory
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.heap import steady_heap

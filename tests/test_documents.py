@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune.documents import Document, Reason, Turn, read_notes
+from edgetune.documents.document import Document, Reason, Turn
+from edgetune.documents.encoding import NotText, decode
+from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.heldout import held_out_digests, split
-from edgetune.documents.text import NotText, decode, without_front_matter
+from edgetune.documents.reading import read_notes
 from edgetune.documents.walk import match_parts
 from edgetune.runtime.errors import DataError
 

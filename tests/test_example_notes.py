@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.documents import read_notes
 from edgetune.documents.heldout import split
+from edgetune.documents.reading import read_notes
 
 NOTES = Path(__file__).resolve().parent.parent / "examples" / "notes"
 

@@ -12,10 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from edgetune.config import TrainConfig
 from edgetune.library import base_models as models
-from edgetune.library.base_models import DEMO, Found, ModelChoice, resolve, scan
+from edgetune.library import inspect_model
+from edgetune.library.base_models import DEMO, ModelChoice, resolve, scan
+from edgetune.library.inspect_model import FoundModel
+from edgetune.machine.forecast import forecast
 from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig
+from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.json_file import MODEL_CONFIG
 from edgetune.runtime.quantize import quantize_folder
@@ -40,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(models, "available_memory", lambda: 10**12)
+    monkeypatch.setattr(models, "memory_allowed", lambda *_: 10**12)
     return tmp_path
 
 
@@ -82,7 +87,7 @@ def ollama(home: Path, name: str, model: bool = True, root: str = ".ollama/model
     path.write_text(json.dumps({"config": config, "layers": layers if model else []}))
 
 
-def only(finds: list[Found]) -> Found:
+def only(finds: list[FoundModel]) -> FoundModel:
     assert len(finds) == 1, finds
     return finds[0]
 
@@ -117,7 +122,7 @@ def test_each_quantisation_is_named(home: Path) -> None:
 
 def test_a_large_dense_folder_comes_with_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(cached(home, "Large/Llama"))
-    monkeypatch.setattr(models, "CONVERT_BYTES", 1000)
+    monkeypatch.setattr(inspect_model, "CONVERT_BYTES", 1000)
     found = only(scan())
     assert found.status == "convert"
     assert "edgetune quantize Large/Llama DEST" in found.reason
@@ -125,12 +130,21 @@ def test_a_large_dense_folder_comes_with_the_command(home: Path, monkeypatch: py
 
 
 def test_a_model_that_does_not_fit_says_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(models, "memory_allowed", lambda *_: 1_000_000)
     make_model(cached(home, "Tiny/Llama"))
     found = only(scan())
     assert (found.status, found.fits) == ("ready", False)
     assert "GB" in found.reason
     assert resolve().name == DEMO
+
+
+def test_what_models_says_of_memory_is_what_plan_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(cached(home, "Tiny/Llama"))
+    plan = forecast(TrainConfig(model=str(folder), device=pick_device("auto").type))
+    growth = 50_000_000  # the process itself counts, and may have grown between the two
+    for room, fits in ((plan.least_memory_bytes + growth, True), (plan.least_memory_bytes - growth, False)):
+        monkeypatch.setattr(models, "memory_allowed", lambda *_, room=room: room)
+        assert only(scan()).fits == fits
 
 
 def test_the_cache_is_where_the_environment_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,10 @@ from edgetune import memory_settings as planner
 from edgetune.cli.main import cli
 from edgetune.cli.plan import described
 from edgetune.config import DataConfig, TrainConfig
+from edgetune.library.base_models import resolve
 from edgetune.machine.forecast import forecast
 from edgetune.machine.shapes import SHAPES
-from edgetune.reports.terminal import human_bytes
+from edgetune.reports.text import human_bytes
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.budget import Setting, Stored, Vocabulary
@@ -180,7 +181,7 @@ def test_plan_names_what_of_embedding_and_head_takes_memory(monkeypatch: pytest.
     monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", lambda *arguments: 1.0)
     config = SHAPES["tinyllama-1.1b"]
     head = 2 * config.vocab_size * config.hidden_size
-    sizes = {"embedding, head in bfloat16": 2 * head, "head in bfloat16": head, "embedding, head in their file": 0}
+    sizes = {"embedding, head in bfloat16": 2 * head, "head in bfloat16": head, "embedding, head (in file)": 0}
     least = forecast(TrainConfig(model="tinyllama-1.1b", memory="1GB", compute="bf16")).least_memory_bytes
     seen = {}
     for more in range(0, 4 * 10**9, 10**8):
@@ -207,3 +208,9 @@ def test_an_adapter_to_go_on_from_is_forecast_in_its_own_shape(tmp_path: Path) -
         forecast(dataclasses.replace(named, model="llama-7b"))
     with pytest.raises(AdapterError, match="does not fit"):
         forecast(dataclasses.replace(named, model="demo"))
+
+
+def test_what_a_model_needs_to_be_trained_is_the_least_that_plan_names() -> None:
+    train = TrainConfig(model="demo", device="cpu")
+    needed = planner.least_memory_to_train(open_model(resolve("demo").path), train)
+    assert needed == pytest.approx(forecast(train).least_memory_bytes, abs=20_000_000)  # this process may have grown

@@ -167,14 +167,23 @@ def test_before_and_after_stand_side_by_side_under_their_prompt() -> None:
     assert words.index("The boat") < before < after
 
 
-def test_the_summary_tells_what_was_learned_in_three_readings() -> None:
+def test_the_summary_tells_what_was_learned_in_three_ways() -> None:
     words = Page(render(whole_run())).text
-    for figure in ("10.0% fewer bits", "1.732 → 1.558", "3.32", "2.94", "21.6%", "412 MB", "garden/leeks.md", "q_proj"):
+    for figure in (
+        "10.0% fewer bits",
+        "1.732 → 1.558",
+        "3.32",
+        "2.94",
+        "21.6%",
+        "412 MB",
+        "garden/leeks.md",
+        "q_proj",
+    ):
         assert figure in words
 
 
 def test_a_run_that_learned_nothing_does_not_say_it_did() -> None:
-    assert "No better on notes it never saw" in render([started(), finished(after=1.732)])
+    assert "No better on notes it has not seen" in render([started(), finished(after=1.732)])
     unproved = render([started(heldout_documents=0, heldout_paths=()), finished(after=None)])
     assert "Nothing was held out" in unproved
     assert "fewer" not in unproved
@@ -232,7 +241,7 @@ def test_thinning_a_long_curve_loses_no_spike() -> None:
     points[54_321] = (54_321.0, 99.0)
     points[54_400] = (54_400.0, -99.0)
     kept = plots.thin(points)
-    assert len(kept) < 2 * plots.MOST_POINTS
+    assert len(kept) < 2 * plots.MAX_POINTS
     assert {points[0], points[54_321], points[54_400], points[-1]} <= set(kept)
     assert kept == sorted(kept)
 

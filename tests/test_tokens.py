@@ -23,8 +23,9 @@ from edgetune.dataset.token_store import (
     in_parts,
     tokenize,
 )
-from edgetune.documents import Document, Turn, read_notes
 from edgetune.documents.chats import guanaco_text
+from edgetune.documents.document import Document, Turn
+from edgetune.documents.reading import read_notes
 from edgetune.runtime.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from edgetune.events import Evaluated, Event, Exporting, Finished, Sampled, Skipped, Started, Stepped, from_dict
 from edgetune.reports import terminal as ui
+from edgetune.reports.text import human_bytes, human_time, sanitize
 
 
 def run_of(steps: int, seconds_per_step: float = 1.0, heldout: bool = True) -> Iterator[Event]:
@@ -52,7 +53,7 @@ def plain(events: Iterator[Event]) -> list[str]:
 @given(st.text(st.characters()))
 @example("\x1b]0;title\x07\x1b[2J\x9b31m\r\x00\x7f\u202eevil\u2066\u2028")
 def test_no_control_character_survives_sanitize(text: str) -> None:
-    shown = ui.sanitize(text)
+    shown = sanitize(text)
     kinds = {unicodedata.category(char) for char in shown if char not in "\n\t"}
     assert not kinds & {"Cc", "Cs", "Zl", "Zp"}
     assert not {unicodedata.bidirectional(char) for char in shown} & {
@@ -70,14 +71,14 @@ def test_no_control_character_survives_sanitize(text: str) -> None:
 
 @given(st.text(), st.text())
 def test_sanitize_is_the_same_in_a_stream_cut_anywhere(a: str, b: str) -> None:
-    assert ui.sanitize(a + b) == ui.sanitize(a) + ui.sanitize(b)
+    assert sanitize(a + b) == sanitize(a) + sanitize(b)
 
 
 def test_sanitize_shows_what_it_disarms_and_leaves_honest_text_alone() -> None:
     honest = "naïve café\n\t– 日本語 עברית 👩‍🌾 [red]not markup[/red]"
-    assert ui.sanitize(honest) == honest
-    assert ui.sanitize("\x1b[2Jgone") == "␛[2Jgone"
-    assert ui.sanitize("line\r\nline") == "line\nline"
+    assert sanitize(honest) == honest
+    assert sanitize("\x1b[2Jgone") == "␛[2Jgone"
+    assert sanitize("line\r\nline") == "line\nline"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_sanitize_shows_what_it_disarms_and_leaves_honest_text_alone() -> None:
      (412e6, "412 MB"), (2e15, "2000 TB")],
 )  # fmt: skip
 def test_bytes_for_people(count: float, text: str) -> None:
-    assert ui.human_bytes(count) == text
+    assert human_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_bytes_for_people(count: float, text: str) -> None:
      (97_300, "1 d 3 h"), (math.nan, "?"), (-1, "?")],
 )  # fmt: skip
 def test_time_for_people(seconds: float, text: str) -> None:
-    assert ui.human_time(seconds) == text
+    assert human_time(seconds) == text
 
 
 def test_json_lines_are_every_event_but_the_private_ones() -> None:
@@ -118,10 +119,12 @@ def test_plain_lines_are_few_however_long_the_run() -> None:
 def test_plain_lines_tell_the_whole_run() -> None:
     lines = plain(run_of(10))
     text = "\n".join(lines)
-    assert lines[0].startswith("demo on cpu: 48 documents and 2 held out, 30,000 tokens an epoch")
-    assert "step 5/10, 2,310 tok/s, loss 3.500, held-out 1.732 bits/byte, 312 MB, 5.0 s left" in lines
-    assert "Held-out notes: 1.732 to 1.558 bits per byte (10.0% fewer), best at step 10" in lines
-    assert "412 MB at most" in text
+    assert lines[0].startswith("Base model demo on cpu: learning from 48 documents, 2 held out to test it; 30,000 tokens")
+    assert lines[1] == "step 0: held-out 1.732 bits/byte (lower is better; measured on notes it has not seen)"
+    assert text.count("lower is better") == 1  # explained where it is met first
+    assert "step 5/10, 2,310 tokens/s, loss 3.500, held-out 1.732 bits/byte, 312 MB, 5.0 s left" in lines
+    assert "Held-out notes: 1.732 to 1.558 bits per byte (10.0% lower), best at step 10" in lines
+    assert "peak memory 412 MB" in text
     assert "Report: /home/x/report.html" in lines
     assert "secret" not in text
     assert "\x1b" not in text
@@ -130,7 +133,7 @@ def test_plain_lines_tell_the_whole_run() -> None:
 def test_without_held_out_notes_no_improvement_is_claimed() -> None:
     text = "\n".join(plain(run_of(3, heldout=False)))
     assert "Nothing was held out" in text
-    assert "fewer" not in text
+    assert "% lower" not in text
 
 
 def test_the_live_bar_shows_all_figures_in_a_terminal_of_80_columns() -> None:
@@ -141,7 +144,7 @@ def test_the_live_bar_shows_all_figures_in_a_terminal_of_80_columns() -> None:
             if isinstance(event, Stepped) and event.step == 3:
                 live._live.refresh()
                 shown = file.getvalue()
-    for figure in ("3/4", "2,310 tok/s", "loss 3.250", "held-out 1.732", "312 MB", "1.0 s left"):
+    for figure in ("3/4", "2,310 tokens/s", "loss 3.250", "held-out 1.732", "312 MB", "1.0 s left"):
         assert figure in shown
     assert "Held-out notes: 1.732 to 1.558" in file.getvalue()
 
@@ -164,8 +167,8 @@ def test_an_adapter_that_made_things_worse_is_said_to_be_kept_aside() -> None:
     assert isinstance(last, Finished)
     worse = dataclasses.replace(last, heldout_bits_per_byte_after=1.905, promoted=False)
     text = "\n".join(plain(iter([*events, worse])))
-    assert "1.732 to 1.905 bits per byte (10.0% more)" in text
-    assert "Adapter: notes-1 (kept aside" in text
+    assert "1.732 to 1.905 bits per byte (10.0% higher)" in text
+    assert "Adapter: notes-1 (not made current" in text
 
 
 def test_a_hostile_name_of_an_adapter_is_disarmed() -> None:

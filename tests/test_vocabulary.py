@@ -177,7 +177,7 @@ def test_a_session_holds_the_head_in_the_form_asked_for(tmp_path: Path, family: 
 def test_a_head_in_4_bits_of_rows_that_are_no_whole_blocks_is_refused(tmp_path: Path) -> None:
     """Nobody gets 8 bits who typed 4; whoever typed nothing gets what is best here."""
     model = with_tokenizer(tmp_path / "model", hidden_size=96, num_attention_heads=4)
-    with pytest.raises(UsageError, match=r"has rows of 96 numbers, .* whole blocks of 64; leave it out, or type --head int8"):
+    with pytest.raises(UsageError, match=r"rows of 96 numbers, .* whole blocks of 64; leave --head out, or type --head int8"):
         Session.load(str(model), "none", "cpu", "nf4")
     result = CliRunner().invoke(cli, ["generate", "--model", str(model), "--device", "cpu", "--head", "nf4", "The shed"])
     assert isinstance(result.exception, UsageError)
@@ -189,7 +189,7 @@ def test_a_head_in_4_bits_of_rows_that_are_no_whole_blocks_is_refused(tmp_path: 
 
 def test_a_head_that_is_stored_in_4_bits_is_not_said_to_have_8(tmp_path: Path) -> None:
     model = quantize_folder(with_tokenizer(tmp_path / "dense"), tmp_path / "four", head="nf4").folder
-    with pytest.raises(UsageError, match="stored in 4 bits, which --head int8 cannot undo; leave it out, or name the model"):
+    with pytest.raises(UsageError, match="in 4 bits, which --head int8 cannot undo; leave --head out, or name the model"):
         Session.load(str(model), "none", "cpu", "int8")
     for head in ("auto", "stored", "nf4"):
         assert isinstance(Session.load(str(model), "none", "cpu", head).model.head, QuantizedTensor)

@@ -1,1 +1,1 @@
-"""The command line, one small module a command group: parse, call, render. It decides nothing."""
+"""The command line: one small module for each group of commands. Each parses, calls, renders, and decides nothing."""

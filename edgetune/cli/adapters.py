@@ -1,4 +1,4 @@
-"""edgetune adapters: what was trained or imported here."""
+"""Implements `edgetune adapters`: list, show, import, promote and delete."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.options import json_option, model_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 if TYPE_CHECKING:
-    from edgetune.library.adapter_registry import Kept
+    from edgetune.library.adapter_registry import KeptAdapter
     from edgetune.runtime.checkpoint import Checkpoint
 
 
 @click.group("adapters")
 def adapters_command() -> None:
-    """List, show, import, promote and delete adapters. Those of all base models are kept apart."""
+    """List, show, import, promote and delete adapters.
+
+    An adapter is what training makes: a small file that is used together with its base model.
+    """
 
 
 @adapters_command.command("list")
 @json_option
 def list_command(as_json: bool) -> None:
-    """Every adapter kept here, oldest first; * is the current one."""
+    """List the adapters of every base model, oldest first. * marks the current one."""
     from edgetune.library import adapter_registry as registry
 
-    found = registry.kept()
+    found = registry.list_adapters()
     if as_json:
         print_json({"adapters": [dataclasses.asdict(adapter) for adapter in found]})
         return
@@ -42,7 +45,7 @@ def list_command(as_json: bool) -> None:
 @model_option
 @json_option
 def show_command(name: str, model: str | None, as_json: bool) -> None:
-    """What the adapter NAME of a base model is."""
+    """Show the adapter NAME: its base model, size, targets and folder."""
     from edgetune.library import adapter_registry as registry
 
     adapter = registry.describe(_kept(name, model)[0])
@@ -50,27 +53,27 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
         print_json(dataclasses.asdict(adapter))
         return
     click.echo(_line(adapter))
-    click.echo(f"  on {', '.join(adapter.targets)}" + (f" of layers {list(adapter.layers)}" if adapter.layers else ""))
-    click.echo(f"  {one_line(adapter.path)}")
+    click.echo(f"  targets: {', '.join(adapter.targets)}" + (f"; layers {list(adapter.layers)}" if adapter.layers else ""))
+    click.echo(f"  folder: {one_line(adapter.path)}")
 
 
 @adapters_command.command("import")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="What to call it. Default: as its folder or file is called.")
+@click.option("--name", metavar="NAME", help="Name of the copy. Default: the name of its folder or file.")
 @model_option
 @json_option
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
-    """Keep a copy of the adapter at SOURCE: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
+    """Copy the adapter at SOURCE into edgetune's own: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
     from edgetune.home import expand
     from edgetune.library import adapter_registry as registry
     from edgetune.library.loading import open_base
 
     choice, base = open_base(model)
-    folder = registry.keep(expand(str(source)), base, choice.name, name)
+    folder = registry.import_adapter(expand(str(source)), base, choice.name, name)
     if as_json:
         print_json({"adapter": str(folder), "name": folder.name, "model": choice.name})
         return
-    click.echo(f"Kept as {folder.name}. Use it: edgetune adapters promote {folder.name}, or --adapter {folder.name}")
+    click.echo(f"Imported as {folder.name}. To use it: edgetune adapters promote {folder.name}, or --adapter {folder.name}")
 
 
 @adapters_command.command("promote")
@@ -78,7 +81,7 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
 @model_option
 @json_option
 def promote_command(name: str, model: str | None, as_json: bool) -> None:
-    """Make NAME the adapter that chat, generate and export take."""
+    """Make NAME the current adapter: the one that chat, ask, generate, eval and export use unless told otherwise."""
     from edgetune.library import adapter_registry as registry
 
     folder, choice, base = _kept(name, model)
@@ -87,7 +90,7 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"adapter": str(folder), "name": name, "model": choice})
         return
-    click.echo(f"{name} is the current adapter, of {one_line(choice)}.")
+    click.echo(f"{name} is now the current adapter; its base model is {one_line(choice)}.")
 
 
 @adapters_command.command("delete")
@@ -95,7 +98,7 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
 @model_option
 @json_option
 def delete_command(name: str, model: str | None, as_json: bool) -> None:
-    """Remove the adapter NAME for good; not the current one while its base has another."""
+    """Delete the adapter NAME for good. The current one can be deleted only if its base model has no other."""
     from edgetune.library import adapter_registry as registry
 
     folder, _, _ = _kept(name, model)
@@ -103,11 +106,11 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"deleted": name})
     else:
-        click.echo(f"{name} is deleted.")
+        click.echo(f"Deleted {name}.")
 
 
 def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
-    """The folder of a kept adapter, its base's name and the base. Raises AdapterError where there is none."""
+    """Return the folder of the adapter NAME, and the name and checkpoint of its base. Raises AdapterError if there is none."""
     from edgetune.library import adapter_registry as registry
     from edgetune.library.loading import open_base
     from edgetune.runtime.errors import AdapterError
@@ -116,12 +119,13 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     folder = registry.kept_folder(name, base.digest)
     if folder is None:
         raise AdapterError(
-            f"No adapter {name!r} of {choice.name} is kept here; `edgetune adapters list` names them all, --model its base."
+            f"{choice.name} has no adapter {name!r}; `edgetune adapters list` names all adapters. If it belongs to another "
+            "base model, name that one with --model."
         )
     return folder, choice.name, base
 
 
-def _line(adapter: Kept) -> str:
+def _line(adapter: KeptAdapter) -> str:
     before, after = adapter.heldout_bits_per_byte_before, adapter.heldout_bits_per_byte_after
     learned = "" if before is None or after is None else f", held-out {before:.3f} to {after:.3f} bits/byte"
     return (

@@ -1,4 +1,4 @@
-"""edgetune bench."""
+"""Implements `edgetune bench`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import click
 
 from edgetune.cli.options import json_option, print_json
 from edgetune.machine.shapes import MEASURED
-from edgetune.reports.terminal import human_bytes
+from edgetune.reports.text import human_bytes
 
 
 @click.command("bench")
 @click.option(
-    "--shape", type=click.Choice(MEASURED), default="tinyllama-1.1b", show_default=True, help="Whose shape the model has."
+    "--shape",
+    type=click.Choice(MEASURED),
+    default="tinyllama-1.1b",
+    show_default=True,
+    help="Shape of the measured model.",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(16, 8192),
     default=512,
     show_default=True,
-    help="Tokens a training step and a prompt.",
+    help="Length of the training batch and of the prompt.",
 )
-@click.option("--repeats", type=click.IntRange(1, 100), default=5, show_default=True, help="Runs that a median is taken of.")
+@click.option("--repeats", type=click.IntRange(1, 100), default=5, show_default=True, help="Runs of which the median is taken.")
 @json_option
 def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
-    """Measure this machine, and a model with random weights on it."""
+    """Measure the speed of this machine, and of training and generating on it."""
     from edgetune.machine.bench import bench
 
     result = bench(shape, tokens, repeats)
@@ -37,12 +41,12 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
         click.echo(f"  matrix product {name:<9} {gflops:10,.0f} GFLOP/s")
     click.echo(f"  memory read              {result.read_gb_per_second:10.1f} GB/s")
     if result.train_int8:
-        click.echo("  training's large products are in 8 bits, unless it says bf16")
+        click.echo("  large products of training are computed in 8 bits, except where it says bf16")
     for name, speed in result.train.items():
         click.echo(
-            f"  train, recompute {name:<11}{speed.tokens_per_second:9,.1f} tok/s, {speed.gemm_share:4.0%} of the peak, "
+            f"  train, recompute {name:<11}{speed.tokens_per_second:9,.1f} tokens/s, {speed.gemm_share:4.0%} of the peak, "
             f"{human_bytes(speed.peak_memory_bytes)}"
         )
-    click.echo(f"  read a prompt            {result.prefill_tokens_per_second:10,.1f} tok/s")
-    share = f"{result.decode_bandwidth_share:.0%} of memory's speed"
-    click.echo(f"  write                    {result.decode_tokens_per_second:10,.1f} tok/s, {share}")
+    click.echo(f"  prefill (read a prompt)  {result.prefill_tokens_per_second:10,.1f} tokens/s")
+    share = f"{result.decode_bandwidth_share:.0%} of the memory's speed"
+    click.echo(f"  decode (write)           {result.decode_tokens_per_second:10,.1f} tokens/s, {share}")

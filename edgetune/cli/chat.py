@@ -1,4 +1,4 @@
-"""edgetune chat."""
+"""Implements `edgetune chat`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import click
 
 from edgetune.cli.generate import show
 from edgetune.cli.options import Writing, json_option, print_json, say, writing_options
-from edgetune.reports.terminal import sanitize
+from edgetune.reports.text import sanitize
 
 if TYPE_CHECKING:
     from edgetune.chat import Chat
 
-HELP = "/compare QUESTION answers with and without the adapter, /reset forgets the conversation, /quit leaves."
+HELP = "/compare QUESTION answers with and without the adapter; /reset forgets the conversation; /quit ends the chat."
 
 
 @click.command("chat")
 @writing_options
 @json_option
 def chat_command(writing: Writing, as_json: bool) -> None:
-    """Talk with the model, a line a turn. /help lists what else can be typed.
+    """Talk with the model, one line at a time. /help lists the commands you can type.
 
-    With --json each line answered is an object: {"user", "assistant"}, or {"user", "base", "adapter"} for /compare.
+    With --json each answer is an object: {"user", "assistant"}, or {"user", "base", "adapter"} for /compare.
     """
     from edgetune.chat import Chat
 
@@ -48,7 +48,7 @@ def chat_command(writing: Writing, as_json: bool) -> None:
 
 
 def _next_line() -> str | None:
-    """The user's next line without its ends; None at the end of input."""
+    """Return the user's next line, stripped; None at the end of the input."""
     if sys.stdin.isatty():
         try:
             return input("> ").strip()
@@ -60,7 +60,7 @@ def _next_line() -> str | None:
 
 def _compare(chat: Chat, question: str, as_json: bool) -> None:
     if not question:
-        say("Type /compare and a question.")
+        say("Type a question after /compare.")
         return
     base, adapted = chat.compare(question)
     if as_json:

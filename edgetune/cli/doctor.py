@@ -1,22 +1,25 @@
-"""edgetune doctor."""
+"""Implements `edgetune doctor`."""
 
 from __future__ import annotations
 
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 
 @click.command("doctor")
 @json_option
 def doctor_command(as_json: bool) -> None:
-    """Say what this installation can do on this machine, and what is amiss. An NVIDIA card or an Apple GPU is tried out,
-    which takes seconds; the report can be sent on as it is.
+    """Report what this installation can do on this machine, and what is wrong.
+
+    An NVIDIA card or an Apple GPU is tested, which takes seconds. The report holds no paths and no text of notes, so you can
+    share it.
     """
     from edgetune.machine.doctor import examine
 
-    found = examine(lambda name: click.echo(f"trying {name}", err=True))  # the last one said is what ended the program, if any
+    # If a driver ends the whole program, the last name printed is the check that did it.
+    found = examine(lambda name: click.echo(f"checking {name}", err=True))
     if as_json:
         print_json(found)
         return
@@ -27,6 +30,6 @@ def doctor_command(as_json: bool) -> None:
         if isinstance(value, list):
             shown = ", ".join(value) or "none"
         click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<18} {shown}")
-    for tried in found["confirmations"]:
-        click.echo(f"{'confirmed' if tried['ok'] else 'NOT SO':<18} {one_line(tried['name'])}: {one_line(tried['detail'])}")
-    click.echo("\n".join(found["problems"]) or "All is well.")
+    for check in found["confirmations"]:
+        click.echo(f"{'passed' if check['ok'] else 'FAILED':<18} {one_line(check['name'])}: {one_line(check['detail'])}")
+    click.echo("\n".join(found["problems"]) or "No problems found.")

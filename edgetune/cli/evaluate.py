@@ -1,4 +1,4 @@
-"""edgetune eval."""
+"""Implements `edgetune eval`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 
 
 @click.command("eval")
@@ -17,7 +17,7 @@ from edgetune.reports.terminal import human_bytes, one_line
 @device_option
 @json_option
 def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, as_json: bool) -> None:
-    """Bits per byte of TEXTS (files and folders of notes): the fewer, the better the model knows them."""
+    """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better."""
     from edgetune.training.evaluation import evaluate
 
     result = evaluate(texts, model, adapter, device)
@@ -26,6 +26,6 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
         return
     click.echo(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
     click.echo(
-        f"{result.bits_per_byte:.4f} bits/byte, perplexity {result.perplexity:.2f} a token, "
+        f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "
         f"over {result.documents} documents, {result.tokens:,} tokens, {human_bytes(result.bytes)}."
     )

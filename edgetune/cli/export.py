@@ -10,7 +10,8 @@ import click
 from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
 from edgetune.config import parse_bytes
 from edgetune.export.targets import TARGETS
-from edgetune.reports.terminal import human_bytes, human_time, one_line, renderer
+from edgetune.reports.terminal import renderer
+from edgetune.reports.text import human_bytes, human_time, one_line
 
 SMALLEST_COUNT = 1000
 """Smallest figure that is printed as a count, without decimals: losses in nats are far below it. Chosen by hand."""

@@ -1,4 +1,4 @@
-"""edgetune generate and edgetune ask: a text continued, a question answered."""
+"""Implements `edgetune generate`, which continues a text, and `edgetune ask`, which answers a question."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from edgetune.cli.options import Writing, json_option, print_json, writing_options
-from edgetune.reports.terminal import sanitize
+from edgetune.reports.text import sanitize
 from edgetune.runtime.errors import UsageError
 
 
@@ -18,7 +18,7 @@ from edgetune.runtime.errors import UsageError
 @writing_options
 @json_option
 def generate_command(writing: Writing, prompt: str, as_json: bool) -> None:
-    """Continue PROMPT; - reads it from standard input."""
+    """Continue the text PROMPT. Type - to read it from standard input."""
     text = read_prompt(prompt)
     session = writing.session()
     if not as_json:
@@ -37,7 +37,7 @@ def generate_command(writing: Writing, prompt: str, as_json: bool) -> None:
 @writing_options
 @json_option
 def ask_command(writing: Writing, question: str, as_json: bool) -> None:
-    """Answer QUESTION by the model's chat template; - reads it from standard input."""
+    """Answer QUESTION, in the model's own chat format. Type - to read it from standard input."""
     text = read_prompt(question)
     session = writing.session()
     start = time.perf_counter()
@@ -50,17 +50,17 @@ def ask_command(writing: Writing, question: str, as_json: bool) -> None:
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, or standard input for "-"."""
+    """Return the prompt; for "-", all of standard input. Raises UsageError if that is empty."""
     if prompt != "-":
         return prompt
     text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     if not text:
-        raise UsageError("Standard input was empty; type e.g. echo 'Once' | edgetune generate -")
+        raise UsageError("Standard input was empty; expected a text. Type for example: echo 'Once' | edgetune generate -")
     return text
 
 
 def show(pieces: Iterator[str]) -> None:
-    """Print pieces as they come; nothing in them can move the terminal's cursor."""
+    """Print pieces of text as they come, sanitized, so that none can move the terminal's cursor."""
     for piece in pieces:
         click.echo(sanitize(piece), nl=False)
         sys.stdout.flush()

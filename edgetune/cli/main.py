@@ -17,7 +17,7 @@ import click
 
 import edgetune
 from edgetune.home import home
-from edgetune.reports.terminal import sanitize
+from edgetune.reports.text import sanitize
 from edgetune.runtime.errors import EdgetuneError
 from edgetune.runtime.files import explain_full_disk
 

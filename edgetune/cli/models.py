@@ -1,4 +1,4 @@
-"""edgetune models and edgetune quantize: what is on this machine, and how to make it 4-bit."""
+"""Implements `edgetune models`, which lists base models, and `edgetune quantize`, which makes one 4-bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from edgetune.cli.options import json_option, print_json
-from edgetune.reports.terminal import human_bytes, one_line
+from edgetune.reports.text import human_bytes, one_line
 from edgetune.runtime.quantize import HEADS
 
 
@@ -17,7 +17,10 @@ from edgetune.runtime.quantize import HEADS
 @click.argument("folder", required=False, type=click.Path())
 @json_option
 def models_command(folder: str | None, as_json: bool) -> None:
-    """List base models on this machine (or below FOLDER): Hugging Face cache, LM Studio, Ollama, MLX. Nothing is fetched."""
+    """List the base models on this machine: in the Hugging Face cache, LM Studio, Ollama, and in FOLDER if you name one.
+
+    A base model is the language model that training starts from. Nothing is downloaded.
+    """
     from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
 
     found = scan(folder)
@@ -28,7 +31,7 @@ def models_command(folder: str | None, as_json: bool) -> None:
         click.echo(f"{model.status:<8} {one_line(model.name)}")
         size = f"{model.parameters / 1e9:.2f}B parameters, " if model.parameters else ""
         template = "chat template" if model.template else "no chat template"
-        fits = "fits" if model.fits else "does not fit in memory"
+        fits = "fits in memory" if model.fits else "does not fit in memory"
         facts = f"{size}{human_bytes(model.bytes)}, {model.quantisation}, {template}, {fits}"
         click.echo(f"         {model.source}, {facts}")
         if model.reason:
@@ -41,19 +44,19 @@ def models_command(folder: str | None, as_json: bool) -> None:
 @click.command("quantize")
 @click.argument("src", type=click.Path())
 @click.argument("dest", type=click.Path())
-@click.option("--single-quant", is_flag=True, help="Keep the scales in fp32 (4.5 bits a weight instead of 4.127).")
+@click.option("--single-quant", is_flag=True, help="Keep the scales in fp32 (4.5 bits per weight instead of 4.127).")
 @click.option(
     "--head",
     type=click.Choice(HEADS),
-    default="bf16",
+    default=HEADS[0],
     show_default=True,
-    help="nf4: a smaller folder, text a little worse; only where the head is a tensor of its own.",
+    help="Form of the head. nf4 makes a smaller folder and slightly worse text; it needs a head of its own, not a tied one.",
 )
 @json_option
 def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json: bool) -> None:
-    """Write the Hugging Face folder SRC as a 4-bit NF4 folder DEST, which transformers opens too.
+    """Write the model folder SRC as a 4-bit NF4 folder DEST, which transformers opens too.
 
-    A killed run is continued by the same command.
+    If this is interrupted, run the same command again to continue.
     """
     from edgetune.library.base_models import resolve
     from edgetune.runtime.quantize import quantize_folder
@@ -69,12 +72,12 @@ def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json
         return
     click.echo(
         f"{one_line(str(result.folder))}: {result.parameters / 1e6:,.1f}M parameters, {human_bytes(result.source_bytes)} -> "
-        f"{human_bytes(result.bytes)}. Use it: edgetune train --model {one_line(dest)} notes/"
+        f"{human_bytes(result.bytes)}. To use it: edgetune train --model {one_line(dest)} notes/"
     )
 
 
 class _Progress:
-    """A percentage on standard error."""
+    """Shows a percentage on standard error."""
 
     def __init__(self) -> None:
         self._shown = -1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgetune.config import HEADS
-from edgetune.reports.terminal import sanitize
+from edgetune.reports.text import sanitize
 from edgetune.runtime.device import DEVICES
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import click
 from edgetune.cli.options import Decorator, json_option, print_json, say
 from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
 from edgetune.events import Event, Interrupted, Started
-from edgetune.reports.terminal import human_bytes, one_line, renderer
+from edgetune.reports.terminal import renderer
+from edgetune.reports.text import human_bytes, one_line
 from edgetune.runtime.config import LINEARS
 from edgetune.runtime.device import DEVICES
 

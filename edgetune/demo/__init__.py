@@ -1,4 +1,4 @@
-"""The built-in model `demo`: a 16M LLaMA in NF4, as `edgetune quantize` writes it. It shows learning, not answers.
+"""The built-in model `demo`: a 16M LLaMA in NF4, written by `edgetune quantize`. It shows learning; it cannot answer questions.
 
-Data only; README.md beside this file is its model card. Reach it as `--model demo` or `Session.load("demo")`.
+This package holds data only; README.md beside this file is the model card. Use it as `--model demo` or `Session.load("demo")`.
 """

@@ -1,10 +1,10 @@
-"""Chats in JSON lines become Documents with turns: Guanaco's text, messages, or ShareGPT's conversations.
+"""Reads chats in JSON lines as Documents with turns: Guanaco's text, messages, or ShareGPT's conversations.
 
     {"text": "### Human: How deep? ### Assistant: Two inches."}            Guanaco (QLoRA's OASST1)
     {"messages": [{"role": "user", "content": "How deep?"}, ...]}          OpenAI's and Hugging Face's
     {"conversations": [{"from": "human", "value": "How deep?"}, ...]}      ShareGPT
 
-A {"text": ...} without turns is a plain text.
+A {"text": ...} without the markers of turns is a plain text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from edgetune.documents.document import Document, Reason, Skipped, Turn
-from edgetune.documents.text import clean_lines
+from edgetune.documents.encoding import unify_line_ends
 
 MAX_LINE_BYTES = 4 << 20
+"""Longest line that is read, in bytes. Chosen by hand."""
 MAX_TURNS = 1000
-_LINES_TOLD = 20
+"""Largest number of turns in one chat. Chosen by hand."""
+_LINES_LISTED = 20
+"""Largest number of line numbers that a skip lists. Chosen by hand."""
 _MARKER = re.compile(r"### (Human|Assistant):")
 _ROLES = {
     "system": "system",
@@ -35,7 +38,7 @@ _GUANACO_NAMES = {"user": "### Human: ", "assistant": "### Assistant: ", "system
 
 
 def read_chats(file: BinaryIO, path: str) -> tuple[list[Document], list[Skipped]]:
-    """The documents of a JSON-lines file, and its lines that could not be read, counted by reason."""
+    """Return the documents of a JSON-lines file, and its unreadable lines, counted by reason."""
     documents: list[Document] = []
     bad: dict[Reason, list[int]] = {}
     for number, line in bounded_lines(file):
@@ -54,12 +57,12 @@ def read_chats(file: BinaryIO, path: str) -> tuple[list[Document], list[Skipped]
             bad.setdefault(Reason.NOT_A_CHAT, []).append(number)
         else:
             documents.append(document)
-    skipped = [Skipped(path, reason, len(lines), tuple(lines[:_LINES_TOLD])) for reason, lines in bad.items()]
+    skipped = [Skipped(path, reason, len(lines), tuple(lines[:_LINES_LISTED])) for reason, lines in bad.items()]
     return documents, skipped
 
 
 def bounded_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Each line with its number from 1; None in place of a line over the limit, which is passed over piece by piece."""
+    """Yield each line with its number, counted from 1; None stands for a line over MAX_LINE_BYTES, which is skipped."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -72,11 +75,11 @@ def bounded_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def read_record(record: Any, path: str) -> Document | None:
-    """The document in one parsed line, or None."""
+    """Return the document in one parsed line; None if it is neither a text nor a chat."""
     if not isinstance(record, dict):
         return None
     if isinstance(record.get("text"), str):
-        return from_text(clean(record["text"]), path)
+        return from_text(drop_invalid(record["text"]), path)
     for key, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         messages = record.get(key)
         if isinstance(messages, list) and 0 < len(messages) <= MAX_TURNS:
@@ -86,7 +89,7 @@ def read_record(record: Any, path: str) -> Document | None:
 
 
 def from_text(text: str, path: str) -> Document | None:
-    """Guanaco's form if the text begins with a turn's marker, else a plain text; None if there is nothing in it."""
+    """Return a chat in Guanaco's form if the text begins with a turn's marker, else a plain text; None if it is empty."""
     if not text.strip():
         return None
     pieces = _MARKER.split(text)  # before, name, text, name, text, ...
@@ -100,7 +103,7 @@ def from_text(text: str, path: str) -> Document | None:
 
 
 def read_message(message: Any, role_key: str, text_key: str) -> Turn | None:
-    """A turn of a message whose content is a string, or a list of parts with text; None for anything else."""
+    """Return the turn in a message whose content is a string, or a list of parts with text; None for anything else."""
     if not isinstance(message, dict):
         return None
     role, content = message.get(role_key), message.get(text_key)
@@ -110,13 +113,14 @@ def read_message(message: Any, role_key: str, text_key: str) -> Turn | None:
         content = "".join(texts) if len(texts) == len(content) else None
     if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
         return None
-    return Turn(_ROLES[role], clean(content).strip())
+    return Turn(_ROLES[role], drop_invalid(content).strip())
 
 
 def tidy(turns: list[Turn | None]) -> tuple[Turn, ...] | None:
-    """A conversation that every template accepts, of alternating turns from a user's on; None if nothing is answered.
+    """Return the conversation as every chat template accepts it: alternating turns, the user's first. None if it holds no
+    answer, or a turn that is None.
 
-    Empty turns go, neighbours of one role become one, an assistant's greeting before any question goes.
+    Empty turns and an assistant's greeting before any question are dropped; neighbouring turns of one role become one.
     """
     tidied: list[Turn] = []
     for turn in turns:
@@ -132,10 +136,10 @@ def tidy(turns: list[Turn | None]) -> tuple[Turn, ...] | None:
 
 
 def guanaco_text(turns: tuple[Turn, ...] | None) -> str:
-    """A conversation in Guanaco's form, as QLoRA trained it."""
+    """Return a conversation in Guanaco's form, in which QLoRA was trained."""
     return " ".join(_GUANACO_NAMES[turn.role] + turn.text for turn in turns or ())
 
 
-def clean(text: str) -> str:
-    """JSON can spell what no text holds: NUL and halves of surrogate pairs."""
-    return clean_lines(re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")))
+def drop_invalid(text: str) -> str:
+    """Return `text` without what JSON can spell but no text holds: NUL, halves of surrogate pairs; unify its line ends."""
+    return unify_line_ends(re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")))

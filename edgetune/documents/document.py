@@ -1,4 +1,4 @@
-"""What reading notes gives: Documents, and the account of everything that was left out."""
+"""Defines what reading notes returns: Documents, and an account of everything that was skipped."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from enum import StrEnum
 from typing import Any
 
 _DIGEST_CHARS = 1 << 20
+"""Characters that are hashed at a time. Chosen by hand."""
 
 
 class Reason(StrEnum):
-    """Why something was not read; the value is what --dry-run shows."""
+    """A reason why something was not read. Its value is what --dry-run shows, and a key in its JSON."""
 
     HIDDEN = "hidden"
     EXCLUDED = "excluded by --exclude"
@@ -42,30 +43,31 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """One note, or one chat.
+    """One note or one chat.
 
-    `path` is relative to the folder given, with forward slashes (a chat adds its line: `chats.jsonl#12`); `digest` is
-    the SHA-256 of `text` in UTF-8. A chat has `turns`, and its `text` is the conversation in Guanaco's form.
+    `path` is relative to the folder that was named, with forward slashes; a chat's path ends with its line number, as in
+    `chats.jsonl#12`. `digest` is the SHA-256 of `text` in UTF-8. A chat has `turns`, and its `text` is the conversation in
+    Guanaco's form.
     """
 
     path: str
     digest: str
-    text: str = field(repr=False)  # a note never enters a log or a traceback
+    text: str = field(repr=False)  # kept out of repr, so that no note enters a log or a traceback
     turns: tuple[Turn, ...] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, path: str, text: str, turns: tuple[Turn, ...] | None = None) -> Document:
-        """A document whose digest is computed from `text`."""
+        """Make a document, and compute its digest from `text`."""
         return cls(path, text_digest(text), text, turns)
 
     @property
     def size(self) -> int:
-        """Bytes of the text in UTF-8."""
+        """Return the size of the text in UTF-8, in bytes."""
         return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 of `text` in UTF-8, in hex; piece by piece, so that a long note is not copied whole."""
+    """Return the SHA-256 of `text` in UTF-8, in hex. The text is hashed in pieces, so that a long note is not copied whole."""
     digest = hashlib.sha256()
     for start in range(0, len(text), _DIGEST_CHARS):
         digest.update(text[start : start + _DIGEST_CHARS].encode())
@@ -74,7 +76,7 @@ def text_digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was not read. In a chat file `count` lines share the reason; `lines` numbers the first of them."""
+    """Something that was not read. In a chat file, `count` lines share the reason; `lines` numbers the first of them."""
 
     path: str
     reason: Reason
@@ -84,10 +86,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Reading:
-    """Everything found under the paths given: what --dry-run shows and training uses.
+    """Everything found under the named paths: training uses it, and --dry-run shows it.
 
-    `documents` are in a stable order: by path (then line), whatever the file system's order was. `unused_excludes` are
-    the --exclude patterns that matched nothing, which deserve a warning: somebody meant to keep something out.
+    `documents` are sorted by path, then by line, whatever the file system's own order is. `unused_excludes` are the --exclude
+    patterns that matched nothing; they deserve a warning, because somebody meant to keep something out.
     """
 
     documents: list[Document]
@@ -98,24 +100,24 @@ class Reading:
 
     @property
     def bytes(self) -> int:
-        """Bytes of text in all documents, in UTF-8."""
+        """Return the size of all documents' text in UTF-8, in bytes."""
         return sum(document.size for document in self.documents)
 
     @property
     def chats(self) -> int:
-        """How many of the documents are conversations."""
+        """Return the number of documents that are chats."""
         return sum(document.turns is not None for document in self.documents)
 
     def skipped_counts(self) -> dict[str, int]:
-        """How many things were skipped, by reason, the most frequent first."""
+        """Return the number of skipped things by reason, the most frequent reason first."""
         counts: Counter[str] = Counter()
         for skip in self.skipped:
             counts[skip.reason.value] += skip.count
         return dict(counts.most_common())
 
     def as_dict(self, list_paths: bool = True) -> dict[str, Any]:
-        """The reading for --json: counts, and with `list_paths` the paths of what was read and skipped; no text."""
-        told: dict[str, Any] = {
+        """Return the reading for --json: counts and, with `list_paths`, the paths read and skipped; never any text."""
+        result: dict[str, Any] = {
             "files": self.files,
             "documents": len(self.documents),
             "chats": self.chats,
@@ -125,9 +127,9 @@ class Reading:
             "unused_excludes": list(self.unused_excludes),
         }
         if list_paths:
-            told["read_paths"] = [document.path for document in self.documents]
-            told["skipped_paths"] = [
+            result["read_paths"] = [document.path for document in self.documents]
+            result["skipped_paths"] = [
                 {"path": skip.path, "reason": skip.reason.value, "count": skip.count, "lines": list(skip.lines)}
                 for skip in self.skipped
             ]
-        return told
+        return result

@@ -1,4 +1,4 @@
-"""Reading what the walk found: bytes to Documents, each text once, every failure a counted skip."""
+"""Reads the files that the walk found into Documents: each text once, and every failure a counted skip."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from io import BytesIO
 
 from edgetune.documents.chats import read_chats
 from edgetune.documents.document import Document, Reading, Reason, Skipped
-from edgetune.documents.text import NotText, decode, without_front_matter
-from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, Found, Walk, walk
+from edgetune.documents.encoding import NotText, decode
+from edgetune.documents.front_matter import without_front_matter
+from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, walk
 from edgetune.runtime.errors import DataError
 
 MAX_FILE_BYTES = 256 << 20
+"""Largest file that is read, in bytes. Chosen by hand."""
 _MARKDOWN = (".md", ".markdown")
 
 
 def read_notes(
     paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = (), keep_front_matter: bool = False
 ) -> Reading:
-    """Read every note and chat under `paths` (folders or files), but for what the `exclude` globs match.
+    """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
-    Front matter is reduced to title and tags, or kept as it stands (`keep_front_matter`).
-
-    Raises DataError if a path does not exist or nothing readable was found.
+    keep_front_matter: leave front matter as it is, instead of reducing it to title and tags.
+    Raises DataError if a path does not exist, or if there is nothing to read.
     """
     found = walk(paths, exclude)
     documents: list[Document] = []
@@ -49,8 +50,8 @@ def read_notes(
     return reading
 
 
-def read_file(found: Found, keep_front_matter: bool = False) -> tuple[list[Document], list[Skipped], str]:
-    """The documents of one file, what of it was skipped, and its encoding ("" for a file that gave nothing)."""
+def read_file(found: FoundFile, keep_front_matter: bool = False) -> tuple[list[Document], list[Skipped], str]:
+    """Return the documents of one file, what was skipped in it, and its encoding ("" if no document was read)."""
     try:
         with open(found.file, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -75,7 +76,7 @@ def read_file(found: Found, keep_front_matter: bool = False) -> tuple[list[Docum
 
 
 def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, found: Walk) -> str:
-    """The sentence for paths in which there is nothing to learn."""
+    """Return the error message for paths under which there is nothing to read."""
     named = ", ".join(os.fspath(path) for path in paths)
     if not reading.skipped:
         return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some."

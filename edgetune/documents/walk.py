@@ -1,4 +1,4 @@
-"""Finding the notes: a walk that follows no link, enters nothing hidden and has an order of its own."""
+"""Finds the notes in folders: the walk follows no link, enters nothing hidden, and always lists files in the same order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ KINDS = f"notes ({', '.join(NOTE_SUFFIXES)}) or chats ({', '.join(CHAT_SUFFIXES)
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file to read: where it lies, and the path it is known by."""
+class FoundFile:
+    """A file to read: `file` opens it, `path` is its name in every report."""
 
     file: Path
     path: str
@@ -28,34 +28,39 @@ class Found:
 
 @dataclass
 class Walk:
-    """What a walk found. A folder named twice, or inside another one named, is walked once."""
+    """The state and result of a walk. A folder that is named twice, or lies inside another named folder, is walked once."""
 
     base: Path
     excludes: list[Exclude]
-    found: dict[Path, Found] = field(default_factory=dict)
+    found: dict[Path, FoundFile] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     folders: set[tuple[int, int]] = field(default_factory=set)
     entries: int = 0
 
-    def known_as(self, path: Path) -> str:
+    def report_path(self, path: Path) -> str:
+        """Return the path as reports show it: relative to the named folder, if it lies in there."""
         return shown(os.path.relpath(path, self.base) if path.is_relative_to(self.base) else path.as_posix())
 
     def skip(self, path: Path, reason: Reason) -> None:
-        self.skipped.append(Skipped(self.known_as(path), reason))
+        """Count `path` as skipped."""
+        self.skipped.append(Skipped(self.report_path(path), reason))
 
     def add(self, path: Path) -> None:
-        self.found[path] = Found(path, self.known_as(path))
+        """Add `path` to the files to read."""
+        self.found[path] = FoundFile(path, self.report_path(path))
 
     def excluded(self, root: Path, path: Path) -> bool:
-        matched = [exclude.matches(root, path) for exclude in self.excludes]  # no short cut: each notes if it is of use
+        """Return True if an --exclude pattern matches `path`, which lies under `root`."""
+        # Every pattern is tried even after a match, because each remembers whether it was ever used.
+        matched = [exclude.matches(root, path) for exclude in self.excludes]
         return any(matched)
 
 
 def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Walk:
     """Find every note and chat under `paths` (folders or single files), sorted by path.
 
-    A file that is named itself is read whatever its suffix, and even if hidden: naming it was the decision. Raises
-    DataError where a path does not exist.
+    A file that is itself named is read even if it is hidden or has another suffix: naming it was a decision. Raises DataError
+    for a path that does not exist.
     """
     roots = [Path(os.path.abspath(os.path.expanduser(path))) for path in paths]
     if not roots:
@@ -82,7 +87,7 @@ def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -
 
 
 def common_folder(roots: list[Path]) -> Path:
-    """What paths are told relative to: the one folder given, or the closest that holds all that were given."""
+    """Return the folder that reported paths are relative to: the named folder, or the innermost one that holds all of them."""
     folders = [root if root.is_dir() else root.parent for root in roots]
     try:
         return Path(os.path.commonpath(folders))
@@ -91,7 +96,7 @@ def common_folder(roots: list[Path]) -> Path:
 
 
 def walk_folder(root: Path, state: Walk) -> None:
-    """Add what lies under `root` to `state`, depth first and without recursion."""
+    """Add everything under `root` to `state`, depth first and without recursion."""
     real_root = root.resolve()
     pending = [root]
     while pending:
@@ -99,7 +104,7 @@ def walk_folder(root: Path, state: Walk) -> None:
         try:
             about = os.stat(folder)
             identity = (about.st_dev, about.st_ino)
-            if about.st_ino and identity in state.folders:
+            if about.st_ino and identity in state.folders:  # st_ino is 0 where a file system has no such numbers
                 continue
             state.folders.add(identity)
             with os.scandir(folder) as entries:
@@ -111,12 +116,12 @@ def walk_folder(root: Path, state: Walk) -> None:
 
 
 def look_at(entry: os.DirEntry[str], root: Path, real_root: Path, state: Walk) -> bool:
-    """Judge one directory entry; true for a folder to descend into."""
+    """Add or skip one directory entry; return True if it is a folder to descend into."""
     path = Path(entry.path)
     state.entries += 1
     try:
         about = entry.stat(follow_symlinks=False)
-    except OSError:  # gone since it was listed: no reason to lose its neighbours
+    except OSError:  # deleted since it was listed: its neighbours are still read
         state.skip(path, Reason.UNREADABLE)
         return False
     if entry.name.startswith(".") or getattr(about, "st_file_attributes", 0) & getattr(stat, "FILE_ATTRIBUTE_HIDDEN", 0):
@@ -126,7 +131,7 @@ def look_at(entry: os.DirEntry[str], root: Path, real_root: Path, state: Walk) -
     elif entry.is_symlink() or getattr(entry, "is_junction", bool)():
         state.skip(path, judge_link(path, real_root))
     elif stat.S_ISDIR(about.st_mode):
-        state.entries -= 1  # what counts is what is in it
+        state.entries -= 1  # a folder is not counted, only its contents
         return True
     elif not stat.S_ISREG(about.st_mode):
         state.skip(path, Reason.NOT_A_FILE)
@@ -138,7 +143,10 @@ def look_at(entry: os.DirEntry[str], root: Path, real_root: Path, state: Walk) -
 
 
 def judge_link(path: Path, real_root: Path) -> Reason:
-    """Links are never followed, so no loop can catch the walk; what one names in the folder is read where it lies."""
+    """Return the reason for skipping the link `path`.
+
+    No link is ever followed, so no loop can catch the walk; a target inside the folder is read at its own place.
+    """
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
@@ -149,9 +157,9 @@ def judge_link(path: Path, real_root: Path) -> Reason:
 class Exclude:
     """One --exclude pattern.
 
-    Without a slash it is matched against each file's and folder's name; with one, against the end of the path, counted
-    from the given folder's own name (`drafts/*`, `notes/drafts/`, `**/private/**`); an absolute one, the whole.
-    A folder that matches is left out with everything in it. Case counts, on every system alike.
+    A pattern without a slash is matched against the name of each file and folder; one with a slash against the end of the
+    path, which starts with the named folder's own name (`drafts/*`, `notes/drafts/`, `**/private/**`); an absolute one against
+    the whole path. A folder that matches is skipped with everything in it. Upper and lower case differ on every system.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -163,6 +171,7 @@ class Exclude:
         self.parts = tuple(part for part in slashed.split("/") if part not in ("", "."))
 
     def matches(self, root: Path, path: Path) -> bool:
+        """Return True if the pattern matches `path`, which lies under `root`; remember that it was used."""
         matched = self._matches(root, path)
         self.used |= matched
         return matched
@@ -181,7 +190,8 @@ class Exclude:
 
 
 def match_parts(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Match a split path against a split pattern; `**` is any number of folders, at the end all that is in them."""
+    """Return True if a split path matches a split pattern. `**` stands for any number of folders; at the end, for everything
+    in them."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -191,11 +201,11 @@ def match_parts(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def order_key(path: str) -> tuple[str, str]:
-    """macOS may spell é as two code points where Linux has one: both sort alike."""
+    """Return a sort key under which é sorts alike as one code point (Linux) and as two (macOS)."""
     return unicodedata.normalize("NFC", path), path
 
 
 def shown(path: str) -> str:
-    """A path fit for a terminal and for JSON: forward slashes, no control characters, no bytes that are not text."""
+    """Return a path fit for a terminal and for JSON: forward slashes, no control characters, no bytes that are not text."""
     text = path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in text)

@@ -1,1 +1,1 @@
-"""What is on this machine: base models, and the adapters trained for them."""
+"""The base models on this machine, and the adapters that were trained for them."""

@@ -1,7 +1,7 @@
-"""Adapters on this machine: where they lie, and which is current for a base model.
+"""Keeps the adapters on this machine: finds, reads, imports and deletes them, and remembers which one is current.
 
-`adapters/<base digest, 12 letters>/<name>/` are PEFT folders; `current.json` names the one in use and the model it was
-trained on. A name is the time it was made, so that names sort by age.
+Each adapter is a PEFT folder at `adapters/<first 12 digits of the base's digest>/<name>/`. `current.json` names the current
+adapter and the model it was trained on. Training names an adapter by the time at which it began, so that names sort by age.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, explain_full_disk
 
 CURRENT = "current.json"
+"""File in edgetune's home that names the current adapter."""
 NONE = "none"
+"""Name that stands for no adapter: the bare base model."""
 GGUF = ".gguf"
+"""Suffix of a GGUF file."""
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Current:
-    """The adapter in use: its folder, and the model (as `--model` names it) and base digest it belongs to."""
+    """The current adapter: its folder, its base model (as `--model` names it) and that model's digest."""
 
     adapter: Path
     model: str
@@ -42,12 +45,12 @@ class Current:
 
 
 def adapters_folder(base: str) -> Path:
-    """Where adapters of the base with this digest are kept."""
+    """Return the folder that holds the adapters of the base model with this digest."""
     return private_folder(home() / "adapters" / base[:12])
 
 
 def new_run(base: str) -> str:
-    """A name by the clock for a run and its adapter, taken by making the run's folder."""
+    """Return a new name, from the clock, for a run and its adapter. Making the run's folder reserves it."""
     stamp = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     for number in itertools.count(1):
         name = stamp if number == 1 else f"{stamp}-{number}"
@@ -55,22 +58,22 @@ def new_run(base: str) -> str:
             with explain_full_disk(run_folder(name)), contextlib.suppress(FileExistsError):
                 run_folder(name).mkdir(mode=PRIVATE_FOLDER)
                 return name
-    raise AssertionError("numbers do not end")
+    raise AssertionError("itertools.count never ends")
 
 
 def run_folder(name: str) -> Path:
-    """Where the log and the report of a run lie."""
+    """Return the folder of a run's log and report."""
     return private_folder(home() / "runs") / name
 
 
 def set_current(current: Current) -> None:
-    """Make an adapter the current one."""
+    """Make an adapter the current one, for every command that is given no --adapter."""
     record = {"adapter": str(current.adapter), "model": current.model, "base": current.base}
     atomic_write(private_folder(home()) / CURRENT, json.dumps(record, indent=2) + "\n")
 
 
 def get_current() -> Current | None:
-    """The current adapter; None where there is none, or its folder is gone."""
+    """Return the current adapter, or None if none was made current or its folder is gone."""
     try:
         record = json.loads((home() / CURRENT).read_text())
         current = Current(Path(record["adapter"]), str(record["model"]), str(record["base"]))
@@ -80,9 +83,10 @@ def get_current() -> Current | None:
 
 
 def find(name: str | None, base: str) -> Path | None:
-    """What `--adapter NAME` names: a folder, a GGUF file, a name under this base, "none", or None for the current one.
+    """Return the folder or file that `--adapter NAME` names; None for the bare base model.
 
-    Raises AdapterError when the name is not known. None means the bare base.
+    name: a folder, a GGUF file, the name of an adapter of this base, "none", or None for the current adapter.
+    Raises AdapterError for a name that is not known.
     """
     if name == NONE:
         return None
@@ -97,14 +101,17 @@ def find(name: str | None, base: str) -> Path | None:
     if kept is not None:
         return kept
     raise AdapterError(
-        f"No adapter {name!r}: it is neither a folder, nor a {GGUF} file, nor one of this base's (`edgetune adapters list` "
-        "names them); type --adapter none for the bare base."
+        f"There is no adapter {name!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base model "
+        "(`edgetune adapters list` names them); type --adapter none to use the base model alone."
     )
 
 
 def adapter_for(name: str | None, base: Checkpoint) -> tuple[str, Adapter | None]:
-    """The adapter that `--adapter NAME` stands for, and what to call it; None is the one that lies in the base's own folder
-    (a bundle of `edgetune export mps`), else the current one. Raises AdapterError."""
+    """Return what to call the adapter that `--adapter NAME` stands for, and the adapter itself.
+
+    name: as in `find`, but None prefers an adapter inside the base's own folder (a bundle of `edgetune export mps`) to the
+    current one. Raises AdapterError.
+    """
     bundled = bundle.read_adapter(base.folder) if name is None else None
     if bundled is not None:
         return bundle.ADAPTER, bundled
@@ -115,13 +122,13 @@ def adapter_for(name: str | None, base: Checkpoint) -> tuple[str, Adapter | None
 
 
 def kept_folder(name: str, base: str) -> Path | None:
-    """The folder of an adapter that is kept here under this base; None where there is none of that name."""
+    """Return the folder of this base's adapter `name`; None if it has no adapter of that name."""
     kept = adapters_folder(base) / name
     return kept if _NAME.fullmatch(name) and kept.is_dir() else None
 
 
 def read(path: Path, base: LlamaConfig) -> Adapter:
-    """An adapter for `base` in whatever form it lies there: a PEFT folder, an mlx-lm folder, a GGUF file or our folder of one.
+    """Read an adapter for `base` from a PEFT folder, an mlx-lm folder, a GGUF file or the folder of `edgetune export gguf`.
 
     Raises AdapterError for anything else.
     """
@@ -136,24 +143,24 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
             return mlx_adapter.read_adapter(path)
         return peft_folder.load(path)
     except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({error.strerror}); name an adapter that is yours to read.") from error
+        raise AdapterError(f"{path} cannot be read ({error.strerror}); name an adapter that you may read.") from error
 
 
 def load_for(path: Path, base: Checkpoint) -> Adapter:
-    """Read an adapter and check that it was made for this base, where it says so."""
+    """Read an adapter and, if it names the base it was made for, check that it is this one. Raises AdapterError."""
     adapter = read(path, base.config)
     made_for = adapter.about.get("base")
     if made_for is not None and made_for != base.digest:
         raise AdapterError(
-            f"The adapter {path.name} was made for another base ({str(made_for)[:12]}, this one is {base.digest[:12]}); "
-            "name its model with --model."
+            f"The adapter {path.name} was made for another base model (digest {str(made_for)[:12]}, this one has "
+            f"{base.digest[:12]}); name its model with --model."
         )
     return adapter
 
 
 @dataclass(frozen=True)
-class Kept:
-    """An adapter that is kept here; what training did not write about it is None."""
+class KeptAdapter:
+    """An adapter kept on this machine. Figures that its training did not record are None."""
 
     name: str
     path: str
@@ -168,8 +175,8 @@ class Kept:
     heldout_bits_per_byte_after: float | None
 
 
-def kept() -> list[Kept]:
-    """All adapters under this home, by base, oldest name first. Folders that are no adapters are left out."""
+def list_adapters() -> list[KeptAdapter]:
+    """Return all adapters on this machine, by base model, oldest name first. Folders that are no adapters are left out."""
     found = []
     for folder in (adapter for parent in sorted((home() / "adapters").glob("*")) for adapter in sorted(parent.glob("[!.]*"))):
         with contextlib.suppress(AdapterError):
@@ -177,13 +184,13 @@ def kept() -> list[Kept]:
     return found
 
 
-def describe(folder: Path) -> Kept:
-    """What a kept adapter says of itself; its tensors are not read. Raises AdapterError where it is none."""
+def describe(folder: Path) -> KeptAdapter:
+    """Return what an adapter's own files say about it, without reading its tensors. Raises AdapterError for other folders."""
     adapter, current = peft_folder.load_config(folder), get_current()
     config, about = adapter.config, adapter.about
     scores = [about.get(f"heldout_bits_per_byte_{when}") for when in ("before", "after")]
     before, after = (_score(score) for score in scores)
-    return Kept(
+    return KeptAdapter(
         name=folder.name,
         path=str(folder),
         base=folder.parent.name,
@@ -199,36 +206,38 @@ def describe(folder: Path) -> Kept:
 
 
 def _score(found: object) -> float | None:
-    """A measured figure of edgetune.json; None where it is none, or larger than any measurement."""
+    """Return a figure measured by training, from edgetune.json; None for anything that cannot be a measurement."""
     return float(found) if isinstance(found, int | float) and abs(found) < 1e9 else None
 
 
-def keep(source: Path, base: Checkpoint, base_name: str, name: str | None = None) -> Path:
-    """Store a copy of an adapter, in any form that is read, as a PEFT folder under `name` (default: the source's own).
+def import_adapter(source: Path, base: Checkpoint, base_name: str, name: str | None = None) -> Path:
+    """Store a copy of an adapter, in any form that `read` takes, as a PEFT folder called `name`; return that folder.
 
-    Raises AdapterError where it does not fit the base, every mismatch named, or where the name is taken or none.
+    name: None takes the source's own name. Raises AdapterError for an adapter that does not fit the base (all mismatches are
+    named), and for a name that is taken or not allowed.
     """
     adapter = load_for(source, base)
     check_fits(adapter, base.config)
     name = re.sub(r"[^\w.-]+", "-", source.stem if source.suffix == GGUF else source.name).strip(".-") if name is None else name
     if not _NAME.fullmatch(name) or name == NONE:
         raise AdapterError(
-            f"{name!r} is no name for an adapter; expected letters, digits, dots, dashes, and not {NONE!r}: --name my-adapter."
+            f"{name!r} cannot be the name of an adapter; expected letters, digits, dots and dashes, and not {NONE!r}. Type for "
+            "example --name my-adapter."
         )
     if kept_folder(name, base.digest) is not None:
-        raise AdapterError(f"There is an adapter {name} of this base already; name another: --name {name}-2.")
+        raise AdapterError(f"This base model already has an adapter {name}; choose another name, for example --name {name}-2.")
     folder = adapters_folder(base.digest) / name
     peft_folder.save(replace(adapter, about={**adapter.about, "base": base.digest}), folder, base_name)
     return folder
 
 
 def delete(folder: Path) -> None:
-    """Remove a kept adapter. Raises AdapterError for the current one, unless its base has no other to promote."""
+    """Delete an adapter. Raises AdapterError for the current one, unless its base has no other that could be promoted."""
     current = get_current()
     if current is not None and current.adapter == folder.resolve():
-        if any(other.base == folder.parent.name and other.name != folder.name for other in kept()):
+        if any(other.base == folder.parent.name and other.name != folder.name for other in list_adapters()):
             raise AdapterError(
-                f"The adapter {folder.name} is the current one; type `edgetune adapters promote NAME` for another first."
+                f"The adapter {folder.name} is the current one; first type `edgetune adapters promote NAME` for another one."
             )
         (home() / CURRENT).unlink(missing_ok=True)
     shutil.rmtree(folder)

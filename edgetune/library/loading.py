@@ -1,4 +1,4 @@
-"""Opens a base model by name and loads it: files mapped first, weights read when they are needed."""
+"""Opens a base model by name and loads it: its files are mapped first, its weights read only when they are needed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.runtime.vocabulary import FILE, fits_nf4_blocks
 
 SMALLER = "type a smaller --model, or --device cpu"
+"""Advice for a model that does not fit on the device."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base model ready to run, and what it was read from."""
+    """A base model ready to run, with the choice and the checkpoint that it was read from."""
 
     choice: ModelChoice
     checkpoint: Checkpoint
@@ -34,11 +35,14 @@ class Loaded:
 
 
 Base = tuple[ModelChoice, Checkpoint]
-"""A base model that was found and opened, its weights not read yet."""
+"""A base model that was found and opened, but whose weights have not been read yet."""
 
 
 def open_base(name: str | None) -> Base:
-    """What `name` stands for (None: the current adapter's model, else the best found), its files mapped but not read."""
+    """Find and open the model that `name` stands for, without reading its weights.
+
+    name: as in `resolve`, but None prefers the current adapter's model to the best one found. Raises ModelError.
+    """
     current = registry.get_current()
     choice = resolve(name if name is not None or current is None else current.model)
     return choice, open_model(choice.path)
@@ -52,8 +56,11 @@ def load_base(
     in_file: Vocabulary = Vocabulary.NEITHER,
     head: str = "stored",
 ) -> Loaded:
-    """The opened model ready to run, its linears in NF4; `layer_memory` as in load_llama, `in_file` as a training's Setting
-    has it, `head` of HEADS. Raises UsageError for a form that this head cannot have."""
+    """Load an opened model, its linears in NF4, so that it is ready to run on `device`.
+
+    layer_memory: as in `load_llama`. in_file: which of embedding and head stay in their file, as in a training's Setting.
+    head: one of HEADS. Raises UsageError for a form that this model's head cannot have.
+    """
     target = pick_device(device)
     choice, checkpoint = base
     quant = None if checkpoint.quant is not None else QuantConfig()
@@ -70,21 +77,24 @@ def load_base(
 
 
 def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str | None:
-    """What load_llama is asked for. "auto" is int8 where there are kernels for it: half of bf16's bytes for every token, at
-    less than 0.0001 bits a byte (LOG.md); a head that is stored in 4 bits stays so."""
+    """Return the `head_kind` for `load_llama` that gives the form `head` of HEADS. Raises UsageError.
+
+    "auto" is int8 where there are kernels for it: that reads half of bf16's bytes for every token and costs less than 0.0001
+    bits per byte (LOG.md). A head that is stored in 4 bits stays as it is.
+    """
     if head not in HEADS:
-        raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
+        raise UsageError(f"--head is {head!r}; expected one of {', '.join(HEADS)}.")
     if head == "auto":
         return "int8" if ops.multiplies_int8(device) and not checkpoint.quantized_head else None
     if head == "int8" and checkpoint.quantized_head:
         raise UsageError(
-            f"The head of {checkpoint.folder} is stored in 4 bits, which --head int8 cannot undo; leave it out, or name the "
-            "model that it was quantised from."
+            f"The head of {checkpoint.folder} is stored in 4 bits, which --head int8 cannot undo; leave --head out, or name "
+            "the model that this one was quantised from."
         )
     width = checkpoint.config.hidden_size
     if head == "nf4" and not (checkpoint.quantized_head or fits_nf4_blocks(width)):
         raise UsageError(
-            f"The head of {checkpoint.folder} has rows of {width} numbers, and --head nf4 holds whole blocks of "
-            f"{QuantConfig().block_size}; leave it out, or type --head int8."
+            f"The head of {checkpoint.folder} has rows of {width} numbers, and --head nf4 needs whole blocks of "
+            f"{QuantConfig().block_size}; leave --head out, or type --head int8."
         )
     return None if head == "stored" or checkpoint.quantized_head else head

@@ -1,1 +1,1 @@
-"""What this machine can do: doctor, device checks, benchmarks and the forecast of a run."""
+"""Finds out what this machine can do: doctor, device checks, benchmarks and the forecast of a run."""

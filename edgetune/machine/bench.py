@@ -1,6 +1,6 @@
-"""What this machine can do and what the engine makes of it: peaks first, then a model's speeds as shares of them.
+"""Measures this machine's peak speeds, then how much of them training and generating reach.
 
-A figure is a median of several runs; a share compares with a peak measured in the same process a moment before.
+Each figure is the median of several runs. Each share is relative to a peak that was measured in the same process just before.
 """
 
 from __future__ import annotations
@@ -15,31 +15,36 @@ from typing import Any
 import torch
 
 from edgetune.machine.shapes import SHAPES
+from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import number_format
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import nf4
-from edgetune.runtime.batch import Batch
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import cpu_name
 from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_memory
 from edgetune.runtime.linear import Linear
 from edgetune.runtime.memory_meter import MemoryMeter
-from edgetune.runtime.model import Block, Llama
-from edgetune.runtime.names import ATTENTION_NORM, MLP_NORM, hf_linear_name
-from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
-from edgetune.runtime.ops_types import Segment
+from edgetune.runtime.model import Llama
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Recompute, Runner
 
 LORA = LoraConfig(rank=16, alpha=16.0)
+"""The adapter that is trained in every measurement, on all linears."""
+_PEAK_REPEATS = 5
+"""Runs of which the median is taken for a machine's peak and for reading a prompt. Chosen by hand."""
+_GRADIENT_CLIP, _LEARNING_RATE = 1.0, 1e-4
+"""Settings of the measured training step; they do not affect its speed."""
+_PROMPT_TOKENS = 16
+"""Tokens of the prompt before decoding is measured. Chosen by hand."""
+_WARM_UP_TOKENS = 8
+"""Decoded tokens that are left out of the median. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class TrainSpeed:
-    """One recomputation setting: tokens/s, the share of the GEMM peak that its linears reached, peak memory.
+    """The training speed of one recomputation setting: tokens/s, its linears' share of the GEMM peak, peak memory.
 
-    Products in 8 bits count as the bf16 ones that they stand for.
+    A product in 8 bits counts as the bf16 product that it replaces.
     """
 
     tokens_per_second: float
@@ -49,8 +54,11 @@ class TrainSpeed:
 
 @dataclass(frozen=True)
 class Bench:
-    """`edgetune bench`'s answer; gemm_gflops is the peak of `dtype`, the activations'. train_int8: of `train`, all but "none,
-    bf16" made their large products in 8 bits."""
+    """The result of `edgetune bench`.
+
+    gemm_gflops: the peak for `dtype`, that of the activations. train_int8: True if the large products of training were
+    computed in 8 bits, in all entries of `train` except "none, bf16".
+    """
 
     machine: str
     threads: int
@@ -70,12 +78,12 @@ class Bench:
     peak_memory_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the result, ready for JSON."""
         return asdict(self)
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median time of `work`, after one warm-up."""
+    """Return the median time of `repeats` calls of `work`, after one call to warm up."""
     work()
     times = []
     for _ in range(repeats):
@@ -86,67 +94,35 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def gemm_gflops(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
-    """Best median GFLOP/s of x (m, k) times W (n, k)^T over `shapes` (m, k, n)."""
+    """Return the best median GFLOP/s of x (m, k) times W (n, k)^T over `shapes` (m, k, n)."""
     best = 0.0
     for m, k, n in shapes:
         x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        seconds = median_seconds(lambda x=x, w=w: torch.mm(x, w.T), 5)  # type: ignore[misc]
+        seconds = median_seconds(lambda x=x, w=w: torch.mm(x, w.T), _PEAK_REPEATS)  # type: ignore[misc]
         best = max(best, 2 * m * k * n / seconds / 1e9)
     return best
 
 
 def gemm_shapes(config: LlamaConfig, tokens: int) -> list[tuple[int, int, int]]:
-    """Squares of 2048 and 4096, and the model's own products."""
-    own = [(tokens, inputs, out) for out, inputs in sorted(set(config.linear_shapes().values()))]
-    return [(2048, 2048, 2048), (4096, 4096, 4096), *own]
+    """Return the shapes (m, k, n) to look for the peak in: squares of 2048 and of 4096, and the model's own products."""
+    model_shapes = [(tokens, inputs, out) for out, inputs in sorted(set(config.linear_shapes().values()))]
+    return [(2048, 2048, 2048), (4096, 4096, 4096), *model_shapes]
 
 
 def read_gb_per_second(megabytes: int = 1024) -> float:
-    """GB/s at which all threads read memory that is in no cache."""
+    """Return the speed in GB/s at which all threads together read memory that is in no cache."""
     x = torch.ones(megabytes * 2**18)
-    return x.nbytes / median_seconds(x.sum, 5) / 1e9
-
-
-def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> Llama:
-    """A model of this shape with random NF4 weights, made in place: as costly to run as a trained one."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = []
-    for layer in range(config.num_layers):
-        tensors: dict[str, Any] = {}
-        for name, shape in config.linear_shapes().items():
-            tensors[f"{hf_linear_name(name)}.weight"] = random_nf4(shape, generator)
-        for norm in (ATTENTION_NORM, MLP_NORM):
-            tensors[norm] = torch.ones(config.hidden_size)
-        blocks.append(Block(config, layer, tensors))
-    embedding = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(dtype)
-    head = embedding if config.tie_embeddings else embedding.clone()
-    return Llama(config, embedding, blocks, torch.ones(config.hidden_size), head, dtype)
-
-
-def random_nf4(shape: tuple[int, int], generator: torch.Generator) -> QuantizedTensor:
-    """Random codes, scales around 0.045: values of about 0.02."""
-    blocks = -(-shape[0] * shape[1] // 64)
-    packed = torch.randint(0, 256, (-(-shape[0] * shape[1] // 2), 1), dtype=torch.uint8, generator=generator)
-    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
-    nested = NestedAbsmax(torch.full((-(-blocks // 256),), 0.005), nf4.dynamic_map(), 0.045)
-    return QuantizedTensor(packed, QuantState(codes, shape, torch.bfloat16, nested=nested))
-
-
-def random_row(config: LlamaConfig, tokens: int) -> Batch:
-    """One document of random tokens, all of them trained on."""
-    ids = torch.randint(0, config.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(1))
-    mask = torch.full((tokens,), 1 / tokens)
-    return Batch(ids[:-1], ids[1:], mask, torch.arange(tokens), (Segment.packed(0, tokens),))
+    return x.nbytes / median_seconds(x.sum, _PEAK_REPEATS) / 1e9
 
 
 def linear_flops(config: LlamaConfig, recompute: Recompute) -> float:
-    """FLOPs a token of the linears that a training step runs: forward, input gradient, and what is recomputed.
+    """Return the FLOPs per token of the linears in a training step: forward, input gradient, recomputation.
 
-    A recomputed block leaves its last product out; the head runs twice; adapters and attention are not counted.
+    A recomputed block skips its last product, and the head runs twice. Adapters and attention are not counted.
     """
     down = config.num_layers * config.intermediate_size * config.hidden_size
-    again = 2 * (config.linear_parameters - down) if recompute is Recompute.FULL else 0
-    return 4 * config.linear_parameters + again + 4 * config.vocab_size * config.hidden_size
+    recomputed = 2 * (config.linear_parameters - down) if recompute is Recompute.FULL else 0
+    return 4 * config.linear_parameters + recomputed + 4 * config.vocab_size * config.hidden_size
 
 
 def train_speed(
@@ -158,18 +134,18 @@ def train_speed(
     files: Sequence[Path] = (),
     int8: bool = False,
 ) -> TrainSpeed:
-    """Forward, backward and AdamW of one row of `tokens`, r16 on all linears; int8 as Runner's."""
+    """Measure forward, backward and AdamW on one batch of `tokens`, with LORA attached; `int8` as in Runner."""
     adapters.attach_new(model, LORA, 0)
     trim_memory()
     runner = Runner(model, recompute, int8=int8)
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters)
-    row = random_row(model.config, tokens)
+    batch = random_batch(model.config, tokens)
 
     def step() -> None:
-        runner.train(row)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step(1e-4)
+        runner.train(batch)
+        torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_CLIP)
+        optimizer.step(_LEARNING_RATE)
         optimizer.zero_grad()
 
     with MemoryMeter(files) as meter:
@@ -181,7 +157,7 @@ def train_speed(
 
 
 def prefill_tokens_per_second(model: Llama, tokens: int) -> float:
-    """Speed of reading a prompt, logits of its last token included."""
+    """Measure the speed of the prefill: reading a prompt of `tokens`, up to the logits of its last token."""
     generator = Generator(Runner(model), tokens)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -190,32 +166,35 @@ def prefill_tokens_per_second(model: Llama, tokens: int) -> float:
         with torch.no_grad():
             generator.prefill(ids)
 
-    return tokens / median_seconds(prefill, 5)
+    return tokens / median_seconds(prefill, _PEAK_REPEATS)
 
 
 def decode_tokens_per_second(model: Llama, tokens: int = 48) -> float:
-    """Speed of writing, one token after another, after a prompt of 16."""
-    generator = Generator(Runner(model), 16 + 2 * tokens)
+    """Measure the speed of decoding: writing `tokens` one after another, after a short prompt."""
+    generator = Generator(Runner(model), _PROMPT_TOKENS + 2 * tokens)
     with torch.no_grad():
-        generator.prefill(list(range(1, 17)))
+        generator.prefill(list(range(1, 1 + _PROMPT_TOKENS)))
         seconds = []
         for token in range(tokens):
             start = time.perf_counter()
             generator.step(token + 1)
             seconds.append(time.perf_counter() - start)
-    return 1 / statistics.median(seconds[8:])
+    return 1 / statistics.median(seconds[_WARM_UP_TOKENS:])
 
 
 def decode_bytes(model: Llama) -> int:
-    """Bytes that writing one token must read: every linear, the head."""
+    """Return the bytes that must be read to decode one token: every linear and the head."""
     weights = [linear.weight for block in model.blocks for linear in block.linears().values() if isinstance(linear, Linear)]
     return sum(weight.nbytes for weight in weights) + model.head.nbytes
 
 
-def bench(shape: str = "tinyllama-1.1b", tokens: int = 512, repeats: int = 5) -> Bench:
-    """Measure this machine, then a model of the named shape on it."""
+def bench(shape: str, tokens: int, repeats: int) -> Bench:
+    """Measure this machine, then a model of the named shape on it.
+
+    shape: a name in SHAPES. tokens: length of a training batch and of the prompt. repeats: runs of which the median is taken.
+    """
     device = torch.device("cpu")
-    dtype, int8 = number_format("auto", device)  # as `edgetune train` has them
+    dtype, int8 = number_format("auto", device)  # as `edgetune train` chooses them
     config = SHAPES[shape]
     peaks = {
         str(kind).removeprefix("torch."): gemm_gflops(kind, gemm_shapes(config, tokens))

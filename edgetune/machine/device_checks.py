@@ -1,7 +1,7 @@
-"""What only the device itself can confirm: that it computes what plain torch computes on the CPU.
+"""Checks that a device computes what plain torch computes on the CPU.
 
-`edgetune doctor` runs this where there is an NVIDIA card or an Apple GPU, and prints what was found in a form to send on: no
-path, no text, nothing about the machine but what doctor says anyway.
+`edgetune doctor` runs these checks on an NVIDIA card or an Apple GPU. Its report can be shared: it holds no path, no text of
+a note, and nothing about the machine except what doctor prints anyway.
 """
 
 from __future__ import annotations
@@ -36,22 +36,27 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 
 SHAPES = ((2048, 2048), (256, 2048), (2048, 5632), (257, 1000), (33, 67))
-"""TinyLlama's linears, and two whose blocks cross rows; the last has an odd number of weights."""
+"""Shapes (out_features, in_features) to check: TinyLlama's linears, and two whose NF4 blocks cross rows; the last one has an
+odd number of weights."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_PRODUCT = 2e-2
-"""The C++ kernels multiply in 8 bits: see backends/cpu/decode.py."""
+"""Largest relative error of a product by the C++ kernels, which multiply in 8 bits: see backends/cpu/decode.py."""
 _EXACT, _GRADIENT, _ROUNDED = 1e-4, 1e-3, 5e-2
-_TOKENS, _WRITTEN = 256, 16
+"""Largest relative errors, chosen by hand: of an fp32 op, of a gradient through the whole model in fp32, and of anything that
+is rounded to 16 or 8 bits on the way."""
+_TOKENS, _NEW_TOKENS = 256, 16
+"""Tokens in a training step, and tokens to generate. Chosen by hand."""
 _LORA = LoraConfig(rank=8, alpha=16.0, dropout=0.05)
 _CPU = torch.device("cpu")
-_LENT, _KEPT = 256 << 20, 64 << 20
-_ON_MPS = "memory"
+_BORROWED_BYTES, _KEPT_BYTES = 256 << 20, 64 << 20
+"""Bytes to allocate on an Apple GPU, and the most of them that may remain after they are freed. Chosen by hand."""
+_MPS_ONLY = "memory"
 _PATH = re.compile(r"""(?:~|[A-Za-z]:)?[/\\][^\s'"():,;]*[/\\][^\s'"():,;]*""")
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """One thing that was tried, whether it is as it should be, and what was found."""
+    """The outcome of one check: its name, whether it passed, and what was found."""
 
     name: str
     ok: bool
@@ -59,47 +64,48 @@ class Confirmation:
 
 
 class _Differs(Exception):
-    """What the device gave is not what it should give."""
+    """Raised where the device's result is not the expected one."""
 
 
 def confirm(device: torch.device, tell: Callable[[str], object] = lambda name: None) -> list[Confirmation]:
-    """Try everything on `device`; takes seconds. A check that breaks off is one that is not ok.
+    """Run all checks on `device`, which takes seconds. A check that raises counts as failed.
 
-    tell: given each check's name before it is tried, since a driver may end the whole program.
+    tell: called with the name of each check before it runs, because a faulty driver may end the whole program.
     """
-    found = []
+    results = []
     for name, check in CHECKS.items():
-        if name != _ON_MPS or device.type == "mps":
+        if name != _MPS_ONLY or device.type == "mps":
             tell(name)
-            found.append(_tried(name, check, device))
-    return found
+            results.append(_run(name, check, device))
+    return results
 
 
 def without_paths(text: str) -> str:
-    """The text on one line, with what looks like a path, or is this person's or this Python's folder, left out."""
+    """Return the text on one line, without anything that looks like a path, or names the home folder or this Python's."""
     for folder in sorted({str(Path.home()), sys.prefix, sys.base_prefix} - {os.sep}, key=len, reverse=True):
         text = text.replace(folder, f"{os.sep}…{os.sep}…")
     return _PATH.sub("…", " ".join(text.split()))
 
 
-def _tried(name: str, check: Callable[[torch.device], str], device: torch.device) -> Confirmation:
+def _run(name: str, check: Callable[[torch.device], str], device: torch.device) -> Confirmation:
+    """Run one check; return its outcome, whatever it raises."""
     try:
         return Confirmation(name, True, check(device))
     except _Differs as found:
         return Confirmation(name, False, without_paths(str(found)))
-    except Exception as error:  # whatever a driver may come up with: it is what the report is for
+    except Exception as error:  # a faulty driver may raise anything, and the report is there to show it
         text = str(error.strerror if isinstance(error, OSError) else error)
         return Confirmation(name, False, f"{type(error).__name__}: {without_paths(text)[:300]}")
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:
-    """The difference's norm over the wanted one's; infinite where a number is not finite."""
+    """Return the relative error, |found - wanted| / |wanted|; infinity if a number is not finite."""
     error = float((found.detach().cpu().float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
     return error if error == error else float("inf")
 
 
 def _within(what: str, error: float, bound: float) -> float:
-    """The error. Raises _Differs beyond the bound."""
+    """Return `error` if it is within `bound`; else raise _Differs, which names `what` was computed."""
     if not error <= bound:
         raise _Differs(f"{what}: relative error {error:.2g}, expected {bound:.2g} at most")
     return error
@@ -110,15 +116,15 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _kernels(device: torch.device) -> str:
-    """Whether the device's own kernels serve."""
+    """Check that the device's own kernels are in use."""
     missing = ops.kernels_missing(device.type)
     if missing is not None:
-        raise _Differs(f"plain torch serves: {missing}")
+        raise _Differs(f"plain torch is used instead: {missing}")
     return f"back end {ops.backend_for(device).NAME}"
 
 
 def _dequantisation(device: torch.device) -> str:
-    """NF4 to dense against nf4.py, which every back end gives bit for bit."""
+    """Check NF4 to dense against nf4.py, which every back end should match bit for bit."""
     equal = count = 0
     for number, shape in enumerate(SHAPES):
         for double_quant in (True, False):
@@ -128,11 +134,11 @@ def _dequantisation(device: torch.device) -> str:
                 found, wanted = ops.dequantize(there, dtype).cpu(), nf4.dequantize(quantized, dtype)
                 _within(f"{shape} in {dtype}", _error(found, wanted), torch.finfo(dtype).eps)
                 equal, count = equal + torch.equal(found, wanted), count + 1
-    return f"{equal} of {count} bit for bit" + (", the others to the last rounding" if equal < count else "")
+    return f"{equal} of {count} bit for bit" + (", the others within one rounding" if equal < count else "")
 
 
 def _products(device: torch.device) -> str:
-    """Few rows times a packed weight against the dense product."""
+    """Check products of few rows with a packed weight against the dense products."""
     worst = 0.0
     for number, shape in enumerate(SHAPES):
         quantized = nf4.quantize(_random(*shape, seed=number))
@@ -147,7 +153,7 @@ def _products(device: torch.device) -> str:
 
 
 def _dense_products(device: torch.device) -> str:
-    """Products into columns of a wider tensor, and with very many terms, which torch has got wrong on Apple GPUs."""
+    """Check products into columns of a wider tensor, and with very many terms; torch got both wrong on Apple GPUs."""
     worst = 0.0
     x, w, wide = _random(64, 96), _random(96, 80, seed=1), _random(64, 200, seed=2)
     dlogits, head = _random(32, 40000, seed=3), _random(40000, 48, seed=4)
@@ -168,7 +174,7 @@ def _dense_products(device: torch.device) -> str:
 
 
 def _elementwise(device: torch.device) -> str:
-    """The parts between products, forward and backward, in fp32; dropout that drops other values has another norm."""
+    """Check the ops between the products, forward and backward, in fp32. Dropout that drops other values shows as an error."""
     h, weight, gate_up = _random(300, 384), _random(384, seed=1), _random(300, 512, seed=2)
     dx, dact = _random(300, 384, seed=3), _random(300, 256, seed=4)
     heads, angles = _random(300, 6, 64, seed=5), _random(300, 32, seed=6)
@@ -194,9 +200,10 @@ def _elementwise(device: torch.device) -> str:
 
 
 def _attention(device: torch.device) -> str:
-    """Attention of packed documents, with grouped heads and a window, forward and backward: a card's bf16 is another kernel."""
+    """Check attention over packed documents, with grouped heads and a window, forward and backward; in each dtype, because a
+    card computes bf16 with another kernel."""
     q, k, v, do = _random(300, 6, 64), _random(300, 2, 64, seed=1), _random(300, 2, 64, seed=2), _random(300, 6, 64, seed=3)
-    segments, told = [Segment.packed(0, 130), Segment.packed(130, 300)], []
+    segments, errors = [Segment.packed(0, 130), Segment.packed(130, 300)], []
     for dtype in COMPUTE_DTYPES:
         bound, worst = _EXACT if dtype == torch.float32 else 4 * torch.finfo(dtype).eps, 0.0
         q_, k_, v_, do_ = (tensor.to(dtype) for tensor in (q, k, v, do))
@@ -211,12 +218,12 @@ def _attention(device: torch.device) -> str:
             ops.attention_backward(there, o_, lse_, do_.to(device), AttentionGradients(*found))
             for name, one, other in zip(("output", "dq", "dk", "dv"), (o_, *found), (o, *wanted), strict=True):
                 worst = max(worst, _within(f"{name} in {dtype}, window {window}", _error(one, other), bound))
-        told.append(f"{worst:.2g} in {dtype}".replace("torch.", ""))
-    return f"largest relative error {', '.join(told)}"
+        errors.append(f"{worst:.2g} in {dtype}".replace("torch.", ""))
+    return f"largest relative error {', '.join(errors)}"
 
 
 def _optimizer(device: torch.device) -> str:
-    """Three steps of AdamW, of 32 and of 8 bits, where a parameter takes many launches of a fused kernel."""
+    """Check three steps of AdamW with states of 32 and of 8 bits, on a parameter that takes many launches of a fused kernel."""
     shapes, worst = ((2200, 1024), (33, 67), (64, 1024)), 0.0
     for bits in (32, 8):
         moved = []
@@ -229,96 +236,105 @@ def _optimizer(device: torch.device) -> str:
                     parameter.grad = _random(*shapes[number], seed=10 + 3 * step + number).to(where)
                 optimizer.step(1e-2)
             moved.append([parameter.cpu() - before for parameter, before in zip(parameters, start, strict=True)])
-        bound = _EXACT if bits == 32 else _ROUNDED  # a code may be the next one where a quotient is rounded otherwise
+        bound = _EXACT if bits == 32 else _ROUNDED  # an 8-bit code may be off by one where a quotient is rounded otherwise
         for shape, wanted, found in zip(shapes, *moved, strict=True):
             worst = max(worst, _within(f"{bits} bits, {shape}", _error(found, wanted), bound))
     return f"largest relative error {worst:.2g}"
 
 
 def _demo(device: torch.device, dtype: torch.dtype, layer_memory: int | None = None) -> Llama:
-    """The built-in model with a fresh adapter."""
+    """Return the demo model with a fresh adapter."""
     model = load_llama(open_model(resolve(DEMO).path), dtype, device, layer_memory=layer_memory)
     adapters.attach_new(model, _LORA, seed=0)
     return model
 
 
-def _row(vocab_size: int) -> Batch:
+def _batch(vocab_size: int) -> Batch:
+    """Return a batch of two packed documents, (_TOKENS,) random ids; the first five tokens have no loss."""
     ids = torch.randint(3, vocab_size, (_TOKENS + 1,), generator=torch.Generator().manual_seed(0))
     half = _TOKENS // 2
     weights, positions = torch.full((_TOKENS,), 1 / _TOKENS), torch.arange(_TOKENS) % half
-    weights[:5] = 0  # context only: rows are left out of the loss, and filled up
+    weights[:5] = 0  # context only: the loss skips these rows
     segments = (Segment.packed(0, half), Segment.packed(half, _TOKENS))
     return Batch(ids[:-1], ids[1:], weights, positions, segments)
 
 
 def _trained(model: Llama) -> tuple[list[float], Tensor]:
-    """The losses of two steps, and the second's gradient: by then B is not zero, and every part of the adapter has one."""
+    """Train two steps; return their losses, and the second step's gradient, flattened.
+
+    By the second step lora_B is no longer zero, so every part of the adapter has a gradient.
+    """
     runner, parameters = Runner(model), adapters.parameters(model)
     optimizer, losses = PagedAdamW(parameters), []
     for step in range(2):
         optimizer.zero_grad()
-        losses.append(float(runner.train(_row(model.config.vocab_size), dropout_key=step)))
+        losses.append(float(runner.train(_batch(model.config.vocab_size), dropout_key=step)))
         if step == 0:
             optimizer.step(1e-3)
     gradients = [parameter.grad.cpu().flatten() for parameter in parameters if parameter.grad is not None]
     return losses, torch.cat(gradients)
 
 
-def _plain() -> tuple[list[float], Tensor]:
-    """The same two steps by plain torch on the CPU, in fp32."""
+def _trained_on_cpu() -> tuple[list[float], Tensor]:
+    """Train the same two steps with plain torch on the CPU, in fp32, as the result to compare with."""
     with ops.use_backend("reference"):
         return _trained(_demo(_CPU, torch.float32))
 
 
 def _compared(name: str, found: tuple[list[float], Tensor], wanted: tuple[list[float], Tensor], bound: float) -> str:
+    """Compare losses and gradient with the wanted ones; return their relative errors in words. Raises _Differs."""
     loss = max(abs(one - other) / other for one, other in zip(found[0], wanted[0], strict=True))
     _within(f"loss {name}", loss, bound)
-    return f"{name}: loss to {loss:.1g}, gradient to {_within(f'gradient {name}', _error(found[1], wanted[1]), bound):.1g}"
+    gradient = _within(f"gradient {name}", _error(found[1], wanted[1]), bound)
+    return f"{name}: relative error of the loss {loss:.1g}, of the gradient {gradient:.1g}"
 
 
 def _training(device: torch.device) -> str:
-    """Two steps on the built-in model: in fp32 they are the CPU's, in the device's own dtype near them."""
-    wanted, dtype = _plain(), compute_dtype(device)
-    told = [_compared("in fp32", _trained(_demo(device, torch.float32)), wanted, _GRADIENT)]
+    """Check two training steps on the demo model: in fp32 they match the CPU's, in the device's own dtype they are close."""
+    wanted, dtype = _trained_on_cpu(), compute_dtype(device)
+    results = [_compared("in fp32", _trained(_demo(device, torch.float32)), wanted, _GRADIENT)]
     if dtype != torch.float32:
-        told.append(_compared(f"in {dtype}".replace("torch.", ""), _trained(_demo(device, dtype)), wanted, _ROUNDED))
-    return "; ".join(told)
+        results.append(_compared(f"in {dtype}".replace("torch.", ""), _trained(_demo(device, dtype)), wanted, _ROUNDED))
+    return "; ".join(results)
 
 
 def _streaming(device: torch.device) -> str:
-    """The same two steps, all layers but two read from the file while they run."""
+    """Check two training steps where all layers but two are read from the file while the steps run."""
     checkpoint = open_model(resolve(DEMO).path)
     model = _demo(device, torch.float32, 2 * least_layer_memory(checkpoint.config, Stored.of(checkpoint)))
     assert model.pager.streaming
-    return _compared("in fp32", _trained(model), _plain(), _GRADIENT)
+    return _compared("in fp32", _trained(model), _trained_on_cpu(), _GRADIENT)
 
 
 def _text(device: torch.device) -> str:
-    """What the built-in model writes, taking the likeliest token each time."""
+    """Check that the demo model generates the CPU's text, taking the likeliest token each time."""
     prompt, texts = [1, *range(3, 43)], []
     for where, back_end in ((_CPU, "reference"), (device, ops.backend_for(device).NAME)):
         with ops.use_backend(back_end), torch.no_grad():
             generator = Generator(Runner(_demo(where, torch.float32)), 96)
-            texts.append(list(generator.generate(prompt, _WRITTEN, Sampling(0.0))))
+            texts.append(list(generator.generate(prompt, _NEW_TOKENS, Sampling(0.0))))
     if texts[0] != texts[1]:
         same = sum(one == other for one, other in zip(*texts, strict=False))
-        raise _Differs(f"{same} of {len(texts[0])} tokens are the CPU's")
-    return f"{len(texts[0])} tokens are the CPU's"
+        raise _Differs(f"{same} of {len(texts[0])} tokens match the CPU's")
+    return f"{len(texts[0])} tokens match the CPU's"
 
 
 def _memory(device: torch.device) -> str:
-    """Whether an Apple GPU's memory is counted, and goes back to the system when it is trimmed."""
+    """Check that an Apple GPU's memory is counted, and that trimming gives it back to the system."""
     gc.collect()
     trim_device(device)
     before = device_memory(device)
-    tensor = torch.zeros(_LENT, dtype=torch.uint8, device=device)
-    held = device_memory(device) - before
+    tensor = torch.zeros(_BORROWED_BYTES, dtype=torch.uint8, device=device)
+    counted = device_memory(device) - before
     del tensor
     trim_device(device)
     left = device_memory(device) - before
-    if held < _LENT or left > _KEPT:
-        raise _Differs(f"of {_LENT >> 20} MB {held >> 20} MB were counted, and {left >> 20} MB are left after trimming")
-    return f"{held >> 20} MB counted, {max(left, 0) >> 20} MB left after trimming"
+    if counted < _BORROWED_BYTES or left > _KEPT_BYTES:
+        raise _Differs(
+            f"{_BORROWED_BYTES >> 20} MB were allocated, {counted >> 20} MB were counted, and {left >> 20} MB are left after "
+            "trimming"
+        )
+    return f"{counted >> 20} MB counted, {max(left, 0) >> 20} MB left after trimming"
 
 
 CHECKS: dict[str, Callable[[torch.device], str]] = {
@@ -332,5 +348,6 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "training steps": _training,
     "streamed layers": _streaming,
     "greedy text": _text,
-    _ON_MPS: _memory,
+    _MPS_ONLY: _memory,
 }
+"""All checks by name, in the order in which they run. Each returns what it found, or raises."""

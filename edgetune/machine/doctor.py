@@ -1,6 +1,6 @@
-"""What this installation can do on this machine, and what is amiss: the first thing to send with a question.
+"""Reports what this installation can do on this machine, and what is wrong: the first thing to send with a question.
 
-Where there is an NVIDIA card or an Apple GPU it is tried (see confirm.py), which takes seconds: nobody else can.
+An NVIDIA card or an Apple GPU is tested too (device_checks.py), which takes seconds.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
 
 
 def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
-    """The facts, JSON-ready. `problems` are sentences; none means that all is well. tell: see confirm."""
+    """Return the facts, ready for JSON. `problems` holds a sentence for each fault found. tell: as in `confirm`."""
     cpu, best = torch.device("cpu"), pick_device("auto")
     confirmations = confirm(best, tell) if best.type != "cpu" else []
     missing = kernels_missing()
     package = Path(edgetune.__file__).resolve().parent
     problems = []
     if missing:
-        problems.append(f"Plain torch serves instead of the C++ kernels, several times slower: {without_paths(missing)}")
+        problems.append(f"Plain torch is used instead of the C++ kernels, several times slower: {without_paths(missing)}")
     if not os.access(home(), os.W_OK):
-        problems.append("The state folder cannot be written to; set EDGETUNE_HOME to one that can.")
+        problems.append("The folder of adapters and runs cannot be written to; set EDGETUNE_HOME to a folder that can.")
     private = sys.platform == "win32" or home().stat().st_mode & 0o077 == 0
     if not private:
-        problems.append("Others on this machine can look into the state folder; type chmod 700 for it.")
+        problems.append("Other users of this machine can read the folder of adapters and runs; type chmod 700 and its path.")
     problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]
     return {
         "edgetune": edgetune.__version__,
@@ -67,12 +67,12 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
 
 
 def _missing(target: str) -> list[str]:
-    """Packages without which an export is not proved here."""
+    """Return the missing packages without which an export cannot be verified here."""
     spec = load_target(target)
     return spec.missing_packages(spec.weights[0])
 
 
 def _system() -> str:
-    """The operating system, on a Mac with its version: what Metal can do depends on it."""
+    """Return the name of the operating system; on a Mac with its version, because Metal's abilities depend on it."""
     version = platform.mac_ver()[0]
     return f"macOS {version} {platform.machine()}" if version else f"{platform.system()} {platform.machine()}"

@@ -1,6 +1,6 @@
-"""`edgetune plan`: what a run will take, before it starts. Memory by part, tokens a second, time.
+"""Predicts what a training run will take, for `edgetune plan`: memory by part, tokens per second, time.
 
-How long a step takes is measured on one and on two layers of the model's shape with random weights.
+The time of a step is measured on one and on two layers of the model's shape with random weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
 from edgetune.home import home
 from edgetune.library.base_models import resolve
-from edgetune.machine.bench import random_llama, random_row
-from edgetune.machine.shapes import SHAPES
+from edgetune.machine.shapes import PLANNED, SHAPES
+from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
     COMPACT,
     FILE_SPEED,
@@ -48,7 +48,7 @@ from edgetune.training.setup import named_adapter, read, tokenize_notes
 
 @dataclass(frozen=True)
 class Forecast:
-    """`edgetune plan`'s answer. Speed and time are None where this machine cannot measure them, or no notes were named."""
+    """The result of `edgetune plan`. Speed and time are None if they cannot be measured here, time also without notes."""
 
     model: str
     device: str
@@ -59,7 +59,7 @@ class Forecast:
     parts: dict[str, int]
     setting: dict[str, Any]
     head: str
-    """The form in which the head is stored: a dtype's name, or "nf4"."""
+    """Form in which the head is stored: the name of a dtype, or "nf4"."""
     tokens_per_second: float | None
     seconds: float | None
     steps: int | None
@@ -67,39 +67,42 @@ class Forecast:
     advice: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the forecast, ready for JSON."""
         return dataclasses.asdict(self)
 
 
 def forecast(train: TrainConfig) -> Forecast:
-    """What `edgetune train` with these settings would take, its weights not read."""
+    """Predict what `edgetune train` would take with these settings, without reading any weights.
+
+    Raises EdgetuneError for a model, an adapter, a device or notes that cannot be used.
+    """
     name, config, stored, checkpoint = _model(train.model)
     here = True
     try:
         device = pick_device(train.device)
-    except DeviceError:  # a machine that is described, not this one
+    except DeviceError:  # not on this machine: --memory describes the machine that is meant
         if train.memory is None:
             raise
         device, here = torch.device("cpu"), False
-    kind = device.type if here else train.device
+    device_name = device.type if here else train.device
     if here:
         dtype, int8 = number_format(train.compute, device)
     else:
         dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
     steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder)
-    memory, process = memory_allowed(train, kind), held_already(kind) if here else 0
-    smallest = least(config, lora, stored, data, dtype, process, kind, train.recompute)
-    choice = choose(config, lora, stored, data, dtype, memory, process, kind, train.recompute)
+    memory, process = memory_allowed(train, device_name), held_already(device_name) if here else 0
+    smallest = least(config, lora, stored, data, dtype, process, device_name, train.recompute)
+    choice = choose(config, lora, stored, data, dtype, memory, process, device_name, train.recompute)
     shown = choice or smallest
     speed = seconds = None
-    if choice is not None and here and kind == "cpu":
+    if choice is not None and here and device_name == "cpu":
         step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8)
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
     return Forecast(
         model=name,
-        device=kind,
+        device=device_name,
         fits=choice is not None,
         memory_bytes=memory,
         peak_memory_bytes=shown.parts.total,
@@ -120,8 +123,8 @@ def _head_form(stored: Stored) -> str:
 
 
 def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
-    """A model of this machine, or a shape known by its name, which has no checkpoint."""
-    if name in SHAPES and name != "demo" and not Path(name).exists():
+    """Return name, config, stored form and checkpoint of a model on this machine, or of a shape in SHAPES (no checkpoint)."""
+    if name in PLANNED and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
     choice = resolve(name)
     checkpoint = open_model(choice.path)
@@ -129,12 +132,12 @@ def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | Non
 
 
 def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
-    """The adapter's shape: that of the one named by --from, where one is. Raises AdapterError where it does not fit."""
+    """Return the adapter's shape, or that of the one named by --from. Raises AdapterError if that one does not fit."""
     if train.from_adapter is None:
         return train.lora()
     if checkpoint is None:
         raise UsageError(
-            "--from names an adapter, and this model is a shape without any; type the adapter's --rank and --targets instead."
+            "--from names an adapter, but this model is only a shape; type the adapter's --rank and --targets instead."
         )
     adapter = named_adapter(train, checkpoint)
     if adapter is None:
@@ -144,7 +147,7 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
 
 
 def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:
-    """Steps that these notes give, and the tokens trained in them."""
+    """Return the number of steps in a run on these notes, and of tokens trained in it."""
     _, parted = read(train)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=home()) as scratch:
         store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), Path(scratch))
@@ -162,7 +165,10 @@ def seconds_a_step(
     dtype: torch.dtype,
     int8: bool,
 ) -> float:
-    """Measured on one and on two layers, the rest by their difference; what files take is nominal."""
+    """Predict the seconds of a step: one and two layers are measured, and their difference stands for each further layer.
+
+    The time of reading and writing files is computed from FILE_SPEED, a nominal figure.
+    """
     one, two = (_row_seconds(config, lora, setting, dtype, int8, layers) for layers in (1, 2))
     layer = max(two - one, 0.0)
     row = (one + layer * (config.num_layers - 1)) * (COMPACT if setting.compact else 1.0)
@@ -173,12 +179,12 @@ def seconds_a_step(
 
 
 def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, int8: bool, layers: int) -> float:
-    """The fastest of three times that a row of this setting takes, on random weights."""
+    """Return the least of three measured times of one row under this setting, on `layers` layers of random weights."""
     model = random_llama(dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers]), dtype)
     adapters.attach_new(model, lora, 0)
     runner = Runner(model, setting.recompute, setting.loss_rows, int8=int8)
     optimizer = PagedAdamW(adapters.parameters(model))
-    row = random_row(config, setting.row_tokens)
+    row = random_batch(config, setting.row_tokens)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()

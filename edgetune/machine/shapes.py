@@ -1,4 +1,4 @@
-"""Shapes of well-known models, for measuring and planning where no weights are at hand."""
+"""Lists the shapes of well-known models, for measuring and planning without their weights."""
 
 from __future__ import annotations
 
@@ -27,5 +27,8 @@ SHAPES = {
     "llama-33b": _llama(6656, 17920, 60, 52, 52, 128, 32000, 2048),
     "llama-65b": _llama(8192, 22016, 80, 64, 64, 128, 32000, 2048),
 }
+"""Shapes of models by name."""
 MEASURED = ("demo", "smollm2-135m", "tinyllama-1.1b")
-"""Those that `edgetune bench` makes with random weights."""
+"""Names of the shapes that `edgetune bench` can measure."""
+PLANNED = tuple(name for name in SHAPES if name != "demo")
+"""Names that `edgetune plan --model` takes without weights; the demo's weights are on every machine."""

@@ -1,1 +1,1 @@
-"""The renderers of events: terminal, HTML report and plots."""
+"""Renders the events of a run: on the terminal, as JSON lines, and as an HTML report with plots."""

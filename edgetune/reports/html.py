@@ -1,7 +1,7 @@
-"""A run's report: one HTML page, complete in itself, made from the run's events alone.
+"""Writes the report of a run: one self-contained HTML page, made from the run's events alone.
 
-Nothing on it is loaded and nothing runs: its Content-Security-Policy allows its own style sheet, by digest, and no
-more. It shows names of notes and text of the model, so it is private (0600) and every word in it is escaped.
+The page loads nothing and runs nothing: its Content-Security-Policy allows its own style sheet, by digest, and nothing else.
+It shows names of notes and text of the model, so the file is private (0600) and every word in it is escaped.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from typing import Any
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
-from edgetune.reports.terminal import human_bytes, human_time, sanitize
+from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, sanitize
 from edgetune.runtime.files import atomic_write
 
-IN_SIGHT = 12  # names or rows shown at once; more fold away
+UNFOLDED = 12
+"""Names or rows that are shown at once; a longer list is folded. Chosen by hand."""
+SMOOTHED_FROM = 8
+"""Number of steps beyond which the loss is also drawn smoothed. Chosen by hand."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's events by kind, as it counts: a continued run's repeated steps told once."""
+    """The events of a run, by kind. Steps that a resumed run repeated are counted once."""
 
     started: Started | None
     finished: Finished | None
@@ -37,7 +40,7 @@ class Run:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Run:
-        """Sort the events of one run."""
+        """Sort the events of one run by kind."""
         history = final_history(events)
         samples: dict[str, dict[str, str]] = {}
         for event in history:
@@ -55,33 +58,33 @@ class Run:
 
     @property
     def before(self) -> float | None:
-        """Held-out bits per byte of the bare base."""
+        """Return the held-out bits per byte before training; None if nothing was held out."""
         if self.finished is not None:
             return self.finished.heldout_bits_per_byte_before
         return self.evaluated[0].bits_per_byte if self.evaluated else None
 
     @property
     def best(self) -> Evaluated | None:
-        """The evaluation whose adapter was kept; of a run that is not finished, the best so far."""
+        """Return the evaluation of the adapter that was kept; in an unfinished run, the best one so far."""
         kept = self.finished.best_step if self.finished else None
         named = next((event for event in self.evaluated if event.step == kept), None)
         return named or min(self.evaluated, key=lambda event: event.bits_per_byte, default=None)
 
     @property
     def after(self) -> float | None:
-        """Held-out bits per byte of the adapter that was kept."""
+        """Return the held-out bits per byte of the adapter that was kept; None if nothing was held out."""
         if self.finished is not None:
             return self.finished.heldout_bits_per_byte_after
         return self.best.bits_per_byte if self.best else None
 
 
 def write_report(path: Path | str, events: Iterable[Event]) -> None:
-    """Write the report of one run, in one step and readable by its owner alone."""
+    """Write the report of one run: atomically, and readable by its owner alone."""
     atomic_write(path, render(events), mode=0o600)
 
 
 def render(events: Iterable[Event]) -> str:
-    """The page, as text. Also of a run that is not finished, or has not taken a step."""
+    """Return the page of a run, which may be unfinished or not even have taken a step."""
     run = Run.of(events)
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -95,8 +98,8 @@ def render(events: Iterable[Event]) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>edgetune: {_text(run.started.run if run.started else 'a run')}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n{chr(10).join(part for part in sections if part)}\n"
-        "<footer>Made by edgetune from this run's own events. This page loads nothing and sends nothing. It names your "
-        "notes and shows what the model wrote after learning them: think before you share it.</footer>\n"
+        "<footer>Made by edgetune from the events of this run. This page loads nothing and sends nothing. It names your "
+        "notes and shows text that the model wrote after learning them, so think before you share it.</footer>\n"
         "</body>\n</html>\n"
     )
 
@@ -104,28 +107,18 @@ def render(events: Iterable[Event]) -> str:
 def _head(run: Run) -> str:
     started, finished = run.started, run.finished
     if run.before is None or run.after is None:
-        title = "Nothing was held out, so nothing was proved" if finished else "Training"
+        title = "Nothing was held out, so learning cannot be shown" if finished else "Training"
     elif run.after < run.before:
-        title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits for notes it never saw"
+        title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits per byte on notes it has not seen"
     else:
-        title = "No better on notes it never saw"
+        title = "No better on notes it has not seen"
     about = ""
     if started:
-        about = f"{started.model} learned from {_count(started.documents, 'document')} on {started.device}"
-        judges = _count(started.heldout_documents, "other")
-        about += f", and was judged by {judges} kept apart from them." if started.heldout_documents else "."
-    badges = []
-    if run.interrupted is not None:
-        badges.append(f"stopped after step {run.interrupted.step:,} of {run.interrupted.steps:,}: the same command goes on")
-    elif finished is None:
-        badges.append("not finished")
-    elif finished.cut:
-        badges.append(f"cut short: {finished.cut}")
-    if finished is not None and not finished.promoted:
-        badges.append("kept aside: not the current adapter")
-    if run.skipped:
-        badges.append(f"{_count(len(run.skipped), 'step')} skipped")
-    marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in badges)
+        about = f"The base model {started.model} learned from {_count(started.documents, 'document')} on {started.device}"
+        held_out = _count(started.heldout_documents, "document")
+        about += f", and was tested on {held_out} that it never trained on." if started.heldout_documents else "."
+        about += " The result is an adapter: a small file that is used together with the base model, which stays unchanged."
+    marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in _badges(run))
     name = f"<span>{_text(started.run)}</span>" if started else ""
     return (
         f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_text(title)}</h1>'
@@ -133,17 +126,34 @@ def _head(run: Run) -> str:
     )
 
 
+def _badges(run: Run) -> list[str]:
+    """Return what is unusual about the run, in a few words each."""
+    finished, badges = run.finished, []
+    if run.interrupted is not None:
+        place = f"{run.interrupted.step:,} of {run.interrupted.steps:,}"
+        badges.append(f"stopped at step {place}: run the same command again to continue")
+    elif finished is None:
+        badges.append("not finished")
+    elif finished.cut:
+        badges.append(f"stopped early: {finished.cut}")
+    if finished is not None and not finished.promoted:
+        badges.append("not made the current adapter")
+    if run.skipped:
+        badges.append(f"{_count(len(run.skipped), 'step')} skipped")
+    return badges
+
+
 def _tiles(run: Run) -> str:
     finished = run.finished
     tiles = []
     if run.before is not None and run.after is not None:
-        tiles.append(("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", "less is better; kept: the best"))
+        tiles.append(("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", BITS_PER_BYTE))
     if finished:
         tiles += [
-            ("Trained", f"{finished.tokens:,}", f"tokens in {_count(finished.steps, 'step')}"),
-            ("Speed", f"{finished.tokens_per_second:,.0f}", "tokens a second"),
+            ("Trained on", f"{finished.tokens:,}", f"tokens in {_count(finished.steps, 'step')} (updates of the adapter)"),
+            ("Speed", f"{finished.tokens_per_second:,.0f}", "tokens per second"),
             ("Time", human_time(finished.seconds), "from start to adapter"),
-            ("Peak memory", human_bytes(finished.peak_memory_bytes), "weights in use included"),
+            ("Peak memory", human_bytes(finished.peak_memory_bytes), "including the weights in use"),
         ]
     cells = "".join(
         f'<div class="{"score" if "→" in value else "fact"}"><dt>{_text(name)}</dt>'
@@ -154,55 +164,67 @@ def _tiles(run: Run) -> str:
 
 
 def _plots(run: Run) -> str:
-    def points(field: str) -> list[Point]:
-        return [(event.step, getattr(event, field)) for event in run.stepped]
-
-    loss = points("loss")
-    if len(loss) > 8:
-        loss_note = "nats a trained token; faint: each step, strong: smoothed"
-        losses = [Curve("Loss", loss, "faint"), Curve("Smoothed loss", smooth(loss))]
-    else:
-        loss_note, losses = "nats a trained token", [Curve("Loss", loss, "dots")]
-    heldout: list[Point] = [(event.step, event.bits_per_byte) for event in run.evaluated]
-    kept = ((float(run.best.step), run.best.bits_per_byte), "kept") if run.best and len(heldout) > 1 else None
     skipped = [float(event.step) for event in run.skipped]
-    speed, memory = Curve("Tokens a second", points("tokens_per_second")), Curve("Memory", points("memory_bytes"))
-    norm, rate = Curve("Gradient norm", points("gradient_norm")), Curve("Learning rate", points("learning_rate"))
+    speed, memory = _curve(run, "Tokens per second", "tokens_per_second"), _curve(run, "Memory", "memory_bytes")
+    norm, rate = _curve(run, "Gradient norm", "gradient_norm"), _curve(run, "Learning rate", "learning_rate")
     figures = [
-        _figure("loss", "Loss", loss_note, chart("loss", "Loss by step", losses, "{:.2f}".format, crosses=skipped)),
-        _figure(
-            "heldout",
-            "Held-out notes",
-            "bits per byte; ringed: the adapter that was kept",
-            chart("heldout", "Held-out notes", [Curve("Bits per byte", heldout, "dots")], "{:.3f}".format, marked=kept),
-        ),
+        _loss(run, skipped),
+        _heldout_curve(run),
         _figure(
             "speed",
             "Throughput",
-            "trained tokens a second",
+            "trained tokens per second",
             chart("speed", "Throughput by step", [speed], "{:,.0f}".format, from_zero=True),
         ),
         _figure(
             "memory",
             "Memory",
-            "anonymous memory and resident weights",
+            "in use, including the weights that are loaded",
             chart("memory", "Memory by step", [memory], human_bytes, from_zero=True),
         ),
         _figure(
             "gradient",
             "Gradient norm",
-            "before clipping",
+            "size of the gradient before clipping",
             chart("gradient", "Gradient norm by step", [norm], "{:.3g}".format, from_zero=True, crosses=skipped),
         ),
         _figure(
             "rate",
             "Learning rate",
-            "as planned",
+            "size of each update, as planned",
             chart("rate", "Learning rate by step", [rate], "{:.2g}".format, from_zero=True),
         ),
     ]
     shown = "".join(figures)
     return f'<section class="plots" aria-label="Curves">{shown}</section>' if shown else ""
+
+
+def _curve(run: Run, label: str, field: str, kind: str = "line") -> Curve:
+    """Return the curve of one field of the run's Stepped events."""
+    return Curve(label, [(event.step, getattr(event, field)) for event in run.stepped], kind)
+
+
+def _loss(run: Run, skipped: Sequence[float]) -> str:
+    note = "the error on the notes it learns from, in nats per token; lower is better"
+    if len(run.stepped) > SMOOTHED_FROM:
+        note += "; faint: each step, strong: smoothed"
+        loss = _curve(run, "Loss", "loss", "faint")
+        curves = [loss, Curve("Smoothed loss", smooth(loss.points))]
+    else:
+        curves = [_curve(run, "Loss", "loss", "dots")]
+    return _figure("loss", "Loss", note, chart("loss", "Loss by step", curves, "{:.2f}".format, crosses=skipped))
+
+
+def _heldout_curve(run: Run) -> str:
+    points: list[Point] = [(event.step, event.bits_per_byte) for event in run.evaluated]
+    kept = ((float(run.best.step), run.best.bits_per_byte), "kept") if run.best and len(points) > 1 else None
+    curves = [Curve("Bits per byte", points, "dots")]
+    return _figure(
+        "heldout",
+        "Held-out notes",
+        "bits per byte on notes it has not seen; lower is better; ringed: the adapter that was kept",
+        chart("heldout", "Held-out notes", curves, "{:.3f}".format, marked=kept),
+    )
 
 
 def _figure(name: str, title: str, note: str, svg: str) -> str:
@@ -222,8 +244,8 @@ def _samples(run: Run) -> str:
         )
         pairs.append(f'<article><h3 dir="auto">{_text(prompt)}</h3><div class="pair">{sides}</div></article>')
     return (
-        "<section><h2>The same beginnings, before and after</h2>"
-        '<p class="lead">What the model wrote on from each prompt.</p>'
+        "<section><h2>Samples, before and after</h2>"
+        '<p class="lead">How the model continued each prompt before training, and with the new adapter.</p>'
         f"{''.join(pairs)}</section>"
     )
 
@@ -243,39 +265,39 @@ def _facts(run: Run) -> str:
             ("Device", f"{started.device} ({started.backend})"),
             (
                 "Documents",
-                f"{started.documents:,} trained, {started.heldout_documents:,} held out",
+                f"{started.documents:,} trained on, {started.heldout_documents:,} held out",
             ),
-            ("Tokens an epoch", f"{started.tokens:,}"),
-            ("Parameters trained", f"{started.trainable_parameters:,} of {started.parameters:,}"),
+            ("Tokens per epoch (one pass over the notes)", f"{started.tokens:,}"),
+            ("Parameters of the adapter", f"{started.trainable_parameters:,}; the base model has {started.parameters:,}"),
         ]
     if finished:
         rows += [
             ("Adapter", finished.adapter),
-            ("Steps", f"{finished.steps:,}; kept: step {finished.best_step:,}; skipped: {finished.skipped_steps:,}"),
-            ("Tokens trained", f"{finished.tokens:,} at {finished.tokens_per_second:,.0f} a second"),
+            ("Steps", f"{finished.steps:,}; best: step {finished.best_step:,}; skipped: {finished.skipped_steps:,}"),
+            ("Tokens trained", f"{finished.tokens:,} at {finished.tokens_per_second:,.0f} per second"),
             ("Time", human_time(finished.seconds)),
             ("Peak memory", human_bytes(finished.peak_memory_bytes)),
         ]
     facts = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in rows)
     table = f"<table><caption>The run</caption><tbody>{facts}</tbody></table>" if facts else ""
-    return f'<section class="facts"><h2>In figures</h2>{table}{_score(run.before, run.after)}</section>'
+    return f'<section class="facts"><h2>Figures</h2>{table}{_score(run.before, run.after)}</section>'
 
 
 def _score(before: float | None, after: float | None) -> str:
-    """The two scores in bits per byte, and what that means in words one can picture."""
+    """Return a table of the two scores in bits per byte, and in two figures that are easier to picture."""
     if before is None or after is None:
         return ""
     rows = [
         ("Bits per byte", f"{before:.3f}", f"{after:.3f}"),
-        ("Perplexity per byte: as unsure as between so many equal choices", f"{2**before:.2f}", f"{2**after:.2f}"),
-        ("Size of the notes, were the model used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
+        ("Perplexity per byte: number of bytes that seem equally likely to it", f"{2**before:.2f}", f"{2**after:.2f}"),
+        ("Size of the notes if the model were used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
     ]
     body = "".join(
         f'<tr><th scope="row">{_text(name)}</th><td class="number">{old}</td><td class="number">{new}</td></tr>'
         for name, old, new in rows
     )
     return (
-        "<table><caption>On the held-out notes</caption><thead><tr><td></td>"
+        "<table><caption>On the held-out notes; lower is better</caption><thead><tr><td></td>"
         f'<th scope="col">Before</th><th scope="col">After</th></tr></thead><tbody>{body}</tbody></table>'
     )
 
@@ -283,16 +305,16 @@ def _score(before: float | None, after: float | None) -> str:
 def _evaluations(run: Run) -> str:
     if len(run.evaluated) < 2:
         return ""
-    rows = "".join(_reading(event, run.evaluated[0], event is run.best) for event in run.evaluated)
+    rows = "".join(_evaluation(event, run.evaluated[0], event is run.best) for event in run.evaluated)
     table = (
-        "<table><caption>Every reading of the held-out notes; the kept one is marked</caption><thead><tr>"
-        '<th scope="col">Step</th><th scope="col">Bits per byte</th><th scope="col">Against the first</th>'
+        "<table><caption>Every evaluation on the held-out notes; the adapter of the marked one was kept</caption><thead><tr>"
+        '<th scope="col">Step</th><th scope="col">Bits per byte</th><th scope="col">Change</th>'
         f'<th scope="col">Perplexity per byte</th></tr></thead><tbody>{rows}</tbody></table>'
     )
-    return f"<section>{_folded(f'{len(run.evaluated)} readings', table, len(run.evaluated))}</section>"
+    return f"<section>{_folded(f'{len(run.evaluated)} evaluations', table, len(run.evaluated))}</section>"
 
 
-def _reading(event: Evaluated, first: Evaluated, kept: bool) -> str:
+def _evaluation(event: Evaluated, first: Evaluated, kept: bool) -> str:
     change = "–" if event is first else f"{_ratio(event.bits_per_byte, first.bits_per_byte) - 1:+.1%}"
     step = f"kept: {event.step:,}" if kept else f"{event.step:,}"
     cells = (step, f"{event.bits_per_byte:.4f}", change, f"{2**event.bits_per_byte:.3f}")
@@ -312,7 +334,8 @@ def _heldout(run: Run) -> str:
     names = f'<ul class="names">{items}</ul>'
     return (
         "<section><h2>Held-out notes</h2>"
-        f'<p class="lead">Never trained on, chosen by the digest of their text: the same notes in every run.</p>'
+        '<p class="lead">Never trained on. The digest of a note decides whether it is held out, so the choice is the same in '
+        "every run.</p>"
         f"{_folded(_count(len(paths), 'note'), names, len(paths))}</section>"
     )
 
@@ -325,12 +348,12 @@ def _plan(run: Run) -> str:
     )
     if not rows:
         return ""
-    caption = "<caption>Written before step 1; the same plan on the same machine gives the same bits</caption>"
+    caption = "<caption>Fixed before step 1; the same plan on the same machine gives the same adapter, bit for bit</caption>"
     return f'<section><h2>The plan</h2><table class="plan">{caption}<tbody>{rows}</tbody></table></section>'
 
 
 def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A plan's sections as dotted names."""
+    """Return the plan as one level, with the names of nested sections joined by dots."""
     rows: dict[str, Any] = {}
     for key, value in plan.items():
         name = f"{prefix}{key}"
@@ -349,7 +372,7 @@ def _setting(value: Any) -> str:
 
 
 def _folded(summary: str, body: str, size: int) -> str:
-    return body if size <= IN_SIGHT else f"<details><summary>{_text(summary)}</summary>{body}</details>"
+    return body if size <= UNFOLDED else f"<details><summary>{_text(summary)}</summary>{body}</details>"
 
 
 def _count(number: int, noun: str) -> str:
@@ -357,5 +380,5 @@ def _count(number: int, noun: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Any text, safe between tags and in quoted attributes; control characters and direction overrides made visible."""
+    """Return `text` escaped for use between tags and in quoted attributes, its control characters made visible."""
     return html.escape(sanitize(text), quote=True)

@@ -1,4 +1,4 @@
-"""The report's style sheet. It refers to nothing outside the page: system fonts, no images."""
+"""Holds the style sheet of the report. It refers to nothing outside the page: system fonts, no images."""
 
 STYLE = """
 :root{--paper:#fbfaf7;--card:#ffffff;--ink:#1d2321;--soft:#5f6a66;--line:#e4e2da;--loss:#b4552d;--heldout:#1f6f5c;

@@ -1,7 +1,7 @@
-"""Line charts as inline SVG, for a page that may load nothing and run nothing. Colours come from the page's CSS.
+"""Draws line charts as inline SVG, for a page that loads nothing and runs nothing. Colours come from the page's CSS.
 
-Presentation attributes only: a strict Content-Security-Policy drops `style` attributes. Each chart carries a title and
-a description, so that it can also be listened to.
+Only presentation attributes are used, because a strict Content-Security-Policy drops `style` attributes. Each chart has a
+title and a description for screen readers.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import math
 from collections.abc import Callable, Sequence
 
 Point = tuple[float, float]
+"""x (a step) and y of a point."""
 
 WIDTH, HEIGHT = 560, 236
+"""Size of a chart, in SVG units. Chosen by hand, like its margins."""
 LEFT, RIGHT, TOP, BOTTOM = 58, 62, 14, 34
-MOST_POINTS = 480  # more than the plot is wide in pixels would only make the page heavy
+"""Margins of a chart, in SVG units."""
+MAX_POINTS = 480
+"""Largest number of points in a curve, roughly: more than the plot's width in pixels would only make the page heavy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One line. `kind` is a CSS class: "line", "faint" (behind another), "dots" (a line with its points marked)."""
+    """A curve of a chart. `kind` is its CSS class: "line", "faint" (behind another), "dots" (a line with its points marked)."""
 
     label: str
     points: Sequence[Point]
@@ -36,10 +40,10 @@ def chart(
     marked: tuple[Point, str] | None = None,
     crosses: Sequence[float] = (),
 ) -> str:
-    """One SVG element: steps along x, the curves' values along y, written by `show`.
+    """Return a chart as one SVG element: steps along x, the curves' values along y, formatted by `show`; "" without values.
 
-    `name` makes ids unique on the page; `marked` is one point to ring, with what it is; `crosses` are steps to mark on
-    the x axis. Values that are not finite leave a gap. The first curve that is not faint is described and labelled.
+    name: makes ids unique on the page. marked: a point to ring, with its label. crosses: steps to mark on the x axis.
+    Values that are not finite leave a gap. The first curve that is not faint is described and labelled.
     """
     curves = [Curve(curve.label, thin(curve.points), curve.kind) for curve in curves]
     values = [point for curve in curves for point in curve.points if math.isfinite(point[1])]
@@ -75,7 +79,7 @@ def chart(
 
 
 def describe(curve: Curve, show: Callable[[float], str]) -> str:
-    """A curve in a sentence: first, last, lowest, highest."""
+    """Return a sentence that describes the curve: its first, last, lowest and highest values."""
     points = _finite(curve.points)
     (first, start), (last, end) = points[0], points[-1]
     bottom, top = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
@@ -86,9 +90,9 @@ def describe(curve: Curve, show: Callable[[float], str]) -> str:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """An exponential moving average whose half-life is a fortieth of the curve, corrected for its start.
+    """Return the curve's exponential moving average, whose half-life is a fortieth of the curve, corrected for its start.
 
-    Values that are not finite are passed over.
+    Values that are not finite are skipped.
     """
     finite = _finite(points)
     keep = 0.5 ** (1 / max(1.0, len(finite) / 40))
@@ -101,10 +105,10 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """At most MOST_POINTS or so: of each stretch the lowest and the highest stay, so that no spike is lost."""
-    if len(points) <= MOST_POINTS:
+    """Return about MAX_POINTS of the points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(points) <= MAX_POINTS:
         return list(points)
-    stretch = math.ceil(2 * len(points) / MOST_POINTS)
+    stretch = math.ceil(2 * len(points) / MAX_POINTS)
     kept = [points[0]]
     for start in range(0, len(points), stretch):
         part = _finite(points[start : start + stretch])
@@ -114,13 +118,13 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 
 def thin_list(values: Sequence[float]) -> Sequence[float]:
-    """At most MOST_POINTS of them, evenly taken."""
-    return values[:: math.ceil(len(values) / MOST_POINTS) or 1]
+    """Return at most MAX_POINTS of the values, evenly spaced."""
+    return values[:: math.ceil(len(values) / MAX_POINTS) or 1]
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose low and high."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat curve lies in the middle
+    """Return about `about` round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose low and high."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # put a flat curve in the middle
         low, high = (low - abs(low) / 20, high + abs(high) / 20) if high else (0.0, 1.0)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -130,7 +134,7 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def whole_ticks(low: float, high: float) -> list[float]:
-    """Whole steps within low and high."""
+    """Return round whole numbers between low and high; `low` alone if there are none."""
     ticks = [tick for tick in nice_ticks(low, high, 6) if low <= tick <= high and tick == round(tick)]
     return ticks or [low]
 
@@ -150,7 +154,7 @@ def _grid(
 
 
 def _path(points: Sequence[Point], place: Callable[[Point], Point]) -> str:
-    """SVG path data; a value that is not finite lifts the pen."""
+    """Return the SVG path data of a curve; a value that is not finite leaves a gap."""
     commands, drawing = [], False
     for point in points:
         if not math.isfinite(point[1]):

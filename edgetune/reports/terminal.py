@@ -1,6 +1,6 @@
-"""A run on the terminal: its events as a live bar, as a few plain lines or as JSON lines. Nothing is decided here.
+"""Shows the events of a run on the terminal: as a live bar, as a few plain lines, or as JSON lines. It decides nothing.
 
-Text that did not come from this program (a model's words, a file's name) passes through `sanitize` on its way out.
+Text that this program did not write itself (a model's words, the name of a file) is sanitized before it is shown.
 """
 
 from __future__ import annotations
@@ -11,62 +11,19 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from edgetune.events import Evaluated, Event, Exporting, Finished, Interrupted, Resumed, Skipped, Started, Stepped, line
+from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-# Characters that move a terminal's cursor, start its escape sequences or turn its writing direction, by what is shown
-# instead. One character at a time, so that a stream cut anywhere is as safe as the whole.
-_CONTROLS = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-_CONTROLS[ord("\r")] = ""  # half of a line end in text from Windows; alone it would overwrite the line
-_CONTROLS[0x7F] = "\u2421"
-_UNSEEN = [*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
-_SHOWN_INSTEAD = _CONTROLS | dict.fromkeys(_UNSEEN, "\ufffd")
-
 LINE_EVERY_SECONDS = 5.0
-
-
-def sanitize(text: str) -> str:
-    """`text` without any power over a terminal: controls but newline and tab become visible signs.
-
-    So do C1 controls, bidirectional embeddings, overrides and isolates, line separators and lone surrogates. Works a
-    character at a time: `sanitize(a + b) == sanitize(a) + sanitize(b)`.
-    """
-    return text.translate(_SHOWN_INSTEAD)
-
-
-def one_line(text: str) -> str:
-    """A name for the middle of a sentence: sanitized, its line ends and tabs shown as spaces."""
-    return sanitize(text).replace("\n", " ").replace("\t", " ")
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units and three digits: 912 B, 31.4 MB, 1.06 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    digits = 0 if unit == "B" or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
-    return f"{count:.{digits}f} {unit}"
-
-
-def human_time(seconds: float) -> str:
-    """The two units that matter: 0.4 s, 42 s, 3 min 05 s, 2 h 14 min, 1 d 3 h."""
-    if seconds != seconds or seconds < 0:
-        return "?"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+"""Shortest time between two plain progress lines, in seconds, unless a tenth of the steps is done. Chosen by hand."""
+PACE_STEPS = 40
+"""Number of last steps from which the time left is estimated. Chosen by hand."""
 
 
 class Progress:
-    """What a run has come to, kept from its events: the figures a line or a bar shows."""
+    """The state of a run, gathered from its events: the figures that a progress line or the live bar shows."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -75,10 +32,10 @@ class Progress:
         self.last: Stepped | None = None
         self.export: Exporting | None = None
         self.skipped = 0
-        self._pace: collections.deque[tuple[int, float]] = collections.deque(maxlen=40)
+        self._pace: collections.deque[tuple[int, float]] = collections.deque(maxlen=PACE_STEPS)
 
     def take(self, event: Event) -> None:
-        """Count one event in."""
+        """Update the state with one event."""
         if isinstance(event, Started):
             steps = event.plan.get("steps")
             self.steps = steps if isinstance(steps, int) else 0
@@ -96,26 +53,26 @@ class Progress:
 
     @property
     def done(self) -> tuple[int, int]:
-        """Steps or pieces done, and all there are; 0 where that is not known."""
+        """Return the steps (of an export, the pieces) that are done and their total; 0 if that is not known."""
         if self.export is not None:
             return self.export.done, self.export.total
         return 0 if self.last is None else self.last.step, self.steps
 
     @property
     def seconds_left(self) -> float | None:
-        """From the pace of the last steps; None before there are two."""
+        """Return the time left, estimated from the last steps; None before there are two."""
         if len(self._pace) < 2 or not self.steps:
             return None
         (first, start), (last, end) = self._pace[0], self._pace[-1]
         return (self.steps - last) * (end - start) / max(last - first, 1)
 
     def figures(self) -> list[str]:
-        """Tokens/s, loss, held-out bits per byte, memory, time left: those that are known."""
+        """Return the figures that are known, of: tokens/s, loss, held-out bits per byte, memory, time left, steps skipped."""
         shown = []
         if self.export is not None:
             shown += [self.export.stage, human_time(self.export.seconds)]
         if self.last is not None:
-            shown += [f"{self.last.tokens_per_second:,.0f} tok/s", f"loss {self.last.loss:.3f}"]
+            shown += [f"{self.last.tokens_per_second:,.0f} tokens/s", f"loss {self.last.loss:.3f}"]
         if self.heldout is not None:
             shown.append(f"held-out {self.heldout:.3f} bits/byte")
         if self.last is not None:
@@ -128,61 +85,68 @@ class Progress:
 
 
 def started_line(event: Started) -> str:
-    """The first line of a run: what learns what, and where."""
-    kept = f" and {event.heldout_documents} held out" if event.heldout_documents else ""
+    """Return the first line of a run: which model learns from what, and where."""
+    held_out = f", {event.heldout_documents} held out to test it" if event.heldout_documents else ""
     return (
-        f"{one_line(event.model)} on {one_line(event.device)}: {event.documents} documents{kept}, "
-        f"{event.tokens:,} tokens an epoch; training {event.trainable_parameters:,} of {event.parameters:,} parameters"
+        f"Base model {one_line(event.model)} on {one_line(event.device)}: learning from {event.documents} documents{held_out}; "
+        f"{event.tokens:,} tokens per epoch; the adapter has {event.trainable_parameters:,} parameters, "
+        f"the base model {event.parameters:,}"
     )
 
 
+def evaluated_line(event: Evaluated, first: bool) -> str:
+    """Return the line for an evaluation on the held-out notes; the first one explains its figure."""
+    meaning = f" ({BITS_PER_BYTE})" if first else ""
+    return f"step {event.step}: held-out {event.bits_per_byte:.3f} bits/byte{meaning}"
+
+
 def resumed_lines(event: Resumed) -> list[str]:
-    """Where a run goes on, and what is no longer as it was."""
-    where = [f"Going on after step {event.step:,} (--fresh starts over)"] if event.step else []
-    return [*where, *(one_line(notice) for notice in event.notices)]
+    """Return the lines for a resumed run: where it continues, and what has changed since it was interrupted."""
+    place = [f"Continuing an unfinished run after step {event.step:,} (--fresh starts over)"] if event.step else []
+    return [*place, *(one_line(notice) for notice in event.notices)]
 
 
 def interrupted_line(event: Interrupted) -> str:
-    """The last line of a run that was told to stop."""
+    """Return the last line of a run that was interrupted."""
     return (
-        f"Stopped after step {event.step:,} of {event.steps:,}: all of it is kept, and the same command goes on from there; "
-        "the current adapter is as it was"
+        f"Stopped at step {event.step:,} of {event.steps:,}. Nothing is lost: run the same command again to continue. "
+        "Your current adapter has not changed."
     )
 
 
 def finished_lines(event: Finished) -> list[str]:
-    """The last lines of a run: did it learn, what it took, where the result is."""
+    """Return the last lines of a run: whether it learned, what it took, and where the result is."""
     before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
     lines = []
     if before is not None and after is not None:
-        change = f"{abs(1 - after / before):.1%} {'fewer' if after <= before else 'more'}" if before > 0 else "no change"
+        change = f"{abs(1 - after / before):.1%} {'lower' if after <= before else 'higher'}" if before > 0 else "no change"
         lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}")
     else:
-        lines.append("Nothing was held out, so nothing tells whether the adapter learned or only memorised")
+        lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
     lines.append(
         f"{event.steps:,} steps, {event.tokens:,} tokens in {human_time(event.seconds)} "
-        f"({event.tokens_per_second:,.0f} tok/s), {human_bytes(event.peak_memory_bytes)} at most"
+        f"({event.tokens_per_second:,.0f} tokens/s), peak memory {human_bytes(event.peak_memory_bytes)}"
     )
     if event.skipped_steps:
-        lines.append(f"Steps skipped, their loss or gradient not being finite: {event.skipped_steps:,}")
+        lines.append(f"Steps skipped because their loss or gradient was not finite: {event.skipped_steps:,}")
     if event.cut:
-        lines.append(f"Cut short: {one_line(event.cut)}; the same command goes on from there")
-    aside = "" if event.promoted else " (kept aside: it does not become the current one)"
-    lines.append(f"Adapter: {one_line(event.adapter)}{aside}")
+        lines.append(f"Stopped early: {one_line(event.cut)}. Run the same command again to continue.")
+    not_current = "" if event.promoted else " (not made current: on the held-out notes it is no better than before)"
+    lines.append(f"Adapter: {one_line(event.adapter)}{not_current}")
     if event.report:
         lines.append(f"Report: {one_line(event.report)}")
     return lines
 
 
 class Renderer(abc.ABC):
-    """Base of the three: `show` each event, `close` at the end; a context manager."""
+    """Base class of the three renderers: `show` each event, then `close`. Use it as a context manager."""
 
     @abc.abstractmethod
     def show(self, event: Event) -> None:
         """Render one event."""
 
-    def close(self) -> None:  # noqa: B027 - printed lines stay; a live bar goes
-        """Leave the terminal as it was found."""
+    def close(self) -> None:  # noqa: B027 - printed lines need no clean-up, a live bar does
+        """Restore the terminal."""
 
     def __enter__(self) -> Renderer:
         return self
@@ -192,28 +156,29 @@ class Renderer(abc.ABC):
 
 
 class JsonLines(Renderer):
-    """Each event a line of JSON, flushed; those that hold text of notes or samples are left out."""
+    """Prints each event as a line of JSON, except those that hold text of notes or samples."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
 
     def show(self, event: Event) -> None:
-        """Write one line."""
+        """Print the event as one line, unless it is private."""
         if not event.private:
             print(line(event), file=self.file, flush=True)
 
 
 class Plain(Renderer):
-    """A few lines for a log or a pipe: at each tenth of the steps, and after 5 s or a tenth of the time so far; of an export,
-    each 5 s."""
+    """Prints a few lines for a log or a pipe: at each tenth of the steps, and after LINE_EVERY_SECONDS or a tenth of the time
+    so far, whichever is longer; during an export, every LINE_EVERY_SECONDS."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
         self.progress = Progress()
-        self._spoke = (0, 0.0)  # step, seconds
+        self._last_line = (0, 0.0)  # step and seconds
 
     def show(self, event: Event) -> None:
-        """Write a line if the event is worth one."""
+        """Print a line if the event deserves one."""
+        first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
             self._write(started_line(event))
@@ -223,21 +188,21 @@ class Plain(Renderer):
         elif isinstance(event, Interrupted):
             self._write(interrupted_line(event))
         elif isinstance(event, Evaluated):
-            self._write(f"step {event.step}: held-out {event.bits_per_byte:.3f} bits/byte")
+            self._write(evaluated_line(event, first_evaluation))
         elif isinstance(event, Skipped):
             self._write(f"step {event.step} skipped: {one_line(event.reason)}")
         elif isinstance(event, Stepped) and self._is_due(event):
-            self._spoke = (event.step, event.seconds)
+            self._last_line = (event.step, event.seconds)
             self._write(", ".join([f"step {event.step}/{self.progress.steps or '?'}", *self.progress.figures()]))
-        elif isinstance(event, Exporting) and event.seconds - self._spoke[1] >= LINE_EVERY_SECONDS:
-            self._spoke = (event.done, event.seconds)
+        elif isinstance(event, Exporting) and event.seconds - self._last_line[1] >= LINE_EVERY_SECONDS:
+            self._last_line = (event.done, event.seconds)
             self._write(f"{event.stage}: {event.done * 100 // max(event.total, 1)} % after {human_time(event.seconds)}")
         elif isinstance(event, Finished):
             for text in finished_lines(event):
                 self._write(text)
 
     def _is_due(self, event: Stepped) -> bool:
-        step, seconds = self._spoke
+        step, seconds = self._last_line
         steps = self.progress.steps
         tenth = bool(steps) and event.step * 10 // steps > step * 10 // steps
         return tenth or event.seconds - seconds >= max(LINE_EVERY_SECONDS, event.seconds / 10)
@@ -247,7 +212,7 @@ class Plain(Renderer):
 
 
 class Live(Renderer):
-    """Two lines that stay in place: a bar over the steps, and the figures under it."""
+    """Shows two lines that stay in place: a bar of the steps done, and the figures below it."""
 
     def __init__(self, file: TextIO, console: Console | None = None) -> None:
         from rich.console import Console
@@ -259,7 +224,8 @@ class Live(Renderer):
         self._live.start()
 
     def show(self, event: Event) -> None:
-        """Move the bar; lines worth keeping are printed above it."""
+        """Update the bar; print lines that should stay above it."""
+        first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
             self._keep(started_line(event), "bold")
@@ -269,7 +235,7 @@ class Live(Renderer):
         elif isinstance(event, Skipped):
             self._keep(f"step {event.step} skipped: {one_line(event.reason)}", "yellow")
         elif isinstance(event, Evaluated):
-            self._keep(f"step {event.step:>6,}  held-out {event.bits_per_byte:.3f} bits/byte", "cyan")
+            self._keep(evaluated_line(event, first_evaluation), "cyan")
         elif isinstance(event, Interrupted):
             self._live.stop()
             self._keep(interrupted_line(event), "bold yellow")
@@ -281,10 +247,10 @@ class Live(Renderer):
             for text in rest:
                 self._keep(text, "")
             return
-        self._live.update(self._picture())
+        self._live.update(self._bar_and_figures())
 
     def close(self) -> None:
-        """Take the bar away, also after an exception or Ctrl-C."""
+        """Remove the bar, after an exception or Ctrl-C too."""
         self._live.stop()
 
     def _keep(self, text: str, style: str) -> None:
@@ -292,7 +258,7 @@ class Live(Renderer):
 
         self.console.print(Text(text, style=style), soft_wrap=True)
 
-    def _picture(self) -> RenderableType:
+    def _bar_and_figures(self) -> RenderableType:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -312,7 +278,7 @@ def _learned(event: Finished) -> bool:
 
 
 def renderer(json: bool = False, file: TextIO | None = None) -> Renderer:
-    """The right one of the three for `file` (standard output unless given). Use it as a context manager."""
+    """Return the renderer that suits `file` (default: standard output): JSON lines, a live bar, or plain lines."""
     file = file or sys.stdout
     if json:
         return JsonLines(file)

@@ -11,7 +11,7 @@ from pathlib import Path
 from edgetune.config import DataConfig
 from edgetune.dataset.packing import BitsPerByte, bits_per_byte, evaluation_batches
 from edgetune.dataset.token_store import TokenStore, tokenize
-from edgetune.documents import read_notes
+from edgetune.documents.reading import read_notes
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import load_base, open_base
 from edgetune.runtime import adapter as adapters

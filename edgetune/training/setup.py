@@ -14,9 +14,9 @@ import torch
 from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
 from edgetune.dataset.token_store import ChatFormat, TokenStore, TrainOn, tokenize
-from edgetune.documents import Reading, read_notes
-from edgetune.documents.document import Document
+from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import Split, split
+from edgetune.documents.reading import read_notes
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps

@@ -414,8 +414,8 @@ def _write_folder(folder: Path, shape: str, quantization: Result | None, write: 
 def _write_random_nf4(path: Path, shape: str) -> None:
     import torch
 
-    from edgetune.machine.bench import random_nf4
     from edgetune.machine.shapes import SHAPES
+    from edgetune.machine.synthetic import random_nf4
     from edgetune.runtime.bnb_layout import weight_specs, weight_tensors
     from edgetune.runtime.checkpoint import model_shapes
     from edgetune.runtime.names import is_linear

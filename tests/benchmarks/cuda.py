@@ -162,10 +162,10 @@ def train(arguments: argparse.Namespace) -> Result:
     """Measure whole training steps of edgetune or of a peer."""
     import torch
 
-    from edgetune.machine import bench
     from edgetune.machine.shapes import SHAPES
+    from edgetune.machine.synthetic import random_batch
 
-    row = bench.random_row(SHAPES[arguments.shape], arguments.tokens).to(arguments.device)
+    row = random_batch(SHAPES[arguments.shape], arguments.tokens).to(arguments.device)
     parameters, optimizer, forward_backward = (ours if arguments.contender in OURS else peer)(arguments, row)
 
     def step() -> float:
@@ -248,8 +248,8 @@ def matvec(arguments: argparse.Namespace) -> Result:
     """Return the bytes a second that ops.matvec reads of a layer's linears for one row of x, as it is and with each of CUTS."""
     import torch
 
-    from edgetune.machine.bench import random_nf4
     from edgetune.machine.shapes import SHAPES
+    from edgetune.machine.synthetic import random_nf4
     from edgetune.runtime import ops
     from edgetune.runtime.backends.cuda import weights
 
@@ -282,6 +282,7 @@ def numerics(arguments: argparse.Namespace) -> Result:
     import torch
 
     from edgetune.machine import bench
+    from edgetune.machine.synthetic import random_batch
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime import nf4, ops
     from edgetune.runtime.runner import Runner
@@ -293,7 +294,7 @@ def numerics(arguments: argparse.Namespace) -> Result:
     for name in ("reference", "cuda"):
         adapters.attach_new(model, bench.LORA, 0)
         with ops.use_backend(name):
-            Runner(model).train(bench.random_row(model.config, arguments.tokens))
+            Runner(model).train(random_batch(model.config, arguments.tokens))
         gradients.append(torch.cat([p.grad.flatten().double() for p in adapters.parameters(model)]))
     return {
         "dequantize_differs": int((ops.dequantize(weight, torch.float32) != exact).sum()),

@@ -128,7 +128,7 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from edgetune.config import DataConfig
-    from edgetune.machine.bench import random_row
+    from edgetune.machine.synthetic import random_batch
     from edgetune.memory_settings import LATER_BYTES, choose, least
     from edgetune.runtime import adapter as adapters
     from edgetune.runtime.budget import Stored, Vocabulary
@@ -165,7 +165,7 @@ def train(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     pages = arguments.workdir if setting.paged_optimizer else None
     optimizer = PagedAdamW(parameters, bits=setting.optimizer_bits, pages=pages)
     runner = Runner(model, setting.recompute, setting.loss_rows, arguments.workdir if setting.offload else None)
-    row, seconds, losses = random_row(checkpoint.config, arguments.tokens), [], []
+    row, seconds, losses = random_batch(checkpoint.config, arguments.tokens), [], []
     trim_memory()
     with MemoryMeter(checkpoint.files) as meter:
         for _ in range(1 + arguments.steps):
