@@ -1,8 +1,8 @@
-"""Compiles the C++ kernels: one shared library with a plain C ABI, `_kernels.so` (`_kernels.dll`), beside this file.
+"""Compile the C++ kernels into one shared library with a plain C ABI, `_kernels.so` (`_kernels.dll`), beside this file.
 
-setuptools loads `BuildKernels` straight from this file (pyproject.toml names it), so nothing of edgetune is imported
-here. The kernels are optional: without a working compiler the install succeeds, says so once, and torch serves.
-`python runtime/backends/cpu/build.py` compiles into this folder, for whoever works on the kernels in a clone.
+setuptools loads `BuildKernels` straight from this file (pyproject.toml names it), so nothing of edgetune is imported here. The
+kernels are optional: without a working compiler the install succeeds with one warning, and plain torch serves. To work on the
+kernels in a clone, type `python runtime/backends/cpu/build.py`: it compiles into this folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
 NAME = "edgetune.runtime.backends.cpu._kernels"
-FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError, ValueError)  # of a compiler, or of none
+FAILURES = (BaseError, CCompilerError, CompileError, LinkError, OSError, ValueError)
+"""The exceptions that a missing or failing compiler raises."""
 FOLDER = Path(__file__).resolve().parent
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -30,8 +31,8 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mpre
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
-# Instruction set -> flags of gcc and clang, flags of MSVC. dispatch.cpp knows the same names.
 Flags = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+"""For each instruction set, named as in dispatch.cpp: the flags of gcc and clang, and the flags of MSVC."""
 X86: Flags = {
     "avx2": (_AVX2, ("/arch:AVX2",)),
     "avx512": (_AVX512, ("/arch:AVX512",)),
@@ -42,8 +43,8 @@ ARM: Flags = {
     "neon": ((), ()),
     "neon_i8mm": (("-march=armv8.2-a+bf16+i8mm+dotprod+fp16",), ()),
 }
-# -ffp-contract=off: dequantisation is defined without fused operations; kernels that want one say `fma`.
-# -fopenmp-simd: vectorise where the source says so. No -fopenmp: threads come from the OpenMP runtime torch has loaded.
+# -ffp-contract=off: dequantisation is defined without fused operations; kernels that need one call `fma`.
+# -fopenmp-simd: vectorise the loops that the source marks. No -fopenmp: threads come from the OpenMP runtime of torch.
 UNIX_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
@@ -53,7 +54,7 @@ MSVC_FLAGS = ("/std:c++17", "/O2", "/fp:precise", "/EHs-c-", "/GR-", "/Zc:thread
 
 
 def machine_isas() -> Flags:
-    """The instruction sets beyond `scalar` that this kind of processor may have."""
+    """Return the instruction sets beyond `scalar` that this kind of processor may have."""
     machine = platform.machine().lower()
     if sys.maxsize < 2**32:  # the kernels that use intrinsics expect 64 bits
         return {}
@@ -65,33 +66,33 @@ def machine_isas() -> Flags:
 
 
 class BuildKernels(build_ext):
-    """build_ext with flags of its own for every file; a library that cannot be built is left out with one warning."""
+    """A build_ext with separate flags for every file; a library that cannot be built is left out with one warning."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """It is no Python extension: no ABI tag in its name."""
+        """Return the library's name without Python's ABI tag: it is not a Python extension."""
         return os.path.join(*fullname.split(".")) + (".dll" if os.name == "nt" else ".so")
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """None beside those that dispatch.cpp marks (in particular no PyInit_)."""
+        """Return no symbols beside those that dispatch.cpp marks: in particular no PyInit_."""
         return []
 
     def get_outputs(self) -> list[str]:
-        """What was built: a strict editable install links all that is listed."""
+        """Return the files that exist: a strict editable install links every file listed."""
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """The same, each with its place in the source tree."""
+        """Return the built files that exist, each with its place in the source tree."""
         return {built: source for built, source in super().get_output_mapping().items() if os.path.exists(built)}
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile and link, or warn."""
+        """Compile and link the library, or warn that it was left out."""
         try:
             self._build(ext)
         except FAILURES as error:
             self._leave_out(ext, str(error))
 
     def run(self) -> None:
-        """build_ext looks for the compiler before any extension's turn: on Windows that alone can fail."""
+        """Build, or warn: build_ext looks for a compiler before it reaches any extension, which can fail on Windows."""
         try:
             super().run()
         except FAILURES as error:
@@ -102,15 +103,15 @@ class BuildKernels(build_ext):
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         reason = " ".join(reason.split()).rstrip(".") or "no reason given"
         warnings.warn(
-            f"edgetune's C++ kernels were not built ({reason}); plain torch serves instead, several times slower: "
-            "install a C++ compiler and reinstall.",
+            f"edgetune's C++ kernels were not built ({reason}). Plain torch serves instead, several times slower. To build "
+            "them, install a C++ compiler and reinstall edgetune.",
             stacklevel=2,
         )
 
     def _build(self, ext: Extension) -> None:
         folder = Path(ext.sources[0]).parent
         msvc = self.compiler.compiler_type == "msvc"
-        if sys.platform == "darwin":  # a universal Python asks for two architectures, whose flags exclude each other
+        if sys.platform == "darwin":  # a universal Python builds for two architectures, whose flags exclude each other
             for command in ("compiler_so", "compiler_so_cxx", "linker_so", "linker_so_cxx"):
                 if getattr(self.compiler, command, None):
                     setattr(self.compiler, command, one_architecture(getattr(self.compiler, command)))
@@ -143,18 +144,18 @@ class BuildKernels(build_ext):
 
 
 def one_architecture(command: list[str]) -> list[str]:
-    """A compiler's command line with this machine's -arch for all of those in it."""
+    """Return a compiler's command line with this machine's architecture in place of all its -arch flags."""
     text = " ".join(command)
     return [*re.sub(r"-arch \S+", "", text).split(), "-arch", platform.machine()]
 
 
 def inputs(folder: Path) -> list[str]:
-    """Files whose change makes every object stale."""
+    """Return the files that every object depends on."""
     return [str(path) for path in sorted([*folder.glob("*.inl"), *folder.glob("*.h")])]
 
 
 def build_in_place(folder: Path = FOLDER) -> Path:
-    """Compile the library into `folder`; raises what the compiler raised."""
+    """Compile the library into `folder`; return its path. Raises the compiler's error."""
     extension = Extension(NAME, [str(FOLDER / "dispatch.cpp")])
     with tempfile.TemporaryDirectory() as temporary:
         command: Any = BuildKernels(Distribution({"name": "edgetune", "ext_modules": [extension]}))
@@ -166,7 +167,7 @@ def build_in_place(folder: Path = FOLDER) -> Path:
             command.run()
         built = Path(command.get_ext_fullpath(NAME))
         target = folder / built.name
-        # renamed over the old one, never written into it: a running Python may have it mapped
+        # Renamed over the old library, never written into it: a running Python may have it mapped.
         fresh = target.with_name(target.name + ".new")
         fresh.write_bytes(built.read_bytes())
         os.replace(fresh, target)
