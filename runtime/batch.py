@@ -13,7 +13,7 @@ from edgetune.runtime.ops_types import Segment
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents packed side by side without padding, N tokens in all.
+    """Documents packed side by side without padding between them, N tokens in all.
 
     input_ids, targets and positions are (N,) int64; loss_mask is (N,) float32, 1 where the target carries loss and 0 where it
     is context only. Attention stays within each of `segments`.

@@ -1,4 +1,4 @@
-"""Prefill, decode, sample: token ids in, token ids out."""
+"""Generate text as token ids: prefill a prompt, then decode and sample one token at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from edgetune.runtime.ops_types import FEW_ROWS, Segment
 from edgetune.runtime.runner import Runner
 
 PREFILL_TOKENS = 512
-"""Prompt tokens run at once: enough to keep the matrix units busy, few enough to bound memory."""
+"""Prompt tokens that run at once; chosen by hand: enough to keep the matrix units busy, few enough to bound memory."""
 PREFILL_MULTIPLE = 64
-"""Shorter stretches are padded to a multiple of this, for the reason of runner.ROW_MULTIPLE."""
+"""Shorter pieces of a prompt are padded to a multiple of this many tokens, for the reason that runner.ROW_MULTIPLE gives."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; top_p keeps the smallest set of tokens with that much probability."""
+    """The sampling settings: temperature 0 takes the likeliest token; top_p keeps the fewest tokens with this probability."""
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -31,9 +31,9 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from logits (V,). Nucleus sampling: Holtzman et al. 2019, arXiv 1904.09751.
+    """Draw one token id from logits (V,) by nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
 
-    Raises ModelError where they are no numbers.
+    Raises ModelError where the logits hold NaN or infinity.
     """
     logits = logits.float()
     if sampling.temperature <= 0:
@@ -42,42 +42,46 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(id)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True, stable=True)
-    outside = ordered.cumsum(0) - ordered >= sampling.top_p  # the first token is always inside
+    # The probability before a token decides whether it is in, so the first always is.
+    outside = ordered.cumsum(0) - ordered >= sampling.top_p
     ordered = ordered.masked_fill(outside, 0.0).cpu()
     _check_number(ordered[0])
     return int(ids[int(torch.multinomial(ordered, 1, generator=generator))])
 
 
 def _check_number(largest: Tensor) -> None:
-    """Of logits with one NaN in them, the largest is NaN; so is each probability of theirs, and of infinite ones."""
+    """Raise ModelError if `largest` is NaN, as the largest logit is if one is NaN, and each probability of infinite logits."""
     if math.isnan(float(largest)):
         raise ModelError(
-            "The model gives NaN for the next token: its adapter, or the model itself, holds numbers that are too large; type "
-            "--adapter none, or copy the model again."
+            "The model gives NaN for the next token, since numbers in its adapter or in the model itself are too large. Type "
+            "--adapter none to run without the adapter, or copy the model again."
         )
 
 
 class Generator:
-    """Continues one sequence: holds its KV cache, so that a chat's next turn pays for its new tokens only."""
+    """One sequence that is continued. It holds the KV cache, so that a chat's next turn runs its new tokens only."""
 
     def __init__(self, runner: Runner, max_length: int) -> None:
         self.runner, model = runner, runner.model
         self.cache = KVCache(model.config, max_length, model.dtype, model.device)
         self.tokens: list[int] = []
-        self._step = ops.decoder(model, self.cache) if model.whole else None  # it needs every weight at once
+        self._step = ops.decoder(model, self.cache) if model.whole else None  # the decoder needs all weights in memory
 
     def prefill(self, input_ids: Sequence[int]) -> Tensor:
-        """Run a prompt, reusing the part that the cache already holds -> logits (V,) after its last token."""
+        """Run a prompt, except the beginning that the cache already holds; return logits (V,) after its last token."""
         shared = self._shared_prefix(input_ids)
         self.cache.length, self.tokens = shared, list(input_ids)
         if self._step is not None and len(input_ids) - shared <= FEW_ROWS:
             return [self.step(token) for token in input_ids[shared:]][-1]
         for start in range(shared, len(input_ids), PREFILL_TOKENS):
-            last = self._prefill_stretch(input_ids[start : start + PREFILL_TOKENS], start)
+            last = self._prefill_piece(input_ids[start : start + PREFILL_TOKENS], start)
         return self.runner.model.logits(last)[0]
 
-    def _prefill_stretch(self, ids: Sequence[int], start: int) -> Tensor:
-        """Run some tokens of a prompt from position `start` -> h (1, D) of the last. What pads them is overwritten later."""
+    def _prefill_piece(self, ids: Sequence[int], start: int) -> Tensor:
+        """Run tokens of a prompt from position `start`; return the last block's output (1, D) for the last of them.
+
+        The padding's keys and values are overwritten by the tokens that follow.
+        """
         pad = min(-len(ids) % PREFILL_MULTIPLE, self.cache.max_length - start - len(ids))
         count, end = len(ids) + pad, start + len(ids) + pad
         tokens = torch.tensor([*ids, *[0] * pad], device=self.runner.model.device)
@@ -87,7 +91,10 @@ class Generator:
         return h[len(ids) - 1 : len(ids)]
 
     def _shared_prefix(self, input_ids: Sequence[int]) -> int:
-        """Tokens of the cache that this prompt repeats; at least its last token is always run."""
+        """Return the number of tokens at the prompt's beginning that the cache already holds, its last token excluded.
+
+        The last token always runs: its logits are the answer.
+        """
         shared = 0
         for old, new in zip(self.tokens[: self.cache.length], input_ids[:-1], strict=False):
             if old != new:
@@ -99,7 +106,7 @@ class Generator:
     def generate(
         self, input_ids: Sequence[int], max_tokens: int, sampling: Sampling, stop_ids: Sequence[int] = ()
     ) -> Iterator[int]:
-        """Yield up to `max_tokens` new ids; a stop id ends the sequence and is not yielded."""
+        """Yield up to `max_tokens` new ids. A stop id ends the sequence and is not yielded."""
         generator = torch.Generator()
         if sampling.seed is None:
             generator.seed()
@@ -118,10 +125,10 @@ class Generator:
 
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
-        """Run one more token -> logits (V,); by the back end's own step where it has one."""
+        """Run one more token, by the back end's own decoder where it has one; return logits (V,)."""
         if self._step is not None:
             return self._step(token)
-        at = self.cache.length
-        ids, position = (torch.tensor([value], device=self.runner.model.device) for value in (token, at))
-        h = self.runner.infer(ids, position, [Segment(0, 1, 0, at + 1)], self.cache)
+        position = self.cache.length
+        ids, positions = (torch.tensor([value], device=self.runner.model.device) for value in (token, position))
+        h = self.runner.infer(ids, positions, [Segment(0, 1, 0, position + 1)], self.cache)
         return self.runner.model.logits(h)[0]

@@ -1,7 +1,10 @@
-"""Cross-entropy in chunks over the trained rows only, the hidden gradient computed on the way.
+"""Cross-entropy in chunks over the trained rows only, with the gradient of the hidden states computed on the way.
 
-Never more than `chunk` rows of logits (chunk, V) exist, and rows that carry no loss never meet the head. The last chunk
-is filled up with rows of no weight, so that every product has one shape (see runner.ROW_MULTIPLE).
+At most `chunk` rows of logits (chunk, V) exist at a time, and rows that carry no loss never meet the head. The last chunk is
+padded with rows of weight 0, so that every product has the same shape (see runner.ROW_MULTIPLE).
+
+A step's `loss_weights` (N,) are its batch's loss_mask divided by the trained tokens of the whole step, so that the weighted
+sum of a step's losses is their mean.
 """
 
 from __future__ import annotations
@@ -16,26 +19,27 @@ from edgetune.runtime.model import Llama
 
 
 @torch.no_grad()
-def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Sum of weights * nats (), f32, and its gradient (N, D) for the last block's output h (N, D).
+def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, loss_weights: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of the losses in nats, () f32, and its gradient (N, D) for the last block's output h (N, D).
 
-    targets (N,) int64; weights (N,) f32, 0 for tokens that are context only.
+    targets (N,) int64; loss_weights (N,) f32, 0 for tokens that are context only.
     """
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     dx = torch.zeros_like(h)
-    for rows, count, logits in _chunks(model, h, weights, chunk):
-        weight = weights[rows]
+    for rows, count, logits in _chunks(model, h, loss_weights, chunk):
+        weight = loss_weights[rows]
         weight[count:] = 0
         loss += (ops.cross_entropy_(logits, targets[rows], weight) * weight).sum()
+        # `logits` now holds the gradient of this chunk's loss.
         dx[rows[:count]] = vocabulary.input_gradient(logits, model.head)[:count]
     return loss, ops.rms_norm_backward(dx, h, model.norm, model.config.rms_norm_eps)
 
 
 def meet_head(model: Llama, chunk: int) -> None:
-    """Make each of the head's products once, of the shapes that every row's will have.
+    """Run each of the head's products once, in the shapes that training will use, before the first step.
 
-    oneDNN compiles a product where it first meets its shape, and keeps a thousand small pieces for it. Met before a step's
-    tensors lie in the heap, they do not end up between these, where each would leave a hole.
+    oneDNN compiles a product when it first meets its shape, and keeps about a thousand small allocations for it. Made in the
+    middle of a step they would end up between the step's tensors and fragment the heap.
     """
     h = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
     target = torch.zeros(1, dtype=torch.int64, device=model.device)
@@ -43,17 +47,20 @@ def meet_head(model: Llama, chunk: int) -> None:
 
 
 @torch.no_grad()
-def token_nats(model: Llama, h: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
-    """Nats (N,) f32 of each target whose weight is not 0, and 0 elsewhere; h (N, D) is the last block's output."""
+def token_nats(model: Llama, h: Tensor, targets: Tensor, loss_mask: Tensor, chunk: int) -> Tensor:
+    """Return the loss in nats, (N,) f32, of each target whose loss_mask is not 0, and 0 elsewhere.
+
+    h (N, D) is the last block's output; targets (N,) int64; loss_mask (N,) f32.
+    """
     nats = torch.zeros(len(h), dtype=torch.float32, device=h.device)
-    for rows, count, logits in _chunks(model, h, weights, chunk):
-        nats[rows[:count]] = ops.cross_entropy_(logits, targets[rows], torch.ones_like(weights[rows]))[:count]
+    for rows, count, logits in _chunks(model, h, loss_mask, chunk):
+        nats[rows[:count]] = ops.cross_entropy_(logits, targets[rows], torch.ones_like(loss_mask[rows]))[:count]
     return nats
 
 
-def _chunks(model: Llama, h: Tensor, weights: Tensor, chunk: int) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """(rows (chunk,), how many of them count, logits (chunk, V)) over the rows whose weight is not 0."""
-    trained = weights.nonzero().squeeze(1)
+def _chunks(model: Llama, h: Tensor, loss_weights: Tensor, chunk: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield (rows (chunk,), count, logits (chunk, V)) over the rows whose weight is not 0; rows after `count` are padding."""
+    trained = loss_weights.nonzero().squeeze(1)
     for rows in trained.split(chunk):
         count = len(rows)
         rows = torch.nn.functional.pad(rows, (0, chunk - count))

@@ -1,13 +1,13 @@
-"""Llama: one decoder for LLaMA 1-3.2, TinyLlama, SmolLM2, Mistral, Qwen2/2.5 and Qwen3.
+"""Define Llama: one decoder for LLaMA 1-3.2, TinyLlama, SmolLM2, Mistral, Qwen2/2.5 and Qwen3.
 
 The shape legend of the whole engine:
 
-    N   tokens in a packed row (documents side by side, no padding)      D   hidden_size
+    N   tokens in a packed batch (documents side by side)                D   hidden_size
     H   query heads          KV  key/value heads          hd  head_dim   F   intermediate_size
-    V   vocabulary           M   keys a query may meet (N, or the cache's length)      r   LoRA rank
+    V   vocabulary           M   keys that a query may see (N, or the cache's length)      r   LoRA rank
 
-A row holds one or many documents; `segments` say which token belongs to which, and positions restart in each. Every
-weight but the adapters' is frozen. A block is forward(h, ctx) -> h; runner.py alone loops over blocks.
+A batch holds one or more documents; `segments` say which tokens belong to which, and positions restart in each. All weights
+but the adapters' are frozen. A block is forward(h, ctx) -> h; only runner.py loops over blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from edgetune.runtime.vocabulary import Embedding, Head, StoredRows
 
 
 class KVCache:
-    """Keys and values of one sequence: for each layer k, v (KV, max_length, hd); the first `length` are filled."""
+    """The keys and values of one sequence: for each layer k, v (KV, max_length, hd), of which `length` positions are filled."""
 
     def __init__(self, config: LlamaConfig, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_kv_heads, max_length, config.head_dim)
@@ -40,9 +40,9 @@ class KVCache:
         self.max_length, self.length = max_length, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (N, KV, hd) after the filled part -> all keys and values as (M, KV, hd) views.
+        """Store k, v (N, KV, hd) after the filled positions; return all keys and values as (M, KV, hd) views.
 
-        `length` itself moves on once all layers have appended: see Runner.infer.
+        Runner.infer updates `length` once all layers have appended. Raises ValueError for tokens beyond `max_length`.
         """
         end = self.length + k.shape[0]
         if end > self.max_length:
@@ -54,9 +54,9 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Context:
-    """What a block needs beside its hidden state."""
+    """The inputs of a block beside its hidden state; cos and sin (N, hd/2) are f32."""
 
-    cos: Tensor  # (N, hd/2) f32
+    cos: Tensor
     sin: Tensor
     segments: Sequence[Segment]
     plan: ProjectPlan
@@ -64,7 +64,7 @@ class Context:
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Angles a position, f64 (hd/2,). RoFormer (arXiv 2104.09864); the llama3 scaling as Llama 3.1's release has it."""
+    """Return RoPE's angle per position, f64 (hd/2,). RoFormer (arXiv 2104.09864); llama3 scaling as released with Llama 3.1."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequencies = 1.0 / (torch.tensor(config.theta, dtype=torch.float64) ** exponents)
     if config.kind == "linear":
@@ -78,7 +78,7 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """One transformer layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
+    """One transformer layer: attention and SwiGLU, each after an RMSNorm and inside a residual."""
 
     attn_norm: Tensor
     mlp_norm: Tensor
@@ -93,7 +93,7 @@ class Block(nn.Module):
     down_proj: AnyLinear
 
     def __init__(self, config: LlamaConfig, layer: int, tensors: dict[str, Weight]) -> None:
-        """`tensors` by Hugging Face's names inside a layer, e.g. "self_attn.q_proj.weight"."""
+        """Take the layer's tensors by Hugging Face's names inside a layer, such as "self_attn.q_proj.weight"."""
         super().__init__()
         self.config, self.layer = config, layer
         dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
@@ -105,20 +105,21 @@ class Block(nn.Module):
         self.scale = 1.0 / math.sqrt(config.head_dim)
 
     def linears(self) -> dict[str, AnyLinear]:
-        """The seven linears by name."""
+        """Return the seven linears by name."""
         return {name: getattr(self, name) for name in LINEARS}
 
     def forward(self, h: Tensor, ctx: Context) -> Tensor:
-        """h (N, D) -> (N, D)."""
+        """Run the layer on h (N, D); return (N, D)."""
         plan, eps = ctx.plan, self.config.rms_norm_eps
-        inner = replace(plan, values=True)  # a recomputing block needs every product but its last
+        # In a recomputation (values=False) the backward needs the values of every product but the last.
+        inner = replace(plan, values=True)
         qkv = project(h, Norm(self.attn_norm, eps), (self.q_proj, self.k_proj, self.v_proj), inner)
         h = h + project(self.attend(qkv, ctx), Identity(), (self.o_proj,), inner.numbered(3))
         gate_up = project(h, Norm(self.mlp_norm, eps), (self.gate_proj, self.up_proj), inner.numbered(4))
         return h + project(gate_up, SwiGlu(), (self.down_proj,), plan.numbered(6))
 
     def attend(self, qkv: Tensor, ctx: Context) -> Tensor:
-        """qkv (N, (H + 2 KV) hd), which is used up -> attention's output (N, H hd)."""
+        """Run attention on qkv (N, (H + 2 KV) hd), which is rotated in place; return (N, H hd)."""
         if torch.is_grad_enabled():
             return _Attend.apply(qkv, self, ctx)
         q, k, v = self.split_heads(qkv)
@@ -129,15 +130,16 @@ class Block(nn.Module):
 
     @property
     def window(self) -> int | None:
+        """The number of keys that a query of this layer sees, its own included; None for all."""
         return self.config.windows[self.layer]
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, (H + 2 KV) hd) -> views q (N, H, hd), k and v (N, KV, hd)."""
+        """Return views q (N, H, hd), k and v (N, KV, hd) of qkv (N, (H + 2 KV) hd)."""
         heads, kv = self.config.num_heads, self.config.num_kv_heads
         return qkv.view(qkv.shape[0], heads + 2 * kv, self.config.head_dim).split((heads, kv, kv), dim=1)
 
     def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Norm of each head where the model has one, then RoPE; in place where there is no norm."""
+        """Apply the per-head norm where the model has one, then RoPE; without a norm q and k are changed in place."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm)
         return ops.rope_(q, ctx.cos, ctx.sin), ops.rope_(k, ctx.cos, ctx.sin)
@@ -146,13 +148,13 @@ class Block(nn.Module):
         return ops.rms_norm(x.reshape(-1, x.shape[2]), weight, self.config.rms_norm_eps).view(x.shape)
 
     def head_norm_backward(self, dx: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of the per-head norm's input, (N, heads, hd)."""
+        """Return the gradient of the per-head norm's input x, given dx of its output; all (N, heads, hd)."""
         flat = dx.reshape(-1, x.shape[2]), x.reshape(-1, x.shape[2])
         return ops.rms_norm_backward(*flat, weight, self.config.rms_norm_eps).view(x.shape)
 
 
 class _Attend(torch.autograd.Function):
-    """Per-head norm, RoPE and attention with their backward; the qkv buffer itself is rotated and kept."""
+    """Per-head norm, RoPE and attention as one node of autograd; it rotates the qkv buffer in place and saves it."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, block: Block, context: Context) -> Tensor:
@@ -168,6 +170,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         block, context = ctx.block, ctx.context
         q, k, v, o, lse, *raw = ctx.saved_tensors
+        # The three gradients are views of one buffer, so that the projection's backward reads them as one matrix.
         gradient = do.new_empty(do.shape[0], (q.shape[1] + 2 * k.shape[1]) * q.shape[2])
         dq, dk, dv = block.split_heads(gradient)
         inputs = AttentionInputs(q, k, v, context.segments, block.window, block.scale)
@@ -181,7 +184,7 @@ class _Attend(torch.autograd.Function):
 
 
 class Llama(nn.Module):
-    """Embedding, blocks, final norm and head. `embedding` and `head` are (V, D); tied models share one tensor."""
+    """A whole model: embedding (V, D), blocks, final norm and head (V, D); tied models share one tensor for both ends."""
 
     blocks: Sequence[Block]
 
@@ -208,24 +211,25 @@ class Llama(nn.Module):
 
     @property
     def whole(self) -> bool:
-        """Whether every weight stays in memory: none is read from its file while the model runs."""
+        """True if every weight stays in memory: none is read from its file while the model runs."""
         return not (self.pager.streaming or any(isinstance(weight, StoredRows) for weight in (self.embedding, self.head)))
 
     def set_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in another dtype from now on; quantised weights stay as they are."""
+        """Compute in another dtype from now on; quantised weights are not changed."""
         self.dtype = dtype
         if isinstance(self.head, Tensor):
             self.head = self.head.to(dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """input_ids (N,) -> h (N, D) in the compute dtype."""
+        """Look up input_ids (N,); return h (N, D) in the compute dtype."""
         return vocabulary.rows(self.embedding, input_ids, self.dtype)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (N,) -> cos, sin (N, hd/2) f32; the angle in f64 on the CPU: far positions are large, MPS has no f64."""
+        """Return cos and sin (N, hd/2) f32 of positions (N,)."""
+        # In f64, since the angles of far positions are large, and on the CPU, since MPS has no f64.
         angles = positions.cpu().double().unsqueeze(1) * self.frequencies
         return angles.cos().float().to(self.device), angles.sin().float().to(self.device)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Last block's h (N, D) -> logits (N, V) in the compute dtype."""
+        """Apply the final norm and the head to the last block's output h (N, D); return logits (N, V) in the compute dtype."""
         return vocabulary.logits(ops.rms_norm(h, self.norm, self.config.rms_norm_eps), self.head)

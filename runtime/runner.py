@@ -1,7 +1,7 @@
-"""Sole owner of the loop over blocks: forward, and in backward recompute by policy, differentiate, release.
+"""Run the blocks of a model: the only loop over blocks, forward and backward.
 
-Paging, recomputation and activation offload meet here and nowhere else. Each block is a small autograd graph of its own, so
-that what it saved is freed as soon as its gradients are there.
+Paging of weights, recomputation (gradient checkpointing) and offload of activations meet here and nowhere else. Each block is
+a small autograd graph of its own, so that the tensors it saved are freed as soon as its gradients are computed.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ from edgetune.runtime.project import Panel, ProjectPlan
 
 
 class Recompute(StrEnum):
-    """What the backward computes again instead of finding it saved. FLOPs a token of N weights: 4N, 4N, 5.5N."""
+    """The activations that the backward recomputes instead of saving them.
 
-    NONE = "none"  # nothing
-    SELECTIVE = "selective"  # norms and SwiGLU products: elementwise, so nearly free
-    FULL = "full"  # everything but the block's input; its last product, whose value nobody reads, is left out
+    FLOPs per token for N weights: 4N (none), 4N (selective), 5.5N (full).
+    """
+
+    NONE = "none"  # no activation
+    SELECTIVE = "selective"  # the outputs of norms and SwiGLU: elementwise, so nearly free
+    FULL = "full"  # everything but the block's input; the last product is skipped, since nobody reads its value
 
 
 LOSS_ROWS = 256
-"""Rows of logits that exist at once."""
+"""Rows of logits that exist at a time, by default; chosen by hand."""
 ROW_MULTIPLE = 256
-"""Rows are padded to a multiple of this: oneDNN compiles and keeps code for every shape it meets, so that rows of every
-length would cost a compilation a step and let memory creep."""
+"""Tokens of a batch are padded to a multiple of this; chosen by hand. oneDNN compiles and keeps code for every shape it meets:
+batches of every length would cost a compilation at each step, and memory would grow."""
 
 
 @dataclass(frozen=True)
-class _Away:
-    """A tensor that lies in an Offload."""
+class _Offloaded:
+    """A tensor that is in an Offload's file, at byte `start`."""
 
     start: int
     shape: torch.Size
@@ -50,45 +53,45 @@ class _Away:
 
 
 class Offload:
-    """Keeps the blocks' inputs in a nameless private file of `folder` instead of in memory."""
+    """A scratch file in `folder` that holds the blocks' inputs instead of memory."""
 
     def __init__(self, folder: Path) -> None:
         self._file, self._folder = scratch_file(folder), folder
 
-    def put(self, number: int, h: Tensor) -> _Away:
-        """Write the input (N, D) of block `number`; all inputs of a row have one size."""
-        away = _Away(number * h.nbytes, h.shape, h.dtype, h.device)
+    def put(self, number: int, h: Tensor) -> _Offloaded:
+        """Write the input h (N, D) of block `number`; the inputs of one batch all have the same size."""
+        offloaded = _Offloaded(number * h.nbytes, h.shape, h.dtype, h.device)
         with explain_full_disk(self._folder):
-            write_at(self._file, h.cpu().contiguous().view(torch.uint8).numpy().data.cast("B"), away.start)
-        return away
+            write_at(self._file, h.cpu().contiguous().view(torch.uint8).numpy().data.cast("B"), offloaded.start)
+        return offloaded
 
-    def get(self, away: _Away) -> Tensor:
-        """Read it back."""
-        h = torch.empty(away.shape, dtype=away.dtype)
-        read_at(self._file, h.view(torch.uint8).numpy().data.cast("B"), away.start)
-        return h.to(away.device)
+    def get(self, offloaded: _Offloaded) -> Tensor:
+        """Read an input back to its device."""
+        h = torch.empty(offloaded.shape, dtype=offloaded.dtype)
+        read_at(self._file, h.view(torch.uint8).numpy().data.cast("B"), offloaded.start)
+        return h.to(offloaded.device)
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One block's forward, kept for its backward: the graph's ends, or the input alone when it is to be run again."""
+    """One block's forward, kept for its backward: both ends of its graph, or the input alone if it is to be recomputed."""
 
     block: Block
-    entered: Tensor | _Away
-    left: Tensor | None
+    input: Tensor | _Offloaded
+    output: Tensor | None
 
 
 class _Seeded(torch.autograd.Function):
-    """A number whose backward gives `left` (T, d) the gradient `dh` (T, d).
+    """A scalar whose backward gives `output` (N, D) the gradient `dh` (N, D).
 
-    torch.autograd.backward(left, dh) would do so too, but to compare the shapes it imports sympy: 40 MB, and in the middle of
-    the first step, where its thousands of small pieces end up between the heap's tensors and leave holes of 100 MB.
+    torch.autograd.backward(output, dh) would do the same, but imports sympy to compare the shapes. That takes 40 MB, in the
+    middle of the first step, where thousands of small allocations land between the step's tensors and leave 100 MB of holes.
     """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, dh: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, dh: Tensor) -> Tensor:
         ctx.dh = dh
-        return left.new_zeros(())
+        return output.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
@@ -96,10 +99,10 @@ class _Seeded(torch.autograd.Function):
 
 
 class Runner:
-    """Runs a model's blocks. One runner a model: it owns the panel that weights are dequantised into.
+    """The loop over a model's blocks. A model has one runner, which owns the panel that weights are dequantised into.
 
-    offload: a folder for the blocks' inputs, where every block is recomputed from its own. int8: `train` makes its large
-    products in 8 bits where ops.project can.
+    offload: a folder for the blocks' inputs; needs full recomputation. int8: `train` computes large products in 8 bits where
+    ops.project can.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Runner:
         int8: bool = False,
     ) -> None:
         if offload is not None and recompute is not Recompute.FULL:
-            raise ValueError(f"recompute is {recompute}; only full recomputation leaves nothing but inputs to offload")
+            raise ValueError(f"recompute is {recompute}; expected full, since only the blocks' inputs are offloaded")
         self.model, self.recompute, self.loss_rows, self.int8 = model, recompute, loss_rows, int8
         self.panel = Panel()
         self.offload = None if offload is None else Offload(offload)
@@ -130,16 +133,17 @@ class Runner:
         h, passes = self.model.embed(batch.input_ids), []
         for block in self.model.blocks:
             with pager.layer(block.layer):
-                done, h = self._enter(block, h, self._of_layer(ctx, block, dropout_key))
+                done, h = self._forward(block, h, self._layer_context(ctx, block, dropout_key))
             passes.append(done)
             end_command_buffer(h.device)
+        # Nothing but `passes` may hold a block's tensors from here on, or they would outlive its backward.
         del done
         loss, dh = chunked_cross_entropy(self.model, h, batch.targets, batch.loss_mask / divisor, self.loss_rows)
         del h
         while passes:
             done = passes.pop()
             with pager.layer(done.block.layer):
-                dh = self._leave(done, dh, self._of_layer(ctx, done.block, dropout_key))
+                dh = self._backward(done, dh, self._layer_context(ctx, done.block, dropout_key))
             end_command_buffer(dh.device)
         return loss
 
@@ -151,20 +155,23 @@ class Runner:
         return token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[:n]
 
     def read(self, ids: Sequence[int]) -> Tensor:
-        """Last block's h (N, D) of one sequence of token ids, from its beginning and without a cache."""
+        """Run one sequence of token ids from its beginning, without a cache; return the last block's output (N, D)."""
         n, device = len(ids), self.model.device
         return self.infer(torch.tensor(list(ids), device=device), torch.arange(n, device=device), [Segment.packed(0, n)], None)
 
     @torch.no_grad()
     def infer(self, input_ids: Tensor, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Tensor:
-        """Last block's h (N, D), storing keys and values in `cache` where given."""
+        """Run tokens (N,) through all blocks; return the last block's output (N, D).
+
+        Keys and values are appended to `cache` where one is given.
+        """
         ctx = self._context(positions, segments, cache)
         self.model.pager.expect(range(len(self.model.blocks)))
         h = self.model.embed(input_ids)
         for block in self.model.blocks:
             with self.model.pager.layer(block.layer):
                 h = block(h, ctx)
-            if len(h) > FEW_ROWS:  # a few tokens through all blocks are short enough
+            if len(h) > FEW_ROWS:  # a few tokens fit one command buffer for all blocks
                 end_command_buffer(h.device)
         if cache is not None:
             cache.length += len(input_ids)
@@ -176,33 +183,38 @@ class Runner:
         return Context(cos, sin, segments, plan, cache)
 
     @staticmethod
-    def _of_layer(ctx: Context, block: Block, dropout_key: int | None) -> Context:
-        """The context with this layer's own dropout keys: seven linears, eight keys a layer."""
+    def _layer_context(ctx: Context, block: Block, dropout_key: int | None) -> Context:
+        """Return the context with this layer's own dropout keys: consecutive numbers, eight a layer for its seven linears."""
         if dropout_key is None:
             return ctx
+        # Multiplying by 2^32 / golden ratio (Knuth's multiplicative hash) spreads the keys of neighbouring steps apart.
         key = (dropout_key * 0x9E3779B1 + block.layer * 8) & 0xFFFFFFFF
         return replace(ctx, plan=replace(ctx.plan, dropout_key=key))
 
-    def _enter(self, block: Block, h: Tensor, ctx: Context) -> tuple[_Pass, Tensor]:
+    def _forward(self, block: Block, h: Tensor, ctx: Context) -> tuple[_Pass, Tensor]:
+        """Run one block on h (N, D); return the record that its backward needs, and the block's output (N, D)."""
         if self.recompute is Recompute.FULL:
-            kept = h if self.offload is None else self.offload.put(block.layer, h)
+            saved = h if self.offload is None else self.offload.put(block.layer, h)
             with torch.no_grad():
-                return _Pass(block, kept, None), block(h, ctx)
-        entered = h.detach().requires_grad_()
+                return _Pass(block, saved, None), block(h, ctx)
+        # Detached at both ends, so that the graph spans this block alone and is freed with its own backward.
+        entry = h.detach().requires_grad_()
         with torch.enable_grad():
-            left = block(entered, ctx)
-        return _Pass(block, entered, left), left.detach()
+            output = block(entry, ctx)
+        return _Pass(block, entry, output), output.detach()
 
-    def _leave(self, done: _Pass, dh: Tensor, ctx: Context) -> Tensor:
-        """Gradient of the block's input; the adapters' gradients are added on the way."""
-        entered, left = done.entered, done.left
-        if isinstance(entered, _Away):
+    def _backward(self, done: _Pass, dh: Tensor, ctx: Context) -> Tensor:
+        """Return the gradient (N, D) of a block's input, given dh (N, D) of its output, and add to the adapters' gradients."""
+        entry, output = done.input, done.output
+        if isinstance(entry, _Offloaded):
             assert self.offload is not None
-            entered = self.offload.get(entered)
-        if left is None:
-            entered = entered.detach().requires_grad_()
+            entry = self.offload.get(entry)
+        if output is None:
+            # Run the block again, now with a graph. Its dropout hashes the same key, so it drops the same positions; values
+            # that no backward needs (the last product) are not computed.
+            entry = entry.detach().requires_grad_()
             with torch.enable_grad():
-                left = done.block(entered, replace(ctx, plan=replace(ctx.plan, values=False)))
-        _Seeded.apply(left, dh).backward()
-        assert entered.grad is not None
-        return entered.grad
+                output = done.block(entry, replace(ctx, plan=replace(ctx.plan, values=False)))
+        _Seeded.apply(output, dh).backward()
+        assert entry.grad is not None
+        return entry.grad

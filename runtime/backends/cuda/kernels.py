@@ -1,14 +1,15 @@
-"""The Triton kernels of the CUDA back end, and nothing else: `__init__.py`, `decode.py` check arguments and launch them.
+"""The Triton kernels of the CUDA back end, and nothing else: weights.py, elementwise.py and decode.py launch them.
 
-This module imports triton at its top, so it is itself imported on first use only. With TRITON_INTERPRET=1 in the
-environment before that, the same kernels run in Triton's interpreter on CPU tensors, which is how they are tested.
+This module imports triton at its top, so it is itself imported on first use only. If TRITON_INTERPRET=1 is in the environment
+by then, the same kernels run in Triton's interpreter on CPU tensors, which is how they are tested.
 
-Pointers are to contiguous tensors unless a stride is passed beside them; elementwise work is done in fp32 and rounded
-once, to nearest even. A power of two that covers a size is called its TILE.
+A program is one instance of a kernel, numbered by program_id. Pointers are to contiguous tensors unless a stride is passed
+beside them. Elementwise work is done in fp32 and rounded once, to nearest even. TILE is a power of two that covers a size, as
+Triton's ranges must be: lanes beyond the size are masked (`inside`).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# Arguments of a kernel are pointers and numbers of Triton's own, which no annotation of Python's says.
+# A kernel's arguments are Triton's own pointers and numbers, for which Python has no annotation.
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ import triton.language as tl
 
 @triton.jit
 def _nearest_bf16(x):
-    """f32 x on the grid of bf16, ties to even: the interpreter cuts bf16 off where a card rounds it."""
+    """Round f32 x to the values of bf16, ties to even: the interpreter truncates where a card rounds."""
+    # Adding just under half of the last kept bit, plus that bit, carries into it exactly when x must be rounded up.
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)  # NaN stays NaN
 
 
 INTERPRETED = tl.constexpr(not isinstance(_nearest_bf16, triton.JITFunction))
@@ -29,7 +31,7 @@ INTERPRETED = tl.constexpr(not isinstance(_nearest_bf16, triton.JITFunction))
 
 @triton.jit
 def _as(x, pointer):
-    """f32 x in the dtype that `pointer` points to, rounded to nearest even."""
+    """Return f32 x in the dtype that `pointer` points to, rounded to nearest even."""
     if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
         x = _nearest_bf16(x)
     return x.to(pointer.dtype.element_ty)
@@ -37,7 +39,7 @@ def _as(x, pointer):
 
 @triton.jit
 def _absmax(blocks, inside, absmax, nested_table, nested_absmax, offset, NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr):
-    """f32 scales of these blocks: nf4.py's arithmetic, to be compiled with enable_fp_fusion=False where bits count."""
+    """Return the f32 absmax of these blocks by nf4.py's arithmetic; its bits need enable_fp_fusion=False at the launch."""
     if NESTED:
         code = tl.load(absmax + blocks, inside, other=0).to(tl.int32)
         scale = tl.load(nested_table + code) * tl.load(nested_absmax + blocks // NESTED_SIZE, inside, other=0.0) + offset
@@ -51,11 +53,12 @@ def dequantize(
     packed, table, absmax, nested_table, nested_absmax, offset, out, numbers, blocks_in_all,
     NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr, HALF: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """out (numbers,) = table[code] * absmax; a program takes BLOCKS blocks of HALF bytes, that is 2 HALF values, each."""
+    """Write table[code] * absmax to out (numbers,); a program takes BLOCKS blocks of HALF bytes, 2 HALF values, each."""
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     scale = _absmax(blocks, blocks < blocks_in_all, absmax, nested_table, nested_absmax, offset, NESTED, NESTED_SIZE)
     bytes_at = blocks[:, None] * HALF + tl.arange(0, HALF)[None, :]
     pairs = tl.load(packed + bytes_at, bytes_at < (numbers + 1) // 2, other=0).to(tl.int32)
+    # The high nibble comes first, as in nf4.py.
     first = tl.load(table + (pairs >> 4)) * scale[:, None]
     second = tl.load(table + (pairs & 15)) * scale[:, None]
     at = blocks[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
@@ -64,9 +67,9 @@ def dequantize(
 
 @triton.jit
 def _shuffled(table, codes, index):
-    """table[index] for index (a, b, c) of 0 to 15; codes (16,) is the table, loaded.
+    """Return table[index] for index (a, b, c) of 0 to 15, where codes (16,) is the loaded table.
 
-    A warp that holds the table in its registers looks it up by one shuffle a weight; a load would take a 64-bit address each.
+    A warp that holds the table in registers looks a weight up by one shuffle; a load would need a 64-bit address for each.
     """
     flat = tl.gather(codes, tl.reshape(index, (index.shape[0] * index.shape[1] * index.shape[2],)), 0)
     return tl.reshape(flat, index.shape)
@@ -74,7 +77,7 @@ def _shuffled(table, codes, index):
 
 @triton.jit
 def _loaded(table, codes, index):
-    """The same where Triton, up to 3.2, has no gather."""
+    """Return table[index] by loads, for Triton up to 3.2, which has no gather."""
     return tl.load(table + index)
 
 
@@ -88,17 +91,16 @@ def matvec(
     BIAS: tl.constexpr, ADD: tl.constexpr, RANK_TILE: tl.constexpr, NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr,
     HALF: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out (tokens, rows) = x (tokens, width) W^T [+ bias] [+ reduced (tokens, rank) lora_b^T] [+ out itself], summed in fp32.
+    """Write x (tokens, width) W^T [+ bias] [+ reduced (tokens, rank) lora_b^T] [+ out] to out (tokens, rows), summed in fp32.
 
-    Rows of W are whole blocks; lora_b (rows, rank); RANK_TILE 0: no adapter. A program makes ROWS outputs of one token,
-    BLOCKS blocks of each at a time; all tokens' programs for the same rows are neighbours, so that W is read once.
-
-    Decoding is bound by instructions before it is by memory: see _shuffled; and x is read as it lies, then split, where
-    every other number of it would be a load each.
+    Rows of W are whole blocks; lora_b is (rows, rank), RANK_TILE 0 means no adapter. A program computes ROWS outputs of one
+    token, from BLOCKS blocks of each row of W at a time.
     """
+    # The programs of all tokens for the same rows are neighbours, so that W comes from memory once and then from cache.
     token, row = tl.program_id(0) % tokens, (tl.program_id(0) // tokens).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     whole = row < rows
     row_blocks = width // (2 * HALF)
+    # One partial sum a byte of W, added up after the loop: a sum within it would be a reduction at every step.
     total = tl.zeros((ROWS, BLOCKS, HALF), tl.float32)
     byte, codes = tl.arange(0, HALF), tl.load(table + tl.arange(0, 16))
     for start in range(0, row_blocks, BLOCKS):
@@ -108,6 +110,8 @@ def matvec(
         scale = _absmax(at, inside, absmax, nested_table, nested_absmax, offset, NESTED, NESTED_SIZE)
         bytes_at = at[:, :, None] * HALF + byte[None, None, :]
         pairs = tl.load(packed + bytes_at, inside[:, :, None], other=0).to(tl.int32)
+        # A byte holds two neighbouring weights. x is loaded in order and then split into even and odd numbers: loading every
+        # other number would take an instruction each, and instructions bound decoding before memory does.
         x_at = x + token * x_stride + block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
         values = tl.load(x_at, (block < row_blocks)[:, None], other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(values, (BLOCKS, HALF, 2)))
@@ -129,7 +133,7 @@ def matvec(
 
 @triton.jit
 def dense_matvec(x, weight, out, rows, width, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """out (rows,) f32 = weight (rows, width) x (width,): an adapter's A, where cuBLAS would take three launches."""
+    """Write weight (rows, width) x (width,) to out (rows,) f32: for lora_A, where cuBLAS would take three launches."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, TILE), tl.float32)
     for start in range(0, width, TILE):
@@ -143,7 +147,7 @@ def dense_matvec(x, weight, out, rows, width, ROWS: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def rms_norm(h, weight, out, width, eps, h_stride, TILE: tl.constexpr):
-    """out (N, width) = h over its root mean square, times weight; a program a row."""
+    """Write h over its root mean square, times weight, to out (N, width); one program a row."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     inside = column < width
     x = tl.load(h + row * h_stride + column, inside, other=0.0).to(tl.float32)
@@ -154,7 +158,7 @@ def rms_norm(h, weight, out, width, eps, h_stride, TILE: tl.constexpr):
 
 @triton.jit
 def rms_norm_backward(dx, h, weight, out, width, eps, dx_stride, h_stride, TILE: tl.constexpr):
-    """out (N, width) = gradient of rms_norm's input, the weight frozen."""
+    """Write the gradient of rms_norm's input to out (N, width); the weight is frozen."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     inside = column < width
     x = tl.load(h + row * h_stride + column, inside, other=0.0).to(tl.float32)
@@ -168,7 +172,7 @@ def rms_norm_backward(dx, h, weight, out, width, eps, dx_stride, h_stride, TILE:
 
 @triton.jit
 def swiglu(gate, up, out, width, gate_stride, up_stride, out_stride, TILE: tl.constexpr):
-    """out (N, width) = silu(gate) * up."""
+    """Write silu(gate) * up to out (N, width)."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, inside, other=0.0).to(tl.float32)
@@ -180,7 +184,7 @@ def swiglu(gate, up, out, width, gate_stride, up_stride, out_stride, TILE: tl.co
 def swiglu_backward(
     dact, gate, up, dgate, dup, width, dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, TILE: tl.constexpr
 ):
-    """dgate, dup (N, width) = gradients of silu(gate) * up."""
+    """Write the gradients of silu(gate) * up to dgate and dup (N, width)."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < width
     d = tl.load(dact + row * dact_stride + column, inside, other=0.0).to(tl.float32)
@@ -196,7 +200,7 @@ def swiglu_backward(
 def rope(
     x, cos, sin, heads, half, row_stride, head_stride, INVERSE: tl.constexpr, HEADS_TILE: tl.constexpr, TILE: tl.constexpr
 ):
-    """Rotate x (N, heads, 2 half) in place, pairing i with i + half; a program a row, so that its angles are read once."""
+    """Rotate x (N, heads, 2 half) in place, pairing i with i + half; one program a row, so that its angles are read once."""
     row = tl.program_id(0).to(tl.int64)
     head, i = tl.arange(0, HEADS_TILE), tl.arange(0, TILE)
     c = tl.load(cos + row * half + i, i < half, other=0.0)[None, :]
@@ -213,7 +217,7 @@ def rope(
 
 @triton.jit
 def _hash32(x):
-    """lowbias32 (Wellons 2018) on uint32, as in reference.py."""
+    """Hash uint32 x by lowbias32 (Wellons 2018), as in reference.py."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -221,7 +225,7 @@ def _hash32(x):
 
 @triton.jit
 def dropout(x, out, width, x_stride, seed, threshold, scale, TILE: tl.constexpr):
-    """out (N, width) = x * scale where hash(seed ^ flat position) >= threshold, else 0. seed is hashed already."""
+    """Write x * scale to out (N, width) where hash(seed ^ flat position) >= threshold, else 0; seed is a hashed key."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < width
     position = row * width + column
@@ -232,25 +236,26 @@ def dropout(x, out, width, x_stride, seed, threshold, scale, TILE: tl.constexpr)
 
 @triton.jit
 def cross_entropy(logits, targets, weights, losses, width, stride, TILE: tl.constexpr):
-    """losses (R,) in nats; logits (R, width) become weight * (softmax - onehot). A program a row, TILE logits at a time.
+    """Write losses (R,) in nats, and turn logits (R, width) into weight * (softmax - onehot); one program a row.
 
-    The largest logit and the sum of exponentials are found together, online (Milakov & Gimelshein 2018, arXiv 1805.02867).
-    A target outside the vocabulary gives NaN, which a run notices; a card has no cheaper way to say so.
+    A target outside the vocabulary gives a loss of NaN, which the training loop notices: a card cannot report it more cheaply.
     """
     row = tl.program_id(0).to(tl.int64)
     target, weight = tl.load(targets + row), tl.load(weights + row).to(tl.float32)
     at = logits + row * stride
-    most, total, hit = float("-inf"), 0.0, 0.0
+    # The largest logit and the sum of exponentials in one pass: when a larger logit appears, the sum so far is rescaled to it
+    # (online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867).
+    largest, total, target_logit = float("-inf"), 0.0, 0.0
     for start in range(0, width, TILE):
         column = start + tl.arange(0, TILE)
         values = tl.load(at + column, column < width, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(most, tl.max(values, 0))
-        total = total * tl.exp(most - larger) + tl.sum(tl.exp(values - larger), 0)
-        hit += tl.sum(tl.where(column == target, values, 0.0), 0)
-        most = larger
-    log_z = most + tl.log(total)
-    known = (target >= 0) & (target < width)
-    tl.store(losses + row, tl.where(known, log_z - hit, float("nan")))
+        larger = tl.maximum(largest, tl.max(values, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(values - larger), 0)
+        target_logit += tl.sum(tl.where(column == target, values, 0.0), 0)
+        largest = larger
+    log_z = largest + tl.log(total)
+    in_vocabulary = (target >= 0) & (target < width)
+    tl.store(losses + row, tl.where(in_vocabulary, log_z - target_logit, float("nan")))
     for start in range(0, width, TILE):
         column = start + tl.arange(0, TILE)
         values = tl.load(at + column, column < width, other=float("-inf")).to(tl.float32)
@@ -258,12 +263,12 @@ def cross_entropy(logits, targets, weights, losses, width, stride, TILE: tl.cons
         tl.store(at + column, _as(gradient, logits), column < width)
 
 
-# ---- decoding: one token, whose position is read from the card's memory, so that a CUDA graph can be replayed ----
+# ---- decoding: one token, whose position is read from the card's memory, so that a CUDA graph can be replayed for each ----
 
 
 @triton.jit
 def _rotated(x, norm, c, s, half, eps, i, NORM: tl.constexpr):
-    """One head (2 half,) of x, normed where the model does that, then rotated -> its two halves, f32."""
+    """Norm one head x (2 half,) where the model has such a norm, then rotate it; return its two halves in f32."""
     a = tl.load(x + i, i < half, other=0.0).to(tl.float32)
     b = tl.load(x + half + i, i < half, other=0.0).to(tl.float32)
     if NORM:
@@ -278,9 +283,9 @@ def rotate_and_store(
     qkv, q_norm, k_norm, cos, sin, position, keys, values, heads, kv_heads, half, max_length, eps,
     NORM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A token's qkv (heads + 2 kv_heads, 2 half): q is rotated in place, k rotated into keys, v copied into values.
+    """Rotate q of a token's qkv (heads + 2 kv_heads, 2 half) in place, rotate k into keys, and copy v into values.
 
-    keys, values (kv_heads, max_length, 2 half), at the position; cos, sin (max_length, half). A program a head.
+    keys and values (kv_heads, max_length, 2 half) are written at the position; cos, sin (max_length, half). One program a head.
     """
     head, at, i = tl.program_id(0), tl.load(position), tl.arange(0, TILE)
     inside = i < half
@@ -306,46 +311,48 @@ def attend_part(
     q, keys, values, position, sums, tops, parts, groups, max_length, size, window, scale, splits,
     WINDOW: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One query head over one of `splits` equal stretches of the keys up to the position (flash decoding).
+    """Attend with one query head to one of `splits` equal ranges of the keys up to the position (flash decoding).
 
-    q (H, size) f32; keys, values (KV, max_length, size). Writes what attend_whole joins: parts (H, splits, size), the
-    products with unnormalised probabilities; sums and tops (H, splits), their sums and the scores' largest.
+    q (H, size) f32; keys, values (KV, max_length, size). Writes, for attend_whole to join: parts (H, splits, size), the
+    products of values with unnormalised probabilities; sums and tops (H, splits), the sums of these and the largest scores.
     """
+    # A single token has one query per head: split by heads alone, most of a card would be idle at long contexts.
     head, split, length = tl.program_id(0), tl.program_id(1), tl.load(position) + 1
     first = tl.maximum(length - window, 0) if WINDOW else 0
-    stretch = (length - first + splits - 1) // splits
-    begin = first + split * stretch
-    end = tl.minimum(begin + stretch, length)
+    keys_each = (length - first + splits - 1) // splits
+    begin = first + split * keys_each
+    end = tl.minimum(begin + keys_each, length)
     i = tl.arange(0, TILE)
     inside = i < size
     query = tl.load(q + head * size + i, inside, other=0.0) * scale
     cache = (head // groups).to(tl.int64) * max_length * size
-    most, total, part = float("-inf"), 0.0, tl.zeros((TILE,), tl.float32)
+    largest, total, part = float("-inf"), 0.0, tl.zeros((TILE,), tl.float32)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         at = cache + key[:, None] * size + i[None, :]
         mask = (key < end)[:, None] & inside[None, :]
         scores = tl.sum(tl.load(keys + at, mask, other=0.0).to(tl.float32) * query[None, :], 1)
         scores = tl.where(key < end, scores, float("-inf"))
-        larger = tl.maximum(most, tl.max(scores, 0))
-        p, fade = tl.exp(scores - larger), tl.exp(most - larger)
-        total = total * fade + tl.sum(p, 0)
-        part = part * fade + tl.sum(p[:, None] * tl.load(values + at, mask, other=0.0).to(tl.float32), 0)
-        most = larger
-    place = head * splits + split
-    tl.store(parts + place * size + i, part, inside)
-    tl.store(sums + place, total)
-    tl.store(tops + place, most)
+        # Online softmax: sums of earlier keys are rescaled to the largest score so far.
+        larger = tl.maximum(largest, tl.max(scores, 0))
+        p, rescale = tl.exp(scores - larger), tl.exp(largest - larger)
+        total = total * rescale + tl.sum(p, 0)
+        part = part * rescale + tl.sum(p[:, None] * tl.load(values + at, mask, other=0.0).to(tl.float32), 0)
+        largest = larger
+    index = head * splits + split
+    tl.store(parts + index * size + i, part, inside)
+    tl.store(sums + index, total)
+    tl.store(tops + index, largest)
 
 
 @triton.jit
 def attend_whole(sums, tops, parts, out, size, splits, SPLITS_TILE: tl.constexpr, TILE: tl.constexpr):
-    """out (H, size): the stretches of attend_part joined; one without keys has the weight 0."""
+    """Join the parts of attend_part into out (H, size); a part without keys has a largest score of -inf and so weight 0."""
     head, i, split = tl.program_id(0), tl.arange(0, TILE), tl.arange(0, SPLITS_TILE)
-    there = split < splits
-    top = tl.load(tops + head * splits + split, there, other=float("-inf"))
+    exists = split < splits
+    top = tl.load(tops + head * splits + split, exists, other=float("-inf"))
     weight = tl.exp(top - tl.max(top, 0))
     at = parts + (head * splits + split)[:, None] * size + i[None, :]
-    values = tl.load(at, there[:, None] & (i < size)[None, :], other=0.0)
-    total = tl.sum(weight * tl.load(sums + head * splits + split, there, other=0.0), 0)
+    values = tl.load(at, exists[:, None] & (i < size)[None, :], other=0.0)
+    total = tl.sum(weight * tl.load(sums + head * splits + split, exists, other=0.0), 0)
     tl.store(out + head * size + i, tl.sum(values * weight[:, None], 0) / total, i < size)

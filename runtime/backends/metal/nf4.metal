@@ -1,32 +1,32 @@
-// NF4, and every other 16-value code of nf4.py, on Apple GPUs. What is computed is in nf4.py; the arguments of each kernel
-// are recorded in contract.py, and a test holds both to each other.
+// NF4, and every other 16-value code of nf4.py, on Apple GPUs. nf4.py specifies the arithmetic. contract.py records the
+// arguments of each kernel, and a test compares that record with this source.
 //
 // library.py compiles this file once for each VALUE (float, half, bfloat: the dense dtype), with two lines before it:
 //     #define VALUE float
 //     #define FEW_ROWS 8
-// Integers are `long` because that is what torch binds a Python int as.
+// Integers are `long`, because torch binds a Python int as one.
 
 #include <metal_stdlib>
 using namespace metal;
 
-// The specification rounds every operation: absmax = table * nested + offset may not become one fused step.
+// The specification rounds every operation: absmax = table * nested + offset must not become one fused operation.
 #pragma METAL fp contract(off)
 
 constant constexpr uint LANES = 32;
-// Weights that a thread takes at a time. It divides every block size, so that they share one absmax, and is even, so that
-// no byte is shared between threads.
+// Weights that a thread decodes at a time. 8 divides every block size, so that they share one absmax, and is even, so that no
+// two threads share a byte.
 constant constexpr uint SPAN = 8;
 
-// The absmax of each block, fp32.
+// The absmax of each block in fp32.
 struct Scales {
   device const float* absmax;
   float of(uint block) const { return absmax[block]; }
 };
 
-// The same behind double quantisation: an 8-bit code each, an fp32 absmax for every `nested_size` of them.
+// The absmax of each block after double quantisation: an 8-bit code each, and one fp32 absmax for `nested_size` codes.
 struct NestedScales {
   device const uchar* codes;
-  device const float* values;  // (256,): what a code stands for
+  device const float* values;  // (256,): the value of each code
   device const float* absmax;
   float offset;
   uint nested_size;
@@ -36,7 +36,7 @@ struct NestedScales {
   }
 };
 
-// One thread's SPAN weights, fewer at the very end. Blocks may cross rows: a weight is flat here.
+// Dequantise one thread's SPAN weights, or fewer at the very end. The weight is treated as flat: blocks may cross rows.
 template <typename S>
 void dequantize_span(device VALUE* out, device const uchar* packed, device const float* table, S scales, uint count,
                      uint block_size, uint span) {
@@ -49,8 +49,8 @@ void dequantize_span(device VALUE* out, device const uchar* packed, device const
   }
 }
 
-// One simdgroup's output row of y (rows, out_features) = x (rows, in_features) W^T. in_features is whole blocks. Weights
-// are decoded once for all rows of x; sums stay in registers, because loops over FEW_ROWS are unrolled.
+// Compute column `out` of y (rows, out_features) = x (rows, in_features) W^T in one simdgroup. A row of W is whole blocks.
+// Weights are decoded once for all rows of x. The sums stay in registers, because loops over FEW_ROWS are unrolled.
 template <typename S>
 void multiply_row(device VALUE* y, device const VALUE* x, device const uchar* packed, device const float* table, S scales,
                   uint rows, uint in_features, uint out_features, uint block_size, uint out, uint lane) {
@@ -107,7 +107,7 @@ kernel void dequantize_nested(
   dequantize_span(out, packed, table, scales, uint(count), uint(block_size), span);
 }
 
-// Grid (LANES, out_features): a simdgroup is one row of threads, and computes one output of each row of x.
+// The grid is (LANES, out_features): a simdgroup is one row of threads, and computes one output for each row of x.
 kernel void matvec(
     device VALUE* y [[buffer(0)]],
     device const VALUE* x [[buffer(1)]],
