@@ -15,6 +15,7 @@ import torch
 from edgetune.config import DataConfig, TrainConfig, default_epochs, parse_bytes
 from edgetune.runtime import budget, ops
 from edgetune.runtime.budget import Parts, Setting, Stored, Vocabulary
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import available_memory, can_compact_heap, card_memory, compute_dtype, process_memory
 from edgetune.runtime.errors import ResourceError, UsageError
@@ -209,6 +210,17 @@ def choose_or_refuse(
             f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB; {advice(stored, smallest)}."
         )
     return choice
+
+
+def least_memory_to_train(checkpoint: Checkpoint, train: TrainConfig, device: str = "cpu") -> int:
+    """Return the least memory in bytes (this process included) that training a new adapter on `checkpoint` takes at its peak.
+
+    This is the `least_memory_bytes` of `edgetune plan`. Compare it with `memory_allowed(train, device)`.
+    Raises UsageError where `train.compute` is a number format that the device has not.
+    """
+    dtype, _ = number_format(train.compute, torch.device(device))
+    stored, process = Stored.of(checkpoint), held_already(device)
+    return least(checkpoint.config, train.lora(), stored, train.data, dtype, process, device, train.recompute).parts.total
 
 
 def advice(stored: Stored, smallest: int) -> str:

@@ -18,6 +18,7 @@ from edgetune import memory_settings as planner
 from edgetune.cli.main import cli
 from edgetune.cli.plan import described
 from edgetune.config import DataConfig, TrainConfig
+from edgetune.library.base_models import resolve
 from edgetune.machine.forecast import forecast
 from edgetune.machine.shapes import SHAPES
 from edgetune.reports.terminal import human_bytes
@@ -207,3 +208,9 @@ def test_an_adapter_to_go_on_from_is_forecast_in_its_own_shape(tmp_path: Path) -
         forecast(dataclasses.replace(named, model="llama-7b"))
     with pytest.raises(AdapterError, match="does not fit"):
         forecast(dataclasses.replace(named, model="demo"))
+
+
+def test_what_a_model_needs_to_be_trained_is_the_least_that_plan_names() -> None:
+    train = TrainConfig(model="demo", device="cpu")
+    needed = planner.least_memory_to_train(open_model(resolve("demo").path), train)
+    assert needed == pytest.approx(forecast(train).least_memory_bytes, abs=20_000_000)  # this process may have grown
