@@ -31,12 +31,12 @@ from edgetune.export.targets import (
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
+from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits, read_json
 from edgetune.runtime.errors import AdapterError, DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training.checkpoints import output_lock
 
 WARNING = "What it was trained on can be drawn from this export: give it only to those you would give the notes."
 
@@ -99,7 +99,7 @@ def export_adapter(
     progress = _Events(show, begun)
     job = Job(base, _public(choice.name), own, form, adapter_as, memory, documents, force, check, progress)
     check_memory(module, job)
-    with output_lock(folder), MemoryMeter(base.files) as meter:
+    with lock_output(folder), MemoryMeter(base.files) as meter:
         mend(folder)
         with atomic_folder(folder) as temporary:
             written, agreement, bound = _write(target, module, job, temporary, _tokens(tokenizer, verify.PROMPT))

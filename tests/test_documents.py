@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetune.documents import Document, Reason, Turn, read_notes
-from edgetune.documents.heldout import held_out_digests, split
+from edgetune.documents.heldout import held_out_digests, split_held_out
 from edgetune.documents.text import NotText, decode, without_front_matter
 from edgetune.documents.walk import match_parts
 from edgetune.runtime.errors import DataError
@@ -500,7 +500,7 @@ def test_about_one_in_twenty_is_held_out_and_a_document_keeps_its_side():
 
 def test_sides_are_disjoint_and_complete():
     documents = [Document.of(f"{number}.md", f"note {number}") for number in range(200)]
-    sides = split(documents)
+    sides = split_held_out(documents)
     assert not {d.digest for d in sides.train} & {d.digest for d in sides.held_out}
     assert sorted(sides.train + sides.held_out, key=lambda d: d.path) == sorted(documents, key=lambda d: d.path)
 
@@ -509,4 +509,4 @@ def test_sides_are_disjoint_and_complete():
 def test_til_splits_as_the_yardstick_did():
     reading = read_notes([SHARED / "til"])
     assert len(reading.documents) == 1871
-    assert len(split(reading.documents).held_out) == 93
+    assert len(split_held_out(reading.documents).held_out) == 93
