@@ -51,7 +51,7 @@ class Session:
         adapter: a folder, a name, "none" for the bare base model, or None for the adapter in the model's own folder (an
             `edgetune export mps` bundle) if there is one, else the current adapter.
         device: "cpu", "cuda", "mps", or "auto" for the best one here.
-        head: one of HEADS. "auto" leaves a head that is stored in 4 bits as it is; a form that this head cannot take is refused.
+        head: one of HEADS. "auto" leaves a head that is stored in 4 bits as it is; a form that it cannot take is refused.
         Raises subclasses of EdgetuneError, each a sentence that can be shown to the user.
         """
         loaded = load_base(open_base(model), device, head=head)

@@ -126,7 +126,7 @@ def test_a_damaged_store_is_refused(tmp_path, name):
     tokenize([note("a text")], ByteTokenizer(), tmp_path / "store")
     file = tmp_path / "store" / name
     os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(DataError, match="delete it and run again"):
+    with pytest.raises(DataError, match="Delete it and run the command again"):
         TokenStore.open(tmp_path / "store")
 
 

@@ -118,8 +118,8 @@ class TrainingLoop:
             if self.state.skipped_in_a_row >= MOST_SKIPPED:
                 self.world.announce_step(None)
                 raise TrainingError(
-                    f"{MOST_SKIPPED} steps in a row, up to step {self.state.step}, gave a loss or gradient that is not a finite "
-                    f"number. Your current adapter has not changed. Type a lower --lr than {self.plan.learning_rate:g}."
+                    f"{MOST_SKIPPED} steps in a row, up to step {self.state.step}, gave a loss or gradient that is not "
+                    f"finite. Your current adapter has not changed. Type a lower --lr than {self.plan.learning_rate:g}."
                 )
             yield from self._evaluate_if_due()
 

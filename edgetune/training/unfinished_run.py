@@ -52,7 +52,7 @@ class UnfinishedRun:
         return (self.folder / _RUN_FILE).is_file()
 
     def begin(self, record: Mapping[str, Any]) -> None:
-        """Write run.json. Call this last, when everything else that the run needs is on disk: from here on it can be resumed."""
+        """Write run.json. Call this when everything else that the run needs is on disk: from then on it can be resumed."""
         atomic_write(self.folder / _RUN_FILE, _sealed_json(record))
 
     def record(self) -> dict[str, Any]:
