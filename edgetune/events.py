@@ -23,7 +23,7 @@ from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """The base class of all events. Private ones hold text: they go to the run's own log and report, never to standard output."""
+    """The base of all events. Private ones hold text: they go to the run's own log and report, never to standard output."""
 
     kind: ClassVar[str]
     private: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class Started(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Resumed(Event):
-    """An interrupted run of the same command was found and continues after its `step`. Each notice is a sentence for the user."""
+    """An interrupted run of the same command continues after its `step`. Each notice is a sentence for the user."""
 
     kind: ClassVar[str] = "resumed"
     step: int
@@ -125,7 +125,8 @@ class Saved(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Finished(Event):
-    """The end of a run. The nine fields without a default are the command line's contract; scores are None if nothing is held out."""
+    """The end of a run. The nine fields without a default are the command line's contract. Scores are None if nothing is held
+    out."""
 
     kind: ClassVar[str] = "finished"
     adapter: str
@@ -183,7 +184,7 @@ KINDS: dict[str, type[Event]] = {
 
 
 def from_dict(record: dict[str, Any]) -> Event:
-    """Return the event that `as_dict` wrote. Raises DataError for an unknown kind, a missing or unknown key, or a wrong type."""
+    """Return the event that `as_dict` wrote. Raises DataError for an unknown kind or key, a missing key, or a wrong type."""
     kind = record.get("event") if isinstance(record, dict) else None
     event = KINDS.get(kind) if isinstance(kind, str) else None
     if event is None:
@@ -265,7 +266,7 @@ def read_events(path: Path | str) -> Iterator[Event]:
 
 
 def final_history(events: Iterable[Event]) -> list[Event]:
-    """Return the events without repetitions. A resumed run repeats the steps since its last checkpoint; the later ones count."""
+    """Return the events without repeated steps. A resumed run repeats those since its last checkpoint; the later ones count."""
     history: list[Event] = []
     resumed = False
     for event in events:
