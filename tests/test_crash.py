@@ -400,7 +400,7 @@ def test_a_run_whose_plan_or_tokens_are_damaged_starts_over(config: TrainConfig,
     run_until(config, 3)
     damage(unfinished(private_home) / file, "middle")
     events = list(train(config))
-    assert resumed(events) == Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
+    assert resumed(events) == Resumed(0, ("The files of this command's interrupted run are damaged, so training starts over.",))
     assert weights(config) == reference
 
 

@@ -80,8 +80,7 @@ class TrainingLoop:
         self.train_step.sync_with_leader(optimizer_state=has_steps)
         self.started = time.monotonic() - self.state.seconds
         self.step_seconds = self.evaluation_seconds = 0.0
-        self.saved_at: tuple[int, int | None] | None = None
-        """`step` and `evaluated_step` of the last checkpoint."""
+        self.saved_at: tuple[int, int | None] | None = None  # step and evaluated_step of the last checkpoint
 
     def events(self, resumed: Resumed | None) -> Iterator[Event]:
         """Yield the run's events from Started to Finished or Interrupted. Raises TrainingError, LinkError or ResourceError."""
