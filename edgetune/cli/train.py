@@ -98,7 +98,8 @@ def config_of(flags: dict[str, Any]) -> TrainConfig:
 @click.option(
     "--private-link",
     is_flag=True,
-    help="For torchrun on several machines: confirm that the link between them is private (WireGuard, SSH).",
+    help="For torchrun on several machines: confirm that the link between them is private (WireGuard, SSH). "
+    "Gradients travel unencrypted and reveal what was trained on.",
 )
 @click.option("--dry-run", is_flag=True, help="Show which notes would be read, which skipped, and why; train nothing.")
 @json_option
@@ -117,6 +118,7 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
 
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
+    """Train, show the events, and exit with 128 + the signal's number if a signal stopped the run."""
     from edgetune.library.base_models import DEMO, DEMO_NOTICE
     from edgetune.training.keep_awake import awake
     from edgetune.training.train import train

@@ -27,8 +27,8 @@ from edgetune.runtime.errors import DataError, UsageError
 Int = npt.NDArray[np.int64]
 
 SHUFFLE_STRENGTHS = (1.0, 0.5, 0.25, 0.0)
-"""How far each attempt to pack an epoch may stray from "longest window first" (0: not at all); chosen by hand. The first
-attempt is the most random; later ones pack more tightly."""
+"""Randomness of each attempt to pack an epoch's windows (0: strictly the longest first); chosen by hand. The first attempt is
+the most random; later ones pack more tightly."""
 
 
 @dataclass(frozen=True)
