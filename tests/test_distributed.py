@@ -179,7 +179,7 @@ def test_a_machine_that_cannot_multiply_as_the_leader_does_is_refused(place: Pat
     record = prepare_new(config, base, place / "leader").record.for_followers()
     assert prepare_follower(config, base, place / "follower", record).plan.int8 is False
     leader = dataclasses.replace(record, plan=dataclasses.replace(record.plan, int8=True))  # fp32: nobody has kernels for it
-    with pytest.raises(UsageError, match="type --compute bf16, the same for all processes"):
+    with pytest.raises(UsageError, match="Type --compute bf16, the same for all processes"):
         prepare_follower(config, base, place / "follower", leader)
 
 
