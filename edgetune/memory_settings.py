@@ -243,7 +243,7 @@ def choose_or_refuse(
     if choice is None:
         smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total
         raise ResourceError(
-            f"Training may use {memory / 1e9:.2f} GB of memory and needs {smallest / 1e9:.2f} GB. To make it fit, "
+            f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB. To make it fit, "
             f"{advice(stored, smallest)}."
         )
     return choice
