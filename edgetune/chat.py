@@ -1,4 +1,4 @@
-"""A conversation: history, and the same question answered by base and adapter side by side."""
+"""A conversation with a Session: its history, and one question answered with and without the adapter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from edgetune.session import Session
 
 
 class Chat:
-    """Turns of one conversation with a Session."""
+    """The turns of one conversation with a Session."""
 
     def __init__(self, session: Session, max_tokens: int, temperature: float, seed: int | None = None) -> None:
         self.session, self.max_tokens, self.temperature, self.seed = session, max_tokens, temperature, seed
         self.messages: list[dict[str, str]] = []
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Add the user's turn and yield the answer in pieces; it joins the history whole, or as far as it was read by who
-        closes this before its end. A question whose answer fails is no turn.
+        """Add the user's turn, and yield the answer in pieces.
 
-        Turns that no longer fit the model's context are dropped from the front, in pairs.
+        The answer joins the history when it is complete, or as far as it was read if the caller closes this generator
+        early. If answering fails, the question is removed again. Turns that no longer fit the model's context are dropped
+        from the front, in pairs.
         """
         self.messages.append({"role": "user", "content": text})
         answer = []
@@ -35,7 +36,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": "".join(answer).strip()})
 
     def compare(self, text: str) -> tuple[str, str]:
-        """The bare base's and the adapter's answers to the same next turn; the history stays as it was."""
+        """Return the answers of the bare base and of the adapter to the same next turn. The history does not change."""
         self.messages.append({"role": "user", "content": text})
         try:
             self._make_room()
@@ -55,6 +56,7 @@ class Chat:
         return self.session.chat(self.messages, self.max_tokens, self.temperature, self.seed)
 
     def _make_room(self) -> None:
+        """Drop the oldest turns until the conversation and an answer of `max_tokens` fit the model's context."""
         limit = self.session.model.config.max_positions - self.max_tokens
         while len(self.messages) > 1 and len(self.session.chat_ids(self.messages)) > limit:
             del self.messages[:2]

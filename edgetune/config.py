@@ -1,6 +1,7 @@
-"""The product's settings and the only home of their defaults: dataclass < config.toml < flags given.
+"""The product's settings, and the only home of their defaults.
 
-`$EDGETUNE_HOME/config.toml` may hold a `[train]` table with any field of TrainConfig or DataConfig by its name.
+A flag overrides config.toml, which overrides the default here. `$EDGETUNE_HOME/config.toml` may hold a `[train]` table with any
+field of TrainConfig or DataConfig by its name.
 """
 
 from __future__ import annotations
@@ -18,24 +19,39 @@ from edgetune.runtime.config import LINEARS, LoraConfig
 from edgetune.runtime.errors import UsageError
 
 RECIPES = ("notes", "raw", "chat")
+"""Ways to read notes. notes: front matter dropped, chats trained on the assistant's turns. raw: front matter kept, chats
+trained as a whole, in Guanaco's form. chat: only chats are read."""
 RECOMPUTE = ("auto", "none", "selective", "full")
+"""Activations that are recomputed in the backward pass instead of kept; auto is the fastest choice that fits in memory."""
 COMPUTE = ("auto", "bf16", "int8", "fp32")
-"""int8: activations are bf16, and the frozen weights' products are in 8 bits while training. auto: that on a CPU with AMX, else
-bf16 where the hardware multiplies it, else fp32."""
+"""Number formats of products. int8: activations are bf16, and training multiplies the frozen weights in 8 bits. auto: int8 on a
+CPU with AMX, else bf16 where the hardware multiplies it, else fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
-"""In what form a session holds the head: as its folder does, in one of vocabulary.KINDS, or as is fastest at no cost."""
+"""Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
 CONFIG_FILE = "config.toml"
+
+REFERENCE_LEARNING_RATE = 2e-4
+"""Peak learning rate of a model REFERENCE_WIDTH wide or wider: the QLoRA paper's for 7B."""
+REFERENCE_WIDTH = 2048
+"""Hidden size below which the learning rate grows."""
+RATE_EXPONENT = 1.5
+"""The learning rate grows with (REFERENCE_WIDTH / hidden size) to this power, since the weights of narrower models are larger:
+2.5e-3 for the built-in model, 384 wide, where 1.07e-3 learnt a ninth less."""
+EPOCHS, MOST_EPOCHS = 3.0, 8.0
+"""Passes over the notes by default, and the most where the notes are few: the best adapter is kept, not the last."""
+FEWEST_STEPS = 100
+"""Steps below which the default number of epochs grows; chosen by hand."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is cut."""
+    """The notes to read, and how they are cut into sequences and batches."""
 
     notes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    recipe: str = "notes"  # front matter dropped, chats trained on the assistant's turns
-    seq_len: int = 512  # QLoRA's; a note of this kind is 300 tokens long on average
-    batch_tokens: int = 2048  # four full windows: a small folder still gives some dozen steps an epoch
+    recipe: str = "notes"
+    seq_len: int = 512  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
+    batch_tokens: int = 2048  # four full windows: even a small folder gives a few dozen steps per epoch
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,34 +70,32 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Where the QLoRA paper (arXiv 2305.14314) gives a value it stands; the reason for another is beside it."""
+    """The settings of a training run. Defaults are the QLoRA paper's (arXiv 2305.14314) or have their reason beside them."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
     device: str = "auto"
     out: str | None = None
     steps: int | None = None
-    epochs: float | None = (
-        None  # 3 where nothing else limits the run: notes are few, and the best adapter is kept, not the last
-    )
+    epochs: float | None = None  # see `default_epochs`
     minutes: float | None = None
     until: str | None = None
     memory: str | None = None
-    rank: int = 16  # the paper: rank hardly matters once every linear is adapted; 16 keeps the adapter small
+    rank: int = 16  # the paper: rank hardly matters once all linears are adapted; 16 keeps the adapter small
     alpha: float = 16.0  # the paper's
-    dropout: float = 0.05  # the paper's for its large models; 0.1 for its small ones was on 10,000 chats, not on 50 notes
+    dropout: float = 0.05  # the paper's for large models; its 0.1 for small ones was for 10,000 chats, not for 50 notes
     targets: tuple[str, ...] = LINEARS  # every linear but the head: the paper's
     rslora: bool = False
     lr: float | None = None  # see `learning_rate`
-    warmup_steps: int = 10  # Adam's second moment needs some steps before it can be trusted at a small model's rate
-    final_lr: float = 0.1  # linear decay to a tenth: the last tokens of a short run are then remembered, not fought over
+    warmup_steps: int = 10  # Adam's second moment is unreliable in the first steps, and small models have high rates
+    final_lr: float = 0.1  # linear decay to a tenth of the peak, so that the last batches of a short run are still learnt
     weight_decay: float = 0.0  # the paper's
     beta1: float = 0.9
     beta2: float = 0.999  # the paper's
-    clip: float = 1.0  # the paper's 0.3 would bind at every step of a small model's short run
-    recompute: str = "auto"  # the fastest that fits
-    compute: str = "auto"  # the fastest here: COMPUTE
-    evaluations: int = 5  # readings of the held-out notes during the run: enough to catch the turn, under a tenth of its time
+    clip: float = 1.0  # the paper's 0.3 would clip every step of a small model's short run
+    recompute: str = "auto"  # the fastest that fits in memory
+    compute: str = "auto"  # the fastest on this machine
+    evaluations: int = 5  # enough to catch where overfitting begins, in less than a tenth of the run's time
     from_adapter: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,28 +117,41 @@ class TrainConfig:
             seconds_until(self.until)
 
     def lora(self) -> LoraConfig:
-        """The adapter's shape; raises UsageError for one that cannot be."""
+        """Return the adapter's shape. Raises UsageError for impossible values."""
         return LoraConfig(self.rank, self.alpha, self.dropout, tuple(self.targets), self.rslora)
 
     def learning_rate(self, hidden_size: int) -> float:
-        """The peak rate: 2e-4, the paper's for 7B, for models 2,048 wide and wider; more for narrower ones, whose weights
-        are larger (2.5e-3 for the built-in 384, where 1.07e-3 learnt a ninth less)."""
-        return self.lr if self.lr is not None else 2e-4 * max(1.0, (2048 / hidden_size) ** 1.5)
+        """Return the peak learning rate: --lr, or the default for a model of this hidden size."""
+        if self.lr is not None:
+            return self.lr
+        return REFERENCE_LEARNING_RATE * max(1.0, (REFERENCE_WIDTH / hidden_size) ** RATE_EXPONENT)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the paths of notes."""
+        """Return the settings, JSON-ready, without the paths of notes."""
         values = dataclasses.asdict(self)
         values["data"].pop("notes")
         return values
 
 
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The settings of writing text: `generate`, `ask`, `chat`, Session, and the samples of a training run."""
+
+    device: str = "auto"
+    head: str = "auto"
+    max_tokens: int = 256  # chosen by hand
+    temperature: float = 0.7  # chosen by hand
+    top_p: float = 0.95  # chosen by hand
+    context_tokens: int = 4096  # positions that the KV cache has room for, in a model that has as many; chosen by hand
+
+
 def default_epochs(steps_per_epoch: int) -> float:
-    """Three passes over the notes; up to eight where three are fewer than 100 steps. The best adapter is kept, not the last."""
-    return min(8.0, max(3.0, 100 / steps_per_epoch))
+    """Return the passes over the notes where neither --steps nor --epochs is given: 3, or up to 8 to reach 100 steps."""
+    return min(MOST_EPOCHS, max(EPOCHS, FEWEST_STEPS / steps_per_epoch))
 
 
 def train_config(flags: dict[str, Any]) -> TrainConfig:
-    """TrainConfig from defaults, config.toml and the flags that were given (by field name), in that order."""
+    """Return the settings of a run from defaults, config.toml and `flags` (those given, by field name), later ones winning."""
     values = {**_from_file(), **{name: value for name, value in flags.items() if value is not None and value != ()}}
     data_names = {item.name for item in dataclasses.fields(DataConfig)}
     data = {name: values.pop(name) for name in list(values) if name in data_names}
@@ -132,17 +159,18 @@ def train_config(flags: dict[str, Any]) -> TrainConfig:
 
 
 def _from_file() -> dict[str, Any]:
+    """Return the [train] table of config.toml; empty if there is no such file. Raises UsageError for unknown settings."""
     path = home() / CONFIG_FILE
     if not path.is_file():
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("train", {})
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no readable TOML ({error}); mend it or delete it.") from error
+        raise UsageError(f"{path} is not valid TOML ({error}). Correct it or delete it.") from error
     fields = {item.name: item for owner in (TrainConfig, DataConfig) for item in dataclasses.fields(owner)}
     unknown = sorted(set(table) - set(fields) - {"data"}) + (["data"] if "data" in table else [])
     if unknown:
-        raise UsageError(f"{path} sets {', '.join(unknown)}, which are no settings of `edgetune train`; delete or rename them.")
+        raise UsageError(f"{path} sets {', '.join(unknown)}, which `edgetune train` does not know. Delete or rename them.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
 
 
@@ -150,7 +178,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_bytes(text: str) -> int:
-    """ "2GB" -> 2,000,000,000; "1.5GiB" and plain numbers of bytes too. Raises UsageError."""
+    """Return the bytes that a size such as "2GB" (2,000,000,000), "1.5GiB" or "4096" stands for. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise UsageError(f"The memory is {text!r}; expected a size such as 2GB or 900MB.")
@@ -158,7 +186,7 @@ def parse_bytes(text: str) -> int:
 
 
 def seconds_until(clock: str, now: datetime | None = None) -> float:
-    """Seconds from now to the next HH:MM on the local clock. Raises UsageError."""
+    """Return the seconds from now to the next HH:MM on the local clock. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,2}):(\d{2})", clock)
     if match is None or int(match[1]) > 23 or int(match[2]) > 59:
         raise UsageError(f"--until is {clock!r}; expected a time of day such as 06:30.")

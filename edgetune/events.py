@@ -1,8 +1,8 @@
-"""The one schema of what happens in a run. `train` yields these events, an export tells of its own; ui.py and report.py only
-render them.
+"""The events of training runs and exports: the only schema, which the terminal, the JSON output and the HTML report render.
 
-A line of the log is `{"event": kind, ...fields in this file's order}`. Units: seconds, bytes, bits per byte of text,
-nats a trained token. A number that is not finite is written as null and read back as nan: every line is strict JSON.
+A line of a run's log is `{"event": kind, ...fields in this file's order}`. Units: seconds, bytes, held-out bits per byte of
+text (lower is better), and nats per trained token for losses. A number that is not finite is written as null and read back as
+nan, so that every line is strict JSON.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Base of all events. `private` ones hold text: for the run's own log and report, never for standard output."""
+    """The base of all events. Private ones hold text: they go to the run's own log and report, never to standard output."""
 
     kind: ClassVar[str]
     private: ClassVar[bool] = False
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, in field order, the kind first."""
+        """Return the event, JSON-ready: its kind first, then its fields in order."""
         fields = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"event": self.kind, **fields}
 
 
 @dataclasses.dataclass(frozen=True)
 class Started(Event):
-    """The plan, written before step 1 (and again by a run that is continued).
+    """The plan of a run, yielded before step 1, and again when the run is resumed.
 
-    `documents` and `tokens` are those trained on; the held-out ones are counted apart.
+    `documents` and `tokens` count what is trained on; held-out documents are counted apart.
     """
 
     kind: ClassVar[str] = "started"
@@ -57,7 +57,7 @@ class Started(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Resumed(Event):
-    """An earlier run of the same command is gone on with, after its `step`; each notice is a sentence for the person."""
+    """An interrupted run of the same command continues after its `step`. Each notice is a sentence for the user."""
 
     kind: ClassVar[str] = "resumed"
     step: int
@@ -66,9 +66,9 @@ class Resumed(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated(Event):
-    """A reading of the held-out documents with the adapter as it stands after `step` steps (0: the bare base).
+    """An evaluation of the held-out documents with the adapter after `step` steps (0: before training).
 
-    `seconds` is what the reading took.
+    `seconds` is the duration of the evaluation.
     """
 
     kind: ClassVar[str] = "evaluated"
@@ -80,7 +80,7 @@ class Evaluated(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Stepped(Event):
-    """One optimizer step, counted from 1. `tokens` are those trained in this step, `seconds` those since the start."""
+    """One optimizer step, counted from 1. `tokens` were trained in this step; `seconds` have passed since the run began."""
 
     kind: ClassVar[str] = "stepped"
     step: int
@@ -95,7 +95,7 @@ class Stepped(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Skipped(Event):
-    """A step whose loss or gradient was not finite: the adapter was left as it was."""
+    """A step whose loss or gradient was not finite, so the adapter did not change."""
 
     kind: ClassVar[str] = "skipped"
     step: int
@@ -104,7 +104,7 @@ class Skipped(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Sampled(Event):
-    """What the model writes after `prompt`, before or after training. Prompt and text may repeat a note: private."""
+    """A text that the model wrote as a continuation of `prompt`. Private, since both may repeat a note."""
 
     kind: ClassVar[str] = "sampled"
     private: ClassVar[bool] = True
@@ -115,7 +115,7 @@ class Sampled(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Saved(Event):
-    """An adapter, or a checkpoint to continue from, that is now whole on disk."""
+    """An adapter or a checkpoint that is now completely on disk."""
 
     kind: ClassVar[str] = "saved"
     step: int
@@ -125,7 +125,8 @@ class Saved(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Finished(Event):
-    """The end of a run. Nine fields are the command line's contract; with nothing held out the scores are None."""
+    """The end of a run. The nine fields without a default are the command line's contract. Scores are None if nothing is held
+    out."""
 
     kind: ClassVar[str] = "finished"
     adapter: str
@@ -140,13 +141,13 @@ class Finished(Event):
     best_step: int = 0
     skipped_steps: int = 0
     report: str | None = None
-    promoted: bool = True  # whether it became the current adapter: not where the held-out notes read worse with it
-    cut: str | None = None  # why the run ended before its plan did: "deadline"
+    promoted: bool = True  # True if the adapter became the current one (library/promotion.py decides)
+    cut: str | None = None  # "deadline" if the run ended before its plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Interrupted(Event):
-    """The end of a run that was told to stop: all of it is kept, and the same command goes on after `step`."""
+    """The end of a run that the user stopped. Nothing is lost: the same command continues after `step`."""
 
     kind: ClassVar[str] = "interrupted"
     step: int
@@ -157,15 +158,16 @@ class Interrupted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Exporting(Event):
-    """How far a stage of an export is: `done` of `total` pieces, 0 at its beginning, `seconds` since the export began.
+    """The progress of one stage of an export: `done` of `total` parts, 0 at its beginning. `seconds` count from the export's
+    start.
 
-    The stages, of which an export has some, in this order:
-    sampling    the adapted model writes texts, to round by and to measure on, where none are given
-    laying out  Core ML's graph
-    writing     the weights
-    comparing   each weight in a Core ML package with the one it was made of
-    measuring   what rounding costs, or a Q4_K_M base; after that, as a stage of its own, what the export has to agree with
-    proving     what the target's own reader makes of it
+    An export goes through some of these stages, in this order:
+    sampling    the adapted model writes texts for rounding and measuring, if none were given
+    laying out  the graph of a Core ML package is built
+    writing     the weights are written
+    comparing   each weight in a Core ML package is compared with its source
+    measuring   the cost of rounding, or of a Q4_K_M base; then, as a stage of its own, the output that the export must match
+    proving     the target's own reader runs the export
     """
 
     kind: ClassVar[str] = "exporting"
@@ -182,51 +184,54 @@ KINDS: dict[str, type[Event]] = {
 
 
 def from_dict(record: dict[str, Any]) -> Event:
-    """What `as_dict` wrote. Raises DataError at an unknown kind, a missing or unknown key, or a wrong type."""
+    """Return the event that `as_dict` wrote. Raises DataError for an unknown kind or key, a missing key, or a wrong type."""
     kind = record.get("event") if isinstance(record, dict) else None
     event = KINDS.get(kind) if isinstance(kind, str) else None
     if event is None:
-        raise DataError(f"An event's kind is unknown: expected one of {', '.join(KINDS)}; is this a log of edgetune's?")
+        raise DataError(
+            f"Found an event of unknown kind; expected one of {', '.join(KINDS)}. Check that this is a log of edgetune."
+        )
     values = {key: value for key, value in record.items() if key != "event"}
     wanted = _types(event)
     required = {f.name for f in dataclasses.fields(event) if f.default is dataclasses.MISSING}
     wrong = [f"no {name}" for name in sorted(required - set(values))]
     wrong += [f"{len(set(values) - set(wanted))} unknown keys"] if set(values) - set(wanted) else []
-    wrong += [f"{name} of a wrong type" for name in wanted if name in values and not _fits(values[name], wanted[name])]
+    wrong += [f"{name} of the wrong type" for name in wanted if name in values and not _fits(values[name], wanted[name])]
     if wrong:
-        raise DataError(f"A {kind} event does not have its schema's fields: {', '.join(wrong)}.")
+        raise DataError(f"A {kind} event does not have the expected fields: {', '.join(wrong)}.")
     return event(**{name: _typed(value, wanted[name]) for name, value in values.items()})
 
 
 class EventLog:
-    """A run's own log: JSON lines, private (0600), each event flushed to the system as it happens.
+    """The log of one run: JSON lines in a private file (0600). Each event is flushed to the system as it happens.
 
-    Opening an existing log continues it after its first `most` bytes (-1: all); a half-written last line is cut off.
+    Opening an existing log keeps its first `kept_bytes` bytes (-1: all), cuts off a half-written last line, and continues
+    there.
     """
 
-    def __init__(self, path: Path | str, most: int = -1) -> None:
+    def __init__(self, path: Path | str, kept_bytes: int = -1) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE_FILE)
         self._file = os.fdopen(descriptor, "r+b")
         self._file.seek(0)
-        self._file.seek(self._file.read(most).rfind(b"\n") + 1)
+        self._file.seek(self._file.read(kept_bytes).rfind(b"\n") + 1)
         self._file.truncate()
 
     def append(self, event: Event) -> None:
-        """Add one line. Raises ResourceError when the disk is full."""
+        """Add one event as a line. Raises ResourceError when the disk is full."""
         with explain_full_disk(self.path):
             self._file.write(line(event).encode() + b"\n")
             self._file.flush()
 
     def sync(self) -> int:
-        """Make the log durable; returns its size in bytes."""
+        """Write the log to the disk and return its size in bytes."""
         with explain_full_disk(self.path):
             os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Make the log durable and let it go; closing twice is harmless."""
+        """Write the log to the disk and close it. Closing twice is harmless."""
         if not self._file.closed:
             with self._file, explain_full_disk(self.path):
                 os.fsync(self._file.fileno())
@@ -239,14 +244,14 @@ class EventLog:
 
 
 def line(event: Event) -> str:
-    """One line of strict JSON, ASCII only, without its newline."""
+    """Return the event as one line of strict JSON, ASCII only, without a newline."""
     return json.dumps(event.as_dict(), allow_nan=False)
 
 
 def read_events(path: Path | str) -> Iterator[Event]:
-    """The events of a log, in order. A last line without its newline is what a crash left, and is not read.
+    """Yield the events of a log in order. A last line without a newline was left by a crash and is skipped.
 
-    Raises DataError that names the file and the line where a whole line is not an event.
+    Raises DataError, naming the file and the line, for a complete line that is not an event.
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
@@ -255,29 +260,29 @@ def read_events(path: Path | str) -> Iterator[Event]:
             try:
                 yield from_dict(json.loads(raw))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"Line {number} of {path} is not JSON; this is not a whole event log.") from error
+                raise DataError(f"Line {number} of {path} is not JSON, so this event log is damaged.") from error
             except DataError as error:
                 raise DataError(f"Line {number} of {path}: {error}") from error
 
 
 def final_history(events: Iterable[Event]) -> list[Event]:
-    """The run as it counts. A continued one repeats the steps since its last checkpoint: the later telling wins."""
+    """Return the events without repeated steps. A resumed run repeats those since its last checkpoint; the later ones count."""
     history: list[Event] = []
-    continued = False
+    resumed = False
     for event in events:
         if isinstance(event, Started):
-            continued = bool(history)
+            resumed = bool(history)
             history = [old for old in history if not isinstance(old, Started | Finished | Interrupted)]
-        elif continued and isinstance(event, Stepped | Skipped):
+        elif resumed and isinstance(event, Stepped | Skipped):
             first = event.step
             history = [old for old in history if getattr(old, "step", -1) < first]
-            continued = False
+            resumed = False
         history.append(event)
     return history
 
 
 def _plain(value: Any) -> Any:
-    """`value` as strict JSON has it: tuples as lists, non-finite floats as None."""
+    """Return `value` as strict JSON can hold it: tuples as lists, non-finite floats as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -288,17 +293,18 @@ def _plain(value: Any) -> Any:
 
 
 def _types(event: type[Event]) -> dict[str, Any]:
+    """Return the declared type of each field."""
     hints = typing.get_type_hints(event)
     return {field.name: hints[field.name] for field in dataclasses.fields(event)}
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON may stand where `hint` is declared."""
+    """Return True if a value read from JSON is allowed where `hint` is declared."""
     if isinstance(hint, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
     if hint is types.NoneType:
         return value is None
-    if hint is float:  # null is how nan is written
+    if hint is float:  # nan is written as null
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -308,6 +314,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _typed(value: Any, hint: Any) -> Any:
+    """Return a value read from JSON as the type that `hint` declares."""
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     if hint is float:

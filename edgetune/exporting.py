@@ -21,13 +21,13 @@ from edgetune.export.targets import TargetSpec, check_adapter_as, check_reader, 
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
+from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.json_file import EXPORT_RECORD, read_object
 from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training.checkpoints import output_lock
 
 WARNING = "The notes it was trained on can be extracted from this export: share it only with those you would give the notes."
 """Notice that comes with every export that contains an adapter."""
@@ -167,7 +167,7 @@ def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> tuple[_Outcome, int, int]:
     """Write and prove the export in a temporary folder, then move it to `folder`; return size and peak memory in bytes too."""
-    with output_lock(folder), MemoryMeter(job.base.files) as meter:
+    with lock_output(folder), MemoryMeter(job.base.files) as meter:
         mend(folder)
         with atomic_folder(folder) as temporary:
             outcome = _write_and_prove(spec, job, temporary, prompt)

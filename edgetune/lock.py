@@ -1,7 +1,8 @@
-"""A lock between processes that no crash leaves behind: the system holds it for an open file, and lets it go with it."""
+"""Locks between processes. The operating system ties each lock to an open file, so a crash always releases it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -10,30 +11,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from edgetune.home import unfinished_folder
 from edgetune.runtime.errors import BusyError
 from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
 if sys.platform == "win32":
     import msvcrt
 
-    _FAR = 1 << 30  # the byte that is locked: beyond the text, which others may then read
+    _LOCKED_BYTE = 1 << 30
+    """Offset of the byte that is locked: far behind the text, because Windows lets nobody else read a locked byte."""
 
-    def _take(file: BinaryIO) -> None:
-        file.seek(_FAR)
+    def _lock(file: BinaryIO) -> None:
+        file.seek(_LOCKED_BYTE)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         file.seek(0)
 
 else:
     import fcntl
 
-    def _take(file: BinaryIO) -> None:
+    def _lock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Lock:
-    """Held from `with` to its end, or to the end of the process. The file stays; it says who holds it, and since when.
+    """An exclusive lock, held for a `with` block or until the process ends.
 
-    Raises BusyError where another holds it; `what` is the middle of that sentence.
+    The file stays on disk afterwards; it names the process that took the lock last, and when. Entering raises BusyError
+    where another process holds the lock; `what` names the locked thing in the error message.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -44,11 +48,11 @@ class Lock:
         with explain_full_disk(self.path):
             self._file = os.fdopen(os.open(self.path, flags, PRIVATE_FILE), "r+b", buffering=0)
         try:
-            _take(self._file)
+            _lock(self._file)
         except OSError as error:
             holder = self._file.read()
             self._file.close()
-            raise BusyError(f"{_told(holder)} is at {self.what} already; wait until it ends, or end it.") from error
+            raise BusyError(f"{_describe(holder)} is already using {self.what}. Wait until it ends, or end it.") from error
         try:
             with explain_full_disk(self.path):
                 self._file.truncate(0)
@@ -62,8 +66,15 @@ class Lock:
         self._file.close()
 
 
-def _told(holder: bytes) -> str:
-    """Who it is, as far as the file tells: its holder may be about to write it."""
+def lock_output(folder: Path) -> Lock:
+    """Return the lock of an output folder, for any command that writes it. Entering raises BusyError where it is taken."""
+    folder = folder.resolve()
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return Lock(unfinished_folder() / f"out-{name}.lock", f"the output folder {folder}")
+
+
+def _describe(holder: bytes) -> str:
+    """Return words for the process that a lock file names. The file may be empty: its holder writes it after locking."""
     try:
         record = json.loads(holder)
         return f"Process {int(record['pid'])} (since {datetime.fromisoformat(record['since'])})"

@@ -1,7 +1,7 @@
-"""How a run is done within the memory that it may use: the fastest setting that fits.
+"""Chooses how a run keeps to the memory that it may use: the fastest settings that fit.
 
-Memory is arithmetic (runtime/budget.py). Settings are ranked by nominal costs, so that the same memory always gives the same
-plan.
+Memory is computed (runtime/budget.py), not measured. Settings are ranked by nominal costs, so that the same memory always
+gives the same plan.
 """
 
 from __future__ import annotations
@@ -24,52 +24,77 @@ from edgetune.runtime.memory import anonymous_memory, available_memory, card_mem
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
 
 SHARE_OF_FREE_MEMORY = 0.8
-LATER_BYTES = 34_000_000
-"""What the process will come to hold besides the model: later imports, compiled products, the tokenizer, the report."""
+"""Share of the free memory that a run without --memory may use (0 to 1); chosen by hand."""
+LATER_BYTES = 20_000_000
+"""Bytes that the process will take later, besides the model: imports, compiled products, the tokenizer, the report. Chosen by
+hand."""
 CARD_LATER_BYTES = 300_000_000
-"""The same on a card: kernels' code and cuBLAS's workspace. A guess, since none has been measured."""
+"""Bytes that the process will take later on a card: the kernels' code and cuBLAS's workspace. A guess; none was measured."""
 FEW_LOSS_ROWS = 64
+"""The smaller choice of how many tokens' logits are computed at a time; chosen by hand. LOSS_ROWS is the larger one."""
 OPTIMIZER_BITS = (32, 8)
-"""Of the optimizer's states, the ones to be preferred first."""
+"""Bits of the optimizer states, the preferred ones first: 8 bits change what is learnt."""
+MICRO_BATCH_HALVINGS = 8
+"""Micro-batch sizes that are tried: the longest, and its halves, quarters and so on; chosen by hand."""
+ADVICE_STEP_BYTES = 10_000_000
+"""The memory that is advised is rounded up to a multiple of this, after adding as much: the process may have grown by then."""
 
-# Nominal, for ranking alone: what a device computes (FLOP/s), and what files and a copied head take (bytes/s).
-_FLOPS = {"cpu": 8e11, "mps": 3e12, "cuda": 5e13}
+# Nominal costs. They rank settings and do nothing else, so only their proportions matter; all were chosen by hand.
+DEVICE_FLOPS = {"cpu": 8e11, "mps": 3e12, "cuda": 5e13}
+"""Floating-point operations per second that a device computes."""
 FILE_SPEED = 1.5e9
-_ROW_OVERHEAD = 10_000  # bytes a file gives in the time that one row's own read takes
-_SELECTIVE, COMPACT, _FEW_ROWS = 1.03, 1.3, 1.02
+"""Bytes per second that are read from or written to files. edgetune plan predicts with it too."""
+WEIGHTS_PER_SECOND = 20e9
+"""Weights per second in a pass over all weights, the part of a micro-batch's work that does not depend on its length."""
+WEIGHT_PASSES = 3
+"""Passes over all weights in a micro-batch."""
+RECOMPUTE_FLOPS = 1.5
+"""Extra operations per weight and token where everything is recomputed."""
+SELECTIVE_SLOWDOWN = 1.03
+"""Factor on a step's time where only cheap activations are recomputed."""
+COMPACT_SLOWDOWN = 1.3
+"""Factor on a step's time where large tensors go back to the system at once. edgetune plan predicts with it too."""
+FEW_LOSS_ROWS_SLOWDOWN = 1.02
+"""Factor on a step's time where logits are computed for FEW_LOSS_ROWS tokens at a time."""
+UNHIDDEN_READ_SHARE = 0.05
+"""Share of the time spent reading streamed layers that computing does not hide (0 to 1). edgetune plan predicts with it too."""
+ROW_READ_BYTES = 10_000
+"""Bytes that a file could have delivered in the time that reading one token's embedding row takes."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting, and what it takes."""
+    """A setting, and the memory that each part of a training step takes with it."""
 
     setting: Setting
     parts: Parts
 
 
-def memory_allowed(config: TrainConfig, device: str = "cpu", here: int = 1) -> int:
-    """What one of the `here` processes on this machine may use: --memory, or its share of most of what is free there."""
+def memory_allowed(config: TrainConfig, device: str = "cpu", local_processes: int = 1) -> int:
+    """Return the bytes that each of the processes on this machine may use: --memory, or a share of what is free."""
     if config.memory is not None:
         return parse_bytes(config.memory)
     if device == "cuda":
         card = card_memory()
         return int(SHARE_OF_FREE_MEMORY * card.free) + card.held  # every process has a card of its own
-    return int(SHARE_OF_FREE_MEMORY * available_memory(device)) // here + process_memory()
+    return int(SHARE_OF_FREE_MEMORY * available_memory(device)) // local_processes + process_memory()
 
 
-def held_already(device: str) -> int:
-    """What a run holds of that memory besides what the budget counts."""
+def process_bytes(device: str) -> int:
+    """Return the bytes of the allowed memory that the process takes besides the model and its training, now and later."""
     return card_memory().held + CARD_LATER_BYTES if device == "cuda" else anonymous_memory() + LATER_BYTES
 
 
-def settings(
+def candidate_settings(
     data: DataConfig, allowed: Sequence[Recompute], streams: bool, processes: int = 1, device: str = "cpu", bits: int = 32
 ) -> Iterator[Setting]:
-    """Every way to run a step that is worth trying with optimizer states of so many bits, where each of `processes` is to
-    have a row of its own."""
+    """Yield every setting that is worth trying with optimizer states of `bits` bits.
+
+    Each of `processes` must get a micro-batch of its own, which limits the size of a micro-batch.
+    """
     heap = device != "cuda" and can_compact_heap()
     longest = -(-data.batch_tokens // processes)
-    lengths = sorted({max(data.seq_len, longest >> halvings) for halvings in range(8)}, reverse=True)
+    lengths = sorted({max(data.seq_len, longest >> halvings) for halvings in range(MICRO_BATCH_HALVINGS)}, reverse=True)
     for recompute in allowed:
         for length in lengths:
             for paged, offload, in_file, compact, rows in _variants(recompute is Recompute.FULL, streams, heap):
@@ -77,6 +102,7 @@ def settings(
 
 
 def _variants(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool, bool, Vocabulary, bool, int]]:
+    """Yield all combinations of paged_optimizer, offload, in_file, compact and loss_rows, those that cost least first."""
     for in_file in Vocabulary if streams else (Vocabulary.NEITHER,):
         for compact in (False, True) if heap else (False,):
             for offload in (False, True) if offloads else (False,):
@@ -86,38 +112,44 @@ def _variants(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool,
 
 
 def cost(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int, device: str) -> float:
-    """Nominal seconds of a step."""
-    again = 1.5 if setting.recompute is Recompute.FULL else 0
-    flops = (4 + again) * config.linear_parameters + 4 * config.vocab_size * config.hidden_size
-    rows = -(-batch_tokens // setting.row_tokens)
-    seconds = flops * batch_tokens / _FLOPS[device] + rows * 3 * config.linear_parameters / 20e9
-    seconds *= _SELECTIVE if setting.recompute is Recompute.SELECTIVE else 1.0
-    seconds *= COMPACT if setting.compact else 1.0
-    seconds *= _FEW_ROWS if setting.loss_rows < LOSS_ROWS else 1.0
-    read = rows * budget.streamed_bytes(config, stored, setting) / FILE_SPEED
-    seconds = max(seconds, read) + 0.05 * read
+    """Return the nominal seconds of a step, for ranking settings."""
+    # Forward and input gradients take 4 operations per frozen weight and token (there are no weight gradients), as does the
+    # head: 2 for each.
+    recomputed = RECOMPUTE_FLOPS if setting.recompute is Recompute.FULL else 0
+    flops = (4 + recomputed) * config.linear_parameters + 4 * config.vocab_size * config.hidden_size
+    micro_batches = -(-batch_tokens // setting.row_tokens)
+    passed_weights = micro_batches * WEIGHT_PASSES * config.linear_parameters
+    seconds = flops * batch_tokens / DEVICE_FLOPS[device] + passed_weights / WEIGHTS_PER_SECOND
+    seconds *= SELECTIVE_SLOWDOWN if setting.recompute is Recompute.SELECTIVE else 1.0
+    seconds *= COMPACT_SLOWDOWN if setting.compact else 1.0
+    seconds *= FEW_LOSS_ROWS_SLOWDOWN if setting.loss_rows < LOSS_ROWS else 1.0
+    # Layers are read while others compute, so the slower of the two counts, and a little of the reading.
+    read = micro_batches * budget.streamed_bytes(config, stored, setting) / FILE_SPEED
+    seconds = max(seconds, read) + UNHIDDEN_READ_SHARE * read
     return seconds + file_bytes(config, lora, stored, setting, batch_tokens) / FILE_SPEED
 
 
 def file_bytes(config: LlamaConfig, lora: LoraConfig, stored: Stored, setting: Setting, batch_tokens: int) -> int:
-    """Bytes that a step moves between memory and files, linears apart: optimizer states, blocks' inputs, embedding, head."""
+    """Return the bytes that a step moves to and from files, streamed layers apart: optimizer states, the inputs of blocks,
+    embedding and head."""
     moved = 0
     if setting.paged_optimizer:
-        moved += setting.optimizer_bits // 2 * budget.adapter_parameters(config, lora)
+        moved += setting.optimizer_bits // 2 * budget.adapter_parameters(config, lora)  # two states, read and written
     if setting.offload:
-        moved += 4 * config.num_layers * batch_tokens * config.hidden_size
+        moved += 4 * config.num_layers * batch_tokens * config.hidden_size  # 2 bytes each, written and read
     if setting.in_file is not Vocabulary.NEITHER:
-        moved += _ROW_OVERHEAD * batch_tokens
+        moved += ROW_READ_BYTES * batch_tokens
     if setting.in_file is Vocabulary.BOTH and stored.head_dtype is not None:
+        # The loss reads the whole head twice, forward and backward, for every LOSS_ROWS tokens.
         chunks = -(-batch_tokens // setting.row_tokens) * -(-setting.row_tokens // setting.loss_rows)
         moved += chunks * 2 * config.vocab_size * config.hidden_size * stored.head_dtype.itemsize
     return moved
 
 
 def number_format(compute: str, device: torch.device) -> tuple[torch.dtype, bool]:
-    """The activations' dtype, and whether training's large products are in 8 bits, for one of COMPUTE.
+    """Return the dtype of activations, and True if training multiplies in 8 bits, for one of COMPUTE.
 
-    Raises UsageError where 8 bits are asked for and there is no kernel for them.
+    Raises UsageError where 8 bits are asked for and this device has no kernel for them.
     """
     dtype = compute_dtype(device) if compute == "auto" else torch.float32 if compute == "fp32" else torch.bfloat16
     able = ops.fuses(device, dtype)
@@ -130,7 +162,7 @@ def number_format(compute: str, device: torch.device) -> tuple[torch.dtype, bool
 
 
 def described_format(compute: str) -> torch.dtype:
-    """The activations' dtype on a machine that is not this one: a card. Raises UsageError for 8 bits, which are a CPU's."""
+    """Return the dtype of activations on a card that is not in this machine. Raises UsageError for int8, which needs a CPU."""
     if compute == "int8":
         raise UsageError("--compute int8 is for a CPU with AMX; type --compute bf16.")
     return torch.float32 if compute == "fp32" else torch.bfloat16
@@ -148,12 +180,15 @@ def choose(
     recompute: str = "auto",
     processes: int = 1,
 ) -> Choice | None:
-    """The fastest setting that fits in `memory` bytes; None where none does. 8-bit optimizer states, which change what is
-    learnt, only where no setting with 32-bit ones fits."""
+    """Return the fastest setting that fits in `memory` bytes, or None if none does.
+
+    process: bytes of that memory which the process takes apart from the model. 8-bit optimizer states change what is learnt,
+    so they are chosen only where no setting with 32-bit states fits.
+    """
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
     for bits in OPTIMIZER_BITS:
         best: tuple[float, Choice] | None = None
-        for setting in settings(data, allowed, stored.mapped, processes, device, bits):
+        for setting in candidate_settings(data, allowed, stored.mapped, processes, device, bits):
             found = budget.fitted(config, lora, stored, setting, dtype, process, memory, device)
             if found is None:
                 continue
@@ -175,14 +210,15 @@ def least(
     device: str = "cpu",
     recompute: str = "auto",
 ) -> Choice:
-    """The setting that takes the least memory."""
+    """Return the setting that takes the least memory."""
     allowed = list(Recompute) if recompute == "auto" else [Recompute(recompute)]
+    # Streaming is possible only from files, and saves nothing where its smallest ring of layers holds the whole model.
     streaming = budget.least_layer_memory(config, stored) if stored.mapped else None
     if streaming is not None and streaming >= config.num_layers * stored.layer:
         streaming = None
     choices = []
     for bits in OPTIMIZER_BITS:
-        for setting in settings(data, allowed, stored.mapped, device=device, bits=bits):
+        for setting in candidate_settings(data, allowed, stored.mapped, device=device, bits=bits):
             for layer_memory in dict.fromkeys((streaming, None)):
                 small = dataclasses.replace(setting, layer_memory=layer_memory)
                 choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
@@ -197,18 +233,19 @@ def choose_or_refuse(
     dtype: torch.dtype,
     device: str,
     processes: int = 1,
-    here: int = 1,
+    local_processes: int = 1,
 ) -> Choice:
-    """`choose` for each of a run's processes, `here` of them on this machine.
+    """Return `choose`'s setting for each of a run's processes, `local_processes` of them on this machine.
 
-    Raises ResourceError with the least memory that works and what would make it fit.
+    Raises ResourceError that names the least memory that works, and what to type.
     """
-    memory, process = memory_allowed(train, device, here), held_already(device)
+    memory, process = memory_allowed(train, device, local_processes), process_bytes(device)
     choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute, processes)
     if choice is None:
         smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total
         raise ResourceError(
-            f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB; {advice(stored, smallest)}."
+            f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB. To make it fit, "
+            f"{advice(stored, smallest)}."
         )
     return choice
 
@@ -220,17 +257,17 @@ def least_memory_to_train(checkpoint: Checkpoint, train: TrainConfig, device: st
     Raises UsageError where `train.compute` is a number format that the device has not.
     """
     dtype, _ = number_format(train.compute, torch.device(device))
-    stored, process = Stored.of(checkpoint), held_already(device)
+    stored, process = Stored.of(checkpoint), process_bytes(device)
     return least(checkpoint.config, train.lora(), stored, train.data, dtype, process, device, train.recompute).parts.total
 
 
 def advice(stored: Stored, smallest: int) -> str:
-    """What to type where nothing fits."""
+    """Return what to type where nothing fits in memory; `smallest` is the least memory that works, in bytes."""
     quantize = "" if stored.mapped else "`edgetune quantize` the model once, so that its layers can be streamed, or "
-    enough = -(-(smallest + 10**7) // 10**7) / 100  # the process may have grown a little by then
-    return f"{quantize}type --memory {enough:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model"
+    advised = -(-(smallest + ADVICE_STEP_BYTES) // ADVICE_STEP_BYTES) * ADVICE_STEP_BYTES
+    return f"{quantize}type --memory {advised / 1e9:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model"
 
 
 def planned_steps(train: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run."""
+    """Return the number of optimizer steps of a run."""
     return train.steps or max(1, round((train.epochs or default_epochs(steps_per_epoch)) * steps_per_epoch))

@@ -1,4 +1,4 @@
-"""Session: text in, text out. What an app embeds, and what `generate`, `ask` and `chat` are made of."""
+"""Session: text in, text out. Apps embed it, and `generate`, `ask` and `chat` are built on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgetune.config import GenerateConfig
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import SMALLER, Loaded, load_base, open_base
 from edgetune.runtime import adapter as adapters
@@ -15,14 +16,10 @@ from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
 
-MAX_TOKENS = 256
-CONTEXT_TOKENS = 4096
-"""Positions the KV cache has room for, where the model has as many."""
-
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer and what it took; `tokens_per_second` counts the new tokens, prompt left out."""
+    """An answer and its cost. `tokens_per_second` counts new tokens only, not the prompt."""
 
     text: str
     prompt_tokens: int
@@ -31,7 +28,7 @@ class Generation:
 
 
 class Session:
-    """A model and its adapter, kept open. Not for several threads at once."""
+    """A model and its adapter, kept open. Use it from one thread at a time."""
 
     def __init__(self, loaded: Loaded, adapter: Adapter | None = None, adapter_name: str = registry.NONE) -> None:
         self.model_name, self.adapter_name = loaded.choice.name, adapter_name
@@ -41,14 +38,21 @@ class Session:
         self.use_adapter(adapter is not None)
 
     @classmethod
-    def load(cls, model: str | None = None, adapter: str | None = None, device: str = "auto", head: str = "auto") -> Session:
+    def load(
+        cls,
+        model: str | None = None,
+        adapter: str | None = None,
+        device: str = GenerateConfig.device,
+        head: str = GenerateConfig.head,
+    ) -> Session:
         """Open a model and an adapter by the names that the command line takes.
 
         model: a path, a Hugging Face id in the local cache, "demo", or None for the best one here.
-        adapter: a folder, a name, "none", or None for the one in a bundle of `edgetune export mps`, else the current one.
+        adapter: a folder, a name, "none" for the bare base model, or None for the adapter in the model's own folder (an
+            `edgetune export mps` bundle) if there is one, else the current adapter.
         device: "cpu", "cuda", "mps", or "auto" for the best one here.
-        head: of HEADS; "auto" leaves one that is stored in 4 bits as it is, and a form that this head cannot have is refused.
-        Raises EdgetuneError's children, each a sentence that can be shown.
+        head: one of HEADS. "auto" leaves a head that is stored in 4 bits as it is; a form that it cannot take is refused.
+        Raises subclasses of EdgetuneError, each a sentence that can be shown to the user.
         """
         loaded = load_base(open_base(model), device, head=head)
         name, found = registry.adapter_for(adapter, loaded.checkpoint)
@@ -63,37 +67,45 @@ class Session:
         self._generator = None
 
     def generate(
-        self, prompt: str, max_tokens: int = MAX_TOKENS, temperature: float = 0.7, seed: int | None = None
+        self,
+        prompt: str,
+        max_tokens: int = GenerateConfig.max_tokens,
+        temperature: float = GenerateConfig.temperature,
+        seed: int | None = None,
     ) -> Generation:
-        """Continue a text. The same seed gives the same words on the same machine."""
-        return self._complete(self.prompt_ids(prompt), max_tokens, Sampling(temperature, seed=seed))
+        """Continue a text. On the same machine, the same seed gives the same words."""
+        return self._complete(self.prompt_ids(prompt), max_tokens, _sampling(temperature, seed))
 
     def stream(
-        self, prompt: str, max_tokens: int = MAX_TOKENS, temperature: float = 0.7, seed: int | None = None
+        self,
+        prompt: str,
+        max_tokens: int = GenerateConfig.max_tokens,
+        temperature: float = GenerateConfig.temperature,
+        seed: int | None = None,
     ) -> Iterator[str]:
-        """The same, in pieces of whole characters as they come."""
-        yield from self._stream(self.prompt_ids(prompt), max_tokens, Sampling(temperature, seed=seed))
+        """Continue a text and yield it in pieces of whole characters, as they are written."""
+        yield from self._stream(self.prompt_ids(prompt), max_tokens, _sampling(temperature, seed))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
-        max_tokens: int = MAX_TOKENS,
-        temperature: float = 0.7,
+        max_tokens: int = GenerateConfig.max_tokens,
+        temperature: float = GenerateConfig.temperature,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """Answer a conversation of {"role", "content"} messages, in pieces as they come.
+        """Answer a conversation of {"role", "content"} messages and yield the answer in pieces, as they are written.
 
         Raises TokenizerError for a model without a chat template.
         """
-        yield from self._stream(self.chat_ids(messages), max_tokens, Sampling(temperature, seed=seed))
+        yield from self._stream(self.chat_ids(messages), max_tokens, _sampling(temperature, seed))
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation as it was trained on: the template's tokens, behind the start token where it has none."""
+        """Return a conversation's tokens as in training: those of the template, after the start token if it writes none."""
         ids, bos = self.tokenizer.encode_chat(messages, add_generation_prompt=True), self.tokenizer.bos_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """A text to continue, as a document begins."""
+        """Return the tokens of a text to continue, which begins as a document does."""
         return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
 
     def _complete(self, ids: list[int], max_tokens: int, sampling: Sampling) -> Generation:
@@ -104,7 +116,7 @@ class Session:
     def _stream(self, ids: list[int], max_tokens: int, sampling: Sampling, clock: _Clock | None = None) -> Iterator[str]:
         decoder = self.tokenizer.stream_decoder(continuing=True)
         with explain_card_memory(SMALLER):
-            generator = self._room_for(len(ids), max_tokens)
+            generator = self._generator_for(len(ids), max_tokens)
             for token in generator.generate(ids, max_tokens, sampling, self.tokenizer.eos_ids):
                 if clock is not None:
                     clock.tick()
@@ -113,21 +125,30 @@ class Session:
         if rest := decoder.flush():
             yield rest
 
-    def _room_for(self, prompt_tokens: int, max_tokens: int) -> Generator:
-        """The generator, with a cache that is large enough; kept from call to call, so that a chat is prefilled once."""
+    def _generator_for(self, prompt_tokens: int, max_tokens: int) -> Generator:
+        """Return a generator whose cache has room for this prompt and answer.
+
+        It is kept from call to call, so that each turn of a chat prefills only what is new.
+        """
         limit = self.model.config.max_positions
         if prompt_tokens < 1 or max_tokens < 1:
-            raise UsageError(f"A prompt of {prompt_tokens} tokens and {max_tokens} to write; expected at least 1 of each.")
+            raise UsageError(
+                f"The prompt has {prompt_tokens} tokens and {max_tokens} are to be written; expected at least 1 of each."
+            )
         if prompt_tokens >= limit:
-            raise UsageError(f"The prompt is {prompt_tokens} tokens and this model reads {limit}; shorten it.")
-        length = min(limit, max(prompt_tokens + max_tokens, min(CONTEXT_TOKENS, limit)))
+            raise UsageError(f"The prompt has {prompt_tokens} tokens and this model can read {limit}. Shorten the prompt.")
+        length = min(limit, max(prompt_tokens + max_tokens, min(GenerateConfig.context_tokens, limit)))
         if self._generator is None or self._generator.cache.max_length < length:
             self._generator = Generator(Runner(self.model), length)
         return self._generator
 
 
+def _sampling(temperature: float, seed: int | None) -> Sampling:
+    return Sampling(temperature, GenerateConfig.top_p, seed)
+
+
 class _Clock:
-    """Counts new tokens and the seconds since the first."""
+    """Counts new tokens, and the seconds between the first and the last."""
 
     def __init__(self) -> None:
         self.tokens, self._first, self._last = 0, 0.0, 0.0
@@ -140,5 +161,6 @@ class _Clock:
 
     @property
     def tokens_per_second(self) -> float:
+        # The first token comes after the prefill, so only those after it are timed.
         elapsed = self._last - self._first
         return (self.tokens - 1) / elapsed if elapsed > 0 else 0.0

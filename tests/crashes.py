@@ -132,11 +132,11 @@ def main() -> None:
     """The driver: forks a run for each task, and answers with how it ended."""
     import torch
 
-    from edgetune.training import loop as run
+    from edgetune.training import checkpoints, loop
 
     torch.set_num_threads(1)
-    run.KEEP_SECONDS = 0.0  # a checkpoint before every step and reading
-    run._SAMPLE_TOKENS = 4
+    checkpoints.KEEP_SECONDS = 0.0  # a checkpoint before every step and evaluation
+    loop._SAMPLE_TOKENS = 4
     warm = json.loads(sys.stdin.readline())
     out = os.dup(1)
     os.dup2(2, 1)

@@ -13,7 +13,7 @@ import torch
 
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.machine.shapes import SHAPES
-from edgetune.memory_settings import CARD_LATER_BYTES, choose, held_already, memory_allowed, settings
+from edgetune.memory_settings import CARD_LATER_BYTES, candidate_settings, choose, memory_allowed, process_bytes
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.config import LINEARS, LoraConfig
@@ -42,7 +42,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_on_a_card_is_planned_from_the_cards_memory() -> None:
     assert memory_allowed(TrainConfig(), "cuda") == int(0.8 * 20 * GB) + GB
     assert memory_allowed(TrainConfig(memory="3GB"), "cuda") == 3 * GB
-    assert held_already("cuda") == GB + CARD_LATER_BYTES
+    assert process_bytes("cuda") == GB + CARD_LATER_BYTES
     assert card_memory().total == 24 * GB
 
 
@@ -58,7 +58,7 @@ def test_the_card_holds_one_adapter_and_keeps_a_dense_panel() -> None:
 
 
 def test_a_card_has_no_heap_to_keep_compact() -> None:
-    assert not any(setting.compact for setting in settings(DataConfig(), list(Recompute), True, device="cuda"))
+    assert not any(setting.compact for setting in candidate_settings(DataConfig(), list(Recompute), True, device="cuda"))
 
 
 def test_8b_fits_a_24_gb_card() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import errno
 import importlib.util
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -19,9 +23,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import edgetune.cli.options
+import edgetune.cli.train
 from edgetune.cli.main import COMMANDS, cli, plain_failures
 from edgetune.cli.train import train_command
-from edgetune.config import DataConfig, TrainConfig, parse_bytes, seconds_until, train_config
+from edgetune.config import DataConfig, GenerateConfig, TrainConfig, parse_bytes, seconds_until, train_config
 from edgetune.runtime import ops
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import EdgetuneError, UsageError
@@ -93,7 +99,7 @@ def test_a_file_that_is_not_ours_to_use_is_a_sentence(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as ended, plain_failures():
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere/adapters")
     assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith("edgetune: /somewhere/adapters is not yours to use (Permission denied); ")
+    assert capsys.readouterr().err.startswith("edgetune: No permission to use /somewhere/adapters (Permission denied). ")
     with pytest.raises(OSError, match="Input/output"), plain_failures():  # a defect is not hidden
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -123,6 +129,32 @@ def test_every_flag_is_a_field_and_no_default_stands_in_the_command_line() -> No
         assert parameter.name in fields | own, parameter.name
         if parameter.name not in own | {"notes", "exclude", "device"}:
             assert parameter.default is None or repr(parameter.default).startswith("Sentinel"), parameter.name
+    for module in (edgetune.cli.train, edgetune.cli.options):
+        assert written_defaults(module) == []
+
+
+def written_defaults(module: ModuleType) -> list[str]:
+    """Defaults that stand in a module's source instead of being read from config.py: as an argument, or in a help text."""
+    values = {item.default for owner in (TrainConfig, DataConfig, GenerateConfig) for item in dataclasses.fields(owner)}
+    words = {value for value in values if isinstance(value, str)}
+    found = []
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.keyword) and node.arg == "default" and isinstance(node.value, ast.Constant):
+            found += [ast.unparse(node)] if node.value.value is not None else []
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = re.findall(r"Default: ([\w.+-]*\w)", node.value)
+            found += [f"Default: {word}" for word in named if word in words or re.match(r"[\d.]", word)]
+    return found
+
+
+def test_every_help_text_tells_the_default_that_config_has() -> None:
+    told = {parameter.name: parameter.help for parameter in train_command.params if isinstance(parameter, click.Option)}
+    for config in (TrainConfig(), DataConfig()):
+        for item in dataclasses.fields(config):
+            value = getattr(config, item.name)
+            if item.name in told and value not in (None, (), False):
+                shown = ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
+                assert f"Default: {shown}" in str(told[item.name]), item.name
 
 
 def test_train_then_everything_that_follows(notes: Path) -> None:
@@ -203,7 +235,7 @@ def test_a_state_folder_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypat
     monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path / "file" / "home"))
     outcome = run("doctor")
     assert outcome.code == 1
-    assert outcome.err.endswith("set EDGETUNE_HOME to a folder of yours.\n")
+    assert outcome.err.endswith("Set EDGETUNE_HOME to a folder that you can write.\n")
     assert outcome.err.count("\n") == 1
 
 

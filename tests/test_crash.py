@@ -30,9 +30,9 @@ from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import BusyError, ResourceError, TrainingError
 from edgetune.runtime.files import exchange
 from edgetune.runtime.peft_folder import WEIGHTS_FILE
-from edgetune.training import checkpoints as runstate
+from edgetune.training import unfinished_run
 from edgetune.training.best_adapter import BestAdapter
-from edgetune.training.loop import Keeper
+from edgetune.training.checkpoints import CheckpointWriter
 from edgetune.training.train import train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forks of one process")
@@ -226,7 +226,7 @@ def test_a_stopped_run_goes_on_and_a_second_one_is_refused_meanwhile(world: Worl
         place.home.with_suffix(".go").touch()
         assert (refused.code, refused.out) == (1, [])
         assert refused.err.startswith("edgetune: Process ")
-        assert refused.err.endswith("is at this run already; wait until it ends, or end it.\n")
+        assert refused.err.endswith("is already using this run. Wait until it ends, or end it.\n")
         assert stopped.result().code == 0
     place.check_finished()
 
@@ -244,7 +244,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 @pytest.fixture(autouse=True)
 def checkpoints_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.training.loop.KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("edgetune.training.checkpoints.KEEP_SECONDS", 0.0)
 
 
 def run_until(config: TrainConfig, step: int) -> list[Event]:
@@ -313,7 +313,7 @@ def test_how_often_checkpoints_are_taken_does_not_change_the_adapter(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often, _ = undisturbed(config)
-    monkeypatch.setattr("edgetune.training.loop.KEEP_SECONDS", 1e9)
+    monkeypatch.setattr("edgetune.training.checkpoints.KEEP_SECONDS", 1e9)
     list(train(config))
     assert weights(config) == often
 
@@ -377,7 +377,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(config: TrainConfig, pri
     last = max(unfinished(private_home).glob("checkpoint-*"))
     damage(last, how)
     events = list(train(config))
-    assert resumed(events) == Resumed(3, ("The last checkpoint is damaged, so the one before it is used (step 3).",))
+    assert resumed(events) == Resumed(3, ("The last checkpoint is damaged. The run resumes from the one before it (step 3).",))
     assert weights(config) == reference
 
 
@@ -399,7 +399,7 @@ def test_a_run_whose_plan_or_tokens_are_damaged_starts_over(config: TrainConfig,
     run_until(config, 3)
     damage(unfinished(private_home) / file, "middle")
     events = list(train(config))
-    assert resumed(events) == Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
+    assert resumed(events) == Resumed(0, ("The files of this command's interrupted run are damaged, so training starts over.",))
     assert weights(config) == reference
 
 
@@ -407,10 +407,10 @@ def test_a_run_of_another_version_starts_over_and_says_so(config: TrainConfig, p
     reference, _ = undisturbed(config)
     run_until(config, 3)
     record = unfinished(private_home) / "run.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "format": runstate.FORMAT - 1}))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format": unfinished_run.FORMAT - 1}))
     events = list(train(config))
     assert resumed(events).notices == (
-        "This command's unfinished run was begun by another version of edgetune, so it starts over.",
+        "An interrupted run of this command was begun by another version of edgetune, so training starts over.",
     )
     assert weights(config) == reference
 
@@ -430,10 +430,10 @@ def test_a_best_adapter_newer_than_the_checkpoint_or_half_written_changes_nothin
 
 def test_a_best_adapter_that_the_disk_changed_is_not_taken(tmp_path: Path) -> None:
     best = BestAdapter(tmp_path, LoraConfig(2, 2.0))
-    best.keep({"0.q_proj.lora_A": torch.ones(2, 8)})
+    best.save({"0.q_proj.lora_A": torch.ones(2, 8)})
     assert torch.equal(best.tensors()["0.q_proj.lora_A"], torch.ones(2, 8))
     damage(tmp_path / "best.safetensors", "middle")
-    with pytest.raises(ResourceError, match=r"type the same command again: it goes on from the last checkpoint"):
+    with pytest.raises(ResourceError, match=r"Run the same command again: it resumes from the last checkpoint"):
         best.tensors()
 
 
@@ -510,7 +510,7 @@ def test_a_run_left_alone_for_a_month_is_forgotten_unless_it_is_this_one(
     run_until(other, 1)
     assert len(list(private_home.glob("unfinished/*/run.json"))) == 2
     now = time.time()
-    monkeypatch.setattr(runstate.time, "time", lambda: now + 31 * 86400)
+    monkeypatch.setattr(unfinished_run.time, "time", lambda: now + 31 * 86400)
     assert resumed(run_until(other, 2)).step == 1
     assert len(list(private_home.glob("unfinished/*/run.json"))) == 1
 
@@ -525,7 +525,7 @@ def test_tokens_of_a_run_that_never_began_are_deleted_by_the_next(config: TrainC
 
 def test_a_lock_is_exclusive_says_who_holds_it_and_ends_with_its_block(tmp_path: Path) -> None:
     with Lock(tmp_path / "lock", "this run"):
-        with pytest.raises(BusyError, match=rf"^Process {os.getpid()} \(since 20.*\) is at this run already"):
+        with pytest.raises(BusyError, match=rf"^Process {os.getpid()} \(since 20.*\) is already using this run"):
             Lock(tmp_path / "lock", "this run").__enter__()
         assert (tmp_path / "lock").stat().st_mode & 0o077 == 0
     with Lock(tmp_path / "lock", "this run"):
@@ -536,7 +536,7 @@ def test_two_runs_at_once_need_two_outputs(config: TrainConfig) -> None:
     running = train(config)
     next(running)
     other = dataclasses.replace(config, lr=1e-3)
-    with pytest.raises(BusyError, match=r"is at a run that writes .*out already"):
+    with pytest.raises(BusyError, match=r"is already using the output folder .*out\\b"):
         list(train(other))
     elsewhere = list(train(dataclasses.replace(other, out=f"{config.out}-2")))
     assert isinstance(elsewhere[-1], Finished)
@@ -545,20 +545,20 @@ def test_two_runs_at_once_need_two_outputs(config: TrainConfig) -> None:
 
 def test_a_checkpoint_is_due_before_two_minutes_could_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("edgetune.training.loop.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("edgetune.training.loop.KEEP_SECONDS", 100.0)
-    keeper = Keeper(None, None, nbytes=150_000_000)  # type: ignore[arg-type]
-    assert not keeper.is_cheap()  # of one whose cost was not measured yet
-    assert not keeper.is_due(ahead=5.0)
+    monkeypatch.setattr("edgetune.training.checkpoints.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edgetune.training.checkpoints.KEEP_SECONDS", 100.0)
+    writer = CheckpointWriter(None, None, expected_bytes=150_000_000)  # type: ignore[arg-type]
+    assert not writer.is_cheap()  # of one whose cost was not measured yet
+    assert not writer.is_due(ahead=5.0)
     now[0] += 94
-    assert not keeper.is_due(ahead=5.0)
-    assert keeper.is_due(ahead=20.0)
+    assert not writer.is_due(ahead=5.0)
+    assert writer.is_due(ahead=20.0)
     now[0] += 1
-    assert keeper.is_due(ahead=5.0)
-    assert not keeper.is_cheap()  # guessed at 0.3 s of 95
+    assert writer.is_due(ahead=5.0)
+    assert not writer.is_cheap()  # guessed at 0.3 s of 95
     now[0] += 10
-    assert keeper.is_cheap()
-    keeper.cost = 0.5
-    assert not keeper.is_cheap()
+    assert writer.is_cheap()
+    writer.write_seconds = 0.5
+    assert not writer.is_cheap()
     now[0] += 100
-    assert keeper.is_cheap()
+    assert writer.is_cheap()

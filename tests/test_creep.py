@@ -32,7 +32,7 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.runner import Recompute, Runner
-from edgetune.training.step import give_back
+from edgetune.training.step import trim_after_step
 
 steps = int(sys.argv[1])
 steady_heap()
@@ -49,7 +49,7 @@ for step in range(steps):
     runner.train(Batch(ids[:-1], ids[1:], torch.full((n,), 1 / n), torch.arange(n), halves), dropout_key=step)
     optimizer.step(1e-4)
     optimizer.zero_grad()
-    give_back(step)
+    trim_after_step(step)
     held[step] = anonymous_memory()
 print(json.dumps(held))
 """

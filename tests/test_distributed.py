@@ -27,9 +27,9 @@ from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Event, Interrupted, Saved, Stepped
 from edgetune.library.loading import open_base
 from edgetune.runtime.errors import LinkError, UsageError
-from edgetune.training.checkpoints import Unfinished
-from edgetune.training.distributed import BUCKET, Alone, _buckets, joined
-from edgetune.training.setup import prepare, prepare_beside
+from edgetune.training.checkpoints import restore_checkpoint
+from edgetune.training.distributed import BUCKET_VALUES, SingleProcess, _buckets, join_processes
+from edgetune.training.setup import prepare_follower, prepare_new
 
 training = importlib.import_module("edgetune.training.train")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no Gloo")
@@ -164,7 +164,7 @@ def test_other_notes_on_another_machine_are_refused(place: Path, monkeypatch: py
     monkeypatch.setenv("OTHERS", str(place / "others"))
     tried = run([*LAUNCH, "--nproc-per-node", "2", str(script), *arguments(place, "--steps", "3")], place)
     assert tried.returncode != 0
-    assert "The notes here are not those of this run" in tried.stderr
+    assert "The notes on this machine are not the notes of this run" in tried.stderr
     assert "Another process of this run could not begin" in tried.stderr
     assert "wrote" not in tried.stderr
     assert "tide" not in tried.stderr
@@ -176,11 +176,11 @@ def test_a_machine_that_cannot_multiply_as_the_leader_does_is_refused(place: Pat
     base = open_base(config.model)
     for folder in ("leader", "follower"):
         (place / folder).mkdir()
-    record = prepare(config, base, place / "leader").record.shared()
-    assert prepare_beside(config, base, place / "follower", record).plan.int8 is False
+    record = prepare_new(config, base, place / "leader").record.for_followers()
+    assert prepare_follower(config, base, place / "follower", record).plan.int8 is False
     leader = dataclasses.replace(record, plan=dataclasses.replace(record.plan, int8=True))  # fp32: nobody has kernels for it
-    with pytest.raises(UsageError, match="type --compute bf16, the same for all processes"):
-        prepare_beside(config, base, place / "follower", leader)
+    with pytest.raises(UsageError, match="Type --compute bf16, the same for all processes"):
+        prepare_follower(config, base, place / "follower", leader)
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, here: int) -> None:
@@ -190,18 +190,18 @@ def launched(monkeypatch: pytest.MonkeyPatch, here: int) -> None:
 
 def test_several_machines_are_refused_until_the_link_is_said_to_be_private(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, here=1)
-    with pytest.raises(UsageError, match="--private-link"), joined(torch.device("cpu"), private_link=False):
+    with pytest.raises(UsageError, match="--private-link"), join_processes(torch.device("cpu"), private_link=False):
         raise AssertionError("it was not refused")
 
 
 def test_without_torchrun_nobody_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with joined(torch.device("cpu"), private_link=False) as world:
-        assert isinstance(world, Alone)
+    with join_processes(torch.device("cpu"), private_link=False) as world:
+        assert isinstance(world, SingleProcess)
         assert world.size == 1
 
 
-class Dying(Alone):
+class Dying(SingleProcess):
     """A world of two whose other process dies at the n-th copy or, where that is 0, before the end is announced."""
 
     size = 2
@@ -209,19 +209,19 @@ class Dying(Alone):
     def __init__(self, dies_at_copy: int) -> None:
         self.copies, self.dies_at_copy = 0, dies_at_copy
 
-    def copy(self, tensors: Sequence[torch.Tensor]) -> None:
+    def copy_from_leader(self, tensors: Sequence[torch.Tensor]) -> None:
         self.copies += 1
         if self.copies == self.dies_at_copy:
             raise LinkError("gone")
 
-    def announce(self, step: int | None) -> None:
+    def announce_step(self, step: int | None) -> None:
         if step is None and self.dies_at_copy == 0:
             raise LinkError("gone")
 
 
-def one_run(place: Path, world: Alone, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+def one_run(place: Path, world: SingleProcess, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
     monkeypatch.setenv("EDGETUNE_HOME", str(place / "home"))
-    monkeypatch.setattr(training, "joined", lambda device, private_link: contextlib.nullcontext(world))
+    monkeypatch.setattr(training, "join_processes", lambda device, private_link: contextlib.nullcontext(world))
     data = DataConfig(notes=(str(place / "notes"),), seq_len=64, batch_tokens=512)
     yield from training.train(TrainConfig(data=data, model=str(place / "model"), steps=12, dropout=0.0, compute="fp32"), stop)
 
@@ -230,7 +230,7 @@ def test_a_death_between_steps_keeps_a_checkpoint_of_one_step(place: Path, monke
     with pytest.raises(LinkError):
         list(one_run(place, Dying(dies_at_copy=3), threading.Event(), monkeypatch))
     folder = next(path for path in (place / "home" / "unfinished").iterdir() if path.is_dir())
-    kept = Unfinished(folder).restore()
+    kept = restore_checkpoint(folder)
     assert kept.state.step > 0
     assert int(kept.tensors["optimizer.step"]) == kept.state.step
 
@@ -249,12 +249,12 @@ def test_a_stop_because_of_a_death_keeps_a_checkpoint(place: Path, monkeypatch: 
 def test_a_private_link_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, here=1)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    with pytest.raises(UsageError, match="GLOO_SOCKET_IFNAME"), joined(torch.device("cpu"), private_link=True):
+    with pytest.raises(UsageError, match="GLOO_SOCKET_IFNAME"), join_processes(torch.device("cpu"), private_link=True):
         raise AssertionError("it was not refused")
 
 
 def test_gradients_travel_in_buckets_and_each_once() -> None:
-    tensors = [torch.zeros(size) for size in (3, BUCKET - 1, 7, BUCKET, 1)]
+    tensors = [torch.zeros(size) for size in (3, BUCKET_VALUES - 1, 7, BUCKET_VALUES, 1)]
     buckets = list(_buckets(tensors))
     assert [tensor for bucket in buckets for tensor in bucket] == tensors
     assert [len(bucket) for bucket in buckets] == [2, 2, 1]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edgetune.documents.document import Document, Reason, Turn
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.front_matter import without_front_matter
-from edgetune.documents.heldout import held_out_digests, split
+from edgetune.documents.heldout import held_out_digests, split_held_out
 from edgetune.documents.reading import read_notes
 from edgetune.documents.walk import match_parts
 from edgetune.runtime.errors import DataError
@@ -502,7 +502,7 @@ def test_about_one_in_twenty_is_held_out_and_a_document_keeps_its_side():
 
 def test_sides_are_disjoint_and_complete():
     documents = [Document.of(f"{number}.md", f"note {number}") for number in range(200)]
-    sides = split(documents)
+    sides = split_held_out(documents)
     assert not {d.digest for d in sides.train} & {d.digest for d in sides.held_out}
     assert sorted(sides.train + sides.held_out, key=lambda d: d.path) == sorted(documents, key=lambda d: d.path)
 
@@ -511,4 +511,4 @@ def test_sides_are_disjoint_and_complete():
 def test_til_splits_as_the_yardstick_did():
     reading = read_notes([SHARED / "til"])
     assert len(reading.documents) == 1871
-    assert len(split(reading.documents).held_out) == 93
+    assert len(split_held_out(reading.documents).held_out) == 93

@@ -93,12 +93,12 @@ def test_a_number_that_is_not_finite_is_null_and_comes_back_as_nan() -> None:
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        ({"event": "exploded"}, "kind is unknown"),
-        ({"event": ["saved"]}, "kind is unknown"),
-        ({"step": "1"}, "step of a wrong type"),
-        ({"step": True}, "step of a wrong type"),
-        ({"step": None}, "step of a wrong type"),
-        ({"bits_per_byte": "low"}, "bits_per_byte of a wrong type"),
+        ({"event": "exploded"}, "unknown kind"),
+        ({"event": ["saved"]}, "unknown kind"),
+        ({"step": "1"}, "step of the wrong type"),
+        ({"step": True}, "step of the wrong type"),
+        ({"step": None}, "step of the wrong type"),
+        ({"bits_per_byte": "low"}, "bits_per_byte of the wrong type"),
         ({"a secret sentence": 1}, "1 unknown keys"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.documents.heldout import split
+from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
 
 NOTES = Path(__file__).resolve().parent.parent / "examples" / "notes"
@@ -17,7 +17,7 @@ def test_every_example_note_is_read_and_some_are_held_out() -> None:
     reading = read_notes([str(NOTES)])
     assert len(reading.documents) >= 40
     assert reading.skipped == []
-    assert len(split(reading.documents).held_out) >= 3
+    assert len(split_held_out(reading.documents).held_out) >= 3
 
 
 @pytest.mark.parametrize("path", sorted(NOTES.rglob("*.md")), ids=lambda path: path.stem)

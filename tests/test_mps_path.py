@@ -301,7 +301,7 @@ def test_no_memory_left_is_one_sentence(
     with pytest.raises(SystemExit) as ended, plain_failures():
         run(*small)
     assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith("edgetune: The device has no memory left; end other programs")
+    assert capsys.readouterr().err.startswith("edgetune: The device is out of memory. End other programs")
 
 
 def test_a_run_without_kernels_is_plain_torch(

@@ -83,7 +83,7 @@ def test_optimizer_states_have_8_bits_only_where_nothing_else_fits() -> None:
 
     with_32 = [
         budget.parts(config, lora, stored, dataclasses.replace(s, layer_memory=layers), BF16, PROCESS).total
-        for s in planner.settings(DATA, list(Recompute), True, bits=32)
+        for s in planner.candidate_settings(DATA, list(Recompute), True, bits=32)
         for layers in [budget.least_layer_memory(config, stored)]
     ]
     fits, too_little = choose(min(with_32)), choose(min(with_32) - 1)

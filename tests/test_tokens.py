@@ -20,7 +20,7 @@ from edgetune.dataset.token_store import (
     ChatWriter,
     TokenStore,
     encode_text,
-    in_parts,
+    split_turns,
     tokenize,
 )
 from edgetune.documents.chats import guanaco_text
@@ -127,7 +127,7 @@ def test_a_damaged_store_is_refused(tmp_path, name):
     tokenize([note("a text")], ByteTokenizer(), tmp_path / "store")
     file = tmp_path / "store" / name
     os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(DataError, match="delete it and run again"):
+    with pytest.raises(DataError, match="Delete it and run the command again"):
         TokenStore.open(tmp_path / "store")
 
 
@@ -230,7 +230,7 @@ def test_a_long_conversation_goes_in_parts_and_every_answer_is_trained(tmp_path)
 def test_parts_lose_no_turn(shape, with_system):
     turns = [Turn(role, str(at).ljust(size, ".")) for at, (role, size) in enumerate(shape)]
     system = [Turn("system", "S")] if with_system else []
-    parts = list(in_parts(system + turns, 8, 200))
+    parts = list(split_turns(system + turns, 8, 200))
     assert [turn for part in parts for turn in part if turn.role != "system"] == turns
     assert all(part[: len(system)] == system for part in parts)
 

@@ -25,8 +25,8 @@ from edgetune.runtime.errors import AdapterError, DataError, ResourceError, Trai
 from edgetune.runtime.linear import LoraLinear
 from edgetune.session import Session
 from edgetune.training.evaluation import evaluate
-from edgetune.training.loop import Run
-from edgetune.training.setup import prepare, read
+from edgetune.training.loop import TrainingLoop
+from edgetune.training.setup import prepare_new, read_and_split
 from edgetune.training.step import learning_rate
 from edgetune.training.train import train
 
@@ -108,7 +108,7 @@ def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -
     session = Session.load()
     assert session.adapter_name == Path(end.adapter).name
     assert session.model_name == "demo"
-    held_out = list(read(config(notes))[1].held_out)
+    held_out = list(read_and_split(config(notes))[1].held_out)
     result = evaluate([str(notes / document.path) for document in held_out])
     assert result.adapter == session.adapter_name
     # The same documents in other windows: equal but for where bf16 rounds.
@@ -153,7 +153,7 @@ def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: 
     """Gradient accumulation over short rows is the long row's step, whatever the rows' lengths."""
     losses = []
     for rows in (64, 256):
-        prepared = prepare(config(notes, compute="fp32", dropout=0.0), open_base("demo"), tmp_path / str(rows))
+        prepared = prepare_new(config(notes, compute="fp32", dropout=0.0), open_base("demo"), tmp_path / str(rows))
         batches = prepared.packer.micro_batches(0, rows)
         trained = sum(batch.trained for batch in batches)
 
@@ -178,13 +178,13 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
     readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
     kept: list[torch.Tensor] = []
 
-    def reading(self: Run) -> Evaluated:
+    def reading(self: TrainingLoop) -> Evaluated:
         linear = self.model.blocks[0].q_proj
         assert isinstance(linear, LoraLinear)
         kept.append(linear.lora_A.detach().clone())
         return Evaluated(self.state.step, next(readings), 1, 0.0)
 
-    monkeypatch.setattr(Run, "_evaluate", reading)
+    monkeypatch.setattr(TrainingLoop, "_evaluate", reading)
     end = finished(list(train(config(notes, steps=6, evaluations=6))))
     assert end.best_step == 2
     assert end.heldout_bits_per_byte_after == 1.0
@@ -193,7 +193,7 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
 
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(Run, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
+    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
     end = finished(list(train(config(notes, steps=3, evaluations=3))))
     assert not end.promoted
     assert (Path(end.adapter) / peft_folder.CONFIG_FILE).is_file()
@@ -289,7 +289,7 @@ def test_everything_in_the_home_is_private(notes: Path, private_home: Path) -> N
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path: Path) -> None:
-    plan = prepare(config(notes, steps=100, lr=1e-3), open_base("demo"), tmp_path / "run").plan
+    plan = prepare_new(config(notes, steps=100, lr=1e-3), open_base("demo"), tmp_path / "run").plan
     rates = [learning_rate(plan, step, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[9] == rates[10] == pytest.approx(1e-3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.generate import show
-from edgetune.cli.options import Writing, json_option, print_json, say, writing_options
+from edgetune.cli.options import GenerateOptions, generate_options, json_option, print_json, say
 from edgetune.reports.text import sanitize
 
 if TYPE_CHECKING:
@@ -18,16 +18,16 @@ HELP = "/compare QUESTION answers with and without the adapter; /reset forgets t
 
 
 @click.command("chat")
-@writing_options
+@generate_options
 @json_option
-def chat_command(writing: Writing, as_json: bool) -> None:
+def chat_command(options: GenerateOptions, as_json: bool) -> None:
     """Talk with the model, one line at a time. /help lists the commands you can type.
 
     With --json each answer is an object: {"user", "assistant"}, or {"user", "base", "adapter"} for /compare.
     """
     from edgetune.chat import Chat
 
-    chat = Chat(writing.session(), *writing.sampling)
+    chat = Chat(options.session(), *options.sampling)
     if sys.stdin.isatty():
         say(HELP)
     while (text := _next_line()) is not None:

@@ -8,24 +8,24 @@ from collections.abc import Iterator
 
 import click
 
-from edgetune.cli.options import Writing, json_option, print_json, writing_options
+from edgetune.cli.options import GenerateOptions, generate_options, json_option, print_json
 from edgetune.reports.text import sanitize
 from edgetune.runtime.errors import UsageError
 
 
 @click.command("generate")
 @click.argument("prompt")
-@writing_options
+@generate_options
 @json_option
-def generate_command(writing: Writing, prompt: str, as_json: bool) -> None:
+def generate_command(options: GenerateOptions, prompt: str, as_json: bool) -> None:
     """Continue the text PROMPT. Type - to read it from standard input."""
     text = read_prompt(prompt)
-    session = writing.session()
+    session = options.session()
     if not as_json:
         click.echo(sanitize(text), nl=False)
-        show(session.stream(text, *writing.sampling))
+        show(session.stream(text, *options.sampling))
         return
-    answer = session.generate(text, *writing.sampling)
+    answer = session.generate(text, *options.sampling)
     print_json({
         "text": answer.text, "prompt_tokens": answer.prompt_tokens, "tokens": answer.tokens,
         "tokens_per_second": answer.tokens_per_second, "model": session.model_name, "adapter": session.adapter_name,
@@ -34,14 +34,14 @@ def generate_command(writing: Writing, prompt: str, as_json: bool) -> None:
 
 @click.command("ask")
 @click.argument("question")
-@writing_options
+@generate_options
 @json_option
-def ask_command(writing: Writing, question: str, as_json: bool) -> None:
+def ask_command(options: GenerateOptions, question: str, as_json: bool) -> None:
     """Answer QUESTION, in the model's own chat format. Type - to read it from standard input."""
     text = read_prompt(question)
-    session = writing.session()
+    session = options.session()
     start = time.perf_counter()
-    pieces = session.chat([{"role": "user", "content": text}], *writing.sampling)
+    pieces = session.chat([{"role": "user", "content": text}], *options.sampling)
     if not as_json:
         show(pieces)
         return

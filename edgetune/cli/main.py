@@ -1,4 +1,4 @@
-"""`edgetune`: finds the command, and turns an expected failure into one sentence and an exit code."""
+"""The `edgetune` command: runs the subcommand, and turns an expected failure into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ COMMANDS = {
     "bench": "edgetune.cli.bench",
     "doctor": "edgetune.cli.doctor",
 }
+"""The module that defines each command, as a function named NAME_command."""
 INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
 
 
 class Commands(click.Group):
-    """Imports a command's module when it is called, so that `--help` does not wait for torch."""
+    """A group that imports a command's module only when the command is called, so that `--help` does not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -55,15 +57,15 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(edgetune.__version__, prog_name="edgetune")
 def cli() -> None:
-    """Fine-tune a small LLaMA on your own notes, on your own machine. Nothing leaves it.
+    """Fine-tune a small LLaMA model on your own notes, on your own machine. Nothing leaves it.
 
-    Start with: edgetune train notes/ then: edgetune chat
+    Start with: edgetune train notes/ and then: edgetune chat
     """
 
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """Expected failures become a sentence on standard error and exit 1; Ctrl-C exits 130; a closed pipe is no failure."""
+    """Turn expected failures into a sentence on standard error and exit code 1, and Ctrl-C into 130; ignore a closed pipe."""
     try:
         with explain_full_disk(home()):
             yield
@@ -71,30 +73,32 @@ def plain_failures() -> Iterator[None]:
         click.echo(f"edgetune: {sanitize(str(error))}", err=True)
         sys.exit(1)
     except RuntimeError as error:
-        if "out of memory" not in str(error):  # torch has a class for it on NVIDIA cards only
+        # torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
+        if "out of memory" not in str(error):
             raise
-        click.echo("edgetune: The device has no memory left; end other programs that use it, or type --device cpu.", err=True)
+        click.echo("edgetune: The device is out of memory. End other programs that use it, or type --device cpu.", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("edgetune: interrupted.", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
+        # Python would complain when it flushes standard output at exit, so give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
             raise
-        told = f"{error.filename} is not yours to use ({error.strerror}); see whose it is, or name another place."
-        click.echo(f"edgetune: {sanitize(told)}", err=True)
+        message = f"No permission to use {error.filename} ({error.strerror}). Check who owns it, or name another place."
+        click.echo(f"edgetune: {sanitize(message)}", err=True)
         sys.exit(1)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
 def main() -> None:
-    """Entry point of the `edgetune` command. SIGTERM ends it as Ctrl-C does, so that nothing half written is left."""
-    signal.signal(signal.SIGTERM, _end)
+    """Run the `edgetune` command. SIGTERM ends it in an orderly way, as Ctrl-C does, so that no half-written file is left."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
     with plain_failures():
         try:
@@ -102,6 +106,6 @@ def main() -> None:
         except click.ClickException as error:
             error.show()
             code = error.exit_code
-        except click.Abort as error:  # what click makes of Ctrl-C
+        except click.Abort as error:  # click's form of Ctrl-C
             raise KeyboardInterrupt from error
         sys.exit(code if isinstance(code, int) else 0)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they print."""
+"""Command-line options that several commands share, and functions that print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.config import HEADS
+from edgetune.config import HEADS, GenerateConfig
 from edgetune.reports.text import sanitize
 from edgetune.runtime.device import DEVICES
 
@@ -22,45 +22,53 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 model_option: Decorator = click.option(
     "--model",
     metavar="M",
-    help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
+    help="Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
 )
 adapter_option: Decorator = click.option(
     "--adapter",
     metavar="A",
-    help="An adapter's name, its folder (PEFT, mlx-lm) or GGUF file; none for the bare base. Default: the current one.",
+    help="Adapter: its name, its folder (PEFT, mlx-lm) or GGUF file; none for the bare base model. Default: the current one.",
 )
 device_option: Decorator = click.option(
-    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to run."
+    "--device", type=click.Choice(DEVICES), default=GenerateConfig.device, show_default=True, help="Where to run."
 )
 json_option: Decorator = click.option(
-    "--json", "as_json", is_flag=True, help="Print machine-readable JSON alone on standard output."
+    "--json", "as_json", is_flag=True, help="Print only machine-readable JSON on standard output."
 )
 max_tokens_option: Decorator = click.option(
-    "--max-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Tokens to write at most."
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=GenerateConfig.max_tokens,
+    show_default=True,
+    metavar="N",
+    help="Most tokens to write.",
 )
 temperature_option: Decorator = click.option(
     "--temperature",
     type=click.FloatRange(0.0, 10.0),
-    default=0.7,
+    default=GenerateConfig.temperature,
     show_default=True,
     metavar="X",
-    help="0 takes the likeliest word.",
+    help="Randomness of the choice of words; 0 always takes the likeliest.",
 )
 seed_option: Decorator = click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), metavar="S", help="The same seed gives the same words."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    metavar="S",
+    help="Seed of the choices: the same seed gives the same words.",
 )
 head_option: Decorator = click.option(
     "--head",
     type=click.Choice(HEADS),
-    default="auto",
+    default=GenerateConfig.head,
     show_default=True,
-    help="The head: as stored, in 8 bits, in 4 (quickest, a little worse); auto is int8 on a CPU with compiled kernels.",
+    help="Form of the output layer: as stored, in 8 bits, or in 4 (fastest, a little worse). auto: int8 on a CPU with kernels.",
 )
 
 
 @dataclass(frozen=True)
-class Writing:
-    """What `generate`, `ask` and `chat` share: who writes, and how."""
+class GenerateOptions:
+    """The options that `generate`, `ask` and `chat` share: the model, the adapter, and how text is sampled."""
 
     model: str | None
     adapter: str | None
@@ -71,7 +79,7 @@ class Writing:
     seed: int | None
 
     def session(self) -> Session:
-        """Open the model, and say on standard error which model and adapter answer."""
+        """Open the model and the adapter, and name both on standard error."""
         from edgetune.library.base_models import DEMO, DEMO_NOTICE
         from edgetune.session import Session
 
@@ -83,12 +91,12 @@ class Writing:
 
     @property
     def sampling(self) -> tuple[int, float, int | None]:
-        """Session's arguments after the prompt."""
+        """Return max_tokens, temperature and seed: the arguments of Session's methods after the prompt."""
         return self.max_tokens, self.temperature, self.seed
 
 
-def writing_options(command: Callable[..., None]) -> Callable[..., Any]:
-    """Give a command the options of Writing, and a Writing as its first argument."""
+def generate_options(command: Callable[..., None]) -> Callable[..., Any]:
+    """Add the options of GenerateOptions to a command, which receives them as its first argument."""
 
     @functools.wraps(command)
     def parsed(
@@ -99,9 +107,9 @@ def writing_options(command: Callable[..., None]) -> Callable[..., Any]:
         max_tokens: int,
         temperature: float,
         seed: int | None,
-        **own: Any,
+        **others: Any,
     ) -> None:
-        command(Writing(model, adapter, device, head, max_tokens, temperature, seed), **own)
+        command(GenerateOptions(model, adapter, device, head, max_tokens, temperature, seed), **others)
 
     options = (
         model_option,
@@ -119,10 +127,10 @@ def writing_options(command: Callable[..., None]) -> Callable[..., Any]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One object, one line, on standard output."""
+    """Print one object as one line of JSON on standard output."""
     click.echo(json.dumps(value))
 
 
 def say(text: str) -> None:
-    """A line for the person, on standard error, where it is in nobody's pipe."""
+    """Print a line for the user on standard error, where it does not end up in a pipe."""
     click.echo(text, err=True)

@@ -1,4 +1,4 @@
-"""edgetune train."""
+"""The command `edgetune train`: training options, and running or dry-running a training."""
 
 from __future__ import annotations
 
@@ -12,53 +12,74 @@ from typing import Any
 import click
 
 from edgetune.cli.options import Decorator, json_option, print_json, say
-from edgetune.config import COMPUTE, RECIPES, RECOMPUTE, TrainConfig, train_config
+from edgetune.config import COMPUTE, EPOCHS, RECIPES, RECOMPUTE, REFERENCE_LEARNING_RATE, TrainConfig, train_config
 from edgetune.events import Event, Interrupted, Started
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
-from edgetune.runtime.config import LINEARS
 from edgetune.runtime.device import DEVICES
 
-_SHOWN = 20
-
+SKIPPED_SHOWN = 20
+"""Skipped files that --dry-run names; chosen by hand. --json names all."""
+_DEFAULTS = TrainConfig()
 
 _OPTIONS: tuple[Decorator, ...] = (
     click.argument("notes", nargs=-1),
     click.option(
         "--model",
         metavar="M",
-        help="A folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
+        help="Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
     ),
-    click.option("--device", type=click.Choice(DEVICES), help="Where to run. Default: auto."),
-    click.option("--out", metavar="DIR", help="Where to write the adapter. Default: among edgetune's own."),
-    click.option("--steps", type=int, metavar="N", help="Optimizer steps."),
-    click.option("--epochs", type=float, metavar="E", help="Passes over the notes. Default: 3, more for few notes."),
-    click.option("--minutes", type=float, metavar="N", help="Stop after this long, at a step."),
-    click.option("--until", metavar="HH:MM", help="Stop at this time of day, at a step."),
-    click.option("--memory", metavar="2GB", help="Choose settings that stay within this. Default: most of what is free."),
-    click.option("--rank", type=int, metavar="R", help="Rank of the adapter. Default: 16."),
-    click.option("--alpha", type=float, metavar="A", help="Scale of the adapter is alpha/rank. Default: 16."),
-    click.option("--dropout", type=float, metavar="P", help="LoRA dropout. Default: 0.05."),
-    click.option("--targets", metavar="LIST", help=f"Linears to adapt, by commas. Default: {','.join(LINEARS)}."),
-    click.option("--rslora", is_flag=True, default=None, help="Scale by alpha/sqrt(rank)."),
-    click.option("--lr", type=float, metavar="X", help="Peak learning rate. Default: 2e-4, more for small models."),
-    click.option("--seq-len", type=int, metavar="T", help="Tokens a sequence; longer notes are split. Default: 512."),
-    click.option("--batch-tokens", type=int, metavar="N", help="Tokens a step. Default: 2048."),
-    click.option("--seed", type=int, metavar="S", help="Seed of everything random. Default: 0."),
-    click.option("--recipe", type=click.Choice(RECIPES), help="How notes are read. Default: notes."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; may be repeated."),
-    click.option("--from", "from_adapter", metavar="A", help="Continue from this adapter."),
-    click.option("--recompute", type=click.Choice(RECOMPUTE), help="Trade speed for memory. Default: the fastest that fits."),
+    click.option("--device", type=click.Choice(DEVICES), help=f"Where to run. Default: {_DEFAULTS.device}."),
+    click.option("--out", metavar="DIR", help="Folder for the trained adapter. Default: one in edgetune's own data folder."),
+    click.option("--steps", type=int, metavar="N", help="Steps; each updates the adapter once, from one batch of notes."),
+    click.option("--epochs", type=float, metavar="E", help=f"Passes over the notes. Default: {EPOCHS:g}, more for few notes."),
+    click.option("--minutes", type=float, metavar="N", help="Stop after this many minutes, at the end of a step."),
+    click.option("--until", metavar="HH:MM", help="Stop at this time of day, at the end of a step."),
+    click.option("--memory", metavar="2GB", help="Most memory to use; settings are chosen to fit. Default: most that is free."),
+    click.option("--rank", type=int, metavar="R", help=f"Rank (size) of the adapter. Default: {_DEFAULTS.rank}."),
+    click.option(
+        "--alpha", type=float, metavar="A", help=f"The adapter is scaled by alpha/rank. Default: {_DEFAULTS.alpha:g}."
+    ),
+    click.option("--dropout", type=float, metavar="P", help=f"LoRA dropout. Default: {_DEFAULTS.dropout:g}."),
+    click.option(
+        "--targets",
+        metavar="LIST",
+        help=f"Linear layers to adapt, by commas. Default: {','.join(_DEFAULTS.targets)}.",
+    ),
+    click.option("--rslora", is_flag=True, default=None, help="Scale the adapter by alpha/sqrt(rank) instead."),
+    click.option(
+        "--lr",
+        type=float,
+        metavar="X",
+        help=f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, more for small models.",
+    ),
+    click.option(
+        "--seq-len",
+        type=int,
+        metavar="T",
+        help=f"Longest sequence in tokens; longer notes are split. Default: {_DEFAULTS.data.seq_len}.",
+    ),
+    click.option("--batch-tokens", type=int, metavar="N", help=f"Tokens per step. Default: {_DEFAULTS.data.batch_tokens}."),
+    click.option("--seed", type=int, metavar="S", help=f"Seed of everything random. Default: {_DEFAULTS.data.seed}."),
+    click.option("--recipe", type=click.Choice(RECIPES), help=f"How notes are read. Default: {_DEFAULTS.data.recipe}."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out matching files; may be repeated."),
+    click.option("--from", "from_adapter", metavar="A", help="Start from this adapter instead of a new one."),
+    click.option(
+        "--recompute",
+        type=click.Choice(RECOMPUTE),
+        help=f"Activations to recompute: slower, but takes less memory. Default: {_DEFAULTS.recompute}, the fastest that fits.",
+    ),
     click.option(
         "--compute",
         type=click.Choice(COMPUTE),
-        help="Number format of the products. int8: the base's products while training, on a CPU with AMX. Default: auto.",
+        help="Number format of products. int8: 8-bit products of the base model in training, on a CPU with AMX. "
+        f"Default: {_DEFAULTS.compute}, the fastest on this machine.",
     ),
 )
 
 
 def training_options(command: Callable[..., None]) -> Callable[..., Any]:
-    """Notes and every setting of a training run, as `train_config` takes them."""
+    """Add the notes and every setting of a training run to a command, named as `train_config` expects them."""
     decorated: Callable[..., Any] = command
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
@@ -66,7 +87,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., Any]:
 
 
 def config_of(flags: dict[str, Any]) -> TrainConfig:
-    """The settings that `training_options` gave."""
+    """Return the settings that the flags of `training_options` stand for."""
     if flags["targets"] is not None:
         flags["targets"] = tuple(flags["targets"].split(","))
     return train_config(flags)
@@ -74,27 +95,31 @@ def config_of(flags: dict[str, Any]) -> TrainConfig:
 
 @click.command("train")
 @training_options
-@click.option("--fresh", is_flag=True, help="Start over, where an unfinished run of the same command would be gone on with.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming an interrupted run of the same command.")
 @click.option(
     "--private-link",
     is_flag=True,
-    help="Under torchrun on several machines: the link between them is private (WireGuard, SSH). Gradients travel unencrypted.",
+    help="For torchrun on several machines: confirm that the link between them is private (WireGuard, SSH). "
+    "Gradients travel unencrypted and reveal what was trained on.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be read and what skipped, and why; train nothing.")
+@click.option("--dry-run", is_flag=True, help="Show which notes would be read, which skipped, and why; train nothing.")
 @json_option
 def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool, **flags: Any) -> None:
-    """Train an adapter on NOTES: folders and files of Markdown, text, rst, org, or chats in JSON lines.
+    """Train an adapter (a small addition to a base model) on NOTES.
 
-    Ctrl-C stops and keeps everything: the same command goes on from there, and so it does after a crash or a deadline.
+    NOTES are folders and files of Markdown, plain text, rst, org, or chats in JSON lines. They are never changed.
+
+    Ctrl-C stops training and loses nothing: run the same command again to continue, also after a crash or a deadline.
     """
     config = config_of(flags)
     if dry_run:
-        _show_reading(config, as_json)
+        _show_notes(config, as_json)
     else:
         _run(config, fresh, private_link, as_json)
 
 
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
+    """Train, show the events, and exit with 128 + the signal's number if a signal stopped the run."""
     from edgetune.library.base_models import DEMO, DEMO_NOTICE
     from edgetune.training.keep_awake import awake
     from edgetune.training.train import train
@@ -102,7 +127,7 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
     stop = threading.Event()
     caught: list[int] = []
     previous = _stop_on_signals(stop, caught)
-    event: Event | None = None  # torchrun's followers have none
+    event: Event | None = None  # stays None in torchrun's followers, which yield no events
     try:
         with awake(), renderer(as_json) as ui:
             for event in train(config, stop, fresh, private_link):
@@ -117,7 +142,10 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
 
 
 def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Signals, Any]:
-    """Ctrl-C and SIGTERM have the run write a checkpoint and leave; a second one ends it at once."""
+    """Make Ctrl-C and SIGTERM set `stop`, so that the run saves and ends; a second one ends it at once.
+
+    Return the previous handlers. The signal's number is appended to `caught`.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if caught:
@@ -128,25 +156,27 @@ def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Si
     return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
-def _show_reading(config: TrainConfig, as_json: bool) -> None:
-    from edgetune.training.setup import read
+def _show_notes(config: TrainConfig, as_json: bool) -> None:
+    """Print which notes a run would read, hold out and skip."""
+    from edgetune.training.setup import read_and_split
 
-    reading, parted = read(config)
+    reading, split = read_and_split(config)
     if as_json:
-        held_out = [document.path for document in parted.held_out]
+        held_out = [document.path for document in split.held_out]
         print_json({**reading.as_dict(), "heldout_documents": len(held_out), "heldout_paths": held_out})
         return
     click.echo(
-        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text; {len(parted.held_out)} would be held out:"
+        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them would be "
+        "held out: not trained on, to measure whether training helps." + (" These are:" if split.held_out else "")
     )
-    for document in parted.held_out:
+    for document in split.held_out:
         click.echo(f"  {one_line(document.path)}")
     click.echo(
         "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
     )
-    for skip in reading.skipped[:_SHOWN]:
+    for skip in reading.skipped[:SKIPPED_SHOWN]:
         click.echo(f"  {one_line(skip.path)}: {skip.reason.value}")
-    if len(reading.skipped) > _SHOWN:
-        click.echo(f"  and {len(reading.skipped) - _SHOWN} more; --json names all")
+    if len(reading.skipped) > SKIPPED_SHOWN:
+        click.echo(f"  and {len(reading.skipped) - SKIPPED_SHOWN} more; --json lists all")
     for pattern in reading.unused_excludes:
-        click.echo(f"--exclude {one_line(pattern)} matched nothing.")
+        click.echo(f"--exclude {one_line(pattern)} matched no file.")

@@ -1,8 +1,10 @@
-"""Windows of documents packed into rows: what step `s` trains is a pure function of (store, settings, seed, s).
+"""Packs windows of documents into batches: the batch of step s is a pure function of (store, settings, seed, s).
 
-A document's tokens are its windows' targets, each token once; a later window begins with `overlap` tokens of context
-whose loss is masked. A row is whole windows side by side, without padding; attention sees `segments` and never crosses
-one. N below is the tokens of a row.
+A document longer than `seq_len` is cut into windows. Each token is the target of one window only; a later window begins with
+`overlap` tokens of context whose loss is masked. Windows are packed side by side without padding, and attention never crosses
+from one `segment` to the next. A step's batch is cut into micro-batches, which fit in memory one at a time.
+
+N below is the number of tokens in a batch.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from edgetune.runtime.ops_types import Segment
 
 Int = npt.NDArray[np.int64]
 
+SHUFFLE_STRENGTHS = (1.0, 0.5, 0.25, 0.0)
+"""Randomness of each attempt to pack an epoch's windows (0: strictly the longest first); chosen by hand. The first attempt is
+the most random; later ones pack more tightly."""
+
 
 @dataclass(frozen=True)
 class Windows:
     """All windows of a store, in its order; each array is (number of windows,) int64.
 
-    Window w reads the `length[w]` tokens from `start[w]` of the store and predicts the token after each; the loss of
-    its first `context[w]` predictions is masked, because an earlier window made them with more to go on.
+    Window w reads the `length[w]` tokens from `start[w]` of the store and predicts the token after each of them. The loss of
+    its first `context[w]` predictions is masked: an earlier window made the same predictions with more context.
     """
 
     start: Int
@@ -42,27 +48,33 @@ class Windows:
 
 
 def cut_windows(store: TokenStore, seq_len: int, overlap: int) -> Windows:
-    """The windows of every document, at most `seq_len` inputs each; windows without a trained target are left out."""
+    """Cut every document into windows of at most `seq_len` inputs; leave out windows without a trained target."""
     columns: list[Int] = []
     for document in store.documents:
+        # A token is predicted from those before it, so n tokens give n - 1 targets.
         targets = document.tokens - 1
         if targets < 1:
             continue
-        # Window 0 predicts tokens 1..seq_len; window k starts k strides later and predicts one stride's tokens more.
+        # With stride = seq_len - overlap: window 0 predicts tokens 1 to seq_len; window k starts at k * stride, repeats
+        # `overlap` tokens as context and predicts the next `stride` tokens. No window starts at targets - overlap or later:
+        # it would have no target of its own, since the window before it already reaches the document's end.
         start = np.arange(0, max(targets - overlap, 1), seq_len - overlap, dtype=np.int64)
         length = np.minimum(seq_len, targets - start)
         context = np.where(start == 0, 0, overlap)
         marks = store.trained[document.start : document.start + document.tokens]
         if not marks[1:].all():
-            start, length, context = _without_idle_ends(np.flatnonzero(marks), start, length, context)
+            start, length, context = _trim_untrained_ends(np.flatnonzero(marks), start, length, context)
         columns.append(np.stack([start + document.start, length, context]))
     joined = np.concatenate(columns, axis=1) if columns else np.zeros((3, 0), np.int64)
     return Windows(*joined)
 
 
-def _without_idle_ends(trained: Int, start: Int, length: Int, context: Int) -> tuple[Int, Int, Int]:
-    """Drop what follows a window's last trained target (a question that nobody answers), and windows that have none."""
-    # A window's new targets are the places start+context+1 .. start+length of its document.
+def _trim_untrained_ends(trained: Int, start: Int, length: Int, context: Int) -> tuple[Int, Int, Int]:
+    """Cut off everything after a window's last trained target (for instance an unanswered question); drop windows without one.
+
+    trained: (n,) the document's trained positions, ascending. All positions count from the document's start.
+    """
+    # A window's own targets are the positions start + context + 1 to start + length of its document.
     place = np.searchsorted(trained, start + length, side="right")
     last = np.where(place > 0, trained[np.maximum(place, 1) - 1] if len(trained) else 0, 0)
     kept = last > start + context
@@ -70,17 +82,17 @@ def _without_idle_ends(trained: Int, start: Int, length: Int, context: Int) -> t
 
 
 def make_batch(store: TokenStore, windows: Windows, chosen: Sequence[int], text_only: bool = False) -> Batch:
-    """The row of the windows `chosen`. With `text_only` a turn's or document's end is not scored."""
+    """Pack the windows numbered `chosen` into one batch. With `text_only`, the ends of turns and documents carry no loss."""
     ids, targets, masks, positions, segments = [], [], [], [], []
     end = 0
     for window in chosen:
         start, length, context = (int(column[window]) for column in (windows.start, windows.length, windows.context))
-        row = np.asarray(store.ids[start : start + length + 1], dtype=np.int64)
+        tokens = np.asarray(store.ids[start : start + length + 1], dtype=np.int64)
         marks = np.asarray(store.trained[start + 1 : start + length + 1])
         mask = (marks == TEXT if text_only else marks != CONTEXT).astype(np.float32)
         mask[:context] = 0
-        ids.append(row[:-1])
-        targets.append(row[1:])
+        ids.append(tokens[:-1])
+        targets.append(tokens[1:])
         masks.append(mask)
         positions.append(np.arange(length, dtype=np.int64))
         segments.append(Segment.packed(end, end + length))
@@ -95,19 +107,19 @@ def make_batch(store: TokenStore, windows: Windows, chosen: Sequence[int], text_
 
 
 def training_overlap(seq_len: int) -> int:
-    """Context repeated in a later window: an eighth.
+    """Return the tokens of context that a later window repeats in training: an eighth of `seq_len`.
 
-    It costs at most a seventh more compute, and that on long documents alone. Measured on base-16m and 24 long chats, a
-    window that starts blind loses 0.5 to 1.3 nats a token over its first 64 tokens and about 0.1 after them.
+    This costs at most a seventh more compute, and only on long documents. Measured on base-16m with 24 long chats, a window
+    without context loses 0.5 to 1.3 nats per token over its first 64 tokens, and about 0.1 after them.
     """
     return seq_len // 8
 
 
 class Packer:
-    """Deals a store's windows into rows of at most `batch_tokens`, anew each epoch.
+    """Packs a store's windows into one batch of at most `batch_tokens` per step, shuffled anew in each epoch.
 
-    Every epoch has `steps_per_epoch` rows, about equally full: with Adam, which takes a step of one size from any
-    gradient, a row of leftovers would count as much as a full one.
+    Every epoch has `steps_per_epoch` batches that are about equally full. Adam takes a step of the same size from any
+    gradient, so a small batch of leftovers would count as much as a full one.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, batch_tokens: int, seed: int) -> None:
@@ -118,69 +130,73 @@ class Packer:
         self.windows = cut_windows(store, seq_len, training_overlap(seq_len))
         if not len(self.windows):
             raise DataError("Nothing to train on: no document has a trained token; expected notes with text in them.")
-        self.steps_per_epoch = self._fewest_rows()
+        self.steps_per_epoch = self._fewest_batches()
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
 
     def micro_batches(self, step: int, micro_tokens: int) -> list[Batch]:
-        """The windows of step `step`, counted from 0 over all epochs, in rows of at most `micro_tokens` (or of one window,
-        where that is longer).
+        """Return the batch of step `step` (counted from 0 over all epochs) as micro-batches of at most `micro_tokens` tokens.
 
-        To accumulate gradients exactly, divide each row's summed loss by the sum of all rows' `trained`.
+        A window longer than that is a micro-batch of its own. To accumulate gradients exactly, divide each micro-batch's
+        summed loss by the sum of `trained` over all of them.
         """
         epoch, number = divmod(step, self.steps_per_epoch)
         chosen = np.asarray(self.plan(epoch)[number])
         lengths = self.windows.length[chosen]
-        order = np.argsort(-lengths, kind="stable")
-        most = max(micro_tokens, int(lengths.max()))
-        for rows in range(-(-int(lengths.sum()) // most), len(chosen) + 1):
-            dealt = deal(lengths, order, rows, most)
-            if dealt is not None:
-                return [make_batch(self.store, self.windows, chosen[row].tolist()) for row in dealt if row]
-        raise AssertionError("one window a row always fits")
+        longest_first = np.argsort(-lengths, kind="stable")
+        capacity = max(micro_tokens, int(lengths.max()))
+        # Begin with the fewest micro-batches that could hold all tokens, and add one until the windows fit.
+        for count in range(-(-int(lengths.sum()) // capacity), len(chosen) + 1):
+            bins = deal(lengths, longest_first, count, capacity)
+            if bins is not None:
+                return [make_batch(self.store, self.windows, chosen[members].tolist()) for members in bins if members]
+        raise AssertionError("one window per micro-batch always fits")
 
-    def _fewest_rows(self) -> int:
-        rows = -(-int(self.windows.length.sum()) // self.batch_tokens)
-        while self._try(0, rows) is None:
-            rows = min(rows + max(1, rows // 64), len(self.windows))
-        return rows
+    def _fewest_batches(self) -> int:
+        """Return the number of batches per epoch: the fewest that could hold all tokens, raised until packing succeeds."""
+        count = -(-int(self.windows.length.sum()) // self.batch_tokens)
+        while self._try_to_pack(0, count) is None:
+            count = min(count + max(1, count // 64), len(self.windows))
+        return count
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        """The rows of an epoch, as lists of windows."""
-        dealt = self._try(epoch, self.steps_per_epoch) or self._try(0, self.steps_per_epoch)
-        assert dealt is not None  # steps_per_epoch was chosen so
-        order = np.argsort(random_words(self.seed, epoch, 0, len(dealt)), kind="stable")
-        return [dealt[row] for row in order.tolist()]
+        """Return the windows of each batch of an epoch, in the order of its steps."""
+        # The number of batches was settled on epoch 0. Another epoch's shuffle may not fit it; epoch 0's always does.
+        batches = self._try_to_pack(epoch, self.steps_per_epoch) or self._try_to_pack(0, self.steps_per_epoch)
+        assert batches is not None
+        # Packing longest first leaves a pattern in the batches' order, so they are shuffled too.
+        order = np.argsort(random_words(self.seed, epoch, 0, len(batches)), kind="stable")
+        return [batches[number] for number in order.tolist()]
 
-    def _try(self, epoch: int, rows: int) -> list[list[int]] | None:
-        """Deal in an order that is random, but on the whole longest first; less random at each try, to pack better."""
+    def _try_to_pack(self, epoch: int, count: int) -> list[list[int]] | None:
+        """Deal an epoch's windows into `count` batches in a random order that favours long windows; None if they do not fit."""
         lengths = self.windows.length
-        for attempt, jitter in enumerate((1.0, 0.5, 0.25, 0.0), 1):
+        for attempt, strength in enumerate(SHUFFLE_STRENGTHS, 1):
             chance = random_words(self.seed, epoch, attempt, len(lengths)).astype(np.float64) / 2.0**64
-            order = np.lexsort((chance, -lengths * (1 + jitter * chance)))
-            dealt = deal(lengths, order, rows, self.batch_tokens)
-            if dealt is not None:
-                return dealt
+            order = np.lexsort((chance, -lengths * (1 + strength * chance)))
+            batches = deal(lengths, order, count, self.batch_tokens)
+            if batches is not None:
+                return batches
         return None
 
 
-def deal(lengths: Int, order: Int, rows: int, most: int) -> list[list[int]] | None:
-    """Give each window, in `order`, to the least full row; None if a row would hold more than `most` tokens."""
-    heap = [(0, row) for row in range(rows)]
-    dealt: list[list[int]] = [[] for _ in range(rows)]
+def deal(lengths: Int, order: Int, bins: int, capacity: int) -> list[list[int]] | None:
+    """Put each window, in `order`, into the least full of the `bins`; return None if a bin would exceed `capacity` tokens."""
+    heap = [(0, number) for number in range(bins)]
+    members: list[list[int]] = [[] for _ in range(bins)]
     for window in order.tolist():
-        held, row = heap[0]
-        held += int(lengths[window])
-        if held > most:
+        tokens, number = heap[0]
+        tokens += int(lengths[window])
+        if tokens > capacity:
             return None
-        heapq.heapreplace(heap, (held, row))
-        dealt[row].append(window)
-    return dealt
+        heapq.heapreplace(heap, (tokens, number))
+        members[number].append(window)
+    return members
 
 
 def random_words(seed: int, epoch: int, stream: int, count: int) -> npt.NDArray[np.uint64]:
-    """(count,) random uint64 that depend on the arguments alone.
+    """Return (count,) random uint64 that depend on the arguments alone.
 
-    Philox's raw words are fixed by its paper (Salmon et al. 2011); numpy may change what it derives from them.
+    Philox's raw words are fixed by its paper (Salmon et al. 2011). What numpy derives from them may change between versions.
     """
     generator = np.random.Philox(
         key=np.array([seed % 2**64, epoch], dtype=np.uint64), counter=np.array([0, 0, 0, stream], dtype=np.uint64)
@@ -189,39 +205,39 @@ def random_words(seed: int, epoch: int, stream: int, count: int) -> npt.NDArray[
 
 
 def check_settings(seq_len: int, batch_tokens: int) -> None:
-    """Raises UsageError for lengths that cannot be honoured."""
+    """Raise UsageError for lengths that cannot be used."""
     if seq_len < 2:
-        raise UsageError(f"A sequence length of {seq_len} was given: expected 2 or more; type --seq-len 512.")
+        raise UsageError(f"A sequence length of {seq_len} was given; expected 2 or more. Type for example --seq-len 512.")
     if batch_tokens < seq_len:
         raise UsageError(
-            f"A batch of {batch_tokens} tokens cannot hold a sequence of {seq_len}: expected at least as many; "
-            f"type --batch-tokens {seq_len} or --seq-len {batch_tokens}."
+            f"A batch of {batch_tokens} tokens cannot hold a sequence of {seq_len}; expected at least as many. "
+            f"Type --batch-tokens {seq_len} or --seq-len {batch_tokens}."
         )
 
 
 def evaluation_batches(store: TokenStore, seq_len: int, batch_tokens: int) -> Iterator[Batch]:
-    """Rows that score every text token of the store once, in its order; starts and ends are not scored.
+    """Yield batches that score every text token of the store once, in its order. Starts and ends of documents are not scored.
 
-    Windows overlap by half, so that what is scored has seen at least half a window of its document, unless it stands near
-    the beginning. Bits per byte: `bits_per_byte`.
+    Windows overlap by half: every scored token has seen at least half a window of its document, unless it stands near the
+    beginning. `bits_per_byte` turns the losses into a score.
     """
     check_settings(seq_len, batch_tokens)
     windows = cut_windows(store, seq_len, seq_len // 2)
-    row: list[int] = []
-    held = 0
+    chosen: list[int] = []
+    tokens = 0
     for window, length in enumerate(windows.length.tolist()):
-        if row and held + length > batch_tokens:
-            yield make_batch(store, windows, row, text_only=True)
-            row, held = [], 0
-        row.append(window)
-        held += length
-    if row:
-        yield make_batch(store, windows, row, text_only=True)
+        if chosen and tokens + length > batch_tokens:
+            yield make_batch(store, windows, chosen, text_only=True)
+            chosen, tokens = [], 0
+        chosen.append(window)
+        tokens += length
+    if chosen:
+        yield make_batch(store, windows, chosen, text_only=True)
 
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """The result of an evaluation over all documents."""
+    """The result of an evaluation over all documents of a store."""
 
     bits_per_byte: float
     tokens: int
@@ -229,7 +245,7 @@ class BitsPerByte:
 
 
 def bits_per_byte(store: TokenStore, scored: Iterable[tuple[Batch, torch.Tensor]]) -> BitsPerByte:
-    """From (batch, losses (N,) in nats) of all `evaluation_batches` to bits a byte, which no tokenizer flatters."""
+    """Turn (batch, losses (N,) in nats) of all `evaluation_batches` into bits per byte, which no tokenizer flatters."""
     nats, tokens = 0.0, 0
     for batch, losses in scored:
         tokens += batch.trained

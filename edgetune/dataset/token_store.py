@@ -1,8 +1,8 @@
-"""Documents to a token store: a private folder of memory-mapped arrays, written document by document in bounded memory.
+"""Turns documents into a token store: a private folder of memory-mapped arrays, written document by document in little memory.
 
 ids.bin          int32  every document in turn: start ids, text ids, end id
-trained.bin      uint8  what each token is as a target: CONTEXT, TEXT or STOP
-documents.json   per document its path, digest, first token, number of tokens and bytes of scored text
+trained.bin      uint8  the role of each token as a target: CONTEXT, TEXT or STOP
+documents.json   for each document its path, digest, first token, number of tokens and bytes of scored text
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from edgetune.documents.document import Document, Turn
 from edgetune.runtime.errors import DataError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_folder
 
-CONTEXT, TEXT, STOP = 0, 1, 2  # not trained; trained and scored; trained, but no part of the text (the end of a turn)
+CONTEXT, TEXT, STOP = 0, 1, 2
+"""A token's role as a target. CONTEXT: not trained. TEXT: trained and scored. STOP: trained but not scored, because it is the
+end of a turn or document and no part of the text."""
 FORMAT = 1
+"""Version of the store's files."""
 
 TrainOn = Literal["assistant", "all"]
 ChatFormat = Literal["auto", "template", "guanaco"]
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a tokenizer here; `edgetune.runtime.tokenizer.Tokenizer` gives it."""
+    """The part of `edgetune.runtime.tokenizer.Tokenizer` that this module uses."""
 
     @property
     def bos_id(self) -> int | None: ...
@@ -46,7 +49,7 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """Where a document's tokens lie: `tokens` of them from `start`; `bytes` of text belong to those marked TEXT."""
+    """A document in the store: `tokens` tokens from `start` on. `bytes` counts the text behind the tokens marked TEXT."""
 
     path: str
     digest: str
@@ -57,7 +60,7 @@ class StoredDocument:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """`ids` (n,) int32 and `trained` (n,) uint8 of all documents, one after another."""
+    """The tokens of all documents, one after another: `ids` (n,) int32 and their roles `trained` (n,) uint8."""
 
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.uint8]
@@ -65,17 +68,17 @@ class TokenStore:
 
     @property
     def tokens(self) -> int:
-        """All tokens, start and end ids included."""
+        """Return the number of tokens, start and end ids included."""
         return len(self.ids)
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that one epoch trains, each once."""
+        """Return the number of tokens that one epoch trains, each once."""
         return int(np.count_nonzero(self.trained))
 
     @property
     def bytes(self) -> int:
-        """Bytes of text that are trained or scored."""
+        """Return the bytes of text that are trained or scored."""
         return sum(document.bytes for document in self.documents)
 
     @classmethod
@@ -89,12 +92,12 @@ class TokenStore:
             trained = np.memmap(path / "trained.bin", dtype=np.uint8, mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"The token store {path} is unreadable ({type(error).__name__}): delete it and run again."
+                f"The token store {path} is unreadable ({type(error).__name__}). Delete it and run the command again."
             ) from error
         ends = [0, *(document.start + document.tokens for document in documents)]
         starts = [document.start for document in documents]
         if index.get("format") != FORMAT or starts != ends[:-1] or len(ids) != ends[-1] or len(trained) != ends[-1]:
-            raise DataError(f"The token store {path} is incomplete or of another version: delete it and run again.")
+            raise DataError(f"The token store {path} is incomplete or of another version. Delete it and run the command again.")
         return cls(ids, trained, documents)
 
 
@@ -105,11 +108,11 @@ def tokenize(
     train_on: TrainOn = "assistant",
     chat_format: ChatFormat = "auto",
 ) -> TokenStore:
-    """Write the tokens of `documents` to the folder `path` (replacing it, atomically; files 0600) and map them.
+    """Write the tokens of `documents` to the folder `path` (replaced atomically; files 0600) and return them memory-mapped.
 
-    A note is `start_ids + ids + [eos]`, all of it trained but the start. In a chat the assistant's turns and their ends
-    are trained (`train_on="all"`: everything). Chats are rendered by the model's own template ("auto", where it has
-    one), else in Guanaco's form. Raises DataError where nothing would be trained.
+    A note becomes `start_ids + ids + [eos]`; all of it is trained except the start. In a chat, the assistant's turns and
+    their ends are trained (with `train_on="all"`: everything). With "auto", chats are rendered by the model's own template
+    if it has one, else in Guanaco's form. Raises DataError where nothing would be trained.
     """
     writer = ChatWriter(tokenizer, train_on, chat_format)
     stored: list[StoredDocument] = []
@@ -133,7 +136,7 @@ def tokenize(
         if not trained:
             raise DataError(
                 f"Nothing to train on: {len(stored)} documents gave no trained token; expected notes with text, or "
-                "chats in which the assistant answers; type the same command with --dry-run to see what is read."
+                "chats in which the assistant answers. Type the same command with --dry-run to see what is read."
             )
         index = {"format": FORMAT, "train_on": train_on, "documents": [asdict(document) for document in stored]}
         with private_file(folder / "documents.json") as file:
@@ -142,22 +145,26 @@ def tokenize(
 
 
 def private_file(path: Path) -> BinaryIO:
-    """A new file that its owner alone can read."""
+    """Create a file that its owner alone can read, and open it for writing."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "wb")
 
 
-# Notes. A text is encoded whole, as it was when the base model learned; only a very long one goes in pieces, so that no
-# tokenizer holds it all, or takes quadratic time.
+# Notes. A text is encoded as a whole, as the base model saw it in training. Only a very long text is cut into pieces, because
+# a tokenizer would hold all of it in memory, or take time that grows with its square.
 
 PIECE_CHARS = 1 << 16
+"""Characters of a text that are encoded at a time; chosen by hand."""
 _CUT_WITHIN = 1 << 12
+"""Characters before the end of a piece that are searched for a good place to cut; chosen by hand."""
 _SEEN_CHARS = 64
+"""Characters before a piece that are encoded with it, so that its first token is that of running text; chosen by hand."""
 _BETWEEN_WORDS = re.compile(r"\w(?= \w)")
-Piece = tuple[Sequence[int], Sequence[int]]  # ids and their marks
+Piece = tuple[Sequence[int], Sequence[int]]
+"""Token ids, and the role of each."""
 
 
 def note_pieces(tokenizer: TextTokenizer, text: str) -> Iterator[Piece]:
-    """The tokens of a note, from its start ids to its end."""
+    """Yield the tokens of a note, from its start ids to its end id."""
     yield tokenizer.start_ids, [CONTEXT] * len(tokenizer.start_ids)
     for ids in encode_text(tokenizer, text):
         yield ids, [TEXT] * len(ids)
@@ -165,16 +172,16 @@ def note_pieces(tokenizer: TextTokenizer, text: str) -> Iterator[Piece]:
 
 
 def encode_text(tokenizer: TextTokenizer, text: str, piece_chars: int = PIECE_CHARS) -> Iterator[list[int]]:
-    """The ids of `text`, in pieces of about `piece_chars`; joined they are those of the whole."""
+    """Yield the ids of `text` in pieces of about `piece_chars` characters; joined, they are the ids of the whole text."""
     start = 0
     while start < len(text):
-        end = cut(text, start, piece_chars)
+        end = find_cut(text, start, piece_chars)
         yield continuation(tokenizer, text[max(0, start - _SEEN_CHARS) : start], text[start:end])
         start = end
 
 
-def cut(text: str, start: int, piece_chars: int) -> int:
-    """Where a piece from `start` ends: before a space between two words, across which no tokenizer we know merges."""
+def find_cut(text: str, start: int, piece_chars: int) -> int:
+    """Return the end of a piece that begins at `start`: before a space between two words, where no known tokenizer merges."""
     end = start + piece_chars
     if end >= len(text):
         return len(text)
@@ -187,7 +194,7 @@ def cut(text: str, start: int, piece_chars: int) -> int:
 
 
 def continuation(tokenizer: TextTokenizer, before: str, text: str) -> list[int]:
-    """The ids of `text` where it follows `before`: alone, sentencepiece would put a space in front of it."""
+    """Return the ids of `text` as a continuation of `before`. Encoded alone, sentencepiece would put a space in front of it."""
     ids = tokenizer.encode(before + text)
     if not before:
         return ids
@@ -199,12 +206,14 @@ def continuation(tokenizer: TextTokenizer, before: str, text: str) -> list[int]:
 
 
 class ChatWriter:
-    """Conversations to tokens, with marks for what is trained."""
+    """Turns conversations into tokens, with the role of each as a target."""
 
-    # A long conversation is rendered in parts that begin at a user's turn: finding each turn's ends encodes what stands
-    # before it again, so a part's cost grows with the square of its turns.
+    # Finding the ends of a turn encodes everything before it again, so the cost grows with the square of the turns. A long
+    # conversation is therefore rendered in parts that begin at a user's turn.
     PART_TURNS = 32
+    """Most turns of a part; chosen by hand."""
     PART_CHARS = 1 << 15
+    """Most characters of a part; chosen by hand."""
 
     def __init__(self, tokenizer: TextTokenizer, train_on: TrainOn, chat_format: ChatFormat) -> None:
         self.tokenizer = tokenizer
@@ -213,9 +222,9 @@ class ChatWriter:
         self.end = tuple(tokenizer.eos_ids[:1])
 
     def pieces(self, document: Document) -> tuple[Iterator[Piece], int]:
-        """The tokens of one conversation, and the bytes of text that those marked TEXT stand for.
+        """Return the tokens of one conversation, and the bytes of text behind those marked TEXT.
 
-        Scored are the assistant's texts, but for Guanaco's recipe, where it is the whole conversation.
+        These are the assistant's texts; in Guanaco's recipe they are the whole conversation.
         """
         turns = document.turns or ()
         answers = sum(len(turn.text.encode()) for turn in turns if turn.role == "assistant")
@@ -224,10 +233,10 @@ class ChatWriter:
         if self.train_all:
             return note_pieces(self.tokenizer, document.text), document.size
         answered = sum(turn.role == "assistant" for turn in turns)
-        return self._guanaco_pieces(turns), answers + answered  # each begins with a space
+        return self._guanaco_pieces(turns), answers + answered  # every answer begins with a space
 
     def _guanaco_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
-        """`### Human: ... ### Assistant:` as context; the answer and an end after each of them as targets."""
+        """Yield `### Human: ... ### Assistant:` as context, and every answer and its end as targets."""
         yield self.tokenizer.start_ids, [CONTEXT] * len(self.tokenizer.start_ids)
         prompt = ""
         for turn in turns:
@@ -242,7 +251,8 @@ class ChatWriter:
             prompt = ""
 
     def _template_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
-        for part in in_parts(turns, self.PART_TURNS, self.PART_CHARS):
+        """Yield the conversation as the model's template renders it, with the answers and their ends as targets."""
+        for part in split_turns(turns, self.PART_TURNS, self.PART_CHARS):
             messages = [{"role": turn.role, "content": turn.text} for turn in part]
             ids = self.tokenizer.encode_chat(messages, add_generation_prompt=False)
             marks = [STOP if self.train_all else CONTEXT] * len(ids)
@@ -252,7 +262,9 @@ class ChatWriter:
             yield self._finished(ids, marks)
 
     def _mark_answer(self, ids: list[int], marks: list[int], messages: list[dict[str, str]], at: int) -> None:
-        """Mark the answer `messages[at]` within `ids`: from its generation prompt's end to its own end id."""
+        """Mark the answer `messages[at]` within `ids`: from the end of its generation prompt to its own end id."""
+        # A template does not say where a turn lies among the ids. So the conversation is rendered twice more, up to the
+        # answer and up to its end: `ids` agrees with the first as far as the answer's start, with the second to its end.
         prompt = self.tokenizer.encode_chat(messages[:at], add_generation_prompt=True)
         answered = ids
         if at + 1 < len(messages):
@@ -265,8 +277,8 @@ class ChatWriter:
             marks[stop] = STOP
 
     def _finished(self, ids: list[int], marks: list[int]) -> Piece:
-        """A rendered conversation with a start the model knows and an end it can learn."""
-        while marks and marks[-1] == CONTEXT:  # what follows the last answer teaches nothing
+        """Complete a rendered conversation: a start id, an end id to learn, and nothing after the last answer."""
+        while marks and marks[-1] == CONTEXT:  # tokens after the last answer teach nothing
             del ids[-1], marks[-1]
         if not ids:
             return [], []
@@ -278,8 +290,8 @@ class ChatWriter:
         return ids, marks
 
 
-def in_parts(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iterator[list[Turn]]:
-    """`turns` in parts that begin at a user's turn, each with the system's turn that opened the conversation."""
+def split_turns(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iterator[list[Turn]]:
+    """Split `turns` into parts that begin at a user's turn; each part repeats the system's turn that opened the chat."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
     part: list[Turn] = []
     chars = 0
@@ -295,5 +307,5 @@ def in_parts(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iterato
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two sequences begin with alike."""
+    """Return the number of leading ids that two sequences share."""
     return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

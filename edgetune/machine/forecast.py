@@ -21,17 +21,18 @@ from edgetune.library.base_models import resolve
 from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
-    COMPACT,
+    COMPACT_SLOWDOWN,
     FILE_SPEED,
+    UNHIDDEN_READ_SHARE,
     advice,
     choose,
     described_format,
     file_bytes,
-    held_already,
     least,
     memory_allowed,
     number_format,
     planned_steps,
+    process_bytes,
 )
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
@@ -43,7 +44,7 @@ from edgetune.runtime.errors import DeviceError, UsageError
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training.setup import named_adapter, read, tokenize_notes
+from edgetune.training.setup import named_adapter, read_and_split, tokenize_notes
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def forecast(train: TrainConfig) -> Forecast:
         dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
     steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder)
-    memory, process = memory_allowed(train, device_name), held_already(device_name) if here else 0
+    memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
     smallest = least(config, lora, stored, data, dtype, process, device_name, train.recompute)
     choice = choose(config, lora, stored, data, dtype, memory, process, device_name, train.recompute)
     shown = choice or smallest
@@ -148,7 +149,7 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
 
 def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
-    _, parted = read(train)
+    _, parted = read_and_split(train)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=home()) as scratch:
         store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), Path(scratch))
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
@@ -171,11 +172,11 @@ def seconds_a_step(
     """
     one, two = (_row_seconds(config, lora, setting, dtype, int8, layers) for layers in (1, 2))
     layer = max(two - one, 0.0)
-    row = (one + layer * (config.num_layers - 1)) * (COMPACT if setting.compact else 1.0)
+    row = (one + layer * (config.num_layers - 1)) * (COMPACT_SLOWDOWN if setting.compact else 1.0)
     rows = -(-batch_tokens // setting.row_tokens)
     read = budget.streamed_bytes(config, stored, setting) / FILE_SPEED
     files = file_bytes(config, lora, stored, setting, batch_tokens)
-    return rows * (max(row, read) + 0.05 * read) + files / FILE_SPEED
+    return rows * (max(row, read) + UNHIDDEN_READ_SHARE * read) + files / FILE_SPEED
 
 
 def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, int8: bool, layers: int) -> float:

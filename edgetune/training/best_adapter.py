@@ -1,4 +1,4 @@
-"""The best adapter so far, in a file of the unfinished run: memory holds the one that is trained, and no second."""
+"""Keeps the best adapter so far in a file of the unfinished run, so that memory holds only the adapter being trained."""
 
 from __future__ import annotations
 
@@ -10,44 +10,41 @@ from torch import Tensor
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import ResourceError
-from edgetune.training.checkpoints import Damaged, read_sealed, write_sealed
+from edgetune.training.sealed_files import DamagedError, read_sealed, write_sealed
 
 FILE = "best.safetensors"
 
 
 class BestAdapter:
-    """What a later reading may still be better than. Tensors go by "layer.linear.part", as in a checkpoint."""
+    """The adapter with the lowest held-out score so far. Its tensors are named "layer.linear.part", as in a checkpoint."""
 
     def __init__(self, folder: Path, config: LoraConfig) -> None:
         self._path, self._config = folder / FILE, config
         self.exists = False
 
-    def keep(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace it, at once or not at all. Raises ResourceError when the disk is full."""
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the stored adapter atomically. Raises ResourceError when the disk is full."""
         write_sealed(self._path, tensors)
         self.exists = True
 
-    def keep_live(self, tensors: Mapping[tuple[int, str, str], Tensor]) -> None:
-        """The same, by the keys that an adapter on a model has."""
-        self.keep({".".join(map(str, key)): tensor for key, tensor in tensors.items()})
+    def save_from_model(self, tensors: Mapping[tuple[int, str, str], Tensor]) -> None:
+        """Replace the stored adapter by one whose tensors are keyed as on the model: (layer, linear, part)."""
+        self.save({".".join(map(str, key)): tensor for key, tensor in tensors.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Mapped: they take memory while they are read. Empty where nothing was kept yet.
-
-        Raises ResourceError where the file is not what was written.
-        """
+        """Return the stored tensors, memory-mapped; empty if none was saved yet. Raises ResourceError for a damaged file."""
         if not self.exists:
             return {}
         try:
             return read_sealed(self._path)[0]
-        except Damaged as error:
+        except DamagedError as error:
             raise ResourceError(
-                "The best adapter so far cannot be read back from the disk; type the same command again: it goes on from the "
-                "last checkpoint."
+                "The file with the best adapter so far is damaged. Run the same command again: it resumes from the last "
+                "checkpoint."
             ) from error
 
     def adapter(self) -> Adapter:
-        """All of it, mapped."""
+        """Return the stored adapter, memory-mapped. Raises ResourceError for a damaged file."""
         tensors = {}
         for name, tensor in self.tensors().items():
             layer, linear, part = name.split(".")

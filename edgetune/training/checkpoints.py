@@ -1,255 +1,163 @@
-"""What is kept of a run until it is finished, so that a kill costs two minutes and the same command goes on.
+"""Checkpoints: what they hold, when one is due, and how the last intact one is read back.
 
-unfinished/<key>.lock                 held while a process is at the run
-unfinished/<key>/run.json             the plan and what else was settled before step 1; without it the folder is no run
-unfinished/<key>/tokens, held-out     the notes as tokens
-unfinished/<key>/checkpoint-<n>.safetensors   the last two, each one file that ends with its own checksum
-unfinished/<key>/best.safetensors     the best adapter since, likewise; a checkpoint has the one of its own moment
-
-<key> stands for the settings, the model, the output and the notes' paths: for the command. All of it is private
-(0600/0700), and deleted when the run is finished, started over, or left alone for 30 days.
+A checkpoint is one sealed file, `checkpoint-<n>.safetensors`, in the folder of the unfinished run: the adapter, the
+optimizer's state, the best adapter so far, and the TrainingState as JSON in the metadata.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
 import time
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from edgetune.config import TrainConfig
-from edgetune.home import expand, home, private_folder
-from edgetune.lock import Lock
-from edgetune.runtime.errors import BusyError, EdgetuneError
-from edgetune.runtime.files import atomic_write
-from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
+from edgetune.events import EventLog
+from edgetune.training.sealed_files import DamagedError, read_sealed, write_sealed
 
-FORMAT = 4
-KEPT = 2
-FORGOTTEN_AFTER_DAYS = 30
-_RUN, _CHECKSUM = "run.json", "checksum"
-_CHECKSUM_BYTES = 8
+CHECKPOINTS_KEPT = 2
+"""Checkpoints that stay on disk: the last one, and the one before it in case the last is damaged."""
+KEEP_SECONDS = 100.0
+"""Seconds of work that a kill may cost; chosen by hand. The work ahead is counted in, so a long step does not push the loss
+beyond two minutes."""
+KEEP_SHARE = 0.003
+"""Upper bound on the share of run time spent on the checkpoints that follow evaluations (0 to 1); chosen by hand."""
+ASSUMED_WRITE_SPEED = 500e6
+"""Bytes per second at which the first checkpoint is assumed to be written; a guess, replaced by the time that one took."""
+_STORED_NAMES = {"evaluated_step": "read_at", "score_before": "before"}
+"""Names in the file of the TrainingState fields whose names differ from the file's."""
 
 
 @dataclass
-class State:
-    """Where a run stands, tensors apart. Figures are of the whole run, however often it was gone on with."""
+class TrainingState:
+    """Everything that a checkpoint holds besides tensors. Counts and times cover the whole run, interruptions included."""
 
     step: int = 0
-    read_at: int | None = None
-    """The step after which the held-out notes were last read; at a step that is due and not read, that comes first."""
+    """Steps done."""
+    evaluated_step: int | None = None
+    """The step after which the held-out notes were last evaluated. Where an evaluation is due at `step` and this is another
+    step, a resumed run evaluates before it trains."""
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     training_seconds: float = 0.0
     seconds: float = 0.0
-    before: float | None = None
+    score_before: float | None = None
+    """Held-out bits per byte before step 1."""
     best_score: float | None = None
+    """Lowest held-out bits per byte after step 1."""
     best_step: int | None = None
     peak_memory_bytes: int = 0
     log_bytes: int = 0
-    """The event log's size: what it holds beyond that will happen again."""
+    """Size of the event log. Events beyond it happen again after a resume, so they are cut off."""
+
+    def to_json(self) -> str:
+        """Return the state as the file holds it."""
+        return json.dumps({_STORED_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingState:
+        """Return the state that `to_json` wrote. Raises ValueError or TypeError for anything else."""
+        fields = {stored: name for name, stored in _STORED_NAMES.items()}
+        return cls(**{fields.get(name, name): value for name, value in json.loads(text).items()})
 
 
 @dataclass
-class Restored:
-    """A checkpoint read back; without tensors, the run stands before its first step."""
+class RestoredCheckpoint:
+    """A checkpoint read back from disk. Without tensors, the run stands before its first step."""
 
-    state: State = field(default_factory=State)
+    state: TrainingState = field(default_factory=TrainingState)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    """Sentences for the user about what was lost."""
+
+    @property
+    def has_steps(self) -> bool:
+        """Return True if the checkpoint brings values of the adapter with it."""
+        return bool(self.tensors)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors named `prefix`.something, by that something."""
+        """Return the tensors whose names begin with `prefix` and a dot, under the rest of their names."""
         return {name.removeprefix(prefix + "."): t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
 
 
-class Damaged(Exception):
-    """What was kept is not what was written."""
+class CheckpointWriter:
+    """Writes checkpoints and knows when one is due. Only the clock decides that, so the run's bits do not depend on it."""
 
+    def __init__(self, folder: Path, log: EventLog, expected_bytes: int) -> None:
+        self.folder, self.log = folder, log
+        self.last_written = time.monotonic()
+        self.write_seconds = expected_bytes / ASSUMED_WRITE_SPEED
 
-class OtherVersion(Damaged):
-    """What was kept is another version's."""
+    def is_due(self, ahead: float) -> bool:
+        """Return True if working `ahead` more seconds without a checkpoint would risk losing more than KEEP_SECONDS of work."""
+        return time.monotonic() - self.last_written + ahead >= KEEP_SECONDS
 
+    def is_cheap(self) -> bool:
+        """Return True if a checkpoint now would take at most KEEP_SHARE of the time since the last one."""
+        return self.write_seconds <= KEEP_SHARE * (time.monotonic() - self.last_written)
 
-class Unfinished:
-    """One unfinished run's folder, of which this process holds the lock."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is a run to go on with."""
-        return (self.folder / _RUN).is_file()
-
-    def begin(self, record: Mapping[str, Any]) -> None:
-        """Write run.json, after everything else that the run needs: from here on there is a run."""
-        atomic_write(self.folder / _RUN, _sealed(record))
-
-    def record(self) -> dict[str, Any]:
-        """What `begin` was given. Raises Damaged."""
-        return _unsealed(self.folder / _RUN)
-
-    def discard(self) -> None:
-        """Delete all of it; after a crash in the middle of this it is no run any more, and the next run deletes the rest."""
-        (self.folder / _RUN).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def save(self, state: State, tensors: Mapping[str, Tensor]) -> Path:
-        """Write a checkpoint and drop all but the last two. Raises ResourceError on a full disk; the others then stay."""
-        number = max((int(path.stem.rpartition("-")[2]) for path in self._checkpoints()), default=0) + 1
-        path = self.folder / f"checkpoint-{number:06}.safetensors"
-        write_sealed(path, tensors, {"state": json.dumps(dataclasses.asdict(state))})
-        for old in self._checkpoints()[:-KEPT]:
-            _drop(old)
+    def write(self, state: TrainingState, tensors: Mapping[str, Tensor]) -> Path:
+        """Write a checkpoint and return its path. Raises ResourceError when the disk is full."""
+        start = time.monotonic()
+        # The log first: a checkpoint must never be ahead of the events that it says have happened.
+        state.log_bytes = self.log.sync()
+        path = save_checkpoint(self.folder, state, tensors)
+        self.last_written = time.monotonic()
+        self.write_seconds = self.last_written - start
         return path
 
-    def restore(self) -> Restored:
-        """The last checkpoint that is whole; what is damaged, or was never finished, is deleted."""
-        for left in (*self.folder.glob(".checkpoint-*"), *self.folder.glob(".best.*")):  # a kill ended their writing
-            _drop(left)
-        damaged = 0
-        for path in reversed(self._checkpoints()):
-            try:
-                restored = _read(path)
-            except Damaged:
-                _drop(path)
-                damaged += 1
-                continue
-            if damaged:
-                restored.notices.append(
-                    f"The last checkpoint is damaged, so the one before it is used (step {restored.state.step})."
-                )
-            return restored
-        return Restored(notices=["Every checkpoint is damaged, so the same plan starts again at step 0."] if damaged else [])
 
-    def _checkpoints(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(self.folder.glob("checkpoint-*.safetensors"))
+def save_checkpoint(folder: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> Path:
+    """Write the next checkpoint and delete all but the last two. On a full disk raises ResourceError and deletes nothing."""
+    number = max((int(path.stem.rpartition("-")[2]) for path in _checkpoints(folder)), default=0) + 1
+    path = folder / f"checkpoint-{number:06}.safetensors"
+    write_sealed(path, tensors, {"state": state.to_json()})
+    for old in _checkpoints(folder)[:-CHECKPOINTS_KEPT]:
+        _delete(old)
+    return path
 
 
-@contextlib.contextmanager
-def hold(config: TrainConfig, base: str) -> Iterator[Unfinished]:
-    """The place of this command's run, locked, and its output too. Raises BusyError where another process is at either."""
-    folder, name = private_folder(home() / "unfinished"), key(config, base)
-    with contextlib.ExitStack() as locks:
-        locks.enter_context(Lock(folder / f"{name}.lock", "this run"))
-        if config.out is not None:
-            locks.enter_context(output_lock(expand(config.out)))
-        _forget_others(folder)
-        yield Unfinished(folder / name)
-
-
-def output_lock(out: Path) -> Lock:
-    """For whoever writes the folder `out`. Raises BusyError where another process is at it."""
-    out = out.resolve()
-    return Lock(private_folder(home() / "unfinished") / f"out-{_digest(str(out))[:16]}.lock", f"a run that writes {out}")
-
-
-@contextlib.contextmanager
-def hold_beside(config: TrainConfig, base: str, rank: int) -> Iterator[Path]:
-    """A private folder for a process that follows another; it is gone afterwards, and after a crash with the next run."""
-    folder, name = private_folder(home() / "unfinished"), f"{key(config, base)}-{rank}"
-    with Lock(folder / f"{name}.lock", "this run"):
-        _forget_others(folder)
-        path = folder / name
-        shutil.rmtree(path, ignore_errors=True)
+def restore_checkpoint(folder: Path) -> RestoredCheckpoint:
+    """Read the last intact checkpoint; delete damaged ones, and files that a kill left half written."""
+    for partial in (*folder.glob(".checkpoint-*"), *folder.glob(".best.*")):
+        _delete(partial)
+    damaged = 0
+    for path in reversed(_checkpoints(folder)):
         try:
-            yield private_folder(path)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+            restored = _read(path)
+        except DamagedError:
+            _delete(path)
+            damaged += 1
+            continue
+        if damaged:
+            restored.notices.append(
+                f"The last checkpoint is damaged. The run resumes from the one before it (step {restored.state.step})."
+            )
+        return restored
+    notices = ["Every checkpoint is damaged. The run starts again at step 0 with the same plan."] if damaged else []
+    return RestoredCheckpoint(notices=notices)
 
 
-def key(config: TrainConfig, base: str) -> str:
-    """What makes two commands the same run. A deadline does not: it only says how much of the plan is done now."""
-    settings = {name: value for name, value in config.as_dict().items() if name not in ("model", "out", "minutes", "until")}
-    notes = sorted(os.path.abspath(expand(path)) for path in config.data.notes)
-    out = None if config.out is None else str(expand(config.out).resolve())
-    return _digest(json.dumps([settings, base, notes, out], sort_keys=True))[:16]
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the paths of the checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-*.safetensors"))
 
 
-def _forget_others(folder: Path) -> None:
-    """Delete what nobody is at and nobody will go on with: never begun or half deleted, or a month old."""
-    for path in [entry for entry in folder.iterdir() if entry.is_dir()]:
-        with contextlib.suppress(BusyError, OSError), Lock(folder / f"{path.name}.lock", ""):
-            newest = max((entry.stat().st_mtime for entry in path.iterdir()), default=0.0)
-            if not (path / _RUN).is_file() or time.time() - newest > FORGOTTEN_AFTER_DAYS * 86400:
-                Unfinished(path).discard()
-
-
-def _drop(path: Path) -> None:
-    """Delete a checkpoint; Windows refuses while it is mapped, and then a later one does it."""
+def _delete(path: Path) -> None:
+    """Delete a checkpoint if possible: Windows refuses while it is mapped, and then a later call deletes it."""
     with contextlib.suppress(OSError):
         path.unlink()
 
 
-def _read(path: Path) -> Restored:
-    """A checkpoint, its tensors mapped. Raises Damaged."""
+def _read(path: Path) -> RestoredCheckpoint:
+    """Return a checkpoint, its tensors memory-mapped. Raises DamagedError."""
     tensors, metadata = read_sealed(path)
     try:
-        return Restored(State(**json.loads(metadata["state"])), tensors)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(path) from error
-
-
-def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file whose last tensor is a checksum of all before it. Raises ResourceError on a full disk."""
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    specs.append(TensorSpec(_CHECKSUM, torch.int64, (1,)))
-    with SafetensorsWriter(path, specs, metadata) as writer:
-        checksum = zlib.crc32(writer.header)
-        for name, tensor in tensors.items():
-            values = tensor.detach().cpu().contiguous()
-            # CRC-32, twice as quick as SHA-256: what it guards against is a bad disk and no enemy.
-            checksum = zlib.crc32(values.view(-1).view(torch.uint8).numpy().data, checksum)
-            writer.write(name, values)
-        writer.write(_CHECKSUM, torch.tensor([checksum]))
-
-
-def read_sealed(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """What `write_sealed` wrote, mapped, and its metadata. Raises Damaged."""
-    try:
-        file = SafetensorsFile.open(path)
-        found = int(file.tensor(_CHECKSUM))
-        if zlib.crc32(memoryview(file.mapping)[:-_CHECKSUM_BYTES]) != found:
-            raise Damaged(path)
-        return {name: file.tensor(name) for name in file.tensors if name != _CHECKSUM}, file.metadata
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, EdgetuneError) as error:
-        raise Damaged(path) from error
-
-
-def _sealed(record: Mapping[str, Any]) -> str:
-    """JSON that carries its own digest."""
-    text = json.dumps(record, sort_keys=True)
-    return json.dumps({"format": FORMAT, "sha256": _digest(text), "record": record}, indent=2, sort_keys=True) + "\n"
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    """What `_sealed` wrote. Raises Damaged."""
-    try:
-        sealed = json.loads(path.read_bytes())
-        record, version = sealed["record"], sealed["format"]
-        whole = sealed["sha256"] == _digest(json.dumps(record, sort_keys=True))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(path) from error
-    if not whole or not isinstance(record, dict):
-        raise Damaged(path)
-    if version != FORMAT:
-        raise OtherVersion(path)
-    return record
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        return RestoredCheckpoint(TrainingState.from_json(metadata["state"]), tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(path) from error

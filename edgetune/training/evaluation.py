@@ -1,4 +1,7 @@
-"""Held-out bits per byte: what a model makes of text it has not seen, in a unit that no tokenizer flatters."""
+"""Measures held-out bits per byte: how well a model predicts text it has not seen (lower is better).
+
+Bits per byte of text do not depend on the tokenizer, so they compare models that cut text into different tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ from edgetune.library.loading import load_base, open_base
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.runner import Runner
 
+LARGEST_LOG_PERPLEXITY = 700.0
+"""Nats per token beyond which perplexity would overflow a double (exp(709.8) does)."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`edgetune eval`'s answer; perplexity is a token's, so it compares only models of one tokenizer."""
+    """The answer of `edgetune eval`. Perplexity is per token, so it compares only models that share a tokenizer."""
 
     bits_per_byte: float
     perplexity: float
@@ -36,7 +42,7 @@ def evaluate_store(
 ) -> BitsPerByte:
     """Score every text token of a token store once, with the adapter that is on the model now.
 
-    `before_each` is called before each row; what it raises ends the evaluation.
+    `before_each` is called before each batch and may raise to end the evaluation.
     """
     scored = []
     for batch in evaluation_batches(store, seq_len, batch_tokens):
@@ -46,9 +52,10 @@ def evaluate_store(
 
 
 def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None = None, device: str = "auto") -> Evaluation:
-    """Bits per byte of a model on notes: files and folders, every document in them.
+    """Measure a model's bits per byte on every document in `texts`, which are files and folders of notes.
 
-    adapter: a folder, a name, "none", or None for the current one. Raises EdgetuneError's children.
+    adapter: a folder, a name, "none" for the bare base model, or None for the current adapter.
+    Raises subclasses of EdgetuneError.
     """
     reading = read_notes(texts)
     loaded = load_base(open_base(model), device)
@@ -62,7 +69,7 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
     nats = result.bits_per_byte * math.log(2) * result.bytes
     return Evaluation(
         bits_per_byte=result.bits_per_byte,
-        perplexity=math.exp(min(nats / max(result.tokens, 1), 700.0)),
+        perplexity=math.exp(min(nats / max(result.tokens, 1), LARGEST_LOG_PERPLEXITY)),
         tokens=result.tokens,
         bytes=result.bytes,
         documents=len(store.documents),

@@ -10,20 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CAFFEINATE = Path("/usr/bin/caffeinate")
+"""The tool of macOS that holds off idle sleep."""
 
 
 @contextlib.contextmanager
 def awake() -> Iterator[None]:
-    """Within this context macOS does not go to sleep by itself (`caffeinate -is`); its display may, and should.
+    """Hold off macOS's idle sleep within this context (`caffeinate -is`); the display may still sleep.
 
-    The helper watches this process, so that it ends even where this one is killed. Nothing happens on other systems, or
-    where there is no caffeinate. Sleep that a person asks for, or a closed lid, is not held up.
+    Sleep that a user asks for, or a closed lid, is not prevented. Does nothing on other systems, or without caffeinate.
     """
     helper = None
     if sys.platform == "darwin":
         quiet = subprocess.DEVNULL
+        # -w: caffeinate watches this process, and so ends with it even when it is killed.
         command = [str(CAFFEINATE), "-is", "-w", str(os.getpid())]
-        with contextlib.suppress(OSError):  # a session of its own: Ctrl-C is the run's, which saves before it ends
+        # In a session of its own, Ctrl-C does not reach it: the Mac must stay awake while the run saves and ends.
+        with contextlib.suppress(OSError):
             helper = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""One optimizer step: what every process of a run does, whether it is alone, leads or follows."""
+"""One optimizer step, the same for every process of a run: alone, leader or follower."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from edgetune.runtime.heap import trim_memory
 from edgetune.runtime.loss import meet_head
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.training.distributed import World
-from edgetune.training.setup import Plan, Prepared
+from edgetune.training.plan import Plan
+from edgetune.training.setup import PreparedRun
 
 TRIM_STEPS = 16
-"""Steps after which free pages of the heap go back: rows of other lengths leave other holes, which would add up."""
+"""Steps between two returns of free heap pages to the system; chosen by hand. Micro-batches of different lengths leave
+different holes in the heap, which would add up."""
 
 
-def give_back(step: int) -> None:
-    """What is to be given back to the system after step `step`, counted from 0."""
+def trim_after_step(step: int) -> None:
+    """Return free heap pages to the system after every TRIM_STEPS steps. Steps count from 0."""
     if (step + 1) % TRIM_STEPS == 0:
         trim_memory()
 
 
 def learning_rate(plan: Plan, step: int, final: float) -> float:
-    """Linear warm-up, then linear decay to `final` of the peak; steps count from 0."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then linear decay to `final` times the peak."""
     if step < plan.warmup_steps:
         return plan.learning_rate * (step + 1) / plan.warmup_steps
     done = (step - plan.warmup_steps) / max(plan.steps - plan.warmup_steps, 1)
@@ -34,8 +36,8 @@ def learning_rate(plan: Plan, step: int, final: float) -> float:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step came to, over all processes; where it was not finite the adapter was left as it was."""
+class StepResult:
+    """The result of one step over all processes. Where it is not finite, the adapter has not changed."""
 
     loss: float
     gradient_norm: float
@@ -44,56 +46,61 @@ class Outcome:
 
     @property
     def finite(self) -> bool:
-        """Whether the adapter moved."""
+        """Return True if loss and gradient are finite, and so the adapter has changed."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
-class Stepper:
-    """The adapter's parameters, their optimizer, and the step of a plan that moves them."""
+class TrainStep:
+    """The adapter's parameters, their optimizer, and the step that updates them."""
 
-    def __init__(self, prepared: Prepared, world: World) -> None:
-        self._prepared, self._config, self._world = prepared, prepared.config, world
-        self.parameters = adapters.parameters(prepared.loaded.model)
-        betas, setting = (self._config.beta1, self._config.beta2), prepared.plan.setting
-        pages = prepared.folder if setting.paged_optimizer else None
+    def __init__(self, run: PreparedRun, world: World) -> None:
+        self._run, self._config, self._world = run, run.config, world
+        self.parameters = adapters.parameters(run.loaded.model)
+        betas, setting = (self._config.beta1, self._config.beta2), run.plan.setting
+        pages = run.folder if setting.paged_optimizer else None
         decay, bits = self._config.weight_decay, setting.optimizer_bits
         self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=decay, bits=bits, pages=pages)
-        meet_head(prepared.loaded.model, setting.loss_rows)
+        meet_head(run.loaded.model, setting.loss_rows)
 
-    def step(self, step: int, go_on: Callable[[], None] = lambda: None) -> Outcome:
-        """Step `step` of the plan, counted from 0, over all micro-batches of its batch; `go_on` may raise between them.
+    def run(self, step: int, check_stop: Callable[[], None] = lambda: None) -> StepResult:
+        """Run step `step` of the plan, counted from 0. `check_stop` is called before each micro-batch and may raise.
 
-        Each token weighs the same, whichever row and process it is in.
+        Every token has the same weight in the gradient, whichever micro-batch and process it is in.
         """
-        prepared, world = self._prepared, self._world
-        if step % prepared.plan.evaluate_every == 0:  # before anything moves: a death here costs no whole step
-            self.align()
-        rows = prepared.packer.micro_batches(step, prepared.plan.setting.row_tokens)
-        trained = sum(row.trained for row in rows)
+        run, world = self._run, self._world
+        # Processes are brought together before anything changes: if one has died, no work of this step is lost.
+        if step % run.plan.evaluate_every == 0:
+            self.sync_with_leader()
+        micro_batches = run.packer.micro_batches(step, run.plan.setting.row_tokens)
+        trained = sum(batch.trained for batch in micro_batches)
         loss = 0.0
-        for number in range(world.rank, len(rows), world.size):
-            go_on()
-            loss += float(prepared.runner.train(rows[number], self._dropout_key(step, number), trained))
-        loss = world.add_up([parameter.grad for parameter in self.parameters if parameter.grad is not None], loss)
+        for number in range(world.rank, len(micro_batches), world.size):
+            check_stop()
+            loss += float(run.runner.train(micro_batches[number], self._dropout_key(step, number), trained))
+        loss = world.sum_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None], loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._config.clip))
-        rate = learning_rate(prepared.plan, step, self._config.final_lr)
-        outcome = Outcome(loss, norm, rate, trained)
-        if outcome.finite:
+        rate = learning_rate(run.plan, step, self._config.final_lr)
+        result = StepResult(loss, norm, rate, trained)
+        if result.finite:
             self.optimizer.step(rate)
         self.optimizer.zero_grad()
-        give_back(step)
-        return outcome
+        trim_after_step(step)
+        return result
 
-    def align(self, states: bool = False) -> None:
-        """Give every process the leader's adapter, and the optimizer's states where asked: those that round differently
-        would drift apart, and a run that is gone on with is kept by the leader alone."""
-        self._world.copy([parameter.data for parameter in self.parameters])
-        if states:
+    def sync_with_leader(self, optimizer_state: bool = False) -> None:
+        """Give every process the leader's adapter and, if asked, its optimizer state.
+
+        Machines whose arithmetic rounds differently would drift apart without this. The optimizer state is sent when a run
+        resumes, because only the leader has the checkpoint.
+        """
+        self._world.copy_from_leader([parameter.data for parameter in self.parameters])
+        if optimizer_state:
             values = self.optimizer.state()
-            self._world.copy(list(values.values()))
+            self._world.copy_from_leader(list(values.values()))
             self.optimizer.load(values)
 
-    def _dropout_key(self, step: int, row: int) -> int | None:
-        if self._prepared.lora.dropout == 0.0:
+    def _dropout_key(self, step: int, micro_batch: int) -> int | None:
+        """Return the key of a micro-batch's dropout masks: a function of seed, step and number alone. None without dropout."""
+        if self._run.lora.dropout == 0.0:
             return None
-        return (self._config.data.seed * 0x85EBCA6B + step * 0xC2B2AE35 + row * 0x27D4EB2F + 1) & 0xFFFFFFFF
+        return (self._config.data.seed * 0x85EBCA6B + step * 0xC2B2AE35 + micro_batch * 0x27D4EB2F + 1) & 0xFFFFFFFF

@@ -1,8 +1,8 @@
-"""edgetune.train: begins a run or goes on with one, leads or follows, yields events, prints nothing.
+"""edgetune.train: begins a training run or resumes an interrupted one, and yields its events.
 
-for event in edgetune.train(TrainConfig(data=DataConfig(notes=("notes/",)))): ...
+    for event in edgetune.train(TrainConfig(data=DataConfig(notes=("notes/",)))): ...
 
-The module has another name, since importing it would put itself in the function's place.
+From the command line to a training step: cli/train.py -> this module -> loop.py (steps, evaluations, checkpoints) -> step.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from edgetune.runtime.device import explain_card_memory, pick_device
 from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
 from edgetune.runtime.files import check_place, mend
 from edgetune.runtime.memory_meter import meter_for
-from edgetune.training import checkpoints as runstate
-from edgetune.training.checkpoints import Damaged, OtherVersion, Restored, Unfinished
-from edgetune.training.distributed import World, joined
-from edgetune.training.loop import REPORT_FILE, Keeper, Run, adapter_folder
-from edgetune.training.setup import Prepared, Record, changes_since, prepare, prepare_again, prepare_beside
-from edgetune.training.step import Stepper
+from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint, restore_checkpoint
+from edgetune.training.distributed import World, join_processes
+from edgetune.training.loop import REPORT_FILE, TrainingLoop, adapter_folder
+from edgetune.training.plan import RunRecord
+from edgetune.training.sealed_files import DamagedError
+from edgetune.training.setup import PreparedRun, changes_since_start, prepare_follower, prepare_new, prepare_resumed
+from edgetune.training.step import TrainStep
+from edgetune.training.unfinished_run import OtherVersionError, UnfinishedRun, follower_folder, lock_run
 
 LOG_FILE = "events.jsonl"
 
@@ -35,96 +37,118 @@ LOG_FILE = "events.jsonl"
 def train(
     config: TrainConfig, stop: threading.Event | None = None, fresh: bool = False, private_link: bool = False
 ) -> Iterator[Event]:
-    """Run a training, or go on with the unfinished one of the same settings, yielding its events.
+    """Train an adapter, or resume the interrupted run of the same settings, and yield the run's events.
 
-    The last event is Finished; or, once `stop` is set, Interrupted, and the next call goes on from there. A deadline
-    finishes the run with the best adapter so far, and the next call goes on from there too. `fresh` starts over.
-    Under torchrun only process 0 yields events; `private_link` says that the link between several machines is private.
-    Raises EdgetuneError's children, each a sentence for the user; nothing that was there before is lost.
+    The last event is Finished or, once `stop` is set, Interrupted; the next call then resumes the run. At a deadline the run
+    finishes with the best adapter so far, and the next call resumes it too. `fresh` starts over instead of resuming.
+    Under torchrun only process 0 yields events; `private_link` confirms that the link between several machines is private.
+    Raises subclasses of EdgetuneError, each a sentence for the user. Nothing that existed before is lost.
     """
     deadline = _deadline(config)
+    # Check the output folder first: an unusable --out must not cost a night of training.
     if config.out is not None:
         peft_folder.refuse_foreign(expand(config.out))
         check_place(expand(config.out))
     base = open_base(config.model)
-    digest = base[1].digest
-    with explain_card_memory("type --memory {less:.2f}GB"), joined(pick_device(config.device), private_link) as world:
+    device = pick_device(config.device)
+    with explain_card_memory("type --memory {less:.2f}GB"), join_processes(device, private_link) as world:
         if world.rank > 0:
             _follow(config, base, world)
             return
-        with runstate.hold(config, digest) as place:
-            prepared, restored, resumed = _begin(config, base, place, fresh, world)
-            folder = private_folder(registry.run_folder(prepared.record.run))
-            for path in (adapter_folder(prepared), folder / REPORT_FILE):
-                mend(path)
-            world.tell({"record": prepared.record.shared().as_dict(), "begun": bool(restored.tensors)})
-            world.agree()
-            with (
-                EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
-                meter_for(prepared.loaded.model.device, prepared.loaded.checkpoint.files) as meter,
-            ):
-                numbers = budget.adapter_parameters(prepared.loaded.model.config, prepared.lora)
-                nbytes = (8 + prepared.plan.setting.optimizer_bits // 4) * numbers  # values, the best of them, two moments
-                keeper = Keeper(place, log, nbytes)
-                run = Run(prepared, restored, world, keeper, stop or threading.Event(), deadline, meter)
-                try:
-                    for event in run.events(resumed):
-                        log.append(event)
-                        if isinstance(event, Finished | Interrupted):
-                            write_report(folder / REPORT_FILE, read_events(folder / LOG_FILE))
-                        if isinstance(event, Finished) and event.cut is None:
-                            place.discard()  # a person's words are kept no longer than the run
-                        yield event
-                except TrainingError:
-                    place.discard()
-                    raise
+        with lock_run(config, base[1].digest) as unfinished:
+            run, restored, resumed = _begin_or_resume(config, base, unfinished, fresh, world)
+            yield from _lead(run, restored, resumed, unfinished, world, stop or threading.Event(), deadline)
+
+
+def _lead(
+    run: PreparedRun,
+    restored: RestoredCheckpoint,
+    resumed: Resumed | None,
+    unfinished: UnfinishedRun,
+    world: World,
+    stop: threading.Event,
+    deadline: float | None,
+) -> Iterator[Event]:
+    """Run the training loop in process 0: log and yield its events, and write the report at the end."""
+    folder = private_folder(registry.run_folder(run.record.run))
+    for path in (adapter_folder(run), folder / REPORT_FILE):
+        mend(path)
+    world.send({"record": run.record.for_followers().as_dict(), "has_steps": restored.has_steps})
+    world.check_all_ready()
+    with (
+        EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
+        meter_for(run.loaded.model.device, run.loaded.checkpoint.files) as meter,
+    ):
+        writer = CheckpointWriter(unfinished.folder, log, _checkpoint_bytes(run))
+        loop = TrainingLoop(run, restored, world, writer, stop, deadline, meter)
+        try:
+            for event in loop.events(resumed):
+                log.append(event)
+                if isinstance(event, Finished | Interrupted):
+                    write_report(folder / REPORT_FILE, read_events(folder / LOG_FILE))
+                # The user's words, as tokens, are kept no longer than the run needs them.
+                if isinstance(event, Finished) and event.cut is None:
+                    unfinished.discard()
+                yield event
+        except TrainingError:
+            unfinished.discard()
+            raise
 
 
 def _follow(config: TrainConfig, base: Base, world: World) -> None:
-    """Do the leader's steps until it announces that there are no more, with this process's own notes and model."""
-    told = world.hear()
-    with runstate.hold_beside(config, base[1].digest, world.rank) as folder:
+    """Compute this process's share of every step that the leader announces, until it announces the end."""
+    message = world.receive()
+    with follower_folder(config, base[1].digest, world.rank) as folder:
         try:
-            prepared = prepare_beside(config, base, folder, Record.of(told["record"]))
+            run = prepare_follower(config, base, folder, RunRecord.from_dict(message["record"]))
         except EdgetuneError as error:
-            world.agree(error)
-        world.agree()
-        stepper = Stepper(prepared, world)
-        stepper.align(told["begun"])
-        while (step := world.announced()) is not None:
-            stepper.step(step)
+            world.check_all_ready(error)
+        world.check_all_ready()
+        train_step = TrainStep(run, world)
+        train_step.sync_with_leader(optimizer_state=message["has_steps"])
+        while (step := world.receive_step()) is not None:
+            train_step.run(step)
 
 
-def _begin(
-    config: TrainConfig, base: Base, place: Unfinished, fresh: bool, world: World
-) -> tuple[Prepared, Restored, Resumed | None]:
-    """The unfinished run of this command where there is one, else a new one; Resumed where an earlier run matters."""
+def _begin_or_resume(
+    config: TrainConfig, base: Base, unfinished: UnfinishedRun, fresh: bool, world: World
+) -> tuple[PreparedRun, RestoredCheckpoint, Resumed | None]:
+    """Set up the interrupted run of this command if there is one, else a new run.
+
+    The Resumed event is None unless there was an earlier run, even one that could not be used.
+    """
     resumed = None
-    if place.exists and not fresh:
+    if unfinished.exists and not fresh:
         try:
-            record, restored = Record.of(place.record()), place.restore()
-            prepared = prepare_again(config, base, place.folder, record, begun=bool(restored.tensors))
-            return prepared, restored, Resumed(restored.state.step, (*restored.notices, *changes_since(prepared)))
-        except OtherVersion:
-            notice = "This command's unfinished run was begun by another version of edgetune, so it starts over."
+            record, restored = RunRecord.from_dict(unfinished.record()), restore_checkpoint(unfinished.folder)
+            run = prepare_resumed(config, base, unfinished.folder, record, restored.has_steps)
+            return run, restored, Resumed(restored.state.step, (*restored.notices, *changes_since_start(run)))
+        except OtherVersionError:
+            notice = "An interrupted run of this command was begun by another version of edgetune, so training starts over."
             resumed = Resumed(0, (notice,))
-        except (Damaged, DataError):
-            resumed = Resumed(0, ("What was kept of this command's unfinished run is damaged, so it starts over.",))
-    place.discard()
-    private_folder(place.folder)
+        except (DamagedError, DataError):
+            resumed = Resumed(0, ("The files of this command's interrupted run are damaged, so training starts over.",))
+    unfinished.discard()
+    private_folder(unfinished.folder)
     name = registry.new_run(base[1].digest)
     try:
-        prepared = prepare(config, base, place.folder, name, world.size, world.here)
-        place.begin(prepared.record.as_dict())
+        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size)
+        unfinished.begin(run.record.as_dict())
     except BaseException:
-        place.discard()
+        unfinished.discard()
         registry.run_folder(name).rmdir()
         raise
-    return prepared, Restored(), resumed
+    return run, RestoredCheckpoint(), resumed
+
+
+def _checkpoint_bytes(run: PreparedRun) -> int:
+    """Return the size of a checkpoint: fp32 values of the adapter and of the best one, and the optimizer's two moments."""
+    optimizer_bytes = 2 * run.plan.setting.optimizer_bits // 8
+    return (4 + 4 + optimizer_bytes) * budget.adapter_parameters(run.loaded.model.config, run.lora)
 
 
 def _deadline(config: TrainConfig) -> float | None:
-    """When the run must stop, on time.monotonic's clock."""
+    """Return the time on time.monotonic's clock at which the run must stop, or None if it has no deadline."""
     limits = [config.minutes * 60] if config.minutes is not None else []
     limits += [seconds_until(config.until)] if config.until is not None else []
     return time.monotonic() + min(limits) if limits else None

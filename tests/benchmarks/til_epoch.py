@@ -194,7 +194,7 @@ def prepare(arguments: argparse.Namespace) -> Result:
     from edgetune.config import DataConfig, TrainConfig
     from edgetune.runtime.quantize import quantize_folder
     from edgetune.runtime.tokenizer import Tokenizer
-    from edgetune.training.setup import read
+    from edgetune.training.setup import read_and_split
 
     arguments.workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if arguments.limit is not None and not notes_folder(arguments).exists():
@@ -202,7 +202,7 @@ def prepare(arguments: argparse.Namespace) -> Result:
             copied = notes_folder(arguments) / path.relative_to(arguments.notes)
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
-    _, parted = read(TrainConfig(data=DataConfig(notes=(str(notes_folder(arguments)),))))
+    _, parted = read_and_split(TrainConfig(data=DataConfig(notes=(str(notes_folder(arguments)),))))
     sides = {"train": [document.text for document in parted.train], "held_out": [document.text for document in parted.held_out]}
     (arguments.workdir / "texts.json").write_text(json.dumps(sides))
     nf4, dense = arguments.workdir / "base-nf4", arguments.workdir / "base-nf4-dense"

@@ -1,0 +1,85 @@
+"""The plan of a run, and the record that lets an interrupted run resume it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune.runtime.budget import Setting, Vocabulary
+from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.runner import Recompute
+
+TOKENS, HELD_OUT = "tokens", "held-out"
+"""Folders of the run's two token stores: notes to train on, and held-out notes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do, settled before step 1. The same plan on the same machine gives the same bits."""
+
+    steps: int
+    steps_per_epoch: int
+    batch_tokens: int
+    setting: Setting
+    seq_len: int
+    learning_rate: float
+    warmup_steps: int
+    evaluate_every: int
+    """Steps between two evaluations of the held-out notes."""
+    compute_dtype: str
+    int8: bool
+    """True if training multiplies the frozen weights in 8 bits."""
+    backend: str
+    threads: int
+    predicted_peak_bytes: int
+    data_digest: str
+    base: str
+    """Digest of the base model."""
+    settings: dict[str, Any]
+    """The TrainConfig, JSON-ready."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan, JSON-ready."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's plan, and everything about its start that cannot be found out later: the notes may change or go away."""
+
+    run: str
+    """Name of the run and of its adapter."""
+    plan: Plan
+    lora: LoraConfig
+    documents: int
+    heldout_paths: tuple[str, ...]
+    prompts: tuple[str, ...]
+    """Beginnings of notes that the model continues before and after training."""
+    notes: str
+    """Digest of all documents, held-out ones included."""
+    torch: str
+    """Version of torch."""
+    files: dict[str, str]
+    """SHA-256 of each token file, by its path in the run's folder."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    def for_followers(self) -> RunRecord:
+        """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
+        files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
+        plan = dataclasses.replace(self.plan, settings={})
+        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunRecord:
+        """Return the record that `as_dict` turned into JSON."""
+        lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
+        paths, prompts = tuple(values["heldout_paths"]), tuple(values["prompts"])
+        setting = values["plan"]["setting"]
+        enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
+        setting = Setting(**{**setting, **enums})
+        plan = Plan(**{**values["plan"], "setting": setting})
+        return cls(**{**values, "plan": plan, "lora": lora, "heldout_paths": paths, "prompts": prompts})
