@@ -51,6 +51,61 @@ def test_imports_point_downward(floor: str) -> None:
     assert upward == []
 
 
+PRODUCT = (
+    {"__main__"},
+    {"cli"},
+    {"machine"},
+    {"training", "session", "chat", "exporting"},
+    {"library", "dataset"},
+    {"documents", "reports", "memory_settings"},
+    {"config", "events", "home", "lock", "demo", "_version"},
+)
+"""The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""
+
+
+PREFIXES = {"runtime": "edgetune.runtime", "export": "edgetune.export", "edgetune": "edgetune"}
+
+
+def imports_within(floor: str) -> dict[str, set[str]]:
+    """Every package or module at the top of a floor, with those of the same floor that it imports, inside functions too."""
+    prefix = PREFIXES[floor]
+    graph: dict[str, set[str]] = {}
+    for path in sources(floor):
+        unit = path.relative_to(ROOT / floor).parts[0].removesuffix(".py")
+        if unit == "__init__":  # edgetune's public names, loaded on first use
+            continue
+        found = graph.setdefault(unit, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == prefix:
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{prefix}."):
+                found.add((node.module or "").removeprefix(f"{prefix}.").split(".")[0])
+    return {unit: (found & graph.keys()) - {unit} for unit, found in graph.items()}
+
+
+def test_every_package_of_the_product_has_its_place() -> None:
+    assert set(imports_within("edgetune")) == set().union(*PRODUCT)
+
+
+def test_the_products_packages_import_downward() -> None:
+    row = {unit: number for number, units in enumerate(PRODUCT) for unit in units}
+    upward = [
+        f"{unit} imports {name}"
+        for unit, found in imports_within("edgetune").items()
+        for name in found
+        if row[name] < row[unit]
+    ]
+    assert upward == []
+
+
+@pytest.mark.parametrize("floor", ["runtime", "export", "edgetune"])
+def test_no_two_packages_import_each_other(floor: str) -> None:
+    graph, done = imports_within(floor), set[str]()
+    while free := {unit for unit in graph if unit not in done and graph[unit] <= done}:
+        done |= free
+    assert sorted(set(graph) - done) == [], "these import each other"
+
+
 def test_nobody_imports_a_bare_floor() -> None:
     bare = [
         f"{path.relative_to(ROOT)} imports {name}"
@@ -114,9 +169,8 @@ def test_back_ends_that_need_a_heavy_package_are_imported_by_nobody_but_ops() ->
 
 def test_the_list_of_packages_is_complete() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    homes = {"runtime": "edgetune.runtime", "export": "edgetune.export", "edgetune": "edgetune"}
     found = set()
-    for floor, package in homes.items():
+    for floor, package in PREFIXES.items():
         for init in (ROOT / floor).rglob("__init__.py"):
             parts = init.parent.relative_to(ROOT / floor).parts
             found.add(".".join([package, *parts]))
