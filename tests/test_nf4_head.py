@@ -70,7 +70,7 @@ def test_a_folder_cut_at_one_form_is_not_continued_in_the_other(tmp_path: Path) 
 
 def test_a_tied_head_and_an_unknown_form_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "tied", "llama-3.2-tied-scaled")
-    with pytest.raises(UsageError, match="one tensor as embedding and head"):
+    with pytest.raises(UsageError, match="one tensor for embedding and head"):
         quantize_folder(tmp_path / "tied", tmp_path / "four", head="nf4")
     with pytest.raises(UsageError, match="expected one of bf16, nf4"):
         quantize_folder(tmp_path / "tied", tmp_path / "four", head="int8")
