@@ -37,7 +37,7 @@ SHAPES = ((2048, 2048), (256, 2048), (2048, 5632), (257, 1000), (33, 67))
 """TinyLlama's linears, and two whose blocks cross rows; the last has an odd number of weights."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_PRODUCT = 2e-2
-"""The C++ kernels multiply in 8 bits: see backends/cpu/decode.py."""
+"""The C++ kernels multiply in 8 bits: see backends/cpu/weights.py."""
 _EXACT, _GRADIENT, _ROUNDED = 1e-4, 1e-3, 5e-2
 _TOKENS, _WRITTEN = 256, 16
 _LORA = LoraConfig(rank=8, alpha=16.0, dropout=0.05)
