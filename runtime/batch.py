@@ -27,7 +27,7 @@ class Batch:
 
     @property
     def trained(self) -> int:
-        """The number of targets that carry loss."""
+        """Return the number of targets that carry loss."""
         return int(self.loss_mask.sum())
 
     def to(self, device: torch.device) -> Batch:

@@ -130,7 +130,7 @@ class Block(nn.Module):
 
     @property
     def window(self) -> int | None:
-        """The number of keys that a query of this layer sees, its own included; None for all."""
+        """Return the number of keys that a query of this layer sees, its own included; None for all."""
         return self.config.windows[self.layer]
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +211,7 @@ class Llama(nn.Module):
 
     @property
     def whole(self) -> bool:
-        """True if every weight stays in memory: none is read from its file while the model runs."""
+        """Return True if every weight stays in memory: none is read from its file while the model runs."""
         return not (self.pager.streaming or any(isinstance(weight, StoredRows) for weight in (self.embedding, self.head)))
 
     def set_dtype(self, dtype: torch.dtype) -> None:

@@ -167,6 +167,22 @@ def test_back_ends_that_need_a_heavy_package_are_imported_by_nobody_but_ops() ->
     assert found == []
 
 
+BELOW_BACK_ENDS = ("attention", "backends", "errors", "int8", "nf4", "ops_types")
+"""The modules of the runtime that a back end may import: number formats and types, not ops.py, the model or its layers."""
+
+
+def test_back_ends_import_nothing_above_them() -> None:
+    upward = [
+        f"{path.relative_to(ROOT)} imports {node.module}.{alias.name}"
+        for path in sources("runtime/backends")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("edgetune.runtime")
+        for alias in node.names
+        if f"{node.module}.{alias.name}".split(".")[2] not in BELOW_BACK_ENDS
+    ]
+    assert upward == []
+
+
 def test_the_list_of_packages_is_complete() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = set()

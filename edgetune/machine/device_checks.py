@@ -40,7 +40,7 @@ SHAPES = ((2048, 2048), (256, 2048), (2048, 5632), (257, 1000), (33, 67))
 odd number of weights."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_PRODUCT = 2e-2
-"""Largest relative error of a product by the C++ kernels, which multiply in 8 bits: see backends/cpu/decode.py."""
+"""Largest relative error of a product by the C++ kernels, which multiply in 8 bits: see backends/cpu/weights.py."""
 _EXACT, _GRADIENT, _ROUNDED = 1e-4, 1e-3, 5e-2
 """Largest relative errors, chosen by hand: of an fp32 op, of a gradient through the whole model in fp32, and of anything that
 is rounded to 16 or 8 bits on the way."""

@@ -75,7 +75,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     rows, heads, size = x.shape
     strides = (x.stride(0), x.stride(1))
     require(size % 2 == 0, "x has heads of {}; expected an even number", size)
-    # Rows and heads may lie in any order in memory (q of a packed qkv, or a transposed cache), but none may overlap another:
+    # Rows and heads may lie in any order in memory (q and k are slices of one packed qkv), but none may overlap another:
     # each thread writes its own.
     small, large = sorted(((strides[0], rows), (strides[1], heads)))
     apart = (small[1] <= 1 or small[0] >= size) and (large[1] <= 1 or large[0] >= small[0] * (small[1] - 1) + size)
