@@ -275,7 +275,7 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
         raise FileNotFoundError(f"No such file or directory: {path}")  # what safetensors says of a file that is another's
 
     monkeypatch.setattr(peft_folder.safetensors, "safe_open", lost)
-    with pytest.raises(AdapterError, match=r"safetensors cannot be read; check that it is there"):
+    with pytest.raises(AdapterError, match=r"safetensors cannot be read; check that it exists"):
         registry.read(from_peft, open_model(DEMO).config)
 
 
@@ -303,7 +303,7 @@ def test_an_adapter_on_some_layers_changes_these_alone(tmp_path: Path) -> None:
     for layers, message in (
         ([0, 1], "layer 0 down_proj: no tensors"),
         ([7], "the model has no layer 7"),
-        (["x"], "expected numb"),
+        (["x"], "expected the numb"),
     ):
         (tmp_path / "kept" / peft_folder.CONFIG_FILE).write_text(json.dumps(config | {"layers_to_transform": layers}))
         with pytest.raises(AdapterError, match=message):
