@@ -389,7 +389,7 @@ def test_without_a_whole_checkpoint_the_same_plan_starts_again(config: TrainConf
     (Path(config.data.notes[0]) / "00.md").write_text("Other words, which this run has not begun with.\n")
     events = list(train(config))
     assert resumed(events).step == 0
-    assert resumed(events).notices[0] == "Every checkpoint is damaged, so the same plan starts again at step 0."
+    assert resumed(events).notices[0] == "Every checkpoint is damaged. The run starts again at step 0 with the same plan."
     assert weights(config) == reference
 
 
@@ -470,7 +470,7 @@ def test_notes_that_vanished_do_not_stop_a_run(config: TrainConfig) -> None:
     run_until(config, 2)
     shutil.rmtree(config.data.notes[0])
     events = list(train(config))
-    assert "cannot be read any more" in resumed(events).notices[0]
+    assert "can no longer be read" in resumed(events).notices[0]
     assert weights(config) == reference
 
 
@@ -496,7 +496,7 @@ def test_a_run_that_cannot_converge_is_not_gone_on_with(
 
     from edgetune.runtime.runner import Runner
 
-    monkeypatch.setattr(Runner, "train", lambda self, row, key=None: torch.tensor(float("nan")))
+    monkeypatch.setattr(Runner, "train", lambda self, *arguments: torch.tensor(float("nan")))
     with pytest.raises(TrainingError):
         list(train(config))
     assert [path.name for path in (private_home / "unfinished").iterdir() if path.is_dir()] == []
@@ -536,7 +536,7 @@ def test_two_runs_at_once_need_two_outputs(config: TrainConfig) -> None:
     running = train(config)
     next(running)
     other = dataclasses.replace(config, lr=1e-3)
-    with pytest.raises(BusyError, match=r"is already using the output folder .*out\\b"):
+    with pytest.raises(BusyError, match=r"is already using the output folder .*out\. Wait"):
         list(train(other))
     elsewhere = list(train(dataclasses.replace(other, out=f"{config.out}-2")))
     assert isinstance(elsewhere[-1], Finished)
