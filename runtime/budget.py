@@ -187,8 +187,9 @@ def packed_bytes(config: LlamaConfig, lora: LoraConfig, threads: int) -> int:
 
 
 ONEDNN_BYTES = 16_000_000
-"""Bytes of code and buffers that oneDNN keeps for the shapes of a model's products, where no fused kernel makes them. Measured on an
-AMD Zen 4 in bf16 with the built-in model: runs held 12 to 14 MB more than planned without it (LOG.md, "oneDNN's own memory")."""
+"""Bytes of code and buffers that oneDNN keeps for the shapes of a model's products where no fused kernel makes them. Measured
+on an AMD Zen 4 in bf16 with the built-in model: runs held 12 to 14 MB more than was planned without it (LOG.md, "oneDNN's own
+memory")."""
 
 
 def parts(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from edgetune.export import verify
 from edgetune.export.job import Job, Written
+from edgetune.export.targets import load_target
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
@@ -40,9 +40,10 @@ def job_for(base: Checkpoint, adapter: Adapter | None, weights: str = "", **sett
     return Job(base, "a base", adapter, weights, **settings)  # type: ignore[arg-type]
 
 
-def write_and_compare(target: ModuleType, name: str, job: Job, folder: Path) -> tuple[Written, verify.Agreement]:
+def write_and_compare(name: str, job: Job, folder: Path) -> tuple[Written, verify.Agreement]:
     """Write an export and let its own reader read it, as `edgetune export` does."""
     folder.mkdir(mode=0o700)
-    written = target.write(job, folder)
-    golden = verify.golden(job, PROMPT, target.SPEC.reference(job, folder))
-    return written, verify.compare(golden, target.read(job, folder), verify.BOUNDS[name, job.weights])
+    spec = load_target(name)
+    written = spec.write(job, folder)
+    golden = verify.golden(job, PROMPT, spec.reference(job, folder))
+    return written, verify.compare(golden, spec.read(job, folder), verify.BOUNDS[name, job.weights])

@@ -42,7 +42,7 @@ def test_transformers_opens_the_merged_folder_and_gives_the_adapted_logits(famil
     save_model(tmp_path / "base", family)
     base = open_model(tmp_path / "base")
     adapter = random_adapter(base.config)
-    _, found = write_and_compare(target, "hf", job_for(base, adapter, "fp32"), tmp_path / "fp32")
+    _, found = write_and_compare("hf", job_for(base, adapter, "fp32"), tmp_path / "fp32")
     assert found.greedy_match
     assert found.max_logit_difference < 1e-3
     written, plain = load_file(tmp_path / "fp32" / "model.safetensors"), load_file(tmp_path / "base" / "model.safetensors")
@@ -55,7 +55,7 @@ def test_transformers_opens_the_merged_folder_and_gives_the_adapted_logits(famil
 @pytest.mark.parametrize("weights", ["bf16", "fp16"])
 def test_16_bits_are_one_rounding_of_the_sum(base: Checkpoint, weights: str, tmp_path: Path) -> None:
     adapter = random_adapter(base.config)
-    _, found = write_and_compare(target, "hf", job_for(base, adapter, weights), tmp_path / "out")
+    _, found = write_and_compare("hf", job_for(base, adapter, weights), tmp_path / "out")
     assert found.max_logit_difference < 0.5
     merged, written = Merged(base, adapter), load_file(tmp_path / "out" / "model.safetensors")
     for name in merged.shapes:
@@ -150,7 +150,7 @@ def test_transformers_reads_the_4bit_merge_as_edgetune_does(family: str, tmp_pat
     save_model(tmp_path / "base", family, intermediate_size=128)
     base = open_model(tmp_path / "base")
     job = job_for(base, random_adapter(base.config, size=0.3), "nf4", force=True)
-    written, found = write_and_compare(target, "hf", job, tmp_path / "out")
+    written, found = write_and_compare("hf", job, tmp_path / "out")
     assert found.greedy_match
     assert found.max_logit_difference < 1e-3
     assert written.facts[0][0] == "adapter_effect_kept"

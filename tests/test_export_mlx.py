@@ -46,11 +46,11 @@ def test_mlx_lm_gives_the_references_logits(family: str, tmp_path: Path) -> None
     save_model(tmp_path / "base", family)
     base = open_model(tmp_path / "base")
     adapter = random_adapter(base.config)
-    written, found = write_and_compare(target, "mlx", job_for(base, adapter), tmp_path / "adapter")
+    written, found = write_and_compare("mlx", job_for(base, adapter), tmp_path / "adapter")
     assert found.greedy_match
     assert found.max_logit_difference < 1e-3
     assert written.notices == ()
-    _, found = write_and_compare(target, "mlx", job_for(base, adapter, "fp16"), tmp_path / "fused")
+    _, found = write_and_compare("mlx", job_for(base, adapter, "fp16"), tmp_path / "fused")
     assert found.greedy_match
     assert found.max_logit_difference < 0.2
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # the base that was there to prove it
@@ -89,7 +89,7 @@ def test_layers_without_a_window_between_those_with_one_are_honoured(tmp_path: P
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"layer_types": kinds, "sliding_window": 6}))
     base = open_model(tmp_path / "base")
-    written, found = write_and_compare(target, "mlx", job_for(base, random_adapter(base.config), "fp16"), tmp_path / "out")
+    written, found = write_and_compare("mlx", job_for(base, random_adapter(base.config), "fp16"), tmp_path / "out")
     assert written.notices == ()
     assert found.greedy_match
     assert found.max_logit_difference < 0.2
@@ -101,7 +101,7 @@ def test_mlx_lm_reads_the_4bit_model_as_edgetune_does(family: str, tmp_path: Pat
     save_model(tmp_path / "base", family, intermediate_size=128)
     base = open_model(tmp_path / "base")
     job = job_for(base, random_adapter(base.config, size=0.3), "int4", force=True)
-    written, found = write_and_compare(target, "mlx", job, tmp_path / "out")
+    written, found = write_and_compare("mlx", job, tmp_path / "out")
     assert found.greedy_match
     assert found.max_logit_difference < 1e-3
     assert dict(written.facts)["adapter_effect_kept"] > 0.3

@@ -43,7 +43,7 @@ def demo_adapter(tmp_path: Path) -> Path:
 def test_peft_on_dense_bases_gives_the_references_logits(family: str, tmp_path: Path) -> None:
     save_model(tmp_path / "base", family)
     base = open_model(tmp_path / "base")
-    _, found = write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+    _, found = write_and_compare("peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
     assert found.greedy_match
     assert found.max_logit_difference < 1e-4
 
@@ -52,7 +52,7 @@ def test_peft_on_a_4bit_base_computes_in_fp32(tmp_path: Path) -> None:
     save_model(tmp_path / "dense", "qwen2", intermediate_size=128)
     quantize_folder(tmp_path / "dense", tmp_path / "base")
     base = open_model(tmp_path / "base")
-    _, found = write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+    _, found = write_and_compare("peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
     assert found.greedy_match
     assert found.max_logit_difference < 1e-4
 
@@ -65,14 +65,14 @@ def test_what_bitsandbytes_misreads_on_this_cpu_is_not_taken_for_a_proof(
     base = open_model(tmp_path / "base")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with pytest.raises(ModelError, match=r"number of inputs \(96\) is not a multiple of their block size \(64\)"):
-        write_and_compare(target, "peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+        write_and_compare("peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
 
 
 def test_an_adapter_on_some_layers_travels(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
     base = open_model(tmp_path / "base")
     adapter = random_adapter(base.config, layers=(1,))
-    _, found = write_and_compare(target, "peft", job_for(base, adapter), tmp_path / "out")
+    _, found = write_and_compare("peft", job_for(base, adapter), tmp_path / "out")
     assert found.max_logit_difference < 1e-4
     back = peft_folder.load(tmp_path / "out")
     assert back.layers == (1,)

@@ -121,9 +121,8 @@ def test_an_export_of_it_gives_the_models_logits(
 ) -> None:
     for package in packages:
         pytest.importorskip(package)
-    target = importlib.import_module(f"edgetune.export.{name}")
     job = job_for(base, random_adapter(base.config), weights, force=True)  # what rounding leaves of noise is of no account
-    _, found = write_and_compare(target, name, job, tmp_path / "out")
+    _, found = write_and_compare(name, job, tmp_path / "out")
     assert found.holds(verify.BOUNDS[name, weights])
     assert found.greedy_match
 

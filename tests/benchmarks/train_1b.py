@@ -202,9 +202,10 @@ def gemm_peak(arguments: argparse.Namespace) -> Result:
     import torch
 
     from edgetune.machine import bench
+    from edgetune.machine.shapes import SHAPES
     from edgetune.runtime.device import compute_dtype
 
-    shapes = bench.gemm_shapes(bench.SHAPES[arguments.shape], arguments.tokens)
+    shapes = bench.gemm_shapes(SHAPES[arguments.shape], arguments.tokens)
     return {"gemm_gflops": bench.gemm_gflops(compute_dtype(torch.device("cpu")), shapes)}
 
 
