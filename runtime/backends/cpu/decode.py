@@ -28,7 +28,7 @@ from edgetune.runtime.ops_types import (
     Weight,
 )
 
-_PANEL = 32  # matvec.inl's PANEL
+_PANEL = 32  # LORA_PANEL in constants.h
 
 
 def _panels(b: Tensor) -> Tensor:

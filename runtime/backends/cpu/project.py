@@ -29,7 +29,7 @@ INT8_STRIP = 64
 INT8_DEPTH = 2**31 // 127**2
 """Largest number of int8 products whose sum fits 32 bits."""
 CHUNK = 64
-"""Least block size of a weight: CHUNK in gemm.inl."""
+"""Least block size of a weight: CHUNK in constants.h."""
 
 
 class _Scratch(threading.local):
@@ -54,8 +54,8 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool 
     only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. Raises ValueError for
     arguments that do not fit together. W has dequantize's bits; y may be a slice of columns.
 
-    int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 6% (project.inl's
-    COARSE) and the shapes allow it.
+    int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 6% (constants.h's
+    INT8_ERROR_LIMIT) and the shapes allow it.
     """
     address_of_rows(x, "x", (x.shape[0], linears[0].weight.shape[1]), x.dtype)
     if y is not None:
