@@ -23,7 +23,8 @@ from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 TORCH_BYTES = 180_000_000
 """Anonymous memory, in bytes, of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
 PACKED_ROWS, PACKED_RANK = 512, 32
-"""Rows that the fused products pack at a time, and the multiple that a rank is padded to: SUM_ROWS in backends/cpu/constants.h and SIDE in gemm.inl."""
+"""Rows that the fused products pack at a time (SUM_ROWS in backends/cpu/constants.h), and the multiple that a rank is padded to
+(SIDE in gemm.inl)."""
 
 CODES_BYTES = 3_000_000
 """Bytes that an update of 8-bit states works in, beside the states: several copies of optim.py's chunk in fp32, and tables."""

@@ -11,13 +11,13 @@ POINTER, INT, UNSIGNED, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 
 
 class AttentionRows(ctypes.Structure):
-    """A (rows, heads, hd) tensor whose last dimension is contiguous; `Rows` in attention.inl."""
+    """A (rows, heads, hd) tensor whose last dimension is contiguous."""
 
     _fields_ = (("data", POINTER), ("row", INT), ("head", INT))
 
 
 class AttentionCall(ctypes.Structure):
-    """The arguments of attention_forward and attention_backward; `Attention` in attention.inl."""
+    """The arguments of attention_forward and attention_backward."""
 
     _fields_ = (
         *((name, AttentionRows) for name in ("q", "k", "v", "o", "dout", "dq", "dk", "dv")),
@@ -31,13 +31,13 @@ class AttentionCall(ctypes.Structure):
 
 
 class Absmax(ctypes.Structure):
-    """The absmax of each block of a 4-bit weight, plain or double-quantised; `Absmax` in dequant.inl."""
+    """The absmax of each block of a 4-bit weight, plain or double-quantised."""
 
     _fields_ = (*((name, POINTER) for name in ("plain", "codes", "table", "nested")), ("offset", FLOAT), ("shift", INT))
 
 
 class DecodeLinear(ctypes.Structure):
-    """A linear with its bias and adapter, as `matvec` and `decode` read it; `Linear` in matvec.inl."""
+    """A linear with its bias and adapter, as `matvec` and `decode` read it."""
 
     _fields_ = (
         *((name, INT) for name in ("kind", "rows", "cols")),
@@ -51,7 +51,7 @@ class DecodeLinear(ctypes.Structure):
 
 
 class DecodeShape(ctypes.Structure):
-    """The sizes that all blocks of a model share, and the RoPE tables; `Shape` in decode.inl."""
+    """The sizes that all blocks of a model share, and the RoPE tables."""
 
     _fields_ = (
         *((name, INT) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "max_length", "cache_bf16", "compute")),
@@ -61,7 +61,7 @@ class DecodeShape(ctypes.Structure):
 
 
 class DecodeBlock(ctypes.Structure):
-    """One transformer layer: its linears, norms and share of the KV cache; `Block` in decode.inl."""
+    """One transformer layer: its linears, norms and share of the KV cache."""
 
     _fields_ = (
         *((name, DecodeLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
@@ -71,7 +71,7 @@ class DecodeBlock(ctypes.Structure):
 
 
 class DecodeJob(ctypes.Structure):
-    """The arguments of `decode`; `Job` in decode.inl."""
+    """The arguments of `decode`."""
 
     _fields_ = (
         *((name, POINTER) for name in ("shape", "blocks")),
@@ -84,13 +84,13 @@ class DecodeJob(ctypes.Structure):
 
 
 class ProjectWeight(ctypes.Structure):
-    """A 4-bit weight as the fused products read it; `Weight` in gemm.inl."""
+    """A 4-bit weight as the fused products read it."""
 
     _fields_ = (("packed", POINTER), ("codes", POINTER), ("absmax", Absmax), ("block_shift", INT))
 
 
 class ProjectLinear(ctypes.Structure):
-    """A linear of a fused product, with its adapter and the adapter's gradients; `Linear` in project.inl."""
+    """A linear of a fused product, with its adapter and the adapter's gradients."""
 
     _fields_ = (
         ("weight", ProjectWeight),
@@ -102,7 +102,7 @@ class ProjectLinear(ctypes.Structure):
 
 
 class ProjectCall(ctypes.Structure):
-    """The arguments of project_nf4 and project_nf4_backward; `Call` in project.inl."""
+    """The arguments of project_nf4 and project_nf4_backward."""
 
     _fields_ = (
         *((name, kind) for matrix in ("x", "y", "dx") for name, kind in ((matrix, POINTER), (f"{matrix}_row", INT))),
