@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(fr
     other = open_model(tmp_path / "other")
     with pytest.raises(AdapterError, match=r"layers 0-1 q_proj: lora_A is \(4, 384\) .*expected \(4, 64\).*"):
         registry.import_adapter(from_mlx, other, "other")
-    with pytest.raises(AdapterError, match=r"No adapter at .*found no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"No adapter at .*adapter_config.json is missing"):
         registry.import_adapter(tmp_path / "other", open_model(DEMO), "demo")
     for nothing in ("nope", "nope.gguf"):
         with pytest.raises(AdapterError, match=r"There is nothing at .*mlx-lm folder or a \.gguf file"):

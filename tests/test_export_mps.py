@@ -120,7 +120,7 @@ def test_an_adapter_that_was_changed_is_refused(tmp_path: Path) -> None:
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
-    with pytest.raises(AdapterError, match="is not the one"):
+    with pytest.raises(AdapterError, match="differs from the one"):
         mps.read_adapter(folder)
 
 

@@ -22,6 +22,7 @@ from edgetune.export import peft as target
 from edgetune.export import verify
 from edgetune.export.targets import TARGETS, load_target
 from edgetune.exporting import export_adapter
+from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
@@ -200,7 +201,7 @@ def test_an_adapter_of_another_base_is_refused_with_all_mismatches(demo_adapter:
     save_model(tmp_path / "base")
     base = open_model(tmp_path / "base")
     with pytest.raises(AdapterError) as caught:
-        peft_folder.check_fits(peft_folder.load(demo_adapter), base.config)
+        adapters.check_fits(peft_folder.load(demo_adapter), base.config)
     said = str(caught.value)
     assert "the model has no layers 2-7; " in said
     for name, (rows, columns) in open_model(DEMO).config.linear_shapes().items():

@@ -157,7 +157,7 @@ def test_a_file_that_shrinks_while_it_is_used_is_one_sentence(folders: dict[str,
 
 
 def test_offload_needs_full_recomputation(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="full recomputation"):
+    with pytest.raises(ValueError, match="expected full, since only"):
         Runner(opened(folders["nf4"], None), Recompute.NONE, offload=tmp_path)
 
 
