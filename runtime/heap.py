@@ -48,7 +48,7 @@ def compact_heap() -> None:
     """Give large tensors pages of their own, which return to the system when they are freed. For the whole process.
 
     Their memory is then never lost to fragmentation, but fresh pages cost time: steps were 22 to 30% slower where it was
-    measured (LOG.md). Only glibc has the switch.
+    measured (LOG.md, "compact heap"). Only glibc has the switch.
     """
     if can_compact_heap():
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_TENSOR)

@@ -80,7 +80,7 @@ def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str |
     """Return the `head_kind` for `load_llama` that gives the form `head` of HEADS. Raises UsageError.
 
     "auto" is int8 where there are kernels for it: that reads half of bf16's bytes for every token and costs less than 0.0001
-    bits per byte (LOG.md). A head that is stored in 4 bits stays as it is.
+    bits per byte (LOG.md, "eight-bit head"). A head that is stored in 4 bits stays as it is.
     """
     if head not in HEADS:
         raise UsageError(f"--head is {head!r}; expected one of {', '.join(HEADS)}.")
