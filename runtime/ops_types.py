@@ -21,7 +21,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 FEW_ROWS = 8
 """Up to this number of rows, a product with a packed weight goes to `matvec` or `int8_matvec`, and new tokens of a prompt go
 one by one to the decoder; for more rows, dequantising the weight is faster. The kernels are built for this number: MAX_TOKENS
-in matvec.inl is the same 8, and metal/library.py compiles nf4.metal with it."""
+in constants.h is the same 8, and metal/library.py compiles nf4.metal with it."""
 
 Weight = Tensor | QuantizedTensor
 """The weight of a linear, (out, in): dense or in 4 bits."""

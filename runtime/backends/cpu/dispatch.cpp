@@ -14,7 +14,7 @@
 //      kernels.inl includes its intrinsics' header, and chooses the kernels if, like AMX, it has only some.
 //   6. tests: the list of instruction sets of test_attention_kernels.py's `isa` fixture (the other tests ask library.isas()).
 //      If no machine at hand can run it: tests/test_neon.py and tests/neon show how to test it under an emulator.
-//   7. README.md: its table of machines.
+//   7. docs/platforms.md: its table of machines.
 // Python needs no change: library.py asks et_isa_name, and EDGETUNE_CPU_ISA=xyz forces it.
 #include "structures.h"
 
