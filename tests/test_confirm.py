@@ -75,9 +75,9 @@ def mac(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 
 def test_this_machines_cpu_confirms_everything(short: None) -> None:
-    told: list[str] = []
-    found = confirm(CPU, told.append)
-    assert told == [one.name for one in found] == [name for name in CHECKS if name != "memory"]
+    announced: list[str] = []
+    found = confirm(CPU, announced.append)
+    assert announced == [one.name for one in found] == [name for name in CHECKS if name != "memory"]
     missing = ops.kernels_missing()
     assert [one for one in found if not one.ok and one.name != "kernels"] == []
     assert found[0].ok == (missing is None)
@@ -158,7 +158,7 @@ def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
 ) -> None:
     right, numbers = PagedAdamW.step, itertools.count()
 
-    # The check takes three steps with the optimizer on the CPU, for comparison, then three with the device's.
+    # The check takes three steps with the optimizer to compare with, then three with the device's.
     def wrong(self: PagedAdamW, rate: float) -> None:
         end = self.parameters[0][-32:]
         kept = end.clone()
