@@ -128,7 +128,7 @@ def test_ollamas_own_bos_is_left_to_it() -> None:
         LOOP + "{{ m.content + m.content }}{% endfor %}",  # repeats a message
         LOOP + "{{ m.role + loop.index | string + m.content }}{% endfor %}",  # numbers the messages
         "{{ raise_exception('no') }}",
-        LOOP + "{{ m.role + '{' + m.content + '}' }}{% endfor %}",  # would put three braces in a row, which Go cannot parse
+        LOOP + "{{ m.role + '{' + m.content + '}' }}{% endfor %}",  # three braces in a row, an empty action in Go
     ],
 )
 def test_a_template_of_another_form_is_left_out(jinja: str) -> None:

@@ -23,7 +23,7 @@ seeds = st.integers(0, 2**31)
 
 def default_kernel(name):
     """Return bitsandbytes' plain torch implementation of an op, which its C++ kernels hide on a CPU."""
-    # bitsandbytes has registered nothing for XPU here, so this resolves to the `default` kernel.
+    # There is no XPU here, so this resolves to the `default` kernel.
     kernel = torch.library.get_kernel(f"bitsandbytes::{name}", "XPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
