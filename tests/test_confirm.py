@@ -39,7 +39,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
+def scaled_down(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
     """Run the checks on smaller shapes, a smaller model, fewer tokens and one thread."""
     monkeypatch.setattr(module, "resolve", lambda name: SimpleNamespace(path=small))
     monkeypatch.setattr(module, "SHAPES", ((48, 128), (9, 67)))
@@ -69,12 +69,12 @@ def test_this_machines_cpu_confirms_everything_at_full_size() -> None:
 
 
 @pytest.fixture
-def mac(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def mac(scaled_down: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     with fake_mps(monkeypatch) as machine:
         yield machine
 
 
-def test_this_machines_cpu_confirms_everything(short: None) -> None:
+def test_this_machines_cpu_confirms_everything(scaled_down: None) -> None:
     announced: list[str] = []
     found = confirm(CPU, announced.append)
     assert announced == [one.name for one in found] == [name for name in CHECKS if name != "memory"]
@@ -117,7 +117,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("op", list(FAULTS))
-def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+def test_a_broken_op_is_found(scaled_down: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     name, spoil = FAULTS[op]
 
     class Broken:
@@ -136,7 +136,9 @@ def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: 
 
 
 @pytest.mark.parametrize("fault", ["only bf16", "window"])
-def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_attention_that_is_wrong_in_one_way_alone_is_found(
+    scaled_down: None, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     """Tries the faults that a card's flash attention could have."""
     right = ops.attention_forward
 
@@ -154,7 +156,7 @@ def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypa
 
 @pytest.mark.parametrize(("bits", "first"), [(32, 3), (8, 9)])
 def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
-    short: None, monkeypatch: pytest.MonkeyPatch, bits: int, first: int
+    scaled_down: None, monkeypatch: pytest.MonkeyPatch, bits: int, first: int
 ) -> None:
     right, numbers = PagedAdamW.step, itertools.count()
 
@@ -172,7 +174,7 @@ def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
     assert found.detail.startswith(f"{bits} bits, (2200, 1024)")
 
 
-def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_products_attention_and_text_are_found(scaled_down: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.attention_forward
 
     def wrong(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def engine(model: Llama, ids: list[int]) -> Tensor:
         return model.logits(h)
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
+def logit_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference between two sets of logits, in standard deviations of the expected ones."""
     assert found.shape == expected.shape
     assert torch.isfinite(found).all()
@@ -119,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a model of one layer, for tests that need no more: coremltools takes long for each layer."""
     torch.manual_seed(0)
     return tiny(tmp_path_factory.mktemp("model") / "thin", num_hidden_layers=1)
@@ -145,7 +145,7 @@ def test_every_family_agrees_in_prefill_and_decode(family: str, tmp_path: Path) 
     """Uses 24 tokens with windows of 16: the first half is one chunk, the second half goes token by token."""
     job = job_of(tiny(tmp_path / "model", family))
     package = written(job, tmp_path / "out")
-    assert apart(package.logits(IDS), engine(job.model(), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(job.model(), IDS)) < CLOSE
     windows = {"mistral-window", "qwen2.5-window"}
     assert ("window_mask" in package.call["inputs"]) == (family in windows)
 
@@ -154,7 +154,7 @@ def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, 
     package = EvaluatedPackage(inputs_package)
     whole = package.logits(IDS)
     package.call["prefill_tokens"] = 5
-    assert apart(package.logits(IDS), whole) < CLOSE
+    assert logit_difference(package.logits(IDS), whole) < CLOSE
 
 
 def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
     package, job = EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
     ids = (IDS * package.call["context_tokens"])[: package.call["context_tokens"]]
     assert len(ids) == job.base.config.max_positions
-    assert apart(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
+    assert logit_difference(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
 
 
 def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
     tensors["model.embed_tokens.weight"] *= 2000 / tensors["model.embed_tokens.weight"].abs().max()
     safetensors.torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
     job = job_of(source)
-    assert apart(written(job, tmp_path / "out").logits(IDS), engine(job.model(), IDS)) < CLOSE
+    assert logit_difference(written(job, tmp_path / "out").logits(IDS), engine(job.model(), IDS)) < CLOSE
 
 
 def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_fault_of_the_graph_is_seen_in_the_logits(
     block = package.program.package.functions["main"]
     kept = fault(list(block.operations))
     package.program.functions["main"] = type(package.program.functions["main"])(kept)
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) > 5 * CLOSE
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) > 5 * CLOSE
 
 
 def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() -> None:
@@ -336,12 +336,12 @@ def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() ->
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
-def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Path, tmp_path: Path) -> None:
+def test_coremltools_reads_the_weights_that_were_written(weights: str, one_layer: Path, tmp_path: Path) -> None:
     """coremltools' own loader and the reader that proofs use read the same values for every constant."""
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.models.utils import load_spec
 
-    job = replace(job_of(thin, weights, an_adapter(thin), "functions"), texts=[IDS])
+    job = replace(job_of(one_layer, weights, an_adapter(one_layer), "functions"), texts=[IDS])
     package = written(job, tmp_path / "out").program
     graph = tmp_path / "out" / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     spec = load_spec(str(graph))
@@ -381,14 +381,14 @@ def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path
     """The other adapter has a lower rank."""
     package = EvaluatedPackage(inputs_package)
     job = job_of(folder, "nf4", an_adapter(folder))
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=ADAPTER_ALONE)
     assert coreml.write(other, tmp_path).opens == ADAPTER_FILE
     package.use_adapter(tmp_path / ADAPTER_FILE)
     expected = engine(stored_model(replace(other, weights="nf4")), IDS)
-    assert apart(package.logits(IDS), expected) < CLOSE
-    assert apart(engine(stored_model(job), IDS), expected) > 20 * CLOSE
-    assert apart(coreml.read(other, tmp_path).logits(IDS), expected) < CLOSE
+    assert logit_difference(package.logits(IDS), expected) < CLOSE
+    assert logit_difference(engine(stored_model(job), IDS), expected) > 20 * CLOSE
+    assert logit_difference(coreml.read(other, tmp_path).logits(IDS), expected) < CLOSE
     # The golden.json beside the adapter file is therefore the package's golden.json too.
     assert torch.equal(engine(stored_model(other), IDS), expected)
 
@@ -419,9 +419,9 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     job = job_of(folder, "nf4", adapter, "functions")
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     base = EvaluatedPackage(tmp_path / "functions", function="base")
-    assert apart(base.logits(IDS), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
+    assert logit_difference(base.logits(IDS), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
     # 128 bytes are for each tensor's header and padding.
@@ -429,10 +429,10 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     assert bare < both <= bare + adapter_bytes
 
 
-def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Path) -> None:
+def test_a_fault_of_the_base_beside_an_adapter_is_seen(one_layer: Path, tmp_path: Path) -> None:
     from coremltools.proto import Model_pb2
 
-    package = written(job_of(thin, "fp16", an_adapter(thin), "functions"), tmp_path / "out")
+    package = written(job_of(one_layer, "fp16", an_adapter(one_layer), "functions"), tmp_path / "out")
     graph = tmp_path / "out" / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     model = Model_pb2.Model.FromString(graph.read_bytes())
     base = model.mlProgram.functions["base"]
@@ -444,22 +444,24 @@ def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Pat
         package.logits(IDS)
 
 
-def test_no_copy_of_the_weights_lies_outside_the_export(thin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_of_the_weights_lies_outside_the_export(
+    one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """coremltools works in temporary folders, and a merged model is as private as the notes."""
     made: list[str] = []
     mkdtemp = tempfile.mkdtemp
     monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **kwargs: made.append(mkdtemp(*args, **kwargs)) or made[-1])
     before = tempfile.gettempdir()
     tmp_path.joinpath("out").mkdir()
-    coreml.write(job_of(thin, "fp16", an_adapter(thin), "merged"), tmp_path / "out")
+    coreml.write(job_of(one_layer, "fp16", an_adapter(one_layer), "merged"), tmp_path / "out")
     assert made
     assert all(Path(path).is_relative_to(tmp_path / "out") for path in made)
     assert tempfile.gettempdir() == before
     assert not (tmp_path / "out" / ".work").exists()
 
 
-def test_a_merge_into_four_bits_says_what_it_costs(thin: Path, tmp_path: Path) -> None:
-    job = replace(job_of(thin, "nf4", an_adapter(thin), "merged"), texts=[IDS])
+def test_a_merge_into_four_bits_says_what_it_costs(one_layer: Path, tmp_path: Path) -> None:
+    job = replace(job_of(one_layer, "nf4", an_adapter(one_layer), "merged"), texts=[IDS])
     tmp_path.joinpath("out").mkdir()
     result = coreml.write(job, tmp_path / "out")
     facts = dict(result.facts)
@@ -467,16 +469,16 @@ def test_a_merge_into_four_bits_says_what_it_costs(thin: Path, tmp_path: Path) -
     assert "--adapter-as inputs keeps it whole" in result.notices[-1]
     package = coreml.read(job, tmp_path / "out")
     assert package.call["adapter"] is None
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
-    assert apart(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real and visible
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real and visible
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int4"])
 def test_a_merge_that_leaves_the_adapter_out_is_refused(
-    weights: str, thin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stored weights and their reference come from the same merge, so only the trained model reveals the fault."""
-    job = replace(job_of(thin, weights, an_adapter(thin), "merged"), texts=[IDS])
+    job = replace(job_of(one_layer, weights, an_adapter(one_layer), "merged"), texts=[IDS])
     monkeypatch.setattr(Merged, "scale", 0.0)
     tmp_path.joinpath("out").mkdir()
     with pytest.raises(ModelError, match=r"keeps -?\d+% of the adapter's effect on the texts, .* type --adapter-as inputs"):

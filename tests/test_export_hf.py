@@ -93,9 +93,9 @@ def test_shards_have_an_index_and_open(base: Checkpoint, tmp_path: Path) -> None
 def test_memory_is_refused_with_what_would_do(base: Checkpoint, tmp_path: Path) -> None:
     """The error names an amount; with that amount the export is written from streamed layers."""
     adapter = random_adapter(base.config)
-    with pytest.raises(ResourceError, match=r"needs about .*type --memory \d+MB or more") as said:
+    with pytest.raises(ResourceError, match=r"needs about .*type --memory \d+MB or more") as raised:
         check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=1_000_000))
-    enough = int(str(said.value).split("type --memory ")[1].split("MB")[0]) * 1_000_000
+    enough = int(str(raised.value).split("type --memory ")[1].split("MB")[0]) * 1_000_000
     check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=enough))
     target.write(job_for(base, adapter, "bf16", memory=enough), tmp_path / "out")
     target.write(job_for(base, adapter, "bf16"), tmp_path / "free")

@@ -46,9 +46,9 @@ def peak_memory(made: tuple[str, str], out: Path, target: str, *options: str) ->
 
 @pytest.mark.parametrize("target", ["peft", "hf"])
 def test_an_export_holds_no_more_than_the_least_that_it_asks_for(made: tuple[str, str], target: str, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as said:
+    with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as raised:
         export_adapter(target, *made, tmp_path / "out", memory=1, check=False)
-    least = int(re.findall(r"--memory (\d+)MB", str(said.value))[0])
+    least = int(re.findall(r"--memory (\d+)MB", str(raised.value))[0])
     limited = peak_memory(made, tmp_path / "out", target, "--memory", f"{least}MB")
     assert limited <= least * 1_000_000
     # Without the limit the peak is higher, so it was the limit that kept it down.
