@@ -1,4 +1,4 @@
-"""Adapters out of nothing, and the proof of an export without the command line around it."""
+"""Make random adapters, and write and check an export without going through the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_adapter(
     layers: tuple[int, ...] | None = None,
     rslora: bool = False,
 ) -> Adapter:
-    """An adapter whose A and B are both random, so that it changes every logit."""
+    """Return an adapter whose A and B are both random, so that it changes every logit."""
     generator = torch.Generator().manual_seed(7)
     tensors = {}
     for layer in range(model.num_layers) if layers is None else layers:
@@ -41,7 +41,7 @@ def job_for(base: Checkpoint, adapter: Adapter | None, weights: str = "", **sett
 
 
 def write_and_compare(name: str, job: Job, folder: Path) -> tuple[Written, verify.Agreement]:
-    """Write an export and let its own reader read it, as `edgetune export` does."""
+    """Write an export, read it back with its own reader and compare the logits, as `edgetune export` does."""
     folder.mkdir(mode=0o700)
     spec = load_target(name)
     written = spec.write(job, folder)

@@ -1,8 +1,8 @@
 """Compile every Triton kernel of the CUDA back end to machine code for real cards; no card is needed. See test_cuda_kernels.py.
 
-The interpreter runs what Triton's compiler may refuse, so both are asked. Run without TRITON_INTERPRET, with the compute
-capabilities to compile for as arguments: python tests/compile_kernels.py 80 90. Prints a line a kernel: its name, the
-capability, how many loads it has, bytes of machine code.
+Triton's interpreter runs code that its compiler may refuse, so the tests use both. Run this without TRITON_INTERPRET and pass
+the compute capabilities to compile for: python tests/compile_kernels.py 80 90. It prints one line per kernel: the kernel's
+name, the capability, the number of global loads and the size of the machine code in bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MATVEC = {"BLOCKS": 16, "ROWS": 2, "ADD": True}
 NUMBERS = {"eps": "fp32", "scale": "fp32", "seed": "i64", "threshold": "i64"}
 INDICES = {"position": "*i32", "targets": "*i64"}
 
-# Kernel -> the types of its arguments that differ from bf16 pointers, and its constants, for each way to launch it.
+# For each kernel and each way to launch it: the argument types that differ from the usual ones, and the constants.
 WAYS: dict[str, list[tuple[dict[str, str | None], dict[str, Any]]]] = {
     "dequantize": [({**WEIGHT, "out": kind}, {**DOUBLE, "BLOCKS": 32}) for kind in ("*bf16", "*fp32", "*fp16")]
     + [(dict(PLAIN), {**SINGLE, "BLOCKS": 32})],
@@ -66,7 +66,7 @@ POINTERS = {"x", "h", "dx", "out", "weight", "bias", "reduced", "lora_b", "gate"
 
 
 def compile_one(name: str, types: dict[str, str | None], constants: dict[str, Any], capability: int) -> None:
-    """Machine code of one way to launch a kernel. Raises triton's CompilationError."""
+    """Compile a kernel for one way to launch it and print a line about it. Raises triton's CompilationError."""
     kernel = getattr(kernels, name)
     constants = {**constants, **{argument: None for argument, kind in types.items() if kind is None}}
     signature = {}
@@ -81,7 +81,7 @@ def compile_one(name: str, types: dict[str, str | None], constants: dict[str, An
 
 def main() -> None:
     found = {name for name, value in inspect.getmembers(kernels) if isinstance(value, triton.JITFunction) and name[0] != "_"}
-    assert found == set(WAYS), f"kernels.py has {sorted(found)}; here are {sorted(WAYS)}"
+    assert found == set(WAYS), f"kernels.py defines {sorted(found)}, but WAYS lists {sorted(WAYS)}"
     for capability in map(int, sys.argv[1:]):
         for name, ways in WAYS.items():
             for types, constants in ways:

@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a private home, the real data where the machine has it, tiny models."""
+"""Fixtures that many tests share: a private home, and the real data on machines that have it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when triton is imported: without a card its kernels are interpreted
+# Triton reads this variable when it is imported. Without a GPU, its kernels must run in the interpreter.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test has an edgetune home, and Hugging Face and Ollama caches, of its own, all empty."""
+    """Give every test its own empty edgetune home and its own empty Hugging Face and Ollama caches."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("EDGETUNE_HOME", str(home / "edgetune"))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
@@ -34,7 +35,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of real notes, chats and models beside the project; skips where it is not."""
+    """Return the folder of real notes, chats and models beside the project; skip the test if it is missing."""
     if not DATA.is_dir():
         pytest.skip("the shared data folder is not on this machine")
     return DATA

@@ -1,9 +1,10 @@
-"""Runs `edgetune train` again and again, each in a fork of one warm process, and lets each fail in a chosen way.
+"""Run `edgetune train` many times, each time in a fork of one warm process, and make each run fail in a chosen way.
 
-A driver is this file as a process of its own, with one thread, that does the first task itself, to be warm, and each
-further one in a fork: that costs none of torch's start. Tasks are JSON lines. A task's fault is {"crash": n}, {"full": n}
-or {"stop": n}, at (full: from) the n-th time that the run changes the disk; {"kill": seconds}; or nothing. A run that
-stopped makes HOME.stopped and goes on when HOME.go is there. "beside" tells apart what a second run in one home says.
+Executed as a script, this file is the driver: a process with one thread that performs its first task itself, so that torch is
+loaded, and every further task in a fork, which saves torch's start-up time. Tasks arrive as JSON lines. A task may name a
+fault. {"crash": n} and {"stop": n} strike at the run's n-th change of the disk, {"full": n} at the n-th and all later ones, and
+{"kill": seconds} after that time. When a run has stopped, the driver creates HOME.stopped and waits for HOME.go before it
+continues the run. With "beside", the output of a second run in the same home goes to files of its own.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ CRASHED = 77
 
 
 class Disk:
-    """Stands between a run and the functions by which it changes the disk, and counts: each call is a point."""
+    """Wraps the functions by which a run changes the disk, counts their calls and injects the fault at the chosen call."""
 
     def __init__(self, crash: int = 0, full: int = 0, stop: int = 0) -> None:
         self.crash, self.full, self.stop, self.count = crash, full, stop, 0
 
     def point(self, fills: bool, tear: Callable[[], object] = lambda: None) -> None:
-        """Another change is about to be made; `tear` makes half of it. A full disk refuses those that take space."""
+        """Count a change that is about to be made, and inject the fault if it is due.
+
+        `tear` makes half of the change before a crash. A full disk refuses only changes that take space (`fills`).
+        """
         self.count += 1
         if self.count == self.crash:
             tear()
@@ -43,7 +47,7 @@ class Disk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def install(self) -> None:
-        """From here on every change of the disk in this process is counted."""
+        """Count every change of the disk in this process from now on."""
         for name, fills in {
             "mkdir": True, "fsync": True, "replace": True, "rename": True, "unlink": False, "remove": False, "rmdir": False,
         }.items():  # fmt: skip
@@ -74,7 +78,7 @@ class Disk:
 
 
 class Writes:
-    """A file each of whose writes is a point; a crash there leaves the first half written."""
+    """A file whose writes are counted as changes of the disk; a crash at a write leaves its first half written."""
 
     def __init__(self, file: Any, disk: Disk) -> None:
         self._file, self._disk = file, disk
@@ -95,7 +99,7 @@ class Writes:
 
 
 def child(task: dict[str, Any]) -> None:
-    """One run in a process of its own; never returns. Standard output and error go to files beside its home."""
+    """Perform one run in this forked process and exit. Standard output and error go to files beside its home."""
     for number, name in enumerate(outputs(task), 1):
         os.dup2(os.open(name, os.O_WRONLY), number)
     disk = Disk(**{kind: task[kind] for kind in ("crash", "full", "stop") if kind in task})
@@ -108,12 +112,12 @@ def child(task: dict[str, Any]) -> None:
 
 
 def outputs(task: dict[str, Any]) -> list[Path]:
-    """Where a run's standard output and error go."""
+    """Return the files that receive a run's standard output and standard error."""
     return [Path(f"{task['home']}{'.beside' if 'beside' in task else ''}.{name}") for name in ("out", "err")]
 
 
 def command(home: str, arguments: list[str]) -> int:
-    """`edgetune` with these arguments; its exit status, or 99 for a traceback."""
+    """Run `edgetune` with these arguments; return its exit status, or 99 if it raised an unexpected exception."""
     from edgetune.cli.main import cli, plain_failures
 
     os.environ["EDGETUNE_HOME"] = home
@@ -129,13 +133,14 @@ def command(home: str, arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """The driver: forks a run for each task, and answers with how it ended."""
+    """Act as the driver: fork a run for each task and print the run's exit code and duration as JSON."""
     import torch
 
     from edgetune.training import checkpoints, loop
 
     torch.set_num_threads(1)
-    checkpoints.KEEP_SECONDS = 0.0  # a checkpoint before every step and evaluation
+    # Write a checkpoint before every step and every evaluation.
+    checkpoints.KEEP_SECONDS = 0.0
     loop._SAMPLE_TOKENS = 4
     warm = json.loads(sys.stdin.readline())
     out = os.dup(1)
@@ -164,14 +169,14 @@ def main() -> None:
 
 
 def wait_for(path: Path) -> None:
-    """Until the file is there."""
+    """Wait until the file exists."""
     while not path.exists():
         time.sleep(0.01)
 
 
 @dataclass
 class Ended:
-    """How a run ended."""
+    """The exit code, duration, JSON output and error text of a finished run."""
 
     code: int
     seconds: float
@@ -180,7 +185,7 @@ class Ended:
 
 
 class Driver:
-    """The driver's process, from the test's side."""
+    """Starts a driver process and sends it tasks."""
 
     def __init__(self, home: Path, arguments: list[str]) -> None:
         tests = Path(__file__).parent
@@ -196,7 +201,7 @@ class Driver:
         assert self._ask({"home": str(home), "arguments": arguments})["code"] == 0
 
     def run(self, home: Path, arguments: list[str], **fault: float) -> Ended:
-        """One run, to its end."""
+        """Run `edgetune` once with an optional fault, and wait for it to end."""
         task = {"home": str(home), "arguments": arguments, **fault}
         answer = self._ask(task)
         out, err = (path.read_text() for path in outputs(task))
@@ -211,7 +216,7 @@ class Driver:
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        """End it."""
+        """End the driver process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()

@@ -1,9 +1,9 @@
-"""A Mac's GPU that is none: tensors that say `mps:0` and are computed on the CPU, and a torch.mps that keeps account.
+"""Imitate a Mac's GPU: tensors that report `mps:0` are computed on the CPU, and a fake torch.mps records how it is used.
 
-It refuses what the real one refuses: float64, tensors of two devices in one op, pinned memory, random generators of another
-device; and copies that nobody waits for, which on the real one are under way when they return. It takes note of every op
-that ran, and Metal sources are compiled by metal_shim and run on the same numbers, so that a whole training run goes through
-exactly the code that it would go through on a Mac.
+The fake raises an error where the real device does: for float64, for tensors of two devices in one op, for pinned memory and
+for random generators of another device. It also refuses non-blocking copies, which on a real GPU may still be under way when
+they return. It records every op that ran. Metal sources are compiled by metal_shim and run on the same numbers, so that a whole
+training run executes exactly the code that it would execute on a Mac.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COPY = torch.ops.aten.copy_.default
 
 
 class MpsTensor(torch.Tensor):
-    """Says that it is on mps:0; `inner`, on the CPU, has the numbers. (To C++ it is a CPU tensor, for want of a runtime.)"""
+    """A tensor that reports mps:0; `inner` holds its numbers on the CPU. C++ sees a CPU tensor: there is no MPS runtime."""
 
     inner: torch.Tensor
 
@@ -54,7 +54,7 @@ class MpsTensor(torch.Tensor):
 
 
 class FakeMps(TorchFunctionMode):
-    """While entered, `mps` is a device. `ops` are the ops that ran on it, `sent` the tensors that were copied to it."""
+    """Makes `mps` a usable device while entered. `ops` is the set of ops that ran on it, `sent` counts tensors copied to it."""
 
     active: FakeMps | None = None
 
@@ -64,7 +64,7 @@ class FakeMps(TorchFunctionMode):
         self.sent = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What names a device: makes tensors, and moves them."""
+        """Handle the functions that take a device, which create or move tensors."""
         kwargs = dict(kwargs or {})
         ours = bool(args) and isinstance(args[0], MpsTensor)
         if ours and func is torch.Tensor.cpu:
@@ -90,7 +90,7 @@ class FakeMps(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """An op that some MPS tensor takes part in."""
+        """Run an op that has at least one MPS tensor among its arguments."""
         tensors: list[torch.Tensor] = []
         inner_args, inner_kwargs = _map(functools.partial(_unwrap, tensors), [args, kwargs])
         ours = [tensor for tensor in tensors if isinstance(tensor, MpsTensor)]
@@ -110,17 +110,17 @@ class FakeMps(TorchFunctionMode):
 
 
 def _refuse_to_hurry(non_blocking: bool) -> None:
-    """A copy that is still under way when it returns: whoever reads what it writes, or writes what it reads, races with it."""
+    """Raise RuntimeError for a non-blocking copy: code that uses its source or its result before it ends is a race."""
     if non_blocking:
         raise RuntimeError("nobody waits for a non_blocking copy to or from mps")
 
 
 _WRONG_WHERE_STRIDED = ("masked_fill_", "index_add_", "index_copy_", "scatter_add_", "addcdiv_", "addcmul_")
-"""pytorch#118115, #131285, #163327, #176159."""
+"""Ops that give wrong numbers on tensors that are not contiguous: pytorch#118115, #131285, #163327, #176159."""
 
 
 def _refuse_what_macos_gets_wrong(name: str, args: Any, kwargs: dict[str, Any]) -> None:
-    """Calls that give wrong numbers, and no error, on some Macs: also see ops.product_into and vocabulary.MPS_TERMS."""
+    """Raise for calls that silently give wrong numbers on some Macs. See also ops.product_into and vocabulary.MPS_TERMS."""
     name = name.removeprefix("aten.").split(".")[0]
     product = name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm")
     if product:
@@ -141,7 +141,7 @@ def _is_device(value: Any) -> bool:
 
 
 def _map(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """`change` of every tensor in a value, its lists, tuples and dictionaries."""
+    """Apply `change` to every tensor in a value and in its nested lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, list | tuple):
@@ -159,7 +159,7 @@ def _wrap(wrappers: dict[int, MpsTensor], value: torch.Tensor) -> MpsTensor:
 
 
 class FakeKernel:
-    """A shim kernel that takes MPS tensors alone, at their storage offset."""
+    """A shim kernel whose tensor arguments must all be MPS tensors; it reads them at their storage offset."""
 
     thread_execution_width = 32
 
@@ -173,7 +173,7 @@ class FakeKernel:
 
 
 class Machine:
-    """torch.mps's functions, and what was asked of them."""
+    """The fake's versions of torch.mps's functions, with a record of the calls."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, tuple[Any, ...], tuple[int, ...], tuple[int, ...]]] = []
@@ -207,7 +207,7 @@ class Machine:
 
 @contextlib.contextmanager
 def fake_mps(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Machine]:
-    """A machine with an Apple GPU. `changes` replace functions of torch.mps; None takes one away."""
+    """Pretend within a block that the machine has an Apple GPU; `changes` replaces functions of torch.mps, None removes one."""
     import sys
 
     from edgetune.runtime import ops
@@ -225,7 +225,8 @@ def fake_mps(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Machin
     run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def backward(*arguments: Any, **named: Any) -> Any:
-        with machine.mode:  # torch.autograd.backward is a function that modes handle, and has left this one to be called
+        # A mode is off while it handles a function, and torch.autograd.backward is such a function.
+        with machine.mode:
             return run_backward(*arguments, **named)
 
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", backward)
@@ -240,17 +241,18 @@ def fake_mps(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[Machin
 
 
 def forget(ops: Any, modules: dict[str, Any]) -> None:
-    """Have the back end of a device looked for again."""
+    """Clear the cached back ends, so that they are looked up again."""
     ops._load.cache_clear()
     ops._best.cache_clear()
     for name in [name for name in modules if name.startswith("edgetune.runtime.backends.metal")]:
         del modules[name]
-    vars(modules["edgetune.runtime.backends"]).pop("metal", None)  # or else `from backends import metal` finds the old one
+    # Otherwise `from backends import metal` would find the old module.
+    vars(modules["edgetune.runtime.backends"]).pop("metal", None)
 
 
 @functools.cache
 def mps_table() -> dict[str, set[str]]:
-    """Of each op, the dispatch keys that torch's own table names: {"mm.out": {"CPU", "CUDA", "MPS"}, ...}."""
+    """Return each op's dispatch keys in torch's own table of ops: {"mm.out": {"CPU", "CUDA", "MPS"}, ...}."""
     yaml = pytest.importorskip("yaml")
     torchgen = pytest.importorskip("torchgen")
     from pathlib import Path

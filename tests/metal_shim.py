@@ -1,6 +1,6 @@
-"""Runs Metal kernels on a CPU: the source itself, compiled as C++ behind tests/metal/metal_stdlib.
+"""Run Metal kernels on a CPU by compiling their source as C++, with tests/metal/metal_stdlib as the standard library.
 
-How a kernel is called is read from its signature, so that nothing here knows the kernels.
+The way to call a kernel is derived from its signature, so no kernel is named here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Signature:
 
 
 def signatures(source: str) -> list[Signature]:
-    """The kernels of a Metal source. Raises ValueError where buffers are not numbered in their order."""
+    """Return the signatures of a Metal source's kernels. Raises ValueError if buffers are not numbered in order."""
     found = []
     for name, parameters in _KERNEL.findall(source):
         buffers, builtins = [], []
@@ -46,19 +46,19 @@ def signatures(source: str) -> list[Signature]:
             match = _PARAMETER.fullmatch(" ".join(parameter.split()))
             if match is None:
                 raise ValueError(f"{name}: {parameter.strip()!r} is no parameter")
-            kind, own, index, attribute = match.groups()
+            kind, parameter_name, index, attribute = match.groups()
             if index is None:
-                builtins.append((own, kind, attribute))
+                builtins.append((parameter_name, kind, attribute))
             elif int(index) != len(buffers):
-                raise ValueError(f"{name}: {own} is buffer {index}; expected {len(buffers)}")
+                raise ValueError(f"{name}: {parameter_name} is buffer {index}; expected {len(buffers)}")
             else:
-                buffers.append((own, kind))
+                buffers.append((parameter_name, kind))
         found.append(Signature(name, tuple(buffers), tuple(builtins)))
     return found
 
 
 def _wrapper(signature: Signature, value: str) -> str:
-    """C++ that takes the addresses of a kernel's arguments, as buffers or as the bytes that they are bound as."""
+    """Return C++ code for a function that calls a kernel, given the address of each buffer and each scalar argument."""
     arguments = []
     for number, (_, kind) in enumerate(signature.buffers):
         if kind.endswith("*"):
@@ -80,7 +80,7 @@ def _wrapper(signature: Signature, value: str) -> str:
 
 @functools.cache
 def compiled(source: str, value: str) -> ctypes.CDLL:
-    """A library with every kernel of `source`, whose first lines define VALUE as `value`."""
+    """Compile `source`, whose first lines define VALUE as `value`, into a library with all its kernels."""
     assert COMPILER is not None
     folder = Path(tempfile.mkdtemp(prefix="metal-shim-"))
     try:
@@ -91,14 +91,15 @@ def compiled(source: str, value: str) -> ctypes.CDLL:
         command = [COMPILER, *flags, str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise SyntaxError(f"program_source:\n{done.stderr}")  # as torch reports the Metal compiler's errors
+            # torch reports the Metal compiler's errors with this type and this first line.
+            raise SyntaxError(f"program_source:\n{done.stderr}")
         return ctypes.CDLL(str(folder / "kernels.so"))
     finally:
         shutil.rmtree(folder)
 
 
 class ShimKernel:
-    """What torch.mps.compile_shader's library gives for a name: called with tensors, ints and floats by position."""
+    """A stand-in for a kernel of torch.mps.compile_shader's library; takes tensors, ints and floats by position."""
 
     thread_execution_width = 32
 
@@ -110,21 +111,22 @@ class ShimKernel:
         assert len(arguments) == len(self.signature.buffers)
         assert len(threads) == len(group_size)
         assert min(threads) > 0
-        held: list[Any] = []
-        for argument in arguments:  # by position, whatever the type: as torch binds them
+        pointers: list[Any] = []
+        # Arguments are bound by position, whatever their type, as torch does.
+        for argument in arguments:
             if isinstance(argument, torch.Tensor):
-                held.append(ctypes.c_void_p(argument.data_ptr()))
+                pointers.append(ctypes.c_void_p(argument.data_ptr()))
             else:
-                own = ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
-                held.append(ctypes.cast(ctypes.pointer(own), ctypes.c_void_p))
-        array = (ctypes.c_void_p * len(held))(*held)
+                scalar = ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+                pointers.append(ctypes.cast(ctypes.pointer(scalar), ctypes.c_void_p))
+        array = (ctypes.c_void_p * len(pointers))(*pointers)
         grid, group = (*threads, 1)[:2], (*group_size, 1)[:2]
         self._run(array, *(ctypes.c_uint(size) for size in (*grid, *group)))
         self.calls += 1
 
 
 class ShimLibrary:
-    """torch.mps.compile_shader(source), on the CPU."""
+    """A stand-in for the library that torch.mps.compile_shader(source) returns, on the CPU."""
 
     def __init__(self, source: str) -> None:
         value = re.search(r"#define VALUE (\w+)", source)

@@ -13,7 +13,8 @@ import pytest
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
 library = importlib.import_module("edgetune.runtime.backends.cpu.library")
 
-Fields = dict[str, tuple[int, int]]  # name -> offset, size in bytes; in order
+# Maps each field's name to its offset and size in bytes, in the order of the struct.
+Fields = dict[str, tuple[int, int]]
 
 
 @dataclass
@@ -42,7 +43,8 @@ def python_layouts() -> list[Layout]:
     """Return the ctypes.Structures that the package's modules define."""
     found = {}
     for path in sorted(Path(cpu.__file__).parent.glob("*.py")):
-        if path.stem in ("__init__", "build"):  # build.py needs setuptools, and defines none
+        # build.py needs setuptools and defines no structures.
+        if path.stem in ("__init__", "build"):
             continue
         loaded = importlib.import_module(f"{cpu.__name__}.{path.stem}")
         for _, kind in inspect.getmembers(loaded, inspect.isclass):
@@ -56,7 +58,7 @@ def fields_of(kind: type[ctypes.Structure]) -> Fields:
 
 
 def counterpart(layout: Layout, others: list[Layout]) -> Layout:
-    """Return the layout with the most field names in common: the two sides name their structs differently."""
+    """Return the layout that shares the most field names with `layout`, since the two sides name their structs differently."""
 
     def likeness(other: Layout) -> float:
         mine, theirs = set(layout.fields), set(other.fields)

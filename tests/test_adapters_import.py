@@ -1,4 +1,4 @@
-"""`edgetune adapters`, and `--adapter` with what other programs wrote."""
+"""`edgetune adapters`, and `--adapter` with adapters that other programs wrote."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, list(arguments))
 
 
-def said(*arguments: str) -> dict[str, object]:
+def run_json(*arguments: str) -> dict[str, object]:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -62,15 +62,15 @@ def from_peft(tmp_path: Path, adapter: Adapter) -> Path:
 
 
 def test_an_mlx_lm_and_a_peft_folder_are_kept_alike(from_mlx: Path, from_peft: Path) -> None:
-    assert said("adapters", "list") == {"adapters": []}
-    one = said("adapters", "import", str(from_mlx), "--model", "demo")
-    two = said("adapters", "import", str(from_peft), "--model", "demo", "--name", "second")
+    assert run_json("adapters", "list") == {"adapters": []}
+    one = run_json("adapters", "import", str(from_mlx), "--model", "demo")
+    two = run_json("adapters", "import", str(from_peft), "--model", "demo", "--name", "second")
     assert (one["name"], two["name"]) == ("from-mlx", "second")
     for file in (peft_folder.WEIGHTS_FILE, peft_folder.CONFIG_FILE, peft_folder.EDGETUNE_FILE):
         assert (Path(str(one["adapter"])) / file).read_bytes() == (Path(str(two["adapter"])) / file).read_bytes()
         assert (Path(str(one["adapter"])) / file).stat().st_mode & 0o777 == 0o600
     assert peft_folder.load(Path(str(one["adapter"]))).about == {"base": open_model(DEMO).digest}
-    found = said("adapters", "list")["adapters"]
+    found = run_json("adapters", "list")["adapters"]
     assert isinstance(found, list)
     assert [(each["name"], each["rank"], each["current"]) for each in found] == [("from-mlx", 4, False), ("second", 4, False)]
 
@@ -83,21 +83,21 @@ def test_adapter_takes_an_mlx_lm_folder_as_it_is(from_mlx: Path, from_peft: Path
 
 
 def test_promote_show_and_delete(from_mlx: Path) -> None:
-    said("adapters", "import", str(from_mlx), "--model", "demo", "--name", "one")
-    said("adapters", "import", str(from_mlx), "--model", "demo", "--name", "two")
-    assert said("adapters", "promote", "one", "--model", "demo")["model"] == "demo"
+    run_json("adapters", "import", str(from_mlx), "--model", "demo", "--name", "one")
+    run_json("adapters", "import", str(from_mlx), "--model", "demo", "--name", "two")
+    assert run_json("adapters", "promote", "one", "--model", "demo")["model"] == "demo"
     current = registry.get_current()
     assert current is not None
     assert (current.adapter.name, current.model) == ("one", "demo")
-    shown = said("adapters", "show", "one")
+    shown = run_json("adapters", "show", "one")
     assert (shown["current"], shown["alpha"], shown["layers"]) == (True, 8.0, None)
     assert "* one: base" in run("adapters", "list").output
     refused = run("adapters", "delete", "one")
     assert isinstance(refused.exception, AdapterError)
     assert "is the current one; first type `edgetune adapters promote NAME`" in str(refused.exception)
-    assert said("adapters", "delete", "two") == {"deleted": "two"}
+    assert run_json("adapters", "delete", "two") == {"deleted": "two"}
     assert [each.name for each in registry.list_adapters()] == ["one"]
-    assert said("adapters", "delete", "one") == {"deleted": "one"}  # the last: there is no other to promote
+    assert run_json("adapters", "delete", "one") == {"deleted": "one"}  # it was the last adapter, so no other is promoted
     assert registry.list_adapters() == []
     assert not (home() / registry.CURRENT).exists()
 
@@ -142,7 +142,7 @@ def test_a_gguf_file_is_read_for_the_base_and_kept(tmp_path: Path, adapter: Adap
     assert found.tensors.keys() == adapter.tensors.keys()
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in adapter.tensors.items())
     assert found.config.scale == adapter.config.scale
-    in_folder = registry.load_for(tmp_path, base)  # the folder that `edgetune export gguf` wrote
+    in_folder = registry.load_for(tmp_path, base)  # the folder as `edgetune export gguf` writes it
     assert all(torch.equal(in_folder.tensors[key], tensor) for key, tensor in found.tensors.items())
     assert registry.import_adapter(path, base, "demo").name == "adapter"
 
@@ -197,7 +197,7 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path
     safetensors.torch.save_file(tensors, folder / file)
     with pytest.raises(AdapterError) as raised:
         registry.read(folder, open_model(DEMO).config)
-    said = str(raised.value)
+    message = str(raised.value)
     beyond = names[5].replace("self_attn", "mlp")
     for fault in (
         f"not LoRA of a LLaMA linear: '{'lm_head.weight'.ljust(80, 'x')}', {beyond!r}" if form == "mlx" else repr(beyond),
@@ -206,8 +206,8 @@ def test_every_tensor_that_is_no_lora_is_named_at_once(form: str, from_mlx: Path
         f"not a matrix: {names[3]!r}",
         f"given twice: {names[4]!r}",
     ):
-        assert fault in said
-    assert len(said) < 1200
+        assert fault in message
+    assert len(message) < 1200
     safetensors.torch.save_file({}, folder / file)
     with pytest.raises(AdapterError, match="has no tensors; copy it again"):
         registry.read(folder, open_model(DEMO).config)
@@ -272,7 +272,8 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.undo()
 
     def lost(path: Path, framework: str) -> None:
-        raise FileNotFoundError(f"No such file or directory: {path}")  # what safetensors says of a file that is another's
+        # safetensors raises this even for a file that exists but belongs to another user.
+        raise FileNotFoundError(f"No such file or directory: {path}")
 
     monkeypatch.setattr(peft_folder.safetensors, "safe_open", lost)
     with pytest.raises(AdapterError, match=r"safetensors cannot be read; check that it exists"):
@@ -280,7 +281,7 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
 
 
 def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:
-    kept = Path(str(said("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
+    kept = Path(str(run_json("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
     about = {"heldout_bits_per_byte_before": 10**400, "heldout_bits_per_byte_after": 2.5}
     (kept / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about))
     (found,) = registry.list_adapters()
@@ -308,4 +309,4 @@ def test_an_adapter_on_some_layers_changes_these_alone(tmp_path: Path) -> None:
         (tmp_path / "kept" / peft_folder.CONFIG_FILE).write_text(json.dumps(config | {"layers_to_transform": layers}))
         with pytest.raises(AdapterError, match=message):
             adapters.attach(model, peft_folder.load(tmp_path / "kept"))
-    assert torch.equal(model.blocks[1].q_proj.lora_A, beyond.tensors[1, "q_proj", "A"])  # as it was
+    assert torch.equal(model.blocks[1].q_proj.lora_A, beyond.tensors[1, "q_proj", "A"])  # unchanged by the refused adapters

@@ -1,4 +1,4 @@
-"""The C++ attention is plain softmax attention, on every instruction set of this machine, forward and backward."""
+"""The C++ attention kernels equal plain softmax attention, forward and backward, on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from edgetune.runtime.ops_types import AttentionGradients, AttentionInputs, Segm
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="the C++ kernels were not built")
 
 BF16, F32 = torch.bfloat16, torch.float32
-TOLERANCE = {F32: 1e-5, BF16: 1e-2}  # of a tensor's norm
+# The largest error allowed, as a fraction of a tensor's norm.
+TOLERANCE = {F32: 1e-5, BF16: 1e-2}
 
-# heads, key heads, head size, segments, window
+# Each case is (heads, key heads, head size, segments, window).
 CASES = {
     "one token": (2, 1, 96, [(0, 1, 0, 1)], None),
     "odd length, head of six": (2, 2, 6, [(0, 31, 0, 31)], None),
@@ -45,12 +46,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def inputs(heads: int, kv_heads: int, size: int, segments: Sequence[Segment], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q (N, H, hd), k and v (M, KV, hd), do (N, H, hd)."""
+    """Return random q (N, H, hd), k and v (M, KV, hd) and do (N, H, hd)."""
     generator = torch.Generator().manual_seed(heads * size)
     queries, keys = max(s[1] for s in segments), max(s[3] for s in segments)
     shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads))
     q, k, v, do = (torch.randn(*shape, size, generator=generator).to(dtype) for shape in shapes)
-    return 2 * q, k, v, do  # twice: probabilities that are far from equal
+    # Doubling q makes the attention probabilities far from equal.
+    return 2 * q, k, v, do
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Any], window: int | None, scale: float) -> AttentionInputs:
@@ -58,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Any], window: 
 
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The kernel's o and lse, for `attention`'s arguments."""
+    """Return the kernel's o and lse; the arguments are those of `attention`."""
     found: tuple[Tensor, Tensor] = cpu.attention_forward(attention(*inputs))
     return found
 
@@ -70,7 +72,7 @@ def backward(inputs: AttentionInputs, o: Tensor, lse: Tensor, do: Tensor, *gradi
 def plain(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o (N, H, hd) and lse (H, N), with T x T matrices, in fp64."""
+    """Compute attention with whole T x T score matrices; return o (N, H, hd) and lse (H, N) in the dtype of q."""
     groups, outs, sums = q.shape[1] // k.shape[1], [], []
     for q_start, q_end, k_start, k_end in segments:
         keys, values = (x[k_start:k_end].repeat_interleave(groups, 1) for x in (k, v))
@@ -85,7 +87,7 @@ def plain(
 
 
 def distance(found: Tensor, expected: Tensor, least: float = 1.0) -> float:
-    """Relative to the expected norm, or to `least` where that is larger (some gradients are exactly 0)."""
+    """Return the norm of the error over the expected norm, or over `least` if that is larger (some gradients are exactly 0)."""
     expected = expected.detach()
     return float((found.double() - expected).norm() / expected.norm().clamp_min(least))
 
@@ -119,7 +121,8 @@ def test_slices_of_one_packed_tensor_give_what_torch_gives(dtype: torch.dtype, i
     do = torch.randn(tokens, heads, size, generator=generator).to(dtype)
     segments = [Segment.packed(0, tokens)]
     o, lse = forward(q, k, v, segments, None, size**-0.5)
-    gradient = torch.full_like(packed, math.nan)  # all of it is written
+    # NaN shows any element that the kernel does not write.
+    gradient = torch.full_like(packed, math.nan)
     backward(attention(q, k, v, segments, None, size**-0.5), o, lse, do, *gradient.split(split, 1))
 
     leaf = packed.float().requires_grad_()
@@ -131,7 +134,7 @@ def test_slices_of_one_packed_tensor_give_what_torch_gives(dtype: torch.dtype, i
 
 
 def test_a_cache_is_read_up_to_its_length_and_no_further(isa: str) -> None:
-    """Views (length, KV, hd) of caches (KV, max_length, hd); what lies behind is NaN."""
+    """Uses views (length, KV, hd) of caches (KV, max_length, hd) that hold NaN beyond the length."""
     length, new = 75, 3
     q, k, v, _ = inputs(4, 2, 64, [(0, new, 0, length)], BF16)
     caches = torch.full((2, 2, 128, 64), math.nan, dtype=BF16)
@@ -180,7 +183,7 @@ def test_no_note_sees_another(isa: str) -> None:
 
 @pytest.mark.parametrize("direction", [1, -1], ids=["rising", "falling"])
 def test_scores_of_any_size_neither_overflow_nor_vanish(direction: int, isa: str) -> None:
-    """Scores that climb (or fall) by thousands along the keys: the running maximum has to follow."""
+    """Scores rise or fall by thousands along the keys, so the running maximum has to follow."""
     tokens, size = 400, 32
     q, k, v, _ = inputs(1, 1, size, [(0, tokens, 0, tokens)], F32)
     q[:], k[:] = 1.0, direction * torch.arange(tokens).view(-1, 1, 1) * 0.5

@@ -1,4 +1,4 @@
-"""A Mac stays awake while it trains, by a helper that ends with the run; played here by a stand-in for caffeinate."""
+"""A helper keeps a Mac awake while it trains and ends with the run; here a shell script stands in for caffeinate."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the stand-in, which then waits, was started with: a file, its arguments and its own number."""
-    script, told = tmp_path / "caffeinate", tmp_path / "told"
-    script.write_text(f'#!/bin/sh\necho "$@ $$" > {told}.part\nmv {told}.part {told}\nexec sleep 60\n')
+def start_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replace caffeinate by a script that writes its arguments and process id to a file, then waits; return the file."""
+    script, start_file = tmp_path / "caffeinate", tmp_path / "started"
+    script.write_text(f'#!/bin/sh\necho "$@ $$" > {start_file}.part\nmv {start_file}.part {start_file}\nexec sleep 60\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(module, "CAFFEINATE", script)
     monkeypatch.setattr(module, "sys", SimpleNamespace(platform="darwin"))
-    return told
+    return start_file
 
 
-def started(told: Path) -> tuple[list[str], int]:
+def started(start_file: Path) -> tuple[list[str], int]:
     for _ in range(500):
-        if told.exists():
-            *arguments, number = told.read_text().split()
+        if start_file.exists():
+            *arguments, number = start_file.read_text().split()
             return arguments, int(number)
         time.sleep(0.01)
     raise AssertionError("it was not started")
@@ -46,21 +46,21 @@ def runs(number: int) -> bool:
     return True
 
 
-def test_the_helper_watches_this_process_and_ends_with_the_work(told: Path) -> None:
+def test_the_helper_watches_this_process_and_ends_with_the_work(start_file: Path) -> None:
     with awake():
-        arguments, number = started(told)
+        arguments, number = started(start_file)
         assert arguments == ["-is", "-w", str(os.getpid())]
         assert runs(number)
-        assert os.getpgid(number) != os.getpgid(0)  # Ctrl-C is not for it
+        assert os.getpgid(number) != os.getpgid(0)  # so that Ctrl-C does not reach it
     assert not runs(number)
 
 
-def test_it_ends_where_the_work_fails(told: Path) -> None:
+def test_it_ends_where_the_work_fails(start_file: Path) -> None:
     numbers = []
 
     def work() -> None:
         with awake():
-            numbers.append(started(told)[1])
+            numbers.append(started(start_file)[1])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -68,7 +68,7 @@ def test_it_ends_where_the_work_fails(told: Path) -> None:
     assert not runs(numbers[0])
 
 
-def test_without_caffeinate_the_work_goes_on(told: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_caffeinate_the_work_goes_on(start_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "CAFFEINATE", tmp_path / "nothing")
     done = False
     with awake():
@@ -76,15 +76,15 @@ def test_without_caffeinate_the_work_goes_on(told: Path, monkeypatch: pytest.Mon
     assert done
 
 
-def test_nothing_is_started_on_other_systems(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_started_on_other_systems(start_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "sys", SimpleNamespace(platform="linux"))
     monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     with awake():
         pass
-    assert not told.exists()
+    assert not start_file.exists()
 
 
-def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_runs_awake(start_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
     from edgetune.cli.main import cli
@@ -93,10 +93,10 @@ def test_train_runs_awake(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
     def run(*_: object) -> None:
-        seen.append(runs(started(told)[1]))
+        seen.append(runs(started(start_file)[1]))
         raise DataError("No notes.")
 
     monkeypatch.setattr(importlib.import_module("edgetune.training.train"), "train", run)
     assert isinstance(CliRunner().invoke(cli, ["train", "notes", "--json"]).exception, DataError)
     assert seen == [True]
-    assert not runs(started(told)[1])
+    assert not runs(started(start_file)[1])

@@ -16,7 +16,7 @@ from edgetune.runtime.errors import DataError, UsageError
 
 
 def make_store(marks: list[list[int]]) -> TokenStore:
-    """Documents of the given marks; a token's id is its place in the store, so that a batch tells its origin."""
+    """Return a store of documents with the given marks; a token's id is its index in the store, so batches show its origin."""
     documents, start = [], 0
     for number, document in enumerate(marks):
         documents.append(StoredDocument(f"{number}.md", f"{number:064x}", start, len(document), document.count(TEXT)))
@@ -31,7 +31,7 @@ def notes(*sizes: int) -> TokenStore:
 
 @st.composite
 def stores(draw) -> TokenStore:
-    """Notes and chats, short and long, with at least one trained token."""
+    """Draw stores of short and long notes and chats, with at least one trained token."""
     sizes = draw(st.lists(st.integers(0, 90), min_size=1, max_size=25))
     marks = []
     for size in sizes:
@@ -59,15 +59,15 @@ def chain_targets(batches, chosen) -> list[int]:
 
 
 def whole_row(packer: Packer, step: int):
-    """A step's windows in one row."""
+    """Return all of a step's windows in one row."""
     (batch,) = packer.micro_batches(step, packer.batch_tokens)
     return batch
 
 
-def check_row(batch, store: TokenStore, seq_len: int, most: int) -> None:
-    """What holds of every row: shapes, dtypes, segments that partition it, positions that restart, no crossing."""
+def check_row(batch, store: TokenStore, seq_len: int, max_tokens: int) -> None:
+    """Check a row's shapes and dtypes, that segments partition it, positions restart and no window crosses documents."""
     owner = document_of(store)
-    assert len(batch.input_ids) <= most
+    assert len(batch.input_ids) <= max_tokens
     assert batch.input_ids.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32
     assert set(batch.loss_mask.tolist()) <= {0.0, 1.0}
@@ -153,11 +153,11 @@ def test_epochs_and_seeds_differ():
     assert not equal(whole_row(packer, 0), whole_row(packer, steps))
     assert not equal(whole_row(packer, 0), whole_row(other, 0))
     rows = [{frozenset(row) for row in packer.plan(epoch)} for epoch in (0, 1)]
-    assert rows[0] != rows[1]  # other neighbours, not only another order
+    assert rows[0] != rows[1]  # the rows are composed differently, not only reordered
 
 
 def test_random_words_are_philoxs_own():
-    # Frozen: a numpy that gave others would change what an interrupted run trains next.
+    # These values must not change: with others, a resumed run would train on other rows than an uninterrupted one.
     assert random_words(7, 3, 1, 3).tolist() == [3845544696532098304, 9931676275916508706, 5599683423530089621]
     assert random_words(-1, 0, 0, 1).tolist() == random_words(2**64 - 1, 0, 0, 1).tolist()
 
@@ -173,7 +173,7 @@ def test_rows_are_full_and_alike_on_note_like_lengths():
 
 
 def test_rows_hold_what_hardly_fits():
-    packer = Packer(notes(*[33] * 50), 64, 64, 0)  # two would need 68 tokens
+    packer = Packer(notes(*[33] * 50), 64, 64, 0)  # two windows would need 68 tokens
     assert packer.steps_per_epoch == 50
     assert Packer(notes(5), 64, 1000, 0).steps_per_epoch == 1
 
@@ -205,7 +205,7 @@ def test_accumulated_gradients_are_those_of_the_whole_row():
 def test_bits_per_byte_are_over_all_documents():
     store = notes(50, 5, 20)
     batches = list(evaluation_batches(store, 16, 32))
-    # A model that loses exactly d+1 bits on each token of document d.
+    # These are the losses of a model whose loss is exactly d+1 bits on each token of document d.
     scored = [(batch, (torch.tensor(document_of(store))[batch.targets] + 1.0) * math.log(2)) for batch in batches]
     result = bits_per_byte(store, iter(scored))
     assert result.bits_per_byte == pytest.approx((50 + 10 + 60) / 75, rel=1e-6)

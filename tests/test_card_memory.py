@@ -1,6 +1,6 @@
-"""Memory on an NVIDIA card: what a run is planned from, what it is measured by, and what is said when it runs out.
+"""On an NVIDIA card, a run is planned from the card's memory, measured by torch's allocator and stopped with a clear error.
 
-torch.cuda's answers are stand-ins: no card is needed, and none has confirmed them.
+The tests replace torch.cuda's functions, so they need no card, and no card has confirmed them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LORA = LoraConfig(16, 16.0, 0.0, LINEARS)
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card of 24 GB with 20 free, of which this process holds 1 and has held 2."""
+    """Pretend that a card of 24 GB has 20 GB free, and that this process holds 1 GB and held 2 GB at its peak."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * GB, 24 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: GB)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2 * GB)

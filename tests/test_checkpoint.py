@@ -1,4 +1,4 @@
-"""Model folders in: what is right opens without being read; what is wrong is named in one sentence, all at once."""
+"""A valid model folder opens without its weights being read; an invalid one gives one error that names all its faults."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def refusal(folder):
     return str(caught.value)
 
 
-# ---- folders that are right
+# ---- valid folders
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -128,7 +128,7 @@ def test_biases_and_head_norms_come_with_their_block(tmp_path, family):
     assert set(block) == set(model.model.layers[0].state_dict())
 
 
-# ---- folders that are wrong
+# ---- invalid folders
 
 
 def test_what_is_missing_unknown_and_misshapen_is_told_at_once(folder):
@@ -240,7 +240,7 @@ def test_a_tensor_that_stands_twice(sharded):
 
 
 def make_4bit(folder, change=lambda tensors: None, **settings):
-    """Turn a folder's linears into bitsandbytes' layout by bitsandbytes itself."""
+    """Quantise a folder's linears with bitsandbytes and store them in its layout."""
     functional = pytest.importorskip("bitsandbytes.functional")
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -428,7 +428,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, full_disk):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """After a call, fsync finds no space."""
+    """Return a function that makes every later fsync fail for lack of space."""
 
     def fill():
         def refuse(descriptor):

@@ -1,4 +1,4 @@
-"""The command line as a contract: names, JSON keys, exit codes, and one sentence for every mistake."""
+"""The command line keeps its contract: names, JSON keys, exit codes, and a one-sentence error for every mistake."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class Outcome:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The last line: a command's answer, or the end of a run."""
+        """Return the last line of output, parsed: a command's answer or a run's last event."""
         return json.loads(self.out.splitlines()[-1])
 
 
 def run(*arguments: str, input: str | None = None) -> Outcome:
-    """The command line in this process, with main()'s own handling of failures."""
+    """Run the command line in this process, with the same handling of failures as main()."""
 
     @click.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
@@ -100,7 +100,8 @@ def test_a_file_that_is_not_ours_to_use_is_a_sentence(capsys: pytest.CaptureFixt
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/somewhere/adapters")
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("edgetune: No permission to use /somewhere/adapters (Permission denied). ")
-    with pytest.raises(OSError, match="Input/output"), plain_failures():  # a defect is not hidden
+    # Any other OSError may be a bug, so it is not turned into a plain message.
+    with pytest.raises(OSError, match="Input/output"), plain_failures():
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
@@ -124,17 +125,17 @@ def test_the_contracts_flags_are_there() -> None:
 
 def test_every_flag_is_a_field_and_no_default_stands_in_the_command_line() -> None:
     fields = {item.name for owner in (TrainConfig, DataConfig) for item in dataclasses.fields(owner)}
-    own = {"dry_run", "fresh", "private_link", "as_json"}
+    only_flags = {"dry_run", "fresh", "private_link", "as_json"}
     for parameter in train_command.params:
-        assert parameter.name in fields | own, parameter.name
-        if parameter.name not in own | {"notes", "exclude", "device"}:
+        assert parameter.name in fields | only_flags, parameter.name
+        if parameter.name not in only_flags | {"notes", "exclude", "device"}:
             assert parameter.default is None or repr(parameter.default).startswith("Sentinel"), parameter.name
     for module in (edgetune.cli.train, edgetune.cli.options):
         assert written_defaults(module) == []
 
 
 def written_defaults(module: ModuleType) -> list[str]:
-    """Defaults that stand in a module's source instead of being read from config.py: as an argument, or in a help text."""
+    """Return the defaults that a module's source repeats, as an argument or in a help text, instead of reading config.py."""
     values = {item.default for owner in (TrainConfig, DataConfig, GenerateConfig) for item in dataclasses.fields(owner)}
     words = {value for value in values if isinstance(value, str)}
     found = []
@@ -148,13 +149,13 @@ def written_defaults(module: ModuleType) -> list[str]:
 
 
 def test_every_help_text_tells_the_default_that_config_has() -> None:
-    told = {parameter.name: parameter.help for parameter in train_command.params if isinstance(parameter, click.Option)}
+    help_texts = {parameter.name: parameter.help for parameter in train_command.params if isinstance(parameter, click.Option)}
     for config in (TrainConfig(), DataConfig()):
         for item in dataclasses.fields(config):
             value = getattr(config, item.name)
-            if item.name in told and value not in (None, (), False):
+            if item.name in help_texts and value not in (None, (), False):
                 shown = ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
-                assert f"Default: {shown}" in str(told[item.name]), item.name
+                assert f"Default: {shown}" in str(help_texts[item.name]), item.name
 
 
 def test_train_then_everything_that_follows(notes: Path) -> None:
@@ -190,9 +191,9 @@ def test_chat_keeps_a_history_compares_and_quits(notes: Path) -> None:
 
 def test_dry_run_reads_and_trains_nothing(notes: Path, private_home: Path) -> None:
     (notes / "photo.png").write_bytes(b"\x89PNG\0")
-    told = run("train", str(notes), "--dry-run", "--json").json
-    assert told["documents"] == 24
-    assert told["skipped_paths"][0]["path"] == "photo.png"
+    plan = run("train", str(notes), "--dry-run", "--json").json
+    assert plan["documents"] == 24
+    assert plan["skipped_paths"][0]["path"] == "photo.png"
     assert "photo.png" in run("train", str(notes), "--dry-run").out
     assert not (private_home / "adapters").exists()
 
@@ -224,10 +225,10 @@ def test_doctor_tells_of_a_state_folder_that_others_can_read(tmp_path: Path, mon
 def test_doctor_tells_which_exports_can_be_proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "mlx_lm" else found(name, *rest))
-    told = run("doctor", "--json").json
-    assert "mlx: edgetune[mlx]" in told["exports_lacking"]
-    assert "mlx" not in told["exports_proved"]
-    assert "mps" in told["exports_proved"]
+    report = run("doctor", "--json").json
+    assert "mlx: edgetune[mlx]" in report["exports_lacking"]
+    assert "mlx" not in report["exports_proved"]
+    assert "mps" in report["exports_proved"]
 
 
 def test_a_state_folder_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +246,7 @@ def test_bench_keys() -> None:
     assert 0 < measured["train_gemm_share"] < 1.5
     rows = {"none", "selective", "full"}
     if ops.fuses(torch.device("cpu"), torch.bfloat16):
-        rows.add("none, bf16")  # the others are in 8 bits
+        rows.add("none, bf16")  # the other rows are measured in 8 bits
     assert set(measured["train"]) == rows
 
 
@@ -384,9 +385,9 @@ def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number
     assert end["event"] == "interrupted"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    told = [json.loads(process.stdout.readline()) for _ in range(3)]
+    events = [json.loads(process.stdout.readline()) for _ in range(3)]
     process.kill()
     process.wait()
     process.stdout.close()
-    assert [event["event"] for event in told] == ["started", "resumed", "stepped"]
-    assert (told[1]["step"], told[2]["step"]) == (end["step"], end["step"] + 1)
+    assert [event["event"] for event in events] == ["started", "resumed", "stepped"]
+    assert (events[1]["step"], events[2]["step"]) == (end["step"], end["step"] + 1)

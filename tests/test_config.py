@@ -1,4 +1,4 @@
-"""config.json: what is honoured is read, what is not is refused by name."""
+"""config.json: supported fields are read, and unsupported ones are refused by name."""
 
 from __future__ import annotations
 

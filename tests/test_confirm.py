@@ -1,4 +1,4 @@
-"""What doctor tries on a device: everything holds where everything is right, and each fault is found."""
+"""The checks that doctor runs on a device all pass on a correct device, and each fault is found."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU, MPS = torch.device("cpu"), torch.device("mps")
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model to take the built-in one's place: six thin layers."""
+    """Make a model of six thin layers that takes the place of the built-in one."""
     root = tmp_path_factory.mktemp("models")
     tiny.save_model(root / "dense", num_hidden_layers=6)
     quantize_folder(root / "dense", root / "small")
@@ -39,8 +39,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
-    """Smaller shapes, a smaller model, fewer tokens, one thread."""
+def scaled_down(monkeypatch: pytest.MonkeyPatch, small: Path) -> Iterator[None]:
+    """Run the checks on smaller shapes, a smaller model, fewer tokens and one thread."""
     monkeypatch.setattr(module, "resolve", lambda name: SimpleNamespace(path=small))
     monkeypatch.setattr(module, "SHAPES", ((48, 128), (9, 67)))
     monkeypatch.setattr(module, "_TOKENS", 64)
@@ -69,15 +69,15 @@ def test_this_machines_cpu_confirms_everything_at_full_size() -> None:
 
 
 @pytest.fixture
-def mac(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def mac(scaled_down: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     with fake_mps(monkeypatch) as machine:
         yield machine
 
 
-def test_this_machines_cpu_confirms_everything(short: None) -> None:
-    told: list[str] = []
-    found = confirm(CPU, told.append)
-    assert told == [one.name for one in found] == [name for name in CHECKS if name != "memory"]
+def test_this_machines_cpu_confirms_everything(scaled_down: None) -> None:
+    announced: list[str] = []
+    found = confirm(CPU, announced.append)
+    assert announced == [one.name for one in found] == [name for name in CHECKS if name != "memory"]
     missing = ops.kernels_missing()
     assert [one for one in found if not one.ok and one.name != "kernels"] == []
     assert found[0].ok == (missing is None)
@@ -87,7 +87,8 @@ def test_this_machines_cpu_confirms_everything(short: None) -> None:
 def test_a_faithful_apple_gpu_confirms_everything(mac: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     lent: list[int] = []
 
-    def allocated() -> int:  # what is lent shows until the cache is emptied
+    # Borrowed memory counts as allocated until the cache is emptied.
+    def allocated() -> int:
         return mac.cached + sum(lent)
 
     zeros = torch.zeros
@@ -116,11 +117,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("op", list(FAULTS))
-def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+def test_a_broken_op_is_found(scaled_down: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     name, spoil = FAULTS[op]
 
     class Broken:
-        """The C++ back end's stand-in, with one op that is wrong."""
+        """A stand-in for the C++ back end in which one op is wrong."""
 
         NAME = "broken"
 
@@ -135,8 +136,10 @@ def test_a_broken_op_is_found(short: None, monkeypatch: pytest.MonkeyPatch, op: 
 
 
 @pytest.mark.parametrize("fault", ["only bf16", "window"])
-def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """What a card's flash attention could get wrong."""
+def test_attention_that_is_wrong_in_one_way_alone_is_found(
+    scaled_down: None, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Tries the faults that a card's flash attention could have."""
     right = ops.attention_forward
 
     def wrong(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -153,11 +156,12 @@ def test_attention_that_is_wrong_in_one_way_alone_is_found(short: None, monkeypa
 
 @pytest.mark.parametrize(("bits", "first"), [(32, 3), (8, 9)])
 def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
-    short: None, monkeypatch: pytest.MonkeyPatch, bits: int, first: int
+    scaled_down: None, monkeypatch: pytest.MonkeyPatch, bits: int, first: int
 ) -> None:
     right, numbers = PagedAdamW.step, itertools.count()
 
-    def wrong(self: PagedAdamW, rate: float) -> None:  # three steps of the one to be compared with, three of the device's
+    # The check takes three steps with the optimizer to compare with, then three with the device's.
+    def wrong(self: PagedAdamW, rate: float) -> None:
         end = self.parameters[0][-32:]
         kept = end.clone()
         right(self, rate)
@@ -170,7 +174,7 @@ def test_an_optimizer_that_leaves_the_end_of_a_large_parameter_is_found(
     assert found.detail.startswith(f"{bits} bits, (2200, 1024)")
 
 
-def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_products_attention_and_text_are_found(scaled_down: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.attention_forward
 
     def wrong(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -180,10 +184,12 @@ def test_broken_products_attention_and_text_are_found(short: None, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(ops, "attention_forward", wrong)
         assert not _run("attention", CHECKS["attention"], CPU).ok
-    with monkeypatch.context() as patch:  # what macOS 14 does to a view
+    # macOS 14 loses products that are written into a view.
+    with monkeypatch.context() as patch:
         patch.setattr(ops, "product_into", lambda out, x, w: None)
         assert "into columns" in _run("dense products", CHECKS["dense products"], CPU).detail
-    with monkeypatch.context() as patch:  # and an M1 to many terms
+    # An M1 computes sums of many terms wrongly.
+    with monkeypatch.context() as patch:
         patch.setattr(module.vocabulary, "input_gradient", lambda dlogits, head: dlogits @ head + 0.1 * head[:32])
         assert "40,000 terms" in _run("dense products", CHECKS["dense products"], CPU).detail
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Each C++ kernel does what plain torch does, for every instruction set of this machine, at odd sizes and strides."""
+"""Each C++ kernel gives plain torch's results on every instruction set of this machine, at odd sizes and strides."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ COMPUTE = [BF16, F32]
 WIDTHS = [1, 3, 16, 31, 64, 100, 257, 2048]
 
 
-@pytest.fixture(params=[name for name in cpu.isas() if name != "amx"])  # amx has avx512_bf16's kernels, but for attention
+# amx uses the kernels of avx512_bf16 for everything except attention.
+@pytest.fixture(params=[name for name in cpu.isas() if name != "amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with cpu.force_isa(request.param):
         yield request.param
@@ -37,7 +38,7 @@ def normal(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Within a rounding of each other: two units in the last place of bf16, a few of fp32."""
+    """Check that two tensors differ by rounding only: two units in the last place of bf16, a few of fp32."""
     assert found.dtype == expected.dtype
     tolerance = 2**-7 if found.dtype == BF16 else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 100)
@@ -90,7 +91,7 @@ def test_rms_norm_and_its_gradient(isa: str, width: int, dtype: torch.dtype, wei
     weight = normal(width, dtype=weight_dtype, seed=2)
     assert_close(cpu.rms_norm(h, weight, 1e-5), reference.rms_norm(h, weight, 1e-5))
     expected = reference.rms_norm_backward(dx, h, weight, 1e-5)
-    # terms of the gradient cancel where h is parallel to it (always at width 1): the error is that of the terms
+    # Where h is parallel to the gradient (always at width 1), large terms cancel and only their rounding error remains.
     atol = 2e-2 if dtype == BF16 else 1e-5
     torch.testing.assert_close(cpu.rms_norm_backward(dx, h, weight, 1e-5), expected, rtol=2**-7, atol=atol)
 
@@ -212,7 +213,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=120)
 
 
-# ---- wrong calls are refused before a pointer crosses ----
+# ---- wrong calls are refused before a pointer crosses the C ABI ----
 
 WRONG = {
     "a dtype without a kernel": lambda: cpu.rms_norm(normal(2, 4).double(), normal(4), 1e-5),

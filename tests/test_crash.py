@@ -1,4 +1,4 @@
-"""A run cannot be lost: whatever ends it, the same command brings the adapter that an undisturbed run would have."""
+"""A run cannot be lost: whatever interrupts it, the same command then gives the adapter of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_notes(folder: Path) -> None:
 
 @dataclass
 class World:
-    """A model, notes, an adapter of an earlier run, the bytes that an undisturbed run ends with, and drivers."""
+    """Holds a model, notes, an earlier run's adapter, the bytes of an uninterrupted run's adapter, and the drivers."""
 
     folder: Path
     drivers: list[Driver]
@@ -56,20 +56,20 @@ class World:
     reference: bytes = b""
     earlier: bytes = b""
     exchanges: bool = False
-    """Whether folders change names here in one step, so that the output is always there."""
+    """True if this file system can exchange two folders in one step, so that the output is never missing."""
     points: int = 0
     seconds: float = 0.0
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def place(self) -> Place:
-        """A home of its own, and an output where an earlier adapter lies."""
+        """Return a new place with its own home and with an output folder that holds an earlier adapter."""
         number = next(self.numbers)
         place = Place(self, self.folder / f"home-{number}", self.folder / f"out-{number}")
         shutil.copytree(self.folder / "earlier", place.out)
         return place
 
     def each(self, task: object, items: list[object]) -> None:
-        """`task(item, driver)` of every item, each driver at one at a time."""
+        """Call `task(item, driver)` for every item; each driver works on one item at a time."""
         free = list(self.drivers)
 
         def run(item: object) -> None:
@@ -85,19 +85,19 @@ class World:
 
 @dataclass
 class Place:
-    """Where one run happens."""
+    """The home and the output folder of one run."""
 
     world: World
     home: Path
     out: Path
 
     def run(self, driver: Driver | None = None, **fault: float) -> Ended:
-        """The command, with or without a fault."""
+        """Run the training command, with or without a fault."""
         driver = driver or self.world.drivers[0]
         return driver.run(self.home, [*self.world.arguments, "--out", str(self.out)], **fault)
 
     def check_readers(self) -> None:
-        """Whoever looks now sees a whole adapter, old or new, and a whole current.json."""
+        """Check that a reader now finds a whole adapter, old or new, and a whole current.json."""
         asides = self.out.parent.glob(f".{self.out.name}.old.*/{self.out.name}")
         found = self.out if self.world.exchanges or self.out.exists() else next(asides)
         assert (found / WEIGHTS_FILE).read_bytes() in (self.world.earlier, self.world.reference)
@@ -106,7 +106,7 @@ class Place:
             assert json.loads((self.home / registry.CURRENT).read_text())["adapter"] == str(self.out)
 
     def check_finished(self) -> None:
-        """The adapter is the undisturbed run's; nothing of the run but its report is left."""
+        """Check that the adapter is the uninterrupted run's and that no temporary files of the run are left."""
         assert (self.out / WEIGHTS_FILE).read_bytes() == self.world.reference
         self.check_readers()
         assert [path.name for path in (self.home / "unfinished").iterdir() if path.is_dir()] == []
@@ -128,7 +128,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(folder, drivers, common)
     made.earlier = (folder / "earlier" / WEIGHTS_FILE).read_bytes()
     place = made.place()
-    made.exchanges = exchange(place.out, folder / "earlier")  # both are the earlier adapter
+    made.exchanges = exchange(place.out, folder / "earlier")  # both folders hold the earlier adapter
     undisturbed = place.run(count=1)
     assert undisturbed.code == 0, undisturbed.err
     made.reference, made.seconds = (place.out / WEIGHTS_FILE).read_bytes(), undisturbed.seconds
@@ -158,7 +158,7 @@ def fill_and_run_again(world: World, points: list[int]) -> None:
         place = world.place()
         full = place.run(driver, full=point)  # type: ignore[arg-type]
         place.check_readers()
-        if full.code == 0:  # only deletions were left to do
+        if full.code == 0:  # only deletions were left, which a full disk allows
             assert (place.out / WEIGHTS_FILE).read_bytes() == world.reference
             return
         assert full.code == 1, (point, full.err)
@@ -172,7 +172,7 @@ def fill_and_run_again(world: World, points: list[int]) -> None:
 
 
 def kill_at_random(world: World, kills: int) -> None:
-    """Kill and run again until that many runs were killed, some of them many times over."""
+    """Kill runs at random moments and run them again, until `kills` kills are done; some runs are killed many times."""
     done = itertools.count()
 
     def lifetimes(seed: object, driver: Driver) -> None:
@@ -231,7 +231,7 @@ def test_a_stopped_run_goes_on_and_a_second_one_is_refused_meanwhile(world: Worl
     place.check_finished()
 
 
-# In this process: what is kept, what is said.
+# These tests run in this process: they look at the checkpoints that are kept and at the messages.
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def checkpoints_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_until(config: TrainConfig, step: int) -> list[Event]:
-    """A run that is told to stop after a step."""
+    """Start a run, stop it after the given step and return its events."""
     stop, events = threading.Event(), []
     for event in train(config, stop):
         events.append(event)
@@ -263,7 +263,7 @@ def weights(config: TrainConfig) -> bytes:
 
 
 def undisturbed(config: TrainConfig) -> tuple[bytes, list[Event]]:
-    """What the same run gives in one piece, elsewhere."""
+    """Run the same training without interruption into another folder; return the adapter's bytes and the events."""
     elsewhere = dataclasses.replace(config, out=f"{config.out}-undisturbed")
     events = list(train(elsewhere))
     return weights(elsewhere), events
@@ -291,7 +291,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_in_one_piece(config: TrainConfig, 
     assert (resumed(second).step, resumed(third).step) == (2, 4)
     assert resumed(third).notices == ()
     assert weights(config) == reference
-    # The figures are the whole run's, and so is its log: each step once, the same losses.
+    # The figures and the log are those of the whole run: each step appears once, with the same losses.
     last, whole = third[-1], in_one_piece[-1]
     assert isinstance(last, Finished)
     assert isinstance(whole, Finished)
@@ -358,7 +358,7 @@ BYTES: dict[str, Callable[[int], int]] = {
     "checksum": lambda size: size - 8,
     "end": lambda size: size - 1,
 }
-"""Where a bit is flipped in a file of so many bytes."""
+"""For each kind of damage, the position of the flipped bit's byte in a file of the given size in bytes."""
 
 
 def damage(path: Path, how: str) -> None:
@@ -548,14 +548,14 @@ def test_a_checkpoint_is_due_before_two_minutes_could_be_lost(monkeypatch: pytes
     monkeypatch.setattr("edgetune.training.checkpoints.time.monotonic", lambda: now[0])
     monkeypatch.setattr("edgetune.training.checkpoints.KEEP_SECONDS", 100.0)
     writer = CheckpointWriter(None, None, expected_bytes=150_000_000)  # type: ignore[arg-type]
-    assert not writer.is_cheap()  # of one whose cost was not measured yet
+    assert not writer.is_cheap()  # no checkpoint's cost was measured yet
     assert not writer.is_due(ahead=5.0)
     now[0] += 94
     assert not writer.is_due(ahead=5.0)
     assert writer.is_due(ahead=20.0)
     now[0] += 1
     assert writer.is_due(ahead=5.0)
-    assert not writer.is_cheap()  # guessed at 0.3 s of 95
+    assert not writer.is_cheap()  # its cost is guessed at 0.3 s in 95 s
     now[0] += 10
     assert writer.is_cheap()
     writer.write_seconds = 0.5

@@ -1,8 +1,8 @@
 """Memory does not creep: after 2,000 steps of varying lengths a run holds what it held after 50, and its peaks do not grow.
 
-Nothing is given back but by the product's own step. It does so every 16 steps, and right after it a run shows what it needs;
-between, what a single step leaves free depends on its length and on the heap's layout (212 to 227 MB here, back and forth),
-so that peaks are told from medians of many.
+Free heap memory is returned to the system only by edgetune's own trim, every 16 steps. Right after a trim, the memory in use is
+what the run needs. Between trims, the memory that a step leaves free depends on its length and on the heap's layout (212 to
+227 MB here, back and forth), so the test compares medians of many peaks.
 """
 
 from __future__ import annotations

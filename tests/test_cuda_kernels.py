@@ -1,4 +1,4 @@
-"""The Triton kernels against reference.py: on a card where there is one, else in Triton's interpreter (see conftest.py)."""
+"""The Triton kernels agree with reference.py, on a GPU if there is one, else in Triton's interpreter (see conftest.py)."""
 
 from __future__ import annotations
 
@@ -194,7 +194,8 @@ def test_dropout_has_the_references_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("width", [10, 4097])
 def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype) -> None:
     logits, row_weights = 5 * randn(4, width + 3, dtype=dtype)[:, :width], torch.tensor([0.1, 0.0, 0.3, 2.0], device=DEVICE)
-    logits[2] += 60 if dtype == torch.bfloat16 else 1e4  # exponentials that overflow unless the largest is taken away
+    # The exponentials overflow unless the largest logit is subtracted first.
+    logits[2] += 60 if dtype == torch.bfloat16 else 1e4
     targets = torch.tensor([0, width - 1, 7, 3], device=DEVICE)
     found, expected = logits.clone(), logits.clone()
     losses = cuda.cross_entropy_(found, targets, row_weights)
@@ -230,9 +231,9 @@ def test_segments_as_the_operator_takes_them() -> None:
 @pytest.mark.parametrize(
     ("segments", "rows", "keys"),
     [
-        ([(0, 5, 0, 5)], 6, 6),  # a row that no document has
-        ([(0, 5, 0, 5), (6, 9, 6, 9)], 9, 9),  # a gap
-        ([(5, 9, 5, 9), (0, 5, 0, 5)], 9, 9),  # out of order
+        ([(0, 5, 0, 5)], 6, 6),  # a row that belongs to no document
+        ([(0, 5, 0, 5), (6, 9, 6, 9)], 9, 9),  # a gap between documents
+        ([(5, 9, 5, 9), (0, 5, 0, 5)], 9, 9),  # documents out of order
         ([(0, 5, 2, 7)], 5, 7),  # keys before the first document
         ([], 0, 0),
     ],
@@ -250,11 +251,11 @@ def test_what_the_operator_does_not_take_is_left_to_the_tiles() -> None:
 
 
 class _Operator:
-    """aten's flash attention by its documented arguments, made of the tiles: it knows documents by cumulative lengths alone."""
+    """Imitates aten's flash attention and its documented arguments with tiled.py; documents are given by cumulative lengths."""
 
     def __init__(self) -> None:
         self.modes: list[tuple[bool, bool]] = []
-        """Of each backward: deterministic, and whether torch then fills what is allocated."""
+        """For each backward call: whether it was deterministic, and whether torch filled newly allocated memory."""
 
     def of(self, name: str) -> Any:
         return self.forward if name == "forward" else self.backward
@@ -300,9 +301,9 @@ class _Operator:
 def test_attention_through_a_stand_in_for_the_operator(
     segments: Segments, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is passed to the operator and what is made of its answer; the operator itself needs a card."""
+    """Checks the arguments passed to the operator and the use of its results; the operator itself needs a GPU."""
     operator = _Operator()
-    monkeypatch.delattr(torch, "use_deterministic_algorithms")  # it would import inductor
+    monkeypatch.delattr(torch, "use_deterministic_algorithms")  # using it would import inductor
     monkeypatch.setattr(flash, "fits", lambda q: True)
     monkeypatch.setattr(flash, "_flash", operator.of)
     rows, keys = segments[-1][1], segments[-1][3]
@@ -323,7 +324,7 @@ def test_attention_through_a_stand_in_for_the_operator(
 
 
 def test_torchs_operators_take_what_is_passed() -> None:
-    """By their meta functions, which every build of torch has."""
+    """Calls the operators on meta tensors, which every build of torch supports."""
     q, k = (
         torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16),
         torch.empty(17, 2, 16, device="meta", dtype=torch.bfloat16),
@@ -361,7 +362,7 @@ def test_flash_attention_on_a_card(segments: Segments, window: int | None) -> No
 
 
 def tiny_model(folder: Path, family: str, dtype: torch.dtype, rank: int = 5, **changes: Any) -> Llama:
-    """A tiny NF4 model on the device, with an adapter of random A and B on every linear."""
+    """Return a tiny NF4 model on the device, with an adapter of random A and B on every linear."""
     if not (folder / "config.json").exists():
         save_model(folder, family, **{"hidden_size": 64, "intermediate_size": 128, **changes})
     model = load_llama(open_model(folder), dtype, DEVICE, QuantConfig())
@@ -376,7 +377,7 @@ def tiny_model(folder: Path, family: str, dtype: torch.dtype, rank: int = 5, **c
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer and larger programs: the interpreter's time goes by their number."""
+    """Launch fewer and larger programs, since the interpreter's time depends on their number."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(weights, "ROWS", 64)
         monkeypatch.setattr(decode, "A_ROWS", 64)
@@ -411,7 +412,7 @@ def test_a_training_step_gives_the_references_loss_and_gradients(
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("family", ["llama-2-grouped", "qwen2", "qwen3", "mistral-window", "llama-head-dim"])
 def test_the_decoders_step_is_the_runners(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bias, per-head norms, windows, grouped heads, adapters; with several stretches of keys a head."""
+    """Covers bias, per-head norms, windows, grouped heads and adapters, with each head's keys split into several parts."""
     monkeypatch.setattr(decode, "SPLIT_KEYS", 16)
     model = tiny_model(tmp_path / "model", family, torch.float32, num_hidden_layers=1)
     caches = [KVCache(model.config, 40, model.dtype, model.device) for _ in range(2)]
@@ -450,9 +451,8 @@ def test_greedy_text_is_the_references(tmp_path: Path) -> None:
 
 
 def test_a_model_that_the_decoder_cannot_run_has_none(tmp_path: Path) -> None:
-    model = tiny_model(
-        tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1, intermediate_size=96
-    )  # rows of a block and a half
+    # With 96 inputs, rows hold a block and a half.
+    model = tiny_model(tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1, intermediate_size=96)
     with ops.use_backend("cuda"):
         assert ops.decoder(model, KVCache(model.config, 8, model.dtype, model.device)) is None
 
@@ -466,7 +466,7 @@ def test_a_full_cache_is_refused(tmp_path: Path) -> None:
 
 
 class _Cards:
-    """torch.cuda as far as recording goes: a graph keeps what ran inside `graph` and runs it again, as a card does."""
+    """Imitates torch.cuda's graphs: replaying one runs again what ran while it was recorded."""
 
     def __init__(self, step: decode.Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step, self.runs, self.replays, self.order = step, 0, 0, list[str]()
@@ -507,7 +507,7 @@ class _Cards:
 
 @pytest.mark.usefixtures("wide")
 def test_a_step_is_recorded_once_and_replayed_for_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of things around a CUDA graph, with a stand-in for torch.cuda; graphs themselves need a card."""
+    """Checks the order of calls around a CUDA graph with a stand-in for torch.cuda; real graphs need a GPU."""
     if DEVICE.type == "cuda":
         pytest.skip("a card has real graphs, which test_the_decoders_step_is_the_runners replays")
     model = tiny_model(tmp_path / "model", "llama-1", torch.float32, num_hidden_layers=1)
@@ -557,7 +557,7 @@ def test_a_machine_on_which_triton_makes_no_kernel_is_told_apart(monkeypatch: py
 
 @pytest.mark.parametrize("capability", ["90", *(pytest.param(older, marks=pytest.mark.slow) for older in ("75", "80", "120"))])
 def test_every_kernel_compiles_for_real_cards(capability: str, tmp_path: Path) -> None:
-    """Hopper's machine code (and Turing's, Ampere's, Blackwell's) without a card: the interpreter runs what this may refuse."""
+    """Compiles for Hopper (and Turing, Ampere, Blackwell) without a GPU: the compiler may refuse what the interpreter runs."""
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
@@ -567,4 +567,4 @@ def test_every_kernel_compiles_for_real_cards(capability: str, tmp_path: Path) -
     assert len(lines) == 19
     assert all(int(size) > 0 for *_, size in lines)
     loads = [int(loads) for name, _, loads, _ in lines if name == "matvec"]
-    assert 0 < max(loads) < 100  # 64 more, were each weight looked up by one
+    assert 0 < max(loads) < 100  # it would be 64 more if each weight took a load of its own

@@ -1,4 +1,4 @@
-"""The decoding kernels against plain torch on dequantised weights, for every instruction set this machine has."""
+"""The decoding kernels agree with plain torch on dequantised weights, on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError)
 decode = pytest.importorskip("edgetune.runtime.backends.cpu.decode", exc_type=ImportError)
 weights = pytest.importorskip("edgetune.runtime.backends.cpu.weights", exc_type=ImportError)
 
-ERROR = {"f32": 2e-6, "bf16": 4e-3, "int8": 1.2e-2}  # of one product, relative
+# The largest relative error allowed in one product.
+ERROR = {"f32": 2e-6, "bf16": 4e-3, "int8": 1.2e-2}
 
 
-@pytest.fixture(params=[name for name in cpu.isas() if name != "amx"])  # amx has avx512_bf16's decoding
+# amx decodes with the kernels of avx512_bf16.
+@pytest.fixture(params=[name for name in cpu.isas() if name != "amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with cpu.force_isa(request.param):
         yield request.param
@@ -82,7 +84,7 @@ def test_int8_survives_zeros_and_outliers_in_their_own_block(isa: str) -> None:
     quantized = nf4.quantize(torch.randn(64, 256))
     x = torch.randn(1, 256)
     x[:, :64] = 0
-    x[:, 64] = 1e4  # ruins the scale of its own 64 only
+    x[:, 64] = 1e4  # spoils only the scale of its own block of 64
     dense = nf4.dequantize(quantized, torch.float32)
     without = x.clone()
     without[:, 64:128] = 0
@@ -188,7 +190,7 @@ def make_model(config: LlamaConfig, quantized: bool = True, rank: int = 0, head:
 
 
 def reference(model: Llama, ids: Tensor, length: int) -> tuple[Tensor, KVCache]:
-    """Logits (N, V) of a whole text and its cache, by plain torch in fp32."""
+    """Compute a whole text with plain torch in fp32; return its logits (N, V) and the KV cache."""
     cache = KVCache(model.config, length, torch.float32, torch.device("cpu"))
     with ops.use_backend("reference"), torch.no_grad():
         h = Runner(model).infer(ids, torch.arange(len(ids)), [Segment(0, len(ids), 0, len(ids))], cache)
@@ -263,7 +265,7 @@ def test_the_number_of_threads_changes_no_bit(isa: str, dtype: torch.dtype) -> N
         return torch.stack([step(int(token)) for token in ids])
 
     assert torch.equal(run(1), run(2))
-    assert torch.equal(run(3), run(2))  # more than there are key heads
+    assert torch.equal(run(3), run(2))  # 3 threads are more than there are key heads
 
 
 def test_a_full_cache_is_refused(isa: str) -> None:

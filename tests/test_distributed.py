@@ -1,4 +1,4 @@
-"""torchrun: two processes give one process's result, a death loses nothing, and nothing leaves the machine unasked."""
+"""Under torchrun, two processes give one process's result, a death loses nothing, and no data leaves the machine unasked."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TEXT = "the tide turned at noon and we walked back along the wet sand with our s
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a tiny model, some notes and a home."""
+    """Make a folder with a tiny model and some notes, where runs also have their home."""
     save_trainable(tmp_path / "model")
     (tmp_path / "notes").mkdir()
     words = TEXT.split()
@@ -60,7 +60,7 @@ def environment(place: Path) -> dict[str, str]:
 
 
 def events(output: str) -> list[dict[str, Any]]:
-    """The events among what torchrun printed."""
+    """Return the events in torchrun's output."""
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"event"')]
 
 
@@ -69,7 +69,7 @@ def run(command: list[str], place: Path, **own: Any) -> subprocess.CompletedProc
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of two adapters, over the largest value."""
+    """Return the largest difference between two adapters, divided by the first one's largest value."""
     a, b = (safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a) / max(float(tensor.abs().max()) for tensor in a.values())
@@ -81,25 +81,26 @@ def test_two_processes_give_the_result_of_one(place: Path) -> None:
     alone = run([sys.executable, "-m", "edgetune", *arguments(place, "--steps", "12", "--out", "one")], place)
     assert alone.returncode == 0, alone.stderr
     found, expected = events(both.stdout), events(alone.stdout)
-    assert [event["event"] for event in found].count("finished") == 1  # the leader alone speaks
+    assert [event["event"] for event in found].count("finished") == 1  # only the leader prints events
     steps = [(e["step"], e["loss"], e["tokens"]) for e in found if e["event"] == "stepped"]
     wanted = [(e["step"], e["loss"], e["tokens"]) for e in expected if e["event"] == "stepped"]
     assert [(step, tokens) for step, _, tokens in steps] == [(step, tokens) for step, _, tokens in wanted]
     assert [loss for _, loss, _ in steps] == pytest.approx([loss for _, loss, _ in wanted], rel=1e-4)
     setting = next(e for e in found if e["event"] == "started")["plan"]["setting"]
-    assert setting["row_tokens"] <= 256  # a row for each
-    assert difference(place / "two", place / "one") < 2e-2  # Adam makes whole steps of the smallest gradients' rounding
+    assert setting["row_tokens"] <= 256  # there must be a row for each process
+    # Adam turns even the rounding of the smallest gradients into whole steps.
+    assert difference(place / "two", place / "one") < 2e-2
     assert [path for path in (place / "home" / "unfinished").iterdir() if path.is_dir()] == []
 
 
 def follower(agent: subprocess.Popen[str]) -> psutil.Process:
-    """The process of rank 1 below torchrun."""
+    """Return torchrun's child process of rank 1."""
     return next(child for child in psutil.Process(agent.pid).children() if child.environ().get("RANK") == "1")
 
 
 @pytest.fixture
 def started(place: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run of two that has come to step 10."""
+    """Start a run of two processes and wait until it has reached step 10."""
     command = [*TWO, *arguments(place, "--steps", "300", "--out", "out")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment(place), cwd=place, **pipes) as agent:
@@ -178,7 +179,8 @@ def test_a_machine_that_cannot_multiply_as_the_leader_does_is_refused(place: Pat
         (place / folder).mkdir()
     record = prepare_new(config, base, place / "leader").record.for_followers()
     assert prepare_follower(config, base, place / "follower", record).plan.int8 is False
-    leader = dataclasses.replace(record, plan=dataclasses.replace(record.plan, int8=True))  # fp32: nobody has kernels for it
+    # The run computes in fp32, for which no machine has int8 kernels.
+    leader = dataclasses.replace(record, plan=dataclasses.replace(record.plan, int8=True))
     with pytest.raises(UsageError, match="Type --compute bf16, the same for all processes"):
         prepare_follower(config, base, place / "follower", leader)
 
@@ -202,7 +204,7 @@ def test_without_torchrun_nobody_is_joined(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Dying(SingleProcess):
-    """A world of two whose other process dies at the n-th copy or, where that is 0, before the end is announced."""
+    """A world of two whose other process dies at copy `dies_at_copy` or, if that is 0, before the end is announced."""
 
     size = 2
 
@@ -262,7 +264,7 @@ def test_gradients_travel_in_buckets_and_each_once() -> None:
 
 @pytest.fixture
 def namespaces() -> Iterator[tuple[str, str]]:
-    """Two network namespaces, joined by a cable of their own: 10.77.0.1 and 10.77.0.2."""
+    """Create two network namespaces joined by a virtual cable, with the addresses 10.77.0.1 and 10.77.0.2."""
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and ip")
     names = "edgetune-a", "edgetune-b"

@@ -20,18 +20,18 @@ from edgetune.cli.main import cli
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md")])
 QUICK = {"generate", "eval", "models", "adapters"}
-"""Commands that the test runs as shown where they need no more than the built-in model and the example notes."""
+"""Commands that the test runs as shown, if they need only the built-in model and the example notes."""
 
 
 def blocks(page: Path, language: str = "") -> Iterator[str]:
-    """The fenced blocks of a page in a language; "" is a block without one."""
+    """Yield the fenced blocks of a page that are in a language ("" for blocks without one)."""
     for opening, body in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
         if opening == language:
             yield body
 
 
 def shown_commands() -> list[tuple[str, list[str]]]:
-    """(page, words after `edgetune`) of every command line shown; comments are left out."""
+    """Return (page, words after `edgetune`) for every command line in the documentation, without comments."""
     found = []
     for page in PAGES:
         for line in "\n".join(blocks(page)).splitlines():
@@ -109,7 +109,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 
 def test_the_constraints_pin_every_dependency() -> None:
-    """What README's commands install is what the tests ran with; triton comes with torch, llama.cpp is compiled."""
+    """README's commands install what the tests ran with; triton comes with torch, and llama.cpp is compiled."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = {re.split(r"[\[><=; ]", name)[0].lower() for name in [*project["dependencies"], *extras["test"]]} - {"triton"}

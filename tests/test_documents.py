@@ -1,4 +1,4 @@
-"""Reading notes: what is read, what is skipped and why, and nothing of it depends on the file system."""
+"""Notes are read or skipped with a reason, and the result does not depend on the file system."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_any_bytes_are_a_clean_text_or_refused(data):
         return
     assert "\r" not in text
     assert "\0" not in text
-    text.encode()  # no half of a surrogate pair
+    text.encode()  # fails if half of a surrogate pair is left
 
 
 def test_line_ends_of_every_system_give_one_digest(tmp_path):

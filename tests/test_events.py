@@ -1,4 +1,4 @@
-"""Events: one schema that survives JSON, a log that survives a crash."""
+"""Events survive a round trip through JSON, and their log survives a crash."""
 
 from __future__ import annotations
 

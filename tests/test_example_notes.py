@@ -1,4 +1,4 @@
-"""The notes that ship as an example: enough of them, whole, and with some to be judged by."""
+"""The example notes that ship with edgetune are complete and numerous enough that some are held out."""
 
 from __future__ import annotations
 

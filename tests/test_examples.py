@@ -1,4 +1,4 @@
-"""The examples run: the desktop chat without its window, the morning's exports; the Swift sketch reads keys that exist."""
+"""The desktop chat and the morning script run, and the Swift sketch reads only keys that exports write."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ DEMO = Path(edgetune.__file__).parent / "demo"
 
 
 def opened(path: str) -> ModuleType:
-    """An example as a module; it is no part of any package."""
+    """Import an example as a module; examples belong to no package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, EXAMPLES / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -49,7 +49,7 @@ def opened(path: str) -> ModuleType:
 
 
 def heard(conversation: Any) -> tuple[list[str], str]:
-    """The kinds of the news, and the pieces as one text."""
+    """Wait for the answer; return the kinds of the news items and the pieces joined to one text."""
     conversation.wait(60)
     news = conversation.news()
     return [item.kind for item in news], "".join(item.text for item in news if item.kind == "piece")
@@ -70,7 +70,7 @@ def test_the_desktop_conversation_streams_what_a_session_answers() -> None:
 
 
 class Scripted:
-    """Chat's part of a Session, on cue."""
+    """Stands in for a Session: its chat yields the given pieces."""
 
     model_name = adapter_name = "none"
 
@@ -99,7 +99,7 @@ def test_a_stopped_answer_stays_in_the_conversation() -> None:
     session.pieces = iter(["yes"])
     conversation.ask("again")
     assert heard(conversation) == (["piece", "end"], "yes")
-    assert session.asked == [3]  # question, what was said, question
+    assert session.asked == [3]  # the first question, the stopped answer, the second question
 
 
 def test_a_failure_is_shown_as_its_sentence() -> None:
@@ -114,24 +114,24 @@ def test_a_failure_is_shown_as_its_sentence() -> None:
     conversation._chat.session = session = Scripted(iter(["yes"]))
     conversation.ask("again")
     assert heard(conversation) == (["piece", "end"], "yes")
-    assert session.asked == [1]  # the question that failed is no turn before it
+    assert session.asked == [1]  # the question that failed is not in the conversation
 
 
 @pytest.fixture
 def display(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine's own display, or Xvfb's."""
+    """Provide a display: the machine's own, or one that Xvfb makes."""
     pytest.importorskip("tkinter")
     if sys.platform != "linux" or os.environ.get("DISPLAY"):
         yield
         return
     if shutil.which("Xvfb") is None:
         pytest.skip("no display, and no Xvfb to make one")
-    told, telling = os.pipe()
+    read_end, write_end = os.pipe()
     server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(telling), "-nolisten", "tcp"], pass_fds=[telling], stderr=subprocess.DEVNULL
+        ["Xvfb", "-displayfd", str(write_end), "-nolisten", "tcp"], pass_fds=[write_end], stderr=subprocess.DEVNULL
     )
-    os.close(telling)
-    with open(told) as number:
+    os.close(write_end)
+    with open(read_end) as number:
         monkeypatch.setenv("DISPLAY", f":{number.readline().strip()}")
         yield
     server.terminate()
@@ -159,7 +159,7 @@ def test_the_window_stays_alive_while_an_answer_comes_and_closes_in_the_middle_o
             made.append(self)
 
     def use(root: tk.Tk, n: int = 0) -> None:
-        """What a person does, in mainloop's place."""
+        """Act as a person would, in place of mainloop."""
         (window,) = made
         window.entry.insert(0, "Why does the chain slip?")
         window.ask()
@@ -207,7 +207,7 @@ def test_the_morning_exports_what_it_can_and_says_why_not(tmp_path: Path, capsys
 
 
 def test_the_swift_sketch_reads_keys_that_an_export_writes() -> None:
-    """Of how-to-call.json and golden.json; the sketch itself is compiled by nobody here, and says so."""
+    """Compares with the keys of how-to-call.json and golden.json; no test compiles the sketch, and the sketch says so."""
     base = open_model(DEMO)
     ranks = dict.fromkeys(("q_proj", "v_proj"), 4)
     plan = Plan(base.config, 64, 8, base.dense, lambda name, shape: None, ranks)  # type: ignore[arg-type, return-value]

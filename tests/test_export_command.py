@@ -113,12 +113,13 @@ def test_each_stage_is_told_of_at_its_beginning_and_its_end(
     target, _, weights = form.partition(" ")
     if target in PACKAGES:
         pytest.importorskip(PACKAGES[target])
-    told: list[Event] = []
+    events: list[Event] = []
     proved = "proving" in STAGES_OF[form]
-    monkeypatch.setattr(effect, "TOKENS", 512)  # two texts to round by and one to measure on, where 16 and 8 take a while
-    export_adapter(target, *made, tmp_path / "out", weights or None, check=proved, force=True, show=told.append)
+    # To save time, two texts calibrate the rounding and one measures it, instead of 16 and 8.
+    monkeypatch.setattr(effect, "TOKENS", 512)
+    export_adapter(target, *made, tmp_path / "out", weights or None, check=proved, force=True, show=events.append)
     stages: list[tuple[str, list[int], int]] = []
-    for event in told:
+    for event in events:
         assert isinstance(event, Exporting)
         if event.done == 0:
             stages.append((event.stage, [], event.total))

@@ -1,4 +1,4 @@
-"""Core ML packages: evaluated op by op against the engine, weights compared bit by bit, and what is wrong is caught."""
+"""Core ML packages agree with the engine op by op and their weights bit by bit, and faults in them are caught."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ DEMO = Path(edgetune.__file__).parent / "demo"
 
 
 def tiny(folder: Path, family: str = "llama-2-grouped", **changes: Any) -> Path:
-    """A model folder of a family whose rows are whole blocks, with the demo's tokenizer."""
+    """Save a model of a family whose rows are whole blocks, with the demo's tokenizer; return its folder."""
     save_model(folder, family, **{"intermediate_size": 128, **changes})
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / name, folder / name)
@@ -67,7 +67,7 @@ def job_of(folder: Path, weights: str = "fp16", adapter: Adapter | None = None, 
 
 
 def an_adapter(folder: Path, rank: int = 4, seed: int = 0, targets: tuple[str, ...] | None = None) -> Adapter:
-    """A random adapter that changes much."""
+    """Return a random adapter that changes the model strongly."""
     config = LoraConfig(rank, 2.0 * rank) if targets is None else LoraConfig(rank, 2.0 * rank, targets=targets)
     model = load_llama(open_model(folder), torch.float32)
     adapters.attach_new(model, config, seed)
@@ -78,7 +78,7 @@ def an_adapter(folder: Path, rank: int = 4, seed: int = 0, targets: tuple[str, .
 
 
 def stored_model(job: Job) -> Llama:
-    """reference.stored_model, with a place for its files."""
+    """Call reference.stored_model with a temporary folder for its files."""
     with tempfile.TemporaryDirectory() as place:
         return reference.stored_model(job, Path(place))
 
@@ -93,14 +93,14 @@ def written(job: Job, folder: Path) -> EvaluatedPackage:
 
 @torch.no_grad()
 def engine(model: Llama, ids: list[int]) -> Tensor:
-    """The engine's logits in one pass, on the reference back end."""
+    """Compute the engine's logits in one pass on the reference back end."""
     with ops.use_backend("reference"):
         h = Runner(model).infer(torch.tensor(ids), torch.arange(len(ids)), [Segment(0, len(ids), 0, len(ids))], None)
         return model.logits(h)
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two sets of logits, in spreads of the expected ones."""
+def logit_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between two sets of logits, in standard deviations of the expected ones."""
     assert found.shape == expected.shape
     assert torch.isfinite(found).all()
     return float((found - expected).abs().max() / expected.std())
@@ -108,7 +108,8 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 IDS = [int(token) for token in torch.randint(3, 128, (24,), generator=torch.Generator().manual_seed(7))]
 CLOSE = 0.03
-"""fp16's own rounding in two layers, in spreads of the logits: a wrong angle, mask or bias makes it hundreds of times more."""
+"""Bound on the rounding error of two fp16 layers, in standard deviations of the logits. A wrong angle, mask or bias causes
+hundreds of times more."""
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +119,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A single layer, where the number of them shows nothing: coremltools takes its time for each."""
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model of one layer, for tests that need no more: coremltools takes long for each layer."""
     torch.manual_seed(0)
     return tiny(tmp_path_factory.mktemp("model") / "thin", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
 def inputs_package(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NF4, with an adapter of rank 4 as inputs."""
+    """Write an NF4 package that takes an adapter of rank 4 as inputs."""
     out = tmp_path_factory.mktemp("package") / "inputs"
     out.mkdir()
     coreml.write(job_of(folder, "nf4", an_adapter(folder)), out)
@@ -141,10 +142,10 @@ def inputs_package(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ["llama-1", "llama-3.2-tied-scaled", "llama-attention-bias", "mistral-window", "qwen2.5-window", "qwen3"],
 )  # fmt: skip
 def test_every_family_agrees_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
-    """24 tokens where the windows are 16; the first half goes in one chunk, the second token by token."""
+    """Uses 24 tokens with windows of 16: the first half is one chunk, the second half goes token by token."""
     job = job_of(tiny(tmp_path / "model", family))
     package = written(job, tmp_path / "out")
-    assert apart(package.logits(IDS), engine(job.model(), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(job.model(), IDS)) < CLOSE
     windows = {"mistral-window", "qwen2.5-window"}
     assert ("window_mask" in package.call["inputs"]) == (family in windows)
 
@@ -153,29 +154,29 @@ def test_chunks_longer_than_the_prefill_go_through_the_same_state(folder: Path, 
     package = EvaluatedPackage(inputs_package)
     whole = package.logits(IDS)
     package.call["prefill_tokens"] = 5
-    assert apart(package.logits(IDS), whole) < CLOSE
+    assert logit_difference(package.logits(IDS), whole) < CLOSE
 
 
 def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
-    """To the last place of the cache and the last angle."""
+    """Fills the cache to its last slot and uses the last rotation angle."""
     package, job = EvaluatedPackage(inputs_package), job_of(folder, "nf4", an_adapter(folder))
     ids = (IDS * package.call["context_tokens"])[: package.call["context_tokens"]]
     assert len(ids) == job.base.config.max_positions
-    assert apart(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
+    assert logit_difference(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
 
 
 def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
-    """fp16 squares end at 255; the norms are fp32."""
+    """The square of a number above 255 overflows fp16, so the norms are computed in fp32."""
     source = tiny(tmp_path / "model")
     tensors = safetensors.torch.load_file(source / "model.safetensors")
     tensors["model.embed_tokens.weight"] *= 2000 / tensors["model.embed_tokens.weight"].abs().max()
     safetensors.torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
     job = job_of(source)
-    assert apart(written(job, tmp_path / "out").logits(IDS), engine(job.model(), IDS)) < CLOSE
+    assert logit_difference(written(job, tmp_path / "out").logits(IDS), engine(job.model(), IDS)) < CLOSE
 
 
 def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -> None:
-    """What decode gives depends on what prefill left in the states, and on which of it the mask shows."""
+    """The result of decode depends on the states that prefill left, and on the part of them that the mask shows."""
     package = EvaluatedPackage(inputs_package)
 
     def feed(ids: list[int], end: int) -> dict[str, np.ndarray]:
@@ -200,7 +201,7 @@ def test_the_cache_is_the_state_and_the_mask_is_honoured(inputs_package: Path) -
 
 
 def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> None:
-    """Codes and absmax out of the saved file, against a quantisation of the folder's weight done here."""
+    """Compares the codes and absmax in the saved file with a quantisation of the folder's weight made here."""
     program, base = MilProgram(inputs_package / PACKAGE), open_model(folder)
     found = weight_locations(program.package, "main")
     weight = base.dense("model.layers.1.mlp.down_proj.weight")
@@ -213,9 +214,9 @@ def test_nf4_is_the_engines_bit_for_bit(folder: Path, inputs_package: Path) -> N
     absmax = nf4.expand_absmax(quantized.state).half().view(weight.shape[0], -1)
     assert (torch.from_numpy(stored.scale).view(torch.int16) == absmax.view(torch.int16)).all()
     halves = nf4.NF4_TABLE.half()[torch.from_numpy(high_first).int()].view(weight.shape[0], -1, 64) * absmax.unsqueeze(2)
-    made = torch.from_numpy(program.weight("layers_1_down_proj_weight"))  # as the evaluator has it
+    made = torch.from_numpy(program.weight("layers_1_down_proj_weight"))  # as the evaluator reads it
     assert torch.equal(made, halves.view(weight.shape))
-    assert torch.equal(torch.from_numpy(stored.values()), halves.view(weight.shape))  # as the reference has it
+    assert torch.equal(torch.from_numpy(stored.values()), halves.view(weight.shape))  # as the reference reads it
     relative = (halves.view(weight.shape).float() / nf4.dequantize(quantized, torch.float32) - 1).nan_to_num().abs()
     assert relative.max() < 2e-3
 
@@ -249,7 +250,7 @@ def test_differences_are_counted() -> None:
 
 
 def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
-    """One flipped bit of a code is found by the comparison; a cut file is no package."""
+    """The comparison finds one flipped bit of a code, and a truncated file is refused as unreadable."""
     copy = tmp_path / "copy"
     shutil.copytree(inputs_package, copy)
     job = job_of(folder, "nf4", an_adapter(folder))
@@ -274,7 +275,7 @@ def test_a_damaged_package_is_caught(folder: Path, inputs_package: Path, tmp_pat
 def test_a_constant_beside_the_weights_is_compared_too(
     name: str, place: tuple[int, ...], folder: Path, inputs_package: Path, tmp_path: Path
 ) -> None:
-    """By the last bit of an angle which no proof's tokens reach, or of a norm."""
+    """Flips the last bit of a norm, or of an angle that the tokens of a proof never reach."""
     shutil.copytree(inputs_package, tmp_path / "copy")
     path = tmp_path / "copy" / PACKAGE
     plans = contents_of(job_of(folder, "nf4", an_adapter(folder))).plans()
@@ -289,7 +290,7 @@ def test_a_constant_beside_the_weights_is_compared_too(
 
 
 def without_a_write(operations: list[Any]) -> list[Any]:
-    """The second layer's values never reach the state."""
+    """Remove the write of the second layer's values to the state."""
     last = [each for each in operations if each.type == "write_state"][-1]
     return [each for each in operations if each is not last]
 
@@ -300,7 +301,7 @@ def without_a_mask(operations: list[Any]) -> list[Any]:
 
 
 def from_the_first_position(operations: list[Any]) -> list[Any]:
-    """Every chunk turned as if it began the text: right until the second one."""
+    """Rotate every chunk as if it began the text, which is right only for the first one."""
     made = {each.outputs[0].name: each for each in operations if each.outputs}
     slices = [
         each for each in operations if each.type == "slice_by_index" and each.inputs["x"].arguments[0].name in ("cos", "sin")
@@ -321,7 +322,7 @@ def test_a_fault_of_the_graph_is_seen_in_the_logits(
     block = package.program.package.functions["main"]
     kept = fault(list(block.operations))
     package.program.functions["main"] = type(package.program.functions["main"])(kept)
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) > 5 * CLOSE
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) > 5 * CLOSE
 
 
 def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() -> None:
@@ -335,12 +336,12 @@ def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() ->
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
-def test_coremltools_reads_the_weights_that_were_written(weights: str, thin: Path, tmp_path: Path) -> None:
-    """By its own loader and the blob reader in it, every constant; ours, which proofs use, reads the same."""
+def test_coremltools_reads_the_weights_that_were_written(weights: str, one_layer: Path, tmp_path: Path) -> None:
+    """coremltools' own loader and the reader that proofs use read the same values for every constant."""
     from coremltools.converters.mil.frontend.milproto.load import load
     from coremltools.models.utils import load_spec
 
-    job = replace(job_of(thin, weights, an_adapter(thin), "functions"), texts=[IDS])
+    job = replace(job_of(one_layer, weights, an_adapter(one_layer), "functions"), texts=[IDS])
     package = written(job, tmp_path / "out").program
     graph = tmp_path / "out" / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     spec = load_spec(str(graph))
@@ -377,18 +378,19 @@ def test_weights_that_there_is_no_room_for_are_read_again(inputs_package: Path, 
 
 
 def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
-    """Also one of a lower rank."""
+    """The other adapter has a lower rank."""
     package = EvaluatedPackage(inputs_package)
     job = job_of(folder, "nf4", an_adapter(folder))
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     other = replace(job, adapter=an_adapter(folder, rank=2, seed=1), weights=ADAPTER_ALONE)
     assert coreml.write(other, tmp_path).opens == ADAPTER_FILE
     package.use_adapter(tmp_path / ADAPTER_FILE)
     expected = engine(stored_model(replace(other, weights="nf4")), IDS)
-    assert apart(package.logits(IDS), expected) < CLOSE
-    assert apart(engine(stored_model(job), IDS), expected) > 20 * CLOSE
-    assert apart(coreml.read(other, tmp_path).logits(IDS), expected) < CLOSE
-    assert torch.equal(engine(stored_model(other), IDS), expected)  # golden.json beside the file is the package's, too
+    assert logit_difference(package.logits(IDS), expected) < CLOSE
+    assert logit_difference(engine(stored_model(job), IDS), expected) > 20 * CLOSE
+    assert logit_difference(coreml.read(other, tmp_path).logits(IDS), expected) < CLOSE
+    # The golden.json beside the adapter file is therefore the package's golden.json too.
+    assert torch.equal(engine(stored_model(other), IDS), expected)
 
 
 def test_layers_that_an_adapter_leaves_alone_are_zeros(folder: Path) -> None:
@@ -417,19 +419,20 @@ def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: 
     job = job_of(folder, "nf4", adapter, "functions")
     package = written(job, tmp_path / "functions")
     assert package.call["functions"] == ["adapted", "base"]
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
     base = EvaluatedPackage(tmp_path / "functions", function="base")
-    assert apart(base.logits(IDS), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
+    assert logit_difference(base.logits(IDS), engine(stored_model(replace(job, adapter=None, adapter_as=None)), IDS)) < CLOSE
     weights = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     both, bare = ((folder / weights).stat().st_size for folder in (tmp_path / "functions", inputs_package))
-    own = sum(tensor.numel() * 2 + 128 for tensor in adapter.tensors.values())  # and each tensor's header and padding
-    assert bare < both <= bare + own
+    # 128 bytes are for each tensor's header and padding.
+    adapter_bytes = sum(tensor.numel() * 2 + 128 for tensor in adapter.tensors.values())
+    assert bare < both <= bare + adapter_bytes
 
 
-def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Path) -> None:
+def test_a_fault_of_the_base_beside_an_adapter_is_seen(one_layer: Path, tmp_path: Path) -> None:
     from coremltools.proto import Model_pb2
 
-    package = written(job_of(thin, "fp16", an_adapter(thin), "functions"), tmp_path / "out")
+    package = written(job_of(one_layer, "fp16", an_adapter(one_layer), "functions"), tmp_path / "out")
     graph = tmp_path / "out" / PACKAGE / "Data" / "com.apple.CoreML" / "model.mlmodel"
     model = Model_pb2.Model.FromString(graph.read_bytes())
     base = model.mlProgram.functions["base"]
@@ -441,22 +444,24 @@ def test_a_fault_of_the_base_beside_an_adapter_is_seen(thin: Path, tmp_path: Pat
         package.logits(IDS)
 
 
-def test_no_copy_of_the_weights_lies_outside_the_export(thin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """coremltools works in temporary folders; a merged model is as private as the notes."""
+def test_no_copy_of_the_weights_lies_outside_the_export(
+    one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """coremltools works in temporary folders, and a merged model is as private as the notes."""
     made: list[str] = []
     mkdtemp = tempfile.mkdtemp
     monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **kwargs: made.append(mkdtemp(*args, **kwargs)) or made[-1])
     before = tempfile.gettempdir()
     tmp_path.joinpath("out").mkdir()
-    coreml.write(job_of(thin, "fp16", an_adapter(thin), "merged"), tmp_path / "out")
+    coreml.write(job_of(one_layer, "fp16", an_adapter(one_layer), "merged"), tmp_path / "out")
     assert made
     assert all(Path(path).is_relative_to(tmp_path / "out") for path in made)
     assert tempfile.gettempdir() == before
     assert not (tmp_path / "out" / ".work").exists()
 
 
-def test_a_merge_into_four_bits_says_what_it_costs(thin: Path, tmp_path: Path) -> None:
-    job = replace(job_of(thin, "nf4", an_adapter(thin), "merged"), texts=[IDS])
+def test_a_merge_into_four_bits_says_what_it_costs(one_layer: Path, tmp_path: Path) -> None:
+    job = replace(job_of(one_layer, "nf4", an_adapter(one_layer), "merged"), texts=[IDS])
     tmp_path.joinpath("out").mkdir()
     result = coreml.write(job, tmp_path / "out")
     facts = dict(result.facts)
@@ -464,16 +469,16 @@ def test_a_merge_into_four_bits_says_what_it_costs(thin: Path, tmp_path: Path) -
     assert "--adapter-as inputs keeps it whole" in result.notices[-1]
     package = coreml.read(job, tmp_path / "out")
     assert package.call["adapter"] is None
-    assert apart(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
-    assert apart(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real, and not hidden
+    assert logit_difference(package.logits(IDS), engine(stored_model(job), IDS)) < CLOSE
+    assert logit_difference(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real and visible
 
 
 @pytest.mark.parametrize("weights", ["nf4", "int4"])
 def test_a_merge_that_leaves_the_adapter_out_is_refused(
-    weights: str, thin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is stored and what it is compared with are made by the same sum; the model as it was trained is not."""
-    job = replace(job_of(thin, weights, an_adapter(thin), "merged"), texts=[IDS])
+    """The stored weights and their reference come from the same merge, so only the trained model reveals the fault."""
+    job = replace(job_of(one_layer, weights, an_adapter(one_layer), "merged"), texts=[IDS])
     monkeypatch.setattr(Merged, "scale", 0.0)
     tmp_path.joinpath("out").mkdir()
     with pytest.raises(ModelError, match=r"keeps -?\d+% of the adapter's effect on the texts, .* type --adapter-as inputs"):
@@ -487,7 +492,7 @@ def test_a_merge_that_leaves_the_adapter_out_is_refused(
 def test_a_base_whose_codes_say_nothing_is_refused(
     adapter_as: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also below an adapter that is an input. The model is one that is sure of what it says."""
+    """This also holds for a base below an adapter that is an input. The model's predictions are confident ones."""
     folder = tiny(tmp_path / "model", num_hidden_layers=1)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 10
@@ -557,7 +562,7 @@ def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
 
 
 def test_an_app_that_does_what_how_to_call_says_finds_the_golden_logits(tmp_path: Path) -> None:
-    """Nothing but the JSON, the files that it names and the package; the adapter's bytes as its layout has them."""
+    """Uses only the JSON, the files that it names and the package, and reads the adapter's bytes by the layout given there."""
     out, model = tmp_path / "out", tiny(tmp_path / "model", vocab_size=open_model(DEMO).config.vocab_size)
     peft_folder.save(an_adapter(model), tmp_path / "night", "tiny")
     assert export_adapter("coreml", str(model), str(tmp_path / "night"), out).verified

@@ -47,7 +47,7 @@ FAMILIES = [family for family in tiny.FAMILIES if family not in WINDOWED]
 
 
 def an_adapter(config: LlamaConfig, rank: int = 4, size: float = 0.03, **changes: Any) -> Adapter:
-    """A LoRA on every target with random numbers in both matrices."""
+    """Return an adapter on every target with random numbers in both matrices."""
     lora = LoraConfig(rank, 8.0, **changes)
     shapes = config.linear_shapes()
     tensors = {}
@@ -69,7 +69,7 @@ def nothing(writer: Any) -> None:
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Keys and tensors (f32) of a GGUF file by the gguf library's own reader."""
+    """Read the keys and tensors (in fp32) of a GGUF file with the gguf library's own reader."""
     reader = library.GGUFReader(path)
     tensors = {
         tensor.name: torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy()).view(
@@ -100,7 +100,7 @@ def test_the_file_holds_the_merged_tensors(tmp_path: Path, kind: str) -> None:
             assert (ours - weight).abs().max() <= step
     assert len(tensors) == len(model_shapes(base.config))
     assert keys["general.architecture"] == "llama"
-    assert keys["general.name"] == "tiny"  # no path
+    assert keys["general.name"] == "tiny"  # not a path
     assert keys["llama.attention.head_count_kv"] == 2
     assert keys["llama.rope.dimension_count"] == 16
     assert (tmp_path / "m.gguf").stat().st_mode & 0o777 == 0o600
@@ -134,7 +134,7 @@ def test_llama3_scaling_is_written_as_factors(tmp_path: Path) -> None:
     factors = tensors["rope_freqs.weight"]
     assert factors[0] == 1
     assert factors[-1] == 8
-    assert "output.weight" not in tensors  # tied
+    assert "output.weight" not in tensors  # the embeddings are tied
 
 
 def test_a_window_is_the_longest_context_or_refused(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_another_bases_adapter_is_refused(tmp_path: Path, weights: str) -> None:
 
 
 def lora_file(path: Path, tensors: dict[str, Any], **arrays: list[Any]) -> Path:
-    """A GGUF adapter for llama as another program may write it; arrays: keys with __ for a dot."""
+    """Write a GGUF adapter for llama as another program may write it; the keys in `arrays` have __ for a dot."""
     writer = library.GGUFWriter(path, "llama")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -234,7 +234,7 @@ def test_peft_to_gguf_to_peft_changes_no_byte(tmp_path: Path, lora: LoraConfig, 
 
 
 def test_alpha_is_llama_cpps_where_another_wrote_it(tmp_path: Path) -> None:
-    """What edgetune made it of counts no more; without alpha the scale is 1, and a text is none."""
+    """Another program's alpha replaces edgetune's. Without alpha the scale is 1; an alpha that is no float is refused."""
     config = opened(tmp_path / "m").config
     adapter = an_adapter(config, targets=("v_proj",), rslora=True)
     gguf_adapter.write_adapter(adapter, config, tmp_path / "a.gguf")
@@ -251,7 +251,7 @@ def test_alpha_is_llama_cpps_where_another_wrote_it(tmp_path: Path) -> None:
 
 
 def test_a_converters_adapter_is_read(tmp_path: Path) -> None:
-    """llama.cpp's own converter writes f16 at will, and no head counts."""
+    """llama.cpp's own converter may write f16, and writes no head counts."""
     config = opened(tmp_path / "m").config
     adapter = an_adapter(config, targets=("q_proj", "k_proj"))
     tensors = {}
@@ -264,7 +264,7 @@ def test_a_converters_adapter_is_read(tmp_path: Path) -> None:
 
 
 def test_rows_in_another_bases_order_are_refused(tmp_path: Path) -> None:
-    """Shapes fit in all three; what the rows of q and k mean does not."""
+    """The shapes fit in all three cases, but the rows of q and k are in another order."""
     config = opened(tmp_path / "m").config
     adapter = an_adapter(config, targets=("q_proj", "k_proj"))
     for name, made_for, said in (
@@ -282,12 +282,13 @@ def test_rows_go_there_and_back(heads: int, head_dim: int, width: int) -> None:
     rows = torch.randn(heads * head_dim, width)
     there = to_llama_rows(rows, head_dim)
     assert torch.equal(from_llama_rows(there, head_dim), rows)
-    assert torch.equal(there[1], rows[head_dim // 2])  # a head's pair (0, hd/2) stands at (0, 1)
+    # A head's pair of rows (0, hd/2) becomes rows (0, 1).
+    assert torch.equal(there[1], rows[head_dim // 2])
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, LlamaConfig]:
-    """A small adapter's file, and its base."""
+    """Return the bytes of a small adapter's file and the configuration of its base."""
     folder = tmp_path_factory.mktemp("good")
     config = opened(folder / "m").config
     gguf_adapter.write_adapter(an_adapter(config, 1, targets=("q_proj",)), config, folder / "a.gguf")
@@ -337,7 +338,7 @@ def test_a_hostile_header_is_refused_at_once(tmp_path: Path, data: bytes, said: 
 
 
 def test_tensors_over_each_other_are_refused(tmp_path: Path) -> None:
-    """Each lies within the file; together they would make 64 times its size of memory."""
+    """Each tensor lies within the file, but together they would take 64 times its size in memory."""
 
     def text(value: bytes) -> bytes:
         return struct.pack("<Q", len(value)) + value
@@ -402,7 +403,7 @@ CORPUS = [
 
 
 def byte_level(folder: Path, pre: Any, specials: list[str]) -> None:
-    """A byte-level BPE trained on CORPUS behind the given pre-tokenizer, as a model folder's tokenizer.json."""
+    """Train a byte-level BPE on CORPUS with the given pre-tokenizer and save it as a model folder's tokenizer.json."""
     from tokenizers import Tokenizer as Made
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -427,7 +428,7 @@ def split(regex: str) -> Any:
 
 
 def splits() -> dict[str, Callable[[], Any]]:
-    """A pre-tokenizer for each of llama.cpp's names that we write."""
+    """Return a maker of a pre-tokenizer for each of llama.cpp's pre-tokenizer names that edgetune writes."""
     from tokenizers import pre_tokenizers
 
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -439,7 +440,7 @@ def splits() -> dict[str, Callable[[], Any]]:
 
 
 def tokenizer_of(folder: Path, rows: int | None = None) -> Path:
-    """A GGUF whose model is next to nothing and whose tokenizer is the folder's."""
+    """Write a GGUF file with a minimal model and the folder's tokenizer; return its path."""
     vocabulary = read_vocabulary(folder, rows or Tokenizer.load(folder).vocab_size)
     size = len(vocabulary.tokens)
     base = opened(folder / "model", vocab_size=size, bos_token_id=None, eos_token_id=None)
@@ -462,7 +463,7 @@ def test_the_demos_tokens_are_written(tmp_path: Path) -> None:
 
 
 def test_a_pointer_to_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:
-    """What a clone without git-lfs leaves of tokenizer.model; tokenizer.json is text and there."""
+    """A clone without git-lfs has only a pointer file for tokenizer.model, while tokenizer.json is text and complete."""
     from tokenizers import Tokenizer as Made
     from tokenizers import decoders, models
 
@@ -507,7 +508,7 @@ def llama() -> None:
 @pytest.mark.usefixtures("llama")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
-    """In f32 to the last bits: names, order of rows, rope, biases and norms are right. Then with the adapter beside it."""
+    """Compares in f32, where an error in names, order of rows, RoPE, biases or norms shows; then with the adapter as a file."""
     base = opened(tmp_path / "m", family)
     job = Job(base, "tiny", an_adapter(base.config, size=0.1))
     ids = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -523,7 +524,7 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, family: str) -> None:
 
 @pytest.fixture(scope="module")
 def adapted_demo(llama: None) -> tuple[Job, verify.Golden, verify.Golden]:
-    """The demo with an adapter, and what the reference makes of it with and without."""
+    """Return a job for the demo with an adapter, and the reference's golden results with and without the adapter."""
     torch.manual_seed(0)
     base, tokenizer = open_model(DEMO), Tokenizer.load(DEMO)
     job = Job(base, "demo", an_adapter(base.config))
@@ -542,8 +543,9 @@ def test_the_demo_is_proved_in_every_form(
     bound = verify.BOUNDS["gguf", weights]
     agreement = verify.compare(expected, gguf.read(job, tmp_path / "out"), bound)
     assert agreement.holds(bound), agreement
-    assert not verify.compare(bare, gguf.read(job, tmp_path / "out"), bound).holds(bound)  # the bound tells them apart
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the base written for the proof is gone
+    # The bound must tell the bare base from the adapted model.
+    assert not verify.compare(bare, gguf.read(job, tmp_path / "out"), bound).holds(bound)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the base that was written for the proof is deleted
     if not weights:
         assert written.facts[0][0] == "adapter_gain_kept_on_q4_k_m"
         assert 0.5 < written.facts[0][1] < 1.1
@@ -576,13 +578,13 @@ def test_a_gain_lost_on_q4_k_m_is_told(tmp_path: Path) -> None:
 
 
 def test_a_share_under_four_fifths_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic alone: losses of base, base + adapter, then the same on Q4_K_M."""
+    """Tests only the arithmetic, with made-up losses of base and base + adapter, first exact and then on Q4_K_M."""
     base = opened(tmp_path / "m")
     (tmp_path / "out").mkdir()
     lies = []
 
     def quantize(model: Path, out: Path) -> None:
-        """What lies beside the adapter, within the export's folder, when llama.cpp is asked."""
+        """Record the files in the export's folder, and their modes, when llama.cpp is called."""
         lies.extend((path.relative_to(tmp_path / "out"), path.stat().st_mode & 0o777) for path in (model.parent, model, out))
 
     monkeypatch.setattr(llamacpp, "quantize", quantize)

@@ -1,4 +1,4 @@
-"""`export hf`: merged folders that transformers opens; what 4-bit rounding leaves of an adapter is measured."""
+"""`export hf` writes merged folders that transformers opens, and measures how much of an adapter 4-bit rounding keeps."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_shards_have_an_index_and_open(base: Checkpoint, tmp_path: Path) -> None
 def test_memory_is_refused_with_what_would_do(base: Checkpoint, tmp_path: Path) -> None:
     """The error names an amount; with that amount the export is written from streamed layers."""
     adapter = random_adapter(base.config)
-    with pytest.raises(ResourceError, match=r"needs about .*type --memory \d+MB or more") as said:
+    with pytest.raises(ResourceError, match=r"needs about .*type --memory \d+MB or more") as raised:
         check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=1_000_000))
-    enough = int(str(said.value).split("type --memory ")[1].split("MB")[0]) * 1_000_000
+    enough = int(str(raised.value).split("type --memory ")[1].split("MB")[0]) * 1_000_000
     check_memory(target.peak_memory, job_for(base, adapter, "bf16", memory=enough))
     target.write(job_for(base, adapter, "bf16", memory=enough), tmp_path / "out")
     target.write(job_for(base, adapter, "bf16"), tmp_path / "free")
@@ -107,7 +107,8 @@ def test_golden_tokens_of_a_streamed_model_are_those_of_a_whole_one(tmp_path: Pa
     base = open_model(tmp_path / "base")
     adapter = random_adapter(base.config)
     one_layer = 4 * base.config.linear_parameters // base.config.num_layers
-    job = job_for(base, adapter, memory=4 * 3 * one_layer)  # a quarter for a ring of two layers and one that stays
+    # A quarter of this memory is for layers: a ring of two, and one that stays.
+    job = job_for(base, adapter, memory=4 * 3 * one_layer)
     assert job.model().pager.streaming
     whole, streamed = (verify.golden(each, PROMPT, each.model()) for each in (job_for(base, adapter), job))
     assert streamed.ids == whole.ids
@@ -118,7 +119,7 @@ def test_golden_tokens_of_a_streamed_model_are_those_of_a_whole_one(tmp_path: Pa
 
 
 def test_feedback_keeps_products_where_the_nearest_does_not() -> None:
-    """With correlated inputs, as a model's are, the output error of GPTQ is a fraction of that of rounding to nearest."""
+    """With correlated inputs, as in a model, GPTQ's output error is a fraction of that of rounding to nearest."""
     torch.manual_seed(1)
     x = torch.randn(2048, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(2048, 128)
     weight = torch.randn(96, 128) * 0.05
@@ -134,7 +135,7 @@ def test_feedback_keeps_products_where_the_nearest_does_not() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 128), (48, 96), (3, 7)])
 def test_the_nearest_codes_are_the_quantisers_own(shape: tuple[int, int]) -> None:
-    """Few codes differ: ours are nearest for the doubly quantised scales, which nf4.quantize does not know when it chooses."""
+    """Few codes differ: ours are nearest for the doubly quantised scales, which nf4.quantize does not know yet."""
     weight = torch.randn(shape)
     grid, quantized = target.Nf4Grid.of(weight), nf4.quantize(weight)
     ours = grid.weight(rounding.nearest(weight, grid))
@@ -190,7 +191,8 @@ def test_the_measure_is_the_share_of_the_gain(base: Checkpoint) -> None:
     certain = effect.Effect(nats_base=4.0, nats_adapted=3.0, nats_merged=3.25, kl_base=0.5, kl_merged=0.1)
     assert certain.kept(by_nats=True) == pytest.approx(0.75)
     assert certain.kept(by_nats=False) == pytest.approx(0.8)
-    assert replace(certain, nats_adapted=3.9).kept(by_nats=True) == pytest.approx(0.8)  # a gain that is mostly noise
+    # This gain in nats would be mostly noise, so the KL divergences decide.
+    assert replace(certain, nats_adapted=3.9).kept(by_nats=True) == pytest.approx(0.8)
 
 
 def test_texts_are_parted_so_that_none_is_measured_that_was_calibrated_on(base: Checkpoint) -> None:
@@ -215,7 +217,8 @@ def test_the_command_writes_the_demo_and_notices_a_corrupted_weight(tmp_path: Pa
     assert result.greedy_match
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (DEMO / "tokenizer.model").read_bytes()
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o600}
-    export_adapter("hf", "demo", str(tmp_path / "adapter"), tmp_path / "out", check=False)  # ours: it is replaced
+    # The folder holds an export of edgetune's own, so it may be replaced.
+    export_adapter("hf", "demo", str(tmp_path / "adapter"), tmp_path / "out", check=False)
     spec = target.SPEC
 
     def flip(job, folder):

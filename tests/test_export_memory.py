@@ -1,4 +1,4 @@
-"""An export stays within `--memory`: with the least amount it asks for its peak is no higher, and without a limit it is."""
+"""With the least `--memory` that an export asks for, its peak stays within that amount; without a limit it is higher."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def peak_memory(made: tuple[str, str], out: Path, target: str, *options: str) ->
     model, adapter = made
     named = ["--model", model, "--adapter", adapter, "--out", str(out), "--no-verify", "--json", *options]
     command = [sys.executable, "-m", "edgetune", "export", target, *named]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads wait long for each other where other work has the cores
+    # With two threads, each waits long for the other while other programs use the cores.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
@@ -45,9 +46,10 @@ def peak_memory(made: tuple[str, str], out: Path, target: str, *options: str) ->
 
 @pytest.mark.parametrize("target", ["peft", "hf"])
 def test_an_export_holds_no_more_than_the_least_that_it_asks_for(made: tuple[str, str], target: str, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as said:
+    with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as raised:
         export_adapter(target, *made, tmp_path / "out", memory=1, check=False)
-    least = int(re.findall(r"--memory (\d+)MB", str(said.value))[0])
+    least = int(re.findall(r"--memory (\d+)MB", str(raised.value))[0])
     limited = peak_memory(made, tmp_path / "out", target, "--memory", f"{least}MB")
     assert limited <= least * 1_000_000
-    assert peak_memory(made, tmp_path / "out", target) > least * 1_000_000  # so that the amount was what kept it
+    # Without the limit the peak is higher, so it was the limit that kept it down.
+    assert peak_memory(made, tmp_path / "out", target) > least * 1_000_000

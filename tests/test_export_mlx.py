@@ -1,4 +1,4 @@
-"""`export mlx`: mlx-lm loads what is written, and what mlx-lm writes is read; both round trips to the bit."""
+"""mlx-lm loads what `export mlx` writes, edgetune reads what mlx-lm writes, and both round trips keep every bit."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def test_mlx_lm_gives_the_references_logits(family: str, tmp_path: Path) -> None
     _, found = write_and_compare("mlx", job_for(base, adapter, "fp16"), tmp_path / "fused")
     assert found.greedy_match
     assert found.max_logit_difference < 0.2
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # the base that was there to prove it
+    # The base that was written for the proof must be deleted.
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_base_of_a_proof_lies_within_the_export_and_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what a killed process leaves is the export's own temporary folder, which the next run removes."""
+    """A killed process then leaves only the export's own temporary folder, which the next run removes."""
     save_model(tmp_path / "base")
     base = open_model(tmp_path / "base")
     job, seen = job_for(base, random_adapter(base.config)), []
@@ -111,7 +112,7 @@ def test_mlx_lm_reads_the_4bit_model_as_edgetune_does(family: str, tmp_path: Pat
 
 
 def test_a_base_whose_codes_say_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written agrees with itself; it is held to the model that it was made of."""
+    """A wrong export still agrees with itself, so it is compared with the model that it was made from."""
     monkeypatch.setattr(effect, "TOKENS", 512)
     job = job_for(open_model(DEMO), None, "int4")
     (tmp_path / "right").mkdir()
@@ -140,7 +141,7 @@ def test_groups_are_mlx_cores_bit_for_bit(kind: str) -> None:
     assert np.array_equal(scale.numpy(), np.array(scales))
     assert np.array_equal(bias.numpy(), np.array(biases))
     grid = affine.AffineGrid(scale, bias)
-    grid._scale, grid._bias = scale, bias  # in fp32, where mlx's own are
+    grid._scale, grid._bias = scale, bias  # in fp32, like mlx's own
     tensors = grid.tensors("x.weight", nearest(weight, grid))
     assert np.array_equal(tensors["x.weight"].view(torch.int32).numpy().view(np.uint32), np.array(packed))
     ours = affine.affine_weight(tensors["x.weight"], scale, bias)
@@ -179,7 +180,7 @@ def test_peft_to_mlx_to_peft_changes_no_byte(config: LoraConfig, layers: tuple[i
 
 
 def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
-    """Its own layers, made by mlx-lm on the last layer of two, saved as its trainer saves them."""
+    """Uses LoRA layers that mlx-lm itself makes on the last of two layers, saved as its trainer saves them."""
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.utils import linear_to_lora_layers
 

@@ -1,4 +1,4 @@
-"""The bundle for Apple-GPU apps: it opens as a model with its own adapter, and its kernels and digests are right."""
+"""The bundle for Apple-GPU apps opens as a model with its own adapter, and its kernels and digests are right."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_a_bundle_agrees_with_the_reference(family: str, tmp_path: Path) -> None
     assert found.holds(bound), found
     bare_job = job(tmp_path / "model", adapted=False)
     bare = verify.golden(bare_job, PROMPT, mps.reference(bare_job, tmp_path))
-    assert not verify.compare(bare, mps.read(made, tmp_path / "out"), bound).holds(bound)  # the adapter is not nothing
+    # The bundle is not the bare base: its adapter has an effect.
+    assert not verify.compare(bare, mps.read(made, tmp_path / "out"), bound).holds(bound)
 
 
 def test_a_four_bit_base_travels_as_it_is(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_session_opens_a_bundle_with_its_own_adapter(tmp_path: Path) -> None:
 
 @needs_a_compiler
 def test_on_an_apple_gpu_no_metal_of_a_bundle_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """True for Metal source anywhere in the folder, and whatever the manifest says about kernels."""
+    """Metal source is ignored anywhere in the folder, whatever the manifest says about kernels."""
     save_trainable(tmp_path / "model")
     folder = export(job(tmp_path / "model"), tmp_path / "out")
     for name in ("kernels/nf4.metal", "nf4.metal", "adapter/nf4.metal"):

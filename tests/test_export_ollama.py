@@ -123,12 +123,12 @@ def test_ollamas_own_bos_is_left_to_it() -> None:
 @pytest.mark.parametrize(
     "jinja",
     [
-        "{{ messages[0].content | upper }}",  # alters what is said
-        "{{ messages[-1].content }}{{ messages | length }}",  # forgets
-        LOOP + "{{ m.content + m.content }}{% endfor %}",  # says it twice
-        LOOP + "{{ m.role + loop.index | string + m.content }}{% endfor %}",  # counts
+        "{{ messages[0].content | upper }}",  # alters a message
+        "{{ messages[-1].content }}{{ messages | length }}",  # leaves out earlier messages
+        LOOP + "{{ m.content + m.content }}{% endfor %}",  # repeats a message
+        LOOP + "{{ m.role + loop.index | string + m.content }}{% endfor %}",  # numbers the messages
         "{{ raise_exception('no') }}",
-        LOOP + "{{ m.role + '{' + m.content + '}' }}{% endfor %}",  # three braces in a row are an action of nothing
+        LOOP + "{{ m.role + '{' + m.content + '}' }}{% endfor %}",  # three braces in a row, an empty action in Go
     ],
 )
 def test_a_template_of_another_form_is_left_out(jinja: str) -> None:
@@ -198,7 +198,7 @@ def test_the_demos_export(tmp_path: Path) -> None:
     import gguf
 
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    assert fields["tokenizer.ggml.add_bos_token"].contents() is False  # as its template, which writes none
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False  # the template writes no BOS either
 
 
 def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:

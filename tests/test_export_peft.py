@@ -1,4 +1,4 @@
-"""`export peft`: transformers and peft compute the same as the reference in fp32, and print nothing needless."""
+"""With `export peft`, transformers and peft compute what the reference computes in fp32, and print nothing needless."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     assert named == f"Model demo, adapter {demo_adapter.name}."
     assert base == "PEFT cannot find a base named demo: load the base from its folder, then the adapter onto it."
     assert warned.startswith("The notes it was trained on")
-    assert capfd.readouterr().err == ""  # no bars, no advice of other packages
+    assert capfd.readouterr().err == ""  # no progress bars and no advice from other packages
 
 
 def test_golden_json_holds_what_the_reference_says(demo_adapter: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_golden_json_holds_what_the_reference_says(demo_adapter: Path, tmp_path:
     values, tokens = logits.topk(verify.STORED_LOGITS)
     assert golden["top_token_ids"] == tokens.tolist()
     assert torch.allclose(torch.tensor(golden["top_logits"]), values, atol=1e-4)
-    assert tokens[prompt - 1 : -1, 0].tolist() == ids[prompt:]  # the text is the greedy one
+    assert tokens[prompt - 1 : -1, 0].tolist() == ids[prompt:]  # the text is the greedy choice
     assert (golden["target"], golden["base"]) == ("peft", open_model(DEMO).digest)
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_done_is_told_before_anything_is_written(
 
 
 def test_every_target_names_all_that_its_reader_imports() -> None:
-    """The extra must install each of them, so that none is found missing after the work is done."""
+    """The extra must install each of these packages, so that none is found missing after the work is done."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     extras, spelt = project["project"]["optional-dependencies"], {"llama_cpp": "llama-cpp-python", "mlx_lm": "mlx-lm"}
     found = {}

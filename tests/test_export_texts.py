@@ -1,4 +1,4 @@
-"""`--texts` is for the forms of an export that measure something on them, and refused for all others before any work."""
+"""`--texts` is accepted only for export forms that measure something on texts; others refuse it before any work."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_the_refusal_says_what_to_type_before_anything_is_opened(typed: list[str
 
 
 def test_texts_of_a_token_each_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody who names texts gets figures that were measured on others."""
+    """A user who names texts never gets figures that were measured on other texts."""
     (tmp_path / "a.txt").write_text("Whatever this says.")
     monkeypatch.setattr("edgetune.exporting._tokens", lambda tokenizer, text: [7])
     night, texts = str(model.parent / "night"), (str(tmp_path / "a.txt"),)

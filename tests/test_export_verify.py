@@ -119,7 +119,7 @@ def test_trying_what_rounding_does_leaves_the_reference_as_it_was(job: Job, expe
 
 
 def test_only_a_tie_may_go_either_way() -> None:
-    """Tokens may swap within twice what a correct export's logits move by, although larger differences are in bounds."""
+    """Tokens may swap if their gap is within twice a correct export's change of logits, not within the whole bound."""
     bound = Bound(max_logit=0.5, mean_logit=0.5, kl=0.5)
     logits = torch.zeros(3, 8)
     for gap, holds in ((0.19, True), (0.21, False)):
@@ -148,7 +148,7 @@ def test_every_figure_that_is_out_of_bounds_is_named() -> None:
 def test_an_amount_that_is_accepted_holds_what_it_makes_of_the_layers(
     tmp_path: Path, family: str, models: tuple[int, ...]
 ) -> None:
-    """More memory may load layers that less would stream, a dense base's as fp32: the peak stays within it either way."""
+    """With more memory, layers may be loaded (a dense base's as fp32) instead of streamed; the peak stays within it anyway."""
     if family == "dense":
         tiny.save_model(tmp_path / "dense")
     base = open_model(resolve("demo").path if family == "demo" else tmp_path / "dense")

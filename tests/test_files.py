@@ -1,4 +1,4 @@
-"""Replacing what readers look at: whole at every moment, and after a crash at any."""
+"""Readers always find a whole folder while it is replaced, and also after a crash at any moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgetune.runtime.files import atomic_folder, exchange, mend
 
 
 class Crash(BaseException):
-    """The process is gone."""
+    """Stands for the end of the process at this point."""
 
 
 def write(path: Path, text: str) -> None:
@@ -27,7 +27,7 @@ def write(path: Path, text: str) -> None:
 def test_two_folders_change_names_in_one_step(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     write(first, "1")
-    assert not exchange(first, second)  # which is not there
+    assert not exchange(first, second)  # the second does not exist
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
     write(second, "2")
     if not exchange(first, second):
@@ -88,7 +88,8 @@ def test_a_crash_while_a_folder_is_replaced_leaves_the_old_or_the_new(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", failing(lambda *_, **__: None))  # a process that is gone clears nothing up
+        # A process that has died cleans nothing up.
+        patch.setattr(files.shutil, "rmtree", failing(lambda *_, **__: None))
         if not exchanges:
             patch.setattr(files, "exchange", lambda first, second: False)
         patch.setattr(os, "rename", failing(os.rename))
@@ -96,7 +97,7 @@ def test_a_crash_while_a_folder_is_replaced_leaves_the_old_or_the_new(
         with pytest.raises(Crash):
             write(out, "new")
     if exchanges:
-        assert (out / "a").read_text() == "new"  # before anybody mends
+        assert (out / "a").read_text() == "new"  # even before mend() runs
     mend(out)
     assert (out / "a").read_text() == (out / "b").read_text()
     assert (out / "a").read_text() in ("old", "new")

@@ -58,7 +58,7 @@ def test_a_file_at_its_limit_is_read_and_one_byte_more_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("floor", ["runtime", "export"])
 def test_nothing_else_below_the_product_parses_a_file_of_json(floor: str) -> None:
-    """json.loads is called on a path's own content in json_file.py alone; elsewhere only on bytes that were checked before."""
+    """Only json_file.py calls json.loads on the content of a path; other modules call it on bytes that were checked before."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sorted((ROOT / floor).rglob("*.py"))
@@ -66,4 +66,4 @@ def test_nothing_else_below_the_product_parses_a_file_of_json(floor: str) -> Non
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load")
         if any(word in ast.unparse(node) for word in ("read_text", "read_bytes", "open("))
     ]
-    assert [place for place in found if "llamacpp.py" not in place] == []  # llamacpp.py reads our own child's answer
+    assert [place for place in found if "llamacpp.py" not in place] == []  # llamacpp.py reads its own child's answer

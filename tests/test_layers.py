@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = {
-    "runtime": ("edgetune.",),  # everything of ours but edgetune.runtime
-    "export": ("edgetune.",),  # everything but edgetune.runtime and edgetune.export
+    "runtime": ("edgetune.",),  # everything of edgetune except edgetune.runtime
+    "export": ("edgetune.",),  # everything except edgetune.runtime and edgetune.export
 }
 ALLOWED = {"runtime": ("edgetune.runtime",), "export": ("edgetune.runtime", "edgetune.export")}
 NETWORK = {"socket", "http", "urllib", "requests", "ssl", "asyncio", "ftplib", "smtplib", "xmlrpc", "socketserver"}
@@ -22,8 +22,8 @@ HEAVY = {"coremltools", "gguf", "transformers", "peft", "bitsandbytes", "mlx", "
 
 
 FIRST_USE = {"runtime/backends/cuda": "triton"}
-"""Back ends written in a heavy package: ops.py alone imports them, by name and on first use, so their own modules may name
-it at the top, as Triton's decorators need."""
+"""Back ends that are written with a heavy package. Only ops.py imports them, by name and on first use, so their modules may
+import the package at the top, as Triton's decorators need."""
 
 
 def sources(floor: str) -> list[Path]:
@@ -36,7 +36,7 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.level == 0, f"{path}: found a relative import, expected absolute imports only"
             yield node.module or ""
 
 
@@ -67,12 +67,13 @@ PREFIXES = {"runtime": "edgetune.runtime", "export": "edgetune.export", "edgetun
 
 
 def imports_within(floor: str) -> dict[str, set[str]]:
-    """Every package or module at the top of a floor, with those of the same floor that it imports, inside functions too."""
+    """Return the imports between a floor's top-level packages and modules, including imports inside functions."""
     prefix = PREFIXES[floor]
     graph: dict[str, set[str]] = {}
     for path in sources(floor):
         unit = path.relative_to(ROOT / floor).parts[0].removesuffix(".py")
-        if unit == "__init__":  # edgetune's public names, loaded on first use
+        # edgetune's __init__ loads its public names on first use.
+        if unit == "__init__":
             continue
         found = graph.setdefault(unit, set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -103,7 +104,7 @@ def test_no_two_packages_import_each_other(floor: str) -> None:
     graph, done = imports_within(floor), set[str]()
     while free := {unit for unit in graph if unit not in done and graph[unit] <= done}:
         done |= free
-    assert sorted(set(graph) - done) == [], "these import each other"
+    assert sorted(set(graph) - done) == [], "these packages or modules import each other"
 
 
 def test_nobody_imports_a_bare_floor() -> None:
@@ -122,7 +123,7 @@ def test_nf4_the_specification_imports_nothing_of_ours() -> None:
 
 
 def test_nothing_here_opens_a_socket() -> None:
-    """serve and a judge that the user names may, and neither exists yet; torchrun's processes have the test below."""
+    """Only `serve` and a judge that the user names may, and neither exists yet. torchrun's processes have the test below."""
     found = [
         f"{path.relative_to(ROOT)} imports {name}"
         for floor in ("runtime", "export", "edgetune")
@@ -194,7 +195,7 @@ def test_the_list_of_packages_is_complete() -> None:
 
 
 def test_one_nf4_table() -> None:
-    """The table's numbers stand in nf4.py and nowhere else; kernels are given it."""
+    """The table's numbers stand only in nf4.py; kernels receive the table as an argument."""
     holders = [
         str(path.relative_to(ROOT))
         for floor in ("runtime", "export", "edgetune")
@@ -217,5 +218,5 @@ for name in edgetune.__all__:
 
 
 def test_a_public_name_is_the_same_however_it_is_asked_for() -> None:
-    """No module of ours may take the name's place once it is imported; in a process where none is yet."""
+    """Importing a module must not replace a public name; the test uses a new process in which nothing is imported yet."""
     subprocess.run([sys.executable, "-c", PUBLIC], check=True)

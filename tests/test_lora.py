@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shaken(model: Llama, config: LoraConfig = CONFIG) -> Llama:
-    """The model with an adapter that does something: B is not zero any more."""
+    """Attach an adapter whose B is not zero, so that it has an effect, and return the model."""
     adapters.attach_new(model, config, seed=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in adapters.parameters(model):
@@ -56,7 +56,7 @@ def gradients(model: Llama, recompute: Recompute, one: Batch, key: int | None = 
 
 
 def peft_model(theirs: torch.nn.Module, model: Llama, folder: Path) -> torch.nn.Module:
-    """The same adapter in peft, put there through the file format."""
+    """Load the model's adapter into peft by way of the file format."""
     import peft
 
     peft_folder.save(adapters.snapshot(model, CONFIG), folder, "base")
@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_pefts(folder: Path, tmp_path: Path, recompute:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("key", [None, 12345])
 def test_recomputation_changes_no_bit(folder: Path, dtype: torch.dtype, key: int | None) -> None:
-    """Dropout included: its mask is a function of step, layer and linear, not of when it is asked for."""
+    """This includes dropout, whose mask depends on the step, layer and linear, not on the time of the call."""
     config = replace(CONFIG, dropout=0.3)
     model = shaken(load_llama(open_model(folder), dtype, quant=QuantConfig()), config)
     results = [gradients(model, recompute, row(), key) for recompute in Recompute]
@@ -114,7 +114,7 @@ def test_the_nf4_backward_equals_that_of_the_dense_weight(folder: Path) -> None:
 
 
 def test_two_rows_weigh_as_one(folder: Path) -> None:
-    """Gradient accumulation is by tokens, not by rows."""
+    """Gradient accumulation weighs by tokens, not by rows."""
     model = shaken(load_llama(open_model(folder), torch.float32))
     whole = row(60)
     together = gradients(

@@ -1,4 +1,4 @@
-"""The Metal kernels, their own source run lane by lane on the CPU (tests/metal_shim.py), against nf4.py."""
+"""The Metal kernels agree with nf4.py; their source runs lane by lane on the CPU (tests/metal_shim.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 @pytest.fixture
 def metal(mac: Machine) -> Any:
-    """The back end; importing it has compiled the kernels and proved them."""
+    """Return the Metal back end, whose import compiles the kernels and checks them."""
     module = ops.backend_for(torch.device("mps"))
     assert module.NAME == "metal"
     mac.launches.clear()
@@ -40,7 +40,7 @@ def metal(mac: Machine) -> Any:
 
 
 def inside(tensor: Tensor, ahead: int = 3) -> Tensor:
-    """The same numbers somewhere inside a larger tensor of the device: a view with a storage offset."""
+    """Copy a tensor into a larger one on the device; return the copy, a view with a storage offset."""
     larger = torch.zeros(ahead + tensor.numel(), dtype=tensor.dtype, device="mps")
     view = larger[ahead:].view(tensor.shape)
     view.copy_(tensor)
@@ -48,7 +48,7 @@ def inside(tensor: Tensor, ahead: int = 3) -> Tensor:
 
 
 def on_mps(quantized: QuantizedTensor) -> QuantizedTensor:
-    """Every part at some offset."""
+    """Move every part of a quantised tensor to the device, each as a view with a storage offset."""
     state, nested = quantized.state, quantized.state.nested
     if nested is not None:
         nested = replace(nested, absmax=inside(nested.absmax), table=inside(nested.table))
@@ -80,7 +80,8 @@ def test_every_table_of_codes_goes_by_the_same_kernel(metal: Any, quant_type: st
 
 
 def test_many_blocks_take_many_nested_ones(metal: Any) -> None:
-    quantized = nf4.quantize(torch.randn(311, 173), block_size=32)  # 1,682 blocks: seven nested, the last one short
+    # 1,682 blocks make seven nested blocks, of which the last is short.
+    quantized = nf4.quantize(torch.randn(311, 173), block_size=32)
     assert torch.equal(ops.dequantize(on_mps(quantized), torch.bfloat16).cpu(), nf4.dequantize(quantized, torch.bfloat16))
 
 

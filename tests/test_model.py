@@ -1,4 +1,4 @@
-"""One Llama for every family: logits equal transformers', in one go, step by step, and packed side by side."""
+"""One Llama class gives transformers' logits for every family: in one pass, step by step, and for packed documents."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from edgetune.runtime.model import KVCache, Llama
 from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Runner
 
-TOLERANCE = 1e-4  # absolute, fp32
-LENGTH = 75  # past every sliding window, and no multiple of anything
+# The largest absolute error allowed in fp32.
+TOLERANCE = 1e-4
+# Longer than every sliding window, and no multiple of a block size.
+LENGTH = 75
 
 
 @pytest.fixture(scope="module", params=list(tiny.FAMILIES))

@@ -1,4 +1,4 @@
-"""`edgetune models`: an answer for each find, whatever lies there; and the model that a user's words stand for."""
+"""`edgetune models` gives an answer for every model it finds, however broken, and a user's words resolve to a model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, template: bool = True, **changes: Any) -> Path:
-    """A whole model folder, with random weights."""
+    """Write a complete model folder with random weights and return it."""
     config = {**CONFIG, **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -63,7 +63,7 @@ def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, template: bool
 
 
 def cached(home: Path, id: str, revision: str = "0123456789abcdef", hub: str = ".cache/huggingface/hub") -> Path:
-    """The snapshot folder of a model in the Hugging Face cache, with refs/main pointing to it."""
+    """Return the snapshot folder of a model in the Hugging Face cache, after pointing refs/main to it."""
     entry = home / hub / ("models--" + id.replace("/", "--"))
     (entry / "refs").mkdir(parents=True, exist_ok=True)
     (entry / "refs" / "main").write_text(revision)
@@ -71,7 +71,7 @@ def cached(home: Path, id: str, revision: str = "0123456789abcdef", hub: str = "
 
 
 def ollama(home: Path, name: str, model: bool = True, root: str = ".ollama/models", **about: Any) -> None:
-    """A model as `ollama pull` leaves it."""
+    """Write the files that `ollama pull` leaves for a model."""
     digests = [hashlib.sha256(f"{name} {kind}".encode()).hexdigest() for kind in ("weights", "settings")]
     blobs = home / root / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def test_a_large_dense_folder_comes_with_the_command(home: Path, monkeypatch: py
     found = only(scan())
     assert found.status == "convert"
     assert "edgetune quantize Large/Llama DEST" in found.reason
-    assert resolve("Large/Llama").name == "Large/Llama"  # named, it is used all the same
+    assert resolve("Large/Llama").name == "Large/Llama"  # a model that is named is used anyway
 
 
 def test_a_model_that_does_not_fit_says_what_it_needs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,8 @@ def test_a_model_that_does_not_fit_says_what_it_needs(home: Path, monkeypatch: p
 def test_what_models_says_of_memory_is_what_plan_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model(cached(home, "Tiny/Llama"))
     plan = forecast(TrainConfig(model=str(folder), device=pick_device("auto").type))
-    growth = 50_000_000  # the process itself counts, and may have grown between the two
+    # The process itself counts, and may have grown between the two calls.
+    growth = 50_000_000
     for room, fits in ((plan.least_memory_bytes + growth, True), (plan.least_memory_bytes - growth, False)):
         monkeypatch.setattr(models, "memory_allowed", lambda *_, room=room: room)
         assert only(scan()).fits == fits
@@ -166,7 +167,7 @@ def test_the_revision_is_the_one_refs_main_names(home: Path) -> None:
 
 
 def test_a_snapshot_of_links_into_blobs_is_read(home: Path) -> None:
-    """huggingface_hub keeps the files in blobs/ and links to them."""
+    """huggingface_hub keeps the files in blobs/ and links to them from the snapshot."""
     snapshot = make_model(cached(home, "Tiny/Llama"))
     blobs = snapshot.parent.parent / "blobs"
     blobs.mkdir()

@@ -1,5 +1,7 @@
-"""Everything that runs on `--device mps`, driven on tests/fake_mps.py: a device that refuses what Metal refuses and runs the
-Metal kernels' source, and on which the engine must give what plain torch gives on the CPU."""
+"""Everything that `--device mps` runs gives what plain torch gives on the CPU.
+
+The device is tests/fake_mps.py, which refuses what Metal refuses and runs the Metal kernels' source.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +51,14 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     with fake_mps(monkeypatch) as machine:
-        assert ops.backend_for(MPS).NAME == "metal"  # compiled and proved
+        assert ops.backend_for(MPS).NAME == "metal"  # this compiles and checks the kernels
         machine.launches.clear()
         yield machine
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Quantised models of several families."""
+    """Write quantised models of several families; return their folders by family, and a dense model's as `dense`."""
     root, found = tmp_path_factory.mktemp("models"), {}
     for family in ("llama-2-grouped", "llama-3.2-tied-scaled", "qwen2.5-window", "qwen3"):
         tiny.save_model(root / f"{family}-dense", family, num_hidden_layers=LAYERS)
@@ -71,7 +73,7 @@ def opened(folder: Path, where: torch.device, dtype: torch.dtype = torch.float32
 
 
 def row(seed: int) -> Batch:
-    """Two documents in a row; the first tokens of each are context."""
+    """Return a row of two documents whose first tokens are context."""
     ids = torch.randint(3, 128, (LENGTH + 1,), generator=torch.Generator().manual_seed(seed))
     weights = torch.full((LENGTH,), 1 / LENGTH)
     weights[:4] = weights[20:24] = 0
@@ -80,7 +82,7 @@ def row(seed: int) -> Batch:
 
 
 def learnt(model: Llama, runner: Runner, dropout: float = 0.1, **optimizer: Any) -> list[torch.Tensor]:
-    """Losses of two steps, nats of a row never trained on, and the adapter, all on the CPU."""
+    """Train two steps; return their losses, the loss on a row never trained on (nats) and the adapter, all on the CPU."""
     adapters.attach_new(model, LoraConfig(rank=4, alpha=8, dropout=dropout), seed=1)
     adam = PagedAdamW(adapters.parameters(model), **optimizer)
     found = []
@@ -92,7 +94,7 @@ def learnt(model: Llama, runner: Runner, dropout: float = 0.1, **optimizer: Any)
 
 
 def expected(folder: Path, dtype: torch.dtype = torch.float32, how: Any = None, **optimizer: Any) -> list[torch.Tensor]:
-    """The same by plain torch on the CPU."""
+    """Return what `learnt` gives with plain torch on the CPU."""
     with ops.use_backend("reference"):
         model = opened(folder, CPU, dtype)
         return learnt(model, how(model) if how else Runner(model), **optimizer)
@@ -170,7 +172,7 @@ def test_optimizer_states_in_8_bits_and_in_host_memory(mac: Machine, folders: di
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_an_optimizers_step_copies_nothing_to_the_device(mac: Machine, bits: int) -> None:
-    """Each copy would have everything that is queued waited for."""
+    """Each copy would wait for all work that is queued."""
     optimizer = PagedAdamW([torch.ones(70, 1024, device="mps")], bits=bits)
     for _ in range(2):
         mac.mode.sent = 0
@@ -180,7 +182,7 @@ def test_an_optimizers_step_copies_nothing_to_the_device(mac: Machine, bits: int
 
 
 def test_a_row_costs_six_copies_to_the_device_however_many_layers(mac: Machine, folders: dict[str, Path]) -> None:
-    """Its ids, targets, weights and positions, and the angles' two tables."""
+    """The copies are the ids, targets, weights and positions, and the two tables of rotation angles."""
     model = opened(folders["llama-2-grouped"], MPS)
     adapters.attach_new(model, LoraConfig(rank=4, alpha=8), seed=1)
     runner = Runner(model)
@@ -249,7 +251,7 @@ def run(folder: Path, notes: Path, **changes: Any) -> list[Event]:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A model that trains in a moment, and notes."""
+    """Write a model that trains in a moment, and notes; return their folders."""
     tiny.save_trainable(tmp_path / "model")
     (tmp_path / "notes").mkdir()
     for number in range(24):
@@ -268,7 +270,8 @@ def test_a_run_on_auto_goes_to_the_apple_gpu_and_learns(mac: Machine, small: tup
     assert end.heldout_bits_per_byte_after is not None
     assert end.heldout_bits_per_byte_after < end.heldout_bits_per_byte_before
     assert len([event for event in events if isinstance(event, Sampled)]) == 2
-    assert mac.asked.count("empty_cache") == 9  # around each of three readings, after the texts of either end, and at the end
+    # The cache is emptied around each of three evaluations, after the samples before and after training, and at the end.
+    assert mac.asked.count("empty_cache") == 9
     assert {name for name, *_ in mac.launches} >= {"dequantize_nested", "matvec_nested"}
     same_run = run(*small, device="cpu", out=str(tmp_path / "cpu"))
     losses = [[event.loss for event in one if isinstance(event, Stepped)] for one in (events, same_run)]
@@ -320,7 +323,7 @@ def test_a_run_without_kernels_is_plain_torch(
 
 
 def test_every_op_of_a_run_has_a_kernel_on_mps(mac: Machine, small: tuple[Path, Path]) -> None:
-    """torch's own table of ops says which have one; any other would fail on a Mac, or go through the CPU."""
+    """torch's own table of ops lists the kernels; an op without one would fail on a Mac, or run on the CPU."""
     run(*small, dropout=0.1)
     table, missing = mps_table(), []
     for op in mac.mode.ops:

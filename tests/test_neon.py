@@ -30,7 +30,7 @@ def tool(*names: str) -> str:
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library and harness.cpp as one static ARM program."""
+    """Compile the library and harness.cpp into one static ARM program and return its path."""
     compiler, folder = tool(COMPILER), tmp_path_factory.mktemp("neon")
     spec = importlib.util.spec_from_file_location("build_kernels", KERNELS / "build.py")
     build = importlib.util.module_from_spec(spec)
@@ -59,7 +59,6 @@ def test_the_arm_kernels_pass(harness: Path, isa: str, suite: str) -> None:
         "EDGETUNE_HARNESS": str(harness),
         "EDGETUNE_QEMU": tool("qemu-aarch64-static", "qemu-aarch64"),
     }
-    # parameters stand in brackets: [neon] and [neon-...], but not neon_i8mm for neon
     result = subprocess.run(
         [
             sys.executable,

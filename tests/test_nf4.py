@@ -1,4 +1,4 @@
-"""NF4: our plain-torch specification against bitsandbytes' `default` torch back end, and against its own arithmetic."""
+"""The plain-torch specification of NF4 agrees with bitsandbytes' `default` torch back end and keeps its own error bounds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ seeds = st.integers(0, 2**31)
 
 
 def default_kernel(name):
-    """bitsandbytes' plain torch implementation of an op, which its C++ kernels hide on a CPU."""
-    kernel = torch.library.get_kernel(f"bitsandbytes::{name}", "XPU")  # no such card: resolves to the `default` kernel
+    """Return bitsandbytes' plain torch implementation of an op, which its C++ kernels hide on a CPU."""
+    # There is no XPU here, so this resolves to the `default` kernel.
+    kernel = torch.library.get_kernel(f"bitsandbytes::{name}", "XPU")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
     def call(*arguments):
@@ -47,7 +48,7 @@ def make(shape, kind, dtype, seed):
     elif kind == "denormal":
         weight *= 1e-40
     elif kind == "huge":
-        weight *= 1e4  # inside fp16
+        weight *= 1e4  # still within fp16's range
     elif kind == "zero blocks":
         weight.view(-1)[: weight.numel() // 64 * 64] = 0
     elif kind == "one value":
@@ -126,10 +127,12 @@ def test_round_trip_error_is_at_most_half_the_widest_gap(shape, kind, dtype, qua
     absmax = plain.state.absmax
     bound = absmax * widest
     if double_quant:
-        top_gap = 0.00703126  # the dynamic map ends at -0.9929688: half its widest gap is as much
+        # The dynamic map ends at -0.9929688; half of its widest gap is as large as the distance to -1.
+        top_gap = 0.00703126
         nested = quantized.state.nested
         bound = bound + nested.absmax.repeat_interleave(256)[: len(absmax)] * top_gap
-    bound = bound * (1 + 1e-5) + (absmax + absmax.mean()) * 1e-6 + 1e-38  # fp32 rounding; below 1e-38 all becomes zero
+    # Allow for rounding in fp32, and for numbers below 1e-38, which become zero.
+    bound = bound * (1 + 1e-5) + (absmax + absmax.mean()) * 1e-6 + 1e-38
     error = (nf4.dequantize(quantized) - weight).abs().view(-1)
     assert (error <= bound.repeat_interleave(64)[: error.numel()]).all()
 
@@ -139,7 +142,7 @@ def test_round_trip_error_is_at_most_half_the_widest_gap(shape, kind, dtype, qua
 def test_values_on_the_grid_come_back_exactly(shape, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, shape, generator=generator)
-    codes.view(-1)[::64] = 15  # each block has its absmax
+    codes.view(-1)[::64] = 15  # code 15 is 1.0, so every block's absmax is 1
     weight = nf4.NF4_TABLE[codes]
     assert torch.equal(nf4.dequantize(nf4.quantize(weight, double_quant=False)), weight)
 
@@ -210,7 +213,8 @@ def test_comparison_tables_are_those_of_bitsandbytes():
     assert torch.equal(nf4.code_table("fp4"), bnb_functional.get_4bit_type("fp4", device="cpu"))
     e3m0 = bnb_functional.create_fp8_map(signed=True, exponent_bits=3, precision_bits=0, total_bits=4)
     assert torch.equal(nf4.code_table("fp4_e3m0").unique(), e3m0.unique())
-    int4 = torch.arange(-7, 8) / 7  # its get_4bit_type("int4") divides an integer tensor in place and raises
+    # bitsandbytes' get_4bit_type("int4") raises, because it divides an integer tensor in place.
+    int4 = torch.arange(-7, 8) / 7
     assert torch.equal(nf4.code_table("int4").unique(), int4)
 
 
@@ -220,7 +224,7 @@ def test_double_quantisation_costs_4_127_bits_a_parameter():
 
 
 def test_on_normal_weights_the_error_grows_from_nf4_over_int4_and_fp4_to_e3m0():
-    """Mean square error per weight. The paper orders by perplexity of real models, where Int4 fares worst."""
+    """Compares mean square errors per weight. The paper compares perplexities of real models, where Int4 is worst."""
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
 
     def error(quant_type, double_quant=False):

@@ -1,4 +1,4 @@
-"""Folders whose head is in 4 bits too, ours and bitsandbytes': they open, train, write, and every export honours them."""
+"""Folders whose head is also in 4 bits, by edgetune or bitsandbytes, open, train and generate; exports keep the head."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEAD = "lm_head.weight"
 
 
 def source(folder: Path) -> Path:
-    """A tiny dense model with the demo's tokenizer; every row is whole blocks."""
+    """Write a tiny dense model with the demo's tokenizer, whose rows are all whole blocks; return its folder."""
     demo = resolve(DEMO).path
     save_model(folder, intermediate_size=128, vocab_size=open_model(demo).config.vocab_size)
     for name in ("tokenizer.model", "tokenizer_config.json"):
@@ -50,7 +50,7 @@ def test_the_head_becomes_what_a_linear_becomes(base: Checkpoint, tmp_path: Path
     expected = nf4.quantize(dense, double_quant=True)
     assert torch.equal(nf4.dequantize(head, torch.float32), nf4.dequantize(expected, torch.float32))
     plain = quantize_folder(tmp_path / "dense", tmp_path / "plain")
-    assert plain.bytes - base.nbytes > dense.numel()  # 16 bits of a weight became 4.127
+    assert plain.bytes - base.nbytes > dense.numel()  # 16 bits per weight became 4.127
 
 
 def test_a_folder_cut_at_one_form_is_not_continued_in_the_other(tmp_path: Path) -> None:
@@ -121,7 +121,8 @@ def test_an_export_of_it_gives_the_models_logits(
 ) -> None:
     for package in packages:
         pytest.importorskip(package)
-    job = job_for(base, random_adapter(base.config), weights, force=True)  # what rounding leaves of noise is of no account
+    # The adapter is noise, so it does not matter how much of it rounding keeps: force the export.
+    job = job_for(base, random_adapter(base.config), weights, force=True)
     _, found = write_and_compare(name, job, tmp_path / "out")
     assert found.holds(verify.BOUNDS[name, weights])
     assert found.greedy_match

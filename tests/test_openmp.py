@@ -1,4 +1,4 @@
-"""The kernels and torch share one OpenMP runtime, and torch's number of threads rules both."""
+"""The kernels and torch share one OpenMP runtime, and torch's number of threads applies to both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ x = torch.ones(512, 512, dtype=torch.bfloat16)
 
 
 def run(code: str) -> list[str]:
-    """Lines that the code prints in a fresh Python."""
+    """Run the code in a new Python process and return the lines that it prints."""
     command = [sys.executable, "-c", SETUP + code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -82,7 +82,7 @@ print(before, tasks(), *teams or "-")
 """
     before, after, team = run(code)[0].split()
     assert before == after
-    assert team == "-"  # none is asked for
+    assert team == "-"  # the kernel asks for no team of threads
 
 
 def test_kernels_need_no_openmp_runtime() -> None:

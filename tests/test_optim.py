@@ -1,4 +1,4 @@
-"""PagedAdamW: 32 bits are torch's AdamW, 8 bits are bitsandbytes', and where the states lie changes no bit."""
+"""PagedAdamW equals torch's AdamW with 32 bits and bitsandbytes' with 8 bits, and paging its states changes no bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from edgetune.runtime.memory import anonymous_memory
 from edgetune.runtime.nf4 import dynamic_map
 from edgetune.runtime.optim import HOST, PagedAdamW
 
-SIZES = ((1,), (300,), (4095,), (64, 64), (16, 313), (70001,))  # 8-bit from 4,096 on; odd tails, more than one chunk
+# States are in 8 bits from 4,096 numbers on. The sizes include odd tails and one of more than one chunk.
+SIZES = ((1,), (300,), (4095,), (64, 64), (16, 313), (70001,))
 
 
 def parameters(sizes: Sequence[tuple[int, ...]] = SIZES) -> list[torch.Tensor]:
@@ -58,7 +59,7 @@ def test_32_bits_are_torchs_adamw(fused: bool, weight_decay: float) -> None:
 
 @pytest.mark.parametrize("steps", [1, 20])
 def test_8_bits_are_bitsandbytes_adamw8bit(steps: int) -> None:
-    """Same moments, same moves, small tensors 32-bit in both; a code in thirty may fall on the other side of a boundary."""
+    """Moments and updates agree, and both keep small tensors in 32 bits; one code in thirty may round to the other side."""
     import bitsandbytes
 
     ours, theirs = parameters(), parameters()
@@ -90,7 +91,7 @@ def test_8_bits_are_bitsandbytes_adamw8bit(steps: int) -> None:
 
 
 def test_8_bits_move_like_32_where_gradients_differ_by_orders_of_magnitude() -> None:
-    """A second moment that rounded to zero would throw its weight away."""
+    """A second moment that was rounded to zero would throw its weight far away."""
     moved = []
     for bits in (8, 32):
         optimizer = PagedAdamW(parameters(((64, 256),)), bits=bits)
@@ -123,7 +124,8 @@ def test_paging_changes_no_bit(bits: int, where: str, tmp_path: Path) -> None:
         assert torch.equal(a, b)
     wanted = resident.state()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in paged.state().items())
-    assert list(tmp_path.iterdir()) == []  # the file has no name: nothing is left behind, whatever happens
+    # The file has no name, so nothing is left behind, whatever happens.
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("bits", [8, 32])
@@ -177,7 +179,7 @@ def test_what_it_cannot_train_is_refused() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
 def test_states_in_a_file_take_no_memory_but_one_parameters(tmp_path: Path) -> None:
-    large = [torch.nn.Parameter(torch.zeros(256 * 1024)) for _ in range(64)]  # 64 MB, states 128 MB
+    large = [torch.nn.Parameter(torch.zeros(256 * 1024)) for _ in range(64)]  # 64 MB, and their states 128 MB
     set_gradients(large[:1], 0)
     for parameter in large:
         parameter.grad = large[0].grad

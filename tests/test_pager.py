@@ -1,4 +1,4 @@
-"""Streaming and offload: a model that is never whole in memory learns and writes the same bits as one that is."""
+"""With streaming and offload, a model that is never whole in memory learns and writes the same bits as one that is."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model as edgetune writes it (with and without double quantisation), as transformers does, whole and in shards."""
+    """Write one model as transformers does and as edgetune does, whole, in shards and without double quantisation."""
     root = tmp_path_factory.mktemp("models")
     model = tiny.save_model(root / "dense", num_hidden_layers=LAYERS)
     model.save_pretrained(root / "shards", max_shard_size="100KB")
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def layer_bytes(checkpoint: Checkpoint) -> int:
-    """The linears of one layer, padded as they are in a slot."""
+    """Return the size in bytes of one layer's linears, padded as they are in a slot."""
     sizes = [t.nbytes for n, t in checkpoint.stored.items() if ".layers.0." in n and n.endswith(("_proj.weight", ".absmax"))]
     return sum(-(-size // 64) * 64 for size in sizes if size)
 
@@ -68,7 +68,7 @@ def row(seed: int, length: int = 50) -> Batch:
 
 
 def trained(model: Llama, runner: Runner, pages: Path | None = None) -> list[torch.Tensor]:
-    """The adapter after four steps, and the losses."""
+    """Train four steps; return their losses, the loss on another row and the adapter."""
     adapters.attach_new(model, LORA, seed=1)
     optimizer = PagedAdamW(adapters.parameters(model), pages=pages)
     losses = []
@@ -161,11 +161,11 @@ def test_offload_needs_full_recomputation(folders: dict[str, Path], tmp_path: Pa
         Runner(opened(folders["nf4"], None), Recompute.NONE, offload=tmp_path)
 
 
-# ---- the ring itself, on a device that checks what is done to it ----
+# ---- the ring itself, on a device that checks how it is used ----
 
 
 class CheckedSlots(HostSlots):
-    """Counts what is filled, and fails where a slot is written to while in use or used before it is filled."""
+    """Records each layer that is filled in, and fails if a slot is written to while in use or used before it is filled."""
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(nbytes)
@@ -194,7 +194,7 @@ class CheckedSlots(HostSlots):
 
 
 def ring(patch: pytest.MonkeyPatch, tmp_path: Path, count: int, in_memory: int) -> tuple[Streamer, CheckedSlots, list[Linear]]:
-    """Layers of one linear whose bytes are the layer's number."""
+    """Make a ring over `count` layers of one linear each, whose bytes all equal the layer's number."""
     path = tmp_path / "weights"
     path.write_bytes(b"".join(bytes([number]) * 64 for number in range(count)))
     linears = [Linear(torch.zeros(8, 8, dtype=torch.uint8)) for _ in range(count)]
@@ -265,7 +265,7 @@ def test_the_fewest_layers_are_streamed(memory: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
 def test_weights_take_no_more_than_they_were_given(tmp_path: Path) -> None:
-    """A model of 60 MB of linears runs in 12 MB of them."""
+    """A model whose linears take 60 MB runs with 12 MB for them."""
     tiny.save_model(tmp_path / "dense", hidden_size=512, intermediate_size=1536, num_hidden_layers=40)
     quantize_folder(tmp_path / "dense", tmp_path / "nf4")
     checkpoint = open_model(tmp_path / "nf4")
@@ -281,7 +281,7 @@ def test_weights_take_no_more_than_they_were_given(tmp_path: Path) -> None:
 
 
 class _Stream:
-    """A queue of work, which runs when it must or, where it is `eager`, as soon as it may."""
+    """Imitates a CUDA stream: its work runs as late as allowed or, if `eager`, as early as allowed."""
 
     def __init__(self, eager: bool) -> None:
         self.eager, self.done = eager, 0
@@ -327,7 +327,7 @@ class _Event:
 
 @pytest.mark.parametrize("hasty", ["copies", "computing", "neither"])
 def test_a_cards_ring_waits_for_whatever_order_its_streams_run_in(monkeypatch: pytest.MonkeyPatch, hasty: str) -> None:
-    """Streams that are late, or early, wherever they are not told to wait; slots of memory that someone still reads."""
+    """Streams run late or early wherever they need not wait, and the slots' memory is still being read by earlier work."""
     compute, copies = _Stream(hasty == "computing"), _Stream(hasty == "copies")
     memory, current, recorded, seen = [torch.full((4,), 99, dtype=torch.uint8) for _ in range(2)], [compute], [], []
     for former in memory:

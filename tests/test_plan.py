@@ -1,4 +1,4 @@
-"""The planner: the fastest setting that fits, a refusal with the least that would, and what was predicted is kept to."""
+"""The planner picks the fastest setting that fits, names the least memory if none does, and runs keep to its prediction."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from edgetune.runtime.runner import Recompute
 BF16, PROCESS, DATA = torch.bfloat16, 200_000_000, DataConfig(seq_len=512, batch_tokens=2048)
 LORA = LoraConfig(16, 16.0)
 NOTES = Path(__file__).parent.parent / "examples" / "notes"
-PAPER = {"llama-7b": 6.9e9, "llama-13b": 11.3e9, "llama-33b": 24.7e9, "llama-65b": 45.0e9}  # arXiv 2305.14314, figure 6
+# Total memory in bytes, from figure 6 of arXiv 2305.14314 (QLoRA).
+PAPER = {"llama-7b": 6.9e9, "llama-13b": 11.3e9, "llama-33b": 24.7e9, "llama-65b": 45.0e9}
 
 
 def chosen(shape: str, memory: int, mapped: bool = True) -> planner.Choice | None:
@@ -74,7 +75,7 @@ def test_7b_trains_in_2_gb_by_streaming_but_not_where_it_would_first_have_to_be_
 
 
 def test_optimizer_states_have_8_bits_only_where_nothing_else_fits() -> None:
-    """A high rank: with 32-bit states in a file, one parameter's are still more than the codes of one."""
+    """Uses a high rank: even with states in a file, one parameter's take more memory in 32 bits than in 8."""
     config, lora = SHAPES["llama-7b"], LoraConfig(256, 16.0)
     stored = Stored.nf4(config)
 
@@ -123,7 +124,7 @@ def test_the_parts_are_what_the_setting_says() -> None:
 
 @pytest.mark.parametrize("shape", PAPER)
 def test_the_papers_totals_come_out(shape: str) -> None:
-    """r64 on all linears, one sequence of 512 with gradient checkpointing, states paged, on a card."""
+    """Uses rank 64 on all linears, one sequence of 512 tokens, gradient checkpointing and paged states, on a GPU."""
     config = SHAPES[shape]
     lora = LoraConfig(64, 16.0, 0.1, LINEARS, False)
     setting = Setting(512, Recompute.FULL, paged_optimizer=True, compact=True)
@@ -213,4 +214,5 @@ def test_an_adapter_to_go_on_from_is_forecast_in_its_own_shape(tmp_path: Path) -
 def test_what_a_model_needs_to_be_trained_is_the_least_that_plan_names() -> None:
     train = TrainConfig(model="demo", device="cpu")
     needed = planner.least_memory_to_train(open_model(resolve("demo").path), train)
-    assert needed == pytest.approx(forecast(train).least_memory_bytes, abs=20_000_000)  # this process may have grown
+    # This process counts too, and may have grown between the two calls.
+    assert needed == pytest.approx(forecast(train).least_memory_bytes, abs=20_000_000)

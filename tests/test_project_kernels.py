@@ -1,4 +1,4 @@
-"""The fused linears with adapters are dense products with dequantize's weights, each sum rounded once, forward and backward."""
+"""The fused linears with adapters equal dense products with dequantised weights, forward and backward."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError,
 project = importlib.import_module("edgetune.runtime.backends.cpu.project")
 
 BF16 = torch.bfloat16
-TOLERANCE = 5e-3  # of a tensor's norm: one rounding to bf16 is 1.7e-3, and adapters round twice more
-INT8_ERROR = 0.02  # of a product with numbers like these in steps of a row's largest / 127: about 1% each side
+# The largest error allowed, as a fraction of a tensor's norm. One rounding to bf16 gives 1.7e-3, and adapters round twice more.
+TOLERANCE = 5e-3
+# The largest error of an int8 product, as a fraction of its norm. Rounding rows to 127 steps costs about 1% on each side.
+INT8_ERROR = 0.02
 ROWS = [1, 7, 32, 100, 513, 1100]
-SHAPES = {  # inputs, outputs of each linear, rank of each (0: none), block size, double quantised
+# Each case is (inputs, outputs of each linear, rank of each (0: no adapter), block size, double quantisation).
+SHAPES = {
     "one strip": (64, (32,), (16,), 64, True),
     "no adapter": (320, (96, 32), (0, 0), 64, True),
     "three, several depths": (832, (352, 64, 64), (16, 16, 16), 64, True),
@@ -41,7 +44,7 @@ needs_amx = pytest.mark.skipif("amx" not in cpu.isas(), reason="this machine has
 
 
 def adapted(case: str, dropout: float = 0.0) -> tuple[list[Adapted], list[Tensor]]:
-    """Linears that share their input, and their dequantised bf16 weights in f32."""
+    """Return linears that share their input, and their weights dequantised to bf16 and stored as fp32."""
     inputs, outputs, ranks, block_size, double_quant = (SHAPES | SHAPES_IN_INT8)[case]
     generator = torch.Generator().manual_seed(inputs)
     linears, dense = [], []
@@ -118,7 +121,7 @@ def test_forward_and_backward_are_the_dense_products(rows: int, case: str, dropo
 
 
 def steps(matrix: Tensor) -> Tensor:
-    """Each row rounded to 127 steps on either side of 0."""
+    """Round each row to 127 steps on either side of 0."""
     scale = matrix.abs().amax(1, keepdim=True) / 127
     return torch.where(scale > 0, (matrix / scale).round() * scale, matrix)
 
@@ -170,7 +173,7 @@ def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16() -> None
 
 @needs_amx
 def test_rows_of_zeros_hide_no_outliers() -> None:
-    """What pads a batch, and what is not trained, has no gradient: it says nothing about the rows that have one."""
+    """Padding and untrained tokens have zero gradients, which must not hide outliers in the rows that have gradients."""
     linears, dense = adapted("in eights")
     x, dy = numbers(256, dense[0].shape[1]), numbers(256, sum(len(weight) for weight in dense), seed=1)
     dy[:, 7] = 200.0
@@ -184,12 +187,12 @@ def test_rows_of_zeros_hide_no_outliers() -> None:
 
 @needs_amx
 def test_a_weight_with_a_number_that_is_none_gives_none_in_int8_too() -> None:
-    """A damaged absmax must be seen, and one that double quantisation left below 0 must not be taken for none."""
+    """A NaN absmax must give NaN, and an absmax that double quantisation left below 0 must not be taken for a damaged one."""
     linears, dense = adapted("in eights, no adapter")
     state = dataclasses.replace(linears[0].weight.state, absmax=linears[0].weight.state.absmax.clone())
     damaged = Adapted(dataclasses.replace(linears[0].weight, state=state))
     x, y = numbers(100, dense[0].shape[1]), torch.empty(100, len(dense[0]), dtype=BF16)
-    state.absmax[3] = float("nan")  # of row 1: rows have three blocks
+    state.absmax[3] = float("nan")  # in row 1, as rows have three blocks
     assert cpu.project(x, [damaged], y, int8=True) is not None
     assert y[:, 1].isnan().all()
     assert y[:, 0].isfinite().all()
@@ -234,7 +237,8 @@ def test_without_a_result_the_same_is_kept_for_the_backward() -> None:
 def test_column_slices_are_read_and_written_in_place(rows: int) -> None:
     linears, dense = adapted("three, several depths")
     inputs, outputs = dense[0].shape[1], sum(len(weight) for weight in dense)
-    left, right = 33, 5  # columns of others on either side, at odd places
+    # Other columns lie on either side, so that the slice begins and ends at odd places.
+    left, right = 33, 5
     x = numbers(rows, left + inputs + right)[:, left : left + inputs]
     whole = torch.full((rows, left + outputs + right), 3.0, dtype=BF16)
     y = whole[:, left : left + outputs]

@@ -1,4 +1,4 @@
-"""`quantize_folder`: what we write, transformers and bitsandbytes open; a cut run ends as an uncut one."""
+"""transformers and bitsandbytes open what `quantize_folder` writes, and an interrupted run ends like any other."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def content(folder):
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
+    """Stands for a SIGKILL, which nothing catches."""
 
 
 def kill_after(tensors):
-    """A progress callback that ends the run once so many tensors are done."""
+    """Return a progress callback that ends the run after the given number of tensors."""
     count = iter(range(1, 1000))
 
     def progress(done, total):
@@ -62,7 +62,7 @@ def kill_after(tensors):
     return progress
 
 
-# ---- the oracles
+# ---- comparison with transformers and bitsandbytes
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -80,15 +80,17 @@ def test_transformers_with_bitsandbytes_opens_ours_and_gives_the_logits_of_our_w
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         expected = ours(ids).logits
-        exact = theirs.train()(ids).logits  # in training mode bitsandbytes dequantises to fp32 and multiplies
-        rounded = theirs.eval()(ids).logits  # else its kernel for this CPU may round activations and absmax to bf16
+        # In training mode bitsandbytes dequantises to fp32 and multiplies.
+        exact = theirs.train()(ids).logits
+        # In evaluation mode its kernel for this CPU may round activations and absmax to bf16.
+        rounded = theirs.eval()(ids).logits
     assert expected.std() > 0.05
     assert (expected - exact).abs().max() < 1e-5
     assert (expected - rounded).abs().max() < 0.01
 
 
 def compute_in_fp32(model):
-    """transformers loads the dense parameters of a 4-bit model as bf16, whatever dtype is asked for."""
+    """Convert a model to fp32, since transformers always loads a 4-bit model's dense parameters as bf16."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
@@ -98,7 +100,7 @@ def compute_in_fp32(model):
 
 
 def test_weights_are_the_specifications_own(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgetune.runtime.quantize._BLOCK_SIZE", 128)  # as other writers of the layout may choose
+    monkeypatch.setattr("edgetune.runtime.quantize._BLOCK_SIZE", 128)  # other writers of the layout may choose it
     quantize_folder(source, tmp_path / "four")
     original, checkpoint = load_file(source / "model.safetensors"), open_model(tmp_path / "four")
     assert checkpoint.quant.block_size == 128
@@ -142,7 +144,7 @@ def test_a_folder_that_bitsandbytes_wrote_opens_and_dequantises_equal(source, tm
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_folder_that_bitsandbytes_saved_after_running_it_opens_but_for_its_rounded_absmax(source, tmp_path, double_quant):
-    """Where the CPU has AVX-512 BF16 it saves absmax rounded to bf16, and turned when not doubly quantised."""
+    """On a CPU with AVX-512 BF16, bitsandbytes saves absmax rounded to bf16, and transposed without double quantisation."""
     model = load_4bit(source, double_quant).eval()
     with torch.no_grad():
         model(torch.arange(4)[None])
@@ -204,7 +206,7 @@ def test_progress_begins_at_nothing_and_ends_at_the_whole(source, tmp_path):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-# ---- cut, full, wrong
+# ---- interrupted runs, full disks, wrong arguments
 
 
 @pytest.mark.parametrize("tensors", [1, 14, 30])
@@ -219,7 +221,8 @@ def test_a_killed_run_is_continued_and_ends_byte_identical(source, tmp_path, ten
     monkeypatch.setattr(nf4, "quantize", lambda *arguments, **named: made.append(1) or quantize(*arguments, **named))
     quantize_folder(source, dest, shard_bytes=40_000)
     assert content(dest) == whole
-    assert len(made) == {1: 21, 14: 14, 30: 0}[tensors]  # seven linears a layer; finished shards are not made again
+    # Each layer has seven linears. Finished shards are not quantised again.
+    assert len(made) == {1: 21, 14: 14, 30: 0}[tensors]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "source", "whole"]
 
 
@@ -293,6 +296,6 @@ def test_the_demo_is_a_4bit_folder_of_at_most_13_megabytes_with_card_and_tokeniz
     }
     checkpoint = open_model(demo)
     assert checkpoint.quant.double_quant
-    assert checkpoint.config.parameters + 17 * 384 == 15_735_168  # the norms beside
+    assert checkpoint.config.parameters + 17 * 384 == 15_735_168  # the second term counts the norms
     weight = nf4.dequantize(checkpoint.tensor("model.layers.7.mlp.down_proj.weight"), torch.float32)
     assert 0.01 < weight.std() < 1

@@ -1,4 +1,4 @@
-"""The report: one page that loads nothing, runs nothing, escapes everything and shows the run as it counts."""
+"""The report is one page that loads nothing, runs no scripts, escapes all text and shows the run's figures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def whole_run() -> list[Event]:
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see: tags with attributes, text, and whether every tag is closed in order."""
+    """Parses a page into its tags with attributes and its text, and checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

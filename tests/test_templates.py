@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and a hostile one costs a moment and one sentence."""
+"""Chat templates render as transformers renders them, and a hostile one is soon refused in one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgetune.runtime.templates import TEMPLATE_BYTES, ChatTemplate
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
 
-# Short equivalents of the well-known ones.
+# Short equivalents of well-known templates.
 LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}
 {%- set system = messages[0]['content'] %}
 {%- else %}{% set rest = messages %}{% set system = false %}{% endif %}
@@ -91,7 +91,7 @@ def test_renders_as_transformers_does(family: str, chat: list[dict[str, str]], p
 
 
 def failure(source: str, content: str = "a secret of mine", role: str = "user") -> str:
-    """The sentence a template fails with; asserts that it is one, names the file and tells nothing of the message."""
+    """Return the sentence a template fails with; check that it is one, names the file and reveals nothing of the chat."""
     with pytest.raises(TokenizerError) as caught:
         ChatTemplate(source, "model/tokenizer_config.json").render([{"role": role, "content": content}])
     sentence = str(caught.value)
@@ -160,7 +160,8 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_on_the_machine_costs_a_moment(attack: str) -> None:
-    begun = time.thread_time()  # this thread's work, so that a busy machine proves nothing
+    # Only this thread's time counts, so that a busy machine does not fail the test.
+    begun = time.thread_time()
     failure(ATTACKS[attack])
     assert time.thread_time() - begun < 2
 

@@ -1,4 +1,4 @@
-"""Ids are transformers' ids; no text becomes a control token; a stream is the whole, piece by piece."""
+"""Token ids equal transformers', no text becomes a control token, and streamed pieces join to the whole text."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ LLAMA2_CHAT = (
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """`name=value` becomes name.json."""
+    """Write each `name=value` as name.json in the folder, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -80,7 +80,7 @@ def write(folder: Path, **files: Any) -> Path:
 
 
 def byte_level(folder: Path, special: list[str], plain: list[str], pattern: str | None, nfc: bool) -> Path:
-    """A byte-level BPE in `folder`, as Llama 3 and Qwen have."""
+    """Train a byte-level BPE like those of Llama 3 and Qwen, and save it in `folder`."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
     made = tokenizers.Tokenizer(models.BPE(ignore_merges=not nfc))
@@ -150,7 +150,7 @@ def smollm(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_model() -> bytes:
-    """A sentencepiece BPE with LLaMA's settings: identity normalisation, byte fallback, digits apart."""
+    """Train a sentencepiece BPE with LLaMA's settings: identity normalisation, byte fallback, split digits."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3),
@@ -172,7 +172,7 @@ LLAMA2_CONFIG = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_t
 
 
 def llama2_parts(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The pieces of a sentencepiece model, and its merges as transformers derives them from the scores."""
+    """Return a sentencepiece model's pieces, and its merges as transformers derives them from the scores."""
     from transformers.tokenization_utils_base import generate_merges
 
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -182,7 +182,7 @@ def llama2_parts(model: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def llama2_json(folder: Path, model: bytes) -> Path:
-    """tokenizer.json as Llama 2 and TinyLlama ship it: a normalizer that prepends a space."""
+    """Write tokenizer.json as Llama 2 and TinyLlama ship it, with a normalizer that prepends a space."""
     from tokenizers import decoders, models, normalizers
 
     vocab, merges = llama2_parts(model)
@@ -215,7 +215,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: bytes
 
 def theirs(name: str, folders: dict[str, Path], model: bytes) -> Any:
     transformers = pytest.importorskip("transformers")
-    if name == "llama2.model":  # transformers wants protobuf to read the file itself
+    # To read this file itself, transformers would need protobuf.
+    if name == "llama2.model":
         vocab, merges = llama2_parts(model)
         made = transformers.LlamaTokenizer(vocab=vocab, merges=merges)
         made.chat_template = LLAMA2_CHAT
@@ -337,7 +338,7 @@ def test_a_token_only_its_template_knows_as_control_is_one(tmp_path: Path, folde
 
 
 def test_a_vocabulary_that_spells_a_control_token_as_text(tmp_path: Path) -> None:
-    """With ignore_merges a word that is in the vocabulary is taken whole, be it a control token's spelling."""
+    """With ignore_merges, a word in the vocabulary is taken whole, even if it spells a control token."""
     from tokenizers import decoders, models, pre_tokenizers
 
     vocab = {sign: id for id, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"</s>": 256}
@@ -469,7 +470,7 @@ def test_added_tokens_beside_a_sentencepiece_model(tmp_path: Path, sentencepiece
     assert ours.encode_chat(CHAT).count(420) == 3
 
 
-# --- files that are not what they should be ---------------------------------------------------------------------------
+# --- damaged and unsupported files ------------------------------------------------------------------------------------
 
 
 def refused(folder: Path) -> str:
@@ -573,7 +574,7 @@ def test_truncation_stored_in_the_file_is_off(tmp_path: Path, folders: dict[str,
     assert Tokenizer.load(folder).encode(CORPUS[0]) == Tokenizer.load(folders["llama3"]).encode(CORPUS[0])
 
 
-# --- the real ones ----------------------------------------------------------------------------------------------------
+# --- real tokenizers --------------------------------------------------------------------------------------------------
 
 
 def test_base_16m_reads_alike_from_both_files(tmp_path: Path, real_data: Path) -> None:
@@ -607,5 +608,6 @@ def test_llama_2_gives_sentencepieces_ids(real_data: Path) -> None:
         sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
     )
     for text in [*TEXTS, *CORPUS]:
-        if not text.startswith(" "):  # there transformers 5 puts no second space, see SentencePieces
+        # Before a leading space, sentencepiece adds a second one; transformers 5 and edgetune do not.
+        if not text.startswith(" "):
             assert ours.encode(text) == oracle.encode(text)

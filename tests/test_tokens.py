@@ -1,4 +1,4 @@
-"""The token store: every token of every document, marked for what it is, private, atomic, in bounded memory."""
+"""The token store holds and marks every token of every document; it is private, atomic and made in bounded memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOS, EOS, END_OF_TURN, ROLE = 256, 257, 258, 259
 
 
 class ByteTokenizer:
-    """A byte is a token. Its template is ChatML's kind: role, text, end of turn, newline."""
+    """Makes each byte a token. Its chat template resembles ChatML: role, text, end of turn, newline."""
 
     bos_id: int | None = BOS
     eos_ids: tuple[int, ...] = (EOS, END_OF_TURN)
@@ -55,7 +55,7 @@ class Templated(ByteTokenizer):
 
 
 class Spaced(ByteTokenizer):
-    """Like sentencepiece, it puts a space in front of whatever it is given."""
+    """Puts a space in front of every text, as sentencepiece does."""
 
     def encode(self, text):
         return list(b" " + text.encode())

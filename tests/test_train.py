@@ -1,4 +1,4 @@
-"""Training on notes with the built-in model: it learns, it repeats itself to the bit, it keeps the best, it loses nothing."""
+"""Training on notes with the built-in model learns, is reproducible to the bit, keeps the best adapter and loses nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BEANS = ["broad beans", "runner beans", "peas", "leeks", "chard", "kale", "onion
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """Forty short notes of one kind: enough for some to be held out, and quickly learnt."""
+    """Write forty short, similar notes, which are learnt quickly and are enough for some to be held out."""
     folder = tmp_path / "notes"
     folder.mkdir()
     for number in range(40):
@@ -77,7 +77,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_steps_and_readings_import_nothing(notes: Path) -> None:
-    """What is imported in the middle of a step lies between the heap's tensors, where its thousand pieces leave holes."""
+    """Imports in the middle of a step would put many small objects between tensors on the heap and fragment it."""
     done = subprocess.run([sys.executable, "-c", STEPS_IMPORT, str(notes)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -111,7 +111,7 @@ def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -
     held_out = list(read_and_split(config(notes))[1].held_out)
     result = evaluate([str(notes / document.path) for document in held_out])
     assert result.adapter == session.adapter_name
-    # The same documents in other windows: equal but for where bf16 rounds.
+    # These are the same documents in other windows, so the scores differ only by bf16 rounding.
     assert result.bits_per_byte == pytest.approx(end.heldout_bits_per_byte_after, rel=0.01)
     base = evaluate([str(notes)], adapter="none")
     assert base.adapter == "none"
@@ -140,7 +140,7 @@ def test_products_in_8_bits_train_as_well_and_are_the_default(notes: Path, tmp_p
         assert next(event for event in events if isinstance(event, Started)).plan["int8"] == (compute != "bf16")
         ends[compute], adapters_found[compute] = finished(events), adapter_bytes(str(tmp_path / compute))
     assert adapters_found["auto"] == adapters_found["int8"] != adapters_found["bf16"]
-    assert ends["int8"].heldout_bits_per_byte_before == ends["bf16"].heldout_bits_per_byte_before  # read in bf16
+    assert ends["int8"].heldout_bits_per_byte_before == ends["bf16"].heldout_bits_per_byte_before  # both evaluate in bf16
     assert ends["int8"].heldout_bits_per_byte_after == pytest.approx(ends["bf16"].heldout_bits_per_byte_after, rel=1e-2)
 
 
@@ -150,7 +150,7 @@ def test_8_bits_without_a_kernel_for_them_are_refused(notes: Path) -> None:
 
 
 def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: Path) -> None:
-    """Gradient accumulation over short rows is the long row's step, whatever the rows' lengths."""
+    """Gradient accumulation over short rows gives the long row's step, whatever the rows' lengths."""
     losses = []
     for rows in (64, 256):
         prepared = prepare_new(config(notes, compute="fp32", dropout=0.0), open_base("demo"), tmp_path / str(rows))
@@ -174,7 +174,7 @@ def test_one_batch_can_be_learnt_by_heart(notes: Path) -> None:
 
 
 def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reading that turns upward: the adapter of the lowest one is what is saved."""
+    """The held-out loss turns upward, and the adapter of the lowest evaluation is saved."""
     readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
     kept: list[torch.Tensor] = []
 

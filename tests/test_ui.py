@@ -1,4 +1,4 @@
-"""The terminal: nothing a model writes can move it, and three renderers tell the same run."""
+"""No text of a model can control the terminal, and the three renderers show the same run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgetune.reports.text import human_bytes, human_time, sanitize
 
 
 def run_of(steps: int, seconds_per_step: float = 1.0, heldout: bool = True) -> Iterator[Event]:
-    """A made-up run with everything in it that can happen."""
+    """Yield the events of an invented run in which everything happens that can happen."""
     yield Started(
         run="r1", model="demo", device="cpu", backend="cpu", plan={"steps": steps}, documents=48, heldout_documents=2,
         heldout_paths=("a.md", "b.md"), tokens=30_000, trainable_parameters=500_000, parameters=16_000_000,
@@ -121,7 +121,7 @@ def test_plain_lines_tell_the_whole_run() -> None:
     text = "\n".join(lines)
     assert lines[0].startswith("Base model demo on cpu: learning from 48 documents, 2 held out to test it; 30,000 tokens")
     assert lines[1] == "step 0: held-out 1.732 bits/byte (lower is better; measured on notes it has not seen)"
-    assert text.count("lower is better") == 1  # explained where it is met first
+    assert text.count("lower is better") == 1  # explained once, where the figure first appears
     assert "step 5/10, 2,310 tokens/s, loss 3.500, held-out 1.732 bits/byte, 312 MB, 5.0 s left" in lines
     assert "Held-out notes: 1.732 to 1.558 bits per byte (10.0% lower), best at step 10" in lines
     assert "peak memory 412 MB" in text

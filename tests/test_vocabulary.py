@@ -1,5 +1,7 @@
-"""Heads that are quantised, embeddings and heads that stay in their file: rows and products are those of the dense weight, and
-nothing whole is ever dense, or in memory."""
+"""Quantised heads, and embeddings and heads that stay in their file, give the dense weight's rows and products.
+
+The whole weight is never dequantised at once, or never in memory.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.vocabulary import Head, StoredRows
 from edgetune.session import Session
 
-SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]  # whole tiles, a short last panel, rows that no block ends with
+# Whole tiles; a short last panel; rows that do not end where a block ends.
+SHAPES = [(96, 64), (PANEL_ROWS + 33, 128), (50, 24)]
 
 
 def dense(weight: Head) -> torch.Tensor:
@@ -44,7 +47,7 @@ def dense(weight: Head) -> torch.Tensor:
 
 
 def in_file(folder: Path, weight: torch.Tensor) -> StoredRows:
-    """The weight as a checkpoint's file has it, some bytes before it."""
+    """Write the weight to a file after some other bytes, as in a checkpoint; return it as rows that stay in the file."""
     path = folder / "weight"
     path.write_bytes(b"before" + weight.contiguous().view(torch.uint8).numpy().tobytes())
     return StoredRows(path.open("rb", buffering=0), 6, weight.dtype, tuple(weight.shape), weight.device)
@@ -93,7 +96,7 @@ def test_products_are_the_dequantised_heads(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", [*vocabulary.KINDS, "blocks of 256"])
 def test_panels_have_the_dequantised_heads_bits(shape: tuple[int, int], kind: str) -> None:
-    """Products with the unit vectors are exact; blocks of 256 cross the rows of all these shapes."""
+    """Uses products with unit vectors, which are exact. Blocks of 256 cross the rows of all these shapes."""
     head = torch.randn(shape)
     small = vocabulary.quantize(head, kind) if kind in vocabulary.KINDS else nf4.quantize(head, block_size=256)
     with ops.use_backend("reference"):
@@ -114,7 +117,7 @@ def row() -> Batch:
 
 
 FORMS = {"int8": (False, "int8"), "nf4": (False, "nf4"), "embedding": (True, None), "both": (True, vocabulary.FILE)}
-"""What load_llama is asked for: whether the embedding stays in its file, and of what kind the head is."""
+"""Arguments for load_llama: True if the embedding stays in its file, and the kind of the head."""
 
 
 @pytest.mark.parametrize("family", ["llama-2-grouped", "llama-3.2-tied-scaled"])
@@ -149,7 +152,7 @@ def test_a_head_of_its_own_kind_leaves_the_embedding_as_it_is(tmp_path: Path, fa
 
 
 def with_tokenizer(folder: Path, family: str = "llama-2-grouped", **changes: int) -> Path:
-    """A tiny model with the demo's tokenizer."""
+    """Write a tiny model with the demo's tokenizer and return its folder."""
     demo = resolve("demo").path
     tiny.save_model(folder, family, vocab_size=open_model(demo).config.vocab_size, **changes)
     for name in ("tokenizer.model", "tokenizer_config.json"):
@@ -167,7 +170,8 @@ def test_a_session_holds_the_head_in_the_form_asked_for(tmp_path: Path, family: 
         assert isinstance(session.model.head, form)
         assert isinstance(session.model.embedding, torch.Tensor)
         assert session.generate("The shed", 4, 0.0).tokens == 4
-    with ops.use_backend("reference"):  # has no products for 8 bits: nothing gained, so nothing is rounded but on request
+    # The reference back end has no products in 8 bits, so rounding gains nothing and is done only on request.
+    with ops.use_backend("reference"):
         assert isinstance(Session.load(str(tmp_path / "model"), "none", "cpu").model.head, torch.Tensor)
         assert isinstance(Session.load(str(tmp_path / "model"), "none", "cpu", "int8").model.head, Int8Rows)
     with pytest.raises(UsageError, match="expected one of auto, stored, int8, nf4"):
@@ -175,7 +179,7 @@ def test_a_session_holds_the_head_in_the_form_asked_for(tmp_path: Path, family: 
 
 
 def test_a_head_in_4_bits_of_rows_that_are_no_whole_blocks_is_refused(tmp_path: Path) -> None:
-    """Nobody gets 8 bits who typed 4; whoever typed nothing gets what is best here."""
+    """A request for 4 bits never silently gives 8; without a request, the best form for this model is used."""
     model = with_tokenizer(tmp_path / "model", hidden_size=96, num_attention_heads=4)
     with pytest.raises(UsageError, match=r"rows of 96 numbers, .* whole blocks of 64; leave --head out, or type --head int8"):
         Session.load(str(model), "none", "cpu", "nf4")
@@ -197,7 +201,7 @@ def test_a_head_that_is_stored_in_4_bits_is_not_said_to_have_8(tmp_path: Path) -
 
 @pytest.mark.skipif(ops.kernels_missing() is not None, reason="the kernels were not built")
 def test_writing_with_the_head_in_8_bits_costs_next_to_nothing_on_the_demo() -> None:
-    """Token after token, by the step that writes: the likelihood of a text, and what would have been written."""
+    """Compares, token by token with the decoding step, the likelihood of a text and the most likely tokens."""
     losses, tops = [], []
     for head in ("stored", "int8"):
         session = Session.load("demo", "none", "cpu", head)
@@ -215,7 +219,7 @@ def test_writing_with_the_head_in_8_bits_costs_next_to_nothing_on_the_demo() -> 
 @pytest.mark.parametrize("kind", vocabulary.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_with_a_quantised_head_writes(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    """In fp32 the same text as with the dense weight, by whichever step the back end has."""
+    """In fp32 the text is that of the dense weight, whichever decoding step the back end has."""
     tiny.save_model(tmp_path / "model")
     checkpoint = open_model(tmp_path / "model")
     model, plain = (load_llama(checkpoint, dtype, head_kind=k) for k in (kind, None))
@@ -237,7 +241,7 @@ def test_a_head_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told by Linux alone")
 @pytest.mark.parametrize("kind", vocabulary.KINDS)
 def test_quantising_and_using_it_takes_little_more_than_it_weighs(kind: str) -> None:
-    weight = torch.randn(32000, 512).bfloat16()  # 33 MB; 66 MB in fp32
+    weight = torch.randn(32000, 512).bfloat16()  # 33 MB, or 66 MB in fp32
     x = torch.randn(64, 512).bfloat16()
     vocabulary.logits(x, vocabulary.quantize(weight[:4096], kind))
     before = anonymous_memory()

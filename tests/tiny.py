@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made by transformers on the spot, and notes to train them on."""
+"""Make tiny random models of every supported family, with transformers or directly as files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def transformers_model(family: str, **changes: Any) -> Any:
-    """A tiny model of a family with random weights, in fp32, norms and biases random too."""
+    """Return a tiny fp32 model of a family with random weights, norms and biases."""
     import transformers
 
     name, own = FAMILIES[family]
@@ -67,7 +67,7 @@ def transformers_model(family: str, **changes: Any) -> Any:
 
 
 def save_model(folder: Path, family: str = "llama-2-grouped", **changes: Any) -> Any:
-    """Write such a model as a Hugging Face folder and return it."""
+    """Write a tiny random model of a family as a Hugging Face folder and return the model."""
     model = transformers_model(family, **changes)
     model.save_pretrained(folder)
     return model
@@ -101,7 +101,7 @@ def save_trainable(folder: Path, width: int = 64, inner: int = 96, layers: int =
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's thread count within a block."""
+    """Set torch's number of threads within a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
