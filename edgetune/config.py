@@ -181,7 +181,7 @@ def parse_bytes(text: str) -> int:
     """Return the bytes that a size such as "2GB" (2,000,000,000), "1.5GiB" or "4096" stands for. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"The memory is {text!r}; expected a size such as 2GB or 900MB.")
+        raise UsageError(f"--memory is {text!r}; expected a size such as 2GB or 900MB.")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -189,7 +189,7 @@ def from_dict(record: dict[str, Any]) -> Event:
     event = KINDS.get(kind) if isinstance(kind, str) else None
     if event is None:
         raise DataError(
-            f"Found an event of unknown kind; expected one of {', '.join(KINDS)}. Check that this is a log of edgetune."
+            f"Found an event of unknown kind; expected one of {', '.join(KINDS)}. Check that edgetune wrote this log."
         )
     values = {key: value for key, value in record.items() if key != "event"}
     wanted = _types(event)

@@ -1,4 +1,4 @@
-"""Export an adapter for another program: resolve names, write, prove, and only then publish the folder.
+"""Exports an adapter for another program: resolves names, writes, proves, and only then publishes the folder.
 
 >>> edgetune.export_adapter("gguf", model="demo", out="my-model")  # doctest: +SKIP
 """
@@ -29,7 +29,7 @@ from edgetune.runtime.json_file import EXPORT_RECORD, read_object
 from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.tokenizer import Tokenizer
 
-WARNING = "The notes it was trained on can be extracted from this export: share it only with those you would give the notes."
+WARNING = "The notes that were trained on can be extracted from this export: share it only with people who may read them."
 """Notice that comes with every export that contains an adapter."""
 FILE_SUFFIXES = (".gguf", ".mlpackage", ".safetensors")
 """Endings by which --out is taken for a file's name; an export is always a folder."""
@@ -157,7 +157,7 @@ def _documents(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[int]]:
     """Return the token ids of each text. Raises DataError if every text is too short to predict a token of it."""
     documents = [ids for document in read_notes(texts).documents if len(ids := _tokens(tokenizer, document.text)) > 1]
     if not documents:
-        raise DataError("No text in --texts is longer than one token, so nothing can be measured on them; name other texts.")
+        raise DataError("No text in --texts is longer than one token, so nothing can be measured; name other texts.")
     return documents
 
 

@@ -263,7 +263,7 @@ def least_memory_to_train(checkpoint: Checkpoint, train: TrainConfig, device: st
 
 def advice(stored: Stored, smallest: int) -> str:
     """Return what to type where nothing fits in memory; `smallest` is the least memory that works, in bytes."""
-    quantize = "" if stored.mapped else "`edgetune quantize` the model once, so that its layers can be streamed, or "
+    quantize = "" if stored.mapped else "run `edgetune quantize` on the model once, so that its layers can be streamed, or "
     advised = -(-(smallest + ADVICE_STEP_BYTES) // ADVICE_STEP_BYTES) * ADVICE_STEP_BYTES
     return f"{quantize}type --memory {advised / 1e9:.2f}GB, a shorter --seq-len, a lower --rank or a smaller --model"
 

@@ -136,7 +136,9 @@ class Session:
                 f"The prompt has {prompt_tokens} tokens and {max_tokens} are to be written; expected at least 1 of each."
             )
         if prompt_tokens >= limit:
-            raise UsageError(f"The prompt has {prompt_tokens} tokens and this model can read {limit}. Shorten the prompt.")
+            raise UsageError(
+                f"The prompt has {prompt_tokens} tokens and this model can read at most {limit}. Shorten the prompt."
+            )
         length = min(limit, max(prompt_tokens + max_tokens, min(GenerateConfig.context_tokens, limit)))
         if self._generator is None or self._generator.cache.max_length < length:
             self._generator = Generator(Runner(self.model), length)

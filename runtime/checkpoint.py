@@ -252,7 +252,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json. Raises ModelError if there is none, or if it says that edgetune cannot read the weights."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is an adapter, not a model; type `--adapter {folder}` and name its model by `--model`.")
+            raise ModelError(
+                f"{folder} is an adapter, not a model; type `--adapter {folder}` and name its base model with `--model`."
+            )
         raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
     config = read_object(folder / "config.json", MODEL_CONFIG)
     quantization = config.get("quantization_config")

@@ -94,7 +94,7 @@ def test_promote_show_and_delete(from_mlx: Path) -> None:
     assert "* one: base" in run("adapters", "list").output
     refused = run("adapters", "delete", "one")
     assert isinstance(refused.exception, AdapterError)
-    assert "is the current one; first type `edgetune adapters promote NAME`" in str(refused.exception)
+    assert "is the current one; first make another one current with `edgetune adapters promote NAME`" in str(refused.exception)
     assert run_json("adapters", "delete", "two") == {"deleted": "two"}
     assert [each.name for each in registry.list_adapters()] == ["one"]
     assert run_json("adapters", "delete", "one") == {"deleted": "one"}  # it was the last adapter, so no other is promoted

@@ -154,7 +154,9 @@ def test_the_help_has_every_form_of_the_weights() -> None:
     said = " ".join((option.help or "").split())
     specs = {name: load_target(name) for name in TARGETS}
     forms = {name: ", ".join(filter(None, spec.weights)) for name, spec in specs.items()}
-    assert said.startswith("Form of the weights. " + "; ".join(f"{name}: {known}" for name, known in forms.items() if known))
+    assert said.startswith(
+        "Number format of the weights. " + "; ".join(f"{name}: {known}" for name, known in forms.items() if known)
+    )
     alone = [name for name, spec in specs.items() if not spec.weights[0]]
     assert said.endswith(f"the adapter alone for {', '.join(alone[:-1])} and {alone[-1]}.")
 

@@ -183,7 +183,7 @@ def test_the_summary_tells_what_was_learned_in_three_ways() -> None:
 
 
 def test_a_run_that_learned_nothing_does_not_say_it_did() -> None:
-    assert "No better on notes it has not seen" in render([started(), finished(after=1.732)])
+    assert "No better on notes the model has not seen" in render([started(), finished(after=1.732)])
     unproved = render([started(heldout_documents=0, heldout_paths=()), finished(after=None)])
     assert "Nothing was held out" in unproved
     assert "fewer" not in unproved

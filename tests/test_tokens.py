@@ -236,7 +236,7 @@ def test_parts_lose_no_turn(shape, with_system):
 
 
 def test_chats_that_nobody_answers_are_not_silently_trained_on_nothing(tmp_path):
-    with pytest.raises(DataError, match="no trained token"):
+    with pytest.raises(DataError, match="holds a token to train on"):
         tokenize([chat("is there nobody?")], ByteTokenizer(), tmp_path / "store")
 
 

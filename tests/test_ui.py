@@ -120,7 +120,7 @@ def test_plain_lines_tell_the_whole_run() -> None:
     lines = plain(run_of(10))
     text = "\n".join(lines)
     assert lines[0].startswith("Base model demo on cpu: learning from 48 documents, 2 held out to test it; 30,000 tokens")
-    assert lines[1] == "step 0: held-out 1.732 bits/byte (lower is better; measured on notes it has not seen)"
+    assert lines[1] == "step 0: held-out 1.732 bits/byte (lower is better; measured on notes the model has not seen)"
     assert text.count("lower is better") == 1  # explained once, where the figure first appears
     assert "step 5/10, 2,310 tokens/s, loss 3.500, held-out 1.732 bits/byte, 312 MB, 5.0 s left" in lines
     assert "Held-out notes: 1.732 to 1.558 bits per byte (10.0% lower), best at step 10" in lines

@@ -63,7 +63,7 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
 @model_option
 @json_option
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
-    """Copy the adapter at SOURCE into edgetune's own: a PEFT folder, an mlx-lm folder or a GGUF LoRA of the base model."""
+    """Copy the adapter at SOURCE (a PEFT folder, an mlx-lm folder or a GGUF LoRA) to edgetune's own adapters."""
     from edgetune.home import expand
     from edgetune.library import adapter_registry as registry
     from edgetune.library.loading import open_base
@@ -119,7 +119,7 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     folder = registry.kept_folder(name, base.digest)
     if folder is None:
         raise AdapterError(
-            f"{choice.name} has no adapter {name!r}; `edgetune adapters list` names all adapters. If it belongs to another "
+            f"{choice.name} has no adapter {name!r}; `edgetune adapters list` shows all adapters. If it belongs to another "
             "base model, name that one with --model."
         )
     return folder, choice.name, base

@@ -15,16 +15,18 @@ from edgetune.reports.text import human_bytes
     type=click.Choice(MEASURED),
     default="tinyllama-1.1b",
     show_default=True,
-    help="Shape of the measured model.",
+    help="Shape of the model to measure; its weights are random.",
 )
 @click.option(
     "--tokens",
     type=click.IntRange(16, 8192),
     default=512,
     show_default=True,
-    help="Length of the training batch and of the prompt.",
+    help="Length of the training batch and of the prompt, in tokens.",
 )
-@click.option("--repeats", type=click.IntRange(1, 100), default=5, show_default=True, help="Runs of which the median is taken.")
+@click.option(
+    "--repeats", type=click.IntRange(1, 100), default=5, show_default=True, help="Number of runs; their median is reported."
+)
 @json_option
 def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
     """Measure the speed of this machine, and of training and generating on it."""

@@ -1,4 +1,4 @@
-"""Define `edgetune export`: parse its options, call export_adapter, and print the result."""
+"""Implements `edgetune export`: parses its options, calls export_adapter, and prints the result."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SMALLEST_COUNT = 1000
 @click.option(
     "--weights",
     metavar="W",
-    help="Form of the weights. hf: bf16, fp16, fp32, nf4, nf4-nearest; mlx: bf16, fp16, int4; gguf: f16, bf16, q8_0; "
+    help="Number format of the weights. hf: bf16, fp16, fp32, nf4, nf4-nearest; mlx: bf16, fp16, int4; gguf: f16, bf16, q8_0; "
     "ollama: q8_0, f16, bf16; coreml: nf4, int4, fp16, none; mps: nf4. "
-    "Default: the first, but the adapter alone for peft, mlx and gguf.",
+    "Default: the first one named, or for peft, mlx and gguf the adapter alone.",
 )
 @click.option(
     "--adapter-as",
@@ -42,15 +42,17 @@ SMALLEST_COUNT = 1000
     "--texts",
     multiple=True,
     metavar="NOTES",
-    help="Files or folders of texts on which to measure how much of the adapter a lossy merge keeps.",
+    help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights.",
 )
 @click.option(
     "--memory",
     metavar="2GB",
-    help="Limit of the peak memory: layers are streamed to stay within it, and an export that cannot is refused with the "
+    help="Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the "
     "amount it needs.",
 )
-@click.option("--force", is_flag=True, help="Write the export even if it loses most of the adapter or fails its proof.")
+@click.option(
+    "--force", is_flag=True, help="Write the export even if it loses most of the adapter's effect or fails its proof."
+)
 @click.option("--no-verify", is_flag=True, help="Skip the proof: do not open the result with the target's own reader.")
 @json_option
 def export_command(
@@ -66,7 +68,7 @@ def export_command(
     no_verify: bool,
     as_json: bool,
 ) -> None:
-    """Write the adapter, or its base with the adapter merged in, for another program, and prove it with that program."""
+    """Write the adapter, or its base model with the adapter merged in, for another program, and prove it with that program."""
     from edgetune.exporting import export_adapter
 
     limit = None if memory is None else parse_bytes(memory)

@@ -44,13 +44,16 @@ def models_command(folder: str | None, as_json: bool) -> None:
 @click.command("quantize")
 @click.argument("src", type=click.Path())
 @click.argument("dest", type=click.Path())
-@click.option("--single-quant", is_flag=True, help="Keep the scales in fp32 (4.5 bits per weight instead of 4.127).")
+@click.option(
+    "--single-quant", is_flag=True, help="Keep the scales of the 4-bit blocks in fp32 (4.5 bits per weight instead of 4.127)."
+)
 @click.option(
     "--head",
     type=click.Choice(HEADS),
     default=HEADS[0],
     show_default=True,
-    help="Form of the head. nf4 makes a smaller folder and slightly worse text; it needs a head of its own, not a tied one.",
+    help="Number format of the output layer (head). nf4 makes a smaller folder and slightly worse text; "
+    "it needs a head that does not share its weights with the embedding.",
 )
 @json_option
 def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json: bool) -> None:

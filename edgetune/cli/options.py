@@ -30,7 +30,7 @@ adapter_option: Decorator = click.option(
     help="Adapter: its name, its folder (PEFT, mlx-lm) or GGUF file; none for the bare base model. Default: the current one.",
 )
 device_option: Decorator = click.option(
-    "--device", type=click.Choice(DEVICES), default=GenerateConfig.device, show_default=True, help="Where to run."
+    "--device", type=click.Choice(DEVICES), default=GenerateConfig.device, show_default=True, help="Device to run on."
 )
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print only machine-readable JSON on standard output."
@@ -41,7 +41,7 @@ max_tokens_option: Decorator = click.option(
     default=GenerateConfig.max_tokens,
     show_default=True,
     metavar="N",
-    help="Most tokens to write.",
+    help="Maximum number of tokens to write.",
 )
 temperature_option: Decorator = click.option(
     "--temperature",
@@ -49,20 +49,21 @@ temperature_option: Decorator = click.option(
     default=GenerateConfig.temperature,
     show_default=True,
     metavar="X",
-    help="Randomness of the choice of words; 0 always takes the likeliest.",
+    help="Randomness in choosing words; 0 always takes the likeliest word.",
 )
 seed_option: Decorator = click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     metavar="S",
-    help="Seed of the choices: the same seed gives the same words.",
+    help="Seed of that randomness: the same seed gives the same words.",
 )
 head_option: Decorator = click.option(
     "--head",
     type=click.Choice(HEADS),
     default=GenerateConfig.head,
     show_default=True,
-    help="Form of the output layer: as stored, in 8 bits, or in 4 (fastest, a little worse). auto: int8 on a CPU with kernels.",
+    help="Number format of the output layer: as stored, 8 bits, or 4 bits (fastest, slightly worse). "
+    "auto: int8 on a CPU with kernels.",
 )
 
 

@@ -21,7 +21,7 @@ _PARTS = {
     "adapter": "adapter",
     "gradients": "gradients of the adapter",
     "optimizer": "optimizer states",
-    "activations": "activations for the backward",
+    "activations": "activations (backward pass)",
     "logits": "logits and their gradients",
     "scratch": "working memory of a block",
 }
@@ -37,7 +37,7 @@ _VOCABULARY = {
 @click.command(
     "plan",
     epilog=f"--model also accepts the name of a shape without weights: {', '.join(PLANNED)}. "
-    "--device cuda --memory 48GB describes a machine that is not this one.",
+    "--device cuda --memory 48GB describes another machine.",
 )
 @training_options
 @json_option
@@ -66,7 +66,7 @@ def _show(result: Forecast) -> None:
         steps = f"; {result.steps} steps in {human_time(result.seconds)}" if result.seconds is not None else ""
         click.echo(f"About {result.tokens_per_second:,.0f} tokens/s{steps}, measured on two layers with random weights.")
     elif result.fits:
-        click.echo("Its speed cannot be measured on this machine.")
+        click.echo("Speed cannot be measured on this machine.")
     if result.advice is not None:
         click.echo(f"To make it fit, {result.advice}.")
 

@@ -1,4 +1,4 @@
-"""The command `edgetune train`: training options, and running or dry-running a training."""
+"""Implements `edgetune train`, with the options of a training run, which `edgetune plan` takes too."""
 
 from __future__ import annotations
 
@@ -29,13 +29,22 @@ _OPTIONS: tuple[Decorator, ...] = (
         metavar="M",
         help="Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
     ),
-    click.option("--device", type=click.Choice(DEVICES), help=f"Where to run. Default: {_DEFAULTS.device}."),
+    click.option("--device", type=click.Choice(DEVICES), help=f"Device to run on. Default: {_DEFAULTS.device}."),
     click.option("--out", metavar="DIR", help="Folder for the trained adapter. Default: one in edgetune's own data folder."),
-    click.option("--steps", type=int, metavar="N", help="Steps; each updates the adapter once, from one batch of notes."),
-    click.option("--epochs", type=float, metavar="E", help=f"Passes over the notes. Default: {EPOCHS:g}, more for few notes."),
+    click.option(
+        "--steps", type=int, metavar="N", help="Number of steps. Each updates the adapter once, from one batch of notes."
+    ),
+    click.option(
+        "--epochs",
+        type=float,
+        metavar="E",
+        help=f"Number of passes over the notes. Default: {EPOCHS:g}, or more if there are few notes.",
+    ),
     click.option("--minutes", type=float, metavar="N", help="Stop after this many minutes, at the end of a step."),
     click.option("--until", metavar="HH:MM", help="Stop at this time of day, at the end of a step."),
-    click.option("--memory", metavar="2GB", help="Most memory to use; settings are chosen to fit. Default: most that is free."),
+    click.option(
+        "--memory", metavar="2GB", help="Limit on peak memory; settings are chosen to fit. Default: most of what is free."
+    ),
     click.option("--rank", type=int, metavar="R", help=f"Rank (size) of the adapter. Default: {_DEFAULTS.rank}."),
     click.option(
         "--alpha", type=float, metavar="A", help=f"The adapter is scaled by alpha/rank. Default: {_DEFAULTS.alpha:g}."
@@ -44,14 +53,14 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--targets",
         metavar="LIST",
-        help=f"Linear layers to adapt, by commas. Default: {','.join(_DEFAULTS.targets)}.",
+        help=f"Linear layers to adapt, separated by commas. Default: {','.join(_DEFAULTS.targets)}.",
     ),
-    click.option("--rslora", is_flag=True, default=None, help="Scale the adapter by alpha/sqrt(rank) instead."),
+    click.option("--rslora", is_flag=True, default=None, help="Scale the adapter by alpha/sqrt(rank) instead of alpha/rank."),
     click.option(
         "--lr",
         type=float,
         metavar="X",
-        help=f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, more for small models.",
+        help=f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, or more for small models.",
     ),
     click.option(
         "--seq-len",
@@ -60,9 +69,11 @@ _OPTIONS: tuple[Decorator, ...] = (
         help=f"Longest sequence in tokens; longer notes are split. Default: {_DEFAULTS.data.seq_len}.",
     ),
     click.option("--batch-tokens", type=int, metavar="N", help=f"Tokens per step. Default: {_DEFAULTS.data.batch_tokens}."),
-    click.option("--seed", type=int, metavar="S", help=f"Seed of everything random. Default: {_DEFAULTS.data.seed}."),
-    click.option("--recipe", type=click.Choice(RECIPES), help=f"How notes are read. Default: {_DEFAULTS.data.recipe}."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out matching files; may be repeated."),
+    click.option("--seed", type=int, metavar="S", help=f"Seed of all randomness. Default: {_DEFAULTS.data.seed}."),
+    click.option(
+        "--recipe", type=click.Choice(RECIPES), help=f"How notes become training text. Default: {_DEFAULTS.data.recipe}."
+    ),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out files that match; may be repeated."),
     click.option("--from", "from_adapter", metavar="A", help="Start from this adapter instead of a new one."),
     click.option(
         "--recompute",
@@ -72,7 +83,7 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--compute",
         type=click.Choice(COMPUTE),
-        help="Number format of products. int8: 8-bit products of the base model in training, on a CPU with AMX. "
+        help="Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU with AMX. "
         f"Default: {_DEFAULTS.compute}, the fastest on this machine.",
     ),
 )
@@ -102,14 +113,14 @@ def config_of(flags: dict[str, Any]) -> TrainConfig:
     help="For torchrun on several machines: confirm that the link between them is private (WireGuard, SSH). "
     "Gradients travel unencrypted and reveal what was trained on.",
 )
-@click.option("--dry-run", is_flag=True, help="Show which notes would be read, which skipped, and why; train nothing.")
+@click.option("--dry-run", is_flag=True, help="Show which notes would be read, which would be skipped and why; train nothing.")
 @json_option
 def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool, **flags: Any) -> None:
     """Train an adapter (a small addition to a base model) on NOTES.
 
     NOTES are folders and files of Markdown, plain text, rst, org, or chats in JSON lines. They are never changed.
 
-    Ctrl-C stops training and loses nothing: run the same command again to continue, also after a crash or a deadline.
+    Ctrl-C stops training and loses nothing: run the same command again to continue. The same goes for a crash or a deadline.
     """
     config = config_of(flags)
     if dry_run:
@@ -167,7 +178,7 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
         return
     click.echo(
         f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them would be "
-        "held out: not trained on, to measure whether training helps." + (" These are:" if split.held_out else "")
+        "held out: not trained on, but used to measure whether training helps." + (" These are:" if split.held_out else "")
     )
     for document in split.held_out:
         click.echo(f"  {one_line(document.path)}")

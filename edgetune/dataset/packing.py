@@ -129,7 +129,7 @@ class Packer:
         self.seed = seed
         self.windows = cut_windows(store, seq_len, training_overlap(seq_len))
         if not len(self.windows):
-            raise DataError("Nothing to train on: no document has a trained token; expected notes with text in them.")
+            raise DataError("Nothing to train on: no document holds a token to train on; expected notes with text in them.")
         self.steps_per_epoch = self._fewest_batches()
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
 
@@ -207,7 +207,7 @@ def random_words(seed: int, epoch: int, stream: int, count: int) -> npt.NDArray[
 def check_settings(seq_len: int, batch_tokens: int) -> None:
     """Raise UsageError for lengths that cannot be used."""
     if seq_len < 2:
-        raise UsageError(f"A sequence length of {seq_len} was given; expected 2 or more. Type for example --seq-len 512.")
+        raise UsageError(f"The sequence length is {seq_len}; expected at least 2. Type e.g. --seq-len 512.")
     if batch_tokens < seq_len:
         raise UsageError(
             f"A batch of {batch_tokens} tokens cannot hold a sequence of {seq_len}; expected at least as many. "

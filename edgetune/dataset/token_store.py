@@ -135,7 +135,7 @@ def tokenize(
                     start += tokens
         if not trained:
             raise DataError(
-                f"Nothing to train on: {len(stored)} documents gave no trained token; expected notes with text, or "
+                f"Nothing to train on: none of {len(stored)} documents holds a token to train on; expected notes with text, or "
                 "chats in which the assistant answers. Type the same command with --dry-run to see what is read."
             )
         index = {"format": FORMAT, "train_on": train_on, "documents": [asdict(document) for document in stored]}

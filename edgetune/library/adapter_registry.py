@@ -237,7 +237,8 @@ def delete(folder: Path) -> None:
     if current is not None and current.adapter == folder.resolve():
         if any(other.base == folder.parent.name and other.name != folder.name for other in list_adapters()):
             raise AdapterError(
-                f"The adapter {folder.name} is the current one; first type `edgetune adapters promote NAME` for another one."
+                f"The adapter {folder.name} is the current one; first make another one current with "
+                "`edgetune adapters promote NAME`."
             )
         (home() / CURRENT).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -86,7 +86,7 @@ def inspect_folder(folder: Path, name: str, source: str, room: Room | None) -> F
         short = f"Training it takes at least {needed / 1e9:.1f} GB of memory, and {room.memory / 1e9:.1f} GB may be used."
         found = replace(found, reason=short)
     if checkpoint.quant is None and checkpoint.nbytes > CONVERT_BYTES:
-        command = f"Quantise it once, because doing so at each start takes long: edgetune quantize {name} DEST"
+        command = f"Quantise it once, so that it does not have to be quantised at every start: edgetune quantize {name} DEST"
         return replace(found, status="convert", reason=f"{command}. {found.reason}".strip())
     return found
 

@@ -99,7 +99,7 @@ def render(events: Iterable[Event]) -> str:
         f"<title>edgetune: {_text(run.started.run if run.started else 'a run')}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n{chr(10).join(part for part in sections if part)}\n"
         "<footer>Made by edgetune from the events of this run. This page loads nothing and sends nothing. It names your "
-        "notes and shows text that the model wrote after learning them, so think before you share it.</footer>\n"
+        "notes and shows text that the model wrote after learning them, so think before you share this page.</footer>\n"
         "</body>\n</html>\n"
     )
 
@@ -109,9 +109,9 @@ def _head(run: Run) -> str:
     if run.before is None or run.after is None:
         title = "Nothing was held out, so learning cannot be shown" if finished else "Training"
     elif run.after < run.before:
-        title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits per byte on notes it has not seen"
+        title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits per byte on notes the model has not seen"
     else:
-        title = "No better on notes it has not seen"
+        title = "No better on notes the model has not seen"
     about = ""
     if started:
         about = f"The base model {started.model} learned from {_count(started.documents, 'document')} on {started.device}"
@@ -205,7 +205,7 @@ def _curve(run: Run, label: str, field: str, kind: str = "line") -> Curve:
 
 
 def _loss(run: Run, skipped: Sequence[float]) -> str:
-    note = "the error on the notes it learns from, in nats per token; lower is better"
+    note = "the error on the notes the model learns from, in nats per token; lower is better"
     if len(run.stepped) > SMOOTHED_FROM:
         note += "; faint: each step, strong: smoothed"
         loss = _curve(run, "Loss", "loss", "faint")
@@ -222,7 +222,7 @@ def _heldout_curve(run: Run) -> str:
     return _figure(
         "heldout",
         "Held-out notes",
-        "bits per byte on notes it has not seen; lower is better; ringed: the adapter that was kept",
+        "bits per byte on notes the model has not seen; lower is better; ringed: the adapter that was kept",
         chart("heldout", "Held-out notes", curves, "{:.3f}".format, marked=kept),
     )
 
@@ -289,7 +289,7 @@ def _score(before: float | None, after: float | None) -> str:
         return ""
     rows = [
         ("Bits per byte", f"{before:.3f}", f"{after:.3f}"),
-        ("Perplexity per byte: number of bytes that seem equally likely to it", f"{2**before:.2f}", f"{2**after:.2f}"),
+        ("Perplexity per byte: number of bytes that seem equally likely to the model", f"{2**before:.2f}", f"{2**after:.2f}"),
         ("Size of the notes if the model were used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
     ]
     body = "".join(

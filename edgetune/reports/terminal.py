@@ -102,7 +102,7 @@ def evaluated_line(event: Evaluated, first: bool) -> str:
 
 def resumed_lines(event: Resumed) -> list[str]:
     """Return the lines for a resumed run: where it continues, and what has changed since it was interrupted."""
-    place = [f"Continuing an unfinished run after step {event.step:,} (--fresh starts over)"] if event.step else []
+    place = [f"Resuming this run after step {event.step:,} (--fresh starts over)"] if event.step else []
     return [*place, *(one_line(notice) for notice in event.notices)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BITS_PER_BYTE = "lower is better; measured on notes it has not seen"
+BITS_PER_BYTE = "lower is better; measured on notes the model has not seen"
 """Explains held-out bits per byte wherever a reader meets the term first."""
 
 # Characters that move a terminal's cursor, start its escape sequences or turn its writing direction, with what is shown in

@@ -218,8 +218,8 @@ def join_processes(device: torch.device, private_link: bool) -> Iterator[World]:
         os.environ[interface] = "lo0" if sys.platform == "darwin" else "lo"
     elif not os.environ.get(interface):
         raise UsageError(
-            f"{interface} is not set, so gradients might not travel over the private link. Type its network interface before "
-            f"the command, on every machine, for example {interface}=wg0."
+            f"{interface} is not set, so gradients might not travel over the private link. Set it on every machine to "
+            f"the link's network interface, for example by typing {interface}=wg0 in front of the command."
         )
     if on_cards:
         if local_size > torch.cuda.device_count():

@@ -29,7 +29,7 @@ score, and fp16 can still add to it."""
 ADVICE = {
     "minimum_os": ["iOS 18", "macOS 15"],
     "compute_units": "cpuAndGPU",
-    "why": "The Neural Engine is reported to reject nf4 (lookup tables with a scale for each block). Nothing was tried on it.",
+    "why": "The Neural Engine is reported to reject nf4 (lookup tables with a scale for each block). edgetune did not try it.",
     "unverified": "edgetune did not run this package in Core ML. Its own evaluator proves the graph and the weights.",
 }
 STEPS = (
@@ -40,7 +40,8 @@ STEPS = (
     "To go beyond context_tokens, make a new state and read a shorter text.",
 )
 FUNCTION_STEP = (
-    "Load one of functions by setting MLModelConfiguration.functionName. The first is the default and includes the adapter."
+    "Load one of the names in functions by setting MLModelConfiguration.functionName. "
+    "The first is the default and includes the adapter."
 )
 ADAPTER_LAYOUT = (
     "The file is safetensors. Its first 8 bytes are the length of a JSON header, little-endian. The header maps each name to "
@@ -118,7 +119,8 @@ def _adapter_inputs(plan: Plan) -> dict[str, Any]:
         "inputs": {name: list(shape) for name, shape in plan.adapter_shapes().items()},
         "rule": "Pass each input the tensor of its name. Pad a lower rank with zeros. All zeros give the bare base model.",
         "layout": ADAPTER_LAYOUT,
-        "swap": "To change adapters, pass another file's tensors in a new state: the old cache comes from the old adapter.",
+        "swap": "To change adapters, begin a new state and pass another file's tensors: a cache is valid only "
+        "for its own adapter.",
     }
 
 

@@ -41,7 +41,7 @@ LIMIT_OF_PROOF = (
     "on a device."
 )
 """A notice for whoever receives the package."""
-NEXT_NIGHT = "A new night's adapter needs no new package: `edgetune export coreml --weights none` writes only its file."
+NEXT_NIGHT = "A new adapter needs no new package: `edgetune export coreml --weights none` writes its file alone."
 
 
 def write(job: Job, folder: Path) -> Written:

@@ -187,7 +187,7 @@ def _half(numbers: Tensor) -> Tensor:
     """Round f32 to f16. Raises ModelError where a number would become inf."""
     half = numbers.half()
     if not torch.isfinite(half).all():
-        raise ModelError("The model holds numbers too large for f16, the type of Q8_0's scales too; type --weights bf16.")
+        raise ModelError("The model holds numbers too large for f16, which Q8_0 uses for its scales; type --weights bf16.")
     return half
 
 

@@ -190,7 +190,7 @@ def _split(source: dict[str, Any], folder: Path) -> str:
             return "smollm"
     raise TokenizerError(
         f"The tokenizer in {folder} splits texts into words ({', '.join(map(str, kinds)) or 'not at all'}) in a way that "
-        "edgetune knows of no tokenizer of llama.cpp; type `edgetune export hf`."
+        "edgetune cannot express for llama.cpp; type `edgetune export hf`."
     )
 
 
