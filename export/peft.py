@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from edgetune.export.job import Job, Written
-from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
+from edgetune.export.memory import TORCH_BUILD_BYTES, ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime import peft_folder
 from edgetune.runtime.errors import ModelError
 
-TRANSFORMERS_BYTES = 300_000_000
+TRANSFORMERS_BYTES = 300_000_000 + TORCH_BUILD_BYTES
 """Anonymous memory in bytes of a process that has imported transformers. Measured: 265 MB."""
 PEFT_BYTES = 50_000_000
 """Bytes that importing peft and bitsandbytes adds to that. Measured: 53 MB."""

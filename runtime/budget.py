@@ -20,8 +20,6 @@ from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.pager import SLOTS, streamed_layers
 from edgetune.runtime.runner import LOSS_ROWS, ROW_MULTIPLE, Recompute
 
-TORCH_BYTES = 180_000_000
-"""Anonymous memory, in bytes, of a process that has imported torch and edgetune (measured on Linux, CPU build)."""
 PACKED_ROWS, PACKED_RANK = 512, 32
 """Rows that the fused products pack at a time (SUM_ROWS in backends/cpu/constants.h), and the multiple that a rank is padded to
 (SIDE in gemm.inl)."""

@@ -35,7 +35,7 @@ def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, loss_weights
     return loss, ops.rms_norm_backward(dx, h, model.norm, model.config.rms_norm_eps)
 
 
-def meet_head(model: Llama, chunk: int) -> None:
+def warm_up_head(model: Llama, chunk: int) -> None:
     """Run each of the head's products once, in the shapes that training will use, before the first step.
 
     oneDNN compiles a product when it first meets its shape, and keeps about a thousand small allocations for it. Made in the

@@ -98,6 +98,11 @@ class _Seeded(torch.autograd.Function):
         return ctx.dh, None
 
 
+def warm_up_autograd() -> None:
+    """Run a first backward, so that modules which torch imports in it (2.15: four) do not fragment the heap in mid-step."""
+    torch.zeros((), requires_grad=True).backward()
+
+
 class Runner:
     """The loop over a model's blocks. A model has one runner, which owns the panel that weights are dequantised into.
 

@@ -10,8 +10,9 @@ import torch
 
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.heap import trim_memory
-from edgetune.runtime.loss import meet_head
+from edgetune.runtime.loss import warm_up_head
 from edgetune.runtime.optim import PagedAdamW
+from edgetune.runtime.runner import warm_up_autograd
 from edgetune.training.distributed import World
 from edgetune.training.plan import Plan
 from edgetune.training.setup import PreparedRun
@@ -60,7 +61,8 @@ class TrainStep:
         pages = run.folder if setting.paged_optimizer else None
         decay, bits = self._config.weight_decay, setting.optimizer_bits
         self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=decay, bits=bits, pages=pages)
-        meet_head(run.loaded.model, setting.loss_rows)
+        warm_up_head(run.loaded.model, setting.loss_rows)
+        warm_up_autograd()
 
     def run(self, step: int, check_stop: Callable[[], None] = lambda: None) -> StepResult:
         """Run step `step` of the plan, counted from 0. `check_stop` is called before each micro-batch and may raise.
