@@ -55,7 +55,8 @@ class StageMemory:
             return self.fixed
         config, stored = base.config, sum(tensor.nbytes for name, tensor in base.stored.items() if LINEAR_WEIGHT in name)
         if memory * LAYER_SHARE >= stored:
-            loaded = stored if base.quant is not None else torch.float32.itemsize * config.linear_parameters
+            # A dense base is converted to fp32, and the pages of its file that were read for that stay in memory too.
+            loaded = stored if base.quant is not None else stored + torch.float32.itemsize * config.linear_parameters
             return self.fixed + self.models * loaded
         # Streaming fills LAYER_SHARE of the limit per model whatever the limit is, so solve for the limit; and that share
         # must hold at least the pager's ring of layers.
