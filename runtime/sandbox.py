@@ -110,27 +110,27 @@ def _metered_test(function: _Wrapped) -> _Wrapped:
 class _Hooks(NodeTransformer):
     """Rewrites a parsed template so that loops, literals, slices, comparisons and concatenations pass through the meter."""
 
-    def _through(self, hook: str, node: nodes.Node) -> nodes.Filter:
+    def _filtered(self, hook: str, node: nodes.Node) -> nodes.Filter:
         """Return a node that applies the filter `hook` to what `node` gives."""
         return nodes.Filter(node, hook, [], [], None, None, lineno=node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = self._through("_ticks", node.iter)
+        node.iter = self._filtered("_ticks", node.iter)
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = self._through("_tick", node.expr)
+        node.expr = self._filtered("_tick", node.expr)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return self._through("_concat", nodes.List(node.nodes, lineno=node.lineno))
+        return self._filtered("_concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def _made(self, node: nodes.Node) -> nodes.Node:
         self.generic_visit(node)
-        return self._through("_made", node)
+        return self._filtered("_made", node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         if node.ctx == "load":
