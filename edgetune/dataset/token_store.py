@@ -43,8 +43,11 @@ class TextTokenizer(Protocol):
     def start_ids(self) -> list[int]: ...
     @property
     def has_template(self) -> bool: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+        """Return the ids of a conversation, rendered by the model's chat template."""
 
 
 @dataclass(frozen=True)
