@@ -185,7 +185,7 @@ def _write_and_prove(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]
     with job.stage("measuring"):
         expected = verify.golden(job, prompt, spec.reference(job, folder), form_bound.rounds)
     bound = form_bound.of(expected)
-    atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, _about(spec, job, folder)))
+    atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, _export_record(spec, job, folder)))
     spec.seal(folder)
     if not job.check:
         return _Outcome(written, None, bound)
@@ -196,7 +196,7 @@ def _write_and_prove(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]
     return outcome
 
 
-def _about(spec: TargetSpec, job: Job, folder: Path) -> dict[str, Any]:
+def _export_record(spec: TargetSpec, job: Job, folder: Path) -> dict[str, Any]:
     """Return what golden.json says about the export itself; the list of files is what a later export may replace."""
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return {

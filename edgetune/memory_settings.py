@@ -97,11 +97,11 @@ def candidate_settings(
     lengths = sorted({max(data.seq_len, longest >> halvings) for halvings in range(MICRO_BATCH_HALVINGS)}, reverse=True)
     for recompute in allowed:
         for length in lengths:
-            for paged, offload, in_file, compact, rows in _variants(recompute is Recompute.FULL, streams, heap):
+            for paged, offload, in_file, compact, rows in _cheapest_first(recompute is Recompute.FULL, streams, heap):
                 yield Setting(length, recompute, rows, None, bits, paged, offload, in_file, compact)
 
 
-def _variants(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool, bool, Vocabulary, bool, int]]:
+def _cheapest_first(offloads: bool, streams: bool, heap: bool) -> Iterator[tuple[bool, bool, Vocabulary, bool, int]]:
     """Yield all combinations of paged_optimizer, offload, in_file, compact and loss_rows, those that cost least first."""
     for in_file in Vocabulary if streams else (Vocabulary.NEITHER,):
         for compact in (False, True) if heap else (False,):

@@ -99,15 +99,18 @@ class Nf4Grid:
             raise ModelError(f"The merged model cannot be quantised: {error}; train the adapter again.") from error
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Round values (out,) f32 of one input's column; return codes (out,) and the values they stand for, f32 (out,)."""
         scale = self._scale[column]
         codes = torch.bucketize(values / scale.clamp(min=nf4.SMALLEST_ABSMAX), self._bounds)
         return codes, nf4.NF4_TABLE[codes] * scale
 
     def weight(self, codes: Tensor) -> QuantizedTensor:
+        """Return codes u8 (out, in) as an NF4 weight with this grid's scales."""
         flat = torch.nn.functional.pad(codes.reshape(-1), (0, codes.numel() % 2))
         return QuantizedTensor(((flat[::2] << 4) | flat[1::2]).view(-1, 1), self._state)
 
     def tensors(self, name: str, codes: Tensor) -> dict[str, Tensor]:
+        """Return codes u8 (out, in) as the tensors of bitsandbytes' layout, by name."""
         return bnb_layout.weight_tensors(name, self.weight(codes))
 
 

@@ -206,11 +206,13 @@ class RoundedRecipe:
         return self._merged.shapes
 
     def specs(self, name: str) -> list[TensorSpec]:
+        """Return the tensors that are written for `name`: several for a linear, one in bf16 for any other."""
         if is_linear(name):
             return self._linear_specs(name, self.shapes[name])
         return [TensorSpec(name, torch.bfloat16, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the values of `specs(name)`. Linears must be asked for in the order in which they are rounded."""
         if not is_linear(name):
             return {name: self._merged.tensor(name)}
         rounded_name, tensors = next(self._linears)

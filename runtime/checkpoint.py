@@ -173,7 +173,7 @@ class Checkpoint:
             faults += bnb_layout.check_parts(name, state, stored)
         return faults
 
-    def _compare(self) -> list[str]:
+    def _tensor_faults(self) -> list[str]:
         """Return the faults of the tensors: missing, unknown, or of another shape or dtype than config.json says."""
         wanted, stored, faults = model_shapes(self.config), self.stored, []
         for name, shape in wanted.items():
@@ -197,9 +197,9 @@ class Checkpoint:
                 owner = next((name.removesuffix(part) for part in bnb_layout.PARTS if name.endswith(part)), name)
             if owner not in wanted and not _IGNORED.fullmatch(owner):
                 faults.append(f"{name} is unknown")
-        return faults + self._compare_tied_head(stored)
+        return faults + self._tied_head_faults(stored)
 
-    def _compare_tied_head(self, stored: dict[str, StoredTensor]) -> list[str]:
+    def _tied_head_faults(self, stored: dict[str, StoredTensor]) -> list[str]:
         """Check that a tied model which stores a head as well stores a copy of the embedding; return the fault otherwise."""
         if not self.config.tie_embeddings or HEAD not in stored or EMBEDDING not in stored:
             return []
@@ -225,9 +225,9 @@ def open_model(folder: Path | str) -> Checkpoint:
         except ModelError as error:
             faults.append(str(error).rstrip(".").removesuffix("; copy it again"))
     if not faults:
-        faults = _compare_index(files, promised)
+        faults = _index_faults(files, promised)
         checkpoint = Checkpoint(folder, hf_config, files)
-        faults += checkpoint._find_states() + checkpoint._compare()
+        faults += checkpoint._find_states() + checkpoint._tensor_faults()
         if not faults:
             return checkpoint
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
@@ -237,7 +237,7 @@ def open_model(folder: Path | str) -> Checkpoint:
     )
 
 
-def _compare_index(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
+def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
     """Return the faults of the index: tensors that it names and its files lack, or that stand in two files."""
     holders: dict[str, list[str]] = {}
     for file in files:

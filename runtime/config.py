@@ -118,14 +118,14 @@ class RopeConfig:
         kind = str(fields.pop("rope_type", None) or fields.pop("type", None) or "default")
         fields.pop("type", None)
         if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise _refused("rope_parameters.partial_rotary_factor", "not 1.0", "rotation of whole heads")
+            raise _unsupported("rope_parameters.partial_rotary_factor", "not 1.0", "rotation of whole heads")
         names = {
             "default": (),
             "linear": ("factor",),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         }
         if kind not in names:
-            raise _refused("rope_scaling", repr(kind), "default, linear or llama3")
+            raise _unsupported("rope_scaling", repr(kind), "default, linear or llama3")
         unknown = sorted(set(fields) - set(names[kind]))
         missing = sorted(set(names[kind]) - set(fields))
         if unknown or missing:
@@ -251,7 +251,7 @@ class LlamaConfig:
         return self.linear_parameters + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
 
-def _refused(option: str, found: str, expected: str) -> ModelError:
+def _unsupported(option: str, found: str, expected: str) -> ModelError:
     return ModelError(f"config.json's {option} is {found}, which edgetune does not support; expected {expected}.")
 
 
@@ -263,15 +263,15 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             f"{'/'.join(ARCHITECTURES)} config. Choose another model with `edgetune models`."
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise _refused("hidden_act", repr(config["hidden_act"]), "silu")
+        raise _unsupported("hidden_act", repr(config["hidden_act"]), "silu")
     if config.get("mlp_bias"):
-        raise _refused("mlp_bias", "true", "false")
+        raise _unsupported("mlp_bias", "true", "false")
     if config.get("attention_dropout"):
-        raise _refused("attention_dropout", repr(config["attention_dropout"]), "0")
+        raise _unsupported("attention_dropout", repr(config["attention_dropout"]), "0")
     if config.get("rope_interleaved"):
-        raise _refused("rope_interleaved", "true", "false")
+        raise _unsupported("rope_interleaved", "true", "false")
     if config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise _refused("partial_rotary_factor", repr(config["partial_rotary_factor"]), "1.0")
+        raise _unsupported("partial_rotary_factor", repr(config["partial_rotary_factor"]), "1.0")
 
 
 def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
@@ -282,14 +282,14 @@ def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int 
     if window is None or model_type == "llama":
         return (None,) * layers
     if int(window) < 1:
-        raise _refused("sliding_window", repr(window), "a positive number of tokens")
+        raise _unsupported("sliding_window", repr(window), "a positive number of tokens")
     kinds = config.get("layer_types")
     if kinds is None:
         first = int(config.get("max_window_layers", 28)) if model_type.startswith("qwen") else 0
         return tuple(int(window) if layer >= first else None for layer in range(layers))
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown or len(kinds) != layers:
-        raise _refused("layer_types", f"{len(kinds)} entries with {unknown or 'no unknown kind'}", f"{layers} known kinds")
+        raise _unsupported("layer_types", f"{len(kinds)} entries with {unknown or 'no unknown kind'}", f"{layers} known kinds")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 

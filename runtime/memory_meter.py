@@ -90,7 +90,8 @@ class Meter(Protocol):
     @property
     def now(self) -> int: ...
 
-    def peak(self) -> int: ...
+    def peak(self) -> int:
+        """Return the peak memory so far, in bytes."""
 
 
 def meter_for(device: torch.device, weight_files: Sequence[Path]) -> MemoryMeter | CardMeter:

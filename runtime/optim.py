@@ -283,7 +283,7 @@ class _Moment:
 
     def read(self) -> Tensor:
         """Dequantise the values, f32 (n,)."""
-        values = _table(self._signed, self._codes.device).index_select(0, self._codes.int())
+        values = _map_on(self._signed, self._codes.device).index_select(0, self._codes.int())
         values.view(-1, BLOCK).mul_(self._absmax.unsqueeze(1))
         return values
 
@@ -295,17 +295,17 @@ class _Moment:
         # Values lie in -1 to 1 now. The 16 bits of their fp16 form index a table of the nearest code; 1 << 15 makes the
         # index of the most negative int16 zero.
         bits = values.half().view(torch.int16).int().add_(1 << 15)
-        self._codes.copy_(torch.index_select(_nearest(self._signed, values.device), 0, bits))
+        self._codes.copy_(torch.index_select(_nearest_codes(self._signed, values.device), 0, bits))
 
 
 @functools.cache
-def _table(signed: bool, device: torch.device) -> Tensor:
+def _map_on(signed: bool, device: torch.device) -> Tensor:
     """Return dynamic_map on a device, copied there once: a copy per chunk would wait for the device's whole queue each time."""
     return dynamic_map(signed).to(device)
 
 
 @functools.cache
-def _nearest(signed: bool, device: torch.device) -> Tensor:
+def _nearest_codes(signed: bool, device: torch.device) -> Tensor:
     """Return, as u8 (65536,), the code of the map's value nearest to each fp16 number, in the order of their bits as int16.
 
     Looking up a rounded value is ten times as fast as searching the map. As in bitsandbytes, a negative first moment never

@@ -137,7 +137,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     if count > size - 8:
         raise ModelError(f"{path} is truncated: {size:,} bytes where its header alone takes {count + 8:,}; copy it again.")
     try:
-        header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a safetensors file: its header is not valid JSON; copy it again.") from error
     if not isinstance(header, dict):
@@ -145,7 +145,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     return header, 8 + count, size
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Raises ValueError for a repeated name, which json alone would accept."""
     result = dict(pairs)
     if len(result) != len(pairs):

@@ -110,27 +110,27 @@ def _metered_test(function: _Wrapped) -> _Wrapped:
 class _Hooks(NodeTransformer):
     """Rewrites a parsed template so that loops, literals, slices, comparisons and concatenations pass through the meter."""
 
-    def _through(self, hook: str, node: nodes.Node) -> nodes.Filter:
+    def _filtered(self, hook: str, node: nodes.Node) -> nodes.Filter:
         """Return a node that applies the filter `hook` to what `node` gives."""
         return nodes.Filter(node, hook, [], [], None, None, lineno=node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = self._through("_ticks", node.iter)
+        node.iter = self._filtered("_ticks", node.iter)
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = self._through("_tick", node.expr)
+        node.expr = self._filtered("_tick", node.expr)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return self._through("_concat", nodes.List(node.nodes, lineno=node.lineno))
+        return self._filtered("_concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def _made(self, node: nodes.Node) -> nodes.Node:
         self.generic_visit(node)
-        return self._through("_made", node)
+        return self._filtered("_made", node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         if node.ctx == "load":
@@ -219,6 +219,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Return True if a template may use this attribute of `obj`."""
         # A list of what is allowed: a method that Python adds to str later stays refused until somebody looks at it.
         for kind, names in _METHODS:
             if isinstance(obj, kind):
@@ -226,19 +227,23 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """Return the undefined value for a forbidden attribute. Raises Refused for one that begins with an underscore."""
         if attribute.startswith("_"):
             raise Refused("it reaches for Python's internals")
         return super().unsafe_undefined(obj, attribute)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return an attribute or item, with the clock checked before it."""
         METER.get().tick()
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
+        """Return an item or attribute, with the clock checked before it."""
         METER.get().tick()
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return str.format or str.format_map with its arguments checked; None if `value` is neither."""
         function = super().wrap_str_format(value)
         if function is None:
             return None
@@ -250,6 +255,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return checked
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or method with its arguments checked and its result counted."""
         meter, owner = METER.get(), getattr(__obj, "__self__", None)
         meter.tick()
         check_int_arguments(args, kwargs)
@@ -259,6 +265,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return result if isinstance(result, Namespace) else meter.made(result)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Apply an operator with its operands checked and its result counted."""
         meter = METER.get()
         check_operator(meter, operator, left, right)
         result = meter.made(super().call_binop(context, operator, left, right))

@@ -262,18 +262,18 @@ class _Marker:
         purpose: a role "assistant" becomes the token `<|assistant|>`.
         """
         if isinstance(value, str):
-            text = self._spelled.sub(lambda match: self._broken(match[0], 1), value)
-            return text if whole else self._with_broken_edges(text)
+            text = self._spelled.sub(lambda match: self._with_nonce_at(match[0], 1), value)
+            return text if whole else self._with_nonce_at_edges(text)
         if isinstance(value, Mapping):
             return {self.mark(key, True): self.mark(item, key == "role") for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.mark(item) for item in value]
         return value
 
-    def _broken(self, text: str, at: int) -> str:
+    def _with_nonce_at(self, text: str, at: int) -> str:
         return text[:at] + self._nonce + text[at:]
 
-    def _with_broken_edges(self, text: str) -> str:
+    def _with_nonce_at_edges(self, text: str) -> str:
         """Return `text` with a nonce where it ends with the beginning of a spelling or begins with the end of one."""
         body = text.strip()
         if not body:
@@ -284,9 +284,9 @@ class _Marker:
             default=0,
         )
         if longest_end:
-            text = self._broken(text, start + len(body) - longest_end + 1)
+            text = self._with_nonce_at(text, start + len(body) - longest_end + 1)
         if any(body.startswith(token[-n:]) for token in self._spellings for n in range(1, len(token))):
-            text = self._broken(text, start + 1)
+            text = self._with_nonce_at(text, start + 1)
         return text
 
 

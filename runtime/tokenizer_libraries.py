@@ -158,7 +158,7 @@ class JsonTokenizer:
         )
 
     def encode(self, text: str, first: bool) -> list[int]:
-        tokenizer = self._tokenizer if first else self._continuing()
+        tokenizer = self._tokenizer if first else self._continuation_tokenizer()
         try:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
         except Exception:
@@ -167,7 +167,7 @@ class JsonTokenizer:
                 "from its publisher."
             ) from None
 
-    def _continuing(self) -> Any:
+    def _continuation_tokenizer(self) -> Any:
         """Return the tokenizer for text that follows a control token, where Metaspace's scheme "first" puts no space."""
         state = self._state(self._tokenizer.pre_tokenizer)
         if state.get("type") != "Metaspace" or state.get("prepend_scheme") != "first":
@@ -221,7 +221,7 @@ class SentencePieceTokenizer:
         self._space_prefix = special.space_prefix
         self._num_pieces = self._processor.get_piece_size()
         self.strips_space = puts_space
-        self.added = self._added(special)
+        self.added = self._added_tokens(special)
         self.size = max([self._num_pieces, *(token.id + 1 for token in self.added)])
         self._spelling_beyond = {token.id: token.spelling for token in self.added if token.id >= self._num_pieces}
         # sentencepiece knows no tokens from the JSON files: they are searched for here, the longest first.
@@ -229,7 +229,7 @@ class SentencePieceTokenizer:
         self._plain_ids = [token.id for token in plain]
         self._plain = re.compile("|".join(f"({token.pattern})" for token in plain)) if plain else None
 
-    def _added(self, special: SpecialTokens) -> list[AddedToken]:
+    def _added_tokens(self, special: SpecialTokens) -> list[AddedToken]:
         """Return the model file's control and unknown tokens, and those that the configuration files declare.
 
         Also completes `special.spelled` with the names that only the model file gives.

@@ -31,7 +31,7 @@ SMALLEST_COUNT = 1000
     metavar="W",
     help="Number format of the weights. hf: bf16, fp16, fp32, nf4, nf4-nearest; mlx: bf16, fp16, int4; gguf: f16, bf16, q8_0; "
     "ollama: q8_0, f16, bf16; coreml: nf4, int4, fp16, none; mps: nf4. "
-    "Default: the first one named, or for peft, mlx and gguf the adapter alone.",
+    "Default: the first one named, or the adapter alone for peft, mlx and gguf.",
 )
 @click.option(
     "--adapter-as",

@@ -44,9 +44,11 @@ class Commands(click.Group):
     """A group that imports a command's module only when the command is called, so that `--help` does not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the commands in the order in which the help shows them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import and return a command, or None for an unknown name."""
         if name not in COMMANDS:
             return None
         command = getattr(importlib.import_module(COMMANDS[name]), f"{name}_command")

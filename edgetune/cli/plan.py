@@ -79,7 +79,7 @@ def described(setting: dict[str, Any]) -> str:
     words = [f"rows of {setting['row_tokens']} tokens", f"recompute {setting['recompute']}"]
     if setting["layer_memory"] is not None:
         words.append(f"{human_bytes(setting['layer_memory'])} of layers in memory, the others streamed")
-    words += ["optimizer states in a file"] * setting["paged_optimizer"] + ["activations in a file"] * setting["offload"]
+    words += ["optimizer states in a file"] * setting["paged_optimizer"] + ["block inputs in a file"] * setting["offload"]
     words += ["8-bit optimizer states"] * (setting["optimizer_bits"] == 8)
     words += _IN_FILE[setting["in_file"]]
-    return ", ".join(words + ["memory of large tensors returned at once"] * setting["compact"])
+    return ", ".join(words + ["compact heap"] * setting["compact"])

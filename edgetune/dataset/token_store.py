@@ -43,8 +43,11 @@ class TextTokenizer(Protocol):
     def start_ids(self) -> list[int]: ...
     @property
     def has_template(self) -> bool: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+        """Return the ids of a conversation, rendered by the model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class ChatWriter:
             for at, turn in enumerate(part):
                 if turn.role == "assistant":
                     self._mark_answer(ids, marks, messages, at)
-            yield self._finished(ids, marks)
+            yield self._complete(ids, marks)
 
     def _mark_answer(self, ids: list[int], marks: list[int], messages: list[dict[str, str]], at: int) -> None:
         """Mark the answer `messages[at]` within `ids`: from the end of its generation prompt to its own end id."""
@@ -276,7 +279,7 @@ class ChatWriter:
         if ends:
             marks[stop] = STOP
 
-    def _finished(self, ids: list[int], marks: list[int]) -> Piece:
+    def _complete(self, ids: list[int], marks: list[int]) -> Piece:
         """Complete a rendered conversation: a start id, an end id to learn, and nothing after the last answer."""
         while marks and marks[-1] == CONTEXT:  # tokens after the last answer teach nothing
             del ids[-1], marks[-1]

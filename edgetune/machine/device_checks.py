@@ -98,7 +98,7 @@ def _run(name: str, check: Callable[[torch.device], str], device: torch.device) 
         return Confirmation(name, False, f"{type(error).__name__}: {without_paths(text)[:300]}")
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
     """Return the relative error, |found - wanted| / |wanted|; infinity if a number is not finite."""
     error = float((found.detach().cpu().float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
     return error if error == error else float("inf")
@@ -132,7 +132,7 @@ def _dequantisation(device: torch.device) -> str:
             there = quantized.to(device)
             for dtype in _FLOATS:
                 found, wanted = ops.dequantize(there, dtype).cpu(), nf4.dequantize(quantized, dtype)
-                _within(f"{shape} in {dtype}", _error(found, wanted), torch.finfo(dtype).eps)
+                _within(f"{shape} in {dtype}", _relative_error(found, wanted), torch.finfo(dtype).eps)
                 equal, count = equal + torch.equal(found, wanted), count + 1
     return f"{equal} of {count} bit for bit" + (", the others within one rounding" if equal < count else "")
 
@@ -147,7 +147,7 @@ def _products(device: torch.device) -> str:
             bound = _CPU_PRODUCT if device.type == "cpu" else max(2 * torch.finfo(dtype).eps, _EXACT)
             for rows in (1, 2, 7, FEW_ROWS):
                 x = _random(rows, shape[1], seed=rows).to(dtype)
-                error = _error(ops.matvec(x.to(device), there), x.float() @ dense.T)
+                error = _relative_error(ops.matvec(x.to(device), there), x.float() @ dense.T)
                 worst = max(worst, _within(f"{rows} rows times {shape} in {dtype}", error, bound))
     return f"largest relative error {worst:.2g}"
 
@@ -166,10 +166,10 @@ def _dense_products(device: torch.device) -> str:
         product = x.to(dtype).float() @ w.to(dtype).float()
         wanted[:, 7:87] = product
         wanted[:, 100:180] += 0.5 * product
-        worst = max(worst, _within(f"into columns, {dtype}", _error(found, wanted), bound))
+        worst = max(worst, _within(f"into columns, {dtype}", _relative_error(found, wanted), bound))
         gradient = vocabulary.input_gradient(dlogits.to(device, dtype), head.to(device, dtype))
         terms = dlogits.to(dtype).float() @ head.to(dtype).float()
-        worst = max(worst, _within(f"of 40,000 terms, {dtype}", _error(gradient, terms), bound))
+        worst = max(worst, _within(f"of 40,000 terms, {dtype}", _relative_error(gradient, terms), bound))
     return f"largest relative error {worst:.2g}"
 
 
@@ -195,7 +195,7 @@ def _elementwise(device: torch.device) -> str:
         "its gradient": (logits_, given),
         "dropout": (ops.dropout(h_, 0.3, 1234567), reference.dropout(h, 0.3, 1234567)),
     }
-    worst = max(_within(name, _error(*pair), _EXACT) for name, pair in pairs.items())
+    worst = max(_within(name, _relative_error(*pair), _EXACT) for name, pair in pairs.items())
     return f"largest relative error {worst:.2g}"
 
 
@@ -217,7 +217,7 @@ def _attention(device: torch.device) -> str:
             found = [torch.empty_like(tensor) for tensor in (there.q, there.k, there.v)]
             ops.attention_backward(there, o_, lse_, do_.to(device), AttentionGradients(*found))
             for name, one, other in zip(("output", "dq", "dk", "dv"), (o_, *found), (o, *wanted), strict=True):
-                worst = max(worst, _within(f"{name} in {dtype}, window {window}", _error(one, other), bound))
+                worst = max(worst, _within(f"{name} in {dtype}, window {window}", _relative_error(one, other), bound))
         errors.append(f"{worst:.2g} in {dtype}".replace("torch.", ""))
     return f"largest relative error {', '.join(errors)}"
 
@@ -238,7 +238,7 @@ def _optimizer(device: torch.device) -> str:
             moved.append([parameter.cpu() - before for parameter, before in zip(parameters, start, strict=True)])
         bound = _EXACT if bits == 32 else _ROUNDED  # an 8-bit code may be off by one where a quotient is rounded otherwise
         for shape, wanted, found in zip(shapes, *moved, strict=True):
-            worst = max(worst, _within(f"{bits} bits, {shape}", _error(found, wanted), bound))
+            worst = max(worst, _within(f"{bits} bits, {shape}", _relative_error(found, wanted), bound))
     return f"largest relative error {worst:.2g}"
 
 
@@ -259,7 +259,7 @@ def _batch(vocab_size: int) -> Batch:
     return Batch(ids[:-1], ids[1:], weights, positions, segments)
 
 
-def _trained(model: Llama) -> tuple[list[float], Tensor]:
+def _train_two_steps(model: Llama) -> tuple[list[float], Tensor]:
     """Train two steps; return their losses, and the second step's gradient, flattened.
 
     By the second step lora_B is no longer zero, so every part of the adapter has a gradient.
@@ -275,26 +275,26 @@ def _trained(model: Llama) -> tuple[list[float], Tensor]:
     return losses, torch.cat(gradients)
 
 
-def _trained_on_cpu() -> tuple[list[float], Tensor]:
+def _train_on_cpu() -> tuple[list[float], Tensor]:
     """Train the same two steps with plain torch on the CPU, in fp32, as the result to compare with."""
     with ops.use_backend("reference"):
-        return _trained(_demo(_CPU, torch.float32))
+        return _train_two_steps(_demo(_CPU, torch.float32))
 
 
-def _compared(name: str, found: tuple[list[float], Tensor], wanted: tuple[list[float], Tensor], bound: float) -> str:
+def _compare(name: str, found: tuple[list[float], Tensor], wanted: tuple[list[float], Tensor], bound: float) -> str:
     """Compare losses and gradient with the wanted ones; return their relative errors in words. Raises _Differs."""
     loss = max(abs(one - other) / other for one, other in zip(found[0], wanted[0], strict=True))
     _within(f"loss {name}", loss, bound)
-    gradient = _within(f"gradient {name}", _error(found[1], wanted[1]), bound)
+    gradient = _within(f"gradient {name}", _relative_error(found[1], wanted[1]), bound)
     return f"{name}: relative error of the loss {loss:.1g}, of the gradient {gradient:.1g}"
 
 
 def _training(device: torch.device) -> str:
     """Check two training steps on the demo model: in fp32 they match the CPU's, in the device's own dtype they are close."""
-    wanted, dtype = _trained_on_cpu(), compute_dtype(device)
-    results = [_compared("in fp32", _trained(_demo(device, torch.float32)), wanted, _GRADIENT)]
+    wanted, dtype = _train_on_cpu(), compute_dtype(device)
+    results = [_compare("in fp32", _train_two_steps(_demo(device, torch.float32)), wanted, _GRADIENT)]
     if dtype != torch.float32:
-        results.append(_compared(f"in {dtype}".replace("torch.", ""), _trained(_demo(device, dtype)), wanted, _ROUNDED))
+        results.append(_compare(f"in {dtype}".replace("torch.", ""), _train_two_steps(_demo(device, dtype)), wanted, _ROUNDED))
     return "; ".join(results)
 
 
@@ -303,7 +303,7 @@ def _streaming(device: torch.device) -> str:
     checkpoint = open_model(resolve(DEMO).path)
     model = _demo(device, torch.float32, 2 * least_layer_memory(checkpoint.config, Stored.of(checkpoint)))
     assert model.pager.streaming
-    return _compared("in fp32", _trained(model), _trained_on_cpu(), _GRADIENT)
+    return _compare("in fp32", _train_two_steps(model), _train_on_cpu(), _GRADIENT)
 
 
 def _text(device: torch.device) -> str:

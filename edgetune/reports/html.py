@@ -96,7 +96,7 @@ def render(events: Iterable[Event]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n<meta name="robots" content="noindex">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>edgetune: {_text(run.started.run if run.started else 'a run')}</title>\n"
+        f"<title>edgetune: {_escaped(run.started.run if run.started else 'a run')}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n{chr(10).join(part for part in sections if part)}\n"
         "<footer>Made by edgetune from the events of this run. This page loads nothing and sends nothing. It names your "
         "notes and shows text that the model wrote after learning them, so think before you share this page.</footer>\n"
@@ -118,11 +118,11 @@ def _head(run: Run) -> str:
         held_out = _count(started.heldout_documents, "document")
         about += f", and was tested on {held_out} that it never trained on." if started.heldout_documents else "."
         about += " The result is an adapter: a small file that is used together with the base model, which stays unchanged."
-    marks = "".join(f'<span class="badge">{_text(badge)}</span>' for badge in _badges(run))
-    name = f"<span>{_text(started.run)}</span>" if started else ""
+    marks = "".join(f'<span class="badge">{_escaped(badge)}</span>' for badge in _badges(run))
+    name = f"<span>{_escaped(started.run)}</span>" if started else ""
     return (
-        f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_text(title)}</h1>'
-        f'<p class="about">{_text(about)}</p></header>'
+        f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_escaped(title)}</h1>'
+        f'<p class="about">{_escaped(about)}</p></header>'
     )
 
 
@@ -156,8 +156,8 @@ def _tiles(run: Run) -> str:
             ("Peak memory", human_bytes(finished.peak_memory_bytes), "including the weights in use"),
         ]
     cells = "".join(
-        f'<div class="{"score" if "→" in value else "fact"}"><dt>{_text(name)}</dt>'
-        f'<dd>{_text(value)}</dd><dd class="note">{_text(note)}</dd></div>'
+        f'<div class="{"score" if "→" in value else "fact"}"><dt>{_escaped(name)}</dt>'
+        f'<dd>{_escaped(value)}</dd><dd class="note">{_escaped(note)}</dd></div>'
         for name, value, note in tiles
     )
     return f'<dl class="tiles">{cells}</dl>' if tiles else ""
@@ -168,8 +168,8 @@ def _plots(run: Run) -> str:
     speed, memory = _curve(run, "Tokens per second", "tokens_per_second"), _curve(run, "Memory", "memory_bytes")
     norm, rate = _curve(run, "Gradient norm", "gradient_norm"), _curve(run, "Learning rate", "learning_rate")
     figures = [
-        _loss(run, skipped),
-        _heldout_curve(run),
+        _loss_figure(run, skipped),
+        _heldout_figure(run),
         _figure(
             "speed",
             "Throughput",
@@ -204,7 +204,7 @@ def _curve(run: Run, label: str, field: str, kind: str = "line") -> Curve:
     return Curve(label, [(event.step, getattr(event, field)) for event in run.stepped], kind)
 
 
-def _loss(run: Run, skipped: Sequence[float]) -> str:
+def _loss_figure(run: Run, skipped: Sequence[float]) -> str:
     note = "the error on the notes the model learns from, in nats per token; lower is better"
     if len(run.stepped) > SMOOTHED_FROM:
         note += "; faint: each step, strong: smoothed"
@@ -215,7 +215,7 @@ def _loss(run: Run, skipped: Sequence[float]) -> str:
     return _figure("loss", "Loss", note, chart("loss", "Loss by step", curves, "{:.2f}".format, crosses=skipped))
 
 
-def _heldout_curve(run: Run) -> str:
+def _heldout_figure(run: Run) -> str:
     points: list[Point] = [(event.step, event.bits_per_byte) for event in run.evaluated]
     kept = ((float(run.best.step), run.best.bits_per_byte), "kept") if run.best and len(points) > 1 else None
     curves = [Curve("Bits per byte", points, "dots")]
@@ -239,10 +239,10 @@ def _samples(run: Run) -> str:
     pairs = []
     for prompt, texts in run.samples.items():
         sides = "".join(
-            f'<div class="{when}"><h4>{title}</h4>{_written(prompt, texts.get(when))}</div>'
+            f'<div class="{when}"><h4>{title}</h4>{_continuation(prompt, texts.get(when))}</div>'
             for when, title in (("before", "Before"), ("after", "After"))
         )
-        pairs.append(f'<article><h3 dir="auto">{_text(prompt)}</h3><div class="pair">{sides}</div></article>')
+        pairs.append(f'<article><h3 dir="auto">{_escaped(prompt)}</h3><div class="pair">{sides}</div></article>')
     return (
         "<section><h2>Samples, before and after</h2>"
         '<p class="lead">How the model continued each prompt before training, and with the new adapter.</p>'
@@ -250,10 +250,10 @@ def _samples(run: Run) -> str:
     )
 
 
-def _written(prompt: str, text: str | None) -> str:
+def _continuation(prompt: str, text: str | None) -> str:
     if text is None:
         return '<p class="none">not sampled</p>'
-    return f'<p class="written" dir="auto"><span class="prompt">{_text(prompt)}</span>{_text(text)}</p>'
+    return f'<p class="written" dir="auto"><span class="prompt">{_escaped(prompt)}</span>{_escaped(text)}</p>'
 
 
 def _facts(run: Run) -> str:
@@ -278,7 +278,7 @@ def _facts(run: Run) -> str:
             ("Time", human_time(finished.seconds)),
             ("Peak memory", human_bytes(finished.peak_memory_bytes)),
         ]
-    facts = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in rows)
+    facts = "".join(f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(value)}</td></tr>' for name, value in rows)
     table = f"<table><caption>The run</caption><tbody>{facts}</tbody></table>" if facts else ""
     return f'<section class="facts"><h2>Figures</h2>{table}{_score(run.before, run.after)}</section>'
 
@@ -293,7 +293,7 @@ def _score(before: float | None, after: float | None) -> str:
         ("Size of the notes if the model were used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
     ]
     body = "".join(
-        f'<tr><th scope="row">{_text(name)}</th><td class="number">{old}</td><td class="number">{new}</td></tr>'
+        f'<tr><th scope="row">{_escaped(name)}</th><td class="number">{old}</td><td class="number">{new}</td></tr>'
         for name, old, new in rows
     )
     return (
@@ -330,7 +330,7 @@ def _heldout(run: Run) -> str:
     paths = run.started.heldout_paths if run.started else ()
     if not paths:
         return ""
-    items = "".join(f"<li><bdi>{_text(path)}</bdi></li>" for path in paths)
+    items = "".join(f"<li><bdi>{_escaped(path)}</bdi></li>" for path in paths)
     names = f'<ul class="names">{items}</ul>'
     return (
         "<section><h2>Held-out notes</h2>"
@@ -343,7 +343,7 @@ def _heldout(run: Run) -> str:
 def _plan(run: Run) -> str:
     plan = _flat(run.started.plan) if run.started else {}
     rows = "".join(
-        f'<tr><th scope="row"><code>{_text(str(key))}</code></th><td>{_text(_setting(value))}</td></tr>'
+        f'<tr><th scope="row"><code>{_escaped(str(key))}</code></th><td>{_escaped(_setting(value))}</td></tr>'
         for key, value in plan.items()
     )
     if not rows:
@@ -372,13 +372,13 @@ def _setting(value: Any) -> str:
 
 
 def _folded(summary: str, body: str, size: int) -> str:
-    return body if size <= UNFOLDED else f"<details><summary>{_text(summary)}</summary>{body}</details>"
+    return body if size <= UNFOLDED else f"<details><summary>{_escaped(summary)}</summary>{body}</details>"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _text(text: str) -> str:
+def _escaped(text: str) -> str:
     """Return `text` escaped for use between tags and in quoted attributes, its control characters made visible."""
     return html.escape(sanitize(text), quote=True)

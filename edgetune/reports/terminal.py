@@ -228,24 +228,24 @@ class Live(Renderer):
         first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
-            self._keep(started_line(event), "bold")
+            self._print_above(started_line(event), "bold")
         elif isinstance(event, Resumed):
             for text in resumed_lines(event):
-                self._keep(text, "yellow")
+                self._print_above(text, "yellow")
         elif isinstance(event, Skipped):
-            self._keep(f"step {event.step} skipped: {one_line(event.reason)}", "yellow")
+            self._print_above(f"step {event.step} skipped: {one_line(event.reason)}", "yellow")
         elif isinstance(event, Evaluated):
-            self._keep(evaluated_line(event, first_evaluation), "cyan")
+            self._print_above(evaluated_line(event, first_evaluation), "cyan")
         elif isinstance(event, Interrupted):
             self._live.stop()
-            self._keep(interrupted_line(event), "bold yellow")
+            self._print_above(interrupted_line(event), "bold yellow")
             return
         elif isinstance(event, Finished):
             self._live.stop()
             first, *rest = finished_lines(event)
-            self._keep(first, "bold green" if _learned(event) else "bold yellow")
+            self._print_above(first, "bold green" if _learned(event) else "bold yellow")
             for text in rest:
-                self._keep(text, "")
+                self._print_above(text, "")
             return
         self._live.update(self._bar_and_figures())
 
@@ -253,7 +253,7 @@ class Live(Renderer):
         """Remove the bar, after an exception or Ctrl-C too."""
         self._live.stop()
 
-    def _keep(self, text: str, style: str) -> None:
+    def _print_above(self, text: str, style: str) -> None:
         from rich.text import Text
 
         self.console.print(Text(text, style=style), soft_wrap=True)

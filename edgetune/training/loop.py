@@ -282,7 +282,7 @@ class TrainingLoop:
                 yield self._save_checkpoint()
             adapters.copy_into(self.model, self.best.adapter())
         yield from self._samples("after")
-        best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._about(score, best_step))
+        best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._adapter_record(score, best_step))
         folder = adapter_folder(self.run)
         peft_folder.save(best, folder, self.run.loaded.choice.name)
         promoted = should_promote(state.score_before, score)
@@ -308,7 +308,7 @@ class TrainingLoop:
             promoted=promoted,
         )
 
-    def _about(self, score: float | None, best_step: int) -> dict[str, object]:
+    def _adapter_record(self, score: float | None, best_step: int) -> dict[str, object]:
         """Return the contents of edgetune.json: how this adapter was made, without paths, host names or text."""
         settings = {name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")}
         settings["data"] = {name: value for name, value in settings["data"].items() if name != "exclude"}

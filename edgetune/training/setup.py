@@ -117,7 +117,7 @@ def prepare_new(
         backend=ops.backend_name(loaded.model.device),
         threads=torch.get_num_threads(),
         predicted_peak_bytes=chosen.parts.total,
-        data_digest=_digest(split.train),
+        data_digest=_documents_digest(split.train),
         base=checkpoint.digest,
         settings=config.as_dict(),
     )
@@ -128,7 +128,7 @@ def prepare_new(
         documents=len(split.train),
         heldout_paths=tuple(document.path for document in split.held_out),
         prompts=tuple(first_words(document) for document in (split.held_out or split.train)[:SAMPLE_PROMPTS]),
-        notes=_digest(split.train + split.held_out),
+        notes=_documents_digest(split.train + split.held_out),
         torch=torch.__version__,
         files=_token_files(folder),
     )
@@ -189,7 +189,7 @@ def changes_since_start(run: PreparedRun) -> list[str]:
     record, model, changes = run.record, run.loaded.model, []
     try:
         _, split = read_and_split(run.config)
-        if _digest(split.train + split.held_out) != record.notes:
+        if _documents_digest(split.train + split.held_out) != record.notes:
             changes.append(
                 "The notes have changed since this run began. It continues with the notes as they were then; "
                 "type --fresh to start over with the new ones."
@@ -264,6 +264,6 @@ def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
     return Adapter(dataclasses.replace(stored.config, dropout=config.dropout), stored.tensors, stored.about)
 
 
-def _digest(documents: list[Document]) -> str:
+def _documents_digest(documents: list[Document]) -> str:
     """Return one digest for a set of documents, whatever their order."""
     return hashlib.sha256("\n".join(sorted(document.digest for document in documents)).encode()).hexdigest()
