@@ -487,7 +487,7 @@ def test_a_split_is_known_by_its_expression(tmp_path: Path, name: str) -> None:
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     byte_level(tmp_path / "t", split(r"\w+|\W"), ["<|end|>"])
-    with pytest.raises(TokenizerError, match="cannot express for llama\.cpp"):
+    with pytest.raises(TokenizerError, match=r"cannot express for llama\.cpp"):
         read_vocabulary(tmp_path / "t", 720)
     byte_level(tmp_path / "t", splits()["qwen2"](), ["<|end|>"])
     source = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
