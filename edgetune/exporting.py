@@ -64,7 +64,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a target wrote and how it compares with the reference; `agreement` is None if that was not checked."""
+    """The files a target wrote and how they compare with the reference; `agreement` is None if that was not checked."""
 
     written: Written
     agreement: verify.Agreement | None
