@@ -99,7 +99,7 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     named, base, warned = run.stderr.splitlines()
     assert named == f"Model demo, adapter {demo_adapter.name}."
     assert base == "PEFT cannot find a base named demo: load the base from its folder, then the adapter onto it."
-    assert warned.startswith("The notes it was trained on")
+    assert warned.startswith("The notes that were trained on")
     assert capfd.readouterr().err == ""  # no progress bars and no advice from other packages
 
 
