@@ -218,4 +218,4 @@ def test_llama_cpp_proves_the_model(tmp_path: Path, weights: str) -> None:
     ollama.write(job, tmp_path / "out")
     bound = verify.BOUNDS["ollama", weights]
     expected = verify.golden(job, list(range(5, 40)), job.model())
-    assert verify.compare(expected, ollama.read(job, tmp_path / "out"), bound).holds(bound)
+    assert verify.compare(expected, ollama.SPEC.read(job, tmp_path / "out"), bound).holds(bound)
