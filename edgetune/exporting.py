@@ -25,9 +25,10 @@ from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
-from edgetune.runtime.json_file import EXPORT_RECORD, read_object
+from edgetune.runtime.json_file import read_object
 from edgetune.runtime.memory_meter import MemoryMeter
 from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.runtime.untrusted_file import EXPORT_RECORD
 
 WARNING = "The notes that were trained on can be extracted from this export: share it only with people who may read them."
 """Notice that comes with every export that contains an adapter."""

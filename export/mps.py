@@ -37,13 +37,14 @@ from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
-from edgetune.runtime.json_file import BUNDLE_MANIFEST, read_object, read_value
+from edgetune.runtime.json_file import read_object, read_value
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import companions
 from edgetune.runtime.nf4 import code_table
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
+from edgetune.runtime.untrusted_file import BUNDLE_MANIFEST
 
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 """Names of the bundle's own file and folders."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.config import ATTENTION_LINEARS, MLP_LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.json_file import MODEL_CONFIG, WEIGHT_INDEX, read_object
+from edgetune.runtime.json_file import read_object
 from edgetune.runtime.names import (
     ATTENTION_NORM,
     EMBEDDING,
@@ -34,6 +34,7 @@ from edgetune.runtime.names import (
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
+from edgetune.runtime.untrusted_file import MODEL_CONFIG, WEIGHT_INDEX
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

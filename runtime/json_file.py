@@ -1,67 +1,46 @@
-"""Read files that another program may have written, nearly all of them JSON, with one size limit for each kind of file.
-
-Every such file is untrusted: its size is checked before it is parsed, and every fault becomes one sentence for the user.
-"""
+"""Parses JSON that another program may have written: every fault becomes one sentence for the user."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
-from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, TokenizerError
+from edgetune.runtime.untrusted_file import FileKind, read_untrusted
+
+_MAX_DIGITS = 400
+"""Most digits of a number: a double has 309 before its point. Longer ones take quadratic time to parse. Chosen by hand."""
 
 
-@dataclass(frozen=True)
-class FileKind:
-    """A kind of untrusted file: the most bytes that are read, the error that its faults raise, and what the user can do."""
+def parse(data: bytes) -> Any:
+    """Return the JSON value in `data`, UTF-8 with or without a byte order mark.
 
-    limit: int
-    error: type[EdgetuneError]
-    advice: str
-
-
-# The limits are chosen by hand, above the largest files in use.
-_COPY_MODEL, _COPY_TOKENIZER = "copy the model folder again", "copy it again from the model's publisher"
-_COPY_ADAPTER, _EXPORT_AGAIN = "copy the adapter again", "export the folder again"
-
-MODEL_CONFIG = FileKind(4 << 20, ModelError, _COPY_MODEL)
-"""config.json of a model folder, and the manifest and configuration of an Ollama model."""
-WEIGHT_INDEX = FileKind(64 << 20, ModelError, _COPY_MODEL)
-"""model.safetensors.index.json: one line for each tensor of a model."""
-TOKENIZER_CONFIG = FileKind(4 << 20, TokenizerError, _COPY_TOKENIZER)
-"""tokenizer_config.json and the short files beside it, the chat template included."""
-TOKENIZER_JSON = FileKind(64 << 20, TokenizerError, _COPY_TOKENIZER)
-"""tokenizer.json. The largest in use (262,144 pieces) takes 34 MB."""
-SENTENCEPIECE_MODEL = FileKind(32 << 20, TokenizerError, _COPY_TOKENIZER)
-"""tokenizer.model, which is a protobuf and not JSON."""
-ADAPTER_CONFIG = FileKind(8 << 20, AdapterError, _COPY_ADAPTER)
-"""adapter_config.json and edgetune.json, which holds a digest of every note that the adapter was trained on."""
-EXPORT_RECORD = FileKind(8 << 20, ModelError, _EXPORT_AGAIN)
-"""golden.json, how-to-call.json and the manifest of a Core ML package."""
-BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
-"""manifest.json of an export to MPS."""
-
-
-def read_limited(path: Path, kind: FileKind) -> bytes:
-    """Return a file's bytes. Raises `kind.error` for a file that cannot be read or exceeds the limit of its kind."""
+    Raises ValueError, which says what is wrong, also for what Python's parser accepts and JSON does not: a name that an object
+    holds twice, NaN and Infinity, a number that is infinite as a double, half of a surrogate pair.
+    """
     try:
-        with path.open("rb") as file:
-            data = file.read(kind.limit + 1)
-    except OSError as error:
-        raise kind.error(f"{path} cannot be read ({error.strerror}); check the folder and its permissions.") from error
-    if len(data) > kind.limit:
-        raise kind.error(f"{path} is larger than {kind.limit >> 20} MiB, the limit for such a file; {kind.advice}.")
-    return data
+        value = json.loads(
+            data.decode("utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
+            parse_float=_decimal,
+        )
+    except RecursionError as error:
+        raise ValueError("its brackets are nested too deep") from error
+    if b"\\u" in data:
+        _refuse_surrogates(value)
+    return value
 
 
 def read_value(path: Path, kind: FileKind) -> Any:
-    """Return the JSON value in a file. Raises `kind.error` as `read_limited` does, and for anything that is not JSON."""
+    """Return the JSON value in a file. Raises `kind.error` as `read_untrusted` does, and for anything that is not JSON."""
     try:
-        return json.loads(read_limited(path, kind))
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
-        raise kind.error(f"{path} is not valid JSON; {kind.advice}.") from error
+        return parse(read_untrusted(path, kind))
+    except ValueError as error:
+        fault = error.args[0] if type(error) is ValueError else "its syntax is wrong"
+        raise kind.error(f"{path} is not valid JSON ({fault}); {kind.advice}.") from error
 
 
 def read_object(path: Path, kind: FileKind) -> dict[str, Any]:
@@ -75,3 +54,40 @@ def read_object(path: Path, kind: FileKind) -> dict[str, Any]:
 def read_object_if_there(path: Path, kind: FileKind) -> dict[str, Any]:
     """Return the JSON object in a file, or {} if there is no such file. Raises `kind.error` as `read_object` does."""
     return read_object(path, kind) if path.is_file() else {}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is repeated")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _decimal(digits: str) -> float:
+    value = float(digits) if len(digits) <= _MAX_DIGITS else math.inf
+    if math.isinf(value):
+        raise ValueError("it holds a number that is too large")
+    return value
+
+
+def _refuse_surrogates(value: Any) -> None:
+    """Raise ValueError if any string of a JSON value holds half of a surrogate pair, which no text in UTF-8 can hold."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            pending += item
+        elif isinstance(item, str) and not item.isascii() and any("\ud800" <= char <= "\udfff" for char in item):
+            raise ValueError("it holds half of a surrogate pair")

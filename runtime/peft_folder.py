@@ -25,9 +25,10 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
-from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object, read_object_if_there
+from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.names import hf_linear_name, layer_tensor
 from edgetune.runtime.safetensors_file import write_tensors
+from edgetune.runtime.untrusted_file import ADAPTER_CONFIG
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune.runtime.json_file import TOKENIZER_CONFIG, read_object_if_there
+from edgetune.runtime.json_file import read_object_if_there
+from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG
 
 MAX_IDS = 1 << 22
 """The largest number of token ids that a tokenizer may have. Chosen by hand: the largest in use has 262,144."""

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.json_file import TOKENIZER_CONFIG, read_limited, read_object_if_there
+from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer_libraries import (
     JsonTokenizer,
     SentencePieceTokenizer,
     TokenizerLibrary,
 )
+from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, read_untrusted
 
 if TYPE_CHECKING:
     from edgetune.runtime.templates import ChatTemplate
@@ -298,7 +299,7 @@ def read_template(folder: Path, config: dict[str, Any] | None = None) -> tuple[s
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return read_limited(path, TOKENIZER_CONFIG).decode("utf-8", "replace"), str(path)
+        return read_untrusted(path, TOKENIZER_CONFIG).decode("utf-8", "replace"), str(path)
     config = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG) if config is None else config
     found = config.get("chat_template")
     if isinstance(found, list):  # several templates with names: take the one called "default", or the only one

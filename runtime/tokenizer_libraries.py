@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.json_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON, read_limited
 from edgetune.runtime.special_tokens import MAX_IDS, AddedToken, SpecialTokens
+from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON, read_untrusted
 
 _SPACE = "▁"
 """The sign (U+2581) that sentencepiece and its relatives write in a piece for a space."""
@@ -51,7 +51,7 @@ class JsonTokenizer:
 
         self._where = str(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(read_limited(path, TOKENIZER_JSON).decode())
+            self._tokenizer = tokenizers.Tokenizer.from_str(read_untrusted(path, TOKENIZER_JSON).decode())
         except TokenizerError:
             raise
         except BaseException as error:
@@ -206,7 +206,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path, special: SpecialTokens) -> None:
         import sentencepiece
 
-        data = read_limited(path, SENTENCEPIECE_MODEL)
+        data = read_untrusted(path, SENTENCEPIECE_MODEL)
         try:
             whole = sentencepiece.SentencePieceProcessor(model_proto=data)
             bare = sentencepiece.SentencePieceProcessor(model_proto=data + self._NO_PREFIX)

@@ -440,9 +440,9 @@ def full_disk(monkeypatch):
 
 
 def test_a_symlinked_snapshot_as_in_the_hugging_face_cache_opens(folder, tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1a2b3c"
     shutil.move(folder, blobs)
-    snapshot.mkdir()
+    snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
     open_model(snapshot)

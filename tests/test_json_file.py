@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from edgetune.runtime.errors import AdapterError, EdgetuneError
-from edgetune.runtime.json_file import ADAPTER_CONFIG, read_limited, read_object, read_object_if_there, read_value
+from edgetune.runtime.json_file import read_object, read_object_if_there, read_value
+from edgetune.runtime.untrusted_file import ADAPTER_CONFIG, read_untrusted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,11 @@ def test_a_file_that_may_be_missing_is_an_empty_object(tmp_path: Path) -> None:
         (b"{", "is not valid JSON"),
         (b"[" * 200_000, "is not valid JSON"),
         (b'"\xff"', "is not valid JSON"),
+        (b'{"a": 1, "a": 2}', "a name is repeated"),
+        (b'{"a": NaN}', "it holds NaN"),
+        (b'{"a": 1e999}', "a number that is too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number of 5,000 digits"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair"),
     ],
 )
 def test_each_fault_is_one_sentence_that_names_the_file(tmp_path: Path, content: bytes, said: str) -> None:
@@ -50,10 +56,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_file_at_its_limit_is_read_and_one_byte_more_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * (1 << 20))
     kind = replace(ADAPTER_CONFIG, limit=1 << 20)
-    assert len(read_limited(tmp_path / "a", kind)) == kind.limit
+    assert len(read_untrusted(tmp_path / "a", kind)) == kind.limit
     (tmp_path / "a").write_bytes(b"x" * ((1 << 20) + 1))
     with pytest.raises(EdgetuneError, match="larger than 1 MiB"):
-        read_limited(tmp_path / "a", kind)
+        read_untrusted(tmp_path / "a", kind)
 
 
 @pytest.mark.parametrize("floor", ["runtime", "export"])

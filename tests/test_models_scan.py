@@ -22,8 +22,8 @@ from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.json_file import MODEL_CONFIG
 from edgetune.runtime.quantize import quantize_folder
+from edgetune.runtime.untrusted_file import MODEL_CONFIG
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

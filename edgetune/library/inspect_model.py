@@ -15,8 +15,9 @@ from edgetune.config import TrainConfig
 from edgetune.memory_settings import least_memory_to_train
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.errors import EdgetuneError, ModelError
-from edgetune.runtime.json_file import MODEL_CONFIG, read_object
+from edgetune.runtime.json_file import read_object
 from edgetune.runtime.tokenizer import read_template
+from edgetune.runtime.untrusted_file import MODEL_CONFIG
 
 SUGGESTED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "TinyLlama/TinyLlama-1.1B-Chat-v1.0")
 """Hugging Face ids of two models that edgetune can train on: a small one and a better one."""

@@ -17,9 +17,10 @@ from edgetune.export.coreml.package import Array
 from edgetune.export.coreml.plan import Plan
 from edgetune.export.verify import GOLDEN_FILE, PROMPT
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.json_file import EXPORT_RECORD, read_object
+from edgetune.runtime.json_file import read_object
 from edgetune.runtime.model_folder import companions
 from edgetune.runtime.tokenizer import Tokenizer, read_template
+from edgetune.runtime.untrusted_file import EXPORT_RECORD
 
 PACKAGE, CALL_FILE = "model.mlpackage", "how-to-call.json"
 FORMAT = 1

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import explain_full_disk
-from edgetune.runtime.json_file import EXPORT_RECORD, read_object
+from edgetune.runtime.json_file import read_object
+from edgetune.runtime.untrusted_file import EXPORT_RECORD
 
 Array = npt.NDArray[Any]
 DTYPES: dict[str, type[np.generic]] = {

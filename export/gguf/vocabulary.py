@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.json_file import (
-    SENTENCEPIECE_MODEL,
-    TOKENIZER_CONFIG,
-    TOKENIZER_JSON,
-    read_limited,
-    read_object,
-    read_object_if_there,
-)
+from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
 from edgetune.runtime.tokenizer_libraries import (
@@ -29,6 +22,7 @@ from edgetune.runtime.tokenizer_libraries import (
     SentencePieceTokenizer,
     TokenizerLibrary,
 )
+from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, TOKENIZER_JSON, read_untrusted
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """The types of tokens: llama.h's llama_token_type."""
@@ -211,7 +205,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
     """Convert a sentencepiece model."""
     import sentencepiece
 
-    data = read_limited(path, SENTENCEPIECE_MODEL)
+    data = read_untrusted(path, SENTENCEPIECE_MODEL)
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError:

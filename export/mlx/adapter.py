@@ -20,9 +20,10 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.json_file import ADAPTER_CONFIG, read_object
+from edgetune.runtime.json_file import read_object
 from edgetune.runtime.names import hf_linear_name, layer_tensor
 from edgetune.runtime.peft_folder import whole_number
+from edgetune.runtime.untrusted_file import ADAPTER_CONFIG
 
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 DEFAULT_SCALE = 20.0
