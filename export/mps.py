@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -34,17 +33,25 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
-from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.config import LlamaConfig, QuantConfig
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
+from edgetune.runtime.files import atomic_write, sha256_file
 from edgetune.runtime.json_file import read_object, read_value
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
-from edgetune.runtime.model_folder import companions
+from edgetune.runtime.model_folder import copy_companions, write_config
 from edgetune.runtime.nf4 import code_table
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
-from edgetune.runtime.untrusted_file import BUNDLE_MANIFEST
+from edgetune.runtime.untrusted_file import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BUNDLE_MANIFEST,
+    MODEL_WEIGHTS,
+    WEIGHT_INDEX,
+    copy_untrusted,
+    sha256_untrusted,
+)
 
 MANIFEST, ADAPTER, KERNEL_FOLDER = "manifest.json", "adapter", "kernels"
 """Names of the bundle's own file and folders."""
@@ -88,12 +95,13 @@ def _quantize_base(job: Job, folder: Path) -> None:
 
 def _copy_base(job: Job, folder: Path) -> None:
     """Copy the files of a 4-bit base into the bundle, readable by their owner only."""
-    config, index = job.base.folder / "config.json", job.base.folder / INDEX
-    files = [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]
+    copy_companions(job.base.folder, folder)
+    write_config(folder, job.base.hf_config)
+    index = job.base.folder / INDEX
+    files = [(file, MODEL_WEIGHTS) for file in job.base.files] + [(index, WEIGHT_INDEX)] * index.is_file()
     done = job.counter("writing", len(files))
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-        os.chmod(folder / file.name, PRIVATE_FILE)
+    for file, kind in files:
+        copy_untrusted(file, kind, folder / file.name)
         done(file.name)
 
 
@@ -131,8 +139,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_adapter(folder: Path) -> Adapter | None:
+def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter | None:
     """Load the adapter of a bundle; return None if the folder is not a bundle or contains no adapter.
+
+    `base`: as in peft_folder.read_tensors.
 
     Raises AdapterError for a bundle of a newer edgetune, and if the adapter's digests differ from those in the manifest.
     """
@@ -147,13 +157,14 @@ def read_adapter(folder: Path) -> Adapter | None:
             raise AdapterError(f"{manifest} was written by a newer edgetune (format {found['format']!r}); update edgetune.")
         if found["adapter"] is None:
             return None
-        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE)}
-        unchanged = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
+        kinds = {peft_folder.CONFIG_FILE: ADAPTER_CONFIG, peft_folder.WEIGHTS_FILE: ADAPTER_WEIGHTS}
+        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in kinds}
+        unchanged = all(sha256_untrusted(folder / ADAPTER / name, kind) == digests[name] for name, kind in kinds.items())
     except (OSError, KeyError, TypeError) as error:
         raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.") from error
     if not unchanged:
         raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
-    return peft_folder.load(folder / ADAPTER)
+    return peft_folder.load(folder / ADAPTER, base)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime.config import LlamaConfig, LoraConfig
+from edgetune.runtime.config import MAX_RANK, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.linear import Linear, LoraLinear
 from edgetune.runtime.model import Llama
@@ -26,6 +26,13 @@ class Adapter:
     tensors: dict[tuple[int, str, str], Tensor]
     about: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+
+
+def may_fit(shape: tuple[int, ...], layer: int, name: str, part: str, model: LlamaConfig) -> bool:
+    """Return True if a tensor of this shape can be lora_A or lora_B ("A" or "B" as `part`) of a linear of the model."""
+    rows, columns = model.linear_shapes()[name]
+    rank, width = shape if part == "A" else shape[::-1]
+    return layer < model.num_layers and rank <= MAX_RANK and width == (columns if part == "A" else rows)
 
 
 def attach_new(model: Llama, config: LoraConfig, seed: int) -> None:

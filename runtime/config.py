@@ -299,6 +299,10 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return tuple(int(item) for item in value) if isinstance(value, list) else (int(value),)
 
 
+MAX_RANK = 1024
+"""Largest rank of a LoRA adapter. Chosen by hand."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The configuration of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * B A on each target linear."""
@@ -310,8 +314,8 @@ class LoraConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 1024:
-            raise UsageError(f"The rank is {self.rank}; expected 1 to 1024, e.g. 16.")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise UsageError(f"The rank is {self.rank}; expected 1 to {MAX_RANK}, e.g. 16.")
         if not 1e-9 <= self.alpha <= 1e9:  # outside this range, formats that store it in f32 get 0 or inf
             raise UsageError(f"Alpha is {self.alpha}; expected 1e-9 to 1e9, e.g. 16.")
         if not 0.0 <= self.dropout < 1.0:

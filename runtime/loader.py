@@ -25,6 +25,7 @@ from edgetune.runtime.names import (
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.ops_types import Weight
 from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Streamer
+from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, open_untrusted
 from edgetune.runtime.vocabulary import FILE, Embedding, Head, StoredRows
 
 
@@ -111,7 +112,7 @@ def _head(checkpoint: Checkpoint, name: str, device: torch.device, kind: str | N
 def _in_file(checkpoint: Checkpoint, name: str, device: torch.device) -> StoredRows:
     path, stored = checkpoint.located(name)
     checkpoint.release(name)
-    return StoredRows(path.open("rb", buffering=0), stored.start, stored.dtype, stored.shape, device)
+    return StoredRows(open_untrusted(path, MODEL_WEIGHTS), stored.start, stored.dtype, stored.shape, device)
 
 
 def _linear_bytes(checkpoint: Checkpoint) -> int:

@@ -6,6 +6,8 @@ A Recipe decides what the weights are: the one in quantize.py makes 4-bit weight
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +15,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.errors import ModelError
+from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
+from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
@@ -31,9 +35,10 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+_TEXTS = ("LICENSE*", "NOTICE*")
+_REACHES_OUTSIDE = re.compile(r"auto_map|model_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
+"""Keys of config.json that name code, or a file or a repository, which a reader might load; no model here needs one."""
 
 
 class Recipe(Protocol):
@@ -101,9 +106,8 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
 
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:
     """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
-    for file in companions(source):
-        atomic_write(folder / file.name, file.read_bytes())
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    copy_companions(source, folder)
+    write_config(folder, config)
     if len(shards) > 1:
         weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
         index = {
@@ -122,6 +126,7 @@ def write_model(
     done: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a whole model into `folder`, which the caller publishes; `done` is called with the name of each tensor."""
+    companions(source)  # raises before any work is done
     shards = plan_shards(recipe, shard_bytes)
     for file, names in shards.items():
         write_shard(folder / file, recipe, names, done)
@@ -129,8 +134,31 @@ def write_model(
 
 
 def companions(folder: Path) -> list[Path]:
-    """Return the files of a model folder that a copy needs beside config.json and the weights."""
-    return [file for pattern in _COMPANIONS for file in sorted(folder.glob(pattern)) if file.is_file()]
+    """Return the files of a model folder that a copy needs beside config.json and the weights.
+
+    Raises ModelError for one that must not be copied, such as a link to a file elsewhere, and for too many licences.
+    """
+    texts = [file for pattern in _TEXTS for file in sorted(folder.glob(pattern))]
+    if len(texts) > MAX_TEXT_FILES:
+        raise ModelError(f"{folder} has {len(texts)} licences and notices; expected at most {MAX_TEXT_FILES}: remove some.")
+    found = [file for file in [*(folder / name for name in _COMPANIONS), *texts] if os.path.exists(file) and not file.is_dir()]
+    for file in found:
+        open_untrusted(file, COMPANION).close()
+    return found
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the companions of the model in `source` into `folder`, each private. Raises ModelError as `companions` does."""
+    for file in companions(source):
+        with explain_full_disk(folder):
+            (folder / file.name).unlink(missing_ok=True)  # of a run that was interrupted
+            copy_untrusted(file, COMPANION, folder / file.name)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json without the keys by which another program could be led to code or files outside the folder."""
+    kept = {key: value for key, value in config.items() if not _REACHES_OUTSIDE.fullmatch(key)}
+    atomic_write(folder / "config.json", json.dumps(kept, indent=2) + "\n")
 
 
 def quantization_config(double_quant: bool, quantized_head: bool = False) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from edgetune.runtime.files import read_at
 from edgetune.runtime.linear import Linear
 from edgetune.runtime.ops_types import Weight
 from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor
+from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, open_untrusted
 
 SLOTS = 2
 """Slots of the ring: one in use, one being read into."""
@@ -220,7 +221,7 @@ class Streamer:
         self._layers = layers
         self.streamed = frozenset(streamed_layers([layer.nbytes for layer in layers], memory))
         paths = {path for layer in layers for path, *_ in layer.reads}
-        self._files: dict[Path, FileIO] = {path: path.open("rb", buffering=0) for path in paths}
+        self._files: dict[Path, FileIO] = {path: open_untrusted(path, MODEL_WEIGHTS) for path in paths}
         for number, layer in enumerate(layers):
             layer.unbind()
             if number not in self.streamed:

@@ -17,18 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.adapter import Adapter, may_fit
+from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.names import hf_linear_name, layer_tensor
-from edgetune.runtime.safetensors_file import write_tensors
-from edgetune.runtime.untrusted_file import ADAPTER_CONFIG
+from edgetune.runtime.safetensors_file import DTYPE_NAMES, SafetensorsFile, write_tensors
+from edgetune.runtime.untrusted_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
@@ -37,8 +36,8 @@ _MOST_NAMED = 8
 NO_LORA, NO_MATRIX, NOT_FINITE = "not LoRA of a LLaMA linear", "not a matrix", "inf or NaN"
 """Faults that a tensor of an adapter can have in any file format, as errors name them."""
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes that are read, by safetensors' names; values of the others (integers, fp8) mean nothing without a scale."""
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that are read; values of the others (integers, fp8) mean nothing without a scale."""
 # PEFT's settings that change what an adapter computes, each with the only value that edgetune supports.
 _PLAIN = {
     "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
@@ -107,8 +106,8 @@ def load_config(folder: Path) -> Adapter:
     return Adapter(_lora_config(peft, folder), {}, about, _layers(peft, folder))
 
 
-def load(folder: Path) -> Adapter:
-    """Read a PEFT folder, written by edgetune or by another program.
+def load(folder: Path, base: LlamaConfig | None = None) -> Adapter:
+    """Read a PEFT folder, written by edgetune or by another program. `base`: as in `read_tensors`.
 
     Raises AdapterError for a folder that is not a PEFT folder, is damaged, or contains more than plain LoRA.
     """
@@ -117,37 +116,39 @@ def load(folder: Path) -> Adapter:
         raise AdapterError(
             f"The adapter at {folder} has no {WEIGHTS_FILE}; save it with safetensors (pickled .bin files are not opened)."
         )
-    return replace(adapter, tensors=read_tensors(folder / WEIGHTS_FILE, _KEY))
+    return replace(adapter, tensors=read_tensors(folder / WEIGHTS_FILE, _KEY, base))
 
 
-def read_tensors(path: Path, key: re.Pattern[str]) -> dict[tuple[int, str, str], Tensor]:
+def read_tensors(
+    path: Path, key: re.Pattern[str], base: LlamaConfig | None = None, transposed: bool = False
+) -> dict[tuple[int, str, str], Tensor]:
     """Read the LoRA matrices of a safetensors file; return them in f32, by (layer, linear, "A" or "B").
 
-    `key` matches the name of a tensor, with the number of the layer, the name of the linear, and a or b as its groups.
+    `key` matches the name of a tensor, with the number of the layer, the name of the linear, and a or b as its groups. A
+    matrix that cannot fit `base` is not read: its tensor is on the meta device, for check_fits to name with all others.
+    `transposed`: the file stores A as (in, r) and B as (r, out), and so they are returned.
     Raises AdapterError for a damaged file, and for one with other tensors, all of which the error names.
     """
+    file = SafetensorsFile.open(path, ADAPTER_WEIGHTS)
     tensors: dict[tuple[int, str, str], Tensor] = {}
     faults: defaultdict[str, list[str]] = defaultdict(list)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                match, stored = key.fullmatch(name), file.get_slice(name)
-                if match is None or match[2] not in LINEARS or f".{hf_linear_name(match[2])}." not in name:
-                    faults[NO_LORA].append(name)
-                elif stored.get_dtype() not in _FLOATS:
-                    faults[f"numbers of type {stored.get_dtype()}"].append(name)
-                elif len(stored.get_shape()) != 2:
-                    faults[NO_MATRIX].append(name)
-                elif (where := (int(match[1]), match[2], match[3].upper())) in tensors:
-                    faults["given twice"].append(name)
-                else:
-                    tensors[where] = file.get_tensor(name).float()
-                    if not torch.isfinite(tensors[where]).all():
-                        faults[NOT_FINITE].append(name)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{path} is damaged ({error}); copy the adapter again.") from error
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read; check that it exists and that you may read it.") from error
+    for name, stored in file.tensors.items():
+        match = key.fullmatch(name)
+        if match is None or match[2] not in LINEARS or f".{hf_linear_name(match[2])}." not in name:
+            faults[NO_LORA].append(name)
+        elif stored.dtype not in _FLOATS:
+            faults[f"numbers of type {DTYPE_NAMES[stored.dtype]}"].append(name)
+        elif len(stored.shape) != 2:
+            faults[NO_MATRIX].append(name)
+        elif (where := (int(match[1]), match[2], match[3].upper())) in tensors:
+            faults["given twice"].append(name)
+        elif base is not None and not may_fit(stored.shape[:: -1 if transposed else 1], *where, base):
+            tensors[where] = torch.empty(stored.shape, device="meta")
+        else:
+            tensors[where] = file.tensor(name).to(torch.float32, copy=True)
+            file.release(name)
+            if not torch.isfinite(tensors[where]).all():
+                faults[NOT_FINITE].append(name)
     refuse_tensors(path.parent, faults)
     if not tensors:
         raise AdapterError(f"The adapter at {path.parent} has no tensors; copy it again.")

@@ -27,6 +27,7 @@ from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import explain_full_disk, sync_folder
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
+    companions,
     plan_shards,
     quantization_config,
     shard_specs,
@@ -129,6 +130,7 @@ def quantize_folder(
         raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")
     if head != "bf16" and checkpoint.config.tie_embeddings:
         raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
+    companions(src)  # raises before any work is done
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):

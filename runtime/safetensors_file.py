@@ -14,23 +14,28 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgetune.runtime.errors import ModelError
+from edgetune.runtime import json_file
 from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
+from edgetune.runtime.untrusted_file import MAX_SAFETENSORS_HEADER, MODEL_WEIGHTS, FileKind, open_untrusted
 
 ALIGNMENT = 64
 """Bytes that tensors are aligned to, in files and in buffers: a cache line, and an AVX-512 register."""
-MAX_HEADER = 100_000_000
-"""Longest header read, in bytes: the safetensors library's own limit."""
+_MAX_DIMENSIONS = 8
+"""Most dimensions of a tensor. A weight has 2; chosen by hand, so that a product of huge sizes costs nothing."""
+_LONGEST_NAME = 200
+"""Longest name of a tensor, in characters, that an error message quotes whole. Chosen by hand."""
 _SLICE = 4 << 20  # values converted and written at a time (chosen by hand)
 
 DTYPES = {
@@ -87,19 +92,22 @@ class SafetensorsFile:
             self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
 
     @classmethod
-    def open(cls, path: Path | str) -> SafetensorsFile:
+    def open(cls, path: Path | str, kind: FileKind = MODEL_WEIGHTS) -> SafetensorsFile:
         """Check the whole header, then map the file.
 
-        Raises ModelError, naming the file and the fault, if the format does not allow what it holds.
+        Raises `kind.error`, naming the file and the fault, if the file cannot be opened or the format does not allow what it
+        holds.
         """
         path = Path(path)
-        try:
-            with path.open("rb") as file:
-                header, data, size = _read_header(path, file)
-                tensors, metadata = _check_header(path, header, data, size)
+        with open_untrusted(path, kind) as file:
+            try:
+                header, data, size = _read_header(file)
+                tensors, metadata = _check_header(header, data, size)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}; check that it exists, and its permissions.") from error
+            except OSError as error:
+                raise kind.error(f"{path} cannot be read ({error.strerror}); copy it again.") from error
+            except ValueError as error:
+                raise kind.error(f"{path} {error}; copy it again.") from error
         return cls(path, tensors, metadata, mapping)
 
     def tensor(self, name: str, alignment: int = 1) -> Tensor:
@@ -126,73 +134,75 @@ class SafetensorsFile:
             self.mapping.madvise(mmap.MADV_DONTNEED, first, whole)
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int, int]:
-    """Return the JSON header, the offset of the first tensor, and the size of the file."""
+def _read_header(file: FileIO) -> tuple[dict[str, Any], int, int]:
+    """Return the JSON header, the offset of the first tensor, and the size of the file. Raises ValueError."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise ModelError(f"{path} is truncated: {size:,} bytes, too few for a safetensors header; copy it again.")
+        raise ValueError(f"is truncated: {size:,} bytes, too few for a safetensors header")
     count = int.from_bytes(file.read(8), "little")
-    if count > MAX_HEADER:
-        raise ModelError(f"{path} is not a safetensors file: its header would take {count:,} bytes; copy it again.")
+    if count > MAX_SAFETENSORS_HEADER:
+        raise ValueError(f"is not a safetensors file: its header would take {count:,} bytes")
     if count > size - 8:
-        raise ModelError(f"{path} is truncated: {size:,} bytes where its header alone takes {count + 8:,}; copy it again.")
+        raise ValueError(f"is truncated: {size:,} bytes where its header alone takes {count + 8:,}")
     try:
-        header = json.loads(file.read(count).decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not a safetensors file: its header is not valid JSON; copy it again.") from error
+        header = json_file.parse(file.read(count))
+    except ValueError as error:
+        raise ValueError("is not a safetensors file: its header is not valid JSON") from error
     if not isinstance(header, dict):
-        raise ModelError(f"{path} is not a safetensors file: its header is not a JSON object; copy it again.")
+        raise ValueError("is not a safetensors file: its header is not a JSON object")
     return header, 8 + count, size
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict. Raises ValueError for a repeated name, which json alone would accept."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name is repeated")
-    return result
+def _check_header(header: dict[str, Any], data: int, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors by name, and the metadata, after checking that every byte from `data` on belongs to one tensor.
 
-
-def _check_header(path: Path, header: dict[str, Any], data: int, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors by name, and the metadata, after checking that every byte from `data` on belongs to one tensor."""
+    Raises ValueError.
+    """
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ModelError(f"{path} is damaged: its metadata is not text; copy it again.")
-    tensors = [_check_entry(path, name, entry, data) for name, entry in header.items()]
+        raise ValueError("is damaged: its metadata is not text")
+    tensors = [_check_entry(name, entry, data) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     position = data
     for tensor in tensors:
         if tensor.start != position:
             fault = "overlaps another tensor" if tensor.start < position else "follows unused bytes"
-            raise ModelError(f"{path} is damaged: tensor {tensor.name!r} {fault}; copy it again.")
+            raise ValueError(f"is damaged: tensor {_quoted(tensor.name)} {fault}")
         position += tensor.nbytes
-    if position > size:
-        raise ModelError(f"{path} is truncated: {size:,} bytes where its header promises {position:,}; copy it again.")
-    if position < size:
-        raise ModelError(f"{path} is damaged: {size:,} bytes where its header promises {position:,}; copy it again.")
+    if position != size:
+        what = "truncated" if position > size else "damaged"
+        raise ValueError(f"is {what}: {size:,} bytes where its header promises {position:,}")
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def _check_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    """Check one tensor's entry of the header, whose offsets count from `data`, and return the tensor."""
+def _check_entry(name: str, entry: Any, data: int) -> StoredTensor:
+    """Check one tensor's entry of the header, whose offsets count from `data`, and return the tensor. Raises ValueError."""
 
     def whole_numbers(value: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ModelError(f"{path} is damaged: tensor {name!r} lacks a dtype, a shape or its offsets; copy it again.")
+        raise ValueError(f"is damaged: tensor {_quoted(name)} lacks a dtype, a shape or its offsets")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ModelError(f"{path} holds tensor {name!r} of dtype {entry['dtype']!r}; expected one of {', '.join(DTYPES)}.")
+        known = ", ".join(DTYPES)
+        raise ValueError(f"holds tensor {_quoted(name)} of dtype {_quoted(entry['dtype'])}, expected one of {known}")
     if not (whole_numbers(entry["shape"]) and whole_numbers(entry["data_offsets"]) and len(entry["data_offsets"]) == 2):
-        raise ModelError(f"{path} is damaged: the shape or offsets of tensor {name!r} are not whole numbers; copy it again.")
+        raise ValueError(f"is damaged: the shape or offsets of tensor {_quoted(name)} are not whole numbers")
+    if len(entry["shape"]) > _MAX_DIMENSIONS:
+        raise ValueError(f"is damaged: tensor {_quoted(name)} has {len(entry['shape'])} dimensions")
     start, stop = entry["data_offsets"]
     tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + start)
     if stop - start != tensor.nbytes:
-        raise ModelError(
-            f"{path} is damaged: tensor {name!r} of shape {list(tensor.shape)} takes {tensor.nbytes:,} bytes, "
-            f"but its offsets span {stop - start:,}; copy it again."
+        raise ValueError(
+            f"is damaged: tensor {_quoted(name)} of shape {list(tensor.shape)} takes {tensor.nbytes:,} bytes, "
+            f"but its offsets span {stop - start:,}"
         )
     return tensor
+
+
+def _quoted(value: object) -> str:
+    """Return a value of a header for an error message, cut where it is long."""
+    return reprlib.repr(value) if not isinstance(value, str) or len(value) > _LONGEST_NAME else repr(value)
 
 
 def aligned_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

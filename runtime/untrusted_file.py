@@ -6,6 +6,7 @@ would then be copied into an export; a FIFO would block for ever; and a small sp
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import dataclass
@@ -32,12 +33,14 @@ _COPY_ADAPTER, _EXPORT_AGAIN = "copy the adapter again", "export the folder agai
 
 MODEL_CONFIG = FileKind(4 << 20, ModelError, _COPY_MODEL)
 """config.json of a model folder, and the manifest and configuration of an Ollama model."""
-WEIGHT_INDEX = FileKind(64 << 20, ModelError, _COPY_MODEL)
+WEIGHT_INDEX = FileKind(16 << 20, ModelError, _COPY_MODEL)
 """model.safetensors.index.json: one line for each tensor of a model."""
 MODEL_WEIGHTS = FileKind(1 << 42, ModelError, _COPY_MODEL, links_anywhere=True)
 """A file of weights. It is mapped, not read, so 4 TiB only keeps offsets small."""
 COMPANION = FileKind(64 << 20, ModelError, _COPY_MODEL)
 """A file that is copied with a model: its licence, vocab.json, generation_config.json."""
+HUB_REFERENCE = FileKind(4096, ModelError, "fetch the model again")
+"""refs/main of Hugging Face's cache: the name of a revision."""
 TOKENIZER_CONFIG = FileKind(4 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer_config.json and the short files beside it, the chat template included."""
 TOKENIZER_JSON = FileKind(64 << 20, TokenizerError, _COPY_TOKENIZER)
@@ -50,9 +53,27 @@ ADAPTER_WEIGHTS = FileKind(16 << 30, AdapterError, _COPY_ADAPTER)
 """adapter_model.safetensors. Rank 512 on every linear of a 70B model takes 13 GB in fp32."""
 EXPORT_RECORD = FileKind(8 << 20, ModelError, _EXPORT_AGAIN)
 """golden.json, how-to-call.json and the manifest of a Core ML package."""
+CORE_ML_GRAPH = FileKind(1 << 30, ModelError, _EXPORT_AGAIN)
+"""model.mlmodel of a Core ML package: its operations, without the large constants."""
+CORE_ML_WEIGHTS = FileKind(1 << 42, ModelError, _EXPORT_AGAIN)
+"""weight.bin of a Core ML package. It is mapped, not read."""
 BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
 
+MAX_SAFETENSORS_HEADER = 8 << 20
+"""Longest header of a safetensors file, in bytes: about 60,000 tensors. Parsed, JSON takes up to 30 times as much memory."""
+MAX_SHARDS = 512
+"""Most files that a model's weights are spread over. Each stays open; the largest models in use have 191."""
+MAX_TEXT_FILES = 16
+"""Most licences and notices that are copied with a model."""
+MAX_GGUF_HEADER, MAX_GGUF_TEXT = 16 << 20, 1 << 20
+"""Longest header of a GGUF adapter, and longest text in it, in bytes."""
+MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 << 16, 1 << 20, 1 << 16
+"""Most keys, tensors, and items of an array of a GGUF adapter, and the largest alignment of its tensors in bytes."""
+
+_SPARSE_FROM, _SPARSE_SHARE = 64 << 20, 16
+"""A file of at least this many bytes must lie on the disk for at least 1/16 of them. A sparse file costs its sender nothing and
+fills the memory of whoever reads it. Compressing file systems shrink weights to no less than a third. Chosen by hand."""
 _NOT_DOCUMENTS = ("/proc/", "/sys/", "/dev/")
 """Folders whose files are not data on a disk, although some look like regular files."""
 
@@ -62,7 +83,8 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
 
     A link is followed if it stays in the file's folder or leads to the `blobs` of the same Hugging Face cache.
 
-    Raises `kind.error` for any other link, a FIFO, a device, a folder, a file of /proc, and what is unreadable or too large.
+    Raises `kind.error` for any other link, a FIFO, a device, a folder, a file of /proc, a large sparse file, and what is
+    unreadable or too large.
     """
     try:
         real = path.resolve(strict=True)
@@ -70,10 +92,12 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
             raise kind.error(f"{path} is a link that leaves its folder; replace it by the file itself.")
         # O_NONBLOCK: opening a FIFO must not wait for a writer. O_NOFOLLOW: the resolved path is a link only if it was
         # exchanged for one since.
-        flags = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
-        file = os.fdopen(os.open(real, os.O_RDONLY | flags), "rb", buffering=0)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        reason = getattr(error, "strerror", None) or "a loop of links"
+        more = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_NOCTTY"))
+        file = FileIO(str(path), "rb", opener=lambda _, flags: os.open(real, flags | more))
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: a loop of links, before Python 3.13. ValueError: a NUL byte, or half of a surrogate pair, in the name.
+        impossible = "no file can have this name" if isinstance(error, ValueError) else "a loop of links"
+        reason = getattr(error, "strerror", None) or impossible
         raise kind.error(f"{path} cannot be read ({reason}); check the folder and its permissions.") from error
     about = os.fstat(file.fileno())
     fault = None
@@ -81,6 +105,8 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
         fault = f"{path} cannot be read (it is not a regular file); {kind.advice}."
     elif about.st_size > kind.limit:
         fault = f"{path} is larger than {kind.limit >> 20} MiB, the limit for such a file; {kind.advice}."
+    elif about.st_size >= _SPARSE_FROM and _is_sparse(file, about):
+        fault = f"{path} is a sparse file: of its {about.st_size >> 20:,} MiB hardly any are on the disk; {kind.advice}."
     if fault is not None:
         file.close()
         raise kind.error(fault)
@@ -89,16 +115,66 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
 
 def read_untrusted(path: Path, kind: FileKind) -> bytes:
     """Return a file's bytes. Raises `kind.error` as `open_untrusted` does, also for a file that grew past its limit since."""
+    data = bytearray()
     with open_untrusted(path, kind) as file:
-        try:
-            data = bytearray()
-            while piece := file.read(min(1 << 20, kind.limit + 1 - len(data))):
-                data += piece
-        except OSError as error:
-            raise kind.error(f"{path} cannot be read ({error.strerror}); check the folder and its permissions.") from error
-    if len(data) > kind.limit:
-        raise kind.error(f"{path} is larger than {kind.limit >> 20} MiB, the limit for such a file; {kind.advice}.")
+        while piece := _next_piece(path, kind, file, kind.limit - len(data)):
+            data += piece
     return bytes(data)
+
+
+def copy_untrusted(source: Path, kind: FileKind, destination: Path) -> None:
+    """Copy a file, a mebibyte at a time, to a new private file (0600) in a folder that is not published yet.
+
+    Raises `kind.error` as `read_untrusted` does, and OSError where the copy cannot be written.
+    """
+    with open_untrusted(source, kind) as file, open(destination, "xb", opener=_private) as copy:
+        left = kind.limit
+        while piece := _next_piece(source, kind, file, left):
+            copy.write(piece)
+            left -= len(piece)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def sha256_untrusted(path: Path, kind: FileKind) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal. Raises `kind.error` as `read_untrusted` does."""
+    digest, left = hashlib.sha256(), kind.limit
+    with open_untrusted(path, kind) as file:
+        while piece := _next_piece(path, kind, file, left):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _next_piece(path: Path, kind: FileKind, file: FileIO, left: int) -> bytes:
+    """Read up to a mebibyte of a file that may still have `left` bytes. Raises `kind.error`."""
+    try:
+        piece = file.read(min(1 << 20, left + 1)) or b""
+    except OSError as error:
+        raise kind.error(f"{path} cannot be read ({error.strerror}); check the folder and its permissions.") from error
+    if len(piece) > left:
+        raise kind.error(f"{path} is larger than {kind.limit >> 20} MiB, the limit for such a file; {kind.advice}.")
+    return piece
+
+
+def _is_sparse(file: FileIO, about: os.stat_result) -> bool:
+    """Return True if a file has holes and takes much less of the disk than its size.
+
+    Either alone says little: some systems report few blocks for a file that was just written, or 0 for one that lies elsewhere.
+    """
+    blocks = getattr(about, "st_blocks", 0)  # of 512 bytes, whatever the file system's own blocks are
+    if not hasattr(os, "SEEK_HOLE") or not 0 < blocks * 512 < about.st_size // _SPARSE_SHARE:
+        return False
+    try:
+        first_hole = file.seek(0, os.SEEK_HOLE)
+    except OSError:  # a file system that does not know its holes
+        return False
+    file.seek(0)
+    return first_hole < about.st_size
 
 
 def _stays_inside(folder: Path, real: Path) -> bool:

@@ -154,7 +154,7 @@ def test_a_rank_that_is_none_is_one_sentence(rank: str, form: str, from_mlx: Pat
     config = (folder / "adapter_config.json").read_text()
     assert config.count(f'"{key}": 4') == 1
     (folder / "adapter_config.json").write_text(config.replace(f'"{key}": 4', f'"{key}": {rank}'))
-    with pytest.raises(AdapterError, match=r"adapter_config\.json at .* is unusable"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json (at .* is unusable|is not valid JSON)"):
         registry.read(folder, open_model(DEMO).config)
 
 
@@ -163,7 +163,7 @@ def test_alpha_beyond_any_float_is_one_sentence(form: str, from_mlx: Path, from_
     folder, before = (from_mlx, '"scale": 2.0') if form == "mlx" else (from_peft, '"lora_alpha": 8.0')
     config = (folder / "adapter_config.json").read_text()
     assert config.count(before) == 1
-    (folder / "adapter_config.json").write_text(config.replace(before, f"{before.split(':')[0]}: 1{'0' * 400}"))
+    (folder / "adapter_config.json").write_text(config.replace(before, f"{before.split(':')[0]}: 1{'0' * 350}"))
     with pytest.raises(AdapterError, match=r"adapter_config\.json at .* is unusable"):
         registry.read(folder, open_model(DEMO).config)
 
@@ -271,18 +271,15 @@ def test_names_that_no_file_can_have_are_one_sentence(monkeypatch: pytest.Monkey
         registry.read(from_peft, open_model(DEMO).config)
     monkeypatch.undo()
 
-    def lost(path: Path, framework: str) -> None:
-        # safetensors raises this even for a file that exists but belongs to another user.
-        raise FileNotFoundError(f"No such file or directory: {path}")
-
-    monkeypatch.setattr(peft_folder.safetensors, "safe_open", lost)
-    with pytest.raises(AdapterError, match=r"safetensors cannot be read; check that it exists"):
+    (from_peft / peft_folder.WEIGHTS_FILE).unlink()
+    (from_peft / peft_folder.WEIGHTS_FILE).symlink_to("/proc/self/environ")
+    with pytest.raises(AdapterError, match=r"safetensors is a link that leaves its folder"):
         registry.read(from_peft, open_model(DEMO).config)
 
 
 def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:
     kept = Path(str(run_json("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
-    about = {"heldout_bits_per_byte_before": 10**400, "heldout_bits_per_byte_after": 2.5}
+    about = {"heldout_bits_per_byte_before": 10**350, "heldout_bits_per_byte_after": 2.5}
     (kept / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about))
     (found,) = registry.list_adapters()
     assert (found.heldout_bits_per_byte_before, found.heldout_bits_per_byte_after) == (None, 2.5)

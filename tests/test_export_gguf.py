@@ -347,7 +347,7 @@ def test_tensors_over_each_other_are_refused(tmp_path: Path) -> None:
     keys = b"".join(text(key.encode()) + struct.pack("<I", 8) + text(value.encode()) for key, value in pairs)
     count, inputs = 64, 1 << 14
     infos = [text(b"blk.%d.attn_q.weight.lora_a" % n) + struct.pack("<IQQIQ", 2, inputs, 1, 0, 0) for n in range(count)]
-    for kept, said in ((infos, "together are larger"), (infos[:1], None)):
+    for kept, said in ((infos, "its tensors overlap"), (infos[:1], None)):
         (tmp_path / "a.gguf").write_bytes(header(len(kept), 3, keys + b"".join(kept)) + bytes(4 * inputs + 32))
         with nullcontext() if said is None else pytest.raises(AdapterError, match=said):
             gguf_adapter.read_adapter(tmp_path / "a.gguf", open_model(DEMO).config)

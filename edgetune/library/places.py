@@ -21,7 +21,8 @@ from edgetune.library.inspect_model import (
     printable,
     read_config,
 )
-from edgetune.runtime.errors import EdgetuneError
+from edgetune.runtime.errors import EdgetuneError, ModelError
+from edgetune.runtime.untrusted_file import HUB_REFERENCE, read_untrusted
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def newest_snapshot(folder: Path) -> Path | None:
     """Return the revision that refs/main names, else the newest one, of a cache entry `models--org--name`; None for any other
     folder."""
     try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8")[:64].strip()
-    except (OSError, ValueError):
+        revision = read_untrusted(folder / "refs" / "main", HUB_REFERENCE).decode().strip()
+    except (ModelError, ValueError):
         revision = ""
     if re.fullmatch(r"[0-9a-f]{8,64}", revision) and (folder / "snapshots" / revision).is_dir():
         return folder / "snapshots" / revision

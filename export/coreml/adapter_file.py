@@ -19,6 +19,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
+from edgetune.runtime.untrusted_file import ADAPTER_WEIGHTS
 
 ADAPTER_FILE = "adapter.safetensors"
 
@@ -56,7 +57,7 @@ def read_adapter(path: Path, call: Mapping[str, Any]) -> dict[str, Array]:
 
     Raises AdapterError for an adapter of another base, of other linears or of a higher rank.
     """
-    file = SafetensorsFile.open(path)
+    file = SafetensorsFile.open(path, ADAPTER_WEIGHTS)
     expected = {name: tuple(shape) for name, shape in call["adapter"]["inputs"].items()}
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     max_rank, rank = int(call["adapter"]["rank"]), file.metadata.get("rank", "")

@@ -13,6 +13,7 @@ then written one by one.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import explain_full_disk
 from edgetune.runtime.json_file import read_object
-from edgetune.runtime.untrusted_file import EXPORT_RECORD
+from edgetune.runtime.untrusted_file import CORE_ML_GRAPH, CORE_ML_WEIGHTS, EXPORT_RECORD, open_untrusted, read_untrusted
 
 Array = npt.NDArray[Any]
 DTYPES: dict[str, type[np.generic]] = {
@@ -36,8 +37,6 @@ _BLOB_TYPES = {"FLOAT16": 1, "FLOAT32": 2, "UINT8": 3, "INT8": 4, "INT4": 8, "UI
 """The number of each data type in weight.bin, from coremltools' BlobDataType."""
 _BLOB_HEADER = struct.Struct("<IIQQ")  # sentinel, type, size in bytes, first byte
 _SENTINEL = 0xDEADBEEF
-_MAX_GRAPH_BYTES = 1 << 30
-"""Largest model.mlmodel that is parsed, in bytes. Chosen by hand, against hostile files."""
 
 
 class Package:
@@ -50,9 +49,7 @@ class Package:
         try:
             manifest = read_object(path / "Manifest.json", EXPORT_RECORD)
             file = path / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-            if file.stat().st_size > _MAX_GRAPH_BYTES:
-                raise ValueError("too large")
-            model = Model_pb2.Model.FromString(file.read_bytes())
+            model = Model_pb2.Model.FromString(read_untrusted(file, CORE_ML_GRAPH))
             self.functions = {
                 name: function.block_specializations[function.opset] for name, function in model.mlProgram.functions.items()
             }
@@ -73,10 +70,11 @@ class Package:
         if value.WhichOneof("value") == "immediateValue":
             return _immediate(value.immediateValue.tensor, name, shape)
         file, first, size = self._locate(value)
-        if name not in ("INT4", "UINT4"):
-            # "c" is copy-on-write: torch warns about arrays that it cannot write to
-            return np.memmap(file, DTYPES[name], "c", first, tuple(shape))
-        pairs = np.fromfile(file, np.uint8, size, offset=first)
+        with open_untrusted(file, CORE_ML_WEIGHTS) as weights:
+            if name not in ("INT4", "UINT4"):
+                # "c" is copy-on-write: torch warns about arrays that it cannot write to
+                return np.memmap(weights, DTYPES[name], "c", first, tuple(shape))
+            pairs = np.memmap(weights, np.uint8, "r", first, (size,))
         codes = np.empty((size, 2), np.uint8)
         np.bitwise_and(pairs, 15, out=codes[:, 0])
         np.right_shift(pairs, 4, out=codes[:, 1])
@@ -108,10 +106,10 @@ class Package:
         bits = 4 if name in ("INT4", "UINT4") else 8 * np.dtype(DTYPES[name]).itemsize
         expected_size, file = -(-bits * math.prod(shape) // 8), self._weights / Path(value.blobFileValue.fileName).name
         try:
-            with file.open("rb") as weights:
+            with open_untrusted(file, CORE_ML_WEIGHTS) as weights:
                 weights.seek(value.blobFileValue.offset)
                 sentinel, kind, size, first = _BLOB_HEADER.unpack(weights.read(_BLOB_HEADER.size))
-            complete = first + size <= file.stat().st_size
+                complete = first + size <= os.fstat(weights.fileno()).st_size
         except (OSError, struct.error) as error:
             raise ModelError(f"{file} cannot be read where the graph points; export the package again.") from error
         if (sentinel, kind, size) != (_SENTINEL, _BLOB_TYPES.get(name), expected_size) or not complete:

@@ -24,8 +24,8 @@ from edgetune.export.job import Job, Written
 from edgetune.export.memory import LOGIT_BYTES, ExportMemory, StageMemory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime.errors import ResourceError, UsageError
-from edgetune.runtime.files import PRIVATE_FILE, atomic_write
-from edgetune.runtime.model_folder import companions
+from edgetune.runtime.files import PRIVATE_FILE
+from edgetune.runtime.model_folder import companions, copy_companions
 
 COREMLTOOLS_BYTES, LAYER_BYTES = 272_000_000, 4_000_000
 """Bytes that Python holds with torch and coremltools, and that the graph of a layer takes. Measured: 328 MB after writing 22
@@ -62,6 +62,7 @@ def write(job: Job, folder: Path) -> Written:
         )
         return Written(ADAPTER_FILE, (notice,))
     _check_coremltools()
+    companions(job.base.folder)  # raises before any work is done
     contents = contents_of(job)
     plans = contents.plans()
     plan = next(iter(plans.values()))
@@ -72,8 +73,7 @@ def write(job: Job, folder: Path) -> Written:
     fill(folder / PACKAGE, contents)
     functions = list(plans) if len(plans) > 1 else []
     write_call(how_to_call(plan, job.base.folder, job.base.digest, functions), folder)
-    for file in companions(job.base.folder):
-        atomic_write(folder / file.name, file.read_bytes())
+    copy_companions(job.base.folder, folder)
     for file in folder.rglob("*"):
         file.chmod(0o700 if file.is_dir() else PRIVATE_FILE)
     compared = compare_weights(folder / PACKAGE, contents) + compare_constants(folder / PACKAGE, plans)

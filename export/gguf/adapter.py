@@ -7,6 +7,7 @@ the order of the rows depends, and the settings from which llama.cpp's single al
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import re
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from edgetune.export.gguf.header import Header
 from edgetune.export.gguf.names import ARCHITECTURES, LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
-from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.adapter import Adapter, may_fit
 from edgetune.runtime.config import LINEARS as ORDER
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.peft_folder import NO_LORA, NO_MATRIX, NOT_FINITE, refuse_tensors
+from edgetune.runtime.untrusted_file import ADAPTER_WEIGHTS, open_untrusted
 
 ADAPTER_FILE = "adapter.gguf"
 _DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -74,7 +76,7 @@ def read_adapter(path: Path, base: LlamaConfig) -> Adapter:
     their head counts. Shapes are left to adapter.check_fits.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_untrusted(path, ADAPTER_WEIGHTS) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(Header(data), data, path, base)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}); check that it is there and yours to read.") from error
@@ -86,7 +88,7 @@ def read_adapter(path: Path, base: LlamaConfig) -> Adapter:
 def _read(header: Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> Adapter:
     """Build the adapter from an opened file. Raises ValueError or AdapterError where it does not fit."""
     _check_keys(header.keys, path, base)
-    tensors = _tensors(header, data, path)
+    tensors = _tensors(header, data, path, base)
     if not tensors:
         raise ValueError("it holds no tensors")
     shapes = base.linear_shapes()
@@ -117,13 +119,18 @@ def _check_keys(keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
         raise AdapterError(f"{path} was made for another base: {'; '.join(wrong)}; name its model with --model.")
 
 
-def _tensors(header: Header, data: mmap.mmap, path: Path) -> dict[tuple[int, str, str], Tensor]:
-    """Return the file's matrices in f32, their rows in the file's order. Raises AdapterError that names every other tensor."""
+def _tensors(header: Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> dict[tuple[int, str, str], Tensor]:
+    """Return the file's matrices in f32, their rows in the file's order. Raises AdapterError that names every other tensor.
+
+    A matrix that cannot fit `base` is not read: its tensor is on the meta device, for check_fits to name with all others.
+    """
     sizes = {
         full: math.prod(shape) * _DTYPES[kind].itemsize for full, (shape, kind, _) in header.tensors.items() if kind in _DTYPES
     }
-    if sum(sizes.values()) > len(data):  # overlapping tensors would turn a small file into a huge adapter
-        raise ValueError("its tensors together are larger than the file")
+    stops = [(start, start + sizes[full]) for full, (_, _, start) in header.tensors.items() if full in sizes]
+    stops.sort()
+    if any(stop > start for (_, stop), (start, _) in itertools.pairwise(stops)):
+        raise ValueError("its tensors overlap")  # they would turn a small file into a huge adapter
     tensors: dict[tuple[int, str, str], Tensor] = {}
     faults: defaultdict[str, list[str]] = defaultdict(list)
     for full, (shape, kind, start) in header.tensors.items():
@@ -138,6 +145,8 @@ def _tensors(header: Header, data: mmap.mmap, path: Path) -> dict[tuple[int, str
             faults["beyond the file's end"].append(full)
         elif (key := (int(match[1]), _HF_NAMES[match[2]], match[3].upper())) in tensors:
             faults["given twice"].append(full)
+        elif not may_fit(shape, *key, base):
+            tensors[key] = torch.empty(shape, device="meta")
         else:
             raw = bytearray(data[start : start + sizes[full]])
             tensors[key] = torch.frombuffer(raw, dtype=_DTYPES[kind]).view(shape).float()

@@ -6,14 +6,19 @@ import mmap
 import struct
 from typing import Any
 
-_MAX_KEYS, _MAX_TENSORS, _MAX_ITEMS = 1024, 1 << 16, 1 << 20
-"""Largest counts of keys, tensors, and items of an array that are read. Chosen by hand."""
-_MAX_TEXT_BYTES, _MAX_HEADER_BYTES = 1 << 20, 16 << 20
-"""Largest text and largest header that are read, in bytes. Chosen by hand."""
+from edgetune.runtime.untrusted_file import (
+    MAX_GGUF_ALIGNMENT,
+    MAX_GGUF_HEADER,
+    MAX_GGUF_ITEMS,
+    MAX_GGUF_KEYS,
+    MAX_GGUF_TENSORS,
+    MAX_GGUF_TEXT,
+)
+
 _MAX_DIMS = 4
 """Most dimensions of a tensor: ggml's GGML_MAX_DIMS."""
-_DEFAULT_ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 16
-"""Alignment of the tensors in bytes where the header gives none, from the specification; the largest that is accepted."""
+_DEFAULT_ALIGNMENT = 32
+"""Alignment of the tensors in bytes where the header gives none, from the specification."""
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """The struct format of each scalar value type, by its number in the specification."""
 _STRING, _ARRAY = 8, 9
@@ -33,11 +38,13 @@ class Header:
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError("it does not begin with GGUF, version 2 or 3")
         tensors, keys = self._take("QQ")
-        if tensors > _MAX_TENSORS or keys > _MAX_KEYS:
+        if tensors > MAX_GGUF_TENSORS or keys > MAX_GGUF_KEYS:
             raise ValueError(f"it announces {tensors} tensors and {keys} keys")
         self.keys: dict[str, Any] = {}
         for _ in range(keys):
             key = self._text()
+            if key in self.keys:
+                raise ValueError(f"its key {key[:80]!r} is given twice")
             self.keys[key] = self._value(*self._take("I"))
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensors):
@@ -48,15 +55,18 @@ class Header:
             *sizes, kind, offset = self._take(f"{dims}QIQ")
             found[name] = (tuple(reversed(sizes)), kind, offset)
         alignment = self.keys.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT:
-            raise ValueError(f"its alignment is {alignment!r}")
+        if type(alignment) is not int or alignment.bit_count() != 1 or not 0 < alignment <= MAX_GGUF_ALIGNMENT:
+            raise ValueError(f"its alignment is {str(alignment)[:80]}, expected a power of two up to {MAX_GGUF_ALIGNMENT}")
+        odd = next((name for name, (_, _, offset) in found.items() if offset % alignment), None)
+        if odd is not None:
+            raise ValueError(f"tensor {odd[:80]!r} does not begin at a multiple of the alignment, {alignment}")
         start = -(-self._at // alignment) * alignment
         self.tensors = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in found.items()}
 
     def _take(self, form: str) -> tuple[Any, ...]:
         """Read values of a struct format and move past them."""
         size = struct.calcsize("<" + form)
-        if self._at + size > min(len(self._data), _MAX_HEADER_BYTES):
+        if self._at + size > min(len(self._data), MAX_GGUF_HEADER):
             raise ValueError("its header is cut off or too large")
         values = struct.unpack_from("<" + form, self._data, self._at)
         self._at += size
@@ -65,7 +75,7 @@ class Header:
     def _text(self) -> str:
         """Read a text: its length, then its bytes."""
         (length,) = self._take("Q")
-        if length > _MAX_TEXT_BYTES:
+        if length > MAX_GGUF_TEXT:
             raise ValueError(f"it holds a text of {length} bytes")
         return str(self._take(f"{length}s")[0], "utf-8")
 
@@ -75,7 +85,7 @@ class Header:
             return self._text()
         if kind == _ARRAY:
             inner, count = self._take("IQ")
-            if inner == _ARRAY or count > _MAX_ITEMS:
+            if inner == _ARRAY or count > MAX_GGUF_ITEMS:
                 raise ValueError(f"it holds an array of {count} items of type {inner}")
             if inner == _STRING:
                 for _ in range(count):

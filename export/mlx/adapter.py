@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.config import LINEARS, LoraConfig
+from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
@@ -57,8 +57,8 @@ def write_adapter(adapter: Adapter, folder: Path, base_name: str, num_layers: in
     atomic_write(folder / ADAPTER_FILE, safetensors.torch.save(tensors, metadata={"format": "mlx"}))
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read an mlx-lm LoRA folder, written by mlx-lm or by edgetune.
+def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter:
+    """Read an mlx-lm LoRA folder, written by mlx-lm or by edgetune. `base`: as in peft_folder.read_tensors.
 
     Raises AdapterError if it is damaged, or holds what plain LoRA cannot express: DoRA, whole layers, embeddings.
     """
@@ -68,7 +68,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise AdapterError(
             f"The mlx-lm adapter at {folder} has fine_tune_type {reprlib.repr(kind)}; expected lora, with lora_parameters."
         )
-    stored = peft_folder.read_tensors(folder / ADAPTER_FILE, _KEY)
+    stored = peft_folder.read_tensors(folder / ADAPTER_FILE, _KEY, base, transposed=True)
     tensors = {key: tensor.T.contiguous() for key, tensor in stored.items()}
     targets = tuple(name for name in LINEARS if name in {linear for _, linear, _ in tensors})
     return Adapter(_lora_config(settings, parameters, targets, folder), tensors, {}, _layers(settings, tensors, folder))
