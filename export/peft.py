@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import warnings
@@ -14,11 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.job import Job, Written
+from edgetune.export.job import Job, Written, work_folder
 from edgetune.export.memory import TORCH_BUILD_BYTES, ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime import peft_folder
+from edgetune.runtime.checkpoint import INDEX, WEIGHTS, Checkpoint
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.files import atomic_write
+from edgetune.runtime.model_folder import write_config
+from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, copy_untrusted
 
 TRANSFORMERS_BYTES = 300_000_000 + TORCH_BUILD_BYTES
 """Anonymous memory in bytes of a process that has imported transformers. Measured: 265 MB."""
@@ -49,7 +54,7 @@ class TransformersReader:
 
 
 def open_transformers(folder: Path) -> Any:
-    """Load a Hugging Face folder with transformers, to compute in fp32; nothing is downloaded.
+    """Load a Hugging Face folder that edgetune wrote with transformers, to compute in fp32; nothing is downloaded.
 
     Two defaults must be overridden: transformers keeps the dense tensors of a 4-bit folder in 16 bits whatever dtype is asked
     for, and bitsandbytes rounds scales and activations to bf16 on CPUs with AVX-512 BF16.
@@ -58,7 +63,9 @@ def open_transformers(folder: Path) -> Any:
     with _quiet():
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
@@ -112,11 +119,29 @@ def peak_memory(job: Job) -> ExportMemory:
 
 def read(job: Job, folder: Path) -> TransformersReader:
     """Open the base with transformers and the adapter with peft."""
-    base = open_transformers(job.base.folder)
+    with work_folder(folder) as place:
+        _lay_out_base(job.base, place)
+        base = open_transformers(place)
     with _quiet():
         from peft import PeftModel
 
         return TransformersReader(PeftModel.from_pretrained(base, folder))
+
+
+def _lay_out_base(base: Checkpoint, place: Path) -> None:
+    """Put the base's weights and a config.json of our own into `place`: what transformers opens there was checked before.
+
+    In the model's own folder transformers would also follow what edgetune does not read, such as an adapter_config.json.
+    """
+    write_config(place, base.hf_config)
+    for file in base.files:
+        try:
+            (place / file.name).symlink_to(file.resolve())
+        except OSError:  # a system that does not let everybody make links
+            copy_untrusted(file, MODEL_WEIGHTS, place / file.name)
+    if [file.name for file in base.files] != [WEIGHTS]:
+        weight_map = {name: base.located(name)[0].name for name in base.stored}
+        atomic_write(place / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 SPEC = TargetSpec(

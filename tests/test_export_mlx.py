@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 from adapters import job_for, random_adapter, write_and_compare
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 import edgetune
 from edgetune.export import effect
+from edgetune.export.merge import DenseRecipe, Merged
 from edgetune.export.mlx import affine, reader, target
 from edgetune.export.mlx.adapter import ADAPTER_FILE, CONFIG_FILE, is_adapter, read_adapter, write_adapter
+from edgetune.export.mlx.model import mlx_config
 from edgetune.export.mlx.reader import MlxReader, open_mlx
 from edgetune.export.rounding import nearest
 from edgetune.exporting import export_adapter
@@ -25,6 +32,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import AdapterError, ModelError, UsageError
+from edgetune.runtime.model_folder import write_model
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -239,8 +247,42 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"inf or NaN: .* and 8 more"):
         read_adapter(tmp_path)
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(AdapterError, match="is damaged"):
+    with pytest.raises(AdapterError, match="is truncated"):
         read_adapter(tmp_path)
+
+
+_READS = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from edgetune.export.merge import DenseRecipe, Merged
+from edgetune.export.mlx.model import mlx_config
+from edgetune.export.mlx.reader import MlxReader, open_mlx
+if sys.argv[2] == "compiled":
+    mx.disable_compile = lambda: None
+print(MlxReader(open_mlx(Path(sys.argv[1]))).logits([1, 5, 9]).sum().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
+def test_mlx_loads_no_library_from_the_temporary_folder(tmp_path: Path) -> None:
+    """With MLX's compiler on, the last run shows, it keeps libraries in a place that another user can predict and fill."""
+    save_model(tmp_path / "base")
+    base, temporary = open_model(tmp_path / "base"), tmp_path / "tmp"
+    temporary.mkdir()
+    write_model(
+        base.folder, tmp_path / "model", mlx_config(base.hf_config, base.config), DenseRecipe(Merged(base, None), torch.float32)
+    )
+
+    def left_by(how: str) -> list[str]:
+        environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [sys.executable, "-c", _READS, tmp_path / "model", how], env=environment, check=True, capture_output=True
+        )
+        return [path.name for path in temporary.rglob("*.so")]
+
+    assert left_by("as edgetune does") == []
+    assert left_by("compiled") != []
 
 
 def test_the_command_proves_the_demo_and_mlx_lm_writes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

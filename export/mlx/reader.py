@@ -43,8 +43,14 @@ def read(job: Job, folder: Path) -> MlxReader:
 
 
 def open_mlx(folder: Path, adapter: Path | None = None) -> Any:
-    """Open a model folder, and an adapter folder on top of it, with mlx-lm; it computes in fp32."""
+    """Open a model folder, and an adapter folder on top of it, with mlx-lm; it computes in fp32.
+
+    MLX's compiler stays off in this process from then on: on the CPU it loads libraries from a folder of the system's temporary
+    folder whose name anybody can predict, so another user could put code there.
+    """
     import mlx.core as mx
+
+    mx.disable_compile()  # before mlx_lm is imported, which compiles some of its functions
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
