@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
+import stat
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.untrusted_file import COMPANION, MODEL_WEIGHTS, open_untrusted, read_untrusted
+from edgetune.runtime.untrusted_file import (
+    COMPANION,
+    MODEL_WEIGHTS,
+    copy_untrusted,
+    open_untrusted,
+    read_untrusted,
+    sha256_untrusted,
+)
 
 unix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither FIFOs nor /proc, and links need a privilege")
 
@@ -94,3 +106,122 @@ def test_a_file_at_its_limit_is_read(model: Path) -> None:
     (model / "LICENSE").write_text("a licence!")
     with pytest.raises(ModelError, match="is larger than"):
         read_untrusted(model / "LICENSE", kind)
+
+
+def test_a_name_that_no_file_can_have_is_refused(model: Path) -> None:
+    for name in ("nul\0byte", "half\ud800", "x" * 5000):
+        with pytest.raises(ModelError, match=r"cannot be read \((no file can have this name|File name too long)\)"):
+            open_untrusted(model / name, COMPANION)
+
+
+@unix
+def test_a_sparse_file_of_weights_is_refused(model: Path) -> None:
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(bytes(4096))
+        file.truncate(1 << 30)
+    with pytest.raises(ModelError, match=r"model\.safetensors is a sparse file: of its 1,024 MiB hardly any are on the disk"):
+        open_untrusted(model / "model.safetensors", MODEL_WEIGHTS)
+
+
+def test_a_copy_is_private_and_whole_and_replaces_nothing(model: Path, tmp_path: Path) -> None:
+    copy_untrusted(model / "LICENSE", COMPANION, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"a licence"
+    assert os.name == "nt" or stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        copy_untrusted(model / "LICENSE", COMPANION, tmp_path / "copy")
+    with pytest.raises(ModelError, match="is larger than"):
+        copy_untrusted(model / "LICENSE", replace(COMPANION, limit=8), tmp_path / "too large")
+
+
+def test_the_digest_is_sha_256(model: Path) -> None:
+    assert sha256_untrusted(model / "LICENSE", COMPANION) == hashlib.sha256(b"a licence").hexdigest()
+
+
+# --- every other place that opens a file ------------------------------------------------------------------------------
+
+OUR_OWN = "a file that edgetune wrote, in the user's private folder or in an export that is not published yet"
+SYSTEM = "the system's own file"
+INSTALLED = "a file that was installed with edgetune"
+ALLOWED = {
+    "runtime/untrusted_file.py::open_untrusted": "the one place",
+    "runtime/untrusted_file.py::copy_untrusted": "creates the copy",
+    "runtime/untrusted_file.py::_private": "creates the copy",
+    "runtime/safetensors_file.py::SafetensorsFile.open": "maps what open_untrusted opened",
+    "export/gguf/adapter.py::read_adapter": "maps what open_untrusted opened",
+    "export/coreml/package.py::Package.constant": "maps what open_untrusted opened",
+    "runtime/backends/cpu/build.py::build_in_place": INSTALLED,
+    "runtime/backends/metal/library.py::library": INSTALLED,
+    "export/mps.py::kernel_source": INSTALLED,
+    "runtime/backends/cpu/library.py::_mapped": SYSTEM,
+    "runtime/device.py::cpu_name": SYSTEM,
+    "runtime/memory.py::anonymous_memory": SYSTEM,
+    "runtime/memory.py::resident_pages": SYSTEM,
+    "runtime/memory.py::_cgroup_limit": SYSTEM,
+    "edgetune/cli/main.py::plain_failures": SYSTEM,
+    "runtime/files.py::sync_folder": "a folder",
+    "runtime/files.py::atomic_write": "creates the file",
+    "runtime/files.py::atomic_folder": OUR_OWN,
+    "runtime/files.py::sha256_file": "its callers are listed here",
+    "runtime/optim.py::_InFile.peek": OUR_OWN,
+    "runtime/safetensors_file.py::SafetensorsWriter.__enter__": "creates the file",
+    "export/coreml/package.py::Package.fill": OUR_OWN,
+    "export/gguf/llamacpp.py::logits": "written by edgetune's child process",
+    "export/gguf/llamacpp.py::_ask": "written by edgetune's child process",
+    "export/gguf/llamacpp_child.py::_open": "llama.cpp, in a process of its own, on the export",
+    "export/gguf/llamacpp_child.py::main": "standard input",
+    "export/mlx/reader.py::open_mlx": "mlx-lm, on the export",
+    "export/peft.py::open_transformers": "transformers, on the export or a base that edgetune laid out",
+    "export/peft.py::read": "peft, on the export",
+    "export/peft.py::_lay_out_base": "links to weights that were checked",
+    "export/mps.py::seal": OUR_OWN,
+    "export/mps.py::_manifest": OUR_OWN,
+    "edgetune/config.py::_from_file": "the user's own settings",
+    "edgetune/dataset/token_store.py::TokenStore.open": OUR_OWN,
+    "edgetune/dataset/token_store.py::private_file": "creates the file",
+    "edgetune/documents/reading.py::*": "notes, which have an opener of their own",
+    "edgetune/events.py::EventLog.__init__": OUR_OWN,
+    "edgetune/events.py::read_events": OUR_OWN,
+    "edgetune/library/adapter_registry.py::get_current": OUR_OWN,
+    "edgetune/lock.py::Lock.__enter__": "creates the file",
+    "edgetune/training/setup.py::_token_files": OUR_OWN,
+    "edgetune/training/unfinished_run.py::_read_sealed_json": OUR_OWN,
+}
+"""The functions that open a file without open_untrusted, and why each may."""
+OPENERS = {
+    "open", "fdopen", "FileIO", "read_bytes", "read_text", "safe_open", "load_file", "from_file", "from_pretrained", "memmap",
+    "fromfile", "genfromtxt", "loadtxt", "mmap", "load_model", "load_adapters", "sha256_file", "GGUFReader", "LoadFromFile",
+    "copyfile", "copy2", "copytree", "copyfileobj", "symlink_to", "hardlink_to", "torch.load", "np.load", "json.load",
+    "pickle.load", "tomllib.load", "shutil.copy", "llama_cpp.Llama", "os.link", "os.symlink",
+}  # fmt: skip
+"""Functions that open a file, by their last name, or by their whole name where other functions share the last."""
+CHECKED = {"SafetensorsFile.open", "TokenStore.open"}
+"""Functions called `open` that are listed by what they call themselves."""
+
+
+def opens_files(path: Path) -> Iterator[str]:
+    """Yield the name of each function of a module that opens a file, once for every call."""
+
+    def visit(node: ast.AST, inside: str) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Call):
+                called = ast.unparse(child.func)
+                if called not in CHECKED and {called, called.rpartition(".")[2]} & OPENERS:
+                    yield inside or "the module"
+            is_scope = isinstance(child, ast.FunctionDef | ast.ClassDef)
+            yield from visit(child, f"{inside}.{child.name}".lstrip(".") if is_scope else inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "")
+
+
+def test_every_file_is_opened_here_or_by_a_function_that_may() -> None:
+    sources = [path for floor in ("runtime", "export", "edgetune") for path in (ROOT / floor).rglob("*.py")]
+    found = {(path.relative_to(ROOT).as_posix(), function) for path in sources for function in opens_files(path)}
+    names = {f"{file}::{function}" for file, function in found if f"{file}::*" not in ALLOWED}
+    files = {f"{file}::*" for file, _ in found if f"{file}::*" in ALLOWED}
+    assert names | files == set(ALLOWED)
+
+
+def test_the_search_finds_each_way_to_open_a_file(tmp_path: Path) -> None:
+    ways = [f"{way if '.' in way else 'x.' + way}(a)" for way in sorted(OPENERS)]
+    (tmp_path / "x.py").write_text("def f():\n" + "".join(f"    {way}\n" for way in ways) + "    SafetensorsFile.open(a)\n")
+    assert list(opens_files(tmp_path / "x.py")) == ["f"] * len(ways)
