@@ -1,8 +1,8 @@
 """Finds where each answer of a conversation stands in the text that a chat template renders.
 
-A template does not say where it puts a message: it may trim it, drop its reasoning, or write something before it. So each message
-is framed by marks (random digits, which no message can contain) and the conversation is rendered again. A mark counts only if the
-text is the same without the marks, and then it stands exactly where the message begins or ends in it.
+A template does not say where it puts a message: it may trim it, drop its reasoning, or write something before it. So each
+message is framed by marks (random digits, which no message can contain) and the conversation is rendered again. A mark counts
+only if the text is the same without the marks, and then it stands exactly where the message begins or ends in it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RenderedChat:
     # --- where the messages stand -----------------------------------------------------------------------------------------
 
     def _find(self, place: Callable[[str], tuple[int, int]]) -> None:
-        """Look for all messages that were not found yet, framed at `place`: together, or one by one if that changes the text."""
+        """Look for the messages not found yet, framed at `place`: all together, or one by one if that changes the text."""
         missing = {
             number: place(message["content"])
             for number, message in enumerate(self._messages)

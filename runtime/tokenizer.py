@@ -204,16 +204,13 @@ class Tokenizer:
         spans = {n: chat.answer(n) for n, message in enumerate(messages) if message.get("role") == "assistant"}
         cuts = {place for span in spans.values() if span is not None for place in (span.start, span.end)}
         ids, tokens_before = self._encode_rendered(chat.text, nonce, cuts)
-        answers = {
-            n: EncodedAnswer(
-                tokens_before[span.start],
-                tokens_before[span.end],
-                span.stop is not None,
-                len(self._split.sub("", chat.text[span.start : span.end]).replace(nonce, "").encode("utf-8", "replace")),
-            )
-            for n, span in spans.items()
-            if span is not None
-        }
+        answers = {}
+        for n, span in spans.items():
+            if span is not None:
+                start, end = tokens_before[span.start], tokens_before[span.end]
+                controls = tuple(place for place in range(start, end) if ids[place] in self._control)
+                text = self._split.sub("", chat.text[span.start : span.end]).replace(nonce, "")
+                answers[n] = EncodedAnswer(start, end, span.stop is not None, controls, len(text.encode("utf-8", "replace")))
         return EncodedChat(ids, answers, frozenset(n for n in range(len(messages)) if chat.shows(n)))
 
     def _marked(self, messages: Sequence[Mapping[str, Any]], nonce: str) -> list[Any]:
@@ -233,7 +230,9 @@ class Tokenizer:
         ids: list[int] = []
         before: dict[int, int] = {}
         waiting = sorted(cuts, reverse=True)
-        pieces = [(match.start(), match.end(), self._split_ids[(match.lastindex or 1) - 1]) for match in self._split.finditer(text)]
+        pieces = [
+            (match.start(), match.end(), self._split_ids[(match.lastindex or 1) - 1]) for match in self._split.finditer(text)
+        ]
         at = 0
         for start, end, control in [*pieces, (len(text), len(text), None)]:
             between = self._text_between(text[at:start], nonce, first=at == 0)
@@ -258,12 +257,14 @@ class Tokenizer:
 class EncodedAnswer:
     """An assistant's turn among the ids of a conversation: tokens `start` to `end`, then its end token if `has_stop`.
 
-    `bytes` is the size in UTF-8 of the text behind the tokens, without the template's control tokens.
+    `controls` are the positions of control tokens that the template writes within it. `bytes` is the size in UTF-8 of the text
+    behind the other tokens.
     """
 
     start: int
     end: int
     has_stop: bool
+    controls: tuple[int, ...]
     bytes: int
 
 
