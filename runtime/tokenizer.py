@@ -12,9 +12,11 @@ import functools
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.runtime.answer_spans import RenderedChat, common_prefix
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
@@ -188,23 +190,97 @@ class Tokenizer:
         No token is added: if the template writes no beginning-of-text token, the ids begin without one.
         Raises TokenizerError as `render_chat` does.
         """
-        # Once rendered, the template's control tokens and those that a message merely spells look alike. So each
-        # spelling in a message is broken by a random number before rendering, and the number is removed afterwards.
-        nonce = f"{secrets.randbelow(10**24):024d}"  # only digits, which no filter of a template changes
-        marked = [_Marker(self._spelled, self._control_spellings, nonce).mark(message) for message in messages]
-        text = self.render_chat(marked, add_generation_prompt)
+        nonce = _nonce()
+        text = self.render_chat(self._marked(messages, nonce), add_generation_prompt)
+        return self._encode_rendered(text, nonce)[0]
+
+    def encode_answers(self, messages: Sequence[Mapping[str, Any]]) -> EncodedChat:
+        """Return the ids of a conversation as `encode_chat` gives them, and where the assistant's turns stand in them.
+
+        Raises TokenizerError as `render_chat` does.
+        """
+        nonce = _nonce()
+        chat = RenderedChat(self.render_chat, self._marked(messages, nonce), self._ends_of)
+        spans = {n: chat.answer(n) for n, message in enumerate(messages) if message.get("role") == "assistant"}
+        cuts = {place for span in spans.values() if span is not None for place in (span.start, span.end)}
+        ids, tokens_before = self._encode_rendered(chat.text, nonce, cuts)
+        answers = {}
+        for n, span in spans.items():
+            if span is not None:
+                start, end = tokens_before[span.start], tokens_before[span.end]
+                controls = tuple(place for place in range(start, end) if ids[place] in self._control)
+                text = self._split.sub("", chat.text[span.start : span.end]).replace(nonce, "")
+                answers[n] = EncodedAnswer(start, end, span.stop is not None, controls, len(text.encode("utf-8", "replace")))
+        return EncodedChat(ids, answers, frozenset(n for n in range(len(messages)) if chat.shows(n)))
+
+    def _marked(self, messages: Sequence[Mapping[str, Any]], nonce: str) -> list[Any]:
+        """Return the messages with every control token that they spell broken by `nonce`.
+
+        Once rendered, the template's control tokens and those that a message merely spells would look alike.
+        """
+        return [_Marker(self._spelled, self._control_spellings, nonce).mark(message) for message in messages]
+
+    def _ends_of(self, text: str) -> list[int]:
+        """Return the positions in a rendered conversation of the tokens that end generation."""
+        ends = [number for number, id in enumerate(self._split_ids, 1) if id in self.eos_ids]
+        return [match.start() for match in self._split.finditer(text) if match.lastindex in ends]
+
+    def _encode_rendered(self, text: str, nonce: str, cuts: Iterable[int] = ()) -> tuple[list[int], dict[int, int]]:
+        """Return the ids of a rendered conversation, and for each position in `cuts` the number of tokens before it."""
         ids: list[int] = []
+        before: dict[int, int] = {}
+        waiting = sorted(cuts, reverse=True)
+        pieces = [
+            (match.start(), match.end(), self._split_ids[(match.lastindex or 1) - 1]) for match in self._split.finditer(text)
+        ]
         at = 0
-        for match in self._split.finditer(text):
-            ids += self._text_between(text[at : match.start()], nonce, first=at == 0)
-            ids.append(self._split_ids[(match.lastindex or 1) - 1])
-            at = match.end()
-        return ids + self._text_between(text[at:], nonce, first=at == 0)
+        for start, end, control in [*pieces, (len(text), len(text), None)]:
+            between = self._text_between(text[at:start], nonce, first=at == 0)
+            while waiting and waiting[-1] < start:
+                cut = waiting.pop()
+                seen = self._text_between(text[at:cut], nonce, first=at == 0)
+                before[cut] = len(ids) + common_prefix(seen, between)
+            ids += between
+            while waiting and (waiting[-1] < end or waiting[-1] == start):
+                before[waiting.pop()] = len(ids)
+            ids += [] if control is None else [control]
+            at = end
+        return ids, before
 
     def _text_between(self, text: str, nonce: str, first: bool) -> list[int]:
         """Return the ids of rendered text that holds no control token of the template."""
         text = text.replace(nonce, "")
         return self._encode(text, first) if text else []
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """An assistant's turn among the ids of a conversation: tokens `start` to `end`, then its end token if `has_stop`.
+
+    `controls` are the positions of control tokens that the template writes within it. `bytes` is the size in UTF-8 of the text
+    behind the other tokens.
+    """
+
+    start: int
+    end: int
+    has_stop: bool
+    controls: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """The ids of a conversation; its assistant's turns by the number of the message, where they can be told; and the numbers
+    of all messages whose text stands in the rendered conversation."""
+
+    ids: list[int]
+    answers: dict[int, EncodedAnswer]
+    shown: frozenset[int]
+
+
+def _nonce() -> str:
+    """Return a random number that no message contains; it is of digits, which no filter of a template changes."""
+    return f"{secrets.randbelow(10**24):024d}"
 
 
 def _stretches(text: str) -> Iterator[str]:

@@ -449,7 +449,8 @@ def test_bad_lines_are_counted_with_their_numbers(tmp_path, monkeypatch):
     assert paths(reading.documents) == ["chats.jsonl#1", "chats.jsonl#10"]
     assert {skip.reason: skip.lines for skip in reading.skipped} == {
         Reason.BAD_LINE: (2, 4, 9),
-        Reason.NOT_A_CHAT: (5, 6, 7),
+        Reason.NO_ANSWER: (5, 6),
+        Reason.NOT_A_CHAT: (7,),
         Reason.LONG_LINE: (8,),
     }
 

@@ -23,10 +23,11 @@ from edgetune.dataset.token_store import (
     split_turns,
     tokenize,
 )
-from edgetune.documents.chats import guanaco_text
+from edgetune.documents.chat_forms import guanaco_text
 from edgetune.documents.document import Document, Turn
 from edgetune.documents.reading import read_notes
 from edgetune.runtime.errors import DataError
+from edgetune.runtime.tokenizer import EncodedAnswer, EncodedChat
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BOS, EOS, END_OF_TURN, ROLE = 256, 257, 258, 259
@@ -48,6 +49,17 @@ class ByteTokenizer:
         for message in messages:
             ids += [ROLE, *message["role"].encode(), 10, *message["content"].encode(), END_OF_TURN, 10]
         return ids + ([ROLE, *b"assistant", 10] if add_generation_prompt else [])
+
+    def encode_answers(self, messages):
+        ids, answers = [], {}
+        for number, message in enumerate(messages):
+            ids += self.encode_chat([message], add_generation_prompt=False)
+            if message["role"] == "assistant":
+                size = len(message["content"].encode())
+                stops = END_OF_TURN in ids
+                end = len(ids) - 2 * stops  # the end of the turn and a newline, else all that the template writes
+                answers[number] = EncodedAnswer(end - size - (not stops), end, stops, (), size)
+        return EncodedChat(ids, answers, frozenset(range(len(messages))))
 
 
 class Templated(ByteTokenizer):

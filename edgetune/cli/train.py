@@ -186,7 +186,7 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
         "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
     )
     for skip in reading.skipped[:SKIPPED_SHOWN]:
-        click.echo(f"  {one_line(skip.path)}: {skip.reason.value}")
+        click.echo(f"  {one_line(skip.path)}: {one_line(skip.explanation)}")
     if len(reading.skipped) > SKIPPED_SHOWN:
         click.echo(f"  and {len(reading.skipped) - SKIPPED_SHOWN} more; --json lists all")
     for pattern in reading.unused_excludes:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -18,14 +19,16 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.dataset.chat_notices import ANSWERS_LOST, LEFT_OUT, REASONING_LOST, SYSTEM_JOINED, ChatNotices
 from edgetune.documents.document import Document, Turn
-from edgetune.runtime.errors import DataError
+from edgetune.runtime.errors import DataError, TokenizerError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_folder
+from edgetune.runtime.tokenizer import EncodedChat
 
 CONTEXT, TEXT, STOP = 0, 1, 2
 """A token's role as a target. CONTEXT: not trained. TEXT: trained and scored. STOP: trained but not scored, because it is the
 end of a turn or document and no part of the text."""
-FORMAT = 1
+FORMAT = 2
 """Version of the store's files."""
 
 TrainOn = Literal["assistant", "all"]
@@ -49,6 +52,9 @@ class TextTokenizer(Protocol):
     def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
         """Return the ids of a conversation, rendered by the model's chat template."""
 
+    def encode_answers(self, messages: Any) -> EncodedChat:
+        """Return the ids of a conversation, and where the assistant's turns stand in them."""
+
 
 @dataclass(frozen=True)
 class StoredDocument:
@@ -68,6 +74,8 @@ class TokenStore:
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.uint8]
     documents: tuple[StoredDocument, ...]
+    notices: tuple[str, ...] = ()
+    """Sentences for the user about chats that were changed or left out, because of the model's chat template."""
 
     @property
     def tokens(self) -> int:
@@ -91,8 +99,9 @@ class TokenStore:
         try:
             index = json.loads((path / "documents.json").read_bytes())
             documents = tuple(StoredDocument(**document) for document in index["documents"])
-            ids = np.memmap(path / "ids.bin", dtype=np.int32, mode="r")
-            trained = np.memmap(path / "trained.bin", dtype=np.uint8, mode="r")
+            notices = tuple(index["notices"])
+            ids = _mapped(path / "ids.bin", np.int32)
+            trained = _mapped(path / "trained.bin", np.uint8)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"The token store {path} is unreadable ({type(error).__name__}). Delete it and run the command again."
@@ -101,7 +110,7 @@ class TokenStore:
         starts = [document.start for document in documents]
         if index.get("format") != FORMAT or starts != ends[:-1] or len(ids) != ends[-1] or len(trained) != ends[-1]:
             raise DataError(f"The token store {path} is incomplete or of another version. Delete it and run the command again.")
-        return cls(ids, trained, documents)
+        return cls(ids, trained, documents, notices)
 
 
 def tokenize(
@@ -110,19 +119,22 @@ def tokenize(
     path: Path | str,
     train_on: TrainOn = "assistant",
     chat_format: ChatFormat = "auto",
+    may_be_empty: bool = False,
 ) -> TokenStore:
     """Write the tokens of `documents` to the folder `path` (replaced atomically; files 0600) and return them memory-mapped.
 
     A note becomes `start_ids + ids + [eos]`; all of it is trained except the start. In a chat, the assistant's turns and
     their ends are trained (with `train_on="all"`: everything). With "auto", chats are rendered by the model's own template
-    if it has one, else in Guanaco's form. Raises DataError where nothing would be trained.
+    if it has one, else in Guanaco's form. Raises DataError where nothing would be trained, unless it `may_be_empty`.
     """
     writer = ChatWriter(tokenizer, train_on, chat_format)
     stored: list[StoredDocument] = []
-    start = trained = 0
+    start = trained = read = 0
     with atomic_folder(path) as folder:
         with private_file(folder / "ids.bin") as ids_file, private_file(folder / "trained.bin") as trained_file:
             for document in documents:
+                read += 1
+                pieces: Iterable[Piece]
                 if document.turns is None:
                     pieces, scored = note_pieces(tokenizer, document.text), document.size
                 else:
@@ -136,15 +148,23 @@ def tokenize(
                 if tokens:
                     stored.append(StoredDocument(document.path, document.digest, start, tokens, scored))
                     start += tokens
-        if not trained:
+        notices = writer.notices.sentences()
+        if not trained and not may_be_empty:
             raise DataError(
-                f"Nothing to train on: none of {len(stored)} documents holds a token to train on; expected notes with text, or "
+                f"Nothing to train on: none of {read:,} documents holds a token to train on; expected notes with text, or "
                 "chats in which the assistant answers. Type the same command with --dry-run to see what is read."
+                + "".join(f" {notice}" for notice in notices[:1])
             )
         index = {"format": FORMAT, "train_on": train_on, "documents": [asdict(document) for document in stored]}
+        index["notices"] = notices
         with private_file(folder / "documents.json") as file:
             file.write(json.dumps(index, ensure_ascii=False).encode())
     return TokenStore.open(path)
+
+
+def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
+    """Map a file of numbers. An empty file cannot be mapped; it is an empty array."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def private_file(path: Path) -> BinaryIO:
@@ -208,10 +228,19 @@ def continuation(tokenizer: TextTokenizer, before: str, text: str) -> list[int]:
 # Chats.
 
 
-class ChatWriter:
-    """Turns conversations into tokens, with the role of each as a target."""
+class Unwritable(Exception):
+    """A chat that cannot be written in the chosen form. The message says why, and holds no text of the chat."""
 
-    # Finding the ends of a turn encodes everything before it again, so the cost grows with the square of the turns. A long
+
+_REASONING_KEYS = {"reasoning_content", "reasoning", "thinking"}
+_TOOL_KEYS = {"tool_calls"}
+_ANSWERS_NOT_FOUND = "the model's chat template does not show where they begin and end"
+
+
+class ChatWriter:
+    """Turns conversations into tokens, with the role of each as a target. `notices` counts what was left out, by its cause."""
+
+    # Finding the ends of a turn renders everything before it again, so the cost grows with the square of the turns. A long
     # conversation is therefore rendered in parts that begin at a user's turn.
     PART_TURNS = 32
     """Most turns of a part; chosen by hand."""
@@ -223,61 +252,112 @@ class ChatWriter:
         self.train_all = train_on == "all"
         self.template = tokenizer.has_template if chat_format == "auto" else chat_format == "template"
         self.end = tuple(tokenizer.eos_ids[:1])
+        self.notices = ChatNotices()
 
-    def pieces(self, document: Document) -> tuple[Iterator[Piece], int]:
+    def pieces(self, document: Document) -> tuple[list[Piece], int]:
         """Return the tokens of one conversation, and the bytes of text behind those marked TEXT.
 
-        These are the assistant's texts; in Guanaco's recipe they are the whole conversation.
+        These are the assistant's texts; in Guanaco's recipe they are the whole conversation. A conversation that cannot be
+        written has no tokens, and `notices` tells its cause.
         """
         turns = document.turns or ()
-        answers = sum(len(turn.text.encode()) for turn in turns if turn.role == "assistant")
-        if self.template:
-            return self._template_pieces(turns), answers
-        if self.train_all:
-            return note_pieces(self.tokenizer, document.text), document.size
-        answered = sum(turn.role == "assistant" for turn in turns)
-        return self._guanaco_pieces(turns), answers + answered  # every answer begins with a space
+        try:
+            if self.template:
+                return self._template_pieces(document.path, turns)
+            return self._guanaco_pieces(document)
+        except Unwritable as problem:
+            self.notices.add(LEFT_OUT, str(problem), document.path)
+            return [], 0
 
-    def _guanaco_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
-        """Yield `### Human: ... ### Assistant:` as context, and every answer and its end as targets."""
-        yield self.tokenizer.start_ids, [CONTEXT] * len(self.tokenizer.start_ids)
-        prompt = ""
+    def _guanaco_pieces(self, document: Document) -> tuple[list[Piece], int]:
+        """Return `### Human: ... ### Assistant:` as context, and every answer and its end as targets."""
+        turns = document.turns or ()
+        if any(turn.role == "tool" or turn.extras.keys() & _TOOL_KEYS for turn in turns):
+            raise Unwritable("they call tools, which only a model's chat template can write")
+        if any(turn.extras.keys() & _REASONING_KEYS for turn in turns):
+            self.notices.add(REASONING_LOST, "only a model's chat template can write it", document.path)
+        if self.train_all and all(turn.trained for turn in turns):
+            return list(note_pieces(self.tokenizer, document.text)), document.size
+        pieces: list[Piece] = [(self.tokenizer.start_ids, [CONTEXT] * len(self.tokenizer.start_ids))]
+        prompt, scored = "", 0
         for turn in turns:
             if turn.role != "assistant":
                 prompt += f"### Human: {turn.text} " if turn.role == "user" else f"{turn.text} "
                 continue
             prompt += "### Assistant:"
+            answer = f" {turn.text}"
             seen = self.tokenizer.encode(prompt)
-            ids = continuation(self.tokenizer, prompt, f" {turn.text}")
-            yield seen, [CONTEXT] * len(seen)
-            yield [*ids, *self.end], [TEXT] * len(ids) + [STOP] * len(self.end)
+            ids = continuation(self.tokenizer, prompt, answer)
+            as_prompt, as_answer = (TEXT if self.train_all else CONTEXT), (TEXT if turn.trained else CONTEXT)
+            pieces.append((seen, [as_prompt] * len(seen)))
+            pieces.append(([*ids, *self.end], [as_answer] * len(ids) + [STOP if turn.trained else CONTEXT] * len(self.end)))
+            scored += (len(prompt.encode()) if self.train_all else 0) + (len(answer.encode()) if turn.trained else 0)
             prompt = ""
+        return (pieces, scored) if any(TEXT in marks for _, marks in pieces) else ([], 0)
 
-    def _template_pieces(self, turns: Sequence[Turn]) -> Iterator[Piece]:
-        """Yield the conversation as the model's template renders it, with the answers and their ends as targets."""
+    def _template_pieces(self, path: str, turns: Sequence[Turn]) -> tuple[list[Piece], int]:
+        """Return the conversation as the model's template renders it, with the answers and their ends as targets."""
+        pieces: list[Piece] = []
+        scored = lost = 0
         for part in split_turns(turns, self.PART_TURNS, self.PART_CHARS):
-            messages = [{"role": turn.role, "content": turn.text} for turn in part]
-            ids = self.tokenizer.encode_chat(messages, add_generation_prompt=False)
-            marks = [STOP if self.train_all else CONTEXT] * len(ids)
-            for at, turn in enumerate(part):
-                if turn.role == "assistant":
-                    self._mark_answer(ids, marks, messages, at)
-            yield self._complete(ids, marks)
+            part, chat = self._encode(path, part)
+            marks = [STOP if self.train_all else CONTEXT] * len(chat.ids)
+            for number, turn in enumerate(part):
+                answer = chat.answers.get(number)
+                if turn.role != "assistant" or not turn.trained:
+                    continue
+                if answer is None:
+                    lost += 1
+                    continue
+                marks[answer.start : answer.end] = [TEXT] * (answer.end - answer.start)
+                for control in answer.controls:
+                    marks[control] = STOP
+                if answer.has_stop:
+                    marks[answer.end] = STOP
+                scored += answer.bytes
+            pieces.append(self._complete(list(chat.ids), marks))
+        if lost and not scored:
+            raise Unwritable(_ANSWERS_NOT_FOUND)
+        if lost:
+            self.notices.add(ANSWERS_LOST, _ANSWERS_NOT_FOUND, path)
+        return pieces, scored
 
-    def _mark_answer(self, ids: list[int], marks: list[int], messages: list[dict[str, str]], at: int) -> None:
-        """Mark the answer `messages[at]` within `ids`: from the end of its generation prompt to its own end id."""
-        # A template does not say where a turn lies among the ids. So the conversation is rendered twice more, up to the
-        # answer and up to its end: `ids` agrees with the first as far as the answer's start, with the second to its end.
-        prompt = self.tokenizer.encode_chat(messages[:at], add_generation_prompt=True)
-        answered = ids
-        if at + 1 < len(messages):
-            answered = self.tokenizer.encode_chat(messages[: at + 1], add_generation_prompt=False)
-        begin, end = common_prefix(prompt, ids), common_prefix(answered, ids)
-        ends = [place for place in range(begin, end) if ids[place] in self.tokenizer.eos_ids]
-        stop = ends[-1] if ends else end
-        marks[begin:stop] = [TEXT] * (stop - begin)
-        if ends:
-            marks[stop] = STOP
+    def _encode(self, path: str, part: list[Turn]) -> tuple[list[Turn], EncodedChat]:
+        """Render and encode a part. Where the template refuses a system's turn, it joins the user's turn after it.
+
+        Raises Unwritable if the template refuses the part in any case, or leaves out what it says to tools.
+        """
+        try:
+            chat = self._encode_answers(part)
+        except TokenizerError as error:
+            refusal, joined = str(error), join_system(part)
+            try:
+                chat = self._encode_answers(joined) if joined != part else None
+            except TokenizerError:
+                chat = None
+            if chat is None:
+                raise Unwritable(f"{refusal[:1].lower()}{refusal[1:].removesuffix('.')}") from None
+            self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", path)
+            part = joined
+        tools = [number for number, turn in enumerate(part) if turn.role == "tool"]
+        if not chat.shown.issuperset(tools) or self._ignores(part, chat, _TOOL_KEYS):
+            raise Unwritable("they call tools, which the model's chat template does not write")
+        if self._ignores(part, chat, _REASONING_KEYS):
+            self.notices.add(REASONING_LOST, "the model's chat template does not write it", path)
+        return part, chat
+
+    def _encode_answers(self, part: Sequence[Turn]) -> EncodedChat:
+        return self.tokenizer.encode_answers([turn.message() for turn in part])
+
+    def _ignores(self, part: Sequence[Turn], chat: EncodedChat, keys: AbstractSet[str]) -> bool:
+        """Return True if the part has some of `keys` and the template renders it as if it had none."""
+        if not any(turn.extras.keys() & keys for turn in part):
+            return False
+        bare = [{key: value for key, value in turn.message().items() if key not in keys} for turn in part]
+        try:
+            return self.tokenizer.encode_chat(bare, add_generation_prompt=False) == chat.ids
+        except TokenizerError:
+            return False
 
     def _complete(self, ids: list[int], marks: list[int]) -> Piece:
         """Complete a rendered conversation: a start id, an end id to learn, and nothing after the last answer."""
@@ -291,6 +371,21 @@ class ChatWriter:
             ids, marks = [self.tokenizer.bos_id, *ids], [CONTEXT, *marks]
         marks[0] = CONTEXT
         return ids, marks
+
+
+def join_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns with each system's turn put in front of the user's turn that follows it, as LLaMA 2 has it."""
+    joined: list[Turn] = []
+    waiting: list[str] = []
+    for turn in turns:
+        if turn.role == "system":
+            waiting.append(turn.text)
+        elif turn.role == "user" and waiting:
+            joined.append(Turn("user", "\n\n".join([*waiting, turn.text]), turn.trained, turn.extras))
+            waiting = []
+        else:
+            joined.append(turn)
+    return joined if not waiting else list(turns)
 
 
 def split_turns(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iterator[list[Turn]]:
@@ -307,8 +402,3 @@ def split_turns(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iter
         chars += len(turn.text)
     if part:
         yield system + part
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return the number of leading ids that two sequences share."""
-    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -1,145 +1,164 @@
-"""Reads chats in JSON lines as Documents with turns: Guanaco's text, messages, or ShareGPT's conversations.
+"""Reads files of chats (JSON lines, or a JSON array) as Documents with turns; chat_forms.py knows the forms of a record.
 
-    {"text": "### Human: How deep? ### Assistant: Two inches."}            Guanaco (QLoRA's OASST1)
-    {"messages": [{"role": "user", "content": "How deep?"}, ...]}          OpenAI's and Hugging Face's
-    {"conversations": [{"from": "human", "value": "How deep?"}, ...]}      ShareGPT
-
-A {"text": ...} without the markers of turns is a plain text.
+Usually each line is one record. A file that holds an array, or objects printed over several lines, is read one value at a time.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from edgetune.documents.document import Document, Reason, Skipped, Turn
-from edgetune.documents.encoding import unify_line_ends
+from edgetune.documents.chat_forms import Unread, read_record
+from edgetune.documents.document import Document, Reason, Skipped
 
+CHAT_SUFFIXES_WHEN_NAMED = (".json", ".ndjson")
+"""Suffixes of files that are read as chats if they are themselves named; in a folder, most .json files are something else."""
 MAX_LINE_BYTES = 4 << 20
-"""Longest line that is read, in bytes. Chosen by hand."""
-MAX_TURNS = 1000
-"""Largest number of turns in one chat. Chosen by hand."""
+"""Longest line that is read, in bytes, and longest record of an array, in characters. Chosen by hand."""
 _LINES_LISTED = 20
 """Largest number of line numbers that a skip lists. Chosen by hand."""
-_MARKER = re.compile(r"### (Human|Assistant):")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-_GUANACO_NAMES = {"user": "### Human: ", "assistant": "### Assistant: ", "system": ""}
+_BETWEEN_VALUES = re.compile(r"[\s,\]]*")
+_MESSAGES = re.compile(r'\[\s*\{\s*"(?:role|from|content|value)"\s*:')
+_NEXT_VALUE = re.compile(r"\n[ \t]*(?=[\[{])")
 
 
 def read_chats(file: BinaryIO, path: str) -> tuple[list[Document], list[Skipped]]:
-    """Return the documents of a JSON-lines file, and its unreadable lines, counted by reason."""
+    """Return the documents of a file of chats, and its unreadable records, counted by cause."""
     documents: list[Document] = []
-    bad: dict[Reason, list[int]] = {}
-    for number, line in bounded_lines(file):
-        if line is None:
-            bad.setdefault(Reason.LONG_LINE, []).append(number)
-            continue
-        if not line.strip():
-            continue
+    bad: dict[tuple[Reason, str], list[int]] = {}
+    for found in records(as_utf8(file.read())):
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError):  # RecursionError: nested deeper than any chat
-            bad.setdefault(Reason.BAD_LINE, []).append(number)
-            continue
-        document = read_record(record, f"{path}#{number}")
-        if document is None:
-            bad.setdefault(Reason.NOT_A_CHAT, []).append(number)
-        else:
-            documents.append(document)
-    skipped = [Skipped(path, reason, len(lines), tuple(lines[:_LINES_LISTED])) for reason, lines in bad.items()]
+            if isinstance(found.value, Unread):
+                raise found.value
+            documents.append(read_record(found.value, f"{path}#{found.number}"))
+        except Unread as unread:
+            bad.setdefault((unread.reason, unread.detail), []).append(found.number)
+    skipped = [
+        Skipped(path, reason, len(numbers), tuple(numbers[:_LINES_LISTED]), detail) for (reason, detail), numbers in bad.items()
+    ]
     return documents, skipped
 
 
-def bounded_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield each line with its number, counted from 1; None stands for a line over MAX_LINE_BYTES, which is skipped."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
+def as_utf8(data: bytes) -> bytes:
+    """Return a file's bytes in UTF-8 without a byte order mark, if it is in UTF-16, as PowerShell writes it, or in UTF-8."""
+    if data.startswith(codecs.BOM_UTF8):
+        return data[len(codecs.BOM_UTF8) :]
+    marks = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+    encoding = marks.get(data[:2])
+    if encoding is None:  # JSON begins with an ASCII character, whose other byte is zero
+        encoding = {b"\0": "utf-16-be"}.get(data[:1]) or ("utf-16-le" if data[1:2] == b"\0" else None)
+    if encoding is None:
+        return data
+    return data.decode(encoding, "replace").removeprefix("\ufeff").encode()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A JSON value of a file, or the Unread that says why there is none, and its number: of its line, or among the values where
+    lines are not records."""
+
+    number: int
+    value: Any
+
+
+def records(data: bytes) -> Iterator[Found]:
+    """Yield every record of a file in UTF-8."""
+    text = _text_of_several_lines(data)
+    if text is None:
+        yield from line_records(data)
+    else:
+        yield from value_records(text)
+
+
+def line_records(data: bytes) -> Iterator[Found]:
+    """Yield the record in each line that is not blank, with the line's number, counted from 1."""
+    number, at = 0, 0
+    while at < len(data):
+        end = data.find(b"\n", at)
+        end = len(data) if end < 0 else end
         number += 1
-        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield number, line
+        if end - at > MAX_LINE_BYTES:
+            yield Found(number, Unread(Reason.LONG_LINE))
+        elif line := data[at:end].strip():
+            try:
+                yield Found(number, parse_line(line.decode()))
+            except UnicodeDecodeError:
+                yield Found(number, Unread(Reason.NOT_UTF8))
+            except (ValueError, RecursionError) as error:  # RecursionError: nested deeper than any chat
+                yield Found(number, not_json(error))
+        at = end + 1
+
+
+def value_records(text: str) -> Iterator[Found]:
+    """Yield the records of arrays and of objects over several lines, numbered from 1 in the order of the file."""
+    number, at = 0, 0
+    while (at := _end(_BETWEEN_VALUES, text, at)) < len(text):
+        if text[at] == "[" and not _MESSAGES.match(text, at):
+            at += 1  # an array of records: go on with the first of them
             continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
-        yield number, None
+        number += 1
+        try:
+            value, end = _DECODER.raw_decode(text, at)
+            yield Found(number, value if end - at <= MAX_LINE_BYTES else Unread(Reason.LONG_LINE))
+            at = end
+        except (ValueError, RecursionError) as error:
+            yield Found(number, not_json(error))
+            reached = max(error.pos, at + 1) if isinstance(error, json.JSONDecodeError) else at + 1
+            following = _NEXT_VALUE.search(text, reached)
+            at = following.end() if following else len(text)
 
 
-def read_record(record: Any, path: str) -> Document | None:
-    """Return the document in one parsed line; None if it is neither a text nor a chat."""
-    if not isinstance(record, dict):
+def _text_of_several_lines(data: bytes) -> str | None:
+    """Return the text of a file whose first value is an array or goes on after its first line; None if lines are records."""
+    start = data[:MAX_LINE_BYTES].lstrip()
+    if start[:1] not in (b"[", b"{"):
         return None
-    if isinstance(record.get("text"), str):
-        return from_text(drop_invalid(record["text"]), path)
-    for key, role_key, text_key in (("messages", "role", "content"), ("conversations", "from", "value")):
-        messages = record.get(key)
-        if isinstance(messages, list) and 0 < len(messages) <= MAX_TURNS:
-            turns = tidy([read_message(message, role_key, text_key) for message in messages])
-            return Document.of(path, guanaco_text(turns), turns) if turns else None
-    return None
-
-
-def from_text(text: str, path: str) -> Document | None:
-    """Return a chat in Guanaco's form if the text begins with a turn's marker, else a plain text; None if it is empty."""
-    if not text.strip():
+    try:
+        if start.startswith(b"{"):
+            parse_line(start.partition(b"\n")[0].decode())
+            return None
+    except (ValueError, RecursionError):
+        pass
+    try:
+        text = data.decode()
+        at = len(text) - len(text.lstrip())
+        if text[at] == "{":
+            _DECODER.raw_decode(text, at)
+        return text
+    except (ValueError, RecursionError):
         return None
-    pieces = _MARKER.split(text)  # before, name, text, name, text, ...
-    if len(pieces) == 1 or pieces[0].strip():
-        return Document.of(path, text)
-    if len(pieces) // 2 > MAX_TURNS:
-        return None
-    names, texts = pieces[1::2], pieces[2::2]
-    turns = tidy([Turn(_ROLES[name.lower()], text.strip()) for name, text in zip(names, texts, strict=True)])
-    return Document.of(path, text, turns) if turns else None
 
 
-def read_message(message: Any, role_key: str, text_key: str) -> Turn | None:
-    """Return the turn in a message whose content is a string, or a list of parts with text; None for anything else."""
-    if not isinstance(message, dict):
-        return None
-    role, content = message.get(role_key), message.get(text_key)
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        content = "".join(texts) if len(texts) == len(content) else None
-    if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str):
-        return None
-    return Turn(_ROLES[role], drop_invalid(content).strip())
+def parse_line(line: str) -> Any:
+    """Return the JSON value that a line holds. Raises ValueError for anything else, and for a name that an object holds twice."""
+    value, end = _DECODER.raw_decode(line)
+    if line[end:].strip():
+        raise ValueError("more than one value")
+    return value
 
 
-def tidy(turns: list[Turn | None]) -> tuple[Turn, ...] | None:
-    """Return the conversation as every chat template accepts it: alternating turns, the user's first. None if it holds no
-    answer, or a turn that is None.
-
-    Empty turns and an assistant's greeting before any question are dropped; neighbouring turns of one role become one.
-    """
-    tidied: list[Turn] = []
-    for turn in turns:
-        if turn is None:
-            return None  # one unreadable message would change what the others answer
-        if not turn.text or (turn.role == "assistant" and not any(old.role == "user" for old in tidied)):
-            continue
-        if tidied and tidied[-1].role == turn.role:
-            tidied[-1] = Turn(turn.role, f"{tidied[-1].text}\n\n{turn.text}")
-        else:
-            tidied.append(turn)
-    return tuple(tidied) if any(turn.role == "assistant" for turn in tidied) else None
+def not_json(error: Exception) -> Unread:
+    """Return why a line or record is no JSON, without anything of its text."""
+    return Unread(Reason.BAD_LINE, _REPEATED if error.args == (_REPEATED,) else "")
 
 
-def guanaco_text(turns: tuple[Turn, ...] | None) -> str:
-    """Return a conversation in Guanaco's form, in which QLoRA was trained."""
-    return " ".join(_GUANACO_NAMES[turn.role] + turn.text for turn in turns or ())
+_REPEATED = "a name is repeated"
 
 
-def drop_invalid(text: str) -> str:
-    """Return `text` without what JSON can spell but no text holds: NUL, halves of surrogate pairs; unify its line ends."""
-    return unify_line_ends(re.sub("[\ud800-\udfff]", "\ufffd", text.replace("\0", "")))
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(_REPEATED)
+    return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    match = pattern.match(text, at)
+    return match.end() if match else at

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 
-from edgetune.documents.chats import read_chats
+from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, read_chats
 from edgetune.documents.document import Document, Reading, Reason, Skipped
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.front_matter import without_front_matter
@@ -59,7 +59,7 @@ def read_file(found: FoundFile, keep_front_matter: bool = False) -> tuple[list[D
         return [], [Skipped(found.path, Reason.UNREADABLE)], ""
     if len(data) > MAX_FILE_BYTES:
         return [], [Skipped(found.path, Reason.TOO_LARGE)], ""
-    if found.file.suffix.lower() in CHAT_SUFFIXES:
+    if found.file.suffix.lower() in CHAT_SUFFIXES + CHAT_SUFFIXES_WHEN_NAMED:
         documents, skipped = read_chats(BytesIO(data), found.path)
         if not documents and not skipped:
             skipped = [Skipped(found.path, Reason.EMPTY)]
@@ -81,4 +81,7 @@ def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, fou
     if not reading.skipped:
         return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some."
     counts = ", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items())
-    return f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; name another folder or file."
+    unread = "".join(f" {sentence}" for sentence in reading.unread_chats())
+    return (
+        f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; name another folder or file.{unread}"
+    )

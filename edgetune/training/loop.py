@@ -32,6 +32,7 @@ from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint
 from edgetune.training.distributed import World
 from edgetune.training.evaluation import evaluate_store
+from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
 from edgetune.training.step import TrainStep
 
@@ -156,6 +157,7 @@ class TrainingLoop:
             tokens=run.packer.store.trained_tokens,
             trainable_parameters=budget.adapter_parameters(self.model.config, run.lora),
             parameters=self.model.config.parameters,
+            notices=record.notices,
         )
 
     def _is_late(self) -> bool:
@@ -246,7 +248,7 @@ class TrainingLoop:
         return math.isfinite(score) and (best is None or score < best)
 
     def _samples(self, when: str) -> Iterator[Event]:
-        """Let the model continue the beginnings of some notes, held-out ones where there are any."""
+        """Let the model continue the beginnings of some notes and answer some chats, held-out ones where there are any."""
         tokenizer = self.run.loaded.tokenizer
         sampling = Sampling(GenerateConfig.temperature, GenerateConfig.top_p, seed=self.config.data.seed)
         prompts, tokens = self.run.record.prompts, _SAMPLE_TOKENS
@@ -255,10 +257,12 @@ class TrainingLoop:
             prompts, tokens = prompts[:1], _SAMPLE_TOKENS // 2
         for prompt in prompts:
             self._check_stop()
-            ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)]
+            ids = prompt_ids(prompt, tokenizer)
+            if len(ids) >= self.model.config.max_positions:
+                continue
             generator = Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
             written = generator.generate(ids, tokens, sampling, tokenizer.eos_ids)
-            yield Sampled(when, prompt, tokenizer.decode(written, continuing=True))
+            yield Sampled(when, prompt_text(prompt, tokenizer), tokenizer.decode(written, continuing=True))
         self._trim()
 
     def _finish(self) -> Iterator[Event]:

@@ -9,6 +9,7 @@ from typing import Any
 from edgetune.runtime.budget import Setting, Vocabulary
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.runner import Recompute
+from edgetune.training.samples import Prompt
 
 TOKENS, HELD_OUT = "tokens", "held-out"
 """Folders of the run's two token stores: notes to train on, and held-out notes."""
@@ -54,14 +55,16 @@ class RunRecord:
     lora: LoraConfig
     documents: int
     heldout_paths: tuple[str, ...]
-    prompts: tuple[str, ...]
-    """Beginnings of notes that the model continues before and after training."""
+    prompts: tuple[Prompt, ...]
+    """Beginnings of notes and questions of chats, which the model continues before and after training."""
     notes: str
     """Digest of all documents, held-out ones included."""
     torch: str
     """Version of torch."""
     files: dict[str, str]
     """SHA-256 of each token file, by its path in the run's folder."""
+    notices: tuple[str, ...] = ()
+    """Sentences for the user about chats that were not read as they are."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -71,15 +74,15 @@ class RunRecord:
         """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
         files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
         plan = dataclasses.replace(self.plan, settings={})
-        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files)
+        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files, notices=())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
         """Return the record that `as_dict` turned into JSON."""
         lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-        paths, prompts = tuple(values["heldout_paths"]), tuple(values["prompts"])
+        tuples = {name: tuple(values[name]) for name in ("heldout_paths", "prompts", "notices")}
         setting = values["plan"]["setting"]
         enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
         setting = Setting(**{**setting, **enums})
         plan = Plan(**{**values["plan"], "setting": setting})
-        return cls(**{**values, "plan": plan, "lora": lora, "heldout_paths": paths, "prompts": prompts})
+        return cls(**{**values, "plan": plan, "lora": lora, **tuples})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,7 @@ from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
-
-SAMPLE_PROMPTS = 3
-"""Notes whose beginnings the model continues before and after training; chosen by hand."""
-_PROMPT_SEARCH_CHARS, _PROMPT_CHARS = 4000, 60
-"""Characters of a note that are searched for its first paragraph, and most characters of a prompt; chosen by hand."""
+from edgetune.training.samples import sample_prompts
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,11 @@ def prepare_new(
 
     run: name of the run. The plan is for `processes` processes, `local_processes` of them on this machine.
     """
-    _, split = read_and_split(config)
+    reading, split = read_and_split(config)
     choice, checkpoint = base
     device = pick_device(config.device)
-    store, held_out = tokenize_notes(config, split, Tokenizer.load(choice.path), folder)
+    tokenizer = Tokenizer.load(choice.path)
+    store, held_out = tokenize_notes(config, split, tokenizer, folder)
     data, (dtype, int8) = config.data, number_format(config.compute, device)
     adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
@@ -125,9 +123,10 @@ def prepare_new(
         run=run,
         plan=plan,
         lora=lora,
-        documents=len(split.train),
-        heldout_paths=tuple(document.path for document in split.held_out),
-        prompts=tuple(first_words(document) for document in (split.held_out or split.train)[:SAMPLE_PROMPTS]),
+        documents=len(store.documents),
+        heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
+        prompts=sample_prompts(split.held_out or split.train, tokenizer, _uses_template(config, tokenizer)),
+        notices=_notices(reading, split, store, held_out),
         notes=_documents_digest(split.train + split.held_out),
         torch=torch.__version__,
         files=_token_files(folder),
@@ -210,13 +209,6 @@ def changes_since_start(run: PreparedRun) -> list[str]:
     return changes
 
 
-def first_words(document: Document) -> str:
-    """Return the first words of a note's first paragraph, without heading and tags: a prompt that invites the note's voice."""
-    lines = (line.strip() for line in document.text[:_PROMPT_SEARCH_CHARS].splitlines())
-    body = next((line for line in lines if line and not line.startswith(("#", "Tags:"))), document.text[:_PROMPT_CHARS])
-    return body if len(body) <= _PROMPT_CHARS else body[:_PROMPT_CHARS].rsplit(" ", 1)[0]
-
-
 def _token_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each token file, by its path in `folder`."""
     files = sorted(path for side in (TOKENS, HELD_OUT) for path in (folder / side).glob("*"))
@@ -248,7 +240,27 @@ def tokenize_notes(
     store = tokenize(split.train, tokenizer, folder / TOKENS, train_on, chat_format)
     if not split.held_out:
         return store, None
-    return store, tokenize(split.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format)
+    held_out = tokenize(split.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format, may_be_empty=True)
+    if held_out.bytes:
+        return store, held_out
+    shutil.rmtree(folder / HELD_OUT)
+    return store, None
+
+
+def _uses_template(config: TrainConfig, tokenizer: Tokenizer) -> bool:
+    """Return True if chats are trained as the model's chat template writes them, and not in Guanaco's form."""
+    return tokenizer.has_template and config.data.recipe != "raw"
+
+
+def _notices(reading: Reading, split: HeldOutSplit, store: TokenStore, held_out: TokenStore | None) -> tuple[str, ...]:
+    """Return a sentence for each thing about the chats that the user should know before the first step."""
+    notices = [*reading.unread_chats(), *store.notices, *(held_out.notices if held_out is not None else ())]
+    if split.held_out and held_out is None:
+        notices.append(
+            f"None of the {len(split.held_out)} held-out documents holds an answer to score, so nothing is measured during "
+            "this run."
+        )
+    return tuple(notices)
 
 
 def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
