@@ -129,6 +129,12 @@ class Place:
         """Check that a model opens and writes what the tiny LLaMA without the change writes."""
         assert self.opened(model).taken().json["text"] == text_of()
 
+    def opened_adapter(self, adapter: Path) -> str:
+        """Check that an adapter opens, and return what the tiny LLaMA writes with it."""
+        text = self.opened(plain_model(), adapter).taken().json["text"]
+        assert isinstance(text, str)
+        return text
+
     def imported(self, adapter: Path, model: Path | None = None) -> Outcome:
         """Run `adapters import` for the tiny LLaMA, or another model."""
         return self.run("adapters", "import", adapter, "--name", "it", "--model", model or plain_model(), "--json")

@@ -38,7 +38,7 @@ REFUSED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("a macro that calls itself for ever", "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", ("chat template",)),
     ("a text times a thousand million", "{{ 'a' * 10**9 }}", ("chat template",)),
     ("a list times a thousand million", "{{ ([0] * 10**9) | length }}", ("chat template",)),
-    ("a power of a power", "{{ 9 ** 9 ** 9 }}", ("chat template",)),
+    ("a power of a power", "{{ 9 ** (9 ** 9) }}", ("chat template",)),
     (
         "a text that doubles forty times",
         "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
