@@ -1,0 +1,86 @@
+"""Every bad or odd input of the corpus gets its right answer: no traceback, no hang, no heap of memory."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import pkgutil
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+import corpus
+from corpus.case import CASES, Case, Place, remove_plain
+
+for module in sorted(pkgutil.iter_modules(corpus.__path__), key=lambda module: module.name):
+    if not module.name.startswith("test_"):
+        importlib.import_module(f"corpus.{module.name}")
+
+SECONDS = 10
+"""Longest time that the answer to one input may take."""
+MEMORY = 1 << 30
+"""Most bytes by which one input may raise the peak memory of the process."""
+FEWEST = 300
+"""Number of distinct inputs that the corpus promises."""
+
+
+class TooSlow(BaseException):
+    """Raised in a command that runs into the time limit. No handler for exceptions in the product catches it."""
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TooSlow where the block takes longer, on systems with alarms."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TooSlow(f"no answer after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_is_removed() -> Iterator[None]:
+    yield
+    remove_plain()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}: {case.name}" for case in CASES])
+def test_every_input_gets_its_right_answer(case: Case, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    place = Place(tmp_path / "place")
+    place.folder.mkdir()
+    before, start = peak_memory(), time.monotonic()
+    try:
+        with limited(2 * SECONDS):
+            case.check(place)
+    finally:
+        shutil.rmtree(place.folder, ignore_errors=True)
+    assert time.monotonic() - start < SECONDS
+    assert peak_memory() - before < MEMORY
+    assert place.answers, "the case states no outcome"
+    record_property("corpus", (case.kind, place.answers[-1]))
+
+
+def test_the_corpus_holds_300_distinct_inputs() -> None:
+    names = collections.Counter((case.kind, case.name) for case in CASES)
+    assert [name for name, count in names.items() if count > 1] == []
+    assert len(names) >= FEWEST
