@@ -141,7 +141,9 @@ def companions(folder: Path) -> list[Path]:
     texts = [file for pattern in _TEXTS for file in sorted(folder.glob(pattern))]
     if len(texts) > MAX_TEXT_FILES:
         raise ModelError(f"{folder} has {len(texts)} licences and notices; expected at most {MAX_TEXT_FILES}: remove some.")
-    found = [file for file in [*(folder / name for name in _COMPANIONS), *texts] if os.path.exists(file) and not file.is_dir()]
+    found = [
+        file for file in [*(folder / name for name in _COMPANIONS), *texts] if os.path.lexists(file) and not os.path.isdir(file)
+    ]
     for file in found:
         open_untrusted(file, COMPANION).close()
     return found
