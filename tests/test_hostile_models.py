@@ -25,6 +25,7 @@ from tiny import save_trainable
 from edgetune.cli.main import main
 from edgetune.export.gguf import adapter as gguf_adapter
 from edgetune.library import adapter_registry as registry
+from edgetune.library import loading
 from edgetune.library.places import newest_snapshot
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import check_fits
@@ -309,6 +310,16 @@ def test_a_companion_that_is_no_plain_file_of_the_folder_is_never_copied(
         assert_refused(capsys, f"{file} ", *arguments)
         assert_refused(capsys, said, *arguments)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("numbers", [1 << 60, (1 << 63) - 1])
+def test_memory_that_the_system_refuses_is_one_sentence(
+    numbers: int, places: Places, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ask in (lambda *_: torch.empty(numbers, dtype=torch.uint8), lambda *_: bytearray(numbers)):
+        monkeypatch.setattr(loading, "open_model", ask)
+        said = "There is not enough memory for this."
+        assert_refused(capsys, said, "generate", "hi", "--model", places.root / "dense", "--adapter", "none")
 
 
 def test_many_licences_are_not_copied(places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
