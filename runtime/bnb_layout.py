@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime import nf4
+from edgetune.runtime import json_file, nf4
 from edgetune.runtime.nf4 import FLOATS, NESTED_BLOCK_SIZE, NestedAbsmax, QuantizedTensor, QuantState
 from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor, TensorSpec
 
@@ -29,6 +30,7 @@ PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 STATE_BYTES = 256
 """Bytes that the JSON of a weight is padded to with spaces: a multiple of 64, and more than any that edgetune writes."""
 _MAX_STATE_BYTES = 1 << 16  # longest JSON of a weight that is read (chosen by hand)
+_MAX_OFFSET = 3e38  # the offset is stored in fp32
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
@@ -49,21 +51,27 @@ def parse_state(raw: bytes | memoryview) -> StoredState:
     if len(raw) > _MAX_STATE_BYTES:
         raise ValueError(f"its quant_state takes {len(raw):,} bytes, more than the limit of {_MAX_STATE_BYTES:,}")
     try:
-        fields = json.loads(bytes(raw).decode())
+        fields = json_file.parse(bytes(raw))
         quant_type, block_size = fields["quant_type"], fields["blocksize"]
         dtype, shape = fields["dtype"], fields["shape"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError("its quant_state is not valid JSON or lacks a key") from error
     if quant_type != "nf4":
-        raise ValueError(f"its data type is {quant_type!r}, and edgetune reads only 'nf4'")
-    if block_size not in nf4.BLOCK_SIZES or dtype not in _DTYPES:
-        raise ValueError(f"its block size {block_size!r} or dtype {dtype!r} is not one that bitsandbytes writes")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**31 for size in shape):
-        raise ValueError(f"its shape {shape!r} is not a list of positive numbers")
+        raise ValueError(f"its data type is {_short(quant_type)}, and edgetune reads only 'nf4'")
+    if block_size not in nf4.BLOCK_SIZES or not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"its block size {_short(block_size)} or dtype {_short(dtype)} is not one that bitsandbytes writes")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise ValueError(f"its shape {_short(shape)} is not two positive numbers")
     nested, offset = fields.get("nested_blocksize"), fields.get("nested_offset", 0.0)
-    if nested not in (None, NESTED_BLOCK_SIZE) or type(offset) not in (int, float) or not math.isfinite(offset):
-        raise ValueError(f"its nested block size {nested!r} or offset {offset!r} is not one that bitsandbytes writes")
+    if nested not in (None, NESTED_BLOCK_SIZE) or type(offset) not in (int, float) or not abs(offset) < _MAX_OFFSET:
+        found = f"its nested block size {_short(nested)} or offset {_short(offset)}"
+        raise ValueError(f"{found} is not one that bitsandbytes writes")
     return StoredState(quant_type, block_size, _DTYPES[dtype], tuple(shape), nested, float(offset))
+
+
+def _short(value: object) -> str:
+    """Return a value of a weight's JSON for an error message, cut where it is long."""
+    return reprlib.repr(value)
 
 
 def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) -> list[str]:
@@ -73,6 +81,7 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
     wanted = {"": (n + 1) // 2, ".quant_map": 16}  # bytes of the codes, values of the others
     nested = state.nested_block_size
     wanted[".absmax"] = blocks
+    transposed = [_transposed_shape(state)] if nested is None else []
     if nested is not None:
         wanted |= {".nested_absmax": -(-blocks // nested), ".nested_quant_map": 256}
     faults = []
@@ -82,12 +91,15 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
             faults.append(f"{name}{suffix} is missing")
         elif (tensor.nbytes if suffix == "" else math.prod(tensor.shape)) != count:
             faults.append(f"{name}{suffix} has shape {list(tensor.shape)}, too few or many for {list(state.shape)}")
-        elif suffix == ".absmax" and tensor.shape not in ((blocks,), _transposed_shape(state)):
+        elif suffix == ".absmax" and tensor.shape not in ((blocks,), *transposed):
             faults.append(f"{name}.absmax has shape {list(tensor.shape)}; expected [{blocks}]")
         elif suffix == ".absmax" and (tensor.dtype == torch.uint8) != (nested is not None):
             faults.append(f"{name}.absmax is {tensor.dtype}, which contradicts its quant_state")
-        elif suffix in (".quant_map", ".nested_absmax", ".nested_quant_map") and tensor.dtype != torch.float32:
-            faults.append(f"{name}{suffix} is {tensor.dtype}; expected float32")
+        elif suffix in (".quant_map", ".nested_absmax", ".nested_quant_map") and (tensor.dtype, tensor.shape) != (
+            torch.float32,
+            (count,),
+        ):
+            faults.append(f"{name}{suffix} is {tensor.dtype} {list(tensor.shape)}; expected float32 [{count}]")
     return faults
 
 
@@ -103,7 +115,7 @@ def _transposed_shape(state: StoredState) -> tuple[int, ...]:
 def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -> QuantizedTensor:
     """Return the weight that its stored parts make; `get(tensor name, alignment)` returns a mapped tensor.
 
-    Raises ValueError if its table is not NF4's.
+    Raises ValueError if its table is not NF4's, or its scales hold inf or NaN.
     """
     if not torch.equal(get(f"{name}.quant_map", 4), nf4.NF4_TABLE):
         raise ValueError(f"the table of {name} is not NF4's")
@@ -114,6 +126,9 @@ def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -
     else:
         scales, table = get(f"{name}.nested_absmax", 4), get(f"{name}.nested_quant_map", 4)
         nested = NestedAbsmax(scales, table, state.nested_offset, state.nested_block_size)
+    for scales in (absmax,) if nested is None else (nested.absmax, nested.table):
+        if not torch.isfinite(scales).all():
+            raise ValueError(f"the scales of {name} hold inf or NaN")
     return QuantizedTensor(packed, QuantState(absmax, state.shape, state.dtype, state.block_size, "nf4", nested))
 
 

@@ -34,7 +34,7 @@ from edgetune.runtime.names import (
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
-from edgetune.runtime.untrusted_file import MODEL_CONFIG, WEIGHT_INDEX
+from edgetune.runtime.untrusted_file import MAX_SHARDS, MODEL_CONFIG, WEIGHT_INDEX
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -244,7 +244,7 @@ def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> lis
     for file in files:
         for name in file.tensors:
             holders.setdefault(name, []).append(file.path.name)
-    faults = [f"{name} is stored in several files: {', '.join(found)}" for name, found in holders.items() if len(found) > 1]
+    faults = [f"{name} is stored in several files: {', '.join(found[:3])}" for name, found in holders.items() if len(found) > 1]
     lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
     return faults + lost
 
@@ -285,9 +285,11 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
     names = sorted(set(promised.values()))
-    outside = [name for name in names if not re.fullmatch(r"[\w.,+-]+\.safetensors", name) or name.startswith(".")]
+    outside = [name for name in names if not re.fullmatch(r"[\w.,+-]{1,200}\.safetensors", name) or name.startswith(".")]
     if outside:
-        raise ModelError(f"{folder / INDEX} names {outside[0]!r}; expected safetensors files of its own folder.")
+        raise ModelError(f"{folder / INDEX} names {outside[0][:200]!r}; expected safetensors files of its own folder.")
+    if len(names) > MAX_SHARDS:
+        raise ModelError(f"{folder / INDEX} names {len(names):,} files of weights; expected at most {MAX_SHARDS}.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def read_object(path: Path, kind: FileKind) -> dict[str, Any]:
 
 
 def read_object_if_there(path: Path, kind: FileKind) -> dict[str, Any]:
-    """Return the JSON object in a file, or {} if there is no such file. Raises `kind.error` as `read_object` does."""
-    return read_object(path, kind) if path.is_file() else {}
+    """Return the JSON object in a file, or {} if nothing has this name. Raises `kind.error` as `read_object` does."""
+    return read_object(path, kind) if os.path.lexists(path) else {}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

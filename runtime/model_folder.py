@@ -17,8 +17,9 @@ from torch import Tensor
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write, explain_full_disk
+from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
-from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
+from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, TOKENIZER_CONFIG, copy_untrusted, open_untrusted
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
@@ -37,8 +38,9 @@ _COMPANIONS = (
     "generation_config.json",
 )
 _TEXTS = ("LICENSE*", "NOTICE*")
-_REACHES_OUTSIDE = re.compile(r"auto_map|model_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
-"""Keys of config.json that name code, or a file or a repository, which a reader might load; no model here needs one."""
+_REACHES_OUTSIDE = re.compile(r"auto_map|\w+_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
+"""Keys of config.json and tokenizer_config.json that name code, a file or a repository, which a reader might load, or which
+tells where the model lay on this machine. No model that edgetune reads needs one."""
 
 
 class Recipe(Protocol):
@@ -141,7 +143,9 @@ def companions(folder: Path) -> list[Path]:
     texts = [file for pattern in _TEXTS for file in sorted(folder.glob(pattern))]
     if len(texts) > MAX_TEXT_FILES:
         raise ModelError(f"{folder} has {len(texts)} licences and notices; expected at most {MAX_TEXT_FILES}: remove some.")
-    found = [file for file in [*(folder / name for name in _COMPANIONS), *texts] if os.path.exists(file) and not file.is_dir()]
+    found = [
+        file for file in [*(folder / name for name in _COMPANIONS), *texts] if os.path.lexists(file) and not os.path.isdir(file)
+    ]
     for file in found:
         open_untrusted(file, COMPANION).close()
     return found
@@ -153,12 +157,20 @@ def copy_companions(source: Path, folder: Path) -> None:
         with explain_full_disk(folder):
             (folder / file.name).unlink(missing_ok=True)  # of a run that was interrupted
             copy_untrusted(file, COMPANION, folder / file.name)
+    settings = read_object_if_there(source / "tokenizer_config.json", TOKENIZER_CONFIG)
+    if any(map(_REACHES_OUTSIDE.fullmatch, settings)):
+        _write_settings(folder / "tokenizer_config.json", settings)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json without the keys by which another program could be led to code or files outside the folder."""
-    kept = {key: value for key, value in config.items() if not _REACHES_OUTSIDE.fullmatch(key)}
-    atomic_write(folder / "config.json", json.dumps(kept, indent=2) + "\n")
+    _write_settings(folder / "config.json", config)
+
+
+def _write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write a JSON object without the keys that _REACHES_OUTSIDE matches."""
+    kept = {key: value for key, value in settings.items() if not _REACHES_OUTSIDE.fullmatch(key)}
+    atomic_write(path, json.dumps(kept, indent=2) + "\n")
 
 
 def quantization_config(double_quant: bool, quantized_head: bool = False) -> dict[str, Any]:

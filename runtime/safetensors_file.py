@@ -158,7 +158,8 @@ def _check_header(header: dict[str, Any], data: int, size: int) -> tuple[dict[st
 
     Raises ValueError.
     """
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("is damaged: its metadata is not text")
     tensors = [_check_entry(name, entry, data) for name, entry in header.items()]

@@ -60,8 +60,8 @@ CORE_ML_WEIGHTS = FileKind(1 << 42, ModelError, _EXPORT_AGAIN)
 BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
 
-MAX_SAFETENSORS_HEADER = 8 << 20
-"""Longest header of a safetensors file, in bytes: about 60,000 tensors. Parsed, JSON takes up to 30 times as much memory."""
+MAX_SAFETENSORS_HEADER = 4 << 20
+"""Longest header of a safetensors file, in bytes: about 30,000 tensors. Parsed, JSON takes up to 80 times as much memory."""
 MAX_SHARDS = 512
 """Most files that a model's weights are spread over. Each stays open; the largest models in use have 191."""
 MAX_TEXT_FILES = 16
@@ -71,7 +71,7 @@ MAX_GGUF_HEADER, MAX_GGUF_TEXT = 16 << 20, 1 << 20
 MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 << 16, 1 << 20, 1 << 16
 """Most keys, tensors, and items of an array of a GGUF adapter, and the largest alignment of its tensors in bytes."""
 
-_SPARSE_FROM, _SPARSE_SHARE = 64 << 20, 16
+_SPARSE_FROM, _SPARSE_SHARE = 1 << 20, 16
 """A file of at least this many bytes must lie on the disk for at least 1/16 of them. A sparse file costs its sender nothing and
 fills the memory of whoever reads it. Compressing file systems shrink weights to no less than a third. Chosen by hand."""
 _NOT_DOCUMENTS = ("/proc/", "/sys/", "/dev/")

@@ -297,7 +297,7 @@ def state_json(**changes):
         (".quant_state.bitsandbytes__nf4", state_json(dtype="int8"), "'int8'"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[-1, 2]), "its shape [-1, 2]"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[32, 64]), "too few or many for [32, 64]"),
-        (".quant_state.bitsandbytes__nf4", state_json(nested_offset=float("nan")), "offset nan"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_offset=float("nan")), "quant_state is not valid JSON"),
         (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=64), "nested block size 64"),
     ],
 )

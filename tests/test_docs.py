@@ -116,3 +116,17 @@ def test_the_constraints_pin_every_dependency() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     assert wanted - pinned == set()
     assert not any("<" in name.partition(";")[0] for name in project["dependencies"]), "the package itself has no upper bounds"
+
+
+def test_every_promise_of_security_names_a_test_that_exists() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    promises = re.findall(r"^- .*(?:\n  .*)*", text, re.M)
+    assert len(promises) > 25
+    assert [promise for promise in promises if not re.search(r"`test_\w+\.py::test_\w+`", promise)] == []
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", text))
+    functions = {
+        (file, name)
+        for file in {file for file, _ in named}
+        for name in re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.M)
+    }
+    assert named - functions == set()

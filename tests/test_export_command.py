@@ -79,11 +79,34 @@ def test_odd_places_are_refused_in_a_sentence(tmp_path: Path, made: tuple[str, s
     assert list((tmp_path / "here" / "below").iterdir()) == []
 
 
-def test_no_path_of_this_machine_travels(tmp_path: Path, made: tuple[str, str]) -> None:
-    for target in ("peft", "mps", "mlx"):
-        export_adapter(target, *made, tmp_path / target, check=False)
-        for file in (tmp_path / target).rglob("*.json"):
-            assert str(tmp_path) not in file.read_text()
+FORMS = [
+    ("peft", None),
+    ("mps", None),
+    ("mlx", None),
+    ("mlx", "fp16"),
+    ("hf", "bf16"),
+    ("gguf", None),
+    ("gguf", "f16"),
+    ("ollama", "f16"),
+]
+FORMS += [("coreml", "none"), ("coreml", "fp16")]
+NEEDS = {"gguf": "gguf", "ollama": "gguf", "coreml": "coremltools"}
+
+
+@pytest.mark.parametrize(("target", "weights"), FORMS)
+def test_no_path_of_this_machine_travels(target: str, weights: str | None, tmp_path: Path, made: tuple[str, str]) -> None:
+    """The model's own files name its folder, as transformers writes it; every byte of the export is searched."""
+    if target in NEEDS:
+        pytest.importorskip(NEEDS[target])
+    for name in ("config.json", "tokenizer_config.json"):
+        file, more = Path(made[0]) / name, {"tokenizer_file": f"{made[0]}/tokenizer.json"} if "tokenizer" in name else {}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": made[0], "name_or_path": made[0], **more}))
+    export_adapter(target, *made, tmp_path / "out", weights=weights, check=False)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) > 1
+    places = (tmp_path, Path.home(), Path(__file__).parent.parent, tempfile.gettempdir())
+    for file in files:
+        assert [place for place in places if os.fsencode(place) in file.read_bytes()] == [], file.name
 
 
 def test_too_little_memory_for_any_export_is_refused(tmp_path: Path, made: tuple[str, str]) -> None:

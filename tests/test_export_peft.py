@@ -24,7 +24,7 @@ from edgetune.export.targets import TARGETS, load_target
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
-from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
 from edgetune.runtime.quantize import quantize_folder
 
@@ -67,6 +67,25 @@ def test_what_bitsandbytes_misreads_on_this_cpu_is_not_taken_for_a_proof(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with pytest.raises(ModelError, match=r"number of inputs \(96\) is not a multiple of their block size \(64\)"):
         write_and_compare("peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+
+
+def test_transformers_opens_a_base_that_edgetune_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model's own folder, transformers would load the adapter that an adapter_config.json there names."""
+    model = save_model(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    (tmp_path / "base" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "evil"}))
+    base, opened = open_model(tmp_path / "base"), []
+    open_transformers = target.open_transformers
+    monkeypatch.setattr(
+        target,
+        "open_transformers",
+        lambda folder: opened.append({file.name for file in folder.iterdir()}) or open_transformers(folder),
+    )
+    _, found = write_and_compare("peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+    assert found.max_logit_difference < 1e-4
+    assert len(base.files) > 1
+    assert opened == [{"config.json", INDEX, *(file.name for file in base.files)}]
+    assert not (tmp_path / "out" / ".work").exists()
 
 
 def test_an_adapter_on_some_layers_travels(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_a_crash_while_a_folder_is_replaced_leaves_the_old_or_the_new(
     assert (out / "a").read_text() == (out / "b").read_text()
     assert (out / "a").read_text() in ("old", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows deletes the file when it is closed")
+def test_a_scratch_file_has_no_name(tmp_path: Path) -> None:
+    with files.scratch_file(tmp_path / "scratch", 4096) as file:
+        assert list((tmp_path / "scratch").iterdir()) == []
+        assert os.fstat(file.fileno()).st_size == 4096
+    assert stat.S_IMODE((tmp_path / "scratch").stat().st_mode) == 0o700

@@ -117,7 +117,7 @@ def test_a_name_that_no_file_can_have_is_refused(model: Path) -> None:
 @unix
 def test_a_sparse_file_of_weights_is_refused(model: Path) -> None:
     with (model / "model.safetensors").open("wb") as file:
-        file.write(bytes(4096))
+        file.write(b"\1" * 4096)
         file.truncate(1 << 30)
     with pytest.raises(ModelError, match=r"model\.safetensors is a sparse file: of its 1,024 MiB hardly any are on the disk"):
         open_untrusted(model / "model.safetensors", MODEL_WEIGHTS)

@@ -39,6 +39,9 @@ COMMANDS = {
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+"""What torch says where the system refuses memory: on Linux and macOS, and on Windows."""
+
 
 class Commands(click.Group):
     """A group that imports a command's module only when the command is called, so that `--help` does not wait for torch."""
@@ -74,11 +77,15 @@ def plain_failures() -> Iterator[None]:
     except EdgetuneError as error:
         click.echo(f"edgetune: {sanitize(str(error))}", err=True)
         sys.exit(1)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
-        if "out of memory" not in str(error):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            advice = "There is not enough memory for this. End other programs, or type a smaller --memory or --model."
+        elif "out of memory" in str(error):
+            advice = "The device is out of memory. End other programs that use it, or type --device cpu."
+        else:
             raise
-        click.echo("edgetune: The device is out of memory. End other programs that use it, or type --device cpu.", err=True)
+        click.echo(f"edgetune: {advice}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("edgetune: interrupted.", err=True)
