@@ -47,7 +47,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("a negative alpha", {"lora_alpha": -8}, ("alpha",)),
     ("an alpha of a list", {"lora_alpha": [8]}, ("alpha",)),
     ("a dropout of one and a half", {"lora_dropout": 1.5}, ("dropout",)),
-    ("\"no\" for rank-stabilised LoRA", {"use_rslora": "no"}, ("rslora",)),
+    ('"no" for rank-stabilised LoRA', {"use_rslora": "no"}, ("rslora",)),
     ("layers in quotes", {"layers_to_transform": ["0", "1"]}, ("layers_to_transform",)),
     ("a layer named twice", {"layers_to_transform": [0, 0, 1]}, ("layers_to_transform",)),
     ("a rank pattern that is a list", {"rank_pattern": [4]}, ("rank_pattern",)),

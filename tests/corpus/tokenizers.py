@@ -154,7 +154,9 @@ def _(place: Place) -> None:
     value = vocabulary(Th=259) | {}
     value["model"] |= {"merges": ["T h"], "dropout": 0.5}
     tokenizer = place.tokenizer(with_json(place, value))
-    assert {tuple(tokenizer.encode(PROMPT)) for _ in range(20)} == {tuple(tokenizer.encode("Th") + tokenizer.encode(PROMPT[2:]))}
+    assert {tuple(tokenizer.encode(PROMPT)) for _ in range(20)} == {
+        tuple(tokenizer.encode("Th") + tokenizer.encode(PROMPT[2:]))
+    }
     assert tokenizer.encode("Th") == [259]
 
 
