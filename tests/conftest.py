@@ -18,7 +18,9 @@ DATA = ROOT.parent / "shared" / "data"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the length of the fuzzer's slow run."""
-    parser.addoption("--fuzz-seconds", type=float, help="seconds that tests/fuzz may take in its slow run, all targets together")
+    parser.addoption(
+        "--fuzz-seconds", type=float, help="seconds that tests/fuzz may take in its slow run, all targets together"
+    )
 
 
 @pytest.fixture(autouse=True)

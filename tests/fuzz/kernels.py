@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import int8, nf4, ops
-from edgetune.runtime.ops_types import Adapted, AttentionGradients, AttentionInputs, Segment
+from edgetune.runtime.backends import cpu
+from edgetune.runtime.ops_types import FEW_ROWS, Adapted, AttentionGradients, AttentionInputs, Segment
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 1e-38, 3e38, -3e38)
@@ -117,17 +118,10 @@ def try_dequantize(call: Call) -> None:
 
 def try_matvec(call: Call) -> None:
     inputs = call.size(600)
-    x = call.numbers(call.chance.randint(1, ops_rows()), inputs, dtype=call.dtype(), odd=0.2)
+    x = call.numbers(call.chance.randint(1, FEW_ROWS), inputs, dtype=call.dtype(), odd=0.2)
     quantized = call.quantized(call.size(200), inputs)
     found, expected = both(lambda: ops.matvec(x, quantized))
     near(found, expected, finite_rows(x), 2e-2)
-
-
-def ops_rows() -> int:
-    """Return the most rows that `matvec` is called with."""
-    from edgetune.runtime.ops_types import FEW_ROWS
-
-    return FEW_ROWS
 
 
 def try_int8(call: Call) -> None:
@@ -137,7 +131,7 @@ def try_int8(call: Call) -> None:
     for name in ("codes", "scales"):
         if hasattr(found, name):
             assert torch.equal(getattr(found, name), getattr(expected, name)), "the bits differ"
-    x = call.numbers(call.chance.randint(1, ops_rows()), columns, dtype=call.dtype())
+    x = call.numbers(call.chance.randint(1, FEW_ROWS), columns, dtype=call.dtype())
     with ops.use_backend("cpu"):
         product = ops.int8_matvec(x, int8.quantize(weight))
     if product is not None:
@@ -260,8 +254,6 @@ TRIES: tuple[Callable[[Call], None], ...] = (
 
 def fault(number: int, isa: str) -> str | None:
     """Make call `number` with the kernels of an instruction set; return what is wrong with it, or None."""
-    from edgetune.runtime.backends import cpu
-
     call = Call(number)
     attempt = TRIES[number % len(TRIES)]
     try:
@@ -273,18 +265,25 @@ def fault(number: int, isa: str) -> str | None:
     return None
 
 
+def use_build(folder: Path) -> None:
+    """Load the kernels from another folder."""
+    cpu.library._FOLDER = folder
+    cpu.library.load.cache_clear()
+    cpu.library.isas.cache_clear()
+    cpu.library._functions.clear()
+    assert Path(cpu.library.load()._name).parent == folder
+
+
 def main(first: int, count: int, seconds: float, folder: str | None) -> None:
     """Make calls until `count` or `seconds` are used up; print each failure as a line of JSON."""
-    from edgetune.runtime.backends.cpu import library
-
     if folder is not None:
-        library._FOLDER = Path(folder)
+        use_build(Path(folder))
     end, done = time.monotonic() + seconds, 0
     for number in range(first, first + count):
         if time.monotonic() > end:
             break
         print(number, file=sys.stderr, flush=True)
-        for isa in library.isas():
+        for isa in cpu.isas():
             found = fault(number, isa)
             done += 1
             if found is not None:

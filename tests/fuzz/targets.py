@@ -52,6 +52,7 @@ CHAT = [
     {"role": "assistant", "content": "Yes. "},
 ]
 DEMO = Path(edgetune.__file__).parent / "demo"
+CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}<|assistant|>"
 JINJA = (
     "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{% if true %}", "{% else %}", "{% endif %}",
     "{% macro f(x) %}", "{% endmacro %}", "{{ f(f) }}", "{% set x = messages %}", "{% set x = x ~ x %}", "{{ x * 99999 }}", "|list",
@@ -220,7 +221,7 @@ ADDED = '{"added_tokens_decoder": {"3": {"content": "<|end|>", "special": true, 
 
 @target(
     "tokenizer_config.json",
-    lambda: [*files("tokenizer_config.json", "generation_config.json" if False else "config.json")(), *texts(ADDED)()],
+    lambda: [*files("tokenizer_config.json", "config.json")(), *texts(ADDED)()],
 )
 def _(data: bytes, folder: Path) -> None:
     tokenizes(copy(model(), folder, tokenizer_config__json=data, special_tokens_map__json=data, added_tokens__json=b"{}"))
@@ -243,14 +244,11 @@ def _(data: bytes, folder: Path) -> None:
 
 
 @target(
-    "Go template",
-    texts(
-        '{{ if .System }}{{ .System }}{{ end }}{{ range $i, $_ := .Messages }}{{ if eq .Role "user" }}{{ .Content }}{{ end }}{{ end }}'
-    ),
-    ValueError,
+    "Go template derived from a chat template", lambda: files("chat_template.jinja")() + texts(CHATML, "{{'{'}}" + CHATML)()
 )
 def _(data: bytes, folder: Path) -> None:
-    go_template.evaluate(data.decode("utf-8", "replace"), CHAT)
+    template = ChatTemplate(data.decode("utf-8", "replace"), "x", {"eos_token": "</s>"})
+    go_template.derive(template.render, "")
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------------
