@@ -131,7 +131,8 @@ def _(place: Place) -> None:
 @case("a record written over several lines")
 def _(place: Place) -> None:
     notes = place.write("chats/c.jsonl", json.dumps({"messages": MESSAGES}, indent=2))
-    place.run("train", "--dry-run", place.notes(), notes).taken("JSON")
+    found = place.run("train", "--dry-run", "--json", place.notes(), notes).taken().json
+    assert found["chats"] == 1 or [skip["path"] for skip in found["skipped_paths"]] == ["chats/c.jsonl"]
 
 
 @case("the same chat twice")

@@ -298,7 +298,8 @@ COPIES: tuple[tuple[str, Callable[[str], str]], ...] = (
 def _copies(change: Callable[[str], str]) -> Callable[[Place], None]:
     def check(place: Place) -> None:
         for number in range(12):
-            text = f"# Tag {number}\n\nDie Speichen müssen {number} Umdrehungen gespannt sein.\nDann öffnet man die Bremse.\n"
+            lines = (f"Die Speichen müssen {number * line} Umdrehungen gespannt sein.\n" for line in range(40))
+            text = f"# Tag {number}\n\n{''.join(lines)}"
             place.write(f"notes/n{number:02}.md", text)
             place.write(f"notes/n{number:02} 2.md", change(text))
         found = place.run("train", "--dry-run", "--json", place.folder / "notes").taken().json

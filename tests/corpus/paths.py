@@ -192,12 +192,9 @@ def _(place: Place) -> None:
 
 @case("a home that belongs to somebody else")
 def _(place: Place) -> None:
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("only root can give a folder to somebody else")
-    home = place.folder / "home"
-    home.mkdir(mode=0o777)
-    os.chown(home, 12345, 12345)
-    with home_at(home):
+    (place.folder / "home").mkdir(mode=0o700)
+    with home_at(place.folder / "home"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.stat(place.folder).st_uid + 1)
         place.run("train", "--dry-run", place.notes()).refused("home")
 
 
