@@ -16,6 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the length of the fuzzer's slow run."""
+    parser.addoption(
+        "--fuzz-seconds", type=float, help="seconds that tests/fuzz may take in its slow run, all targets together"
+    )
+
+
 @pytest.fixture(autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give every test its own empty edgetune home and its own empty Hugging Face and Ollama caches."""

@@ -26,7 +26,6 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("DoRA", {"use_dora": True}, ("use_dora",)),
     ("trained biases", {"bias": "lora_only"}, ("bias",)),
     ("a whole head saved beside the matrices", {"modules_to_save": ["lm_head"]}, ("modules_to_save",)),
-    ("weights stored on their side", {"fan_in_fan_out": True}, ("fan_in_fan_out",)),
     ("PiSSA, which changes the base", {"init_lora_weights": "pissa"}, ("init_lora_weights",)),
     ("LoftQ, which changes the base", {"init_lora_weights": "loftq"}, ("init_lora_weights",)),
     ("layers used twice", {"layer_replication": [[0, 2], [1, 2]]}, ("layer_replication",)),
@@ -47,7 +46,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("a negative alpha", {"lora_alpha": -8}, ("alpha",)),
     ("an alpha of a list", {"lora_alpha": [8]}, ("alpha",)),
     ("a dropout of one and a half", {"lora_dropout": 1.5}, ("dropout",)),
-    ("\"no\" for rank-stabilised LoRA", {"use_rslora": "no"}, ("rslora",)),
+    ('"no" for rank-stabilised LoRA', {"use_rslora": "no"}, ("rslora",)),
     ("layers in quotes", {"layers_to_transform": ["0", "1"]}, ("layers_to_transform",)),
     ("a layer named twice", {"layers_to_transform": [0, 0, 1]}, ("layers_to_transform",)),
     ("a rank pattern that is a list", {"rank_pattern": [4]}, ("rank_pattern",)),
@@ -57,6 +56,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 # Name, and changes to adapter_config.json after which the same matrices do the same.
 TAKEN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("targets as a regular expression", {"target_modules": REGEX}),
+    ("fan_in_fan_out, which PEFT ignores for LLaMA's linears", {"fan_in_fan_out": True}),
     ("all-linear for the targets", {"target_modules": "all-linear"}),
     ("targets that this model does not have", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query_key_value", "lm_head"]}),
     ("an excluded module that has no matrices anyway", {"exclude_modules": ["lm_head"]}),

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from tiny import save_trainable
 
 from edgetune.cli.main import cli, plain_failures
+from edgetune.documents.reading import read_notes
 from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.tokenizer import Tokenizer
@@ -143,6 +144,12 @@ class Place:
         """Train two steps of the tiny LLaMA, or another model."""
         common = ("--steps", "2", "--seq-len", "64", "--batch-tokens", "64", "--json")
         return self.run("train", "--model", model or plain_model(), *common, *options, notes)
+
+    def read(self, folder: str) -> dict[str, str]:
+        """Read a folder of notes, count the case as taken, and return the text of every document by its path."""
+        reading = read_notes([self.folder / folder])
+        self.answers.append("taken")
+        return {document.path: document.text for document in reading.documents}
 
     def tokenizer(self, folder: Path) -> Tokenizer:
         """Open a folder's tokenizer and count the case as taken."""

@@ -54,7 +54,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     (
         "two names of one scaling that contradict each other",
         {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}},
-        ("type",),
+        ("type|dynamic",),
     ),
     ("a scaling factor in quotes", {"rope_scaling": {"type": "linear", "factor": "2.0"}}, ("factor",)),
     ("a scaling factor of zero", {"rope_scaling": {"type": "linear", "factor": 0}}, ("factor",)),
@@ -65,7 +65,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("a scaling type that is a number", {"rope_scaling": {"type": 3, "factor": 2.0}}, ("rope|type",)),
     ("YaRN", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("yarn",)),
     ("dynamic scaling", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("dynamic",)),
-    ("llama3 scaling that lacks a key", {"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, ("low_freq_factor",)),
+    ("llama3 scaling with a frequency of null", {"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, ("low_freq_factor",)),
     ("llama3 scaling whose two frequencies are equal", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, ("freq_factor",)),
     (
         "llama3 scaling of zero positions",
@@ -73,8 +73,8 @@ REFUSED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         ("original_max_position_embeddings",),
     ),
     ("half of each head rotated", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
-    ("\"false\" in quotes for tied embeddings", {"tie_word_embeddings": "false"}, ("tie_word_embeddings",)),
-    ("\"false\" in quotes for a bias", {"attention_bias": "false"}, ("attention_bias",)),
+    ('"false" in quotes for tied embeddings', {"tie_word_embeddings": "false"}, ("tie_word_embeddings",)),
+    ('"false" in quotes for a bias', {"attention_bias": "false"}, ("attention_bias",)),
     ("another activation", {"hidden_act": "gelu"}, ("hidden_act",)),
     ("a bias in the MLP", {"mlp_bias": True}, ("mlp_bias",)),
     ("Granite's multipliers", {"embedding_multiplier": 12.0}, ("embedding_multiplier",)),

@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+pytest.register_assert_rewrite("corpus")
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print one line for each kind of input that was run."""

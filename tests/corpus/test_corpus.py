@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import pytest
 
 import corpus
@@ -37,19 +38,23 @@ class TooSlow(BaseException):
 
 
 @contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raise TooSlow where the block takes longer, on systems with alarms."""
+def limited(seconds: int, memory: int) -> Iterator[None]:
+    """Raise TooSlow in the block where it takes longer, and on Linux MemoryError where it allocates much more memory."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise TooSlow(f"no answer after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before, unlimited = signal.signal(signal.SIGALRM, ring), resource.getrlimit(resource.RLIMIT_DATA)
     signal.alarm(seconds)
+    if sys.platform == "linux":  # a case that fails must not take the memory of everything else on this machine
+        held = psutil.Process().memory_info().data
+        resource.setrlimit(resource.RLIMIT_DATA, (held + memory, unlimited[1]))
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, unlimited)
 
 
 def peak_memory() -> int:
@@ -70,7 +75,7 @@ def test_every_input_gets_its_right_answer(case: Case, tmp_path: Path, record_pr
     place.folder.mkdir()
     before, start = peak_memory(), time.monotonic()
     try:
-        with limited(2 * SECONDS):
+        with limited(2 * SECONDS, 2 * MEMORY):
             case.check(place)
     finally:
         shutil.rmtree(place.folder, ignore_errors=True)

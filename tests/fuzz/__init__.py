@@ -1,0 +1,1 @@
+"""A seeded fuzzer of everything that reads untrusted bytes, and of the C++ kernels. See CONTRIBUTING.md, "Fuzzing"."""
