@@ -7,12 +7,11 @@ from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.sandbox import MeteredEnvironment, Raised
-from edgetune.runtime.template_limits import DEEPEST, METER, Meter, Refused
+from edgetune.runtime.template_limits import DEEPEST, METER, TEMPLATE_BYTES, TOO_DEEP, Meter, Refused
 
-TEMPLATE_BYTES = 64 << 10
-"""The largest chat template in bytes. Chosen by hand: the longest in use (tools, reasoning) are a third of it."""
 LONGEST_SHOWN = 200
 """The most characters of a template's own error message that are shown. Chosen by hand."""
+_TRUSTED = "use a template from a publisher you trust"
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -48,6 +47,9 @@ class ChatTemplate:
         self._source, self._where, self._variables = source, where, dict(variables or {})
         try:
             self._template = MeteredEnvironment().from_string(source)
+        except (Refused, RecursionError, MemoryError) as error:
+            refusal = error if isinstance(error, Refused) else TOO_DEEP
+            raise TokenizerError(f"The chat template in {where} is refused: {refusal}; {_TRUSTED}.") from None
         except Exception as error:
             line = getattr(error, "lineno", None)
             raise TokenizerError(
@@ -82,8 +84,9 @@ class ChatTemplate:
     def _explain(self, error: Exception) -> str:
         """Return the sentence that tells the user why rendering failed, without any text of the messages."""
         head = f"The chat template in {self._where} could not render this conversation: "
-        if isinstance(error, Refused):
-            return f"{head}{error}; use a template from a publisher you trust."
+        refusals = {RecursionError: TOO_DEEP, MemoryError: "it takes too much memory"}
+        if isinstance(error, Refused) or type(error) in refusals:
+            return f"{head}{refusals.get(type(error), error)}; {_TRUSTED}."
         if isinstance(error, Raised):
             # A sentence that stands in the template word for word may be shown. One that the template put together may
             # quote a message.

@@ -6,7 +6,7 @@
     {"prompt": "How deep?", "completion": "Two inches."}                   prompt and completion, each a text or messages
     {"text": "### Human: How deep? ### Assistant: Two inches."}            Guanaco (QLoRA's OASST1)
 
-A {"text": ...} without the markers of turns is a plain text. Of a conversation and a text in one record, the conversation is read.
+A {"text": ...} without the markers of turns is a plain text. If a record also holds a conversation, the text is ignored.
 """
 
 from __future__ import annotations

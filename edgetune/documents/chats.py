@@ -134,7 +134,7 @@ def _text_of_several_lines(data: bytes) -> str | None:
 
 
 def parse_line(line: str) -> Any:
-    """Return the JSON value that a line holds. Raises ValueError for anything else, and for a name that an object holds twice."""
+    """Return the JSON value that a line holds. Raises ValueError for anything else, and for a name that is repeated."""
     value, end = _DECODER.raw_decode(line)
     if line[end:].strip():
         raise ValueError("more than one value")
