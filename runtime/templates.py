@@ -57,20 +57,25 @@ class ChatTemplate:
                 f"{f' at line {line}' if line else ''}); replace it with the one its publisher ships."
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Return the conversation as one text. Raises TokenizerError, which shows nothing of the messages, on any failure."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Any] = ()
+    ) -> str:
+        """Return the conversation as one text. Raises TokenizerError, which shows nothing of the messages, on any failure.
+
+        `tools` describes the functions that the conversation may call, as JSON schemas.
+        """
         try:
             chat = [{key: value for key, value in _plain(message).items() if value is not None} for message in messages]
-            return self._render(chat, add_generation_prompt)
+            return self._render(chat, add_generation_prompt, _plain(tools) or None)
         except Exception as error:
             # `from None`: the text of the original error may quote a message.
             raise TokenizerError(self._explain(error)) from None
 
-    def _render(self, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(self, chat: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         """Return the conversation as one text, counted by a meter of its own."""
-        meter = Meter(chat)
+        meter = Meter([chat, tools])
         token = METER.set(meter)
-        variables = {"tools": None, "documents": None, **self._variables}
+        variables = {"tools": tools, "documents": None, **self._variables}
         try:
             pieces, size = [], 0
             for piece in self._template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **variables):

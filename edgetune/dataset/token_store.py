@@ -49,10 +49,10 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
 
-    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Any, add_generation_prompt: bool = True, tools: Sequence[Any] = ()) -> list[int]:
         """Return the ids of a conversation, rendered by the model's chat template."""
 
-    def encode_answers(self, messages: Any) -> EncodedChat:
+    def encode_answers(self, messages: Any, tools: Sequence[Any] = ()) -> EncodedChat:
         """Return the ids of a conversation, and where the assistant's turns stand in them."""
 
 
@@ -260,10 +260,9 @@ class ChatWriter:
         These are the assistant's texts; in Guanaco's recipe they are the whole conversation. A conversation that cannot be
         written has no tokens, and `notices` tells its cause.
         """
-        turns = document.turns or ()
         try:
             if self.template:
-                return self._template_pieces(document.path, turns)
+                return self._template_pieces(document)
             return self._guanaco_pieces(document)
         except Unwritable as problem:
             self.notices.add(LEFT_OUT, str(problem), document.path)
@@ -295,12 +294,12 @@ class ChatWriter:
             prompt = ""
         return (pieces, scored) if any(TEXT in marks for _, marks in pieces) else ([], 0)
 
-    def _template_pieces(self, path: str, turns: Sequence[Turn]) -> tuple[list[Piece], int]:
+    def _template_pieces(self, document: Document) -> tuple[list[Piece], int]:
         """Return the conversation as the model's template renders it, with the answers and their ends as targets."""
         pieces: list[Piece] = []
         scored = lost = 0
-        for part in split_turns(turns, self.PART_TURNS, self.PART_CHARS):
-            part, chat = self._encode(path, part)
+        for part in split_turns(document.turns or (), self.PART_TURNS, self.PART_CHARS):
+            part, chat = self._encode(document, part)
             marks = [STOP if self.train_all else CONTEXT] * len(chat.ids)
             for number, turn in enumerate(part):
                 answer = chat.answers.get(number)
@@ -319,43 +318,43 @@ class ChatWriter:
         if lost and not scored:
             raise Unwritable(_ANSWERS_NOT_FOUND)
         if lost:
-            self.notices.add(ANSWERS_LOST, _ANSWERS_NOT_FOUND, path)
+            self.notices.add(ANSWERS_LOST, _ANSWERS_NOT_FOUND, document.path)
         return pieces, scored
 
-    def _encode(self, path: str, part: list[Turn]) -> tuple[list[Turn], EncodedChat]:
+    def _encode(self, document: Document, part: list[Turn]) -> tuple[list[Turn], EncodedChat]:
         """Render and encode a part. Where the template refuses a system's turn, it joins the user's turn after it.
 
         Raises Unwritable if the template refuses the part in any case, or leaves out what it says to tools.
         """
         try:
-            chat = self._encode_answers(part)
+            chat = self._encode_answers(part, document)
         except TokenizerError as error:
             refusal, joined = str(error), join_system(part)
             try:
-                chat = self._encode_answers(joined) if joined != part else None
+                chat = self._encode_answers(joined, document) if joined != part else None
             except TokenizerError:
                 chat = None
             if chat is None:
                 raise Unwritable(f"{refusal[:1].lower()}{refusal[1:].removesuffix('.')}") from None
-            self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", path)
+            self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", document.path)
             part = joined
-        tools = [number for number, turn in enumerate(part) if turn.role == "tool"]
-        if not chat.shown.issuperset(tools) or self._ignores(part, chat, _TOOL_KEYS):
+        tools = [number for number, turn in enumerate(part) if turn.role == "tool" and turn.text.strip()]
+        if not chat.shown.issuperset(tools) or self._ignores(part, document, chat, _TOOL_KEYS):
             raise Unwritable("they call tools, which the model's chat template does not write")
-        if self._ignores(part, chat, _REASONING_KEYS):
-            self.notices.add(REASONING_LOST, "the model's chat template does not write it", path)
+        if self._ignores(part, document, chat, _REASONING_KEYS):
+            self.notices.add(REASONING_LOST, "the model's chat template does not write it", document.path)
         return part, chat
 
-    def _encode_answers(self, part: Sequence[Turn]) -> EncodedChat:
-        return self.tokenizer.encode_answers([turn.message() for turn in part])
+    def _encode_answers(self, part: Sequence[Turn], document: Document) -> EncodedChat:
+        return self.tokenizer.encode_answers([turn.message() for turn in part], document.tools)
 
-    def _ignores(self, part: Sequence[Turn], chat: EncodedChat, keys: AbstractSet[str]) -> bool:
+    def _ignores(self, part: Sequence[Turn], document: Document, chat: EncodedChat, keys: AbstractSet[str]) -> bool:
         """Return True if the part has some of `keys` and the template renders it as if it had none."""
         if not any(turn.extras.keys() & keys for turn in part):
             return False
         bare = [{key: value for key, value in turn.message().items() if key not in keys} for turn in part]
         try:
-            return self.tokenizer.encode_chat(bare, add_generation_prompt=False) == chat.ids
+            return self.tokenizer.encode_chat(bare, False, document.tools) == chat.ids
         except TokenizerError:
             return False
 
@@ -374,7 +373,10 @@ class ChatWriter:
 
 
 def join_system(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns with each system's turn put in front of the user's turn that follows it, as LLaMA 2 has it."""
+    """Return the turns with each system's turn put in front of the user's turn that follows it, as LLaMA 2 has it.
+
+    Without one, it joins the user's turn before it; at the end, after the last answer, it is dropped.
+    """
     joined: list[Turn] = []
     waiting: list[str] = []
     for turn in turns:
@@ -384,8 +386,11 @@ def join_system(turns: Sequence[Turn]) -> list[Turn]:
             joined.append(Turn("user", "\n\n".join([*waiting, turn.text]), turn.trained, turn.extras))
             waiting = []
         else:
+            if waiting and joined and joined[-1].role == "user":
+                joined[-1] = Turn("user", "\n\n".join([joined[-1].text, *waiting]), joined[-1].trained, joined[-1].extras)
+                waiting = []
             joined.append(turn)
-    return joined if not waiting else list(turns)
+    return joined
 
 
 def split_turns(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iterator[list[Turn]]:

@@ -66,10 +66,27 @@ def read_record(record: Any, path: str) -> Document:
     turns = conversation(record)
     if turns is not None:
         tidied = tidy(turns)
-        return Document.of(path, guanaco_text(tidied), tidied)
+        return Document.of(path, guanaco_text(tidied), tidied, tools_of(record))
     if isinstance(record.get("text"), str):
         return from_text(drop_invalid(record["text"]), path)
     raise Unread(Reason.NOT_A_CHAT, f"keys found: {named_keys(record)}")
+
+
+def tools_of(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the tools that a record describes: a list of objects, or the JSON text of one. Raises Unread for an older form."""
+    if record.get("functions"):
+        raise Unread(Reason.OLD_TOOLS)
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise Unread(Reason.OLD_TOOLS) from None
+    if not tools:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unread(Reason.OLD_TOOLS)
+    return tuple(cleaned(tools))
 
 
 def is_messages(value: Any) -> bool:
