@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -28,7 +28,7 @@ from edgetune.runtime.tokenizer import EncodedChat
 CONTEXT, TEXT, STOP = 0, 1, 2
 """A token's role as a target. CONTEXT: not trained. TEXT: trained and scored. STOP: trained but not scored, because it is the
 end of a turn or document and no part of the text."""
-FORMAT = 2
+FORMAT = 1
 """Version of the store's files."""
 
 TrainOn = Literal["assistant", "all"]
@@ -75,7 +75,8 @@ class TokenStore:
     trained: npt.NDArray[np.uint8]
     documents: tuple[StoredDocument, ...]
     notices: tuple[str, ...] = ()
-    """Sentences for the user about chats that were changed or left out, because of the model's chat template."""
+    """Sentences for the user about chats that were changed or left out, because of the model's chat template. They are not in
+    the files, which are the same on every machine."""
 
     @property
     def tokens(self) -> int:
@@ -99,7 +100,6 @@ class TokenStore:
         try:
             index = json.loads((path / "documents.json").read_bytes())
             documents = tuple(StoredDocument(**document) for document in index["documents"])
-            notices = tuple(index["notices"])
             ids = _mapped(path / "ids.bin", np.int32)
             trained = _mapped(path / "trained.bin", np.uint8)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -110,7 +110,7 @@ class TokenStore:
         starts = [document.start for document in documents]
         if index.get("format") != FORMAT or starts != ends[:-1] or len(ids) != ends[-1] or len(trained) != ends[-1]:
             raise DataError(f"The token store {path} is incomplete or of another version. Delete it and run the command again.")
-        return cls(ids, trained, documents, notices)
+        return cls(ids, trained, documents)
 
 
 def tokenize(
@@ -156,10 +156,9 @@ def tokenize(
                 + "".join(f" {notice}" for notice in notices[:1])
             )
         index = {"format": FORMAT, "train_on": train_on, "documents": [asdict(document) for document in stored]}
-        index["notices"] = notices
         with private_file(folder / "documents.json") as file:
             file.write(json.dumps(index, ensure_ascii=False).encode())
-    return TokenStore.open(path)
+    return replace(TokenStore.open(path), notices=notices)
 
 
 def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
@@ -322,28 +321,29 @@ class ChatWriter:
         return pieces, scored
 
     def _encode(self, document: Document, part: list[Turn]) -> tuple[list[Turn], EncodedChat]:
-        """Render and encode a part. Where the template refuses a system's turn, it joins the user's turn after it.
-
-        Raises Unwritable if the template refuses the part in any case, or leaves out what it says to tools.
-        """
+        """Render and encode a part. Raises Unwritable if the template refuses it, or leaves out what it says to tools."""
         try:
             chat = self._encode_answers(part, document)
         except TokenizerError as error:
-            refusal, joined = str(error), join_system(part)
-            try:
-                chat = self._encode_answers(joined, document) if joined != part else None
-            except TokenizerError:
-                chat = None
-            if chat is None:
-                raise Unwritable(f"{refusal[:1].lower()}{refusal[1:].removesuffix('.')}") from None
-            self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", document.path)
-            part = joined
+            part, chat = self._encode_joined(document, part, str(error))
         tools = [number for number, turn in enumerate(part) if turn.role == "tool" and turn.text.strip()]
         if not chat.shown.issuperset(tools) or self._ignores(part, document, chat, _TOOL_KEYS):
             raise Unwritable("they call tools, which the model's chat template does not write")
         if self._ignores(part, document, chat, _REASONING_KEYS):
             self.notices.add(REASONING_LOST, "the model's chat template does not write it", document.path)
         return part, chat
+
+    def _encode_joined(self, document: Document, part: list[Turn], refusal: str) -> tuple[list[Turn], EncodedChat]:
+        """Encode a part that the template refused as it is, with the system's turns joined to the user's."""
+        joined = join_system(part)
+        try:
+            if joined != part:
+                chat = self._encode_answers(joined, document)
+                self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", document.path)
+                return joined, chat
+        except TokenizerError:
+            pass
+        raise Unwritable(f"{refusal[:1].lower()}{refusal[1:].removesuffix('.')}")
 
     def _encode_answers(self, part: Sequence[Turn], document: Document) -> EncodedChat:
         return self.tokenizer.encode_answers([turn.message() for turn in part], document.tools)
