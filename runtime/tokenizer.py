@@ -177,6 +177,10 @@ class Tokenizer:
         source, where = self._template_source
         return ChatTemplate(source, where, {name: token for name, token in self._special.spelled.items() if token is not None})
 
+    def check_template(self) -> None:
+        """Raise TokenizerError if the model has no chat template, or one that cannot be compiled."""
+        _ = self._template
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Any] = ()
     ) -> str:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edgetune
+from edgetune.chat import Chat
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.dataset.token_store import STOP, TEXT, join_system, tokenize
 from edgetune.documents.document import Document, Reason, Turn
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
 from edgetune.events import Finished, Sampled, Started
-from edgetune.runtime.errors import DataError
+from edgetune.runtime.errors import DataError, TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.train import train
 from tests import tiny
-from tests.test_answer_spans import GEMMA, QWEN3
+from tests.test_answer_spans import CHATML, GEMMA, QWEN3
 
 DEMO = Path(edgetune.__file__).parent / "demo"
 QUESTION, ANSWER = Turn("user", "How deep?"), Turn("assistant", "Two inches.")
@@ -80,6 +84,8 @@ def trained(folder: Path, documents: list[Document], template: str | None, mark:
         {"text": "<|im_start|>user ...", "messages": [ASKED, ANSWERED]},
         {"text": "Below is ...", "instruction": "How deep?", "output": "Two inches."},
         {"messages": None, "text": "### Human: How deep? ### Assistant: Two inches."},
+        {"Messages": json.dumps([ASKED, ANSWERED])},
+        {"Question": "How deep?", "Answer": "Two inches."},
         [ASKED, ANSWERED],
         [{"messages": [ASKED, ANSWERED]}],
         json.dumps({"messages": [ASKED, ANSWERED]}, indent=2),
@@ -131,6 +137,14 @@ def test_objects_over_several_lines_are_read_and_a_broken_one_costs_no_other(tmp
     reading = read_notes([put(tmp_path, good[0], broken, good[1], good[2])])
     assert [document.path for document in reading.documents] == ["c.jsonl#1", "c.jsonl#3", "c.jsonl#4"]
     assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.BAD_LINE, (2,))]
+
+
+def test_hostile_files_are_read_in_little_time(tmp_path: Path) -> None:
+    for text in ("[" * 5_000_000, '{"a":\n' * 300_000, "[{\n" * 300_000, '{"a":1,"a":1,"b":\n' * 100_000, "[1,\n" * 300_000):
+        begun = time.process_time()
+        reading = read_notes([put(tmp_path, "a note", name="a.md"), put(tmp_path, text)])
+        assert [document.path for document in reading.documents] == ["a.md"]
+        assert time.process_time() - begun < 3
 
 
 def test_a_conversation_of_any_length_is_read(tmp_path: Path) -> None:
@@ -252,6 +266,12 @@ def test_a_chat_that_the_template_refuses_ends_no_run(tmp_path: Path) -> None:
     assert "it says 'Conversation roles must alternate'" in store.notices[0]
 
 
+def test_a_broken_template_is_said_once_and_ends_the_run(tmp_path: Path) -> None:
+    documents = read(tmp_path, {"messages": [ASKED, ANSWERED]}, {"text": "a note"})
+    with pytest.raises(TokenizerError, match="is not valid Jinja"):
+        tokenize(documents, tokenizer(tmp_path / "model", "{% for %}"), tmp_path / "store")
+
+
 CALL = {"id": "1", "type": "function", "function": {"name": "depth", "arguments": '{"plant": "garlic"}'}}
 TOOL_CHAT = {
     "tools": [{"type": "function", "function": {"name": "depth", "parameters": {}}}],
@@ -284,6 +304,39 @@ def test_tool_calls_that_nothing_writes_are_told(tmp_path: Path, template: str |
     store = tokenize(documents, tokenizer(tmp_path / "model", template), tmp_path / "store")
     assert [document.path for document in store.documents] == ["c.jsonl#2"]
     assert "Left out 1 chat (c.jsonl#1), because they call tools" in store.notices[0]
+
+
+# Conversations
+
+
+class Answering:
+    """A session whose model gives prepared answers."""
+
+    def __init__(self, model: Tokenizer, answers: list[str]) -> None:
+        self.tokenizer, self.answers = model, iter(answers)
+        self.model = types.SimpleNamespace(config=types.SimpleNamespace(max_positions=4096))
+
+    def chat(self, messages: list[dict[str, str]], *_: Any) -> Iterator[str]:
+        yield from next(self.answers)
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.tokenizer.encode_chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "kept"),
+    [
+        (None, " Two inches.", "Two inches."),
+        (GEMMA, "    x = 1\n    y = 2", "    x = 1\n    y = 2"),
+        (QWEN3, "<think>\n\n</think>\n\nTwo.", "<think>\n\n</think>\n\nTwo."),
+        (CHATML, "    x = 1\n", "    x = 1\n"),
+    ],
+)
+def test_a_conversation_goes_on_from_what_the_model_wrote(tmp_path: Path, template: str | None, said: str, kept: str) -> None:
+    demo = (DEMO / "chat_template.jinja").read_text()
+    chat = Chat(Answering(tokenizer(tmp_path / "m", template or demo), [said]), 8, 0.0)  # type: ignore[arg-type]
+    assert "".join(chat.say("How deep?")) == said
+    assert chat.messages[-1] == {"role": "assistant", "content": kept}
 
 
 # Whole runs

@@ -50,6 +50,9 @@ class ByteTokenizer:
             ids += [ROLE, *message["role"].encode(), 10, *message["content"].encode(), END_OF_TURN, 10]
         return ids + ([ROLE, *b"assistant", 10] if add_generation_prompt else [])
 
+    def check_template(self):
+        pass
+
     def encode_answers(self, messages, tools=()):
         ids, answers = [], {}
         for number, message in enumerate(messages):

@@ -52,6 +52,9 @@ class TextTokenizer(Protocol):
     def encode_chat(self, messages: Any, add_generation_prompt: bool = True, tools: Sequence[Any] = ()) -> list[int]:
         """Return the ids of a conversation, rendered by the model's chat template."""
 
+    def check_template(self) -> None:
+        """Raise TokenizerError if the chat template cannot be used for any conversation."""
+
     def encode_answers(self, messages: Any, tools: Sequence[Any] = ()) -> EncodedChat:
         """Return the ids of a conversation, and where the assistant's turns stand in them."""
 
@@ -259,6 +262,8 @@ class ChatWriter:
         These are the assistant's texts; in Guanaco's recipe they are the whole conversation. A conversation that cannot be
         written has no tokens, and `notices` tells its cause.
         """
+        if self.template:
+            self.tokenizer.check_template()
         try:
             if self.template:
                 return self._template_pieces(document)
