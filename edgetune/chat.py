@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 
+from edgetune.runtime.errors import TokenizerError
 from edgetune.session import Session
 
 
@@ -33,7 +35,7 @@ class Chat:
         except BaseException:
             self.messages.pop()
             raise
-        self.messages.append({"role": "assistant", "content": "".join(answer).strip()})
+        self.messages.append({"role": "assistant", "content": self._content_of("".join(answer))})
 
     def compare(self, text: str) -> tuple[str, str]:
         """Return the answers of the bare base and of the adapter to the same next turn. The history does not change."""
@@ -51,6 +53,16 @@ class Chat:
     def reset(self) -> None:
         """Forget the conversation."""
         self.messages.clear()
+
+    def _content_of(self, answer: str) -> str:
+        """Return the message whose rendering gives `answer` again: without the space that a template may write before it."""
+        render = self.session.tokenizer.render_chat
+        for content in (answer, answer.removeprefix(" "), answer.strip()):
+            with contextlib.suppress(TokenizerError):
+                whole = render([*self.messages, {"role": "assistant", "content": content}], add_generation_prompt=False)
+                if whole.startswith(render(self.messages) + answer):
+                    return content
+        return answer
 
     def _answer(self) -> Iterator[str]:
         return self.session.chat(self.messages, self.max_tokens, self.temperature, self.seed)

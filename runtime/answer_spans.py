@@ -58,7 +58,8 @@ class RenderedChat:
 
     def answer(self, number: int) -> Span | None:
         """Return the span of the assistant's turn `number`; None if it cannot be told where it begins or ends."""
-        start = self._answer_start(number)
+        is_silent = not str(self._messages[number].get("content") or "").strip()  # it calls tools, and says nothing
+        start = self._answer_start(number) if is_silent or number in self._starts or number in self._stops else None
         if start is None:
             return None
         limit = min((place for other, place in self._starts.items() if other > number), default=len(self.text))

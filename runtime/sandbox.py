@@ -32,10 +32,13 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from edgetune.runtime.template_limits import (
+    DEEPEST_TREE,
     LARGEST_INT_BITS,
+    LARGEST_TREE,
     METER,
     QUADRATIC,
     SHORT,
+    TOO_DEEP,
     Refused,
     check_filter,
     check_format,
@@ -105,6 +108,26 @@ def _metered_test(function: _Wrapped) -> _Wrapped:
         return function(*((context.environment,) if wants is not None else ()), *args)
 
     return metered
+
+
+_OTHER_TEMPLATES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+"""Tags that name another template. There is none; like scoped blocks, each writes all variables into the compiled code."""
+
+
+def _check_tree(tree: nodes.Template) -> None:
+    """Raise Refused for a parsed template that would take long to compile: too many nodes, too deep, or other templates."""
+    pending: list[tuple[nodes.Node, int]] = [(tree, 0)]
+    count = 0
+    while pending:
+        node, depth = pending.pop()
+        count += 1
+        if count > LARGEST_TREE:
+            raise Refused(f"it has more than {LARGEST_TREE:,} parts")
+        if depth > DEEPEST_TREE:
+            raise Refused(TOO_DEEP)
+        if isinstance(node, _OTHER_TEMPLATES) or (isinstance(node, nodes.Block) and node.scoped):
+            raise Refused("it refers to another template")
+        pending += [(child, depth + 1) for child in node.iter_child_nodes()]
 
 
 class _Hooks(NodeTransformer):
@@ -190,7 +213,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        # optimized=False: jinja2's optimizer would compute constant expressions while compiling, without any meter.
+        extensions = [_Generation, "jinja2.ext.loopcontrols"]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         self.concat = self._concat  # type: ignore[method-assign]
         self.finalize = pass_context(lambda context, value: METER.get().made(value))
         self.filters = {name: _metered_filter(name, self.filters[name]) for name in _FILTERS}
@@ -214,7 +239,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         return str(meter.made("".join(kept)))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = _Hooks().visit(super()._parse(source, name, filename))
+        parsed = super()._parse(source, name, filename)
+        _check_tree(parsed)
+        tree = _Hooks().visit(parsed)
         assert isinstance(tree, nodes.Template)
         return tree
 

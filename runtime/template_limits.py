@@ -11,11 +11,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
+from string import Formatter
 from typing import Any
 
 from jinja2.utils import Namespace
 
-# All limits are chosen by hand.
+# The one table of limits. All are chosen by hand.
+TEMPLATE_BYTES = 64 << 10
+"""The largest chat template in bytes: the longest in use (tools, reasoning) are a third of it."""
+LARGEST_TREE = 10_000
+"""The most nodes of a parsed template: the largest of 110 in use has 1,397."""
+DEEPEST_TREE = 100
+"""The deepest nesting of a parsed template, as Python's compiler recurses over it: the deepest in use has 21."""
 BASE_BYTES, GROWTH = 1 << 20, 8
 """One value, and the output, may take BASE_BYTES and GROWTH times the size of the conversation."""
 TOTAL = 64
@@ -34,6 +41,9 @@ LONGEST_FORMAT = 4096
 """The most characters of a format string, each field of which makes the result longer."""
 SHORT = 64
 """The characters of a text to search for, or to strip, where CPython's search is quadratic."""
+
+
+TOO_DEEP = "it is nested too deeply"
 
 
 class Refused(Exception):
@@ -131,18 +141,37 @@ def check_join(meter: Meter, glue: Any, values: Any) -> None:
         meter.fits(meter.weigh(values)[0] + len(values) * meter.weigh(glue)[0])
 
 
-# A width or precision of four digits or more, or one that is taken from the values (`*`, `{:{}}`).
-_WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(?:\*|\d{4,}|\d*\.(?:\*|\d{4,}))")
-_WIDE_BRACES = re.compile(r"\{[^}]*:[^}]*(?:\d{4,}|\{)")
+# A width or precision of four digits or more, or one that is taken from the values (`*`). Keys with brackets in them, which
+# Python would match in pairs, are refused, so that none can hide a width.
+_WIDE_PERCENT = re.compile(r"%(?:\([^()]*\))?[-+ #0]*(?:\*|\d{4,}|\d*\.(?:\*|\d{4,}))|%\([^()]*(?:\(|$)")
+_WIDE_SPEC = re.compile(r"\d{4,}|[{}]")
+
+
+def check_percent(meter: Meter, text: str, values: Any) -> None:
+    """Raise Refused if `text % values` could exceed the limit of a value."""
+    if len(text) > LONGEST_FORMAT or _WIDE_PERCENT.search(text):
+        raise Refused("it formats text too widely")
+    _check_fields(meter, text, text.count("%"), values)
 
 
 def check_format(meter: Meter, text: str, values: Any) -> None:
-    """Raise Refused if `text % values` or `text.format(values)` could exceed the limit of a value."""
-    if len(text) > LONGEST_FORMAT or _WIDE_PERCENT.search(text) or _WIDE_BRACES.search(text):
+    """Raise Refused if `text.format(values)` could exceed the limit of a value, or if Python's own parser does not take it."""
+    if len(text) > LONGEST_FORMAT:
         raise Refused("it formats text too widely")
-    fields = text.count("%") + text.count("{")
-    # A field is at most 999 wide (see above) or as long as the values, here taken four times to be safe.
-    meter.fits(meter.weigh(text)[0] + fields * (1000 + 4 * meter.weigh(values)[0]))
+    try:
+        fields = [(name, spec) for _, name, spec, _ in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise Refused("it formats text with a broken format") from error
+    if any(_WIDE_SPEC.search(spec or "") for _, spec in fields):
+        raise Refused("it formats text too widely")
+    _check_fields(meter, text, len(fields), values)
+
+
+def _check_fields(meter: Meter, text: str, fields: int, values: Any) -> None:
+    """Raise Refused if a text with that many fields could exceed the limit of a value."""
+    # A field is at most 999 digits wide or precise, with 309 digits before the point, or as long as the values: here taken
+    # four times, to be safe.
+    meter.fits(meter.weigh(text)[0] + fields * (2000 + 4 * meter.weigh(values)[0]))
 
 
 def check_int_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,7 +202,7 @@ def check_filter(meter: Meter, name: str, value: Any, args: tuple[Any, ...], kwa
     elif name == "join":
         check_join(meter, args[0] if args else kwargs.get("d", ""), value)
     elif name == "format":
-        check_format(meter, str(value), (*args, kwargs))
+        check_percent(meter, str(value), (*args, kwargs))
     elif name == "sum" and not all(isinstance(start, int | float) for start in (*args[1:], kwargs.get("start", 0))):
         raise Refused("it sums what are not numbers")  # a sum of lists copies every partial sum
     elif name in ("trim", "tojson", "indent"):
@@ -199,4 +228,4 @@ def check_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
     elif operator == "**" and numbers and left.bit_length() * abs(right) > LARGEST_INT_BITS:
         raise Refused("it computes too large a number")
     elif operator == "%" and isinstance(left, str):
-        check_format(meter, left, right)
+        check_percent(meter, left, right)

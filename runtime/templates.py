@@ -7,12 +7,11 @@ from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.sandbox import MeteredEnvironment, Raised
-from edgetune.runtime.template_limits import DEEPEST, METER, Meter, Refused
+from edgetune.runtime.template_limits import DEEPEST, METER, TEMPLATE_BYTES, TOO_DEEP, Meter, Refused
 
-TEMPLATE_BYTES = 64 << 10
-"""The largest chat template in bytes. Chosen by hand: the longest in use (tools, reasoning) are a third of it."""
 LONGEST_SHOWN = 200
 """The most characters of a template's own error message that are shown. Chosen by hand."""
+_TRUSTED = "use a template from a publisher you trust"
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -48,6 +47,9 @@ class ChatTemplate:
         self._source, self._where, self._variables = source, where, dict(variables or {})
         try:
             self._template = MeteredEnvironment().from_string(source)
+        except (Refused, RecursionError, MemoryError) as error:
+            refusal = error if isinstance(error, Refused) else TOO_DEEP
+            raise TokenizerError(f"The chat template in {where} is refused: {refusal}; {_TRUSTED}.") from None
         except Exception as error:
             line = getattr(error, "lineno", None)
             raise TokenizerError(
@@ -55,20 +57,25 @@ class ChatTemplate:
                 f"{f' at line {line}' if line else ''}); replace it with the one its publisher ships."
             ) from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Return the conversation as one text. Raises TokenizerError, which shows nothing of the messages, on any failure."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Any] = ()
+    ) -> str:
+        """Return the conversation as one text. Raises TokenizerError, which shows nothing of the messages, on any failure.
+
+        `tools` describes the functions that the conversation may call, as JSON schemas.
+        """
         try:
             chat = [{key: value for key, value in _plain(message).items() if value is not None} for message in messages]
-            return self._render(chat, add_generation_prompt)
+            return self._render(chat, add_generation_prompt, _plain(tools) or None)
         except Exception as error:
             # `from None`: the text of the original error may quote a message.
             raise TokenizerError(self._explain(error)) from None
 
-    def _render(self, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(self, chat: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Any] | None) -> str:
         """Return the conversation as one text, counted by a meter of its own."""
-        meter = Meter(chat)
+        meter = Meter([chat, tools])
         token = METER.set(meter)
-        variables = {"tools": None, "documents": None, **self._variables}
+        variables = {"tools": tools, "documents": None, **self._variables}
         try:
             pieces, size = [], 0
             for piece in self._template.generate(messages=chat, add_generation_prompt=add_generation_prompt, **variables):
@@ -82,8 +89,9 @@ class ChatTemplate:
     def _explain(self, error: Exception) -> str:
         """Return the sentence that tells the user why rendering failed, without any text of the messages."""
         head = f"The chat template in {self._where} could not render this conversation: "
-        if isinstance(error, Refused):
-            return f"{head}{error}; use a template from a publisher you trust."
+        refusals = {RecursionError: TOO_DEEP, MemoryError: "it takes too much memory"}
+        if isinstance(error, Refused) or type(error) in refusals:
+            return f"{head}{refusals.get(type(error), error)}; {_TRUSTED}."
         if isinstance(error, Raised):
             # A sentence that stands in the template word for word may be shown. One that the template put together may
             # quote a message.

@@ -177,30 +177,39 @@ class Tokenizer:
         source, where = self._template_source
         return ChatTemplate(source, where, {name: token for name, token in self._special.spelled.items() if token is not None})
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def check_template(self) -> None:
+        """Raise TokenizerError if the model has no chat template, or one that cannot be compiled."""
+        _ = self._template
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Any] = ()
+    ) -> str:
         """Return a conversation as the model's chat template writes it; messages are {"role": ..., "content": ...}.
 
         Raises TokenizerError if the model has no template or the template fails.
         """
-        return self._template.render(messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt, tools)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, tools: Sequence[Any] = ()
+    ) -> list[int]:
         """Return the ids of a conversation: control tokens of the template as such, those that a message spells as text.
 
         No token is added: if the template writes no beginning-of-text token, the ids begin without one.
         Raises TokenizerError as `render_chat` does.
         """
         nonce = _nonce()
-        text = self.render_chat(self._marked(messages, nonce), add_generation_prompt)
+        text = self.render_chat(self._marked(messages, nonce), add_generation_prompt, self._marked(tools, nonce))
         return self._encode_rendered(text, nonce)[0]
 
-    def encode_answers(self, messages: Sequence[Mapping[str, Any]]) -> EncodedChat:
+    def encode_answers(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = ()) -> EncodedChat:
         """Return the ids of a conversation as `encode_chat` gives them, and where the assistant's turns stand in them.
 
         Raises TokenizerError as `render_chat` does.
         """
         nonce = _nonce()
-        chat = RenderedChat(self.render_chat, self._marked(messages, nonce), self._ends_of)
+        render = functools.partial(self.render_chat, tools=self._marked(tools, nonce))
+        chat = RenderedChat(render, self._marked(messages, nonce), self._ends_of)
         spans = {n: chat.answer(n) for n, message in enumerate(messages) if message.get("role") == "assistant"}
         cuts = {place for span in spans.values() if span is not None for place in (span.start, span.end)}
         ids, tokens_before = self._encode_rendered(chat.text, nonce, cuts)

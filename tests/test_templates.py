@@ -8,7 +8,8 @@ import time
 import pytest
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.templates import TEMPLATE_BYTES, ChatTemplate
+from edgetune.runtime.template_limits import TEMPLATE_BYTES
+from edgetune.runtime.templates import ChatTemplate
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
 
@@ -152,6 +153,19 @@ ATTACKS = {
     "searches in a loop": BIG + "{% for i in range(99999) %}{% if 'b' in b %}{% endif %}{% endfor %}",
     "many names for much": BIG + "{% set n = namespace() %}{% for i in range(999) %}{% set n.x = b + 'a' %}{% endfor %}",
     "filler text": "{{ lipsum(n=1000000) }}",
+    "a width behind a key with brackets": "{{ '%(a(b))999999999d' % {'a(b)': 1} }}",
+    "a width behind a field with a brace": "{{ '{0[}]:>999999999}'.format({'}': 1}) }}",
+    "a width for format_map": "{{ '{a[}]:>999999999}'.format_map({'a': {'}': 1}}) }}",
+    "a width for the filter": "{{ '%(a(b))-999999999s' | format(**{'a(b)': 1}) }}",
+    "a width in other digits": "{{ '{:٩٩٩٩٩٩٩٩٩}'.format(1) }}",
+    "a wide precision": "{{ '{:.999999999f}'.format(1.0) }}",
+    "a constant to compute while compiling": "{{ ('a' ~ 'b') * 10**9 }}{% set x = ['a' * 100000] * 100000 %}",
+    "a long chain": "{{ " + "a ~ " * 15000 + "a }}",
+    "a deep chain": "{{ a" + ".b" * 30000 + " }}",
+    "many parts": "{{a}}" * 13000,
+    "variables times blocks": "".join(f"{{% set a{i} = 1 %}}{{% block b{i} scoped %}}{{% endblock %}}" for i in range(900)),
+    "variables times includes": "".join(f"{{% set a{i} = 1 %}}{{% include x %}}" for i in range(1300)),
+    "a loop in itself": "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "deep brackets": "{{ " + "(" * 30000,
     "deep ifs": "{% if a %}" * 6000,
     "a long file": "a" * (TEMPLATE_BYTES + 1),
@@ -186,6 +200,26 @@ def test_an_attack_on_the_machine_costs_a_moment(attack: str) -> None:
 )
 def test_a_template_cannot_reach_python(escape: str) -> None:
     failure(escape)
+
+
+def test_recursion_is_refused_as_nesting() -> None:
+    for attack in ("macros without end", "a loop in itself", "a deep chain", "deep brackets"):
+        assert "nested too deeply" in failure(ATTACKS[attack])
+
+
+def test_nothing_is_computed_while_compiling() -> None:
+    # Each constant is larger than the memory; the meter refuses it when the template is rendered, and not before.
+    for constant in ("('a' ~ 'b') * 10**13", "'%99d' % 1 * 10**12", "['a'] * 10**12", "'a' in 'b' * 10**13"):
+        template = ChatTemplate(f"{{% if messages | length > 1 %}}{{{{ {constant} }}}}{{% endif %}}fine", "x")
+        assert template.render([{"role": "user", "content": "a"}]) == "fine"
+
+
+def test_formats_within_the_limits_are_written_as_python_writes_them() -> None:
+    source = (
+        "{{ '%-5s|%5.2f|%(a)s' | replace('(a)', '') | format('ab', 1.5, 7) }} "
+        "{{ '{:>6}|{a[b]:03d}|{{}}'.format('é', a={'b': 7}) }}"
+    )
+    assert ChatTemplate(source, "x").render([]) == "ab   | 1.50|7      é|007|{}"
 
 
 def test_limits_hold_off_the_main_thread() -> None:

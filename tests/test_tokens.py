@@ -44,13 +44,16 @@ class ByteTokenizer:
     def encode(self, text):
         return list(text.encode())
 
-    def encode_chat(self, messages, add_generation_prompt=True):
+    def encode_chat(self, messages, add_generation_prompt=True, tools=()):
         ids = []
         for message in messages:
             ids += [ROLE, *message["role"].encode(), 10, *message["content"].encode(), END_OF_TURN, 10]
         return ids + ([ROLE, *b"assistant", 10] if add_generation_prompt else [])
 
-    def encode_answers(self, messages):
+    def check_template(self):
+        pass
+
+    def encode_answers(self, messages, tools=()):
         ids, answers = [], {}
         for number, message in enumerate(messages):
             ids += self.encode_chat([message], add_generation_prompt=False)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -28,7 +28,7 @@ from edgetune.runtime.tokenizer import EncodedChat
 CONTEXT, TEXT, STOP = 0, 1, 2
 """A token's role as a target. CONTEXT: not trained. TEXT: trained and scored. STOP: trained but not scored, because it is the
 end of a turn or document and no part of the text."""
-FORMAT = 2
+FORMAT = 1
 """Version of the store's files."""
 
 TrainOn = Literal["assistant", "all"]
@@ -49,10 +49,13 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
 
-    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Any, add_generation_prompt: bool = True, tools: Sequence[Any] = ()) -> list[int]:
         """Return the ids of a conversation, rendered by the model's chat template."""
 
-    def encode_answers(self, messages: Any) -> EncodedChat:
+    def check_template(self) -> None:
+        """Raise TokenizerError if the chat template cannot be used for any conversation."""
+
+    def encode_answers(self, messages: Any, tools: Sequence[Any] = ()) -> EncodedChat:
         """Return the ids of a conversation, and where the assistant's turns stand in them."""
 
 
@@ -75,7 +78,8 @@ class TokenStore:
     trained: npt.NDArray[np.uint8]
     documents: tuple[StoredDocument, ...]
     notices: tuple[str, ...] = ()
-    """Sentences for the user about chats that were changed or left out, because of the model's chat template."""
+    """Sentences for the user about chats that were changed or left out, because of the model's chat template. They are not in
+    the files, which are the same on every machine."""
 
     @property
     def tokens(self) -> int:
@@ -99,7 +103,6 @@ class TokenStore:
         try:
             index = json.loads((path / "documents.json").read_bytes())
             documents = tuple(StoredDocument(**document) for document in index["documents"])
-            notices = tuple(index["notices"])
             ids = _mapped(path / "ids.bin", np.int32)
             trained = _mapped(path / "trained.bin", np.uint8)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -110,7 +113,7 @@ class TokenStore:
         starts = [document.start for document in documents]
         if index.get("format") != FORMAT or starts != ends[:-1] or len(ids) != ends[-1] or len(trained) != ends[-1]:
             raise DataError(f"The token store {path} is incomplete or of another version. Delete it and run the command again.")
-        return cls(ids, trained, documents, notices)
+        return cls(ids, trained, documents)
 
 
 def tokenize(
@@ -156,10 +159,9 @@ def tokenize(
                 + "".join(f" {notice}" for notice in notices[:1])
             )
         index = {"format": FORMAT, "train_on": train_on, "documents": [asdict(document) for document in stored]}
-        index["notices"] = notices
         with private_file(folder / "documents.json") as file:
             file.write(json.dumps(index, ensure_ascii=False).encode())
-    return TokenStore.open(path)
+    return replace(TokenStore.open(path), notices=notices)
 
 
 def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
@@ -260,10 +262,11 @@ class ChatWriter:
         These are the assistant's texts; in Guanaco's recipe they are the whole conversation. A conversation that cannot be
         written has no tokens, and `notices` tells its cause.
         """
-        turns = document.turns or ()
+        if self.template:
+            self.tokenizer.check_template()
         try:
             if self.template:
-                return self._template_pieces(document.path, turns)
+                return self._template_pieces(document)
             return self._guanaco_pieces(document)
         except Unwritable as problem:
             self.notices.add(LEFT_OUT, str(problem), document.path)
@@ -295,12 +298,12 @@ class ChatWriter:
             prompt = ""
         return (pieces, scored) if any(TEXT in marks for _, marks in pieces) else ([], 0)
 
-    def _template_pieces(self, path: str, turns: Sequence[Turn]) -> tuple[list[Piece], int]:
+    def _template_pieces(self, document: Document) -> tuple[list[Piece], int]:
         """Return the conversation as the model's template renders it, with the answers and their ends as targets."""
         pieces: list[Piece] = []
         scored = lost = 0
-        for part in split_turns(turns, self.PART_TURNS, self.PART_CHARS):
-            part, chat = self._encode(path, part)
+        for part in split_turns(document.turns or (), self.PART_TURNS, self.PART_CHARS):
+            part, chat = self._encode(document, part)
             marks = [STOP if self.train_all else CONTEXT] * len(chat.ids)
             for number, turn in enumerate(part):
                 answer = chat.answers.get(number)
@@ -319,43 +322,44 @@ class ChatWriter:
         if lost and not scored:
             raise Unwritable(_ANSWERS_NOT_FOUND)
         if lost:
-            self.notices.add(ANSWERS_LOST, _ANSWERS_NOT_FOUND, path)
+            self.notices.add(ANSWERS_LOST, _ANSWERS_NOT_FOUND, document.path)
         return pieces, scored
 
-    def _encode(self, path: str, part: list[Turn]) -> tuple[list[Turn], EncodedChat]:
-        """Render and encode a part. Where the template refuses a system's turn, it joins the user's turn after it.
-
-        Raises Unwritable if the template refuses the part in any case, or leaves out what it says to tools.
-        """
+    def _encode(self, document: Document, part: list[Turn]) -> tuple[list[Turn], EncodedChat]:
+        """Render and encode a part. Raises Unwritable if the template refuses it, or leaves out what it says to tools."""
         try:
-            chat = self._encode_answers(part)
+            chat = self._encode_answers(part, document)
         except TokenizerError as error:
-            refusal, joined = str(error), join_system(part)
-            try:
-                chat = self._encode_answers(joined) if joined != part else None
-            except TokenizerError:
-                chat = None
-            if chat is None:
-                raise Unwritable(f"{refusal[:1].lower()}{refusal[1:].removesuffix('.')}") from None
-            self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", path)
-            part = joined
-        tools = [number for number, turn in enumerate(part) if turn.role == "tool"]
-        if not chat.shown.issuperset(tools) or self._ignores(part, chat, _TOOL_KEYS):
+            part, chat = self._encode_joined(document, part, str(error))
+        tools = [number for number, turn in enumerate(part) if turn.role == "tool" and turn.text.strip()]
+        if not chat.shown.issuperset(tools) or self._ignores(part, document, chat, _TOOL_KEYS):
             raise Unwritable("they call tools, which the model's chat template does not write")
-        if self._ignores(part, chat, _REASONING_KEYS):
-            self.notices.add(REASONING_LOST, "the model's chat template does not write it", path)
+        if self._ignores(part, document, chat, _REASONING_KEYS):
+            self.notices.add(REASONING_LOST, "the model's chat template does not write it", document.path)
         return part, chat
 
-    def _encode_answers(self, part: Sequence[Turn]) -> EncodedChat:
-        return self.tokenizer.encode_answers([turn.message() for turn in part])
+    def _encode_joined(self, document: Document, part: list[Turn], refusal: str) -> tuple[list[Turn], EncodedChat]:
+        """Encode a part that the template refused as it is, with the system's turns joined to the user's."""
+        joined = join_system(part)
+        try:
+            if joined != part:
+                chat = self._encode_answers(joined, document)
+                self.notices.add(SYSTEM_JOINED, "the model's chat template refuses a system's turn there", document.path)
+                return joined, chat
+        except TokenizerError:
+            pass
+        raise Unwritable(f"{refusal[:1].lower()}{refusal[1:].removesuffix('.')}")
 
-    def _ignores(self, part: Sequence[Turn], chat: EncodedChat, keys: AbstractSet[str]) -> bool:
+    def _encode_answers(self, part: Sequence[Turn], document: Document) -> EncodedChat:
+        return self.tokenizer.encode_answers([turn.message() for turn in part], document.tools)
+
+    def _ignores(self, part: Sequence[Turn], document: Document, chat: EncodedChat, keys: AbstractSet[str]) -> bool:
         """Return True if the part has some of `keys` and the template renders it as if it had none."""
         if not any(turn.extras.keys() & keys for turn in part):
             return False
         bare = [{key: value for key, value in turn.message().items() if key not in keys} for turn in part]
         try:
-            return self.tokenizer.encode_chat(bare, add_generation_prompt=False) == chat.ids
+            return self.tokenizer.encode_chat(bare, False, document.tools) == chat.ids
         except TokenizerError:
             return False
 
@@ -374,7 +378,10 @@ class ChatWriter:
 
 
 def join_system(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns with each system's turn put in front of the user's turn that follows it, as LLaMA 2 has it."""
+    """Return the turns with each system's turn put in front of the user's turn that follows it, as LLaMA 2 has it.
+
+    Without one, it joins the user's turn before it; at the end, after the last answer, it is dropped.
+    """
     joined: list[Turn] = []
     waiting: list[str] = []
     for turn in turns:
@@ -384,8 +391,11 @@ def join_system(turns: Sequence[Turn]) -> list[Turn]:
             joined.append(Turn("user", "\n\n".join([*waiting, turn.text]), turn.trained, turn.extras))
             waiting = []
         else:
+            if waiting and joined and joined[-1].role == "user":
+                joined[-1] = Turn("user", "\n\n".join([joined[-1].text, *waiting]), joined[-1].trained, joined[-1].extras)
+                waiting = []
             joined.append(turn)
-    return joined if not waiting else list(turns)
+    return joined
 
 
 def split_turns(turns: Sequence[Turn], most_turns: int, most_chars: int) -> Iterator[list[Turn]]:

@@ -6,7 +6,7 @@
     {"prompt": "How deep?", "completion": "Two inches."}                   prompt and completion, each a text or messages
     {"text": "### Human: How deep? ### Assistant: Two inches."}            Guanaco (QLoRA's OASST1)
 
-A {"text": ...} without the markers of turns is a plain text. Of a conversation and a text in one record, the conversation is read.
+A {"text": ...} without the markers of turns is a plain text. If a record also holds a conversation, the text is ignored.
 """
 
 from __future__ import annotations
@@ -63,13 +63,36 @@ def read_record(record: Any, path: str) -> Document:
         record = {"messages": record}
     if not isinstance(record, dict):
         raise Unread(Reason.NOT_A_CHAT, "no object with keys")
+    given, record = record, {key.lower(): value for key, value in record.items()} | record
     turns = conversation(record)
     if turns is not None:
         tidied = tidy(turns)
-        return Document.of(path, guanaco_text(tidied), tidied)
+        return Document.of(path, guanaco_text(tidied), tidied, tools_of(record))
     if isinstance(record.get("text"), str):
         return from_text(drop_invalid(record["text"]), path)
-    raise Unread(Reason.NOT_A_CHAT, f"keys found: {named_keys(record)}")
+    raise Unread(Reason.NOT_A_CHAT, f"keys found: {named_keys(given)}")
+
+
+def tools_of(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the tools that a record describes: a list of objects, or the JSON text of one. Raises Unread for an older form."""
+    if record.get("functions"):
+        raise Unread(Reason.OLD_TOOLS)
+    if not record.get("tools"):
+        return ()
+    tools = list_of(record["tools"])
+    if tools is None or not all(isinstance(tool, dict) for tool in tools):
+        raise Unread(Reason.OLD_TOOLS)
+    return tuple(cleaned(tools))
+
+
+def list_of(value: Any) -> list[Any] | None:
+    """Return a value that is a list, or the JSON text of one, as tables have it; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
 
 
 def is_messages(value: Any) -> bool:
@@ -86,7 +109,7 @@ def conversation(record: dict[str, Any]) -> list[Turn] | None:
 
     Raises Unread for a conversation with a part that cannot be read: that would change what the answers answer.
     """
-    messages = next((record[key] for key in _CONVERSATION_KEYS if isinstance(record.get(key), list) and record[key]), None)
+    messages = next((found for key in _CONVERSATION_KEYS if (found := list_of(record.get(key)))), None)
     question = next((record[key] for key in _QUESTION_KEYS if record.get(key) is not None), None)
     answer = next((record[key] for key in _ANSWER_KEYS if record.get(key) is not None), None)
     if messages is not None:
@@ -245,7 +268,7 @@ def guanaco_text(turns: Sequence[Turn]) -> str:
 def named_keys(record: dict[str, Any]) -> str:
     """Return the keys of a record for an account of it; one that may be a text itself is not shown."""
     keys = [key for key in record if _KEY.fullmatch(key)]
-    more = ", ..." if len(record) > len(keys[:_KEYS_SHOWN]) else ""
+    more = ", ..." if len(keys) > _KEYS_SHOWN else ""
     return ", ".join(keys[:_KEYS_SHOWN]) + more if keys else "none that is a name"
 
 

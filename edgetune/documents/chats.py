@@ -21,9 +21,10 @@ MAX_LINE_BYTES = 4 << 20
 """Longest line that is read, in bytes, and longest record of an array, in characters. Chosen by hand."""
 _LINES_LISTED = 20
 """Largest number of line numbers that a skip lists. Chosen by hand."""
-_BETWEEN_VALUES = re.compile(r"[\s,\]]*")
-_MESSAGES = re.compile(r'\[\s*\{\s*"(?:role|from|content|value)"\s*:')
-_NEXT_VALUE = re.compile(r"\n[ \t]*(?=[\[{])")
+_MOST_BROKEN = 1000
+"""Most broken values over several lines before the rest of a file is left unread. Chosen by hand."""
+_BETWEEN_VALUES = re.compile(r"[\s,\[\]]*")
+_MESSAGE = re.compile(r'\{\s*"(?:role|from|content|value)"\s*:')
 
 
 def read_chats(file: BinaryIO, path: str) -> tuple[list[Document], list[Skipped]]:
@@ -94,12 +95,12 @@ def line_records(data: bytes) -> Iterator[Found]:
 
 
 def value_records(text: str) -> Iterator[Found]:
-    """Yield the records of arrays and of objects over several lines, numbered from 1 in the order of the file."""
-    number, at = 0, 0
-    while (at := _end(_BETWEEN_VALUES, text, at)) < len(text):
-        if text[at] == "[" and not _MESSAGES.match(text, at):
-            at += 1  # an array of records: go on with the first of them
-            continue
+    """Yield the records of arrays and of objects over several lines, numbered from 1 in the order of the file.
+
+    After a broken one, reading goes on where a line begins as that one did; after _MOST_BROKEN of them it ends.
+    """
+    number = broken = at = 0
+    while (at := _next_value(text, at)) < len(text) and broken < _MOST_BROKEN:
         number += 1
         try:
             value, end = _DECODER.raw_decode(text, at)
@@ -107,9 +108,21 @@ def value_records(text: str) -> Iterator[Found]:
             at = end
         except (ValueError, RecursionError) as error:
             yield Found(number, not_json(error))
+            broken += 1
+            before = text[text.rfind("\n", 0, at) + 1 : at]
+            indent = len(before) if not before.strip() else 0
             reached = max(error.pos, at + 1) if isinstance(error, json.JSONDecodeError) else at + 1
-            following = _NEXT_VALUE.search(text, reached)
+            following = re.compile(rf"\n[ \t]{{0,{indent}}}(?=[\[{{])").search(text, reached)
             at = following.end() if following else len(text)
+
+
+def _next_value(text: str, at: int) -> int:
+    """Return where the next record begins: what lies between them is passed, and the brackets of arrays of records."""
+    match = _BETWEEN_VALUES.match(text, at)
+    end = match.end() if match else at
+    bracket = text.rfind("[", at, end)
+    is_messages = bracket >= 0 and not text[bracket + 1 : end].strip() and _MESSAGE.match(text, end)
+    return bracket if is_messages else end
 
 
 def _text_of_several_lines(data: bytes) -> str | None:
@@ -134,7 +147,7 @@ def _text_of_several_lines(data: bytes) -> str | None:
 
 
 def parse_line(line: str) -> Any:
-    """Return the JSON value that a line holds. Raises ValueError for anything else, and for a name that an object holds twice."""
+    """Return the JSON value that a line holds. Raises ValueError for anything else, and for a name that is repeated."""
     value, end = _DECODER.raw_decode(line)
     if line[end:].strip():
         raise ValueError("more than one value")
@@ -157,8 +170,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    match = pattern.match(text, at)
-    return match.end() if match else at

@@ -53,7 +53,7 @@ EXPECTED = {
     Reason.UNKNOWN_ROLE: "system, developer, user, human, assistant, gpt, ai, model or tool",
     Reason.BAD_MESSAGE: "a role and a text in every message",
     Reason.NOT_TEXT: "text alone",
-    Reason.OLD_TOOLS: "tool_calls in the assistant's message, and the role tool for their results",
+    Reason.OLD_TOOLS: "a list of tools, tool_calls in the assistant's message, and the role tool for their results",
     Reason.NO_ANSWER: "a message of the assistant after one of the user",
     Reason.NOT_TRAINED: "an answer without weight 0 or train false",
 }
@@ -89,11 +89,15 @@ class Document:
     digest: str
     text: str = field(repr=False)  # kept out of repr, so that no note enters a log or a traceback
     turns: tuple[Turn, ...] | None = field(default=None, repr=False)
+    tools: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    """The tools that a chat may call, described as chat templates take them."""
 
     @classmethod
-    def of(cls, path: str, text: str, turns: tuple[Turn, ...] | None = None) -> Document:
+    def of(
+        cls, path: str, text: str, turns: tuple[Turn, ...] | None = None, tools: tuple[dict[str, Any], ...] = ()
+    ) -> Document:
         """Make a document, and compute its digest from `text`."""
-        return cls(path, text_digest(text), text, turns)
+        return cls(path, text_digest(text), text, turns, tools)
 
     @property
     def size(self) -> int:
