@@ -35,6 +35,7 @@ from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.config_keys import written
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
 from edgetune.runtime.json_file import read_object, read_value
@@ -88,8 +89,9 @@ def _quantize_base(job: Job, folder: Path) -> None:
 
 def _copy_base(job: Job, folder: Path) -> None:
     """Copy the files of a 4-bit base into the bundle, readable by their owner only."""
-    config, index = job.base.folder / "config.json", job.base.folder / INDEX
-    files = [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]
+    index = job.base.folder / INDEX
+    files = [*job.base.files, *companions(job.base.folder), *([index] if index.is_file() else [])]
+    atomic_write(folder / "config.json", json.dumps(written(job.base.hf_config), indent=2) + "\n")
     done = job.counter("writing", len(files))
     for file in files:
         shutil.copyfile(file, folder / file.name)

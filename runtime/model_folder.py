@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
+from edgetune.runtime.config_keys import written
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
 
@@ -103,7 +104,7 @@ def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe:
     """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
     for file in companions(source):
         atomic_write(folder / file.name, file.read_bytes())
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    atomic_write(folder / "config.json", json.dumps(written(config), indent=2) + "\n")
     if len(shards) > 1:
         weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
         index = {

@@ -129,6 +129,7 @@ def quantize_folder(
         raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")
     if head != "bf16" and checkpoint.config.tie_embeddings:
         raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
+    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
