@@ -34,7 +34,7 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
-from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.config import LlamaConfig, QuantConfig
 from edgetune.runtime.config_keys import written
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
@@ -133,7 +133,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_adapter(folder: Path) -> Adapter | None:
+def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter | None:
     """Load the adapter of a bundle; return None if the folder is not a bundle or contains no adapter.
 
     Raises AdapterError for a bundle of a newer edgetune, and if the adapter's digests differ from those in the manifest.
@@ -155,7 +155,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.") from error
     if not unchanged:
         raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
-    return peft_folder.load(folder / ADAPTER)
+    return peft_folder.load(folder / ADAPTER, base)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def reference(job: Job, folder: Path) -> Llama:
 def read(job: Job, folder: Path) -> BundleReader:
     """Open the bundle with this machine's own kernels."""
     model = load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, job.base.config)
     if adapter is not None:
         adapters.attach(model, adapter)
     return BundleReader(model)

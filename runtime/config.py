@@ -19,6 +19,8 @@ ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + MLP_LINEARS
 
+MAX_RANK = 1024
+"""Largest rank of an adapter. Chosen by hand: no published adapter comes near it."""
 ARCHITECTURES = {  # model_type in config.json -> the class name in its "architectures"
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -259,8 +261,8 @@ class LoraConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 1024:
-            raise UsageError(f"The rank is {self.rank}; expected 1 to 1024, e.g. 16.")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise UsageError(f"The rank is {self.rank}; expected 1 to {MAX_RANK}, e.g. 16.")
         if not 1e-9 <= self.alpha <= 1e9:  # outside this range, formats that store it in f32 get 0 or inf
             raise UsageError(f"Alpha is {self.alpha}; expected 1e-9 to 1e9, e.g. 16.")
         if not 0.0 <= self.dropout < 1.0:

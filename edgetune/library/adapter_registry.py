@@ -112,7 +112,7 @@ def adapter_for(name: str | None, base: Checkpoint) -> tuple[str, Adapter | None
     name: as in `find`, but None prefers an adapter inside the base's own folder (a bundle of `edgetune export mps`) to the
     current one. Raises AdapterError.
     """
-    bundled = bundle.read_adapter(base.folder) if name is None else None
+    bundled = bundle.read_adapter(base.folder, base.config) if name is None else None
     if bundled is not None:
         return bundle.ADAPTER, bundled
     path = find(name, base.digest)
@@ -140,8 +140,8 @@ def read(path: Path, base: LlamaConfig) -> Adapter:
         if (path / gguf_adapter.ADAPTER_FILE).is_file():
             return gguf_adapter.read_adapter(path / gguf_adapter.ADAPTER_FILE, base)
         if mlx_adapter.is_adapter(path):
-            return mlx_adapter.read_adapter(path)
-        return peft_folder.load(path)
+            return mlx_adapter.read_adapter(path, base)
+        return peft_folder.load(path, base)
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror}); name an adapter that you may read.") from error
 
