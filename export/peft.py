@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,12 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.job import Job, Written
+from edgetune.export.job import Job, Written, work_folder
 from edgetune.export.memory import TORCH_BUILD_BYTES, ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime import peft_folder
+from edgetune.runtime.checkpoint import INDEX, Checkpoint
+from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.files import atomic_write
 
+_ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
+"""Keys of config.json that transformers needs beside those that decide the logits."""
 TRANSFORMERS_BYTES = 300_000_000 + TORCH_BUILD_BYTES
 """Anonymous memory in bytes of a process that has imported transformers. Measured: 265 MB."""
 PEFT_BYTES = 50_000_000
@@ -58,9 +65,18 @@ def open_transformers(folder: Path) -> Any:
     with _quiet():
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        # What the folder's config.json says about code and kernels is overruled: no other is imported or fetched.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
+        packed = hasattr(tensor, "quant_state")  # codes, which bitsandbytes may store in bytes that count as bf16
+        if tensor.is_floating_point() and not packed:
             tensor.data = tensor.data.float()
     for linear in model.modules():
         if hasattr(linear, "compute_dtype"):
@@ -68,6 +84,25 @@ def open_transformers(folder: Path) -> Any:
             linear.compute_dtype, linear.compute_type_is_set = torch.float32, True
             linear.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextlib.contextmanager
+def plain_base(base: Checkpoint, folder: Path) -> Iterator[Path]:
+    """Yield a folder for other libraries to open the base from: its weights, and of config.json what decides the logits.
+
+    A base can come from anybody. Its own folder could name code and kernels to load, or hold an adapter_config.json, by which
+    transformers would open another model in its place.
+    """
+    with work_folder(folder) as place:
+        config = {key: value for key, value in base.hf_config.items() if key in SUPPORTED or key in _ALSO_PASSED_ON}
+        atomic_write(place / "config.json", json.dumps(config))
+        index = base.folder / INDEX
+        for file in [*base.files, *([index] if len(base.files) > 1 else [])]:
+            try:
+                (place / file.name).symlink_to(file.resolve())
+            except OSError:  # Windows allows it to administrators only
+                shutil.copyfile(file, place / file.name)
+        yield place
 
 
 def _refuse_misread(inputs: int, block_size: int) -> None:
@@ -112,7 +147,8 @@ def peak_memory(job: Job) -> ExportMemory:
 
 def read(job: Job, folder: Path) -> TransformersReader:
     """Open the base with transformers and the adapter with peft."""
-    base = open_transformers(job.base.folder)
+    with plain_base(job.base, folder) as place:
+        base = open_transformers(place)
     with _quiet():
         from peft import PeftModel
 

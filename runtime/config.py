@@ -104,8 +104,10 @@ def _rope_fields(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
             raise _contradiction(entry, values, "rope_parameters", fields)
         fields |= values
     theta = config.get("rope_theta")
-    if theta is not None and fields.setdefault("rope_theta", theta) != theta:
+    if theta is not None and "rope_theta" in fields and fields["rope_theta"] != theta:
         raise _contradiction("rope_theta", theta, "the one beside its scaling", fields["rope_theta"])
+    if theta is not None:
+        fields["rope_theta"] = theta
     kind = fields.pop("type", "default")
     if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise unsupported("rope_scaling", reprlib.repr(kind), "default, linear or llama3")
