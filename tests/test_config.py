@@ -119,9 +119,8 @@ NUMBERS = (
 @pytest.mark.parametrize("value", ["64", True, 64.0, -64, 0, 2**31, 10**390, [64], {"a": 1}], ids=lambda value: repr(value)[:9])
 @pytest.mark.parametrize("key", NUMBERS)
 def test_a_size_that_is_no_size_is_refused_by_name(key: str, value: object) -> None:
-    with pytest.raises(
-        ModelError, match=rf"^config\.json's {key} is .{{1,60}}; expected a whole number from 1 to \d+\. Copy"
-    ) as e:
+    said = rf"^config\.json's {key} is .{{1,60}}; expected a whole number from 1 to \d+\. Copy"
+    with pytest.raises(ModelError, match=said) as error:
         LlamaConfig.from_hf({**PLAIN, key: value})
     assert len(str(error.value)) < 200
 
