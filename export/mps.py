@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -36,7 +37,7 @@ from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.config import LlamaConfig, QuantConfig
 from edgetune.runtime.config_keys import written
-from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.errors import AdapterError, ModelError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
 from edgetune.runtime.json_file import read_object, read_value
 from edgetune.runtime.loader import load_llama
@@ -138,24 +139,57 @@ def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter | Non
 
     Raises AdapterError for a bundle of a newer edgetune, and if the adapter's digests differ from those in the manifest.
     """
+    found = _read_manifest(folder)
+    if found is None or found.get("adapter") is None:
+        return None
+    names = (f"{ADAPTER}/{name}" for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE))
+    if _changed(folder, found, names):
+        raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
+    return peft_folder.load(folder / ADAPTER, base)
+
+
+def check_base(folder: Path) -> None:
+    """Raise ModelError if the base of a bundle differs from the one that was exported; any other folder is left alone.
+
+    Every byte is read. An app that runs the kernels without edgetune can do the same with the manifest's digests.
+    """
+    found = _read_manifest(folder)
+    if found is None:
+        return
+    names = [path.name for path in sorted(folder.iterdir()) if path.name == "config.json" or path.suffix == ".safetensors"]
+    if changed := _changed(folder, found, names):
+        raise ModelError(
+            f"{changed[0]} in {folder} differs from the one in its {MANIFEST}, so it is not the model that was exported; "
+            "copy or export the folder again."
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a bundle's manifest; None for a folder that is not a bundle. Raises AdapterError for one of a newer edgetune."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return None
-    try:
-        found = read_value(manifest, BUNDLE_MANIFEST)
-        if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
-            return None  # a manifest.json of another program
-        if found["format"] != _FORMAT:
-            raise AdapterError(f"{manifest} was written by a newer edgetune (format {found['format']!r}); update edgetune.")
-        if found["adapter"] is None:
-            return None
-        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE)}
-        unchanged = all(sha256_file(folder / ADAPTER / name) == digest for name, digest in digests.items())
-    except (OSError, KeyError, TypeError) as error:
-        raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.") from error
-    if not unchanged:
-        raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
-    return peft_folder.load(folder / ADAPTER, base)
+    found = read_value(manifest, BUNDLE_MANIFEST)
+    if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
+        return None  # a manifest.json of another program
+    if found["format"] != _FORMAT:
+        shown = reprlib.repr(found["format"])
+        raise AdapterError(f"{manifest} was written by a newer edgetune (format {shown}); update edgetune.")
+    if not isinstance(found.get("sha256"), dict):
+        raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.")
+    return found
+
+
+def _changed(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return those of the named files whose bytes differ from the manifest's digests, or are missing."""
+
+    def differs(name: str) -> bool:
+        try:
+            return sha256_file(folder / name) != manifest["sha256"].get(name)
+        except OSError:
+            return True
+
+    return [name for name in names if differs(name)]
 
 
 @dataclass(frozen=True)
