@@ -148,7 +148,7 @@ def load(folder: Path, base: LlamaConfig | None = None) -> Adapter:
     """
     _refuse_other_folder(folder)
     peft, adapter = _load_config(folder)
-    ranks = {adapter.config.rank, *_pattern(peft, "rank_pattern", folder).values()}
+    ranks = {adapter.config.rank, *map(int, _pattern(peft, "rank_pattern", folder).values())}
 
     def check(shapes: Shapes) -> None:
         unnamed = {linear for linear in {key[:2] for key in shapes} if not _is_named(peft, adapter.layers, *linear)}
