@@ -101,6 +101,7 @@ def export_adapter(
     spec = load_target(target)
     weights = _check_options(spec, weights, adapter_as, texts, check)
     choice, base = open_base(model)
+    base.refuse_inf_and_nan(base.long_floats(linears=False))
     adapter_name, loaded = registry.adapter_for(adapter, base)
     if loaded is not None:
         check_fits(loaded, base.config)

@@ -45,21 +45,11 @@ class Merged:
         if not is_linear(name):
             return stored if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
         dense = stored.to(torch.float32, copy=True) if isinstance(stored, Tensor) else nf4.dequantize(stored, torch.float32)
-        a, b = self.update(name)
-        return dense if a is None or b is None else dense.addmm_(b, a, alpha=self.scale)
-
-    def update(self, name: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return lora_A (r, in) and lora_B (out, r) of a linear; None and None if the adapter does not change it."""
-        parts, tensors = name.split("."), {} if self.adapter is None else self.adapter.tensors
-        layer, linear = int(parts[2]), parts[-2]
-        if (layer, linear, "A") not in tensors:
-            return None, None
-        return tensors[layer, linear, "A"], tensors[layer, linear, "B"]
-
-    @property
-    def scale(self) -> float:
-        """Return the factor of B A."""
-        return 1.0 if self.adapter is None else self.adapter.config.scale
+        layer, linear = int(name.split(".")[2]), name.split(".")[-2]
+        if self.adapter is None or (layer, linear, "A") not in self.adapter.tensors:
+            return dense
+        a, b = (self.adapter.tensors[layer, linear, part] for part in "AB")
+        return dense.addmm_(b, a, alpha=self.adapter.scale_of(layer, linear))
 
 
 def merged(job: Job) -> Iterator[tuple[str, Tensor]]:

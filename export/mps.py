@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -34,7 +35,7 @@ from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
 from edgetune.runtime.checkpoint import INDEX, open_model
 from edgetune.runtime.config import LlamaConfig, QuantConfig
-from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.errors import AdapterError, ModelError
 from edgetune.runtime.files import atomic_write, sha256_file
 from edgetune.runtime.json_file import read_object, read_value
 from edgetune.runtime.loader import load_llama
@@ -47,8 +48,10 @@ from edgetune.runtime.untrusted_file import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BUNDLE_MANIFEST,
+    MODEL_CONFIG,
     MODEL_WEIGHTS,
     WEIGHT_INDEX,
+    FileKind,
     copy_untrusted,
     sha256_untrusted,
 )
@@ -142,29 +145,53 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter | None:
     """Load the adapter of a bundle; return None if the folder is not a bundle or contains no adapter.
 
-    `base`: as in peft_folder.read_tensors.
-
+    base: as in peft_folder.load.
     Raises AdapterError for a bundle of a newer edgetune, and if the adapter's digests differ from those in the manifest.
     """
+    found = _read_manifest(folder)
+    if found is None or found.get("adapter") is None:
+        return None
+    files = {peft_folder.CONFIG_FILE: ADAPTER_CONFIG, peft_folder.WEIGHTS_FILE: ADAPTER_WEIGHTS}
+    if _changed(folder, found, {f"{ADAPTER}/{name}": kind for name, kind in files.items()}):
+        raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
+    return peft_folder.load(folder / ADAPTER, base)
+
+
+def check_base(folder: Path) -> None:
+    """Raise ModelError if the base of a bundle differs from the one that was exported; any other folder is left alone.
+
+    Every byte is read. An app that runs the kernels without edgetune can do the same with the manifest's digests.
+    """
+    found = _read_manifest(folder)
+    if found is None:
+        return
+    files = {path.name: MODEL_WEIGHTS for path in sorted(folder.glob("*.safetensors"))}
+    if changed := _changed(folder, found, {"config.json": MODEL_CONFIG, **files}):
+        raise ModelError(
+            f"{changed[0]} in {folder} differs from the one in its {MANIFEST}, so it is not the model that was exported; "
+            "copy or export the folder again."
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a bundle's manifest; None for a folder that is not a bundle. Raises AdapterError for one of a newer edgetune."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return None
-    try:
-        found = read_value(manifest, BUNDLE_MANIFEST)
-        if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
-            return None  # a manifest.json of another program
-        if found["format"] != _FORMAT:
-            raise AdapterError(f"{manifest} was written by a newer edgetune (format {found['format']!r}); update edgetune.")
-        if found["adapter"] is None:
-            return None
-        kinds = {peft_folder.CONFIG_FILE: ADAPTER_CONFIG, peft_folder.WEIGHTS_FILE: ADAPTER_WEIGHTS}
-        digests = {name: found["sha256"][f"{ADAPTER}/{name}"] for name in kinds}
-        unchanged = all(sha256_untrusted(folder / ADAPTER / name, kind) == digests[name] for name, kind in kinds.items())
-    except (OSError, KeyError, TypeError) as error:
-        raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.") from error
-    if not unchanged:
-        raise AdapterError(f"The adapter in {folder} differs from the one in its {MANIFEST}; export the folder again.")
-    return peft_folder.load(folder / ADAPTER, base)
+    found = read_value(manifest, BUNDLE_MANIFEST)
+    if not isinstance(found, dict) or not {"format", "base", "kernels"} <= found.keys():
+        return None  # a manifest.json of another program
+    if found["format"] != _FORMAT:
+        shown = reprlib.repr(found["format"])
+        raise AdapterError(f"{manifest} was written by a newer edgetune (format {shown}); update edgetune.")
+    if not isinstance(found.get("sha256"), dict):
+        raise AdapterError(f"The {MANIFEST} in {folder} cannot be read; export the folder again.")
+    return found
+
+
+def _changed(folder: Path, manifest: dict[str, Any], files: Mapping[str, FileKind]) -> list[str]:
+    """Return the named files whose bytes differ from the manifest's digests. Raises the kind's error for a missing file."""
+    return [name for name, kind in files.items() if sha256_untrusted(folder / name, kind) != manifest["sha256"].get(name)]
 
 
 @dataclass(frozen=True)
@@ -187,7 +214,7 @@ def reference(job: Job, folder: Path) -> Llama:
 def read(job: Job, folder: Path) -> BundleReader:
     """Open the bundle with this machine's own kernels."""
     model = load_llama(open_model(folder), torch.float32, layer_memory=job.layer_memory)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, job.base.config)
     if adapter is not None:
         adapters.attach(model, adapter)
     return BundleReader(model)

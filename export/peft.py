@@ -19,12 +19,14 @@ from edgetune.export.job import Job, Written, work_folder
 from edgetune.export.memory import TORCH_BUILD_BYTES, ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime import peft_folder
-from edgetune.runtime.checkpoint import INDEX, WEIGHTS, Checkpoint
+from edgetune.runtime.checkpoint import INDEX, Checkpoint
+from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.model_folder import write_config
 from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, copy_untrusted
 
+_ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
+"""Keys of config.json that transformers needs beside those that decide the logits."""
 TRANSFORMERS_BYTES = 300_000_000 + TORCH_BUILD_BYTES
 """Anonymous memory in bytes of a process that has imported transformers. Measured: 265 MB."""
 PEFT_BYTES = 50_000_000
@@ -63,11 +65,18 @@ def open_transformers(folder: Path) -> Any:
     with _quiet():
         from transformers import AutoModelForCausalLM
 
+        # What the folder's config.json says about code and kernels is overruled: no other is imported or fetched.
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            use_safetensors=True,
         )
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
+        packed = hasattr(tensor, "quant_state")  # codes, which bitsandbytes may store in bytes that count as bf16
+        if tensor.is_floating_point() and not packed:
             tensor.data = tensor.data.float()
     for linear in model.modules():
         if hasattr(linear, "compute_dtype"):
@@ -75,6 +84,25 @@ def open_transformers(folder: Path) -> Any:
             linear.compute_dtype, linear.compute_type_is_set = torch.float32, True
             linear.support_avx512bf16_for_cpu = False
     return model
+
+
+@contextlib.contextmanager
+def plain_base(base: Checkpoint, folder: Path) -> Iterator[Path]:
+    """Yield a folder for other libraries to open the base from: its weights, and of config.json what decides the logits.
+
+    A base can come from anybody. Its own folder could name code and kernels to load, or hold an adapter_config.json, by which
+    transformers would open another model in its place.
+    """
+    with work_folder(folder) as place:
+        config = {key: value for key, value in base.hf_config.items() if key in SUPPORTED or key in _ALSO_PASSED_ON}
+        atomic_write(place / "config.json", json.dumps(config))
+        index = base.folder / INDEX
+        for file in [*base.files, *([index] if len(base.files) > 1 else [])]:
+            try:
+                (place / file.name).symlink_to(file.resolve())
+            except OSError:  # a system that does not let everybody make links
+                copy_untrusted(file, MODEL_WEIGHTS, place / file.name)
+        yield place
 
 
 def _refuse_misread(inputs: int, block_size: int) -> None:
@@ -119,29 +147,12 @@ def peak_memory(job: Job) -> ExportMemory:
 
 def read(job: Job, folder: Path) -> TransformersReader:
     """Open the base with transformers and the adapter with peft."""
-    with work_folder(folder) as place:
-        _lay_out_base(job.base, place)
+    with plain_base(job.base, folder) as place:
         base = open_transformers(place)
     with _quiet():
         from peft import PeftModel
 
         return TransformersReader(PeftModel.from_pretrained(base, folder))
-
-
-def _lay_out_base(base: Checkpoint, place: Path) -> None:
-    """Put the base's weights and a config.json of our own into `place`: what transformers opens there was checked before.
-
-    In the model's own folder transformers would also follow what edgetune does not read, such as an adapter_config.json.
-    """
-    write_config(place, base.hf_config)
-    for file in base.files:
-        try:
-            (place / file.name).symlink_to(file.resolve())
-        except OSError:  # a system that does not let everybody make links
-            copy_untrusted(file, MODEL_WEIGHTS, place / file.name)
-    if [file.name for file in base.files] != [WEIGHTS]:
-        weight_map = {name: base.located(name)[0].name for name in base.stored}
-        atomic_write(place / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 SPEC = TargetSpec(

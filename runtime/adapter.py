@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,21 +19,56 @@ from edgetune.runtime.model import Llama
 class Adapter:
     """A LoRA adapter that is not on any model.
 
-    tensors: by (layer, linear, "A" or "B"), in f32: A is (rank, in_features), B is (out_features, rank).
-    about: the content of edgetune.json. layers: the adapted layers, ascending; None for all layers.
+    tensors: by (layer, linear, "A" or "B"), in f32: A is (rank, in_features), B is (out_features, rank). They say which
+    linears are adapted; adapters of other programs can leave out some of config.targets in some layers, and give linears a
+    rank of their own. about: the content of edgetune.json. layers: the adapted layers, ascending; None for all layers.
+    alphas: the alpha of each linear whose alpha is not config.alpha.
     """
 
     config: LoraConfig
     tensors: dict[tuple[int, str, str], Tensor]
     about: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    alphas: Mapping[tuple[int, str], float] = field(default_factory=dict)
 
+    @property
+    def linears(self) -> list[tuple[int, str]]:
+        """Return (layer, linear) of each adapted linear, in order."""
+        return sorted({(layer, name) for layer, name, _ in self.tensors})
 
-def may_fit(shape: tuple[int, ...], layer: int, name: str, part: str, model: LlamaConfig) -> bool:
-    """Return True if a tensor of this shape can be lora_A or lora_B ("A" or "B" as `part`) of a linear of the model."""
-    rows, columns = model.linear_shapes()[name]
-    rank, width = shape if part == "A" else shape[::-1]
-    return layer < model.num_layers and rank <= MAX_RANK and width == (columns if part == "A" else rows)
+    def config_of(self, layer: int, name: str) -> LoraConfig:
+        """Return the configuration of one linear, with its own rank and alpha."""
+        rank = self.tensors[layer, name, "A"].shape[0]
+        return replace(self.config, rank=rank, alpha=self.alphas.get((layer, name), self.config.alpha))
+
+    def scale_of(self, layer: int, name: str) -> float:
+        """Return the factor of B A of one linear."""
+        return self.config_of(layer, name).scale
+
+    @property
+    def is_uniform(self) -> bool:
+        """Return True if all adapted linears have the configuration's rank and alpha."""
+        return all(self.config_of(*linear) == self.config for linear in self.linears)
+
+    def covers(self, num_layers: int) -> bool:
+        """Return True if every target of every layer is adapted."""
+        return len(self.linears) == num_layers * len(self.config.targets)
+
+    def uniform(self) -> Adapter:
+        """Return an adapter with the same effect whose linears all have one rank and one alpha, for formats that hold no other.
+
+        Lower ranks are padded with zeros, and B is multiplied by the rest of its scale, which rounds it to f32.
+        """
+        if self.is_uniform:
+            return self
+        rank, scale, tensors = max(self.config_of(*linear).rank for linear in self.linears), self.config.scale, {}
+        for layer, name in self.linears:
+            a, b = self.tensors[layer, name, "A"], self.tensors[layer, name, "B"]
+            padding = rank - len(a)
+            tensors[layer, name, "A"] = torch.nn.functional.pad(a, (0, 0, 0, padding))
+            tensors[layer, name, "B"] = torch.nn.functional.pad(b * (self.scale_of(layer, name) / scale), (0, padding))
+        config = replace(self.config, rank=rank, alpha=scale * rank, rslora=False)
+        return Adapter(config, tensors, self.about, self.layers)
 
 
 def attach_new(model: Llama, config: LoraConfig, seed: int) -> None:
@@ -56,39 +92,44 @@ def attach(model: Llama, adapter: Adapter) -> None:
         for name, module in block.linears().items()
     }
     detach(model)
-    for layer, name in sorted({key[:2] for key in adapter.tensors}):
+    for layer, name in adapter.linears:
         a, b = (adapter.tensors[layer, name, part].to(model.device, torch.float32).clone() for part in "AB")
-        adapted = LoraLinear(linears[layer, name], a, b, adapter.config.scale, adapter.config.dropout)
+        adapted = LoraLinear(linears[layer, name], a, b, adapter.scale_of(layer, name), adapter.config.dropout)
         setattr(model.blocks[layer], name, adapted)
 
 
 def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
     """Raise AdapterError, which names everything that does not fit, if the adapter was made for a model of another shape."""
-    config, shapes = adapter.config, model.linear_shapes()
-    layers = set(range(model.num_layers) if adapter.layers is None else adapter.layers)
-    wanted = {(layer, name) for layer in layers & set(range(model.num_layers)) for name in config.targets}
-    found = {(layer, name) for layer, name, _ in adapter.tensors}
+    check_shapes({key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}, adapter.layers, model)
+
+
+def check_shapes(
+    shapes: Mapping[tuple[int, str, str], tuple[int, ...]],
+    layers: Sequence[int] | None,
+    model: LlamaConfig,
+    ranks: Collection[int] | None = None,
+) -> None:
+    """Raise AdapterError as `check_fits` does, from the shapes of A (r, in) and B (out, r) alone: before they are read.
+
+    layers: those that the configuration names, None for all. ranks: the ranks that it allows; None allows any up to 1024.
+    """
     wrong: dict[tuple[str, str], list[int]] = {}  # (linear, fault) -> layers
-    for layer, name in sorted(found):
-        a, b = (adapter.tensors.get((layer, name, part)) for part in "AB")
-        rows, columns = shapes[name]
-        expected = (config.rank, columns), (rows, config.rank)
+    beyond = {layer for layer in layers or () if layer >= model.num_layers}
+    for layer, name in sorted({(layer, name) for layer, name, _ in shapes}):
+        a, b = (shapes.get((layer, name, part)) for part in "AB")
+        rows, columns = model.linear_shapes()[name]
         if layer >= model.num_layers:
-            layers.add(layer)
-            continue
-        if a is None or b is None:
-            fault = f"lora_{'A' if a is None else 'B'} is missing"
-        elif (a.shape, b.shape) != expected:
-            fault = f"lora_A is {tuple(a.shape)} and lora_B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
-        elif (layer, name) not in wanted:
-            fault = "adapter_config.json does not name it"
+            beyond.add(layer)
+        elif a is None or b is None:
+            wrong.setdefault((name, f"lora_{'A' if a is None else 'B'} is missing"), []).append(layer)
         else:
-            continue
-        wrong.setdefault((name, fault), []).append(layer)
-    for layer, name in sorted(wanted - found):
-        wrong.setdefault((name, "no tensors"), []).append(layer)
-    beyond = sorted(layer for layer in layers if layer >= model.num_layers)
-    problems = [f"the model has no {_layer_list(beyond)}"] if beyond else []
+            allowed = a[0] in ranks if ranks is not None else 1 <= a[0] <= MAX_RANK
+            rank = a[0] if allowed or not ranks else min(ranks)
+            expected = (rank, columns), (rows, rank)
+            if (a, b) != expected or not allowed:
+                fault = f"lora_A is {a} and lora_B {b}, expected {expected[0]} and {expected[1]}"
+                wrong.setdefault((name, fault), []).append(layer)
+    problems = [f"the model has no {_layer_list(sorted(beyond))}"] if beyond else []
     problems += [f"{_layer_list(where)} {name}: {fault}" for (name, fault), where in wrong.items()]
     if problems:
         raise AdapterError(
@@ -97,7 +138,7 @@ def check_fits(adapter: Adapter, model: LlamaConfig) -> None:
         )
 
 
-def _layer_list(layers: list[int]) -> str:
+def _layer_list(layers: Sequence[int]) -> str:
     """Return ascending numbers as "layer 3" or "layers 0-7, 9"; usually every layer has the same mismatch."""
     ranges: list[list[int]] = []
     for layer in layers:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime import json_file, nf4
+from edgetune.runtime import nf4
+from edgetune.runtime.json_file import parse
 from edgetune.runtime.nf4 import FLOATS, NESTED_BLOCK_SIZE, NestedAbsmax, QuantizedTensor, QuantState
 from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor, TensorSpec
 
@@ -30,7 +31,7 @@ PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 STATE_BYTES = 256
 """Bytes that the JSON of a weight is padded to with spaces: a multiple of 64, and more than any that edgetune writes."""
 _MAX_STATE_BYTES = 1 << 16  # longest JSON of a weight that is read (chosen by hand)
-_MAX_OFFSET = 3e38  # the offset is stored in fp32
+_MAX_OFFSET = 65504.0  # largest mean of absmax that is read: the largest number in fp16
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
@@ -51,27 +52,24 @@ def parse_state(raw: bytes | memoryview) -> StoredState:
     if len(raw) > _MAX_STATE_BYTES:
         raise ValueError(f"its quant_state takes {len(raw):,} bytes, more than the limit of {_MAX_STATE_BYTES:,}")
     try:
-        fields = json_file.parse(bytes(raw))
+        fields = parse(bytes(raw))
         quant_type, block_size = fields["quant_type"], fields["blocksize"]
         dtype, shape = fields["dtype"], fields["shape"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError("its quant_state is not valid JSON or lacks a key") from error
     if quant_type != "nf4":
-        raise ValueError(f"its data type is {_short(quant_type)}, and edgetune reads only 'nf4'")
-    if block_size not in nf4.BLOCK_SIZES or not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"its block size {_short(block_size)} or dtype {_short(dtype)} is not one that bitsandbytes writes")
+        raise ValueError(f"its data type is {reprlib.repr(quant_type)}, and edgetune reads only 'nf4'")
+    if type(block_size) is not int or block_size not in nf4.BLOCK_SIZES or not isinstance(dtype, str) or dtype not in _DTYPES:
+        found = f"block size {reprlib.repr(block_size)} or dtype {reprlib.repr(dtype)}"
+        raise ValueError(f"its {found} is not one that bitsandbytes writes")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in shape):
-        raise ValueError(f"its shape {_short(shape)} is not two positive numbers")
+        raise ValueError(f"its shape {reprlib.repr(shape)} is not a list of two positive numbers")
     nested, offset = fields.get("nested_blocksize"), fields.get("nested_offset", 0.0)
-    if nested not in (None, NESTED_BLOCK_SIZE) or type(offset) not in (int, float) or not abs(offset) < _MAX_OFFSET:
-        found = f"its nested block size {_short(nested)} or offset {_short(offset)}"
-        raise ValueError(f"{found} is not one that bitsandbytes writes")
+    whole = nested is None or (type(nested) is int and nested == NESTED_BLOCK_SIZE)
+    if not whole or type(offset) not in (int, float) or not abs(offset) <= _MAX_OFFSET:
+        found = f"nested block size {reprlib.repr(nested)} or offset {reprlib.repr(offset)}"
+        raise ValueError(f"its {found} is not one that bitsandbytes writes")
     return StoredState(quant_type, block_size, _DTYPES[dtype], tuple(shape), nested, float(offset))
-
-
-def _short(value: object) -> str:
-    """Return a value of a weight's JSON for an error message, cut where it is long."""
-    return reprlib.repr(value)
 
 
 def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) -> list[str]:
@@ -81,7 +79,6 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
     wanted = {"": (n + 1) // 2, ".quant_map": 16}  # bytes of the codes, values of the others
     nested = state.nested_block_size
     wanted[".absmax"] = blocks
-    transposed = [_transposed_shape(state)] if nested is None else []
     if nested is not None:
         wanted |= {".nested_absmax": -(-blocks // nested), ".nested_quant_map": 256}
     faults = []
@@ -91,15 +88,16 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
             faults.append(f"{name}{suffix} is missing")
         elif (tensor.nbytes if suffix == "" else math.prod(tensor.shape)) != count:
             faults.append(f"{name}{suffix} has shape {list(tensor.shape)}, too few or many for {list(state.shape)}")
-        elif suffix == ".absmax" and tensor.shape not in ((blocks,), *transposed):
+        elif suffix == "" and len(tensor.shape) != 2:
+            faults.append(f"{name} has shape {list(tensor.shape)}; expected its codes as a column")
+        elif suffix == ".absmax" and tensor.shape not in ((blocks,), _transposed_shape(state)):
             faults.append(f"{name}.absmax has shape {list(tensor.shape)}; expected [{blocks}]")
-        elif suffix == ".absmax" and (tensor.dtype == torch.uint8) != (nested is not None):
+        elif suffix == ".absmax" and tensor.dtype not in (FLOATS if nested is None else (torch.uint8,)):
             faults.append(f"{name}.absmax is {tensor.dtype}, which contradicts its quant_state")
-        elif suffix in (".quant_map", ".nested_absmax", ".nested_quant_map") and (tensor.dtype, tensor.shape) != (
-            torch.float32,
-            (count,),
-        ):
-            faults.append(f"{name}{suffix} is {tensor.dtype} {list(tensor.shape)}; expected float32 [{count}]")
+        elif suffix not in ("", ".absmax") and len(tensor.shape) != 1:
+            faults.append(f"{name}{suffix} has shape {list(tensor.shape)}; expected [{count}]")
+        elif suffix in (".quant_map", ".nested_absmax", ".nested_quant_map") and tensor.dtype != torch.float32:
+            faults.append(f"{name}{suffix} is {tensor.dtype}; expected float32")
     return faults
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,12 @@ from edgetune.runtime.untrusted_file import MAX_SHARDS, MODEL_CONFIG, WEIGHT_IND
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-# Tensors that a folder may hold and that are not used: what old LLaMA checkpoints store, and the head of a tied model.
-_IGNORED = re.compile(rf"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|{re.escape(HEAD)}")
+# Tensors that a folder may hold and that are not used: rotary angles and masks that older libraries stored although config.json
+# gives them, and the head of a tied model.
+_IGNORED = re.compile(
+    r"model\.(layers\.\d{1,4}\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached|cos|sin)"
+    rf"|model\.layers\.\d{{1,4}}\.self_attn\.(masked_bias|attn_mask|causal_mask)|{re.escape(HEAD)}"
+)
 _SHOWN = 12  # most faults named in one message (chosen by hand)
 _SAMPLES, _SAMPLE_BYTES = 4, 1024  # parts of each tensor that its digest covers, and the bytes of a part
 
@@ -200,6 +206,43 @@ class Checkpoint:
                 faults.append(f"{name} is unknown")
         return faults + self._tied_head_faults(stored)
 
+    def _refuse_inf_and_nan(self) -> None:
+        """Raise ModelError, which names them, for vectors that hold inf or NaN: norms, biases, and the scales of 4-bit scales.
+
+        They are short, so every command can afford it. load_llama checks the matrices.
+        """
+        names = [name for name, tensor in self.stored.items() if len(tensor.shape) == 1 and tensor.dtype in FLOATS]
+        wanted, parts = model_shapes(self.config), tuple(bnb_layout.PARTS[1:])  # all but absmax, which can be long
+        self.refuse_inf_and_nan([name for name in names if name in wanted or name.endswith(parts)])
+
+    def long_floats(self, linears: bool) -> list[str]:
+        """Return the names of the stored tensors beside the norms and biases that can hold inf or NaN and are used.
+
+        linears: include dense linears, which a quantisation would check by itself.
+        """
+        wanted, used = model_shapes(self.config), []
+        for name, tensor in self.stored.items():
+            dense = name in wanted and name not in self._states and len(tensor.shape) == 2 and (linears or not is_linear(name))
+            if tensor.dtype in FLOATS and (dense or name.endswith(bnb_layout.PARTS[0])):
+                used.append(name)
+        return used
+
+    def refuse_inf_and_nan(self, names: Iterable[str]) -> None:
+        """Raise ModelError, which names them, for stored tensors that hold inf or NaN; read in slices."""
+        broken = []
+        for name in names:
+            # NaN and inf survive in the extremes, which are found 25 times as fast as isfinite looks at every number.
+            extremes = [end for piece in self._where[name].pieces(name) for end in torch.aminmax(piece)]
+            if not all(torch.isfinite(end) for end in extremes):
+                broken.append(name)
+            self._where[name].release(name)
+        if broken:
+            more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+            raise ModelError(
+                f"{self.folder} holds inf or NaN in {', '.join(broken[:_SHOWN])}{more}, so it can compute nothing; "
+                "copy or download the folder again."
+            )
+
     def _tied_head_faults(self, stored: dict[str, StoredTensor]) -> list[str]:
         """Check that a tied model which stores a head as well stores a copy of the embedding; return the fault otherwise."""
         if not self.config.tie_embeddings or HEAD not in stored or EMBEDDING not in stored:
@@ -212,7 +255,7 @@ class Checkpoint:
 def open_model(folder: Path | str) -> Checkpoint:
     """Open a Hugging Face folder, reading only the files' headers; a weight is mapped when it is requested.
 
-    Raises ModelError that names the folder and all faults.
+    Raises ModelError that names the folder and all faults, or the norms and biases that hold inf or NaN.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -230,6 +273,7 @@ def open_model(folder: Path | str) -> Checkpoint:
         checkpoint = Checkpoint(folder, hf_config, files)
         faults += checkpoint._find_states() + checkpoint._tensor_faults()
         if not faults:
+            checkpoint._refuse_inf_and_nan()
             return checkpoint
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise ModelError(
@@ -259,10 +303,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
     config = read_object(folder / "config.json", MODEL_CONFIG)
     quantization = config.get("quantization_config")
-    if isinstance(quantization, dict):
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ModelError(
+            f"{folder} has quantization_config {reprlib.repr(quantization)}, expected an object; copy the model folder again."
+        )
+    if quantization:
         method = quantization.get("quant_method", "bitsandbytes")
         if method != "bitsandbytes" or quantization.get("load_in_8bit"):
-            kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else method
+            kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else str(method)[:40]
             raise ModelError(
                 f"{folder} is quantised with {kind}; edgetune reads bitsandbytes 4-bit, bf16, fp16 and fp32: "
                 "use the model's unquantised folder."

@@ -7,9 +7,11 @@ every option that would change a logit and that the engine does not implement: a
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgetune.runtime.config_keys import flag, real, refuse_unknown, token_ids, unsupported, whole
 from edgetune.runtime.errors import ModelError, UsageError
 
 # The linears of a layer, in the order of their use.
@@ -17,6 +19,8 @@ ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + MLP_LINEARS
 
+MAX_RANK = 1024
+"""Largest rank of an adapter. Chosen by hand: no published adapter comes near it."""
 ARCHITECTURES = {  # model_type in config.json -> the class name in its "architectures"
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -24,79 +28,18 @@ ARCHITECTURES = {  # model_type in config.json -> the class name in its "archite
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# Keys of config.json that change no logit: bookkeeping, initialisation, generation and training settings.
-_BOOKKEEPING = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "initializer_range",
-        "use_cache",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "_name_or_path",
-        "name_or_path",
-        "quantization_config",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "is_encoder_decoder",
-        "is_decoder",
-        "pretraining_tp",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "chunk_size_feed_forward",
-        "task_specific_params",
-        "finetuning_task",
-        "tokenizer_class",
-        "prefix",
-        "decoder_start_token_id",
-        "is_llama_config",
-        "use_bfloat16",
-        "_attn_implementation_autoset",
-        "_attn_implementation",
-        "attn_implementation",
-        "unsloth_fixed",
-        "unsloth_version",
-        "license",
-        "rope_interleaved",
-        "transformers.js_config",
-        "cross_attention_hidden_size",
-        "add_cross_attention",
-        "tie_encoder_decoder",
-        "max_window_layers",
-        "use_sliding_window",
-        "layer_types",
-        "sliding_window",
-    ]
-)
-_SUPPORTED = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "attention_bias",
-        "mlp_bias",
-        "hidden_act",
-        "attention_dropout",
-        "partial_rotary_factor",
-    ]
-)
+_MOST_LAYERS, _MOST_WIDTH, _MOST_TOKENS = 1024, 2**20, 2**24
+"""Largest number of layers, width of any tensor but the embedding's rows, and number of tokens that a config may name. The
+largest models in use have 126 layers, a width of 53,248 and 262,144 tokens. Chosen by hand."""
+_MISTRAL_WINDOW = 4096
+"""Sliding window of a Mistral config that has no such key: transformers' MistralConfig."""
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""The kinds of RoPE that the engine computes, and the numbers that each needs beside theta."""
 
 
 @dataclass(frozen=True)
@@ -112,29 +55,72 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
-        """Read `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them. Raises ModelError."""
-        fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        theta = float(fields.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-        kind = str(fields.pop("rope_type", None) or fields.pop("type", None) or "default")
-        fields.pop("type", None)
-        if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise _unsupported("rope_parameters.partial_rotary_factor", "not 1.0", "rotation of whole heads")
-        names = {
-            "default": (),
-            "linear": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }
-        if kind not in names:
-            raise _unsupported("rope_scaling", repr(kind), "default, linear or llama3")
-        unknown = sorted(set(fields) - set(names[kind]))
-        missing = sorted(set(names[kind]) - set(fields))
+        """Read `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them.
+
+        A config may hold both forms, for readers of either version, but they must agree. Raises ModelError.
+        """
+        fields, kind = _rope_fields(config)
+        theta = real(fields, "rope_theta", 0.0, 1e15, 10000.0)
+        needed = _ROPE_KEYS[kind]
+        unread = {"rope_theta"} if kind == "llama3" else {"rope_theta", "original_max_position_embeddings"}
+        if kind == "default" and fields.get("factor") == 1:
+            unread.add("factor")
+        unknown = sorted(set(fields) - set(needed) - unread)
+        missing = sorted(set(needed) - set(fields))
         if unknown or missing:
             raise ModelError(
-                f"config.json's rope_scaling of type {kind!r} has unknown keys {unknown} and lacks {missing}; "
-                f"expected exactly {sorted(names[kind])}."
+                f"config.json's rope_scaling of type {kind!r} has unknown keys {unknown[:8]} and lacks {missing}; "
+                f"expected exactly {sorted(needed)}."
             )
-        values = {name.replace("max_position_embeddings", "max_positions"): fields[name] for name in names[kind]}
+        for name in needed:
+            if name == "original_max_position_embeddings":
+                whole(fields, name, 2**31 - 1)
+            else:
+                real(fields, name, 0.0, 1e6)
+        if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
+            raise unsupported("rope_scaling", "a low_freq_factor that is not below its high_freq_factor", "one that is")
+        # As the file has them, whole numbers included: the digest of a base model covers how these numbers are written.
+        values = {name.replace("max_position_embeddings", "max_positions"): fields[name] for name in needed}
         return cls(theta=theta, kind=kind, **values)
+
+
+def _rope_fields(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the fields of all RoPE entries of config.json as one, and the kind. Raises ModelError if they contradict."""
+    fields: dict[str, Any] = {}
+    for entry in ("rope_parameters", "rope_scaling"):
+        found = config.get(entry)
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise unsupported(entry, reprlib.repr(found), "an object or null")
+        values = {"type" if key == "rope_type" else key: value for key, value in found.items() if value is not None}
+        if found.get("type") not in (None, values.get("type")):
+            raise _contradiction(f"{entry}.type", found["type"], "its rope_type", values["type"])
+        values.setdefault("type", "default")
+        for key in sorted(fields.keys() & values.keys()):
+            if fields[key] != values[key]:
+                raise _contradiction(f"{entry}.{key}", values[key], f"rope_parameters.{key}", fields[key])
+        if fields and (fields.keys() ^ values.keys()) - {"rope_theta", "partial_rotary_factor"}:
+            raise _contradiction(entry, values, "rope_parameters", fields)
+        fields |= values
+    theta = config.get("rope_theta")
+    if theta is not None and "rope_theta" in fields and fields["rope_theta"] != theta:
+        raise _contradiction("rope_theta", theta, "the one beside its scaling", fields["rope_theta"])
+    if theta is not None:
+        fields["rope_theta"] = theta
+    kind = fields.pop("type", "default")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise unsupported("rope_scaling", reprlib.repr(kind), "default, linear or llama3")
+    if fields.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise unsupported("rope_parameters.partial_rotary_factor", "not 1.0", "rotation of whole heads")
+    return fields, kind
+
+
+def _contradiction(one: str, value: Any, other: str, second: Any) -> ModelError:
+    return ModelError(
+        f"config.json contradicts itself: {one} is {reprlib.repr(value)} and {other} is {reprlib.repr(second)}; "
+        "copy the model folder again from its publisher."
+    )
 
 
 @dataclass(frozen=True)
@@ -167,65 +153,41 @@ class LlamaConfig:
 
         Raises ModelError, naming it, for an architecture or an option that this engine does not support.
         """
-        model_type = str(config.get("model_type"))
-        if model_type not in ARCHITECTURES:
-            found = (config.get("architectures") or [model_type])[0]
-            raise ModelError(
-                f"Unsupported architecture {found!r}; edgetune runs {', '.join(sorted(ARCHITECTURES.values()))}. "
-                "Type `edgetune models` to see what on this machine it can use."
-            )
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+            raise _unknown_architecture(config)
         _refuse_unsupported(config)
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            layers = int(config["num_hidden_layers"])
-            result = cls(
-                model_type=model_type,
-                hidden_size=hidden,
-                intermediate_size=int(config["intermediate_size"]),
-                num_layers=layers,
-                num_heads=heads,
-                num_kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // max(heads, 1))),
-                vocab_size=int(config["vocab_size"]),
-                max_positions=int(config.get("max_position_embeddings") or 2048),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope=RopeConfig.from_hf(config),
-                tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-                qkv_bias=model_type == "qwen2" or bool(config.get("attention_bias", False)),
-                o_bias=model_type != "qwen2" and bool(config.get("attention_bias", False)),
-                qk_norm=model_type == "qwen3",
-                windows=_windows(config, model_type, layers),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_ids=_as_ids(config.get("eos_token_id")),
-            )
-        except KeyError as error:
-            raise ModelError(f"config.json lacks {error.args[0]!r}; copy the model folder again.") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"config.json holds a value of the wrong type ({error}); copy the model folder again.") from error
+        hidden, heads = whole(config, "hidden_size", _MOST_WIDTH), whole(config, "num_attention_heads", _MOST_WIDTH)
+        layers, bias = whole(config, "num_hidden_layers", _MOST_LAYERS), flag(config, "attention_bias")
+        result = cls(
+            model_type=model_type,
+            hidden_size=hidden,
+            intermediate_size=whole(config, "intermediate_size", 8 * _MOST_WIDTH),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=whole(config, "num_key_value_heads", _MOST_WIDTH, heads),
+            head_dim=whole(config, "head_dim", _MOST_WIDTH, 128 if model_type == "qwen3" else max(1, hidden // heads)),
+            vocab_size=whole(config, "vocab_size", _MOST_TOKENS),
+            max_positions=whole(config, "max_position_embeddings", 2**31 - 1, 2048),
+            rms_norm_eps=real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
+            rope=RopeConfig.from_hf(config),
+            tie_embeddings=flag(config, "tie_word_embeddings"),
+            qkv_bias=model_type == "qwen2" or bias,
+            o_bias=model_type != "qwen2" and bias,
+            qk_norm=model_type == "qwen3",
+            windows=_windows(config, model_type, layers),
+            bos_token_id=next(iter(token_ids(config, "bos_token_id")), None),
+            eos_token_ids=token_ids(config, "eos_token_id"),
+        )
         result._check()
         return result
 
     def _check(self) -> None:
-        sizes = {
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.max_positions,
-        }
-        for name, value in sizes.items():
-            if not 0 < value < 2**31:
-                raise ModelError(f"config.json's {name} is {value}; expected a positive number. Copy the model folder again.")
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ModelError(
                 f"config.json contradicts itself: {self.num_heads} attention heads over {self.num_kv_heads} key/value heads "
                 f"of {self.head_dim}; expected a multiple of the key/value heads and an even head size."
             )
-        if not (self.rms_norm_eps > 0 and math.isfinite(self.rope.theta) and self.rope.theta > 0):
-            raise ModelError("config.json's rms_norm_eps and rope_theta must be positive; copy the model folder again.")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of each linear of a layer, by its name."""
@@ -251,52 +213,43 @@ class LlamaConfig:
         return self.linear_parameters + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
 
 
-def _unsupported(option: str, found: str, expected: str) -> ModelError:
-    return ModelError(f"config.json's {option} is {found}, which edgetune does not support; expected {expected}.")
+def _unknown_architecture(config: dict[str, Any]) -> ModelError:
+    named = config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else config.get("model_type")
+    return ModelError(
+        f"Unsupported architecture {reprlib.repr(found)}; edgetune runs {', '.join(sorted(ARCHITECTURES.values()))}. "
+        "Type `edgetune models` to see what on this machine it can use."
+    )
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
-    unknown = sorted(key for key in set(config) - _BOOKKEEPING - _SUPPORTED if config[key] not in (None, False))
-    if unknown:
-        raise ModelError(
-            f"config.json sets {', '.join(unknown)}, which edgetune does not support; expected a plain "
-            f"{'/'.join(ARCHITECTURES)} config. Choose another model with `edgetune models`."
-        )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise _unsupported("hidden_act", repr(config["hidden_act"]), "silu")
-    if config.get("mlp_bias"):
-        raise _unsupported("mlp_bias", "true", "false")
-    if config.get("attention_dropout"):
-        raise _unsupported("attention_dropout", repr(config["attention_dropout"]), "0")
-    if config.get("rope_interleaved"):
-        raise _unsupported("rope_interleaved", "true", "false")
-    if config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise _unsupported("partial_rotary_factor", repr(config["partial_rotary_factor"]), "1.0")
+    refuse_unknown(config, "/".join(ARCHITECTURES))
+    for option, plain, expected in (
+        ("hidden_act", ("silu", "swish"), "silu"),
+        ("mlp_bias", (False,), "false"),
+        ("attention_dropout", (0,), "0"),
+        ("rope_interleaved", (False,), "false"),
+        ("partial_rotary_factor", (1,), "1.0"),
+    ):
+        found = config.get(option)
+        if found is not None and (isinstance(found, list | dict) or found not in plain):
+            raise unsupported(option, reprlib.repr(found), expected)
 
 
 def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
     """Return each layer's sliding window, which the four architectures spell differently."""
-    window = config.get("sliding_window")
-    if model_type in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
-        window = None
-    if window is None or model_type == "llama":
+    qwen, used = model_type in ("qwen2", "qwen3"), flag(config, "use_sliding_window")
+    found = config.get("sliding_window", _MISTRAL_WINDOW if model_type == "mistral" else None)
+    if found is None or model_type == "llama" or (qwen and not used):
         return (None,) * layers
-    if int(window) < 1:
-        raise _unsupported("sliding_window", repr(window), "a positive number of tokens")
+    window = whole({"sliding_window": found}, "sliding_window", 2**31 - 1)
     kinds = config.get("layer_types")
     if kinds is None:
-        first = int(config.get("max_window_layers", 28)) if model_type.startswith("qwen") else 0
-        return tuple(int(window) if layer >= first else None for layer in range(layers))
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown or len(kinds) != layers:
-        raise _unsupported("layer_types", f"{len(kinds)} entries with {unknown or 'no unknown kind'}", f"{layers} known kinds")
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(item) for item in value) if isinstance(value, list) else (int(value),)
+        first = whole(config, "max_window_layers", 2**31 - 1, 28, least=0) if qwen else 0
+        return tuple(window if layer >= first else None for layer in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= _LAYER_TYPES:
+        raise unsupported("layer_types", reprlib.repr(kinds), f"{layers} of {', '.join(sorted(_LAYER_TYPES))}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 MAX_RANK = 1024

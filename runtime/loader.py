@@ -58,6 +58,7 @@ def load_llama(
         raise ModelError(
             f"{checkpoint.folder} is not quantised and does not fit; type `edgetune quantize {checkpoint.folder} DEST` once."
         )
+    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=quant is None))
     blocks = []
     for layer in range(config.num_layers):
         tensors = {

@@ -9,10 +9,11 @@ name or text of a note.
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,33 +21,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.runtime.adapter import Adapter, may_fit
+from edgetune.runtime.adapter import Adapter, check_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write
 from edgetune.runtime.json_file import read_object, read_object_if_there
+from edgetune.runtime.module_patterns import patterns
 from edgetune.runtime.names import hf_linear_name, layer_tensor
 from edgetune.runtime.safetensors_file import DTYPE_NAMES, SafetensorsFile, write_tensors
 from edgetune.runtime.untrusted_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
+_MOST_CHECKED = 1 << 24
+"""Most numbers of a matrix that is looked at in an adapter that is refused anyway. Chosen by hand."""
 _MOST_NAMED = 8
 """The most tensors that an error names for each fault. Chosen by hand."""
 NO_LORA, NO_MATRIX, NOT_FINITE = "not LoRA of a LLaMA linear", "not a matrix", "inf or NaN"
+UNNAMED = "not among target_modules, layers_to_transform and exclude_modules"
+VOCABULARY = "LoRA or a copy of the embedding or the head, which edgetune does not adapt"
 """Faults that a tensor of an adapter can have in any file format, as errors name them."""
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight")
+_VOCABULARY = re.compile(r".*\b(lm_head|embed_tokens|output|token_embd)\b.*")
+"""Names of tensors that adapt the embedding or the head, by Hugging Face's names and llama.cpp's."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that are read; values of the others (integers, fp8) mean nothing without a scale."""
-# PEFT's settings that change what an adapter computes, each with the only value that edgetune supports.
-_PLAIN = {
-    "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {}, "trainable_token_indices": None, "lora_bias": False,
-    "layer_replication": None, "exclude_modules": None, "target_parameters": None,
+# PEFT's settings that change what an adapter computes, each with the only value that edgetune supports. Settings at that value
+# are never written: a PEFT that is older than a setting does not open a file that has it.
+_PLAIN: dict[str, Any] = {
+    "bias": "none", "use_dora": False, "lora_bias": False, "modules_to_save": None, "trainable_token_indices": None,
+    "layer_replication": None, "target_parameters": None, "alora_invocation_tokens": None, "use_qalora": False,
+    "use_bdlora": None, "arrow_config": None, "kasa_config": None, "monteclora_config": None, "velora_config": None,
 }  # fmt: skip
-# Settings of newer PEFT versions and of special kinds of LoRA, which edgetune reads but never writes: an older PEFT does
-# not open a file with a setting that it does not know. An adapter that uses one is refused.
-_UNSUPPORTED = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """The values of init_lora_weights that leave the base model unchanged; pissa, olora, corda and loftq subtract from it."""
 
@@ -67,9 +73,8 @@ def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
     config = adapter.config
     peft = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": config.rank,
-        "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(config.targets),
-        "use_rslora": config.rslora, "inference_mode": True, "init_lora_weights": True, **_PLAIN,
-        "layers_to_transform": None if adapter.layers is None else list(adapter.layers),
+        "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_rslora": config.rslora, "inference_mode": True,
+        "init_lora_weights": True, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, **_where(adapter),
     }  # fmt: skip
     named = {
         f"base_model.model.{layer_tensor(layer, hf_linear_name(name))}.lora_{part}.weight": tensor
@@ -78,6 +83,26 @@ def write_files(adapter: Adapter, folder: Path, base_name: str) -> None:
     atomic_write(folder / CONFIG_FILE, json.dumps(peft, indent=2, sort_keys=True) + "\n")
     write_tensors(folder / WEIGHTS_FILE, named, {"format": "pt"})
     atomic_write(folder / EDGETUNE_FILE, json.dumps(adapter.about, indent=2, sort_keys=True) + "\n")
+
+
+def _where(adapter: Adapter) -> dict[str, Any]:
+    """Return the settings that tell PEFT which linears are adapted, and which of them have a rank or an alpha of their own."""
+    linears, settings = adapter.linears, dict[str, Any]()
+    layers, names = {layer for layer, _ in linears}, sorted({name for _, name in linears})
+    if len(linears) == len(layers) * len(names):
+        settings["target_modules"] = names
+        settings["layers_to_transform"] = None if adapter.layers is None else sorted(layers)
+    else:
+        settings["target_modules"] = [_module(*linear) for linear in linears]
+    own = {linear: adapter.config_of(*linear) for linear in linears}
+    ranks = {_module(*linear): lora.rank for linear, lora in own.items() if lora.rank != adapter.config.rank}
+    alphas = {_module(*linear): lora.alpha for linear, lora in own.items() if lora.alpha != adapter.config.alpha}
+    return settings | ({"rank_pattern": ranks} if ranks else {}) | ({"alpha_pattern": alphas} if alphas else {})
+
+
+def _module(layer: int, name: str) -> str:
+    """Return the name that PEFT knows a linear by: (1, "q_proj") -> "model.layers.1.self_attn.q_proj"."""
+    return layer_tensor(layer, hf_linear_name(name))
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -97,62 +122,98 @@ def load_config(folder: Path) -> Adapter:
 
     Raises AdapterError for a folder that is not a PEFT folder, or uses a setting that edgetune does not support.
     """
+    _refuse_other_folder(folder)
+    return _load_config(folder)[1]
+
+
+def _refuse_other_folder(folder: Path) -> None:
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(
             f"No adapter at {folder}: {CONFIG_FILE} is missing. Name a PEFT folder, an mlx-lm folder or a .gguf file."
         )
+
+
+def _load_config(folder: Path) -> tuple[dict[str, Any], Adapter]:
     peft = read_object(folder / CONFIG_FILE, ADAPTER_CONFIG)
     about = read_object_if_there(folder / EDGETUNE_FILE, ADAPTER_CONFIG)
-    return Adapter(_lora_config(peft, folder), {}, about, _layers(peft, folder))
+    return peft, Adapter(_lora_config(peft, folder), {}, about, _layers(peft, folder))
 
 
 def load(folder: Path, base: LlamaConfig | None = None) -> Adapter:
-    """Read a PEFT folder, written by edgetune or by another program. `base`: as in `read_tensors`.
+    """Read a PEFT folder, written by edgetune or by another program; the tensors say which linears are adapted.
 
+    base: the model that the adapter is for, if it is known; then no tensor is read that does not fit it.
     Raises AdapterError for a folder that is not a PEFT folder, is damaged, or contains more than plain LoRA.
     """
-    adapter = load_config(folder)
+    _refuse_other_folder(folder)
+    peft, adapter = _load_config(folder)
+    ranks = {adapter.config.rank, *map(int, _pattern(peft, "rank_pattern", folder).values())}
+
+    def check(shapes: Shapes) -> None:
+        unnamed = {linear for linear in {key[:2] for key in shapes} if not _is_named(peft, adapter.layers, *linear)}
+        refuse_tensors(folder, {UNNAMED: [_module(*linear) for linear in sorted(unnamed)]} if unnamed else {})
+        if base is not None:
+            check_shapes(shapes, adapter.layers, base, ranks)
+
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(
             f"The adapter at {folder} has no {WEIGHTS_FILE}; save it with safetensors (pickled .bin files are not opened)."
         )
-    return replace(adapter, tensors=read_tensors(folder / WEIGHTS_FILE, _KEY, base))
+    tensors = read_tensors(folder / WEIGHTS_FILE, _KEY, check)
+    adapted = {name for _, name, _ in tensors}
+    config = replace(adapter.config, targets=tuple(name for name in LINEARS if name in adapted))
+    found = sorted({layer for layer, _, _ in tensors})
+    layers = None if adapter.layers is None and found == list(range(len(found))) else tuple(found)
+    return replace(adapter, config=config, tensors=tensors, layers=layers, alphas=_alphas(peft, tensors, config, folder))
 
 
-def read_tensors(
-    path: Path, key: re.Pattern[str], base: LlamaConfig | None = None, transposed: bool = False
-) -> dict[tuple[int, str, str], Tensor]:
+Shapes = Mapping[tuple[int, str, str], tuple[int, ...]]
+"""The shape of each matrix as its file holds it, by (layer, linear, "A" or "B")."""
+
+
+def read_tensors(path: Path, key: re.Pattern[str], check: Callable[[Shapes], None]) -> dict[tuple[int, str, str], Tensor]:
     """Read the LoRA matrices of a safetensors file; return them in f32, by (layer, linear, "A" or "B").
 
-    `key` matches the name of a tensor, with the number of the layer, the name of the linear, and a or b as its groups. A
-    matrix that cannot fit `base` is not read: its tensor is on the meta device, for check_fits to name with all others.
-    `transposed`: the file stores A as (in, r) and B as (r, out), and so they are returned.
-    Raises AdapterError for a damaged file, and for one with other tensors, all of which the error names.
+    `key` matches the name of a tensor, with the number of the layer, the name of the linear, and a or b as its groups.
+    `check` raises if the shapes are wrong; no matrix is read before. Raises AdapterError for a damaged file, and for one with
+    other tensors, all of which the error names.
     """
     file = SafetensorsFile.open(path, ADAPTER_WEIGHTS)
-    tensors: dict[tuple[int, str, str], Tensor] = {}
     faults: defaultdict[str, list[str]] = defaultdict(list)
+    names: dict[tuple[int, str, str], str] = {}
     for name, stored in file.tensors.items():
         match = key.fullmatch(name)
         if match is None or match[2] not in LINEARS or f".{hf_linear_name(match[2])}." not in name:
-            faults[NO_LORA].append(name)
+            faults[fault_of_name(name)].append(name)
         elif stored.dtype not in _FLOATS:
             faults[f"numbers of type {DTYPE_NAMES[stored.dtype]}"].append(name)
-        elif len(stored.shape) != 2:
+        elif len(stored.shape) != 2 or 0 in stored.shape:
             faults[NO_MATRIX].append(name)
-        elif (where := (int(match[1]), match[2], match[3].upper())) in tensors:
+        elif (where := (int(match[1]), match[2], match[3].upper())) in names:
             faults["given twice"].append(name)
-        elif base is not None and not may_fit(stored.shape[:: -1 if transposed else 1], *where, base):
-            tensors[where] = torch.empty(stored.shape, device="meta")
         else:
-            tensors[where] = file.tensor(name).to(torch.float32, copy=True)
-            file.release(name)
-            if not torch.isfinite(tensors[where]).all():
-                faults[NOT_FINITE].append(name)
+            names[where] = name
+    if names and not faults:
+        check({where: file.tensors[name].shape for where, name in names.items()})
+    tensors: dict[tuple[int, str, str], Tensor] = {}
+    for where, name in names.items():
+        if faults and math.prod(file.tensors[name].shape) > _MOST_CHECKED:
+            continue  # its shape was not checked
+        tensors[where] = file.tensor(name).to(torch.float32, copy=True)
+        file.release(name)
+        if not torch.isfinite(tensors[where]).all():
+            faults[NOT_FINITE].append(name)
+        if faults:
+            del tensors[where]
     refuse_tensors(path.parent, faults)
     if not tensors:
         raise AdapterError(f"The adapter at {path.parent} has no tensors; copy it again.")
     return tensors
+
+
+def fault_of_name(name: str) -> str:
+    """Return the fault of a tensor that is not LoRA of a linear, by its name in any file format."""
+    return VOCABULARY if _VOCABULARY.fullmatch(name[:200]) else NO_LORA
 
 
 def refuse_tensors(path: Path, faults: Mapping[str, Sequence[str]]) -> None:
@@ -163,9 +224,10 @@ def refuse_tensors(path: Path, faults: Mapping[str, Sequence[str]]) -> None:
     for what, names in faults.items():
         more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
         named.append(f"{what}: {', '.join(repr(name[:80]) for name in names[:_MOST_NAMED])}{more}")
+    advice = "" if set(faults) == {VOCABULARY} else "copy it again, or "
     raise AdapterError(
         f"The adapter at {path} contains tensors that edgetune cannot use ({'; '.join(named)}); expected finite matrices "
-        "lora_A and lora_B of linears only: copy it again, or train it on linears only."
+        f"lora_A and lora_B of linears only: {advice}train it on linears only."
     )
 
 
@@ -186,8 +248,7 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
     """Return the settings in adapter_config.json. Raises AdapterError for those that edgetune does not support."""
     if peft.get("peft_type") != "LORA":
         raise AdapterError(f"The adapter at {folder} is of type {reprlib.repr(peft.get('peft_type'))}; expected LORA.")
-    unsupported = [name for name, plain in _PLAIN.items() if peft.get(name) not in (plain, None, [], {})]
-    unsupported += [name for name in _UNSUPPORTED if peft.get(name) not in (None, False, [], {})]
+    unsupported = [name for name, plain in _PLAIN.items() if peft.get(name) not in (plain, None, False, [], {})]
     if unsupported:
         raise AdapterError(
             f"The adapter at {folder} uses {', '.join(unsupported)}, which edgetune does not support; expected plain LoRA."
@@ -198,21 +259,76 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
             f"The adapter at {folder} has init_lora_weights {reprlib.repr(start)}, which changes the base model; expected "
             "plain LoRA, as PEFT's save_pretrained writes it with path_initial_model_for_weight_conversion."
         )
-    targets = peft.get("target_modules")
-    if not isinstance(targets, list):
-        raise AdapterError(f"The adapter at {folder} has target_modules {reprlib.repr(targets)}; expected a list of linears.")
-    found = {str(target).rsplit(".", 1)[-1] for target in targets}
-    names = (*(name for name in LINEARS if name in found), *sorted(found - set(LINEARS)))
+    names: tuple[str, ...] = LINEARS  # an expression can stand for any of them
+    targets, excluded = peft.get("target_modules"), peft.get("exclude_modules")
+    for setting, value in (("target_modules", targets), ("exclude_modules", excluded)):
+        if not (value is None or isinstance(value, str) or _is_texts(value)):
+            raise AdapterError(f"The adapter at {folder} has {setting} {reprlib.repr(value)}; expected names of linears.")
+    if isinstance(targets, list):
+        found = {target.rsplit(".", 1)[-1] for target in targets}
+        names = tuple(name for name in LINEARS if name in found) or tuple(sorted(found))
     try:
+        if not isinstance(peft.get("use_rslora"), bool | None):
+            raise ValueError(f"use_rslora is {reprlib.repr(peft['use_rslora'])}, expected true or false")
         return LoraConfig(
             whole_number(peft["r"]),
-            float(peft["lora_alpha"]),
-            float(peft.get("lora_dropout") or 0.0),
+            real_number(peft["lora_alpha"]),
+            real_number(peft.get("lora_dropout") or 0.0),
             names,
             bool(peft.get("use_rslora")),
         )
     except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise unusable(folder, error) from error
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_named(peft: dict[str, Any], layers: Sequence[int] | None, layer: int, name: str) -> bool:
+    """Return True if PEFT would adapt this linear. It would not read the tensors of any other.
+
+    Expressions of strangers are not run: where target_modules or exclude_modules is one, the tensors themselves say enough.
+    """
+    module = _module(layer, name)
+
+    def among(names: list[str]) -> bool:
+        return any(module == each or module.endswith(f".{each}") for each in names)
+
+    targets, excluded = peft.get("target_modules"), peft.get("exclude_modules")
+    named = not isinstance(targets, list) or (among(targets) and (layers is None or layer in layers))
+    return named and not (isinstance(excluded, list) and among(excluded))
+
+
+def _pattern(peft: dict[str, Any], setting: str, folder: Path) -> dict[str, float]:
+    """Return PEFT's rank_pattern or alpha_pattern: numbers by module. Raises AdapterError for anything else."""
+    found = peft.get(setting) or {}
+    read = whole_number if setting == "rank_pattern" else real_number
+    try:
+        if not isinstance(found, dict):
+            raise ValueError(f"{setting} is {reprlib.repr(found)}, expected an object")
+        return {key: read(value) for key, value in found.items()}
+    except (ValueError, OverflowError) as error:
+        raise unusable(folder, error) from error
+
+
+def _alphas(
+    peft: dict[str, Any], tensors: Mapping[tuple[int, str, str], Tensor], usual: LoraConfig, folder: Path
+) -> dict[tuple[int, str], float]:
+    """Return the alpha of each linear to which alpha_pattern gives one of its own: the first key that matches its name."""
+    found = _pattern(peft, "alpha_pattern", folder)
+    try:
+        known = patterns(found)
+        alphas = {}
+        for layer, name in {(layer, name) for layer, name, _ in tensors}:
+            key = next((each.key for each in known if each.matches(_module(layer, name))), None)
+            if key is not None and found[key] != usual.alpha:
+                alphas[layer, name] = replace(usual, alpha=found[key]).alpha
+    except ValueError as error:
+        raise AdapterError(f"The adapter at {folder} has an alpha_pattern that edgetune does not read: {error}.") from error
+    except UsageError as error:
+        raise unusable(folder, error) from error
+    return alphas
 
 
 def unusable(folder: Path, error: Exception) -> AdapterError:
@@ -226,3 +342,10 @@ def whole_number(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise ValueError(f"the rank is {str(value)[:40]!r}, expected a whole number")
     return int(value)
+
+
+def real_number(value: object) -> float:
+    """Return a number that was read from a file. Raises ValueError for anything else, text and truth values included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"a number is {str(value)[:40]!r}, expected digits without quotes")
+    return float(value)

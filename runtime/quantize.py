@@ -131,6 +131,7 @@ def quantize_folder(
     if head != "bf16" and checkpoint.config.tie_embeddings:
         raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
     companions(src)  # raises before any work is done
+    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):

@@ -16,7 +16,7 @@ import mmap
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -119,6 +119,13 @@ class SafetensorsFile:
         if raw.data_ptr() % max(alignment, stored.dtype.itemsize):
             raw = raw.clone()
         return raw.view(stored.dtype).view(stored.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield the numbers of a tensor, flat and in order, in views or copies of at most a few mebibytes."""
+        stored = self.tensors[name]
+        for start in range(stored.start, stored.start + stored.nbytes, _SLICE):
+            raw = self._bytes[start : min(start + _SLICE, stored.start + stored.nbytes)]
+            yield (raw.clone() if raw.data_ptr() % stored.dtype.itemsize else raw).view(stored.dtype)
 
     def raw(self, name: str) -> memoryview:
         """Return the bytes of a tensor without copying them."""

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -115,6 +116,33 @@ def test_tied_embeddings_need_no_head_and_bear_an_equal_one(tmp_path):
 def test_rotary_frequencies_of_old_llamas_are_ignored(folder):
     edit(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     open_model(folder)
+
+
+def test_tensors_of_rotary_caches_and_masks_are_passed_over(folder):
+    """ColossalAI stored the angles, and older libraries their masks; config.json gives both."""
+    before = open_model(folder).digest
+    attention = "model.layers.{}.self_attn"
+    caches = {f"{attention.format(0)}.rotary_emb.{name}": torch.zeros(1, 1, 8, 16) for name in ("cos_cached", "sin_cached")}
+    caches |= {"model.rotary_emb.inv_freq": torch.zeros(8), f"{attention.format(1)}.masked_bias": torch.tensor(-1e4)}
+    edit(folder, lambda tensors: tensors.update(caches))
+    assert open_model(folder).digest == before
+    edit(folder, lambda tensors: tensors.update({f"{attention.format(0)}.rotary_emb.scale": torch.zeros(8)}))
+    assert "model.layers.0.self_attn.rotary_emb.scale is unknown" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "size", [{"num_hidden_layers": 1000}, {"vocab_size": 2**24}, {"hidden_size": 2**20}, {"intermediate_size": 2**23}]
+)
+def test_sizes_that_the_files_do_not_have_are_refused_before_anything_is_built(folder, size):
+    edit_json(folder / "config.json", **size)
+    tracemalloc.start()
+    try:
+        said = refusal(folder)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+    assert " is missing" in said or " has shape " in said
+    assert len(said) < 3000
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
@@ -298,6 +326,26 @@ def state_json(**changes):
         (".quant_state.bitsandbytes__nf4", state_json(shape=[-1, 2]), "its shape [-1, 2]"),
         (".quant_state.bitsandbytes__nf4", state_json(shape=[32, 64]), "too few or many for [32, 64]"),
         (".quant_state.bitsandbytes__nf4", state_json(nested_offset=float("nan")), "quant_state is not valid JSON"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_offset=1e30), "offset 1e+30"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_offset="0.1"), "offset '0.1'"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_offset=10**400), "quant_state is not valid JSON"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize="256"), "nested block size '256'"),
+        (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=256.0), "nested block size 256.0"),
+        (".quant_state.bitsandbytes__nf4", state_json(blocksize="64"), "its block size '64'"),
+        (".quant_state.bitsandbytes__nf4", state_json(blocksize=[64]), "its block size [64]"),
+        (".quant_state.bitsandbytes__nf4", state_json(dtype=["float32"]), "dtype ['float32']"),
+        (".quant_state.bitsandbytes__nf4", state_json(quant_type={"nf4": 1}), "its data type is {'nf4': 1}"),
+        (".quant_state.bitsandbytes__nf4", state_json(shape="64x64"), "its shape '64x64'"),
+        (".quant_state.bitsandbytes__nf4", state_json(shape=[64, "64"]), "its shape [64, '64']"),
+        (".quant_state.bitsandbytes__nf4", state_json(shape=[4096]), "its shape [4096] is not a list of two"),
+        (".quant_state.bitsandbytes__nf4", state_json(shape=[2**31 - 1] * 2), "too few or many for [2147483647, 2147483647]"),
+        (".quant_state.bitsandbytes__nf4", state_json(shape=[True, 4096]), "its shape [True, 4096]"),
+        (".quant_state.bitsandbytes__nf4", torch.frombuffer(bytearray(b"[1]"), dtype=torch.uint8), "lacks a key"),
+        (".quant_state.bitsandbytes__nf4", torch.frombuffer(bytearray(b"[" * 5000), dtype=torch.uint8), "not valid JSON"),
+        ("", torch.zeros(2048, dtype=torch.uint8), "has shape [2048]; expected its codes as a column"),
+        (".absmax", torch.zeros(2, 32, dtype=torch.uint8), "absmax has shape [2, 32]; expected [64]"),
+        (".nested_absmax", torch.zeros(1, 1), "nested_absmax has shape [1, 1]; expected [1]"),
+        (".nested_quant_map", torch.zeros(16, 16), "nested_quant_map has shape [16, 16]; expected [256]"),
         (".quant_state.bitsandbytes__nf4", state_json(nested_blocksize=64), "nested block size 64"),
     ],
 )

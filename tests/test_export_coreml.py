@@ -393,6 +393,33 @@ def test_another_adapter_needs_no_new_package(folder: Path, inputs_package: Path
     assert torch.equal(engine(stored_model(other), IDS), expected)
 
 
+def test_every_input_has_a_range_of_shapes(inputs_package: Path) -> None:
+    """Core ML is reported to end a process that loads a program with states and some inputs of a fixed shape."""
+    import coremltools as ct
+
+    program = ct.utils.load_spec(str(inputs_package / PACKAGE))
+    inputs = {each.name: each.type.multiArrayType for each in program.description.input}
+    assert {"input_ids", "causal_mask", "q_proj_a", "down_proj_b"} <= set(inputs)
+    assert {name for name, kind in inputs.items() if kind.WhichOneof("ShapeFlexibility") != "shapeRange"} == set()
+    ranks = {(r.lowerBound, r.upperBound) for r in (inputs["q_proj_a"].shapeRange.sizeRanges[1],)}
+    assert ranks == {(1, 4)}
+
+
+def test_an_adapter_of_a_lower_rank_needs_no_padding(folder: Path, inputs_package: Path) -> None:
+    package = EvaluatedPackage(inputs_package)
+    low = an_adapter(folder, rank=2, seed=1)
+    package._adapter = stacked(low, open_model(folder).config)
+    assert package._adapter["q_proj_a"].shape[1] == 2
+    expected = engine(stored_model(job_of(folder, "nf4", low)), IDS)
+    assert logit_difference(package.logits(IDS), expected) < CLOSE
+
+
+def test_heads_that_the_neural_engine_may_not_take_are_said(one_layer: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    said = coreml.write(job_of(one_layer), tmp_path / "out").notices
+    assert any("heads have 16 numbers, and the Neural Engine may fail" in notice for notice in said)
+
+
 def test_layers_that_an_adapter_leaves_alone_are_zeros(folder: Path) -> None:
     whole, config = an_adapter(folder, targets=("q_proj",)), open_model(folder).config
     part = replace(whole, tensors={key: tensor for key, tensor in whole.tensors.items() if key[0] == 1})

@@ -84,6 +84,16 @@ def test_the_base_of_a_proof_lies_within_the_export_and_is_private(tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 
 
+def test_a_qwen3_with_biases_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "qwen3", attention_bias=True)
+    base = open_model(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    for weights in ("", "bf16", "int4"):
+        with pytest.raises(ModelError, match=r"mlx-lm's Qwen3 has no biases, and a base has them in its attention"):
+            target.write(job_for(base, random_adapter(base.config), weights), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_window_that_mlx_lm_ignores_is_told(tmp_path: Path) -> None:
     save_model(tmp_path / "base", "mistral-window")
     base = open_model(tmp_path / "base")
@@ -226,6 +236,7 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path: Path) -> None:
         ({"num_layers": "all"}, "num_layers 'all'; expected a whole number"),
         ({"lora_parameters": {"scale": 2.0}}, "unusable: it has no 'rank'; copy"),
         ({"lora_parameters": {"rank": 4, "scale": float("nan")}}, "is not valid JSON .it holds NaN"),
+        ({"lora_parameters": {"rank": 4, "scale": 0}}, "unusable: Alpha is 0"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(change: dict[str, object], said: str, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from tiny import FAMILIES, save_model, save_trainable
 from edgetune import export_adapter
 from edgetune.export import mps, verify
 from edgetune.export.job import Job
+from edgetune.library.loading import open_base
 from edgetune.runtime import nf4
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.errors import AdapterError, ModelError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.session import Session
@@ -123,6 +124,21 @@ def test_an_adapter_that_was_changed_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(damaged)
     with pytest.raises(AdapterError, match="differs from the one"):
         mps.read_adapter(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_base_that_was_changed_is_refused_when_it_opens(file: str, tmp_path: Path) -> None:
+    """A flipped bit far from the samples that a base's digest covers."""
+    save_trainable(tmp_path / "model")
+    folder = export(job(tmp_path / "model"), tmp_path / "out")
+    assert open_base(str(folder))[1].quant is not None
+    damaged = bytearray((folder / file).read_bytes())
+    damaged[len(damaged) // 3] ^= 1 if file == "model.safetensors" else 0
+    (folder / file).write_bytes(bytes(damaged) + (b"" if file == "model.safetensors" else b" "))
+    with pytest.raises(
+        ModelError, match=rf"^{file} in .*out differs from the one in its manifest\.json, so it is not the model"
+    ):
+        open_base(str(folder))
 
 
 def test_a_model_folder_is_no_bundle(tmp_path: Path) -> None:

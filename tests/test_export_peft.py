@@ -228,3 +228,26 @@ def test_an_adapter_of_another_base_is_refused_with_all_mismatches(demo_adapter:
         found, expected = f"({8}, {columns}) and lora_B ({rows}, 8)", f"(8, {inputs}) and ({out}, 8)"
         assert f"layers 0-1 {name}: lora_A is {found}, expected {expected}" in said
     assert len(said) < 1000
+
+
+def test_a_base_packed_into_bf16_is_proved_and_names_no_code_to_load(tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage is bfloat16 where FSDP shards the model. The folder also tries to lead transformers elsewhere."""
+    save_model(tmp_path / "dense", intermediate_size=128)
+    quantize_folder(tmp_path / "dense", tmp_path / "base")
+    weights, config_file = tmp_path / "base" / "model.safetensors", tmp_path / "base" / "config.json"
+    packed = {
+        name: tensor.view(-1).view(torch.bfloat16).view(-1, 1).clone() if name.endswith("_proj.weight") else tensor
+        for name, tensor in load_file(weights).items()
+    }
+    save_file(packed, weights, {"format": "pt"})
+    config = json.loads(config_file.read_text())
+    config["quantization_config"]["bnb_4bit_quant_storage"] = "bfloat16"
+    elsewhere = {"attn_implementation": "a/kernel", "_attn_implementation": "a/kernel", "auto_map": {"AutoModel": "a--b.C"}}
+    config_file.write_text(json.dumps(config | elsewhere))
+    (tmp_path / "base" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/nowhere"}))
+    base = open_model(tmp_path / "base")
+    _, found = write_and_compare("peft", job_for(base, random_adapter(base.config)), tmp_path / "out")
+    assert found.max_logit_difference < 1e-4
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
+        (peft_folder.CONFIG_FILE, peft_folder.EDGETUNE_FILE, peft_folder.WEIGHTS_FILE)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,8 +129,17 @@ def generate_options(command: Callable[..., None]) -> Callable[..., Any]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print one object as one line of JSON on standard output."""
-    click.echo(json.dumps(value))
+    """Print one object as one line of JSON on standard output, with null for a number that JSON cannot hold."""
+    click.echo(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with null in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(text: str) -> None:

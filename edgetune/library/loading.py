@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from edgetune.config import HEADS
+from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
 from edgetune.library.base_models import ModelChoice, resolve
 from edgetune.runtime import ops
@@ -41,10 +42,12 @@ Base = tuple[ModelChoice, Checkpoint]
 def open_base(name: str | None) -> Base:
     """Find and open the model that `name` stands for, without reading its weights.
 
-    name: as in `resolve`, but None prefers the current adapter's model to the best one found. Raises ModelError.
+    name: as in `resolve`, but None prefers the current adapter's model to the best one found. Raises ModelError, also
+    for a bundle of `export mps` whose files were changed.
     """
     current = registry.get_current()
     choice = resolve(name if name is not None or current is None else current.model)
+    bundle.check_base(choice.path)
     return choice, open_model(choice.path)
 
 

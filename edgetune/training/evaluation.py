@@ -18,6 +18,7 @@ from edgetune.documents.reading import read_notes
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import load_base, open_base
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.runner import Runner
 
 LARGEST_LOG_PERPLEXITY = 700.0
@@ -66,6 +67,11 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
     with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
         store = tokenize(reading.documents, loaded.tokenizer, Path(folder) / "tokens")
         result = evaluate_store(Runner(loaded.model), store, settings.seq_len, settings.batch_tokens)
+    if not math.isfinite(result.bits_per_byte):
+        raise ModelError(
+            f"{loaded.choice.name} with adapter {name} predicts NaN, since numbers in it are too large; name another adapter, "
+            "or copy the model again."
+        )
     nats = result.bits_per_byte * math.log(2) * result.bytes
     return Evaluation(
         bits_per_byte=result.bits_per_byte,

@@ -269,9 +269,15 @@ def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
     if path is None:
         return None
     stored = registry.load_for(path, base)
+    adapters.check_fits(stored, base.config)
     if stored.layers is not None:
         raise AdapterError(
             f"The adapter {path.name} covers only {len(stored.layers)} layers. Name one with --from that covers all layers."
+        )
+    if not (stored.is_uniform and stored.covers(base.config.num_layers)):
+        raise AdapterError(
+            f"The adapter {path.name} has other targets, ranks or alphas in some layers than in others. Name one with --from "
+            "that adapts every layer alike."
         )
     return Adapter(dataclasses.replace(stored.config, dropout=config.dropout), stored.tensors, stored.about)
 

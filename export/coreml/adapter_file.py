@@ -29,6 +29,7 @@ def stacked(adapter: Adapter, config: LlamaConfig) -> dict[str, Array]:
 
     Raises AdapterError where a number is beyond fp16's range.
     """
+    adapter = adapter.uniform()
     rank, shapes, result = adapter.config.rank, config.linear_shapes(), {}
     for name in (name for name in LINEARS if name in adapter.config.targets):
         out, width = shapes[name]
@@ -45,6 +46,7 @@ def stacked(adapter: Adapter, config: LlamaConfig) -> dict[str, Array]:
 
 def write_adapter(adapter: Adapter, config: LlamaConfig, base: str, path: Path) -> None:
     """Write adapter.safetensors, private to its owner, for packages of the base with digest `base`."""
+    adapter = adapter.uniform()
     tensors = {name: torch.from_numpy(values) for name, values in stacked(adapter, config).items()}
     specs = [TensorSpec(name, torch.float16, tuple(values.shape)) for name, values in tensors.items()]
     with SafetensorsWriter(path, specs, {"base": base, "rank": str(adapter.config.rank)}) as writer:

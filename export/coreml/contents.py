@@ -73,8 +73,8 @@ class Contents:
         context = min(CONTEXT_TOKENS, base.config.max_positions)
         plan = Plan(base.config, context, min(PREFILL_TOKENS, context), base.dense, self.placeholder)
         if adapter is not None and self.adapter_as == "inputs":
-            targets = adapter.config.targets
-            return {"main": replace(plan, input_ranks={name: adapter.config.rank for name in LINEARS if name in targets})}
+            lora = adapter.uniform().config
+            return {"main": replace(plan, input_ranks={name: lora.rank for name in LINEARS if name in lora.targets})}
         if adapter is not None and self.adapter_as == "functions":
             return {ADAPTED: replace(plan, constants=_built_in(self.job)), BASE: plan}
         return {"main": plan}

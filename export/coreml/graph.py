@@ -6,7 +6,8 @@ pass has to find out again which constant was which weight. One call reads a chu
     input_ids   i32 (1, T)            T is 1 to `prefill`
     causal_mask f16 (1, 1, T, M)      0 where a token sees a position, else HIDDEN; M is the length of the cache after the chunk
     window_mask f16 (1, 1, T, M)      the same for layers with a sliding window; only where the model has any
-    q_proj_a, q_proj_b, ...           f16 (L, r, in) and (L, out, r): the adapter, where it is an input; b includes the scale
+    q_proj_a, q_proj_b, ...           f16 (L, r, in) and (L, out, r): the adapter, where it is an input; b includes the scale,
+                                      and r is 1 to the adapter's rank
     k_cache, v_cache  f16 (L, KV, context, hd)      states; the chunk is written to slots M - T to M
     logits      f16 (1, T, V)
 
@@ -62,9 +63,14 @@ def _function(plan: Plan) -> tuple[Any, list[Any]]:
     typed += [ct.TensorType(name, (1, 1, tokens, length), dtype=np.float16) for name in masks]
     inputs = {"input_ids": mb.placeholder(shape=(1, tokens.symbol), dtype=types.int32)}
     inputs |= {name: mb.placeholder(shape=(1, 1, tokens.symbol, length.symbol), dtype=types.fp16) for name in masks}
-    for name, shape in plan.adapter_shapes().items():
-        inputs[name] = mb.placeholder(shape=shape, dtype=types.fp16)
-        typed.append(ct.TensorType(name, shape, dtype=np.float16))
+    for part, rank in plan.input_ranks.items():
+        # A range too, though apps can always pass the whole rank: Core ML ends a process that loads a program whose inputs are
+        # partly of fixed and partly of flexible shapes, if it has states (reported as coremltools issue 2548).
+        ranks = ct.RangeDim(1, max(rank, 2), default=rank)
+        for name, shape in plan.adapter_shapes({part: ranks}).items():
+            typed.append(ct.TensorType(name, shape, dtype=np.float16))
+        for name, shape in plan.adapter_shapes({part: ranks.symbol}).items():
+            inputs[name] = mb.placeholder(shape=shape, dtype=types.fp16)
     for name in ("k_cache", "v_cache"):
         inputs[name] = mb.state_tensor_placeholder(shape=plan.state_shape, dtype=types.fp16)
     with Function(inputs, opset_version=ct.target.iOS18) as function:
@@ -159,8 +165,9 @@ class _Graph:
 
     def of_layer(self, layer: int, stacked: Any) -> Any:
         """Slice one layer out of a stack: (L, ...) -> (1, ...)."""
-        rest = list(stacked.shape[1:])
-        return self.mb.slice_by_index(x=stacked, begin=[layer, *([0] * len(rest))], end=[layer + 1, *rest])
+        rest = [0] * (len(stacked.shape) - 1)
+        whole = [False, *(True for _ in rest)]
+        return self.mb.slice_by_index(x=stacked, begin=[layer, *rest], end=[layer + 1, *rest], end_mask=whole)
 
     def attend(self, layer: int, q: Any, k: Any, v: Any) -> Any:
         """Write attention through the cache: q (1, T, H hd), k and v (1, T, KV hd) -> (1, T, H hd)."""

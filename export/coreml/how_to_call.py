@@ -31,7 +31,9 @@ ADVICE = {
     "minimum_os": ["iOS 18", "macOS 15"],
     "compute_units": "cpuAndGPU",
     "why": "The Neural Engine is reported to reject nf4 (lookup tables with a scale for each block). edgetune did not try it.",
-    "unverified": "edgetune did not run this package in Core ML. Its own evaluator proves the graph and the weights.",
+    "unverified": "edgetune did not run this package in Core ML. Its own evaluator proves the graph and the weights. All "
+    "inputs have a range of shapes, since Core ML is reported to end a process that loads a program with states whose inputs "
+    "are partly fixed (coremltools issue 2548).",
 }
 STEPS = (
     "Make one state for each conversation. M is the number of tokens read so far, this call included: at most context_tokens.",
@@ -118,7 +120,7 @@ def _adapter_inputs(plan: Plan) -> dict[str, Any]:
         "dtype": "float16",
         "rank": max(plan.input_ranks.values()),
         "inputs": {name: list(shape) for name, shape in plan.adapter_shapes().items()},
-        "rule": "Pass each input the tensor of its name. Pad a lower rank with zeros. All zeros give the bare base model.",
+        "rule": "Pass each input the tensor of its name. A lower rank needs no padding. All zeros give the bare base model.",
         "layout": ADAPTER_LAYOUT,
         "swap": "To change adapters, begin a new state and pass another file's tensors: a cache is valid only "
         "for its own adapter.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,14 @@ class Plan:
         config = self.config
         return (config.num_layers, config.num_kv_heads, self.context, config.head_dim)
 
-    def adapter_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Return the shapes of the adapter's inputs by name: (L, r, in) for a, (L, out, r) for b."""
+    def adapter_shapes(self, ranks: Mapping[str, Any] | None = None) -> dict[str, tuple[Any, Any, Any]]:
+        """Return the shapes of the adapter's inputs by name: (L, r, in) for a, (L, out, r) for b.
+
+        ranks: coremltools' range or symbol that stands for the rank of each linear, instead of the rank itself.
+        """
         shapes, layers = self.config.linear_shapes(), self.config.num_layers
-        result: dict[str, tuple[int, int, int]] = {}
-        for name, rank in self.input_ranks.items():
+        result: dict[str, tuple[Any, Any, Any]] = {}
+        for name, rank in (self.input_ranks if ranks is None else ranks).items():
             out, width = shapes[name]
             result |= {f"{name}_a": (layers, rank, width), f"{name}_b": (layers, out, rank)}
         return result

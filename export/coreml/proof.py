@@ -88,7 +88,7 @@ class AdapterFile:
     """An adapter.safetensors without a package, attached to the engine's own base."""
 
     def __init__(self, job: Job, folder: Path) -> None:
-        adapter = job.needed_adapter()
+        adapter = job.needed_adapter().uniform()
         shapes = {name: list(values.shape) for name, values in stacked(adapter, job.base.config).items()}
         call = {"base": job.base.digest, "adapter": {"rank": adapter.config.rank, "inputs": shapes}}
         found = read_adapter(folder / ADAPTER_FILE, call)

@@ -41,6 +41,8 @@ LIMIT_OF_PROOF = (
     "on a device."
 )
 """A notice for whoever receives the package."""
+STATE_WIDTH = 32
+"""Number that a state's last dimension must be a multiple of for the Neural Engine (reported as coremltools issue 2631)."""
 NEXT_NIGHT = "A new adapter needs no new package: `edgetune export coreml --weights none` writes its file alone."
 
 
@@ -78,6 +80,11 @@ def write(job: Job, folder: Path) -> Written:
         file.chmod(0o700 if file.is_dir() else PRIVATE_FILE)
     compared = compare_weights(folder / PACKAGE, contents) + compare_constants(folder / PACKAGE, plans)
     notices = [LIMIT_OF_PROOF, *([NEXT_NIGHT] if plan.input_ranks else [])]
+    if (width := job.base.config.head_dim) % STATE_WIDTH:
+        notices.append(
+            f"This model's heads have {width} numbers, and the Neural Engine may fail where that is no multiple of "
+            f"{STATE_WIDTH}: set computeUnits to cpuAndGPU, as how-to-call.json says."
+        )
     facts = [("stored_numbers_compared", float(compared))]
     if contents.requantizes:
         with job.stage("measuring"):

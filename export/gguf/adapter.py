@@ -1,5 +1,8 @@
 """Write and read a LoRA adapter as a GGUF file, value-exact: both matrices in f32, and alpha such that alpha / r is the scale.
 
+The file has one alpha, and llama.cpp divides it by the rank of each linear: the rest of the scale of a linear that has an alpha
+of its own is multiplied into its B.
+
 llama.cpp's loader (src/llama-adapter.cpp) asks for general.type, general.architecture, adapter.type and adapter.lora.alpha, and
 for `<tensor of the model>.lora_a` (r, in) and `.lora_b` (out, r). edgetune adds keys that it ignores: the head counts, on which
 the order of the rows depends, and the settings from which llama.cpp's single alpha in f32 was computed.
@@ -14,6 +17,7 @@ import re
 import reprlib
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +26,12 @@ from torch import Tensor
 
 from edgetune.export.gguf.header import Header
 from edgetune.export.gguf.names import ARCHITECTURES, LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
-from edgetune.runtime.adapter import Adapter, may_fit
+from edgetune.runtime.adapter import Adapter, check_shapes
 from edgetune.runtime.config import LINEARS as ORDER
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE
-from edgetune.runtime.peft_folder import NO_LORA, NO_MATRIX, NOT_FINITE, refuse_tensors
+from edgetune.runtime.peft_folder import NO_MATRIX, NOT_FINITE, fault_of_name, refuse_tensors
 from edgetune.runtime.untrusted_file import ADAPTER_WEIGHTS, open_untrusted
 
 ADAPTER_FILE = "adapter.gguf"
@@ -56,6 +60,8 @@ def write_adapter(adapter: Adapter, config: LlamaConfig, path: Path) -> None:
     order = {name: n for n, name in enumerate(ORDER)}
     for layer, name, part in sorted(adapter.tensors, key=lambda key: (key[0], order[key[1]], key[2])):
         tensor = adapter.tensors[layer, name, part].float()
+        if part == "B" and not adapter.is_uniform:
+            tensor = tensor * (adapter.scale_of(layer, name) * tensor.shape[1] / _alpha(adapter.config))
         if part == "B" and is_rotated(arch, name):
             tensor = to_llama_rows(tensor, config.head_dim)
         writer.add_tensor(f"blk.{layer}.{LINEARS[name]}.weight.lora_{part.lower()}", tensor.contiguous().numpy())
@@ -72,8 +78,8 @@ def read_adapter(path: Path, base: LlamaConfig) -> Adapter:
     """Read a GGUF LoRA, written by any program, as f32. The order of its rows depends on the heads of the model `base`.
 
     Raises AdapterError for a file that is damaged or holds anything but LoRA, naming every such tensor, and for one that was
-    made for another architecture or other head counts than those of `base`. Files of llama.cpp's own converter do not give
-    their head counts. Shapes are left to adapter.check_fits.
+    made for another architecture, another shape or other head counts than those of `base`; no tensor is read before that. Files
+    of llama.cpp's own converter do not give their head counts.
     """
     try:
         with open_untrusted(path, ADAPTER_WEIGHTS) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -91,15 +97,16 @@ def _read(header: Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> Ada
     tensors = _tensors(header, data, path, base)
     if not tensors:
         raise ValueError("it holds no tensors")
-    shapes = base.linear_shapes()
     for (layer, name, part), tensor in tensors.items():
-        # a wrong number of rows cannot be reordered; check_fits refuses it later, together with all other mismatches
-        if part == "B" and is_rotated(ARCHITECTURES[base.model_type], name) and tensor.shape[0] == shapes[name][0]:
+        if part == "B" and is_rotated(ARCHITECTURES[base.model_type], name):
             tensors[layer, name, part] = from_llama_rows(tensor, base.head_dim)
-    rank = statistics.mode(tensor.shape[0 if part == "A" else 1] for (_, _, part), tensor in tensors.items())
-    found, layers = {name for _, name, _ in tensors}, tuple(sorted({layer for layer, _, _ in tensors}))
-    config = _lora_config(header.keys, rank, tuple(name for name in ORDER if name in found))
-    return Adapter(config, tensors, {}, None if layers == tuple(range(base.num_layers)) else layers)
+    ranks = {(layer, name): len(tensor) for (layer, name, part), tensor in tensors.items() if part == "A"}
+    found, layers = {name for _, name in ranks}, tuple(sorted({layer for layer, _ in ranks}))
+    config = _lora_config(header.keys, statistics.mode(ranks.values()), tuple(name for name in ORDER if name in found))
+    if len(set(ranks.values())) > 1:  # llama.cpp's rule, which edgetune's own settings need not give for every rank
+        config = replace(config, alpha=config.scale * config.rank, rslora=False)
+    alphas = {} if header.keys.get(_ALPHA) else {linear: float(rank) for linear, rank in ranks.items() if rank != config.rank}
+    return Adapter(config, tensors, {}, None if layers == tuple(range(base.num_layers)) else layers, alphas)
 
 
 def _check_keys(keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
@@ -120,38 +127,44 @@ def _check_keys(keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
 
 
 def _tensors(header: Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> dict[tuple[int, str, str], Tensor]:
-    """Return the file's matrices in f32, their rows in the file's order. Raises AdapterError that names every other tensor.
+    """Return the file's matrices in f32, their rows in the file's order.
 
-    A matrix that cannot fit `base` is not read: its tensor is on the meta device, for check_fits to name with all others.
+    Raises AdapterError that names every other tensor, or every matrix whose shape does not fit the model `base`.
     """
     sizes = {
         full: math.prod(shape) * _DTYPES[kind].itemsize for full, (shape, kind, _) in header.tensors.items() if kind in _DTYPES
     }
-    stops = [(start, start + sizes[full]) for full, (_, _, start) in header.tensors.items() if full in sizes]
-    stops.sort()
+    stops = sorted((start, start + sizes[full]) for full, (_, _, start) in header.tensors.items() if full in sizes)
     if any(stop > start for (_, stop), (start, _) in itertools.pairwise(stops)):
         raise ValueError("its tensors overlap")  # they would turn a small file into a huge adapter
-    tensors: dict[tuple[int, str, str], Tensor] = {}
+    shapes: dict[tuple[int, str, str], tuple[int, ...]] = {}
+    names: dict[tuple[int, str, str], str] = {}
     faults: defaultdict[str, list[str]] = defaultdict(list)
     for full, (shape, kind, start) in header.tensors.items():
         match = _TENSOR.fullmatch(full)
         if match is None or match[2] not in _HF_NAMES:
-            faults[NO_LORA].append(full)
+            faults[fault_of_name(full)].append(full)
         elif kind not in _DTYPES:
             faults["neither f32 nor f16 nor bf16"].append(full)
         elif len(shape) != 2 or 0 in shape:
             faults[NO_MATRIX].append(full)
         elif start + sizes[full] > len(data):
             faults["beyond the file's end"].append(full)
-        elif (key := (int(match[1]), _HF_NAMES[match[2]], match[3].upper())) in tensors:
+        elif (key := (int(match[1]), _HF_NAMES[match[2]], match[3].upper())) in shapes:
             faults["given twice"].append(full)
-        elif not may_fit(shape, *key, base):
-            tensors[key] = torch.empty(shape, device="meta")
         else:
-            raw = bytearray(data[start : start + sizes[full]])
-            tensors[key] = torch.frombuffer(raw, dtype=_DTYPES[kind]).view(shape).float()
-            if not torch.isfinite(tensors[key]).all():
-                faults[NOT_FINITE].append(full)
+            shapes[key], names[key] = tuple(shape), full
+    if not faults:
+        check_shapes(shapes, None, base)
+    tensors = {}
+    for key, full in names.items():
+        shape, kind, start = header.tensors[full]
+        raw = bytearray(data[start : start + sizes[full]])
+        tensors[key] = torch.frombuffer(raw, dtype=_DTYPES[kind]).view(shape).float()
+        if not torch.isfinite(tensors[key]).all():
+            faults[NOT_FINITE].append(full)
+        if faults:
+            del tensors[key]
     refuse_tensors(path, faults)
     return tensors
 

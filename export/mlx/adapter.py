@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import safetensors.torch
 from torch import Tensor
 
 from edgetune.runtime import peft_folder
-from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.adapter import Adapter, check_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.names import hf_linear_name, layer_tensor
-from edgetune.runtime.peft_folder import whole_number
+from edgetune.runtime.peft_folder import real_number, whole_number
 from edgetune.runtime.untrusted_file import ADAPTER_CONFIG
 
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
@@ -34,6 +35,7 @@ _KEY = re.compile(r"model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([a
 def write_adapter(adapter: Adapter, folder: Path, base_name: str, num_layers: int) -> None:
     """Write the two files, private to their owner. Layers that the adapter does not change are left out: mlx-lm starts them at
     zero."""
+    adapter = adapter.uniform()
     config = adapter.config
     tensors = {
         f"{layer_tensor(layer, hf_linear_name(name))}.lora_{part.lower()}": tensor.T.contiguous()
@@ -58,7 +60,7 @@ def write_adapter(adapter: Adapter, folder: Path, base_name: str, num_layers: in
 
 
 def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter:
-    """Read an mlx-lm LoRA folder, written by mlx-lm or by edgetune. `base`: as in peft_folder.read_tensors.
+    """Read an mlx-lm LoRA folder, written by mlx-lm or by edgetune. base: as in peft_folder.load.
 
     Raises AdapterError if it is damaged, or holds what plain LoRA cannot express: DoRA, whole layers, embeddings.
     """
@@ -68,10 +70,16 @@ def read_adapter(folder: Path, base: LlamaConfig | None = None) -> Adapter:
         raise AdapterError(
             f"The mlx-lm adapter at {folder} has fine_tune_type {reprlib.repr(kind)}; expected lora, with lora_parameters."
         )
-    stored = peft_folder.read_tensors(folder / ADAPTER_FILE, _KEY, base, transposed=True)
+    usual = _lora_config(settings, parameters, LINEARS, folder)
+
+    def check(shapes: peft_folder.Shapes) -> None:
+        if base is not None:
+            check_shapes({key: shape[::-1] for key, shape in shapes.items()}, None, base, {usual.rank})
+
+    stored = peft_folder.read_tensors(folder / ADAPTER_FILE, _KEY, check)
     tensors = {key: tensor.T.contiguous() for key, tensor in stored.items()}
     targets = tuple(name for name in LINEARS if name in {linear for _, linear, _ in tensors})
-    return Adapter(_lora_config(settings, parameters, targets, folder), tensors, {}, _layers(settings, tensors, folder))
+    return Adapter(replace(usual, targets=targets), tensors, {}, _layers(settings, tensors, folder))
 
 
 def is_adapter(folder: Path) -> bool:
@@ -82,11 +90,11 @@ def is_adapter(folder: Path) -> bool:
 def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: tuple[str, ...], folder: Path) -> LoraConfig:
     """Return the configuration, with alpha = scale * rank, or the alpha that edgetune wrote if it still gives that scale."""
     try:
-        rank, scale = whole_number(parameters["rank"]), float(parameters.get("scale", DEFAULT_SCALE))
-        dropout = float(parameters.get("dropout") or 0.0)
+        rank, scale = whole_number(parameters["rank"]), real_number(parameters.get("scale", DEFAULT_SCALE))
+        dropout = real_number(parameters.get("dropout") or 0.0)
         written_by_us = settings.get("edgetune")
         if isinstance(written_by_us, dict):
-            alpha, rslora = float(written_by_us["alpha"]), bool(written_by_us["rslora"])
+            alpha, rslora = real_number(written_by_us["alpha"]), bool(written_by_us["rslora"])
             written = LoraConfig(rank, alpha, dropout, targets, rslora)
             if written.scale == scale:
                 return written

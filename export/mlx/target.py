@@ -14,6 +14,7 @@ from edgetune.export.mlx.model import DTYPES, open_int4, window_notice, write_de
 from edgetune.export.mlx.reader import read
 from edgetune.export.rounding import rounding_memory
 from edgetune.export.targets import MeasuredForm, TargetSpec
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model import Llama
 
 INT4 = "int4"
@@ -29,7 +30,15 @@ def peak_memory(job: Job) -> ExportMemory:
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Write an adapter folder if no --weights are given, otherwise a model folder."""
+    """Write an adapter folder if no --weights are given, otherwise a model folder.
+
+    Raises ModelError for a model that mlx-lm does not have.
+    """
+    if job.base.config.qk_norm and job.base.config.o_bias:
+        raise ModelError(
+            f"mlx-lm's Qwen3 has no biases, and {job.base_name} has them in its attention (attention_bias); type "
+            "`edgetune export hf` or `edgetune export peft`."
+        )
     if job.weights == INT4:
         return write_int4(job, folder)
     if job.weights:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from adapters import random_adapter
+from corpus.gguf_files import packed as gguf
+from corpus.tokenizers import byte_level
 from tiny import save_trainable
 
 import edgetune
-from corpus.gguf_files import packed as gguf
-from corpus.tokenizers import byte_level
 from edgetune.config import parse_bytes, seconds_until, train_config
 from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.chats import read_chats
@@ -120,7 +120,7 @@ def saved() -> Path:
     run = folder / "run"
     run.mkdir()
     UnfinishedRun(run).begin({"plan": {"steps": 3}, "threads": 2, "names": ["a"]})
-    digests = {name: "0" * 64 for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")}
+    digests = dict.fromkeys(("adapter/adapter_config.json", "adapter/adapter_model.safetensors"), "0" * 64)
     manifest = {"format": 1, "base": "0", "kernels": {}, "adapter": "adapter", "sha256": digests}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
