@@ -79,6 +79,7 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
     wanted = {"": (n + 1) // 2, ".quant_map": 16}  # bytes of the codes, values of the others
     nested = state.nested_block_size
     wanted[".absmax"] = blocks
+    transposed = [_transposed_shape(state)] if nested is None else []
     if nested is not None:
         wanted |= {".nested_absmax": -(-blocks // nested), ".nested_quant_map": 256}
     faults = []
@@ -90,7 +91,7 @@ def check_parts(name: str, state: StoredState, stored: dict[str, StoredTensor]) 
             faults.append(f"{name}{suffix} has shape {list(tensor.shape)}, too few or many for {list(state.shape)}")
         elif suffix == "" and len(tensor.shape) != 2:
             faults.append(f"{name} has shape {list(tensor.shape)}; expected its codes as a column")
-        elif suffix == ".absmax" and tensor.shape not in ((blocks,), _transposed_shape(state)):
+        elif suffix == ".absmax" and tensor.shape not in ((blocks,), *transposed):
             faults.append(f"{name}.absmax has shape {list(tensor.shape)}; expected [{blocks}]")
         elif suffix == ".absmax" and tensor.dtype not in (FLOATS if nested is None else (torch.uint8,)):
             faults.append(f"{name}.absmax is {tensor.dtype}, which contradicts its quant_state")
@@ -113,7 +114,7 @@ def _transposed_shape(state: StoredState) -> tuple[int, ...]:
 def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -> QuantizedTensor:
     """Return the weight that its stored parts make; `get(tensor name, alignment)` returns a mapped tensor.
 
-    Raises ValueError if its table is not NF4's, or its scales hold inf or NaN.
+    Raises ValueError if its table is not NF4's.
     """
     if not torch.equal(get(f"{name}.quant_map", 4), nf4.NF4_TABLE):
         raise ValueError(f"the table of {name} is not NF4's")
@@ -124,9 +125,6 @@ def assemble(name: str, state: StoredState, get: Callable[[str, int], Tensor]) -
     else:
         scales, table = get(f"{name}.nested_absmax", 4), get(f"{name}.nested_quant_map", 4)
         nested = NestedAbsmax(scales, table, state.nested_offset, state.nested_block_size)
-    for scales in (absmax,) if nested is None else (nested.absmax, nested.table):
-        if not torch.isfinite(scales).all():
-            raise ValueError(f"the scales of {name} hold inf or NaN")
     return QuantizedTensor(packed, QuantState(absmax, state.shape, state.dtype, state.block_size, "nf4", nested))
 
 
