@@ -101,8 +101,7 @@ class Session:
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens as in training: those of the template, after the start token if it writes none."""
-        ids, bos = self.tokenizer.encode_chat(messages, add_generation_prompt=True), self.tokenizer.bos_id
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return self.tokenizer.start.before_chat(self.tokenizer.encode_chat(messages, add_generation_prompt=True))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a text to continue, which begins as a document does."""

@@ -40,7 +40,7 @@ from edgetune.runtime.files import PRIVATE_FILE, atomic_write, sha256_file
 from edgetune.runtime.json_file import read_object, read_value
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
-from edgetune.runtime.model_folder import companions
+from edgetune.runtime.model_folder import write_settings
 from edgetune.runtime.nf4 import code_table
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
@@ -88,13 +88,14 @@ def _quantize_base(job: Job, folder: Path) -> None:
 
 def _copy_base(job: Job, folder: Path) -> None:
     """Copy the files of a 4-bit base into the bundle, readable by their owner only."""
-    config, index = job.base.folder / "config.json", job.base.folder / INDEX
-    files = [*job.base.files, *companions(job.base.folder), config, *([index] if index.is_file() else [])]
+    index = job.base.folder / INDEX
+    files = [*job.base.files, *([index] if index.is_file() else [])]
     done = job.counter("writing", len(files))
     for file in files:
         shutil.copyfile(file, folder / file.name)
         os.chmod(folder / file.name, PRIVATE_FILE)
         done(file.name)
+    write_settings(job.base.folder, folder, job.base.hf_config)
 
 
 def seal(folder: Path) -> None:

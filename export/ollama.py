@@ -31,8 +31,8 @@ def peak_memory(job: Job) -> ExportMemory:
 def write(job: Job, folder: Path) -> Written:
     """Write model.gguf and the Modelfile.
 
-    Ollama puts the vocabulary's bos before every text if the GGUF says so. A model whose template writes no bos was trained
-    without it, so its GGUF says no. If the template does write one, it is left out of the Go template, as Ollama adds it.
+    Ollama puts the vocabulary's bos before every text if the GGUF says so, as it does if training put it there. If the chat
+    template writes it too, it is left out of the Go template.
     """
     gguf.check_writer()
     tokenizer = Tokenizer.load(job.base.folder)
@@ -41,8 +41,6 @@ def write(job: Job, folder: Path) -> Written:
     notices: tuple[str, ...] = ()
     if tokenizer.has_template:
         bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else ""
-        template_writes_bos = bool(bos) and tokenizer.render_chat([{"role": "user", "content": "?"}]).startswith(bos)
-        vocabulary.adds_bos = vocabulary.adds_bos and template_writes_bos
         derived = derive(tokenizer.render_chat, bos if vocabulary.adds_bos else "")
         notices = _notices(derived, vocabulary.template or "")
     notices += write_model(job, folder / gguf.MODEL_FILE, job.weights, vocabulary.add_to)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
+from edgetune.runtime.tokenizer import has_tokenizer
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
@@ -101,9 +103,7 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
 
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:
     """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
-    for file in companions(source):
-        atomic_write(folder / file.name, file.read_bytes())
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_settings(source, folder, config)
     if len(shards) > 1:
         weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
         index = {
@@ -111,6 +111,16 @@ def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe:
             "weight_map": weight_map,
         }
         atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json and copy the files of `source` beside it, rewritten where an older reader would misread them."""
+    rewritten = tokenizer_files_for_readers(source) if has_tokenizer(source) else {}
+    for file in companions(source):
+        content = rewritten.get(file.name, file.read_bytes())
+        if content is not None:
+            atomic_write(folder / file.name, content)
+    atomic_write(folder / "config.json", json.dumps(config_for_readers(config), indent=2) + "\n")
 
 
 def write_model(

@@ -198,7 +198,7 @@ def test_the_demos_export(tmp_path: Path) -> None:
     import gguf
 
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    assert fields["tokenizer.ggml.add_bos_token"].contents() is False  # the template writes no BOS either
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True  # training put it before chats, too
 
 
 def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:
