@@ -18,6 +18,7 @@ from edgetune.export.job import Job, Written
 from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.generation_config import SamplingSettings
 from edgetune.runtime.tokenizer import Tokenizer
 
 MODELFILE = "Modelfile"
@@ -44,7 +45,8 @@ def write(job: Job, folder: Path) -> Written:
         derived = derive(tokenizer.render_chat, bos if vocabulary.adds_bos else "")
         notices = _notices(derived, vocabulary.template or "")
     notices += write_model(job, folder / gguf.MODEL_FILE, job.weights, vocabulary.add_to)
-    atomic_write(folder / MODELFILE, modelfile(derived, stops(vocabulary, tokenizer.eos_ids, derived)))
+    stop = stops(vocabulary, tokenizer.eos_ids, derived)
+    atomic_write(folder / MODELFILE, modelfile(derived, stop, vocabulary.sampling))
     return Written(MODELFILE, notices)
 
 
@@ -63,12 +65,19 @@ def _notices(derived: Derived | None, jinja: str) -> tuple[str, ...]:
     return tuple(notices)
 
 
-def modelfile(derived: Derived | None, stop: Sequence[str]) -> str:
-    """Return the text of the Modelfile."""
+def modelfile(derived: Derived | None, stop: Sequence[str], sampling: SamplingSettings) -> str:
+    """Return the text of the Modelfile. sampling: the model's own settings, which become Ollama's defaults."""
     lines = ["# Type: ollama create NAME -f Modelfile", f"FROM ./{gguf.MODEL_FILE}"]
     if derived is not None and _fits(derived.source):
         lines.append(f'TEMPLATE """{derived.source}"""')
     lines += [f'PARAMETER stop "{text}"' for text in stop]
+    parameters = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repeat_penalty": sampling.repetition_penalty,
+    }
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

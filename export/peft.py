@@ -55,7 +55,7 @@ def open_transformers(folder: Path) -> Any:
     for, and bitsandbytes rounds scales and activations to bf16 on CPUs with AVX-512 BF16.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with _quiet():
+    with quiet():
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -84,7 +84,7 @@ def _refuse_misread(inputs: int, block_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and advice, and bitsandbytes' log about downloadable kernels; errors still raise."""
     from transformers.utils import logging as transformers_log
 
@@ -113,7 +113,7 @@ def peak_memory(job: Job) -> ExportMemory:
 def read(job: Job, folder: Path) -> TransformersReader:
     """Open the base with transformers and the adapter with peft."""
     base = open_transformers(job.base.folder)
-    with _quiet():
+    with quiet():
         from peft import PeftModel
 
         return TransformersReader(PeftModel.from_pretrained(base, folder))

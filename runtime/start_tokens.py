@@ -1,7 +1,7 @@
 """Decide which ids a text begins with: the one rule for training, prompts, chats, held-out texts and exports.
 
 A tokenizer puts its beginning-of-text token (bos) before a text if `add_bos_token` in tokenizer_config.json says so. Where that
-key is missing, tokenizer.json's post-processor decides, or LLaMA's own rule (bos) for a tokenizer.model and for a tokenizer.json
+key is missing, tokenizer.json's post-processor decides, or LLaMA's own rule (bos) for a tokenizer.model and a tokenizer.json
 that transformers rebuilds as LLaMA's. Where the two files contradict each other, `add_bos_token` wins, as in llama.cpp's
 converter and in transformers 4. Exports write both files, so that every reader agrees.
 

@@ -372,12 +372,15 @@ class SentencePieceTokenizer:
 def agrees_with_sentencepiece(folder: Path) -> bool:
     """Return True if the tokenizer.model of a model folder has the pieces of the tokenizer.json beside it, in the same order.
 
-    A tokenizer.model that was left behind by another model does not; tokenizer.json is then the one to trust, as transformers
-    does. Raises TokenizerError for a file that is neither.
+    One that another model left behind does not, nor does git-lfs's pointer to one; tokenizer.json is then the one to trust, as
+    transformers does. Raises TokenizerError for a damaged tokenizer.json.
     """
-    source, json_file = folder / "tokenizer.model", folder / "tokenizer.json"
+    json_file = folder / "tokenizer.json"
     vocabulary = JsonTokenizer(json_file, SpecialTokens())
-    pieces = SentencePieceTokenizer(source, SpecialTokens()).pieces
+    try:
+        pieces = SentencePieceTokenizer(folder / "tokenizer.model", SpecialTokens()).pieces
+    except TokenizerError:
+        return False
     if [vocabulary.piece_of(id) for id in range(len(pieces))] != [piece for piece, _ in pieces]:
         return False
     model = read_object(json_file, TOKENIZER_JSON).get("model")

@@ -111,7 +111,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def save_letters(folder: Path, **changes: Any) -> None:
-    """Write a tokenizer.json whose 31 ids are <unk>, <s>, </s>, the letters, a space and a point; `changes` replace its keys."""
+    """Write a tokenizer.json with 31 ids: <unk>, <s>, </s>, the letters, a space and a point. `changes` replace its keys."""
     pieces = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "▁", "."]
     control = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     made = {

@@ -1,4 +1,4 @@
-"""Convert a model folder's tokenizer and chat template to GGUF's tokenizer.ggml.* keys.
+"""Convert a model folder's tokenizer, chat template and sampling settings to GGUF's keys (tokenizer.*, general.sampling.*).
 
 llama.cpp has two tokenizers for the models that edgetune runs. "llama" merges the pair of pieces with the best score, as
 sentencepiece does. "gpt2" is byte-level BPE by ranks; before it merges, it splits the text in a way that is named after a
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
@@ -56,6 +57,7 @@ class Vocabulary:
     adds_bos: bool = False
     adds_space: bool = False
     template: str | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def add_to(self, writer: Any) -> None:
         """Add the keys to a gguf.GGUFWriter."""
@@ -74,6 +76,15 @@ class Vocabulary:
         writer.add_add_space_prefix(self.adds_space)
         if self.template is not None:
             writer.add_chat_template(self.template)
+        for name, value in (
+            ("temp", self.sampling.temperature),
+            ("top_p", self.sampling.top_p),
+            ("penalty_repeat", self.sampling.repetition_penalty),
+        ):
+            if value is not None:
+                writer.add_float32(f"general.sampling.{name}", value)
+        if self.sampling.top_k is not None:
+            writer.add_int32("general.sampling.top_k", self.sampling.top_k)
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -120,6 +131,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     letter = pieces.encode("a", True)  # begins with a space if the tokenizer puts one in front of a text
     found.adds_space = found.model == "llama" and bool(letter) and pieces.bytes_of(letter[0]).startswith(b" ")
     found.template = template[0] if template else None
+    found.sampling = read_sampling(folder)
     return found
 
 
