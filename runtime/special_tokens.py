@@ -127,7 +127,7 @@ def _ids(value: Any) -> list[int]:
 
 def _is_id(text: str) -> bool:
     """Return True for a token id as JSON's keys write it."""
-    return text.isdecimal() and len(text) <= len(str(MAX_IDS))
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_IDS))
 
 
 def _declared(config: dict[str, Any], older: dict[str, Any], added: dict[str, Any]) -> Iterator[AddedToken]:

@@ -186,7 +186,7 @@ class Tokenizer:
         # spelling after its first character and encode the parts by themselves, so that no piece can hold all of it.
         cuts = [match.start() + 1 for match in self._spelled.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids = self._encode_parts(parts, first)
+        ids = self._encode_parts((stretch for part in parts for stretch in _stretches(part)), first)
         if not self._forbidden_in_text.isdisjoint(ids):
             raise TokenizerError(
                 f"The tokenizer in {self._folder} turns ordinary text into control tokens; take it from its publisher."
@@ -272,15 +272,14 @@ def _stretches(text: str) -> Iterator[str]:
     a place is cut inside white space, or after LONGEST_STRETCH characters.
     """
     start = 0
-    while len(text) - start > min(STRETCH, LONGEST_STRETCH):
+    while start < len(text):
         end = min(len(text), start + LONGEST_STRETCH)
         words = _BETWEEN_WORDS.search(text, start + STRETCH, end)
-        cut = end if words is None else words.start()
-        blank = _BLANK.search(text, start, cut)
-        cut = cut if blank is None else blank.end()
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+        end = end if words is None else words.start()
+        blank = _BLANK.search(text, start, end)
+        end = end if blank is None else blank.end()
+        yield text[start:end]
+        start = end
 
 
 class StreamDecoder:

@@ -29,6 +29,8 @@ from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON,
 
 _SPACE = "▁"
 """The sign (U+2581) that sentencepiece and its relatives write in a piece for a space."""
+_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""What LLaMA's tokenizer calls its special tokens where the configuration files leave a name out or empty."""
 _MAX_BEYOND = 1 << 16
 """The most ids that added tokens may have beyond the pieces of a tokenizer.model. Chosen by hand."""
 
@@ -127,6 +129,9 @@ class JsonTokenizer:
             self._byte_level, self.strips_space = self._decoder()
             self.leading = self._leading_ids()
         self.starts_as_llama = special.rebuilt_as_llama and not self._byte_level
+        for name, spelling in _LLAMA_NAMES.items() if self.starts_as_llama else ():
+            if self.id_of(spelling) is not None:
+                special.spelled.setdefault(name, spelling)
         self._without_prefix: tokenizers.Tokenizer | None = None
 
     def _refuse(self, fault: str | None) -> None:
