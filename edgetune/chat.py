@@ -12,7 +12,7 @@ from edgetune.session import Session
 class Chat:
     """The turns of one conversation with a Session."""
 
-    def __init__(self, session: Session, max_tokens: int, temperature: float, seed: int | None = None) -> None:
+    def __init__(self, session: Session, max_tokens: int, temperature: float | None = None, seed: int | None = None) -> None:
         self.session, self.max_tokens, self.temperature, self.seed = session, max_tokens, temperature, seed
         self.messages: list[dict[str, str]] = []
 

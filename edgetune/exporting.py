@@ -20,6 +20,7 @@ from edgetune.export.memory import check_memory
 from edgetune.export.targets import TargetSpec, check_adapter_as, check_reader, check_texts, check_weights, load_target
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
+from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import open_base
 from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits
@@ -109,7 +110,8 @@ def export_adapter(
     tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
     progress = _ProgressEvents(show, started)
-    job = Job(base, _public_name(choice.name), loaded, weights, adapter_as, memory, documents, force, check, progress)
+    name = _public_name(choice.name)
+    job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start)
     check_memory(spec.peak_memory, job)
     outcome, size, peak = _publish(spec, job, folder, _tokens(tokenizer, verify.PROMPT))
     return Exported(
@@ -123,7 +125,12 @@ def export_adapter(
         **_figures(outcome.agreement),
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak,
-        notices=_notices(spec, job, outcome),
+        notices=(
+            *_notices(spec, job, outcome),
+            *_start_notice(tokenizer),
+            *adapter_notices(adapter, loaded, base, tokenizer),
+            *((WARNING,) if loaded is not None else ()),
+        ),
         facts=dict(outcome.written.facts),
     )
 
@@ -146,12 +153,21 @@ def _figures(agreement: verify.Agreement | None) -> dict[str, Any]:
 
 
 def _notices(spec: TargetSpec, job: Job, outcome: _Outcome) -> tuple[str, ...]:
-    """Return the sentences for the user: a failed proof first, then the target's own, then the warning about the notes."""
+    """Return the sentences for the user about the export itself: a failed proof first, then the target's own."""
     failed = outcome.agreement is not None and not outcome.proved
     return (
         *((_disagreement(spec, outcome, "kept because of --force"),) if failed else ()),
         *outcome.written.notices,
-        *((WARNING,) if job.adapter is not None else ()),
+    )
+
+
+def _start_notice(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return a notice if notes began with a token that other programs do not put before a text by themselves."""
+    if not tokenizer.start.text or tokenizer.start.adds_bos:
+        return ()
+    return (
+        f"In training, notes began with {tokenizer.start_text}, which other programs do not add: put it before a text to "
+        "continue. Chats begin as the chat template writes them.",
     )
 
 
@@ -206,6 +222,8 @@ def _export_record(spec: TargetSpec, job: Job, folder: Path) -> dict[str, Any]:
         "target": spec.name,
         "weights": job.weights,
         "base": job.base.digest,
+        "start_ids": list(job.start.text),
+        "chat_start_ids": list(job.start.chat),
         "files": files,
         "bounds_for": spec.reader_name(job.weights),
     }

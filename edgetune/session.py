@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from edgetune.config import GenerateConfig
 from edgetune.library import adapter_registry as registry
+from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import SMALLER, Loaded, load_base, open_base
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import explain_card_memory
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.generation_config import read_sampling
 from edgetune.runtime.runner import Runner
 
 
@@ -28,11 +30,17 @@ class Generation:
 
 
 class Session:
-    """A model and its adapter, kept open. Use it from one thread at a time."""
+    """A model and its adapter, kept open. Use it from one thread at a time.
+
+    notices: sentences for the user about what was ignored in the files of the model or the adapter.
+    Where no temperature is given, sampling follows the model's generation_config.json, else GenerateConfig.
+    """
 
     def __init__(self, loaded: Loaded, adapter: Adapter | None = None, adapter_name: str = registry.NONE) -> None:
         self.model_name, self.adapter_name = loaded.choice.name, adapter_name
         self.tokenizer, self.model, self.digest = loaded.tokenizer, loaded.model, loaded.checkpoint.digest
+        self._own_sampling = read_sampling(loaded.choice.path)
+        self.notices = self._own_sampling.notices
         self._adapter = adapter
         self._generator: Generator | None = None
         self.use_adapter(adapter is not None)
@@ -56,7 +64,9 @@ class Session:
         """
         loaded = load_base(open_base(model), device, head=head)
         name, found = registry.adapter_for(adapter, loaded.checkpoint)
-        return cls(loaded, found, name)
+        session = cls(loaded, found, name)
+        session.notices += adapter_notices(adapter, found, loaded.checkpoint, loaded.tokenizer)
+        return session
 
     def use_adapter(self, on: bool) -> None:
         """Switch between the adapted model and the bare base."""
@@ -70,43 +80,54 @@ class Session:
         self,
         prompt: str,
         max_tokens: int = GenerateConfig.max_tokens,
-        temperature: float = GenerateConfig.temperature,
+        temperature: float | None = None,
         seed: int | None = None,
     ) -> Generation:
         """Continue a text. On the same machine, the same seed gives the same words."""
-        return self._complete(self.prompt_ids(prompt), max_tokens, _sampling(temperature, seed))
+        return self._complete(self.prompt_ids(prompt), max_tokens, self._sampling(temperature, seed))
 
     def stream(
         self,
         prompt: str,
         max_tokens: int = GenerateConfig.max_tokens,
-        temperature: float = GenerateConfig.temperature,
+        temperature: float | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
         """Continue a text and yield it in pieces of whole characters, as they are written."""
-        yield from self._stream(self.prompt_ids(prompt), max_tokens, _sampling(temperature, seed))
+        yield from self._stream(self.prompt_ids(prompt), max_tokens, self._sampling(temperature, seed))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
         max_tokens: int = GenerateConfig.max_tokens,
-        temperature: float = GenerateConfig.temperature,
+        temperature: float | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
         """Answer a conversation of {"role", "content"} messages and yield the answer in pieces, as they are written.
 
         Raises TokenizerError for a model without a chat template.
         """
-        yield from self._stream(self.chat_ids(messages), max_tokens, _sampling(temperature, seed))
+        yield from self._stream(self.chat_ids(messages), max_tokens, self._sampling(temperature, seed))
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens as in training: those of the template, after the start token if it writes none."""
-        ids, bos = self.tokenizer.encode_chat(messages, add_generation_prompt=True), self.tokenizer.bos_id
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return self.tokenizer.start.before_chat(self.tokenizer.encode_chat(messages, add_generation_prompt=True))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a text to continue, which begins as a document does."""
         return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
+
+    def _sampling(self, temperature: float | None, seed: int | None) -> Sampling:
+        """Return the settings to sample with: those given, else the model publisher's, else GenerateConfig's."""
+        own = self._own_sampling
+        given = own.temperature if temperature is None else temperature
+        return Sampling(
+            GenerateConfig.temperature if given is None else given,
+            GenerateConfig.top_p if own.top_p is None else own.top_p,
+            seed,
+            own.top_k or 0,
+            own.repetition_penalty or 1.0,
+        )
 
     def _complete(self, ids: list[int], max_tokens: int, sampling: Sampling) -> Generation:
         clock = _Clock()
@@ -143,10 +164,6 @@ class Session:
         if self._generator is None or self._generator.cache.max_length < length:
             self._generator = Generator(Runner(self.model), length)
         return self._generator
-
-
-def _sampling(temperature: float, seed: int | None) -> Sampling:
-    return Sampling(temperature, GenerateConfig.top_p, seed)
 
 
 class _Clock:

@@ -86,19 +86,18 @@ def texts_for(job: Job) -> tuple[Documents, Documents]:
     number = count + (0 if given else count // 2)
     done, written = job.counter("sampling", number), []
     for seed in range(number):
-        written.append(_write(model, room, seed))
+        written.append(_write(model, job.start.text[0] if job.start.text else _start(model.config), room, seed))
         done(str(seed))
     return written[:count], _pieces(given) or written[count:]
 
 
-def _write(model: Llama, room: int, seed: int) -> list[int]:
-    """Let the model write a document of `room` tokens, sampled at temperature 1 from its whole distribution."""
-    start = _start(model.config)
+def _write(model: Llama, start: int, room: int, seed: int) -> list[int]:
+    """Let the model write a document of `room` tokens from the token `start`, sampled at temperature 1 without other limits."""
     return [start, *Generator(Runner(model), room).generate([start], room - 1, Sampling(1.0, 1.0, seed))]
 
 
 def _start(config: LlamaConfig) -> int:
-    """Return the token that a document begins with: bos, else an eos, else token 0."""
+    """Return the token that a document begins with where the model has no tokenizer: bos, else an eos, else token 0."""
     ids = [config.bos_token_id, *config.eos_token_ids, 0]
     return next(token for token in ids if token is not None)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.job import Job, Written
 from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
-from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers
+from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers, quiet
+from edgetune.export.probes import check_transformers
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.targets import MeasuredForm, TargetSpec
 from edgetune.runtime import bnb_layout, nf4
@@ -125,7 +126,9 @@ def reference(job: Job, folder: Path) -> Llama:
 
 
 def read(job: Job, folder: Path) -> TransformersReader:
-    """Open the folder with transformers."""
+    """Open the folder with transformers. Raises ModelError if its tokenizer reads other ids than edgetune, unless job.force."""
+    with quiet():
+        check_transformers(job, folder, "transformers")
     return TransformersReader(open_transformers(folder))
 
 

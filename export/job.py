@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.names import EMBEDDING
+from edgetune.runtime.start_tokens import StartTokens
 
 Progress = Callable[[str, int, int], None]
 """Receives the name of a stage, how many of its pieces are done, and how many there are."""
@@ -37,7 +38,7 @@ class Job:
     weights: one of TargetSpec.weights. adapter_as: one of TargetSpec.adapter_as, None for the default. memory: limit in
     bytes, None for no limit. texts: token ids of the documents to measure a lossy merge on. force: write the export even if
     it fails a check. check: let the target's own reader prove the export, and measure what only it can measure. progress:
-    called at the beginning of each stage and after each of its pieces.
+    called at the beginning of each stage and after each of its pieces. start: what texts and chats began with in training.
     """
 
     base: Checkpoint
@@ -50,6 +51,7 @@ class Job:
     force: bool = False
     check: bool = True
     progress: Progress = lambda stage, done, total: None
+    start: StartTokens = field(default_factory=StartTokens)
 
     def counter(self, stage: str, total: int) -> Callable[[str], None]:
         """Begin a stage of `total` pieces; return a function to call with the name of each piece when it is done."""

@@ -40,7 +40,7 @@ from edgetune.runtime.files import atomic_write, sha256_file
 from edgetune.runtime.json_file import read_object, read_value
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
-from edgetune.runtime.model_folder import copy_companions, write_config
+from edgetune.runtime.model_folder import write_settings
 from edgetune.runtime.nf4 import code_table
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
@@ -98,14 +98,13 @@ def _quantize_base(job: Job, folder: Path) -> None:
 
 def _copy_base(job: Job, folder: Path) -> None:
     """Copy the files of a 4-bit base into the bundle, readable by their owner only."""
-    copy_companions(job.base.folder, folder)
-    write_config(folder, job.base.hf_config)
     index = job.base.folder / INDEX
     files = [(file, MODEL_WEIGHTS) for file in job.base.files] + [(index, WEIGHT_INDEX)] * index.is_file()
     done = job.counter("writing", len(files))
     for file, kind in files:
         copy_untrusted(file, kind, folder / file.name)
         done(file.name)
+    write_settings(job.base.folder, folder, job.base.hf_config)
 
 
 def seal(folder: Path) -> None:

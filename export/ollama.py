@@ -18,6 +18,7 @@ from edgetune.export.job import Job, Written
 from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.generation_config import SamplingSettings
 from edgetune.runtime.tokenizer import Tokenizer
 
 MODELFILE = "Modelfile"
@@ -31,8 +32,8 @@ def peak_memory(job: Job) -> ExportMemory:
 def write(job: Job, folder: Path) -> Written:
     """Write model.gguf and the Modelfile.
 
-    Ollama puts the vocabulary's bos before every text if the GGUF says so. A model whose template writes no bos was trained
-    without it, so its GGUF says no. If the template does write one, it is left out of the Go template, as Ollama adds it.
+    Ollama puts the vocabulary's bos before every text if the GGUF says so, as it does if training put it there. If the chat
+    template writes it too, it is left out of the Go template.
     """
     gguf.check_writer()
     tokenizer = Tokenizer.load(job.base.folder)
@@ -41,12 +42,11 @@ def write(job: Job, folder: Path) -> Written:
     notices: tuple[str, ...] = ()
     if tokenizer.has_template:
         bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else ""
-        template_writes_bos = bool(bos) and tokenizer.render_chat([{"role": "user", "content": "?"}]).startswith(bos)
-        vocabulary.adds_bos = vocabulary.adds_bos and template_writes_bos
         derived = derive(tokenizer.render_chat, bos if vocabulary.adds_bos else "")
         notices = _notices(derived, vocabulary.template or "")
     notices += write_model(job, folder / gguf.MODEL_FILE, job.weights, vocabulary.add_to)
-    atomic_write(folder / MODELFILE, modelfile(derived, stops(vocabulary, tokenizer.eos_ids, derived)))
+    stop = stops(vocabulary, tokenizer.eos_ids, derived)
+    atomic_write(folder / MODELFILE, modelfile(derived, stop, vocabulary.sampling))
     return Written(MODELFILE, notices)
 
 
@@ -65,12 +65,19 @@ def _notices(derived: Derived | None, jinja: str) -> tuple[str, ...]:
     return tuple(notices)
 
 
-def modelfile(derived: Derived | None, stop: Sequence[str]) -> str:
-    """Return the text of the Modelfile."""
+def modelfile(derived: Derived | None, stop: Sequence[str], sampling: SamplingSettings) -> str:
+    """Return the text of the Modelfile. sampling: the model's own settings, which become Ollama's defaults."""
     lines = ["# Type: ollama create NAME -f Modelfile", f"FROM ./{gguf.MODEL_FILE}"]
     if derived is not None and _fits(derived.source):
         lines.append(f'TEMPLATE """{derived.source}"""')
     lines += [f'PARAMETER stop "{text}"' for text in stop]
+    parameters = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repeat_penalty": sampling.repetition_penalty,
+    }
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

@@ -62,7 +62,7 @@ def open_transformers(folder: Path) -> Any:
     for, and bitsandbytes rounds scales and activations to bf16 on CPUs with AVX-512 BF16.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with _quiet():
+    with quiet():
         from transformers import AutoModelForCausalLM
 
         # What the folder's config.json says about code and kernels is overruled: no other is imported or fetched.
@@ -119,7 +119,7 @@ def _refuse_misread(inputs: int, block_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and advice, and bitsandbytes' log about downloadable kernels; errors still raise."""
     from transformers.utils import logging as transformers_log
 
@@ -149,7 +149,7 @@ def read(job: Job, folder: Path) -> TransformersReader:
     """Open the base with transformers and the adapter with peft."""
     with plain_base(job.base, folder) as place:
         base = open_transformers(place)
-    with _quiet():
+    with quiet():
         from peft import PeftModel
 
         return TransformersReader(PeftModel.from_pretrained(base, folder))

@@ -23,11 +23,18 @@ PREFILL_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampling settings: temperature 0 takes the likeliest token; top_p keeps the fewest tokens with this probability."""
+    """The sampling settings.
+
+    temperature: 0 takes the likeliest token. top_p: keep the fewest tokens with this probability. top_k: keep this many of the
+    likeliest tokens before that; 0 keeps all. repetition_penalty: above 1, tokens of the prompt and the answer become less
+    likely to come again (Keskar et al. 2019, arXiv 1909.05858).
+    """
 
     temperature: float = 0.7
     top_p: float = 0.95
     seed: int | None = None
+    top_k: int = 0
+    repetition_penalty: float = 1.0
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
@@ -42,11 +49,19 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         return int(id)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True, stable=True)
+    if sampling.top_k:
+        ordered[sampling.top_k :] = 0.0
+        ordered = ordered / ordered.sum()
     # The probability before a token decides whether it is in, so the first always is.
     outside = ordered.cumsum(0) - ordered >= sampling.top_p
     ordered = ordered.masked_fill(outside, 0.0).cpu()
     _check_number(ordered[0])
     return int(ids[int(torch.multinomial(ordered, 1, generator=generator))])
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits (V,); those of the tokens in `seen`, bool (V,), are divided by `penalty` if positive, else multiplied."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _check_number(largest: Tensor) -> None:
@@ -114,8 +129,13 @@ class Generator:
             generator.manual_seed(sampling.seed)
         max_tokens = min(max_tokens, self.cache.max_length - len(input_ids))
         logits = self.prefill(input_ids)
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[list(input_ids)] = True
         for number in range(max_tokens):
+            if sampling.repetition_penalty != 1:
+                logits = penalize(logits, seen, sampling.repetition_penalty)
             token = sample(logits, sampling, generator)
+            seen[token] = True
             if token in stop_ids:
                 return
             yield token

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +16,9 @@ from torch import Tensor
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write, explain_full_disk
-from edgetune.runtime.json_file import read_object_if_there
+from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
-from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, TOKENIZER_CONFIG, copy_untrusted, open_untrusted
+from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
@@ -38,9 +37,6 @@ _COMPANIONS = (
     "generation_config.json",
 )
 _TEXTS = ("LICENSE*", "NOTICE*")
-_REACHES_OUTSIDE = re.compile(r"auto_map|\w+_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
-"""Keys of config.json and tokenizer_config.json that name code, a file or a repository, which a reader might load, or which
-tells where the model lay on this machine. No model that edgetune reads needs one."""
 
 
 class Recipe(Protocol):
@@ -108,8 +104,7 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
 
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:
     """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
-    copy_companions(source, folder)
-    write_config(folder, config)
+    write_settings(source, folder, config)
     if len(shards) > 1:
         weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
         index = {
@@ -117,6 +112,12 @@ def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe:
             "weight_map": weight_map,
         }
         atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json and the files of `source` beside it. Raises ModelError as `companions` does."""
+    copy_companions(source, folder)
+    atomic_write(folder / "config.json", json.dumps(config_for_readers(config), indent=2) + "\n")
 
 
 def write_model(
@@ -152,25 +153,18 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the companions of the model in `source` into `folder`, each private. Raises ModelError as `companions` does."""
+    """Copy the companions of the model in `source` into `folder`, each private, rewritten where a reader would misread them.
+
+    Raises ModelError as `companions` does.
+    """
+    rewritten = tokenizer_files_for_readers(source)
     for file in companions(source):
-        with explain_full_disk(folder):
-            (folder / file.name).unlink(missing_ok=True)  # of a run that was interrupted
-            copy_untrusted(file, COMPANION, folder / file.name)
-    settings = read_object_if_there(source / "tokenizer_config.json", TOKENIZER_CONFIG)
-    if any(map(_REACHES_OUTSIDE.fullmatch, settings)):
-        _write_settings(folder / "tokenizer_config.json", settings)
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json without the keys by which another program could be led to code or files outside the folder."""
-    _write_settings(folder / "config.json", config)
-
-
-def _write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write a JSON object without the keys that _REACHES_OUTSIDE matches."""
-    kept = {key: value for key, value in settings.items() if not _REACHES_OUTSIDE.fullmatch(key)}
-    atomic_write(path, json.dumps(kept, indent=2) + "\n")
+        if file.name not in rewritten:
+            with explain_full_disk(folder):
+                (folder / file.name).unlink(missing_ok=True)  # of a run that was interrupted
+                copy_untrusted(file, COMPANION, folder / file.name)
+        elif (content := rewritten[file.name]) is not None:
+            atomic_write(folder / file.name, content)
 
 
 def quantization_config(double_quant: bool, quantized_head: bool = False) -> dict[str, Any]:

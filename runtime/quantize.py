@@ -37,6 +37,7 @@ from edgetune.runtime.model_folder import (
 )
 from edgetune.runtime.names import HEAD, is_linear
 from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
+from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
 
 HEADS = ("bf16", "nf4")
 """The forms that the head can be stored in."""
@@ -132,6 +133,8 @@ def quantize_folder(
         raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
     companions(src)  # raises before any work is done
     checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
+    if has_tokenizer(src):
+        Tokenizer.load(src)  # a tokenizer that does not fit the model is refused before the hours of work
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):

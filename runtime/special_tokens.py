@@ -40,9 +40,9 @@ class AddedToken:
 
     @property
     def pattern(self) -> str:
-        """Return a regular expression that matches the token in a text, with the white space that it takes."""
-        word = r"(?<!\w){}(?!\w)" if self.single_word else "{}"
-        return (r"\s*" if self.lstrip else "") + word.format(re.escape(self.spelling)) + (r"\s*" if self.rstrip else "")
+        """Return a regular expression that matches the token in a text, with the white space after it that it takes."""
+        spelling = re.escape(self.spelling)
+        return (rf"(?<!\w){spelling}(?!\w)" if self.single_word else spelling) + (r"\s*" if self.rstrip else "")
 
 
 @dataclass
@@ -52,8 +52,10 @@ class SpecialTokens:
     template: the chat template's source, or "".
     spelled: the spelling of each token in TOKEN_NAMES that a file mentions; None if it says that there is no such token.
     declared: the added tokens, with NO_ID where a file gives only the spelling.
+    config: the content of tokenizer_config.json.
     bos, pad, eos: ids from config.json and generation_config.json. bos and pad are used where `spelled` has no entry;
         eos adds to the one in `spelled`.
+    rows: the rows of the model's embedding by config.json, None if it does not say.
     rebuilt_as_llama: transformers 5 ignores part of tokenizer.json for this model and builds a LlamaTokenizer itself.
     space_prefix: where a space is put before a text: "first" (at the very beginning), "always" (after control tokens
         too) or "never".
@@ -65,6 +67,8 @@ class SpecialTokens:
     bos: int | None = None
     pad: int | None = None
     eos: list[int] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
     rebuilt_as_llama: bool = False
     space_prefix: str = "first"
 
@@ -80,10 +84,10 @@ class SpecialTokens:
         model = read_object_if_there(folder / "config.json", TOKENIZER_CONFIG)
         added = read_object_if_there(folder / "added_tokens.json", TOKENIZER_CONFIG)
 
-        tokens = cls(template)
+        tokens = cls(template, config=config, rows=next(iter(_ids(model.get("vocab_size"))), None))
         for name in TOKEN_NAMES:
             for source in (config, older):
-                if name in source:
+                if name in source and not _is_blank(source[name]):
                     tokens.spelled.setdefault(name, _spelling(source[name]))
         tokens.declared = _declared_with_named(list(_declared(config, older, added)), tokens.spelled)
         tokens.bos = next(iter(_ids(model.get("bos_token_id"))), None)
@@ -111,15 +115,25 @@ def _spelling(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
+def _is_blank(value: Any) -> bool:
+    """Return True for a token spelled "", as some converters write one that they do not know: it says nothing."""
+    return (value.get("content") if isinstance(value, dict) else value) == ""
+
+
 def _ids(value: Any) -> list[int]:
     """Return the valid ids in a value that is one id or a list of them, as in generation_config.json."""
     return [id for id in (value if isinstance(value, list) else [value]) if type(id) is int and id >= 0]
 
 
+def _is_id(text: str) -> bool:
+    """Return True for a token id as JSON's keys write it."""
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_IDS))
+
+
 def _declared(config: dict[str, Any], older: dict[str, Any], added: dict[str, Any]) -> Iterator[AddedToken]:
     """Yield each added token of the configuration files once: first those with an id, by id, then those without."""
     decoder = config.get("added_tokens_decoder")
-    with_ids = [(int(id), value) for id, value in (decoder if isinstance(decoder, dict) else {}).items() if id.isdecimal()]
+    with_ids = [(int(id), value) for id, value in (decoder if isinstance(decoder, dict) else {}).items() if _is_id(id)]
     with_ids += [(id, spelling) for spelling, id in added.items() if type(id) is int and id >= 0]
     extra: list[Any] = []
     for source in (config, older):

@@ -20,9 +20,11 @@ from edgetune.runtime.answer_spans import RenderedChat, common_prefix
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
+from edgetune.runtime.start_tokens import TEXT_ENDS, start_tokens
 from edgetune.runtime.tokenizer_libraries import (
     JsonTokenizer,
     SentencePieceTokenizer,
+    TokenFinder,
     TokenizerLibrary,
 )
 from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, read_untrusted
@@ -30,11 +32,16 @@ from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, read_untrusted
 if TYPE_CHECKING:
     from edgetune.runtime.templates import ChatTemplate
 
-STRETCH = 1 << 20
-"""The characters that a library encodes at once, so that it takes at most about 100 MB. Chosen by hand."""
+STRETCH, LONGEST_STRETCH = 1 << 14, 1 << 15
+"""The characters after which a text is cut between two words, and the most that a library encodes at once: hostile regular
+expressions take time that grows with the square, 5 s at 32,768 characters. Chosen by hand."""
+_BLANK = re.compile(r"\s{2048}")
+"""White space after which a text is cut, for the same reason. No piece of a vocabulary is as long."""
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 """Tokens with which a chat model ends its turn, even if its configuration names another end-of-text token."""
+_NAMES = {"bos_token": "a beginning-of-text", "eos_token": "an end-of-text"}
+"""The named tokens that a model cannot do without, as error messages call them."""
 
 
 class Tokenizer:
@@ -42,7 +49,7 @@ class Tokenizer:
 
     vocab_size: one more than the highest id. bos_id, pad_id: the ids of those tokens, or None.
     eos_ids: every id that ends generation, starting with the one that ends a document.
-    start_ids: the ids that a document begins with, at most one.
+    start: the ids that texts and chats begin with.
     """
 
     def __init__(
@@ -50,16 +57,18 @@ class Tokenizer:
     ) -> None:
         self._library, self._special, self._template_source, self._folder = library, special, template, folder
         self.vocab_size = library.size
-        self.bos_id = self._id_of_name("bos_token", special.bos)
+        self._check_rows()
+        control = [token for token in library.added if token.special and token.spelling and self._has_row(token.id)]
+        self.bos_id = self._id_of_name("bos_token", next(iter(library.leading), special.bos))
         self.pad_id = self._id_of_name("pad_token", special.pad)
-        eos = [self._id_of_name("eos_token", None), *special.eos]
-        eos += [library.id_of(end) for end in TURN_ENDS if end in special.template]
-        self.eos_ids = tuple(dict.fromkeys(id for id in eos if id is not None and id < library.size))
+        text_ends = [token.id for end in TEXT_ENDS for token in control if token.spelling == end]
+        self.eos_ids = self._end_ids(text_ends)
         # Qwen's tokenizer has no bos, but its config.json names the token that stood between texts in training.
-        start = [self.bos_id, special.bos, *self.eos_ids]
-        self.start_ids = [id for id in start if id is not None and id < library.size][:1]
+        turn_ends = {library.id_of(end) for end in TURN_ENDS}
+        others = [special.bos, *sorted(self.eos_ids, key=turn_ends.__contains__)]
+        text_ends += [id for id in others if id is not None and self._has_row(id)]
+        self.start = start_tokens(special.config, self.bos_id, library.leading, library.starts_as_llama, text_ends)
 
-        control = [token for token in library.added if token.special and token.spelling]
         self._control_spellings = [token.spelling for token in control]
         self._control = frozenset(token.id for token in control)
         # Ordinary text may become the unknown token, unless the model uses that token to control something as well.
@@ -67,8 +76,7 @@ class Tokenizer:
         self._forbidden_in_text = self._control - ({self._id_of_name("unk_token", None)} - used_for_control)
         # The longest spelling comes first, so that a token whose spelling begins another's does not hide it.
         control.sort(key=lambda token: -len(token.spelling))
-        self._split = re.compile("|".join(f"({token.pattern})" for token in control) or "(?!)")
-        self._split_ids = [token.id for token in control]
+        self._finder = TokenFinder(control)
         self._spelled = re.compile("|".join(re.escape(token.spelling) for token in control) or "(?!)")
         self._bytes: dict[int, bytes] = {}
 
@@ -90,21 +98,76 @@ class Tokenizer:
             )
         return cls(library, special, template, str(folder))
 
+    @property
+    def start_ids(self) -> list[int]:
+        """Return the ids that a note or a prompt begins with, at most one."""
+        return list(self.start.text)
+
+    @property
+    def start_text(self) -> str:
+        """Return the spelling of what a note or a prompt begins with."""
+        spelling = {token.id: token.spelling for token in self._library.added}
+        return "".join(spelling.get(id, "") for id in self.start.text)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Return the ids that the post-processor in tokenizer.json puts before a text, which `start` may overrule."""
+        return self._library.leading
+
+    @property
+    def rebuilt_as_llama(self) -> bool:
+        """Return True if transformers ignores part of tokenizer.json for this model and builds LLaMA's tokenizer itself."""
+        return self._special.rebuilt_as_llama and self._library.starts_as_llama
+
+    def _has_row(self, id: int) -> bool:
+        """Return True for an id of the vocabulary that has a row in the model's embedding."""
+        rows = self._special.rows
+        return 0 <= id < self._library.size and (rows is None or id < rows)
+
+    def _check_rows(self) -> None:
+        """Raise TokenizerError if a text or the chat template can give an id for which the embedding has no row.
+
+        A control token that neither can give, such as the pad token that many LLaMA models have beyond their rows, is left out.
+        """
+        rows, library = self._special.rows, self._library
+        if rows is None or library.size <= rows:
+            return
+        added = {token.id: token for token in library.added}
+        for id in range(rows, library.size):
+            token = added.get(id)
+            if library.is_used(id) if token is None else not token.special or token.spelling in self._special.template:
+                raise TokenizerError(
+                    f"The tokenizer in {self._folder} gives the id {id} to a token, but the model's embedding has only {rows} "
+                    "rows; take the tokenizer and the weights from the same model."
+                )
+
+    def _end_ids(self, text_ends: Sequence[int]) -> tuple[int, ...]:
+        """Return every id that ends generation: the named end, those of the configuration files, the turn ends of the template.
+
+        `text_ends` are used where nothing names an end. A bos that config.json numbers as an end does not end a text.
+        """
+        special, library = self._special, self._library
+        named = self._id_of_name("eos_token", None)
+        found = [named, *special.eos, *(library.id_of(end) for end in TURN_ENDS if end in special.template)]
+        ends = [id for id in found if id is not None and self._has_row(id) and (id == named or id != self.bos_id)]
+        return tuple(dict.fromkeys(ends or [*text_ends[:1], *(id for id in special.eos if self._has_row(id))]))
+
     def _id_of_name(self, name: str, fallback: int | None) -> int | None:
         """Return the id of the token that the configuration files call `name`, or `fallback` if no file mentions it.
 
-        Raises TokenizerError for an end-of-text token that the vocabulary lacks; other names may lack an id.
+        Raises TokenizerError if the vocabulary lacks a beginning- or end-of-text token that they name, or the embedding has no
+        row for it; other names may lack an id.
         """
-        if name not in self._special.spelled:
-            return fallback if fallback is not None and 0 <= fallback < self._library.size else None
-        spelling = self._special.spelled[name]
-        id = None if spelling is None else self._library.id_of(spelling)
-        if id is None and spelling is not None and name == "eos_token":
-            raise TokenizerError(
-                f"{self._folder} names an end-of-text token that is missing from its vocabulary; "
-                "take tokenizer_config.json and the tokenizer from the same model."
-            )
-        return id
+        spelling = self._special.spelled.get(name)
+        id = fallback if spelling is None and name not in self._special.spelled else None
+        if spelling is not None:
+            id = self._library.id_of(spelling)
+            if name in _NAMES and (id is None or not self._has_row(id)):
+                raise TokenizerError(
+                    f"{self._folder} names {_NAMES[name]} token that is missing from its vocabulary; "
+                    "take tokenizer_config.json and the tokenizer from the same model."
+                )
+        return id if id is not None and self._has_row(id) else None
 
     # --- text -> ids --------------------------------------------------------------------------------------------------
 
@@ -125,7 +188,7 @@ class Tokenizer:
         # spelling after its first character and encode the parts by themselves, so that no piece can hold all of it.
         cuts = [match.start() + 1 for match in self._spelled.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        ids = self._encode_parts(parts, first)
+        ids = self._encode_parts((stretch for part in parts for stretch in _stretches(part)), first)
         if not self._forbidden_in_text.isdisjoint(ids):
             raise TokenizerError(
                 f"The tokenizer in {self._folder} turns ordinary text into control tokens; take it from its publisher."
@@ -218,7 +281,8 @@ class Tokenizer:
             if span is not None:
                 start, end = tokens_before[span.start], tokens_before[span.end]
                 controls = tuple(place for place in range(start, end) if ids[place] in self._control)
-                text = self._split.sub("", chat.text[span.start : span.end]).replace(nonce, "")
+                parts = self._finder.split(chat.text[span.start : span.end])
+                text = "".join(part for part in parts if isinstance(part, str)).replace(nonce, "")
                 answers[n] = EncodedAnswer(start, end, span.stop is not None, controls, len(text.encode("utf-8", "replace")))
         return EncodedChat(ids, answers, frozenset(n for n in range(len(messages)) if chat.shows(n)))
 
@@ -231,19 +295,15 @@ class Tokenizer:
 
     def _ends_of(self, text: str) -> list[int]:
         """Return the positions in a rendered conversation of the tokens that end generation."""
-        ends = [number for number, id in enumerate(self._split_ids, 1) if id in self.eos_ids]
-        return [match.start() for match in self._split.finditer(text) if match.lastindex in ends]
+        return [start for start, _, id in self._finder.find(text) if id in self.eos_ids]
 
     def _encode_rendered(self, text: str, nonce: str, cuts: Iterable[int] = ()) -> tuple[list[int], dict[int, int]]:
         """Return the ids of a rendered conversation, and for each position in `cuts` the number of tokens before it."""
         ids: list[int] = []
         before: dict[int, int] = {}
         waiting = sorted(cuts, reverse=True)
-        pieces = [
-            (match.start(), match.end(), self._split_ids[(match.lastindex or 1) - 1]) for match in self._split.finditer(text)
-        ]
         at = 0
-        for start, end, control in [*pieces, (len(text), len(text), None)]:
+        for start, end, control in [*self._finder.find(text), (len(text), len(text), None)]:
             between = self._text_between(text[at:start], nonce, first=at == 0)
             while waiting and waiting[-1] < start:
                 cut = waiting.pop()
@@ -293,18 +353,20 @@ def _nonce() -> str:
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """Yield a very long text in parts of STRETCH characters, because the libraries need 100 bytes of memory per character.
+    """Yield a very long text in parts of about STRETCH characters.
 
-    The cut is before a space between two letters, where every tokenizer cuts too, so the ids stay the same.
+    The cut is before a space between two letters, where every tokenizer cuts too, so the ids stay the same. A text without such
+    a place is cut inside white space, or after LONGEST_STRETCH characters.
     """
     start = 0
-    while len(text) - start > STRETCH:
-        cut = _BETWEEN_WORDS.search(text, start + STRETCH)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+    while start < len(text):
+        end = min(len(text), start + LONGEST_STRETCH)
+        words = _BETWEEN_WORDS.search(text, start + STRETCH, end)
+        end = end if words is None else words.start()
+        blank = _BLANK.search(text, start, end)
+        end = end if blank is None else blank.end()
+        yield text[start:end]
+        start = end
 
 
 class StreamDecoder:
@@ -374,6 +436,11 @@ class _Marker:
         if any(body.startswith(token[-n:]) for token in self._spellings for n in range(1, len(token))):
             text = self._with_nonce_at(text, start + 1)
         return text
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return True if a model folder has a tokenizer's file."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def read_template(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str] | None:

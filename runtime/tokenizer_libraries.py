@@ -6,18 +6,31 @@ becomes a TokenizerError of one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.json_file import read_object
 from edgetune.runtime.special_tokens import MAX_IDS, AddedToken, SpecialTokens
+from edgetune.runtime.tokenizer_limits import (
+    PROBE,
+    fault_of_normalizer,
+    fault_of_sentencepiece,
+    fault_of_tokens,
+    quiet_stderr,
+)
 from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON, read_untrusted
 
 _SPACE = "▁"
 """The sign (U+2581) that sentencepiece and its relatives write in a piece for a space."""
+_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+"""What LLaMA's tokenizer calls its special tokens where the configuration files leave a name out or empty."""
 _MAX_BEYOND = 1 << 16
 """The most ids that added tokens may have beyond the pieces of a tokenizer.model. Chosen by hand."""
 
@@ -27,11 +40,17 @@ class TokenizerLibrary(Protocol):
 
     size: the number of ids. added: the tokens that are looked for before a text is split.
     strips_space: decoding drops one space at the beginning of a text, which encoding put there.
+    leading: the ids that the file itself puts before a text. starts_as_llama: texts begin with bos if no file says otherwise.
     """
 
     size: int
     added: list[AddedToken]
     strips_space: bool
+    leading: tuple[int, ...]
+    starts_as_llama: bool
+
+    def is_used(self, id: int) -> bool:
+        """Return True if the vocabulary has a token or piece with this id."""
 
     def encode(self, text: str, first: bool) -> list[int]:
         """Return the ids of `text`; special tokens that it spells stay text. `first`: no other text comes before it."""
@@ -43,6 +62,49 @@ class TokenizerLibrary(Protocol):
         """Return the UTF-8 bytes, perhaps part of a character, that the token with this id stands for."""
 
 
+@contextlib.contextmanager
+def _one_sentence(sentence: str) -> Iterator[None]:
+    """Turn any fault of a library into a TokenizerError with this sentence; one that is raised inside stays as it is.
+
+    A panic inside a Rust library arrives as a BaseException that is not an Exception.
+    """
+    try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:
+        raise TokenizerError(sentence) from None
+
+
+class TokenFinder:
+    """Finds added tokens in a text, the first of `tokens` where several match at the same place."""
+
+    def __init__(self, tokens: Sequence[AddedToken]) -> None:
+        self._tokens = list(tokens)
+        self._pattern = re.compile("|".join(f"({token.pattern})" for token in tokens) or "(?!)")
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Yield the start, the end and the id of each token in the text, with the white space that the token takes."""
+        at = 0
+        for match in self._pattern.finditer(text):
+            token, start = self._tokens[(match.lastindex or 1) - 1], match.start()
+            if token.lstrip:  # not part of the pattern, where it would take quadratic time on long runs of white space
+                start = at + len(text[at:start].rstrip())
+            at = match.end()
+            yield start, at, token.id
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Yield the text between tokens, never empty, and each token's id."""
+        at = 0
+        for start, end, id in self.find(text):
+            if at < start:
+                yield text[at:start]
+            yield id
+            at = end
+        if at < len(text):
+            yield text[at:]
+
+
 class JsonTokenizer:
     """A vocabulary in tokenizer.json, opened by the `tokenizers` library."""
 
@@ -50,36 +112,56 @@ class JsonTokenizer:
         import tokenizers
 
         self._where = str(path)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(read_untrusted(path, TOKENIZER_JSON).decode())
-        except TokenizerError:
-            raise
-        except BaseException as error:
-            # A panic inside the Rust library arrives as a BaseException that is not an Exception.
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise TokenizerError(
-                f"{path} is not a tokenizer that the tokenizers library can read; copy it again from its publisher."
-            ) from None
-        # A file may carry truncation or padding from training; a text must come back whole.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._add(special)
-        # True means that the spelling of a special token in a text is encoded as plain text, not as the token.
-        self._tokenizer.encode_special_tokens = True
-        self.added = [
+        unreadable = f"{path} is not a tokenizer that the tokenizers library can read; copy it again from its publisher."
+        data = read_untrusted(path, TOKENIZER_JSON)
+        with quiet_stderr(), _one_sentence(unreadable):
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+            self._refuse(fault_of_tokens(self._added_tokens(), ()) or fault_of_normalizer(self._tokenizer))
+            # A file may carry truncation or padding from training; a text must come back whole.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._add(special)
+            # True means that the spelling of a special token in a text is encoded as plain text, not as the token.
+            self._tokenizer.encode_special_tokens = True
+            self.added = self._added_tokens()
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self._ids = frozenset(vocabulary.values())
+            self.size = 1 + max(self._ids, default=-1)
+            if not 0 < self.size <= MAX_IDS:
+                self._refuse(f"has {self.size} token ids, expected 1 to {MAX_IDS}")
+            self._refuse(fault_of_tokens(self.added, vocabulary))
+            if special.rebuilt_as_llama:
+                self._rebuild_as_llama(special.space_prefix)
+            self._byte_level, self.strips_space = self._decoder()
+            self.leading = self._leading_ids()
+        self.starts_as_llama = special.rebuilt_as_llama and not self._byte_level
+        for name, spelling in _LLAMA_NAMES.items() if self.starts_as_llama else ():
+            if self.id_of(spelling) is not None:
+                special.spelled.setdefault(name, spelling)
+        self._without_prefix: tokenizers.Tokenizer | None = None
+
+    def _refuse(self, fault: str | None) -> None:
+        """Raise TokenizerError if there is a fault."""
+        if fault is not None:
+            raise TokenizerError(f"{self._where} {fault}; copy it again from its publisher.")
+
+    def _added_tokens(self) -> list[AddedToken]:
+        """Return the added tokens of the library's tokenizer."""
+        return [
             AddedToken(token.content, id, token.special, token.lstrip, token.rstrip, token.single_word)
             for id, token in self._tokenizer.get_added_tokens_decoder().items()
         ]
-        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        if not 0 < self.size <= MAX_IDS:
-            raise TokenizerError(
-                f"{path} has {self.size} token ids, expected 1 to {MAX_IDS}; copy it again from its publisher."
-            )
-        if special.rebuilt_as_llama:
-            self._rebuild_as_llama(special.space_prefix)
-        self._byte_level, self.strips_space = self._decoder()
-        self._without_prefix: tokenizers.Tokenizer | None = None
+
+    def _leading_ids(self) -> tuple[int, ...]:
+        """Return the ids that the post-processor puts before a text. Encode PROBE first, for hostile files to fail at once."""
+        self._tokenizer.encode(PROBE, add_special_tokens=False)
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        starts = (at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain)
+        return tuple(whole[: next(starts, 0)])
+
+    def is_used(self, id: int) -> bool:
+        return id in self._ids
 
     def _add(self, special: SpecialTokens) -> None:
         """Add the tokens that the configuration files declare; one that exists keeps its id and becomes special.
@@ -146,26 +228,26 @@ class JsonTokenizer:
         # The other spelling of the same decoder, in steps: ▁ to a space, <0x0A> to a byte, the first space off.
         spaces = {"pattern": {"String": _SPACE}, "content": " "}
         only_spaces = all(step.items() >= spaces.items() for step in steps if step.get("type") == "Replace")
-        strips = [(step.get("content"), step.get("start"), step.get("stop")) for step in steps if step["type"] == "Strip"]
+        strips = [(step.get("content"), step.get("start"), step.get("stop")) for step in steps if step.get("type") == "Strip"]
         if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in kinds and only_spaces:
             if not strips or strips == [(" ", 1, 0)]:
                 return False, bool(strips)
             if strips == [(" ", 0, 0)]:
                 return False, False
+        named = ", ".join(str(kind) for kind in kinds if kind is not None)
         raise TokenizerError(
-            f"{self._where} decodes with {', '.join(map(str, kinds))}, which edgetune does not support; it reads "
+            f"{self._where} decodes with {named or 'nothing'}, which edgetune does not support; it reads "
             "byte-level and sentencepiece-like tokenizers: choose a LLaMA, Mistral, SmolLM2 or Qwen model."
         )
 
     def encode(self, text: str, first: bool) -> list[int]:
         tokenizer = self._tokenizer if first else self._continuation_tokenizer()
-        try:
+        sentence = (
+            f"{self._where} has no ids for part of a text, because its vocabulary lacks an unknown token or its regular "
+            "expressions fail; copy it again from its publisher."
+        )
+        with _one_sentence(sentence):
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
-        except Exception:
-            raise TokenizerError(
-                f"{self._where} has no ids for part of a text, because its vocabulary lacks an unknown token; copy it again "
-                "from its publisher."
-            ) from None
 
     def _continuation_tokenizer(self) -> Any:
         """Return the tokenizer for text that follows a control token, where Metaspace's scheme "first" puts no space."""
@@ -186,8 +268,13 @@ class JsonTokenizer:
         id: int | None = self._tokenizer.token_to_id(token)
         return id
 
+    def piece_of(self, id: int) -> str | None:
+        """Return the spelling of an id as the vocabulary has it, or None."""
+        piece: str | None = self._tokenizer.id_to_token(id)
+        return piece
+
     def bytes_of(self, id: int) -> bytes:
-        token = self._tokenizer.id_to_token(id)
+        token = self.piece_of(id)
         if token is None:
             return b""
         return _byte_level_bytes(token) if self._byte_level else _piece_bytes(token)
@@ -207,27 +294,30 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         data = read_untrusted(path, SENTENCEPIECE_MODEL)
-        try:
+        unreadable = f"{path} is not a sentencepiece model; copy it again, or put tokenizer.json beside it."
+        with _one_sentence(unreadable):
+            fault = fault_of_sentencepiece(data)
             whole = sentencepiece.SentencePieceProcessor(model_proto=data)
             bare = sentencepiece.SentencePieceProcessor(model_proto=data + self._NO_PREFIX)
             puts_space = whole.normalize("a") == f"{_SPACE}a"
             # Switching the step off must change nothing else; a model that normalises in its own way is used as it is.
             self._adds_space = puts_space and bare.normalize(" a") == f"{_SPACE}a" and bare.normalize("a") == "a"
-        except Exception:
-            raise TokenizerError(
-                f"{path} is not a sentencepiece model; copy it again, or put tokenizer.json beside it."
-            ) from None
         self._processor = bare if self._adds_space else whole
         self._space_prefix = special.space_prefix
         self._num_pieces = self._processor.get_piece_size()
         self.strips_space = puts_space
         self.added = self._added_tokens(special)
+        pieces = (self._processor.id_to_piece(id) for id in range(self._num_pieces))
+        fault = fault or fault_of_tokens(self.added, pieces)
+        if fault is not None:
+            raise TokenizerError(f"{path} {fault}; copy it again from its publisher.")
+        self.leading: tuple[int, ...] = ()
+        self.starts_as_llama = True
         self.size = max([self._num_pieces, *(token.id + 1 for token in self.added)])
         self._spelling_beyond = {token.id: token.spelling for token in self.added if token.id >= self._num_pieces}
         # sentencepiece knows no tokens from the JSON files: they are searched for here, the longest first.
         plain = sorted((token for token in self.added if not token.special), key=lambda token: -len(token.spelling))
-        self._plain_ids = [token.id for token in plain]
-        self._plain = re.compile("|".join(f"({token.pattern})" for token in plain)) if plain else None
+        self._plain = TokenFinder(plain)
 
     def _added_tokens(self, special: SpecialTokens) -> list[AddedToken]:
         """Return the model file's control and unknown tokens, and those that the configuration files declare.
@@ -251,6 +341,12 @@ class SentencePieceTokenizer:
                 special.spelled.setdefault(name, sp.id_to_piece(id))
         return list(added.values())
 
+    @property
+    def pieces(self) -> list[tuple[str, float]]:
+        """Return every piece of the model file with its score, by id."""
+        sp = self._processor
+        return [(sp.id_to_piece(id), float(sp.get_score(id))) for id in range(self._num_pieces)]
+
     def _piece_id(self, piece: str) -> int | None:
         """Return the id of a piece of the model file, or None; sentencepiece itself gives the unknown token's id."""
         id = int(self._processor.piece_to_id(piece))
@@ -258,12 +354,12 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, first: bool) -> list[int]:
         ids: list[int] = []
-        at = 0
-        for match in self._plain.finditer(text) if self._plain is not None else ():
-            ids += self._encode_plain(text[at : match.start()], first and at == 0)
-            ids.append(self._plain_ids[(match.lastindex or 1) - 1])
-            at = match.end()
-        return ids + self._encode_plain(text[at:], first and at == 0)
+        for part in self._plain.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_plain(part, first and not ids)
+        return ids
 
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         """Return the ids of a text in which no added token is looked for."""
@@ -272,6 +368,9 @@ class SentencePieceTokenizer:
             text = " " + text
         return list(self._processor.encode(text))
 
+    def is_used(self, id: int) -> bool:
+        return id < self._num_pieces
+
     def id_of(self, token: str) -> int | None:
         return next((added.id for added in self.added if added.spelling == token), self._piece_id(token))
 
@@ -279,6 +378,29 @@ class SentencePieceTokenizer:
         if id >= self._num_pieces:
             return self._spelling_beyond.get(id, "").encode()
         return _piece_bytes(self._processor.id_to_piece(id))
+
+
+def agrees_with_sentencepiece(folder: Path) -> bool:
+    """Return True if the tokenizer.model of a model folder has the pieces of the tokenizer.json beside it, in the same order.
+
+    One that another model left behind does not, nor does git-lfs's pointer to one; tokenizer.json is then the one to trust, as
+    transformers does. Raises TokenizerError for a damaged tokenizer.json.
+    """
+    json_file = folder / "tokenizer.json"
+    vocabulary = JsonTokenizer(json_file, SpecialTokens())
+    try:
+        pieces = SentencePieceTokenizer(folder / "tokenizer.model", SpecialTokens()).pieces
+    except TokenizerError:
+        return False
+    if [vocabulary.piece_of(id) for id in range(len(pieces))] != [piece for piece, _ in pieces]:
+        return False
+    model = read_object(json_file, TOKENIZER_JSON).get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges if isinstance(merges, list) else []):
+        ranks.setdefault(merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge), rank)
+    by_score = sorted((-score, ranks[piece]) for piece, score in pieces if piece in ranks)
+    return all(before[1] <= after[1] for before, after in itertools.pairwise(by_score))
 
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

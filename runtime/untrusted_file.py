@@ -47,6 +47,14 @@ TOKENIZER_JSON = FileKind(64 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer.json. The largest in use (262,144 pieces) takes 34 MB."""
 SENTENCEPIECE_MODEL = FileKind(32 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer.model, which is a protobuf and not JSON."""
+LONGEST_TOKEN = 256
+"""Most characters of an added token. The longest in use have about 40."""
+LONGEST_PIECE = 4096
+"""Most characters of a piece of a vocabulary. The longest in use (runs of spaces and dashes) have 128 to 512."""
+MOST_ADDED_TOKENS = 1 << 14
+"""Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
+MOST_GROWTH = 64
+"""How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 ADAPTER_CONFIG = FileKind(8 << 20, AdapterError, _COPY_ADAPTER)
 """adapter_config.json and edgetune.json, which holds a digest of every note that the adapter was trained on."""
 ADAPTER_WEIGHTS = FileKind(16 << 30, AdapterError, _COPY_ADAPTER)

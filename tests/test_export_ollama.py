@@ -13,6 +13,7 @@ from edgetune.export import ollama, verify
 from edgetune.export.go_template import Derived, derive, evaluate
 from edgetune.export.job import Job
 from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.generation_config import SamplingSettings
 from edgetune.runtime.templates import ChatTemplate
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -133,7 +134,7 @@ def test_ollamas_own_bos_is_left_to_it() -> None:
 )
 def test_a_template_of_another_form_is_left_out(jinja: str) -> None:
     assert derive(ChatTemplate(jinja, "test", TOKENS).render, "") is None
-    text = ollama.modelfile(None, [])
+    text = ollama.modelfile(None, [], SamplingSettings())
     assert parse(text) == [("FROM", "./model.gguf")]
 
 
@@ -171,7 +172,7 @@ def test_the_tests_grammar_refuses(text: str) -> None:
 @pytest.mark.parametrize("name", JINJA)
 def test_the_modelfile_keeps_to_the_grammar(name: str) -> None:
     found = derived(name)
-    commands = parse(ollama.modelfile(found, ["</s>", "### Human:"]))
+    commands = parse(ollama.modelfile(found, ["</s>", "### Human:"], SamplingSettings()))
     assert commands[0] == ("FROM", "./model.gguf")
     assert ("TEMPLATE", found.source) in commands
     assert ("PARAMETER", "stop </s>") in commands
@@ -180,7 +181,7 @@ def test_the_modelfile_keeps_to_the_grammar(name: str) -> None:
 
 def test_a_template_that_no_quotes_hold_is_left_out() -> None:
     for source in ('a"""b', 'a"', "a\x00b"):
-        assert "TEMPLATE" not in dict(parse(ollama.modelfile(Derived(source, "", True), [])))
+        assert "TEMPLATE" not in dict(parse(ollama.modelfile(Derived(source, "", True), [], SamplingSettings())))
 
 
 def test_the_demos_export(tmp_path: Path) -> None:
@@ -190,7 +191,12 @@ def test_the_demos_export(tmp_path: Path) -> None:
     assert written.opens == "Modelfile"
     assert written.notices == ()
     commands = parse((tmp_path / "Modelfile").read_text())
-    assert [value for name, value in commands if name == "PARAMETER"] == ["stop </s>", "stop ### Human:"]
+    assert [value for name, value in commands if name == "PARAMETER"] == [
+        "stop </s>",
+        "stop ### Human:",
+        "temperature 0.7",
+        "top_p 0.9",
+    ]
     source = dict(commands)["TEMPLATE"]
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is rain?"}]
     assert evaluate(source, chat) == Tokenizer.load(DEMO).render_chat(chat)
@@ -198,7 +204,7 @@ def test_the_demos_export(tmp_path: Path) -> None:
     import gguf
 
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    assert fields["tokenizer.ggml.add_bos_token"].contents() is False  # the template writes no BOS either
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True  # training put it before chats, too
 
 
 def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:

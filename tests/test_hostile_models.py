@@ -30,7 +30,7 @@ from edgetune.library.places import newest_snapshot
 from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.model_folder import write_config
+from edgetune.runtime.model_folder import write_settings
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.safetensors_file import SafetensorsFile
 
@@ -260,10 +260,22 @@ MODELS |= {
     "scales in two dimensions": part("absmax has shape [1, 64]", ".absmax", lambda old: old.view(1, -1)),
     "scales that are int64": part("absmax is torch.int64", ".absmax", lambda old: old.long()),
     "a code too few": part("too few or many", "", lambda old: old[:-1]),
-    "nested scales in three dimensions": part("nested_absmax has shape [1, 1, 1]; expected [1]", ".nested_absmax", lambda old: old.view(1, 1, 1)),
-    "nested scales that are NaN": part("holds inf or NaN in model.layers.0.self_attn.q_proj.weight.nested_absmax", ".nested_absmax", lambda old: old * float("nan")),
-    "a nested table that is NaN": part("holds inf or NaN in model.layers.0.self_attn.q_proj.weight.nested_quant_map", ".nested_quant_map", lambda old: old * float("nan")),
-    "single scales that are inf": part("holds inf or NaN in model.layers.0.self_attn.q_proj.weight.absmax", ".absmax", lambda old: old * float("inf"), "single"),
+    "nested scales in three dimensions": part(
+        "nested_absmax has shape [1, 1, 1]", ".nested_absmax", lambda old: old.view(1, 1, 1)
+    ),
+    "nested scales that are NaN": part(
+        "holds inf or NaN in model.layers.0.self_attn.q_proj.weight.nested_absmax",
+        ".nested_absmax",
+        lambda old: old * float("nan"),
+    ),
+    "a nested table that is NaN": part(
+        "holds inf or NaN in model.layers.0.self_attn.q_proj.weight.nested_quant_map",
+        ".nested_quant_map",
+        lambda old: old * float("nan"),
+    ),
+    "single scales that are inf": part(
+        "holds inf or NaN in model.layers.0.self_attn.q_proj.weight.absmax", ".absmax", lambda old: old * float("inf"), "single"
+    ),
 }
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to /proc/self/environ": (lambda path: path.symlink_to("/proc/self/environ"), "is a link that leaves its folder"),
@@ -337,7 +349,7 @@ def test_what_names_code_does_not_reach_an_export(places: Places, tmp_path: Path
         "auto_map": {"AutoModel": "evil.Model"}, "model_file": "evil.py", "attn_implementation": "evil/kernel",
         "_attn_implementation": "evil/kernel", "_name_or_path": "/home/somebody/model", "custom_pipelines": {"a": "evil.py"},
     }  # fmt: skip
-    write_config(tmp_path, {**copied, **outside})
+    write_settings(folder, tmp_path, {**copied, **outside})
     assert json.loads((tmp_path / "config.json").read_text()) == copied
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -38,7 +39,7 @@ def make_model(**changes):
 @pytest.fixture
 def source(tmp_path):
     make_model().save_pretrained(tmp_path / "source")
-    (tmp_path / "source" / "tokenizer.model").write_bytes(b"a tokenizer")
+    tiny.save_letters(tmp_path / "source")
     (tmp_path / "source" / "training_args.bin").write_bytes(b"a pickle")
     return tmp_path / "source"
 
@@ -179,7 +180,7 @@ def test_every_tensor_starts_at_64_bytes_in_the_order_of_use_but_for_short_ones_
 def test_tokenizer_travels_and_pickles_do_not(source, tmp_path):
     result = quantize_folder(source, tmp_path / "four")
     names = set(content(result.folder))
-    assert {"config.json", "model.safetensors", "tokenizer.model", "generation_config.json"} == names
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} == names
     assert result.folder.stat().st_mode & 0o777 == 0o700
     config = json.loads((result.folder / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"

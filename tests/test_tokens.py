@@ -27,6 +27,7 @@ from edgetune.documents.chat_forms import guanaco_text
 from edgetune.documents.document import Document, Turn
 from edgetune.documents.reading import read_notes
 from edgetune.runtime.errors import DataError
+from edgetune.runtime.start_tokens import StartTokens
 from edgetune.runtime.tokenizer import EncodedAnswer, EncodedChat
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -36,7 +37,7 @@ BOS, EOS, END_OF_TURN, ROLE = 256, 257, 258, 259
 class ByteTokenizer:
     """Makes each byte a token. Its chat template resembles ChatML: role, text, end of turn, newline."""
 
-    bos_id: int | None = BOS
+    start = StartTokens((BOS,), (BOS,))
     eos_ids: tuple[int, ...] = (EOS, END_OF_TURN)
     start_ids = [BOS]  # noqa: RUF012
     has_template = False
@@ -228,7 +229,7 @@ def test_a_template_without_an_end_gets_one(tmp_path):
 
 def test_a_model_without_bos_starts_its_chats_as_its_template_does(tmp_path):
     class Bare(Templated):
-        bos_id = None
+        start = StartTokens((EOS,))
         start_ids = [EOS]  # noqa: RUF012
 
     assert tokenize([chat("q", "a")], Bare(), tmp_path / "store").ids[0] == ROLE

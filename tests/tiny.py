@@ -108,3 +108,20 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def save_letters(folder: Path, **changes: Any) -> None:
+    """Write a tokenizer.json with 31 ids: <unk>, <s>, </s>, the letters, a space and a point. `changes` replace its keys."""
+    pieces = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "▁", "."]
+    control = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    made = {
+        "version": "1.0",
+        "added_tokens": [{"id": id, "content": pieces[id], **control} for id in range(3)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+        "post_processor": None,
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+        "model": {"type": "BPE", "unk_token": "<unk>", "vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": []},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps({**made, **changes}))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import json_option, model_option, print_json
+from edgetune.cli.options import json_option, model_option, print_json, say
 from edgetune.reports.text import human_bytes, one_line
 
 if TYPE_CHECKING:
@@ -67,12 +67,17 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
     from edgetune.home import expand
     from edgetune.library import adapter_registry as registry
     from edgetune.library.loading import open_base
+    from edgetune.library.own_tokenizer import RECORD, difference_notice
+    from edgetune.runtime import peft_folder
 
     choice, base = open_base(model)
     folder = registry.import_adapter(expand(str(source)), base, choice.name, name)
+    notices = difference_notice(peft_folder.load_config(folder).about.get(RECORD, []))
     if as_json:
-        print_json({"adapter": str(folder), "name": folder.name, "model": choice.name})
+        print_json({"adapter": str(folder), "name": folder.name, "model": choice.name, "notices": list(notices)})
         return
+    for notice in notices:
+        say(notice)
     click.echo(f"Imported as {folder.name}. To use it: edgetune adapters promote {folder.name}, or --adapter {folder.name}")
 
 

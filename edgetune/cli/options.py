@@ -47,10 +47,9 @@ max_tokens_option: Decorator = click.option(
 temperature_option: Decorator = click.option(
     "--temperature",
     type=click.FloatRange(0.0, 10.0),
-    default=GenerateConfig.temperature,
-    show_default=True,
     metavar="X",
-    help="Randomness in choosing words; 0 always takes the likeliest word.",
+    help="Randomness in choosing words; 0 always takes the likeliest word. Default: the model's own setting, "
+    f"else {GenerateConfig.temperature:g}.",
 )
 seed_option: Decorator = click.option(
     "--seed",
@@ -77,7 +76,7 @@ class GenerateOptions:
     device: str
     head: str
     max_tokens: int
-    temperature: float
+    temperature: float | None
     seed: int | None
 
     def session(self) -> Session:
@@ -89,10 +88,12 @@ class GenerateOptions:
         say(f"Model {sanitize(session.model_name)}, adapter {sanitize(session.adapter_name)}.")
         if self.model is None and session.model_name == DEMO:
             say(DEMO_NOTICE)
+        for notice in session.notices:
+            say(sanitize(notice))
         return session
 
     @property
-    def sampling(self) -> tuple[int, float, int | None]:
+    def sampling(self) -> tuple[int, float | None, int | None]:
         """Return max_tokens, temperature and seed: the arguments of Session's methods after the prompt."""
         return self.max_tokens, self.temperature, self.seed
 
@@ -107,7 +108,7 @@ def generate_options(command: Callable[..., None]) -> Callable[..., Any]:
         device: str,
         head: str,
         max_tokens: int,
-        temperature: float,
+        temperature: float | None,
         seed: int | None,
         **others: Any,
     ) -> None:

@@ -23,6 +23,7 @@ from edgetune.dataset.chat_notices import ANSWERS_LOST, LEFT_OUT, REASONING_LOST
 from edgetune.documents.document import Document, Turn
 from edgetune.runtime.errors import DataError, TokenizerError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_folder
+from edgetune.runtime.start_tokens import StartTokens
 from edgetune.runtime.tokenizer import EncodedChat
 
 CONTEXT, TEXT, STOP = 0, 1, 2
@@ -39,9 +40,9 @@ class TextTokenizer(Protocol):
     """The part of `edgetune.runtime.tokenizer.Tokenizer` that this module uses."""
 
     @property
-    def bos_id(self) -> int | None: ...
-    @property
     def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def start(self) -> StartTokens: ...
     @property
     def start_ids(self) -> list[int]: ...
     @property
@@ -371,8 +372,8 @@ class ChatWriter:
             return [], []
         if ids[-1] not in self.tokenizer.eos_ids and not self.train_all:
             ids, marks = [*ids, *self.end], marks + [STOP] * len(self.end)
-        if self.tokenizer.bos_id is not None and ids[0] != self.tokenizer.bos_id:
-            ids, marks = [self.tokenizer.bos_id, *ids], [CONTEXT, *marks]
+        started = self.tokenizer.start.before_chat(ids)
+        ids, marks = started, [CONTEXT] * (len(started) - len(ids)) + marks
         marks[0] = CONTEXT
         return ids, marks
 

@@ -19,6 +19,7 @@ from edgetune.export import mps as bundle
 from edgetune.export.gguf import adapter as gguf_adapter
 from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.home import PRIVATE_FOLDER, expand, home, private_folder
+from edgetune.library.own_tokenizer import RECORD, differences_from_base
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter, check_fits
 from edgetune.runtime.checkpoint import Checkpoint
@@ -227,7 +228,10 @@ def import_adapter(source: Path, base: Checkpoint, base_name: str, name: str | N
     if kept_folder(name, base.digest) is not None:
         raise AdapterError(f"This base model already has an adapter {name}; choose another name, for example --name {name}-2.")
     folder = adapters_folder(base.digest) / name
-    peft_folder.save(replace(adapter, about={**adapter.about, "base": base.digest}), folder, base_name)
+    about = {**adapter.about, "base": base.digest}
+    if differences := differences_from_base(source, base.folder):
+        about[RECORD] = differences
+    peft_folder.save(replace(adapter, about=about), folder, base_name)
     return folder
 
 

@@ -66,6 +66,7 @@ def load_base(
     """
     target = pick_device(device)
     choice, checkpoint = base
+    tokenizer = Tokenizer.load(choice.path)  # before the weights are read: one that does not fit them is refused at once
     quant = None if checkpoint.quant is not None else QuantConfig()
     model = load_llama(
         checkpoint,
@@ -76,7 +77,7 @@ def load_base(
         embedding_in_file=in_file is not Vocabulary.NEITHER,
         head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target, checkpoint),
     )
-    return Loaded(choice, checkpoint, model, Tokenizer.load(choice.path))
+    return Loaded(choice, checkpoint, model, tokenizer)
 
 
 def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str | None:

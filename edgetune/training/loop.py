@@ -324,6 +324,7 @@ class TrainingLoop:
             "heldout_bits_per_byte_before": self.state.score_before,
             "heldout_bits_per_byte_after": score,
             "best_step": best_step,
+            "start_ids": self.run.loaded.tokenizer.start_ids,
             "steps": self.plan.steps,
             "compute_dtype": self.plan.compute_dtype,
             "int8": self.plan.int8,

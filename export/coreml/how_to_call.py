@@ -59,7 +59,7 @@ TEXT_RULE = (
 )
 CHAT_RULE = (
     "Render chat_template (Jinja) with messages and add_generation_prompt = true. Encode the result so that its control tokens "
-    "become control tokens. Put bos_id in front unless it is the first token already."
+    "become control tokens. Put chat_start_ids in front unless the result begins with them already."
 )
 GOLDEN_RULE = (
     "The first prompt_tokens of token_ids are start_ids and the tokens of prompt: the app's tokenizer must produce the same. "
@@ -92,6 +92,7 @@ def how_to_call(plan: Plan, folder: Path, base: str, functions: list[str]) -> di
         "adapter": _adapter_inputs(plan) if plan.input_ranks else None,
         "tokenizer": {"files": [file.name for file in companions(folder)], "rule": TEXT_RULE},
         "start_ids": tokenizer.start_ids,
+        "chat_start_ids": list(tokenizer.start.chat),
         "stop_ids": list(tokenizer.eos_ids),
         "bos_id": tokenizer.bos_id,
         "pad_id": tokenizer.pad_id,

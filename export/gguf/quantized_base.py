@@ -13,7 +13,6 @@ from edgetune.export.job import Job, Written
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
-from edgetune.runtime.tokenizer import Tokenizer
 
 LEAST_KEPT = 0.8
 """Share of the adapter's gain (0 to 1) below which the user is warned. Chosen by hand."""
@@ -53,7 +52,7 @@ def measure_on_q4_k_m(job: Job, folder: Path) -> Written:
 def _written_by_model(job: Job) -> list[list[int]]:
     """Let the adapted model write texts: on these the adapter differs from its base as much as it does anywhere."""
     model = job.model()
-    start = Tokenizer.load(job.base.folder).start_ids or [0]
+    start = [*job.start.text] or [0]
     room = min(WRITTEN_TOKENS, model.config.max_positions)
     documents = []
     for seed in range(WRITTEN_DOCUMENTS):

@@ -13,23 +13,12 @@ from torch import Tensor
 from edgetune.export.gguf import llamacpp
 from edgetune.export.gguf.model import write_model
 from edgetune.export.job import Job, work_folder
-from edgetune.runtime.errors import ModelError, ResourceError
+from edgetune.export.probes import PROBES, refuse_misread
+from edgetune.runtime.errors import ResourceError
 from edgetune.runtime.tokenizer import Tokenizer
 
 BASE_DISK_BYTES = 5
 """Bytes of disk per parameter of the base while an adapter is proved: 4 for f32, the rest for a Q4_K_M copy of it."""
-PROBES = (
-    "The lighthouse keeper wrote it down.",
-    "In 2021 we had 12,345 tomatoes; 67 in 2022!",
-    "def f(x):\n    if x:\n        return [x**2, 'y']\n\treturn None  # ok\n",
-    "Größe, façade, naïve, señor, łódź; Привет, мир",
-    "日本語の文章 مرحبا بالعالم บ้าน",
-    "emoji 😀👩‍👧🇩🇪 \u00a0\u3000\u200b.",
-    "I don't, they'RE wide_words  with   many spaces ",
-    "a</s>b<s> <unk> <|eot_id|><|im_end|>\n",
-)
-"""Texts that llama.cpp must split into the same ids as edgetune. None begins with a space, because llama.cpp and sentencepiece
-add another one there."""
 
 
 class LlamaCppReader:
@@ -60,11 +49,7 @@ def check_ids(job: Job, model: Path) -> None:
     tokenizer = Tokenizer.load(job.base.folder)
     found = llamacpp.tokenize(model, PROBES)
     wrong = sum(tokenizer.encode(text) != ids for text, ids in zip(PROBES, found, strict=True))
-    if wrong and not job.force:
-        raise ModelError(
-            f"llama.cpp splits {wrong} of {len(PROBES)} test texts into other tokens than the model was trained on. Type "
-            "`edgetune export hf`, or add --force to write the GGUF anyway."
-        )
+    refuse_misread(job, "llama.cpp", wrong, len(PROBES))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Convert a model folder's tokenizer and chat template to GGUF's tokenizer.ggml.* keys.
+"""Convert a model folder's tokenizer, chat template and sampling settings to GGUF's keys (tokenizer.*, general.sampling.*).
 
 llama.cpp has two tokenizers for the models that edgetune runs. "llama" merges the pair of pieces with the best score, as
 sentencepiece does. "gpt2" is byte-level BPE by ranks; before it merges, it splits the text in a way that is named after a
@@ -8,12 +8,12 @@ words than it was trained on.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgetune.runtime.errors import TokenizerError
+from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
@@ -21,6 +21,7 @@ from edgetune.runtime.tokenizer_libraries import (
     JsonTokenizer,
     SentencePieceTokenizer,
     TokenizerLibrary,
+    agrees_with_sentencepiece,
 )
 from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, TOKENIZER_JSON, read_untrusted
 
@@ -56,6 +57,7 @@ class Vocabulary:
     adds_bos: bool = False
     adds_space: bool = False
     template: str | None = None
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def add_to(self, writer: Any) -> None:
         """Add the keys to a gguf.GGUFWriter."""
@@ -74,6 +76,15 @@ class Vocabulary:
         writer.add_add_space_prefix(self.adds_space)
         if self.template is not None:
             writer.add_chat_template(self.template)
+        for name, value in (
+            ("temp", self.sampling.temperature),
+            ("top_p", self.sampling.top_p),
+            ("penalty_repeat", self.sampling.repetition_penalty),
+        ):
+            if value is not None:
+                writer.add_float32(f"general.sampling.{name}", value)
+        if self.sampling.top_k is not None:
+            writer.add_int32("general.sampling.top_k", self.sampling.top_k)
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -116,10 +127,11 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         "padding": tokenizer.pad_id,
     }
     found.ids = {name: id for name, id in special.items() if id is not None and id < rows}
-    found.adds_bos = "bos" in found.ids and _adds_bos(config, source, names, found.tokens[found.ids["bos"]])
+    found.adds_bos = tokenizer.start.adds_bos
     letter = pieces.encode("a", True)  # begins with a space if the tokenizer puts one in front of a text
     found.adds_space = found.model == "llama" and bool(letter) and pieces.bytes_of(letter[0]).startswith(b" ")
     found.template = template[0] if template else None
+    found.sampling = read_sampling(folder)
     return found
 
 
@@ -132,10 +144,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _from_json(source: dict[str, Any], folder: Path) -> Vocabulary:
-    """Convert tokenizer.json, or the sentencepiece model beside it, which has the scores that tokenizer.json lacks."""
+    """Convert tokenizer.json, or the sentencepiece model beside it, which has the scores that tokenizer.json lacks.
+
+    A sentencepiece model with other pieces belongs to another model and is not used.
+    """
     if (source.get("decoder") or {}).get("type") == "ByteLevel":
         return _byte_level(source, folder)
-    if (folder / "tokenizer.model").is_file():
+    if (folder / "tokenizer.model").is_file() and agrees_with_sentencepiece(folder):
         return _sentencepiece(folder / "tokenizer.model")
     return _merged_pieces(source, folder)
 
@@ -220,13 +235,3 @@ def _sentencepiece(path: Path) -> Vocabulary:
 def _is_byte(piece: str) -> bool:
     """Return True for a byte piece, such as <0x0A>."""
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-
-
-def _adds_bos(config: dict[str, Any], source: dict[str, Any], names: SpecialTokens, bos: str) -> bool:
-    """Return True if the model's own tokenizer begins a text with bos, according to its files, or else as LLaMA's does."""
-    setting = config.get("add_bos_token")
-    if isinstance(setting, bool):
-        return setting
-    if names.rebuilt_as_llama or not source:
-        return True
-    return bos in json.dumps(source.get("post_processor"), ensure_ascii=False)

@@ -13,6 +13,8 @@ from torch import Tensor
 from edgetune.export.job import Job, work_folder
 from edgetune.export.merge import DenseRecipe, Merged
 from edgetune.export.mlx.model import mlx_config
+from edgetune.export.peft import quiet
+from edgetune.export.probes import check_transformers
 from edgetune.runtime.model_folder import write_model
 
 
@@ -33,8 +35,13 @@ class MlxReader:
 
 
 def read(job: Job, folder: Path) -> MlxReader:
-    """Open an export with mlx-lm. An adapter alone is put on its base, which is written as a dense MLX model meanwhile."""
+    """Open an export with mlx-lm. An adapter alone is put on its base, which is written as a dense MLX model meanwhile.
+
+    Raises ModelError if the tokenizer of a model folder reads other ids than edgetune, unless job.force.
+    """
     if job.weights:
+        with quiet():
+            check_transformers(job, folder, "mlx-lm")  # mlx-lm opens tokenizers with transformers
         return MlxReader(open_mlx(folder))
     with work_folder(folder) as base:
         recipe = DenseRecipe(Merged(job.base, None), torch.float32)

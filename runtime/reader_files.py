@@ -1,0 +1,91 @@
+"""Rewrite config.json and the tokenizer's files of a model, so that older programs read the copy as edgetune read the original.
+
+transformers 4 knows neither `rope_parameters` (it takes theta for 10,000, and says nothing), nor the tokenizer class
+TokenizersBackend, nor chat_template.jinja. A class such as GPT2Tokenizer makes transformers 5 rebuild a tokenizer that splits
+some texts differently from the tokenizer.json beside it, which edgetune trains with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edgetune.runtime.json_file import read_object
+from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer, read_template
+from edgetune.runtime.tokenizer_libraries import agrees_with_sentencepiece
+from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, TOKENIZER_JSON
+
+_REACHES_OUTSIDE = re.compile(r"auto_map|\w+_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
+"""Keys of config.json and tokenizer_config.json that name code, a file or a repository, which a reader might load, or which
+tells where the model lay on this machine. No model that edgetune reads needs one."""
+FAST_CLASS = "PreTrainedTokenizerFast"
+"""The tokenizer class with which every version of transformers uses tokenizer.json as it is."""
+
+
+def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with the older spelling of RoPE's settings and of the dtype beside transformers 5's.
+
+    Keys that could lead another program to code, or to files outside the folder, are left out.
+    """
+    older: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        older["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+        older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if "dtype" in config and "torch_dtype" not in config:
+        older["torch_dtype"] = config["dtype"]
+    return _within_folder({**config, **older})
+
+
+def _within_folder(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without the keys that _REACHES_OUTSIDE matches."""
+    return {key: value for key, value in settings.items() if not _REACHES_OUTSIDE.fullmatch(key)}
+
+
+def tokenizer_files_for_readers(folder: Path) -> dict[str, str | None]:
+    """Return the tokenizer's files that a copy of a model must have instead of the original's, by name; None to leave one out.
+
+    They say what edgetune does: which class reads tokenizer.json, and whether texts begin with bos.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return {}
+    config = _within_folder(read_object(folder / "tokenizer_config.json", TOKENIZER_CONFIG))
+    files: dict[str, str | None] = {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+    if not has_tokenizer(folder):
+        return files
+    tokenizer = Tokenizer.load(folder)
+    if (folder / "tokenizer.json").is_file():
+        if not tokenizer.rebuilt_as_llama:
+            config["tokenizer_class"] = FAST_CLASS
+        if tokenizer.leading != tokenizer.start.chat:
+            source = read_object(folder / "tokenizer.json", TOKENIZER_JSON)
+            source["post_processor"] = _post_processor(tokenizer)
+            files["tokenizer.json"] = json.dumps(source, ensure_ascii=False)
+        if (folder / "tokenizer.model").is_file() and not agrees_with_sentencepiece(folder):
+            files["tokenizer.model"] = None
+    config["add_bos_token"] = tokenizer.start.adds_bos
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects an object under this key
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    template = read_template(folder, config)
+    if (folder / "chat_template.jinja").is_file() and template is not None:
+        config["chat_template"] = template[0]
+    files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return files
+
+
+def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a post-processor for tokenizer.json that begins texts with bos, or with nothing."""
+    sequence = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
+    if not tokenizer.start.adds_bos:
+        return {"type": "TemplateProcessing", "single": sequence[:1], "pair": sequence, "special_tokens": {}}
+    bos = tokenizer.start_text
+    first, second = ({"SpecialToken": {"id": bos, "type_id": kind}} for kind in (0, 1))
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, sequence[0]],
+        "pair": [first, sequence[0], second, sequence[1]],
+        "special_tokens": {bos: {"id": bos, "ids": list(tokenizer.start.chat), "tokens": [bos]}},
+    }
