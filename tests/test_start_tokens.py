@@ -12,7 +12,7 @@ import tiny
 
 import edgetune
 from edgetune.dataset.token_store import CONTEXT, tokenize
-from edgetune.documents.chats import guanaco_text
+from edgetune.documents.chat_forms import guanaco_text
 from edgetune.documents.document import Document, Turn
 from edgetune.export.gguf.vocabulary import read_vocabulary
 from edgetune.runtime.errors import TokenizerError
