@@ -30,6 +30,16 @@ def _plain(value: Any, depth: int = 0) -> Any:
     raise Refused("a message contains something that is not text, a number, a list or a mapping")
 
 
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without its null values, and with its reasoning under both names that templates read.
+
+    As in transformers 5: most templates read `reasoning_content`, gpt-oss's `thinking`, and data sets write either.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 class ChatTemplate:
     """A compiled chat template."""
 
@@ -65,7 +75,7 @@ class ChatTemplate:
         `tools` describes the functions that the conversation may call, as JSON schemas.
         """
         try:
-            chat = [{key: value for key, value in _plain(message).items() if value is not None} for message in messages]
+            chat = [_with_reasoning(_plain(message)) for message in messages]
             return self._render(chat, add_generation_prompt, _plain(tools) or None)
         except Exception as error:
             # `from None`: the text of the original error may quote a message.

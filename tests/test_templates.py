@@ -91,6 +91,13 @@ def test_renders_as_transformers_does(family: str, chat: list[dict[str, str]], p
     assert ours == theirs[0]
 
 
+def test_reasoning_has_both_names_that_templates_read() -> None:
+    source = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ 'reasoning' in m }};{% endfor %}"
+    given = [{"role": "assistant", "content": "a", key: key} for key in ("reasoning_content", "thinking", "reasoning")]
+    text = ChatTemplate(source, "x").render([*given, {"role": "assistant", "content": "a", "thinking": None}])
+    assert text == ("reasoning_content|reasoning_content|False;thinking|thinking|False;reasoning|reasoning|True;||False;")
+
+
 def failure(source: str, content: str = "a secret of mine", role: str = "user") -> str:
     """Return the sentence a template fails with; check that it is one, names the file and reveals nothing of the chat."""
     with pytest.raises(TokenizerError) as caught:
