@@ -130,7 +130,7 @@ class Generator:
         max_tokens = min(max_tokens, self.cache.max_length - len(input_ids))
         logits = self.prefill(input_ids)
         seen = torch.zeros_like(logits, dtype=torch.bool)
-        seen[list(input_ids)] = True
+        seen[torch.tensor(list(input_ids), device=seen.device)] = True
         for number in range(max_tokens):
             if sampling.repetition_penalty != 1:
                 logits = penalize(logits, seen, sampling.repetition_penalty)

@@ -66,6 +66,10 @@ def tokenizer_files_for_readers(folder: Path) -> dict[str, str | None]:
             files["tokenizer.json"] = json.dumps(source, ensure_ascii=False)
         if (folder / "tokenizer.model").is_file() and not agrees_with_sentencepiece(folder):
             files["tokenizer.model"] = None
+    if tokenizer.rebuilt_as_llama:  # without these, transformers 4 puts a space after control tokens, and none before a text
+        config.setdefault("legacy", False)
+        if config.get("add_prefix_space") is None:
+            config.pop("add_prefix_space", None)
     config["add_bos_token"] = tokenizer.start.adds_bos
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects an object under this key
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

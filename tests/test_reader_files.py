@@ -105,6 +105,15 @@ def test_a_list_of_extra_tokens_gets_the_name_that_older_readers_expect(tmp_path
     assert "extra_special_tokens" not in config
 
 
+def test_llamas_space_is_where_transformers_4_looks_for_it(tmp_path: Path) -> None:
+    """The demo's `add_prefix_space: null` and no `legacy` made transformers 4.46 read "a" as another token than "▁a"."""
+    config = written(DEMO, tmp_path / "out")
+    assert (config["legacy"], config["tokenizer_class"]) == (False, "LlamaTokenizer")
+    assert "add_prefix_space" not in config
+    older = written(letters(tmp_path / "m", {**LLAMA, "legacy": True, "add_prefix_space": False}), tmp_path / "out2")
+    assert (older["legacy"], older["add_prefix_space"]) == (True, False)
+
+
 def test_mlx_lm_reads_the_same_ids(tmp_path: Path) -> None:
     tokenizer_utils = pytest.importorskip("mlx_lm.tokenizer_utils")
     source = smollm(tmp_path / "m")
