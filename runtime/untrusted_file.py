@@ -57,8 +57,8 @@ MOST_GROWTH = 64
 """How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 ADAPTER_CONFIG = FileKind(8 << 20, AdapterError, _COPY_ADAPTER)
 """adapter_config.json and edgetune.json, which holds a digest of every note that the adapter was trained on."""
-ADAPTER_WEIGHTS = FileKind(16 << 30, AdapterError, _COPY_ADAPTER)
-"""adapter_model.safetensors. Rank 512 on every linear of a 70B model takes 13 GB in fp32."""
+ADAPTER_WEIGHTS = FileKind(16 << 30, AdapterError, _COPY_ADAPTER, links_anywhere=True)
+"""adapter_model.safetensors, or a GGUF file. Rank 512 on every linear of a 70B model takes 13 GB in fp32."""
 EXPORT_RECORD = FileKind(8 << 20, ModelError, _EXPORT_AGAIN)
 """golden.json, how-to-call.json and the manifest of a Core ML package."""
 CORE_ML_GRAPH = FileKind(1 << 30, ModelError, _EXPORT_AGAIN)
@@ -192,4 +192,5 @@ def _stays_inside(folder: Path, real: Path) -> bool:
     """
     if real.is_relative_to(folder):
         return True
-    return folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs")
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    return snapshots is not None and real.is_relative_to(snapshots.parent / "blobs")

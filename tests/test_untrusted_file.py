@@ -52,6 +52,9 @@ def test_a_link_of_the_hugging_face_cache_is_followed_into_its_own_blobs_alone(t
     (snapshot / "LICENSE").symlink_to("../../blobs/1234")
     (snapshot / "NOTICE").symlink_to("../../../models--b--b/blobs/1234")
     assert read_untrusted(snapshot / "LICENSE", COMPANION) == b"models--a--a"
+    (snapshot / "a folder").mkdir()
+    (snapshot / "a folder" / "LICENSE").symlink_to("../../../blobs/1234")
+    assert read_untrusted(snapshot / "a folder" / "LICENSE", COMPANION) == b"models--a--a"
     with pytest.raises(ModelError, match="NOTICE is a link that leaves its folder; replace it by the file itself"):
         read_untrusted(snapshot / "NOTICE", COMPANION)
 
