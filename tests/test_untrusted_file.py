@@ -175,6 +175,8 @@ ALLOWED = {
     "export/mlx/reader.py::open_mlx": "mlx-lm, on the export",
     "export/peft.py::open_transformers": "transformers, on the export or a base that edgetune laid out",
     "export/peft.py::read": "peft, on the export",
+    "export/probes.py::check_transformers": "transformers, on the export",
+    "runtime/tokenizer_limits.py::quiet_stderr": "standard error",
     "export/peft.py::plain_base": "links to weights that were checked",
     "export/mps.py::seal": OUR_OWN,
     "export/mps.py::_manifest": OUR_OWN,
