@@ -38,7 +38,8 @@ class Event:
 class Started(Event):
     """The plan of a run, yielded before step 1, and again when the run is resumed.
 
-    `documents` and `tokens` count what is trained on; held-out documents are counted apart.
+    `documents` and `tokens` count what is trained on; held-out documents are counted apart. Each of `notices` is a sentence
+    about notes that were not read, or not as they stand.
     """
 
     kind: ClassVar[str] = "started"
@@ -53,6 +54,7 @@ class Started(Event):
     tokens: int
     trainable_parameters: int
     parameters: int
+    notices: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

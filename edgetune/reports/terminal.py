@@ -181,7 +181,8 @@ class Plain(Renderer):
         first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
-            self._write(started_line(event))
+            for text in (started_line(event), *map(one_line, event.notices)):
+                self._write(text)
         elif isinstance(event, Resumed):
             for text in resumed_lines(event):
                 self._write(text)
@@ -229,6 +230,8 @@ class Live(Renderer):
         self.progress.take(event)
         if isinstance(event, Started):
             self._print_above(started_line(event), "bold")
+            for text in event.notices:
+                self._print_above(one_line(text), "yellow")
         elif isinstance(event, Resumed):
             for text in resumed_lines(event):
                 self._print_above(text, "yellow")

@@ -58,6 +58,8 @@ class RunRecord:
     """Beginnings of notes that the model continues before and after training."""
     notes: str
     """Digest of all documents, held-out ones included."""
+    notices: tuple[str, ...]
+    """Sentences about what was not read, and what is damaged; see documents/summary.py."""
     torch: str
     """Version of torch."""
     files: dict[str, str]
@@ -71,15 +73,16 @@ class RunRecord:
         """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
         files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
         plan = dataclasses.replace(self.plan, settings={})
-        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files)
+        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", notices=(), files=files)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
         """Return the record that `as_dict` turned into JSON."""
         lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-        paths, prompts = tuple(values["heldout_paths"]), tuple(values["prompts"])
+        paths, prompts, notices = (tuple(values[name]) for name in ("heldout_paths", "prompts", "notices"))
         setting = values["plan"]["setting"]
         enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
         setting = Setting(**{**setting, **enums})
         plan = Plan(**{**values["plan"], "setting": setting})
-        return cls(**{**values, "plan": plan, "lora": lora, "heldout_paths": paths, "prompts": prompts})
+        texts = {"heldout_paths": paths, "prompts": prompts, "notices": notices}
+        return cls(**{**values, "plan": plan, "lora": lora, **texts})

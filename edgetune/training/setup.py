@@ -15,6 +15,7 @@ from edgetune.dataset.token_store import ChatFormat, TokenStore, TrainOn, tokeni
 from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
@@ -67,9 +68,9 @@ def read_and_split(config: TrainConfig) -> tuple[Reading, HeldOutSplit]:
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, keep_front_matter=data.recipe == "raw")
+    reading = read_notes(data.notes, data.exclude, keep_front_matter=data.recipe == "raw", encoding=data.encoding)
     if data.recipe == "chat":
-        chats = [document for document in reading.documents if document.turns is not None]
+        chats = [document for document in reading.documents if document.is_chat]
         if not chats:
             raise DataError(
                 f"--recipe chat found {len(reading.documents)} notes and no chats; expected .jsonl files of conversations. "
@@ -86,7 +87,7 @@ def prepare_new(
 
     run: name of the run. The plan is for `processes` processes, `local_processes` of them on this machine.
     """
-    _, split = read_and_split(config)
+    reading, split = read_and_split(config)
     choice, checkpoint = base
     device = pick_device(config.device)
     store, held_out = tokenize_notes(config, split, Tokenizer.load(choice.path), folder)
@@ -129,6 +130,7 @@ def prepare_new(
         heldout_paths=tuple(document.path for document in split.held_out),
         prompts=tuple(first_words(document) for document in (split.held_out or split.train)[:SAMPLE_PROMPTS]),
         notes=_documents_digest(split.train + split.held_out),
+        notices=sentences(reading),
         torch=torch.__version__,
         files=_token_files(folder),
     )
@@ -212,8 +214,9 @@ def changes_since_start(run: PreparedRun) -> list[str]:
 
 def first_words(document: Document) -> str:
     """Return the first words of a note's first paragraph, without heading and tags: a prompt that invites the note's voice."""
-    lines = (line.strip() for line in document.text[:_PROMPT_SEARCH_CHARS].splitlines())
-    body = next((line for line in lines if line and not line.startswith(("#", "Tags:"))), document.text[:_PROMPT_CHARS])
+    text = next(document.blocks(), "")[:_PROMPT_SEARCH_CHARS]
+    lines = (line.strip() for line in text.splitlines())
+    body = next((line for line in lines if line and not line.startswith(("#", "Tags:"))), text[:_PROMPT_CHARS])
     return body if len(body) <= _PROMPT_CHARS else body[:_PROMPT_CHARS].rsplit(" ", 1)[0]
 
 
