@@ -48,6 +48,8 @@ def looks_western(text: str) -> bool:
     beyond_ascii = _NOT_ASCII.findall(text)
     if sum(1 for _ in _ODD.finditer(text)) > _ODD_SIGNS * len(beyond_ascii):
         return False
+    if "¤" in text:  # the euro sign in ISO 8859-15
+        return False
     if text.count("¿") > text.count("?") or text.count("¡") > text.count("!"):  # Spanish closes what it opens
         return False
     letters = Counter(char.lower() for char in beyond_ascii if re.match(f"[{_HIGH_LETTERS}]", char))

@@ -64,7 +64,7 @@ class Document:
     `path` is relative to the folder that was named, with forward slashes; a chat's path ends with its line number, as in
     `chats.jsonl#12`, and the held-out end of a long note with `#end`. `digest` is the SHA-256 of the text in UTF-8, `size` the
     number of its bytes. `words` is the SHA-256 of its words alone: two notes share it if they differ in nothing but white
-    space, byte-order marks and Unicode's normal form. A chat has `turns`, and its `text` is the conversation in Guanaco's form.
+    space, byte-order marks and Unicode's normal form (for a part of a note it is the digest). A chat has `turns`, and its `text` is the conversation in Guanaco's form.
     """
 
     path: str
@@ -111,21 +111,18 @@ class Document:
 
     def part(self, start: int, end: int, path: str) -> Document:
         """Return the bytes `start` to `end` of a note, which must not cut a letter, as a document of its own."""
-        draft = Draft(self.spool, copy=False)
-        part = dataclasses.replace(self, start=self.start + start, size=end - start)
-        for block in part.blocks():
-            draft.add(block)
-        return dataclasses.replace(draft.finish(path), start=part.start)
+        digest = hashlib.sha256()
+        for at in range(self.start + start, self.start + end, BLOCK_BYTES):
+            digest.update(self.spool.read(at, min(at + BLOCK_BYTES, self.start + end)))
+        name = digest.hexdigest()
+        return dataclasses.replace(self, path=path, digest=name, words=name, start=self.start + start, size=end - start)
 
 
 class Draft:
-    """Collects the text of a document block by block: in the spool, as digests, and as the number of its damaged letters.
+    """Collects the text of a document block by block: in the spool, as digests, and as the number of its damaged letters."""
 
-    copy: False where the text lies in the spool already, and only the digests are needed.
-    """
-
-    def __init__(self, spool: Spool, copy: bool = True) -> None:
-        self._spool, self._copy = spool, copy
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
         self._start = spool.end
         self._size = 0
         self._digest, self._words = hashlib.sha256(), hashlib.sha256()
@@ -141,8 +138,7 @@ class Draft:
 
     def _add(self, piece: str) -> None:
         data = piece.encode()
-        if self._copy:
-            self._spool.append(data)
+        self._spool.append(data)
         self._size += len(data)
         self._digest.update(data)
         self.damaged += piece.count("\ufffd")

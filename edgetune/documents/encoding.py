@@ -64,12 +64,14 @@ def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
     for mark, name, codec in _MARKS:
         if first.startswith(mark):
             return _checked(Encoding(f"{name} with BOM", codec), blocks, Reason.UNKNOWN_ENCODING)
+    if named is not None and codecs.lookup(named).name.startswith(("utf-16", "utf-32")):
+        return _checked(Encoding(named, named), blocks, Reason.OTHER_ENCODING)
     size = controls = 0
     strict = codecs.getincrementaldecoder("utf-8")()
     is_utf8 = True
     for block in blocks():
         # A text holds no NUL, and hardly any other control character: more than one byte in a hundred means a binary file.
-        if b"\0" in block and named is None:
+        if b"\0" in block:
             raise NotText(Reason.BINARY)
         size, controls = size + len(block), controls + len(block.translate(None, _NOT_CONTROLS))
         if is_utf8:
@@ -77,7 +79,9 @@ def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
                 strict.decode(block)
             except UnicodeDecodeError:
                 is_utf8 = False
-    if controls > size // 100 and named is None:
+        if named is not None and b"\x1b" in block:  # ISO 2022, which is ASCII with escape sequences
+            is_utf8 = False
+    if controls > size // 100:
         raise NotText(Reason.BINARY)
     if is_utf8 and not strict.getstate()[0]:
         return Encoding("utf-8", "utf-8")
@@ -133,8 +137,8 @@ def _without_utf8(blocks: Blocks) -> Encoding:
         letters += len(block.translate(None, _NOT_LETTERS))
         sample += block[: _SAMPLE_BYTES - len(sample)]
     bad += len(decoder.decode(b"", final=True))
-    if _is_cesu8(sample):
-        return Encoding("utf-8 (CESU-8)", "utf-8", "surrogatepass")
+    if (surrogates := _with_surrogates(sample)) is not None:
+        return surrogates
     # In any other encoding, bytes beyond ASCII rarely happen to form UTF-8's sequences of two and more.
     if high - bad >= 2 * bad:
         return Encoding("utf-8 (damaged)", "utf-8", "replace")
@@ -148,10 +152,14 @@ def _without_utf8(blocks: Blocks) -> Encoding:
     return Encoding("windows-1252", "cp1252")
 
 
-def _is_cesu8(data: bytes) -> bool:
-    """Return True for UTF-8 in which old programs wrote each emoji as a pair of surrogates (CESU-8)."""
+def _with_surrogates(data: bytes) -> Encoding | None:
+    """Return the encoding of UTF-8 in which an old program wrote an emoji as a pair of surrogates (CESU-8), or half of one."""
     try:
-        data.decode("utf-8", "surrogatepass").encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        text = data.decode("utf-8", "surrogatepass")
     except UnicodeError:
-        return False
-    return True
+        return None
+    try:
+        text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeError:
+        return Encoding("utf-8 (damaged)", "utf-8", "replace")
+    return Encoding("utf-8 (CESU-8)", "utf-8", "surrogatepass")

@@ -147,11 +147,9 @@ def bounded_root(text: str) -> yaml.Node | None:
 
 def plain(node: yaml.Node) -> str | list[str] | None:
     """Return a node's text or the texts in its list; None for null and for a mapping."""
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == _NULL else node.value
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.SequenceNode):  # only its own texts: aliases may nest lists without end
         return [text for text in map(_scalar, node.value) if text is not None]
-    return None
+    return _scalar(node)
 
 
 def toml_values(text: str) -> dict[str, Any] | None:
@@ -174,8 +172,7 @@ def quoted(value: str) -> str:
 
 
 def _scalar(node: yaml.Node) -> str | None:
-    value = plain(node)
-    return value if isinstance(value, str) else None
+    return node.value if isinstance(node, yaml.ScalarNode) and node.tag != _NULL else None
 
 
 def _only_comments(text: str) -> bool:
