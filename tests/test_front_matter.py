@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,10 @@ def yaml(inside: str) -> str:
 @pytest.mark.parametrize(
     ("inside", "head"),
     [
-        ("title: >-\n  How I repaired the hub of the\n  blue bicycle\ndate: 2024-05-01", "# How I repaired the hub of the blue bicycle\n\n"),
+        (
+            "title: >-\n  How I repaired the hub of the\n  blue bicycle\ndate: 2024-05-01",
+            "# How I repaired the hub of the blue bicycle\n\n",
+        ),
         ("title: |\n  Two\n  lines", "# Two lines\n\n"),
         ("title: A long title that\n  goes on below\nid: 4", "# A long title that goes on below\n\n"),
         ("title: 'It''s the Duchess''s wheel'", "# It's the Duchess's wheel\n\n"),
@@ -83,7 +87,8 @@ def test_toml_is_parsed_and_other_text_between_plus_signs_stays():
 @pytest.mark.parametrize(
     "inside",
     [
-        "title: x\na: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)),
+        "title: x\na: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghi")),
         "title: x\ntags: " + "[" * 8_000,
         "title: x\na: " + "{a: " * 5_000,
         "title: " + "9" * 30_000,
@@ -111,7 +116,10 @@ def test_a_drawing_is_no_note(tmp_path):
     (tmp_path / "c.md").write_text("---\nkanban-plugin: board\n---\n- [ ] oil the chain\n")
     for keep in (False, True):
         reading = read_notes([tmp_path], keep_front_matter=keep)
-        assert {skip.path: skip.reason for skip in reading.skipped} == {"a.md": Reason.DRAWING, "b.excalidraw.md": Reason.DRAWING}
+        assert {skip.path: skip.reason for skip in reading.skipped} == {
+            "a.md": Reason.DRAWING,
+            "b.excalidraw.md": Reason.DRAWING,
+        }
     assert read_notes([tmp_path]).documents[0].text == "- [ ] oil the chain\n"
 
 

@@ -7,7 +7,7 @@ import re
 _COPY = re.compile(
     r"""(?:
         [ ]\([^()]*\b(?:conflict|conflicted|case[ ]conflict)\b[^()]*\)   # Dropbox, Nextcloud, Obsidian Sync
-      | [ ._-]conflict(?:ed)?[ ._-]?[\w.-]*     # Remotely Save, Joplin
+      | [ ._-]conflict(?:ed)?[ ._-]?[\w-]*     # Remotely Save, Joplin
       | \.sync-conflict-[\w-]+                  # Syncthing
       | [ ]-[ ]Copy(?:[ ]\(\d+\))?              # Windows
       | [ ]copy(?:[ ]\d+)?                      # macOS

@@ -64,7 +64,8 @@ class Document:
     `path` is relative to the folder that was named, with forward slashes; a chat's path ends with its line number, as in
     `chats.jsonl#12`, and the held-out end of a long note with `#end`. `digest` is the SHA-256 of the text in UTF-8, `size` the
     number of its bytes. `words` is the SHA-256 of its words alone: two notes share it if they differ in nothing but white
-    space, byte-order marks and Unicode's normal form (for a part of a note it is the digest). A chat has `turns`, and its `text` is the conversation in Guanaco's form.
+    space, byte-order marks and Unicode's normal form (for a part of a note it is the digest). A chat has `turns`, and its
+    `text` is the conversation in Guanaco's form.
     """
 
     path: str

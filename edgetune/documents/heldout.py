@@ -16,8 +16,9 @@ ONE_IN = 20
 """One short document in this many is held out, and this fraction of each long note; chosen by hand."""
 LARGEST_SHARE = 0.1
 """Largest share of the text that may be held out, in bytes (0 to 1); chosen by hand."""
-LEAST_SHARE = 0.025
-"""Share of the text, in bytes, below which more is held out if there is any that fits; chosen by hand."""
+LEAST_SHARE, ENOUGH_SHARE = 0.01, 0.025
+"""Share of the text, in bytes, below which more is held out if there is any that fits, and the share at which that ends; chosen
+by hand."""
 FEWEST_BYTES = 100
 """With less text than this on the held-out side, nothing is held out: it would measure chance. Chosen by hand."""
 FEWEST_DOCUMENTS = 10
@@ -81,9 +82,9 @@ class Choice:
         """Hold out more where the rule of one in twenty gave too little: ends of the longest notes, or else whole notes."""
         cuttable = [group[0] for group in groups if can_be_cut(group, SHORTEST_CUT_BYTES)]
         for document in sorted(cuttable, key=lambda document: -document.size):
-            if self.bytes < LEAST_SHARE * self.total:
+            if self.bytes < ENOUGH_SHARE * self.total:
                 self._hold_out_end(document)
-        self._hold_out([group for group in groups if group[0].digest not in self.cuts], LEAST_SHARE)
+        self._hold_out([group for group in groups if group[0].digest not in self.cuts], ENOUGH_SHARE)
 
     def _hold_out_end(self, document: Document) -> None:
         cut = cut_before_end(document)
