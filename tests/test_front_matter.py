@@ -44,6 +44,7 @@ def yaml(inside: str) -> str:
         ("title: !!python/object/apply:os.system ['true']", ""),
         ("title: !custom Marked", "# Marked\n\n"),
         ("title: Beans: a diary", "# Beans: a diary\n\n"),
+        ("title: Beans: a diary\ntags:\n  - garden\nlayout: post", "# Beans: a diary\n\nTags: garden\n\n"),
         ("title: @home and *there*", "# @home and *there*\n\n"),
         ("tags: [wheel, \"true, straight\", 'a b']", "Tags: wheel; true, straight; a b\n\n"),
         ("tags: [#garden, #soil]", "Tags: garden, soil\n\n"),
@@ -100,8 +101,9 @@ def test_toml_is_parsed_and_other_text_between_plus_signs_stays():
         "title: \"" + "\\" * 30_000,
         "title: x\ntags: [" + "a, " * 10_000 + "]",
         "title: x\n" + "k: v\n" * 6_000,
+        "title: a: " + " " * 30_000 + "b",
     ],
-    ids=["laughs", "brackets", "braces", "digits", "dashes", "integer", "loop", "keys", "anchors", "escapes", "tags", "pairs"],
+    ids=["laughs", "brackets", "braces", "digits", "dashes", "integer", "loop", "keys", "anchors", "escapes", "tags", "pairs", "spaces"],
 )  # fmt: skip
 @pytest.mark.parametrize("fence", ["---", "+++"])
 def test_hostile_front_matter_is_cheap_and_loses_nothing_below_it(fence, inside):

@@ -175,6 +175,7 @@ def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Si
 
 def _show_notes(config: TrainConfig, as_json: bool) -> None:
     """Print which notes a run would read, hold out and skip."""
+    from edgetune.documents.heldout import END
     from edgetune.documents.summary import sentences
     from edgetune.training.setup import read_and_split
 
@@ -194,7 +195,8 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
         "be held out: not trained on, but used to measure whether training helps." + (" These are:" if split.held_out else "")
     )
     for document in split.held_out:
-        click.echo(f"  {one_line(document.path)}")
+        end = " (the end of a long note; the rest is trained on)" if document.path.endswith(END) else ""
+        click.echo(f"  {one_line(document.path)}{end}")
     click.echo(
         "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
     )

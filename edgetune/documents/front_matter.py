@@ -49,7 +49,7 @@ DRAWING_KEYS = frozenset({"excalidraw-plugin", "tldraw-file"})
 """Keys that say that the note is a drawing, whose text is compressed data."""
 _NULL = "tag:yaml.org,2002:null"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_LINE = re.compile(r"([^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:\s+)([^'\"\s][^\n]*?)[ \t]*$", re.MULTILINE)
+_LINE = re.compile(r"^([^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:[ \t]+)([^'\"\s][^\n]*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def yaml_values(text: str) -> dict[str, Any] | None:
     if not text.strip():
         return {}
     # A title may hold a colon, or begin with a sign that means something in YAML: try once more with such values quoted.
-    for attempt in (text, _LINE.sub(lambda line: line[1] + quoted(line[2]), text)):
+    for attempt in (text, _LINE.sub(lambda line: line[1] + quoted(line[2].rstrip()), text)):
         try:
             root = bounded_root(attempt)
             break

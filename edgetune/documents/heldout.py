@@ -28,6 +28,9 @@ LONG_BYTES = 20_000
 SHORTEST_CUT_BYTES = 4_000
 """Size from which a note may be cut where too little is held out otherwise, in bytes; chosen by hand."""
 
+END = "#end"
+"""Stands behind the path of a note's held-out end."""
+
 
 @dataclass(frozen=True)
 class HeldOutSplit:
@@ -53,7 +56,7 @@ def split_held_out(documents: Iterable[Document]) -> HeldOutSplit:
             held_out.append(document)
         else:
             train.append(document.part(0, cut, document.path))
-            held_out.append(document.part(cut, document.size, f"{document.path}#end"))
+            held_out.append(document.part(cut, document.size, f"{document.path}{END}"))
     return HeldOutSplit(train, held_out)
 
 

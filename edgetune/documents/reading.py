@@ -170,10 +170,10 @@ def without_duplicates(documents: Sequence[Document]) -> tuple[list[Document], l
         first = kept.setdefault(document.words, document)
         if original_path(first.path) != first.path and original_path(document.path) == document.path:
             kept[document.words] = document
-    paths = {document.path for document in kept.values()}
+    chosen = {id(document) for document in kept.values()}  # two names that are not UTF-8 may be shown alike
     return (
-        [document for document in documents if document.path in paths],
-        [Skipped(document.path, Reason.DUPLICATE) for document in documents if document.path not in paths],
+        [document for document in documents if id(document) in chosen],
+        [Skipped(document.path, Reason.DUPLICATE) for document in documents if id(document) not in chosen],
     )
 
 
