@@ -24,6 +24,10 @@ _ASCII = bytes(range(128))
 _SAMPLE_BYTES = 4 << 20
 """Bytes of a note in an old code page that are judged. Chosen by hand."""
 
+_GOOD_FOR_EACH_BAD, _GOOD_DESPITE_NAME = 2, 8
+"""Bytes of good UTF-8 for each bad one that make a note damaged UTF-8, without and with another encoding named by the user.
+Chosen by hand."""
+
 
 class NotText(Exception):
     """Raised for bytes that are no text to learn from; `reason` says why."""
@@ -55,8 +59,8 @@ def decode(data: bytes, named: str | None = None) -> tuple[str, str]:
 def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
     """Return the encoding of a file, which is read once, or twice if it is not UTF-8. Raises NotText.
 
-    A byte-order mark decides. Without one, strict UTF-8 is tried, then the encoding that the user has named, then UTF-8 with
-    damage, if most of the bytes beyond ASCII are good UTF-8, then Windows-1252, if the text looks Western. Anything else
+    A byte-order mark decides. Without one, strict UTF-8 is tried, then UTF-8 with damage, if most of the bytes beyond ASCII are
+    good UTF-8, then the encoding that the user has named or else Windows-1252, if the text looks Western. Anything else
     (Polish, Cyrillic or Japanese code pages, for example) is refused rather than guessed: a model would silently learn the
     wrong letters.
     """
@@ -85,9 +89,7 @@ def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
         raise NotText(Reason.BINARY)
     if is_utf8 and not strict.getstate()[0]:
         return Encoding("utf-8", "utf-8")
-    if named is not None:
-        return _checked(Encoding(named, named), blocks, Reason.OTHER_ENCODING)
-    return _without_utf8(blocks)
+    return _without_utf8(blocks, named)
 
 
 def decoded(blocks: Iterable[bytes], encoding: Encoding) -> Iterator[str]:
@@ -125,7 +127,7 @@ def _checked(encoding: Encoding, blocks: Blocks, reason: Reason) -> Encoding:
     return encoding
 
 
-def _without_utf8(blocks: Blocks) -> Encoding:
+def _without_utf8(blocks: Blocks, named: str | None) -> Encoding:
     """Return the encoding of a file that is not strict UTF-8. Raises NotText."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     high = bad = letters = 0
@@ -137,11 +139,13 @@ def _without_utf8(blocks: Blocks) -> Encoding:
         letters += len(block.translate(None, _NOT_LETTERS))
         sample += block[: _SAMPLE_BYTES - len(sample)]
     bad += len(decoder.decode(b"", final=True))
-    if (surrogates := _with_surrogates(sample)) is not None:
+    if bad and (surrogates := _with_surrogates(sample)) is not None:
         return surrogates
     # In any other encoding, bytes beyond ASCII rarely happen to form UTF-8's sequences of two and more.
-    if high - bad >= 2 * bad:
+    if high - bad >= (_GOOD_FOR_EACH_BAD if named is None else _GOOD_DESPITE_NAME) * bad > 0:
         return Encoding("utf-8 (damaged)", "utf-8", "replace")
+    if named is not None:
+        return _checked(Encoding(named, named), blocks, Reason.OTHER_ENCODING)
     try:
         # In Western languages most letters are ASCII.
         western = 10 * high <= 4 * letters and looks_western(sample.decode("cp1252"))

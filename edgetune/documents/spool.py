@@ -31,7 +31,7 @@ class Spool:
     def on_disk(cls) -> Spool:
         """Return a spool for any amount of text. Its file has no name, so that nothing is left of it after a crash."""
         folder = home()
-        return cls(tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=folder), folder)
+        return cls(tempfile.SpooledTemporaryFile(MEMORY_BYTES, dir=str(folder)), folder)
 
     def append(self, data: bytes) -> int:
         """Add `data` and return the position where it begins. Raises ResourceError when the disk is full."""
