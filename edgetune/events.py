@@ -38,8 +38,8 @@ class Event:
 class Started(Event):
     """The plan of a run, yielded before step 1, and again when the run is resumed.
 
-    `documents` and `tokens` count what is trained on; held-out documents are counted apart. Each of `notices` is a sentence
-    about notes that were not read, or not as they stand.
+    `documents` and `tokens` count what is trained on; held-out documents are counted apart. Each notice is a sentence for the
+    user about what was not read as it is.
     """
 
     kind: ClassVar[str] = "started"

@@ -181,8 +181,9 @@ class Plain(Renderer):
         first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
-            for text in (started_line(event), *map(one_line, event.notices)):
-                self._write(text)
+            self._write(started_line(event))
+            for text in event.notices:
+                self._write(one_line(text))
         elif isinstance(event, Resumed):
             for text in resumed_lines(event):
                 self._write(text)

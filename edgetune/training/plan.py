@@ -58,12 +58,12 @@ class RunRecord:
     """Beginnings of notes that the model continues before and after training."""
     notes: str
     """Digest of all documents, held-out ones included."""
-    notices: tuple[str, ...]
-    """Sentences about what was not read, and what is damaged; see documents/summary.py."""
     torch: str
     """Version of torch."""
     files: dict[str, str]
     """SHA-256 of each token file, by its path in the run's folder."""
+    notices: tuple[str, ...] = ()
+    """Sentences for the user about what was not read as it is."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -73,16 +73,15 @@ class RunRecord:
         """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
         files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
         plan = dataclasses.replace(self.plan, settings={})
-        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", notices=(), files=files)
+        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files, notices=())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
         """Return the record that `as_dict` turned into JSON."""
         lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
-        paths, prompts, notices = (tuple(values[name]) for name in ("heldout_paths", "prompts", "notices"))
+        tuples = {name: tuple(values[name]) for name in ("heldout_paths", "prompts", "notices")}
         setting = values["plan"]["setting"]
         enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
         setting = Setting(**{**setting, **enums})
         plan = Plan(**{**values["plan"], "setting": setting})
-        texts = {"heldout_paths": paths, "prompts": prompts, "notices": notices}
-        return cls(**{**values, "plan": plan, "lora": lora, **texts})
+        return cls(**{**values, "plan": plan, "lora": lora, **tuples})
