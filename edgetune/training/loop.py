@@ -153,10 +153,10 @@ class TrainingLoop:
             documents=record.documents,
             heldout_documents=len(record.heldout_paths),
             heldout_paths=record.heldout_paths,
-            notices=record.notices,
             tokens=run.packer.store.trained_tokens,
             trainable_parameters=budget.adapter_parameters(self.model.config, run.lora),
             parameters=self.model.config.parameters,
+            notices=record.notices,
         )
 
     def _is_late(self) -> bool:
