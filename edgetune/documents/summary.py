@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from edgetune.documents.document import Reading
 from edgetune.reports.text import human_bytes
 
 
 def sentences(reading: Reading) -> tuple[str, ...]:
-    """Return a sentence each for what was not read, for damaged notes, for embedded files and for unused --exclude patterns."""
+    """Return a sentence each for files that were not read, damaged notes, embedded files and unused --exclude patterns.
+
+    Records of a file of chats that were not read have sentences of their own.
+    """
     said = []
-    if reading.skipped:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in reading.skipped_counts().items())
+    files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.lines])
+    if files.skipped:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in files.skipped_counts().items())
         said.append(f"Not read: {counts}. Type the same command with --dry-run to see which.")
     if reading.damaged:
         letters = sum(reading.damaged.values())
