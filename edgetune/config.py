@@ -50,6 +50,7 @@ class DataConfig:
     notes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     recipe: str = "notes"
+    encoding: str | None = None  # of notes that are not UTF-8; None recognises Windows-1252
     seq_len: int = 512  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
     batch_tokens: int = 2048  # four full windows: even a small folder gives a few dozen steps per epoch
     seed: int = 0
@@ -57,6 +58,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise UsageError(f"The recipe is {self.recipe!r}; expected one of {', '.join(RECIPES)}.")
+        if self.encoding is not None:
+            check_encoding(self.encoding)
         if not 16 <= self.seq_len <= 131072:
             raise UsageError(f"The sequence length is {self.seq_len}; expected 16 to 131072 tokens. Type e.g. --seq-len 512.")
         if self.batch_tokens < self.seq_len:
@@ -172,6 +175,17 @@ def _from_file() -> dict[str, Any]:
     if unknown:
         raise UsageError(f"{path} sets {', '.join(unknown)}, which `edgetune train` does not know. Delete or rename them.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+
+
+def check_encoding(name: str) -> None:
+    """Raise UsageError unless Python knows an encoding of texts by this name."""
+    try:
+        "".encode(name)
+    except (LookupError, ValueError) as error:  # ValueError: a name with a NUL
+        raise UsageError(
+            f"--encoding is {name!r}, which is no encoding that is known here; expected a name such as windows-1250, shift_jis "
+            "or gb18030."
+        ) from error
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

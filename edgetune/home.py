@@ -40,7 +40,12 @@ def private_folder(path: Path) -> Path:
 
 
 def expand(path: str) -> Path:
-    """Expand `~` in a path that a user typed. Raises UsageError for the home folder of an unknown user."""
+    """Expand `~` in a path that a user typed. Raises UsageError for the home folder of an unknown user.
+
+    A file that exists under the very name, such as `~draft.md`, is that file.
+    """
+    if path[:1] == "~" and path[1:2] not in ("", "/", os.sep) and os.path.lexists(path):
+        return Path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -198,6 +198,33 @@ def test_dry_run_reads_and_trains_nothing(notes: Path, private_home: Path) -> No
     assert not (private_home / "adapters").exists()
 
 
+def test_dry_run_says_what_is_damaged_left_out_cut_and_not_read(notes: Path) -> None:
+    (notes / "half.md").write_bytes("größere Übel, ärger".encode() + b" d\xe9j")
+    (notes / "photo.md").write_text(f"A photo: ![x](data:image/png;base64,{'QUJD' * 250})\n")
+    (notes / "polish.txt").write_bytes("Zażółć gęślą jaźń".encode("cp1250"))
+    (notes / "diary.md").write_text("We rode to the lake and back.\n\n" * 1000)
+    (notes / ".May.md.icloud").write_bytes(b"bplist00")
+    arguments = ("train", str(notes), "--exclude", "drfats", "--dry-run")
+    lines = run(*arguments).out.splitlines()
+    for expected in (
+        "  diary.md#end (the end of a long note; the rest is trained on)",
+        "  .May.md.icloud: not downloaded (in iCloud or another cloud)",
+        "  polish.txt: encoding not recognised (save it as UTF-8, or name it with --encoding)",
+        "Damaged: 1 letter in 1 note could not be decoded and will be learnt as \ufffd.",
+        "  half.md: 1 damaged",
+        "Left out: pictures or other files embedded in 1 note, 1.01 kB.",
+        "  photo.md: 1.01 kB left out",
+        "--exclude drfats matched nothing.",
+    ):
+        assert expected in lines
+    found = run(*arguments, "--encoding", "windows-1250", "--json").json
+    assert found["encodings"]["windows-1250"] == 1
+    assert (found["damaged_paths"], found["embedded_paths"]) == ({"half.md": 1}, {"photo.md": 1009})
+    assert "diary.md#end" in found["heldout_paths"]
+    assert 0.01 <= found["heldout_bytes"] / found["bytes"] <= 0.1
+    assert run("train", str(notes), "--encoding", "klingon").code != 0
+
+
 def test_models_names_the_demo_and_says_what_to_fetch() -> None:
     listed = run("models")
     assert "demo" in listed.out

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from edgetune.documents.document import Document, Reason, Turn
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.front_matter import without_front_matter
-from edgetune.documents.heldout import held_out_digests, split_held_out
+from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
 from edgetune.documents.walk import match_parts
+from edgetune.reports.text import one_line
 from edgetune.runtime.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -74,7 +75,7 @@ def test_everything_left_out_is_told_with_its_reason(tmp_path):
     assert paths(reading.documents) == ["good.md"]
     assert reasons(reading) == {
         "twin.md": Reason.DUPLICATE,
-        ".obsidian": Reason.HIDDEN,
+        ".obsidian": Reason.APP_SETTINGS,
         ".hidden.md": Reason.HIDDEN,
         "photo.jpg": Reason.UNKNOWN_KIND,
         "binary.md": Reason.BINARY,
@@ -84,7 +85,7 @@ def test_everything_left_out_is_told_with_its_reason(tmp_path):
         "drafts": Reason.EXCLUDED,
     }
     assert reading.files == 10
-    assert reading.skipped_counts()["hidden"] == 2
+    assert reading.skipped_counts()["empty"] == 2
     assert reading.as_dict()["bytes"] == 5
 
 
@@ -126,18 +127,11 @@ def test_an_unreadable_note_and_folder_are_skipped(tmp_path):
     (tmp_path / "shut").chmod(0o700)
 
 
-def test_a_file_that_vanishes_between_walk_and_read_is_unreadable(tmp_path, monkeypatch):
+def test_a_file_that_vanishes_between_walk_and_read_is_unreadable(tmp_path):
     put(tmp_path, "a.md", "a")
     gone = put(tmp_path, "b.md", "b")
-    real = open
-
-    def failing(path, *rest, **named):
-        if Path(path) == gone:
-            raise PermissionError(13, "no")
-        return real(path, *rest, **named)
-
-    monkeypatch.setattr("builtins.open", failing)
-    assert reasons(read_notes([tmp_path])) == {"b.md": Reason.UNREADABLE}
+    reading = read_notes([tmp_path], progress=lambda done, total: gone.unlink(missing_ok=True) if total else None)
+    assert reasons(reading) == {"b.md": Reason.UNREADABLE}
 
 
 def test_several_arguments_and_overlapping_ones_read_each_note_once(tmp_path):
@@ -194,13 +188,28 @@ def test_glob_stars_stand_for_any_number_of_folders():
 
 
 @posix
-def test_a_file_name_cannot_reach_the_terminal_raw(tmp_path):
-    put(tmp_path, "a\x1b[31m\n.md", "text")
+def test_names_stand_in_json_as_they_are_and_reach_the_terminal_without_control_characters(tmp_path):
+    names = ["a\x1b[31m\n.md", "\u202egnp.md", "می\u200cروم.md", "👩\u200d🍳.md"]
+    for name in names:
+        put(tmp_path, name, f"text of {name}")
     if sys.platform == "linux":
-        (tmp_path / os.fsdecode(b"caf\xe9.md")).write_text("bytes")
-    for path in paths(read_notes([tmp_path]).documents):
-        assert path.isprintable()
+        put(tmp_path, os.fsdecode(b"caf\xe9.md"), "bytes")
+    read = read_notes([tmp_path]).as_dict()["read_paths"]
+    assert sorted(read) == sorted([*names, *["caf\ufffd.md"] * (sys.platform == "linux")])
+    assert [one_line(name) for name in names] == ["a\u241b[31m .md", "\ufffdgnp.md", *names[2:]]
+    for path in read:
         path.encode()
+
+
+@posix
+@pytest.mark.parametrize("name", ["~draft.md", "~", os.fsdecode(b"caf\xe9.md"), "می\u200cروم.md"])
+def test_a_file_is_read_under_the_name_that_a_shell_gives(tmp_path, monkeypatch, name):
+    if name == "~":
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        put(tmp_path, "home/a.md", "at home")
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, name + "/a.md" if name == "~" else name, "a draft")
+    assert [document.text for document in read_notes([name]).documents] == ["at home" if name == "~" else "a draft"]
 
 
 # Errors
@@ -472,40 +481,6 @@ def test_real_guanaco_chats():
     assert len(reading.documents) == reading.chats == 700
     assert reading.skipped == []
     assert all(turn.role == ("user", "assistant")[at % 2] for d in reading.documents for at, turn in enumerate(d.turns))
-
-
-# The split
-
-
-def digests(count: int) -> list[str]:
-    return [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
-
-
-@given(st.lists(st.integers(0, 2**256 - 1), max_size=60))
-def test_held_out_is_a_pure_function_within_its_bounds(numbers):
-    hexes = [f"{number:064x}" for number in numbers]
-    held = held_out_digests(hexes)
-    unique = set(hexes)
-    assert held == held_out_digests(sorted(hexes)) == held_out_digests(hexes + hexes)
-    if len(unique) < 10:
-        assert not held
-    else:
-        assert 1 <= len(held) <= len(unique) / 10
-        qualified = sorted(digest for digest in unique if int(digest, 16) % 20 == 0)
-        assert sorted(held) == (qualified[: len(unique) // 10] or [min(unique)])
-
-
-def test_about_one_in_twenty_is_held_out_and_a_document_keeps_its_side():
-    some, more = held_out_digests(digests(2000)), held_out_digests(digests(4000))
-    assert 60 < len(some) < 140
-    assert some == more & set(digests(2000))
-
-
-def test_sides_are_disjoint_and_complete():
-    documents = [Document.of(f"{number}.md", f"note {number}") for number in range(200)]
-    sides = split_held_out(documents)
-    assert not {d.digest for d in sides.train} & {d.digest for d in sides.held_out}
-    assert sorted(sides.train + sides.held_out, key=lambda d: d.path) == sorted(documents, key=lambda d: d.path)
 
 
 @pytest.mark.skipif(not (SHARED / "til").is_dir(), reason="the til notes are not on this machine")

@@ -150,15 +150,16 @@ def test_a_damaged_store_is_refused(tmp_path, name):
 # Long texts
 
 
-@given(st.text(alphabet="ab \n", max_size=300), st.integers(1, 60))
-def test_pieces_join_to_the_whole(text, piece):
-    joined = list(chain.from_iterable(encode_text(ByteTokenizer(), text, piece)))
-    assert joined == ByteTokenizer().encode(text)
+@given(st.text(alphabet="ab \n", max_size=300), st.integers(1, 60), st.integers(1, 90))
+def test_pieces_join_to_the_whole_and_do_not_depend_on_blocks(text, piece, block):
+    pieces = list(encode_text(ByteTokenizer(), [text], piece))
+    assert list(chain.from_iterable(pieces)) == ByteTokenizer().encode(text)
+    assert pieces == list(encode_text(ByteTokenizer(), [text[at : at + block] for at in range(0, len(text), block)], piece))
 
 
 @given(st.text(alphabet="ab \n", min_size=1, max_size=300), st.integers(1, 60))
 def test_pieces_get_no_space_in_front_where_the_tokenizer_adds_one(text, piece):
-    joined = list(chain.from_iterable(encode_text(Spaced(), text, piece)))
+    joined = list(chain.from_iterable(encode_text(Spaced(), [text], piece)))
     assert joined == Spaced().encode(text)
 
 
@@ -174,6 +175,22 @@ def test_a_very_long_text_is_never_encoded_at_once(tmp_path):
     store = tokenize([note("word " * 200_000), note("x" * 300_000)], Watched(), tmp_path / "store")
     assert store.trained_tokens == 1_300_002
     assert longest < 1.1 * PIECE_CHARS
+
+
+def test_tokenizing_tells_its_progress_in_small_pieces_and_ends_when_that_raises(tmp_path):
+    calls = []
+    documents = [note("word " * 200_000), note("b", "b.md")]
+    tokenize(documents, ByteTokenizer(), tmp_path / "store", progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls)
+    assert calls[-1] == (1_000_001, 1_000_001)
+    assert len(calls) > 1_000_000 / PIECE_CHARS
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, ByteTokenizer(), tmp_path / "other", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 # Chats
@@ -269,7 +286,7 @@ def real():
 
 def test_real_notes_in_pieces_are_real_notes_whole(real):
     text = "\n\n".join(document.text for document in read_notes([SHARED / "til"]).documents[:300])
-    assert list(chain.from_iterable(encode_text(real, text, 5_000))) == real.encode(text)
+    assert list(chain.from_iterable(encode_text(real, [text], 5_000))) == real.encode(text)
 
 
 def test_real_chats_train_the_answers_alone(real, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import itertools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
+from edgetune.reports.terminal import Plain
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops, peft_folder
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -63,6 +66,7 @@ def adapter_bytes(folder: str) -> bytes:
 
 STEPS_IMPORT = """
 import sys
+import threading
 from edgetune import TrainConfig, train
 from edgetune.config import DataConfig
 from edgetune.events import Stepped
@@ -101,6 +105,25 @@ def test_a_run_learns_and_tells_what_it_did(notes: Path) -> None:
     assert started.heldout_paths[0] in report.read_text()
     assert not (report.parent / "tokens").exists()
     assert not (report.parent / "held-out").exists()
+
+
+def test_a_run_says_what_it_did_not_read_also_when_it_is_resumed(notes: Path) -> None:
+    (notes / "russian.txt").write_bytes("Привет, мир".encode("cp1251"))
+    (notes / ".May.md.icloud").write_bytes(b"bplist00")
+    settings = config(notes, data=DataConfig((str(notes),), exclude=("drfats",), seq_len=64, batch_tokens=256), steps=2)
+    said = (
+        "Not read: 1 not downloaded (in iCloud or another cloud), 1 encoding not recognised (save it as UTF-8, or name it with "
+        "--encoding). Type the same command with --dry-run to see which.",
+        "--exclude drfats matched nothing.",
+    )
+    stop = threading.Event()
+    stop.set()
+    for events in (list(train(settings, stop)), list(train(settings))):
+        assert isinstance(events[0], Started)
+        assert events[0].notices == said
+    printed = io.StringIO()
+    Plain(printed).show(events[0])
+    assert printed.getvalue().splitlines()[1:] == list(said)
 
 
 def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 import threading
@@ -18,8 +19,8 @@ from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
 from edgetune.runtime.device import DEVICES
 
-SKIPPED_SHOWN = 20
-"""Skipped files that --dry-run names; chosen by hand. --json names all."""
+SHOWN = 20
+"""Files of a kind that --dry-run names; chosen by hand. --json names all."""
 _DEFAULTS = TrainConfig()
 
 _OPTIONS: tuple[Decorator, ...] = (
@@ -72,6 +73,11 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option("--seed", type=int, metavar="S", help=f"Seed of all randomness. Default: {_DEFAULTS.data.seed}."),
     click.option(
         "--recipe", type=click.Choice(RECIPES), help=f"How notes become training text. Default: {_DEFAULTS.data.recipe}."
+    ),
+    click.option(
+        "--encoding",
+        metavar="NAME",
+        help="Encoding of notes that are not UTF-8, for example windows-1250. Default: recognised.",
     ),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out files that match; may be repeated."),
     click.option("--from", "from_adapter", metavar="A", help="Start from this adapter instead of a new one."),
@@ -169,25 +175,41 @@ def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Si
 
 def _show_notes(config: TrainConfig, as_json: bool) -> None:
     """Print which notes a run would read, hold out and skip."""
+    from edgetune.documents.heldout import END
+    from edgetune.documents.summary import sentences
     from edgetune.training.setup import read_and_split
 
     reading, split = read_and_split(config)
+    held_out_bytes = sum(document.size for document in split.held_out)
     if as_json:
-        held_out = [document.path for document in split.held_out]
-        print_json({**reading.as_dict(), "heldout_documents": len(held_out), "heldout_paths": held_out})
+        held_out = {
+            "heldout_documents": len(split.held_out),
+            "heldout_bytes": held_out_bytes,
+            "heldout_paths": [document.path for document in split.held_out],
+        }
+        print_json({**reading.as_dict(), **held_out})
         return
+    share = f" ({human_bytes(held_out_bytes)})" if split.held_out else ""
     click.echo(
-        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them would be "
-        "held out: not trained on, but used to measure whether training helps." + (" These are:" if split.held_out else "")
+        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them{share} would "
+        "be held out: not trained on, but used to measure whether training helps." + (" These are:" if split.held_out else "")
     )
     for document in split.held_out:
-        click.echo(f"  {one_line(document.path)}")
+        end = " (the end of a long note; the rest is trained on)" if document.path.endswith(END) else ""
+        click.echo(f"  {one_line(document.path)}{end}")
     click.echo(
         "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
     )
-    for skip in reading.skipped[:SKIPPED_SHOWN]:
-        click.echo(f"  {one_line(skip.path)}: {one_line(skip.explanation)}")
-    if len(reading.skipped) > SKIPPED_SHOWN:
-        click.echo(f"  and {len(reading.skipped) - SKIPPED_SHOWN} more; --json lists all")
-    for pattern in reading.unused_excludes:
-        click.echo(f"--exclude {one_line(pattern)} matched no file.")
+    _list([f"{one_line(skip.path)}: {one_line(skip.explanation)}" for skip in reading.skipped])
+    for sentence in sentences(dataclasses.replace(reading, skipped=[])):
+        click.echo(one_line(sentence))
+    _list([f"{one_line(path)}: {count} damaged" for path, count in reading.damaged.items()])
+    _list([f"{one_line(path)}: {human_bytes(count)} left out" for path, count in reading.embedded.items()])
+
+
+def _list(lines: list[str]) -> None:
+    """Print the first of `lines`, and how many more there are."""
+    for text in lines[:SHOWN]:
+        click.echo(f"  {text}")
+    if len(lines) > SHOWN:
+        click.echo(f"  and {len(lines) - SHOWN} more; --json lists all")

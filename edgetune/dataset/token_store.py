@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ CONTEXT, TEXT, STOP = 0, 1, 2
 end of a turn or document and no part of the text."""
 FORMAT = 1
 """Version of the store's files."""
+BYTES_PER_TOKEN = 4
+"""About how many bytes a token stands for, to show the progress within a long note."""
 
 TrainOn = Literal["assistant", "all"]
 ChatFormat = Literal["auto", "template", "guanaco"]
@@ -124,13 +126,18 @@ def tokenize(
     train_on: TrainOn = "assistant",
     chat_format: ChatFormat = "auto",
     may_be_empty: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenStore:
     """Write the tokens of `documents` to the folder `path` (replaced atomically; files 0600) and return them memory-mapped.
 
     A note becomes `start_ids + ids + [eos]`; all of it is trained except the start. In a chat, the assistant's turns and
     their ends are trained (with `train_on="all"`: everything). With "auto", chats are rendered by the model's own template
     if it has one, else in Guanaco's form. Raises DataError where nothing would be trained, unless it `may_be_empty`.
+
+    progress: called after each piece of text with the bytes that are done and the bytes in total. It may raise to end the work.
     """
+    documents = list(documents)
+    done, total = 0, sum(document.size for document in documents)
     writer = ChatWriter(tokenizer, train_on, chat_format)
     stored: list[StoredDocument] = []
     start = trained = read = 0
@@ -139,16 +146,19 @@ def tokenize(
             for document in documents:
                 read += 1
                 pieces: Iterable[Piece]
-                if document.turns is None:
-                    pieces, scored = note_pieces(tokenizer, document.text), document.size
-                else:
+                if document.is_chat:
                     pieces, scored = writer.pieces(document)
+                else:
+                    pieces, scored = note_pieces(tokenizer, document.blocks()), document.size
                 tokens = 0
                 for ids, marks in pieces:
                     ids_file.write(np.asarray(ids, dtype=np.int32).tobytes())
                     trained_file.write(np.asarray(marks, dtype=np.uint8).tobytes())
                     tokens += len(ids)
                     trained += len(marks) - marks.count(CONTEXT)
+                    progress(done + min(BYTES_PER_TOKEN * tokens, document.size), total)
+                done += document.size
+                progress(done, total)
                 if tokens:
                     stored.append(StoredDocument(document.path, document.digest, start, tokens, scored))
                     start += tokens
@@ -189,21 +199,29 @@ Piece = tuple[Sequence[int], Sequence[int]]
 """Token ids, and the role of each."""
 
 
-def note_pieces(tokenizer: TextTokenizer, text: str) -> Iterator[Piece]:
-    """Yield the tokens of a note, from its start ids to its end id."""
+def note_pieces(tokenizer: TextTokenizer, blocks: Iterable[str]) -> Iterator[Piece]:
+    """Yield the tokens of a note, whose text comes in `blocks`, from its start ids to its end id."""
     yield tokenizer.start_ids, [CONTEXT] * len(tokenizer.start_ids)
-    for ids in encode_text(tokenizer, text):
+    for ids in encode_text(tokenizer, blocks):
         yield ids, [TEXT] * len(ids)
     yield tokenizer.eos_ids[:1], [STOP] * len(tokenizer.eos_ids[:1])
 
 
-def encode_text(tokenizer: TextTokenizer, text: str, piece_chars: int = PIECE_CHARS) -> Iterator[list[int]]:
-    """Yield the ids of `text` in pieces of about `piece_chars` characters; joined, they are the ids of the whole text."""
-    start = 0
-    while start < len(text):
-        end = find_cut(text, start, piece_chars)
-        yield continuation(tokenizer, text[max(0, start - _SEEN_CHARS) : start], text[start:end])
-        start = end
+def encode_text(tokenizer: TextTokenizer, blocks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[list[int]]:
+    """Yield the ids of the text in `blocks` in pieces of about `piece_chars` characters; joined, they are those of the whole.
+
+    The pieces depend on the text alone, not on its blocks.
+    """
+    text, start = "", 0
+    for block in blocks:
+        text, start = text[max(0, start - _SEEN_CHARS) :] + block, min(start, _SEEN_CHARS)
+        # One more character than a piece has: whether a piece ends the text changes where it is cut.
+        while start + piece_chars < len(text):
+            end = find_cut(text, start, piece_chars)
+            yield continuation(tokenizer, text[max(0, start - _SEEN_CHARS) : start], text[start:end])
+            start = end
+    if start < len(text):
+        yield continuation(tokenizer, text[max(0, start - _SEEN_CHARS) : start], text[start:])
 
 
 def find_cut(text: str, start: int, piece_chars: int) -> int:
@@ -281,7 +299,7 @@ class ChatWriter:
         if any(turn.extras.keys() & _REASONING_KEYS for turn in turns):
             self.notices.add(REASONING_LOST, "only a model's chat template can write it", document.path)
         if self.train_all and all(turn.trained for turn in turns):
-            return list(note_pieces(self.tokenizer, document.text)), document.size
+            return list(note_pieces(self.tokenizer, document.blocks())), document.size
         pieces: list[Piece] = [(self.tokenizer.start_ids, [CONTEXT] * len(self.tokenizer.start_ids))]
         prompt, scored = "", 0
         for turn in turns:

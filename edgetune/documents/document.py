@@ -1,17 +1,24 @@
-"""Defines what reading notes returns: Documents, and an account of everything that was skipped."""
+"""Defines what reading notes returns: Documents, and an account of everything that was skipped or left out."""
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
 import hashlib
+import json
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from edgetune.documents.spool import Spool
+
+BLOCK_BYTES = 1 << 20
+"""Bytes of a text that are read, decoded or hashed at a time. Chosen by hand."""
 _CAUSES_SHOWN = 8
 """Most causes for unread chats that a run names before it begins. Chosen by hand."""
-_DIGEST_CHARS = 1 << 20
-"""Characters that are hashed at a time. Chosen by hand."""
 
 
 class Reason(StrEnum):
@@ -20,14 +27,23 @@ class Reason(StrEnum):
     HIDDEN = "hidden"
     EXCLUDED = "excluded by --exclude"
     UNKNOWN_KIND = "not a note (by its suffix)"
+    NOT_DOWNLOADED = "not downloaded (in iCloud or another cloud)"
+    APP_SETTINGS = "settings of an app"
+    OLD_VERSION = "old version kept by an app"
+    TRASH = "in the trash"
+    OWN_FILE = "written by edgetune"
+    MODEL_FOLDER = "folder of a model, adapter or export"
+    DRAWING = "drawing (Excalidraw or tldraw)"
     LINK_OUTSIDE = "link that leaves the folder"
     LINK_INSIDE = "link to something read where it lies"
     LINK_BROKEN = "broken or looping link"
     NOT_A_FILE = "neither file nor folder"
     UNREADABLE = "unreadable"
+    CHANGED = "replaced by another file while notes were read"
     TOO_LARGE = "over 256 MiB"
     BINARY = "binary"
-    UNKNOWN_ENCODING = "encoding not recognised (save it as UTF-8)"
+    UNKNOWN_ENCODING = "encoding not recognised (save it as UTF-8, or name it with --encoding)"
+    OTHER_ENCODING = "not in the encoding that --encoding names"
     EMPTY = "empty"
     DUPLICATE = "same text as another note"
     BAD_LINE = "lines that are not JSON"
@@ -78,39 +94,123 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """One note or one chat.
+    """One note, one part of a long note, or one chat. Its text lies in a spool, so that many documents take little memory.
 
     `path` is relative to the folder that was named, with forward slashes; a chat's path ends with its line number, as in
-    `chats.jsonl#12`. `digest` is the SHA-256 of `text` in UTF-8. A chat has `turns`, and its `text` is the conversation in
-    Guanaco's form.
+    `chats.jsonl#12`, and the held-out end of a long note with `#end`. `digest` is the SHA-256 of the text in UTF-8, `size` the
+    number of its bytes. `words` is the SHA-256 of its words alone: two notes share it if they differ in nothing but white
+    space, byte-order marks and Unicode's normal form (for a part of a note it is the digest). A chat has `turns`, and its
+    `text` is the conversation in Guanaco's form.
     """
 
     path: str
     digest: str
-    text: str = field(repr=False)  # kept out of repr, so that no note enters a log or a traceback
-    turns: tuple[Turn, ...] | None = field(default=None, repr=False)
-    tools: tuple[dict[str, Any], ...] = field(default=(), repr=False)
-    """The tools that a chat may call, described as chat templates take them."""
+    words: str
+    size: int
+    is_chat: bool
+    # Neither shown nor compared: no note enters a log or a traceback.
+    spool: Spool = field(repr=False, compare=False)
+    start: int = field(repr=False, compare=False)
+    chat_bytes: int = field(default=0, repr=False, compare=False)
 
     @classmethod
     def of(
         cls, path: str, text: str, turns: tuple[Turn, ...] | None = None, tools: tuple[dict[str, Any], ...] = ()
     ) -> Document:
-        """Make a document, and compute its digest from `text`."""
-        return cls(path, text_digest(text), text, turns, tools)
+        """Make a document in memory."""
+        draft = Draft(Spool.in_memory())
+        draft.add(text)
+        return draft.finish(path, turns, tools)
 
     @property
-    def size(self) -> int:
-        """Return the size of the text in UTF-8, in bytes."""
-        return len(self.text) if self.text.isascii() else len(self.text.encode())
+    def text(self) -> str:
+        """Return the whole text. Prefer `blocks` for notes, which may be long."""
+        return self.spool.read(self.start, self.start + self.size).decode()
+
+    @property
+    def turns(self) -> tuple[Turn, ...] | None:
+        """Return a chat's messages, or None for a note."""
+        return tuple(Turn(**turn) for turn in self._chat()["turns"]) if self.is_chat else None
+
+    @property
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """Return the tools that a chat may call, described as chat templates take them."""
+        return tuple(self._chat()["tools"]) if self.is_chat else ()
+
+    def _chat(self) -> dict[str, Any]:
+        begin = self.start + self.size
+        chat: dict[str, Any] = json.loads(self.spool.read(begin, begin + self.chat_bytes))
+        return chat
+
+    def blocks(self) -> Iterator[str]:
+        """Yield the text in blocks of at most BLOCK_BYTES."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        end = self.start + self.size
+        for start in range(self.start, end, BLOCK_BYTES):
+            yield decoder.decode(self.spool.read(start, min(start + BLOCK_BYTES, end)))
+
+    def kept_in(self, spool: Spool) -> Document:
+        """Return the same document with its text at the end of `spool`."""
+        data = self.spool.read(self.start, self.start + self.size + self.chat_bytes)
+        return dataclasses.replace(self, spool=spool, start=spool.append(data))
+
+    def part(self, start: int, end: int, path: str) -> Document:
+        """Return the bytes `start` to `end` of a note, which must not cut a letter, as a document of its own."""
+        digest = hashlib.sha256()
+        for at in range(self.start + start, self.start + end, BLOCK_BYTES):
+            digest.update(self.spool.read(at, min(at + BLOCK_BYTES, self.start + end)))
+        name = digest.hexdigest()
+        return dataclasses.replace(self, path=path, digest=name, words=name, start=self.start + start, size=end - start)
 
 
-def text_digest(text: str) -> str:
-    """Return the SHA-256 of `text` in UTF-8, in hex. The text is hashed in pieces, so that a long note is not copied whole."""
-    digest = hashlib.sha256()
-    for start in range(0, len(text), _DIGEST_CHARS):
-        digest.update(text[start : start + _DIGEST_CHARS].encode())
-    return digest.hexdigest()
+class Draft:
+    """Collects the text of a document block by block: in the spool, as digests, and as the number of its damaged letters."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._start = spool.end
+        self._size = 0
+        self._digest, self._words = hashlib.sha256(), hashlib.sha256()
+        self.damaged = 0
+        """Letters that could not be decoded, which are U+FFFD in the text."""
+        self.empty = True
+        self._gap = False
+
+    def add(self, block: str) -> None:
+        """Add some text; a block should end between two words."""
+        for start in range(0, len(block), BLOCK_BYTES):  # in pieces, so that a long text is not copied whole
+            self._add(block[start : start + BLOCK_BYTES])
+
+    def _add(self, piece: str) -> None:
+        data = piece.encode()
+        self._spool.append(data)
+        self._size += len(data)
+        self._digest.update(data)
+        self.damaged += piece.count("\ufffd")
+        words = " ".join(normal_words(piece))
+        # A piece may begin within a word that the last one began.
+        if not self.empty and words and (self._gap or piece[0].isspace()):
+            words = f" {words}"
+        self._words.update(words.encode())
+        self._gap = piece[-1].isspace() or (not words and self._gap)
+        self.empty = self.empty and not words
+
+    def finish(self, path: str, turns: tuple[Turn, ...] | None = None, tools: tuple[dict[str, Any], ...] = ()) -> Document:
+        """Return the document."""
+        data = b""
+        if turns is not None:
+            data = json.dumps({"turns": [dataclasses.asdict(turn) for turn in turns], "tools": tools}).encode()
+        self._spool.append(data)
+        return Document(
+            path=path,
+            digest=self._digest.hexdigest(),
+            words=self._words.hexdigest(),
+            size=self._size,
+            is_chat=turns is not None,
+            spool=self._spool,
+            start=self._start,
+            chat_bytes=len(data),
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +240,9 @@ class Reading:
     """Everything found under the named paths: training uses it, and --dry-run shows it.
 
     `documents` are sorted by path, then by line, whatever the file system's own order is. `unused_excludes` are the --exclude
-    patterns that matched nothing; they deserve a warning, because somebody meant to keep something out.
+    patterns that matched nothing; they deserve a warning, because somebody meant to keep something out. `damaged` holds the
+    number of letters that could not be decoded, `embedded` the bytes of pictures and other files inside notes that were left
+    out; both by path.
     """
 
     documents: list[Document]
@@ -148,6 +250,8 @@ class Reading:
     files: int
     encodings: dict[str, int]
     unused_excludes: tuple[str, ...] = ()
+    damaged: dict[str, int] = field(default_factory=dict)
+    embedded: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -157,7 +261,7 @@ class Reading:
     @property
     def chats(self) -> int:
         """Return the number of documents that are chats."""
-        return sum(document.turns is not None for document in self.documents)
+        return sum(document.is_chat for document in self.documents)
 
     def skipped_counts(self) -> dict[str, int]:
         """Return the number of skipped things by reason, the most frequent reason first."""
@@ -183,9 +287,13 @@ class Reading:
             "encodings": self.encodings,
             "skipped": self.skipped_counts(),
             "unused_excludes": list(self.unused_excludes),
+            "damaged_letters": sum(self.damaged.values()),
+            "embedded_bytes": sum(self.embedded.values()),
         }
         if list_paths:
             result["read_paths"] = [document.path for document in self.documents]
+            result["damaged_paths"] = self.damaged
+            result["embedded_paths"] = self.embedded
             result["skipped_paths"] = [
                 {
                     "path": skip.path,
@@ -197,3 +305,10 @@ class Reading:
                 for skip in self.skipped
             ]
         return result
+
+
+def normal_words(text: str) -> list[str]:
+    """Return the words of `text` in Unicode's normal form C, without byte-order marks."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
+    return text.split()

@@ -2,83 +2,178 @@
 
 They say what the note is about, so they stay, as a heading and a line. Every other key (dates, ids, layouts) is bookkeeping
 that a model would only learn to invent, so it goes.
+
+Text between two rulers is not front matter, and is kept. The rule: a block between `---` and `---` (or `...`) at the very top
+is front matter if it is a YAML mapping and at least one of its keys is one that programs for notes and blogs write (KEYS). A
+diary whose lines begin with `Monday:` has no such key. A block between `+++` and `+++` is front matter if it is TOML.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
+from dataclasses import dataclass
+from typing import Any
 
-_FRONT_CHARS = 1 << 16
-"""Longest front matter that is recognised, in characters. Chosen by hand."""
-_LINE_CHARS = 400
-"""Characters of a line that are read for a title or a tag. Chosen by hand."""
-_TITLE_CHARS, _TAG_CHARS, _TAGS = 300, 100, 50
-"""Longest title and tag that are kept, in characters, and the largest number of tags. Chosen by hand."""
-_BLOCK_SCALARS = {"", "|", ">", "|-", ">-", "|+", ">+"}
-_YAML_LINE = re.compile(r"\s|#|- |-$|[^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:(\s|$)|$")
-_TOML_LINE = re.compile(r"\s|#|\[|\]|[A-Za-z0-9_\-.\"']{1,100}\s*=|$")
-_KEY = {"---": re.compile(r"(title|tags)\s*:\s*(.*)", re.I), "+++": re.compile(r"(title|tags)\s*=\s*(.*)", re.I)}
-_CLOSING = {"---": ("---", "..."), "+++": ("+++",)}
-_ITEM = re.compile(r"\s*(?:-\s+)?(.*?),?\s*$")
+import yaml
+
+MAX_CHARS = 1 << 15
+"""Longest front matter that is parsed, in characters."""
+MAX_NODES, MAX_DEPTH = 5000, 30
+"""Largest number of YAML nodes, and the deepest nesting. Aliases are never expanded, so they cannot multiply."""
+MAX_TOML_DOTS = 300
+"""Largest number of dots and brackets in TOML, each of which may open a table."""
+MAX_TITLE, MAX_TAG, MAX_TAGS = 300, 100, 50
+"""Longest title and tag that are kept, in characters, and the largest number of tags. All limits were chosen by hand."""
+
+KEYS = frozenset(
+    {"title", "Title", "TITLE", "subtitle", "tag", "tags", "Tags", "TAGS", "alias", "aliases", "Aliases", "date", "created"}
+    | {"created_at", "created-at", "date-created", "modified", "modified_at", "date-modified", "updated", "updated_at"}
+    | {"updated-at", "last-modified", "lastmod", "published", "published_at", "pubdate", "id", "uid", "uuid", "guid", "slug"}
+    | {"url", "permalink", "layout", "draft", "publish", "author", "authors", "category", "categories", "keywords", "lang"}
+    | {"cssclass", "cssclasses", "sidebar_position", "sidebar_label", "toc", "excerpt", "redirect_from", "markup", "jupyter"}
+    | {
+        "bibliography",
+        "kanban-plugin",
+        "excalidraw-plugin",
+        "tldraw-file",
+        "dg-publish",
+        "zotero-key",
+        "citekey",
+        "doi",
+        "isbn",
+    }
+)
+"""Keys by which YAML front matter is recognised. Capitals make a difference: a diary may well begin with `Date:`."""
+DRAWING_KEYS = frozenset({"excalidraw-plugin", "tldraw-file"})
+"""Keys that say that the note is a drawing, whose text is compressed data."""
+_NULL = "tag:yaml.org,2002:null"
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LINE = re.compile(r"^([^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:[ \t]+)([^'\"\s][^\n]*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class FrontMatter:
+    """What front matter says about a note, and the text below it."""
+
+    title: str
+    tags: tuple[str, ...]
+    keys: frozenset[str]
+    body: str
+
+    @property
+    def is_drawing(self) -> bool:
+        """Return True if the note is a drawing of Excalidraw's or tldraw's."""
+        return bool(self.keys & DRAWING_KEYS)
+
+    def reduced(self) -> str:
+        """Return the note with its title as a heading and its tags as a line."""
+        head = ""
+        if self.title and self.body.split("\n", 1)[0].strip("# \t").casefold() != self.title.casefold():
+            head += f"# {self.title}\n\n"
+        if self.tags:
+            separator = "; " if any("," in tag for tag in self.tags) else ", "
+            head += f"Tags: {separator.join(self.tags)}\n\n"
+        return head + self.body
 
 
 def without_front_matter(text: str) -> str:
-    """Return `text` with its YAML (`---`) or TOML (`+++`) front matter reduced to title and tags.
+    """Return `text` with its YAML or TOML front matter reduced to title and tags; any other text as it stands."""
+    front_matter = split_front_matter(text)
+    return text if front_matter is None else front_matter.reduced()
 
-    The front matter is read line by line, not parsed, so that no note can make this slow. A block that is not closed within
-    64 KiB, or that holds a line which is no setting (`---` may also be a ruler above prose), is left as it is.
-    """
+
+def split_front_matter(text: str) -> FrontMatter | None:
+    """Return the front matter at the beginning of `text`, or None if there is none. See this module's docstring."""
     fence = text[:3]
-    if fence not in _CLOSING or text[3:4] not in ("\n", " ", "\t"):
-        return text
-    lines = text[:_FRONT_CHARS].split("\n")
-    close = next((at for at, line in enumerate(lines) if at and line.rstrip() in _CLOSING[fence]), None)
-    shape = _YAML_LINE if fence == "---" else _TOML_LINE
-    if lines[0].strip() != fence or close is None or not all(shape.match(line) for line in lines[1:close]):
-        return text
+    if fence not in ("---", "+++") or text[3:4] not in ("\n", " ", "\t"):
+        return None
+    lines = text[:MAX_CHARS].split("\n")
+    ends = ("---", "...") if fence == "---" else ("+++",)
+    close = next((at for at, line in enumerate(lines) if at and line.rstrip() in ends), None)
+    if lines[0].strip() != fence or close is None:
+        return None
+    inside = "\n".join(lines[1:close])
+    values = yaml_values(inside) if fence == "---" else toml_values(inside)
+    if values is None:
+        return None
     body = text[sum(len(line) + 1 for line in lines[: close + 1]) :].lstrip("\n")
-    title, tags = title_and_tags([line[:_LINE_CHARS] for line in lines[1:close]], fence)
-    head = ""
-    if title and body.split("\n", 1)[0].strip("# \t").casefold() != title.casefold():
-        head += f"# {title}\n\n"
-    if tags:
-        head += f"Tags: {', '.join(tags)}\n\n"
-    return head + body
+    return FrontMatter(title_of(values.get("title")), tags_of(values.get("tags")), frozenset(values), body)
 
 
-def title_and_tags(lines: list[str], fence: str) -> tuple[str, list[str]]:
-    """Return the top-level `title` and `tags` of front matter, each cut to its limit."""
-    title, tags = "", []
-    for at, line in enumerate(lines):
-        if fence == "+++" and re.match(r"\[[\w.\[\]\- ]+\]\s*$", line):
-            break  # a TOML table: the keys below belong to it
-        found = _KEY[fence].match(line)
-        if not found:
-            continue
-        value = found[2].strip()
-        if found[1].lower() == "title":
-            title = "" if value in _BLOCK_SCALARS else unquoted(value)[:_TITLE_CHARS]
-        else:
-            tags = read_list(value, lines[at + 1 :])
-    return title, tags
+def title_of(value: Any) -> str:
+    """Return a title on one line, cut to its limit; empty if the value is no text."""
+    return " ".join(value.split())[:MAX_TITLE] if isinstance(value, str) else ""
 
 
-def read_list(value: str, following: list[str]) -> list[str]:
-    """Return the items of a list that is written on one line (`[a, b]` or `a, b`), or below its key with one item a line."""
-    if value in ("", "["):
-        items = []
-        for line in following:
-            if not re.match(r"\s*-\s|\s+[^-\s]", line):
-                break
-            items.append(_ITEM.sub(r"\1", line))
-    else:
-        items = value.strip("[]").split(",")
-    return [item for item in (unquoted(item.strip())[:_TAG_CHARS].lstrip("#") for item in items[:_TAGS]) if item]
+def tags_of(value: Any) -> tuple[str, ...]:
+    """Return the tags in a list, or in a text with commas between them, each cut to its limit."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    tags = (" ".join(item.split()).lstrip("#")[:MAX_TAG] for item in items[:MAX_TAGS] if isinstance(item, str))
+    return tuple(tag for tag in tags if tag)
 
 
-def unquoted(value: str) -> str:
-    """Return `value` without its quotation marks; if it has none, without its comment."""
-    if value[:1] in ("'", '"'):
-        end = value.rfind(value[0])
-        return value[1:end] if end > 0 else value[1:]
-    return re.sub(r"\s+#.*", "", value)
+def yaml_values(text: str) -> dict[str, Any] | None:
+    """Return the keys of a YAML mapping, made lower case, each with its text or list of texts (None for anything else).
+
+    Return None if the text is no mapping, or has none of KEYS. Nothing is constructed from the values: a date or a huge
+    number stays the text that it is, and a tag such as `!python/object` means nothing.
+    """
+    if not text.strip():
+        return {}
+    # A title may hold a colon, or begin with a sign that means something in YAML: try once more with such values quoted.
+    for attempt in (text, _LINE.sub(lambda line: line[1] + quoted(line[2].rstrip()), text)):
+        try:
+            root = bounded_root(attempt)
+            break
+        except (yaml.YAMLError, ValueError, RecursionError):
+            root = None
+    if not isinstance(root, yaml.MappingNode):
+        return {} if root is None and _only_comments(text) else None
+    values = {key.value: plain(value) for key, value in root.value if isinstance(key, yaml.ScalarNode)}
+    return {key.lower(): value for key, value in values.items()} if values.keys() & KEYS else None
+
+
+def bounded_root(text: str) -> yaml.Node | None:
+    """Return the root node of a YAML document. Raises ValueError for one that is too large or too deep."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise ValueError("too large or too deep")
+    root: yaml.Node | None = yaml.compose(text, Loader=_LOADER)
+    return root
+
+
+def plain(node: yaml.Node) -> str | list[str] | None:
+    """Return a node's text or the texts in its list; None for null and for a mapping."""
+    if isinstance(node, yaml.SequenceNode):  # only its own texts: aliases may nest lists without end
+        return [text for text in map(_scalar, node.value) if text is not None]
+    return _scalar(node)
+
+
+def toml_values(text: str) -> dict[str, Any] | None:
+    """Return the top-level keys of a TOML document and their values, or None if the text is not TOML."""
+    if text.count(".") + text.count("[") + text.count("{") > MAX_TOML_DOTS:
+        return None
+    try:
+        return {key.lower(): value for key, value in tomllib.loads(text).items()}
+    except (ValueError, RecursionError):
+        return None
+
+
+def quoted(value: str) -> str:
+    """Return a value of YAML in quotation marks. A list stays a list, with its tags' number signs quoted."""
+    if value.startswith("[") and value.endswith("]"):
+        return (
+            "[" + ", ".join(quoted(item.strip()) if item.strip()[:1] == "#" else item for item in value[1:-1].split(",")) + "]"
+        )
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _scalar(node: yaml.Node) -> str | None:
+    return node.value if isinstance(node, yaml.ScalarNode) and node.tag != _NULL else None
+
+
+def _only_comments(text: str) -> bool:
+    return all(line.strip()[:1] in ("", "#") for line in text.split("\n"))

@@ -1,18 +1,35 @@
-"""Chooses the held-out documents by their digests alone, so that a note stays on the same side night after night."""
+"""Chooses what is held out by digests and sizes alone, so that a note stays on the same side night after night.
+
+One note in twenty is held out, and of every long note its last twentieth, so that one diary does not decide alone. The choice
+for a note does not depend on the other notes, unless that would hold out far too little text or too much.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document
 
 ONE_IN = 20
-"""One document in this many is held out; chosen by hand."""
+"""One short document in this many is held out, and this fraction of each long note; chosen by hand."""
 LARGEST_SHARE = 0.1
-"""Largest share of the documents that may be held out (0 to 1); chosen by hand."""
+"""Largest share of the text that may be held out, in bytes (0 to 1); chosen by hand."""
+LEAST_SHARE, ENOUGH_SHARE = 0.01, 0.025
+"""Share of the text, in bytes, below which more is held out if there is any that fits, and the share at which that ends; chosen
+by hand."""
+FEWEST_BYTES = 100
+"""With less text than this on the held-out side, nothing is held out: it would measure chance. Chosen by hand."""
 FEWEST_DOCUMENTS = 10
-"""With fewer documents than this, all are trained on and none is held out; chosen by hand."""
+"""With fewer documents than this, none is held out as a whole; chosen by hand."""
+LONG_BYTES = 20_000
+"""Size from which a note gives its last twentieth instead of the whole, in bytes; chosen by hand."""
+SHORTEST_CUT_BYTES = 4_000
+"""Size from which a note may be cut where too little is held out otherwise, in bytes; chosen by hand."""
+
+END = "#end"
+"""Stands behind the path of a note's held-out end."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +41,101 @@ class HeldOutSplit:
 
 
 def split_held_out(documents: Iterable[Document]) -> HeldOutSplit:
-    """Split `documents` into those to train on and those held out, each in the order given."""
-    documents = list(documents)
-    chosen = held_out_digests(document.digest for document in documents)
-    return HeldOutSplit(
-        [document for document in documents if document.digest not in chosen],
-        [document for document in documents if document.digest in chosen],
-    )
+    """Split `documents` into those to train on and those held out, each in the order given.
 
-
-def held_out_digests(digests: Iterable[str]) -> frozenset[str]:
-    """Return the digests (SHA-256 in hex) to hold out: those divisible by 20, which is one document in twenty.
-
-    Fewer than 10 documents are all trained on. From 10 on, at least one is held out (the smallest digest, where none is
-    divisible) and never more than a tenth (the smallest of the divisible ones).
+    A long note is in both, cut in two: its end is held out.
     """
-    ordered = sorted(set(digests))  # hex strings of equal length sort as the numbers do
-    if len(ordered) < FEWEST_DOCUMENTS:
-        return frozenset()
-    divisible = [digest for digest in ordered if int(digest, 16) % ONE_IN == 0]
-    return frozenset(divisible[: int(len(ordered) * LARGEST_SHARE)] or ordered[:1])
+    documents = list(documents)
+    cuts = Choice(documents).made()
+    train, held_out = [], []
+    for document in documents:
+        cut = cuts.get(document.digest)
+        if cut is None:
+            train.append(document)
+        elif cut == 0:
+            held_out.append(document)
+        else:
+            train.append(document.part(0, cut, document.path))
+            held_out.append(document.part(cut, document.size, f"{document.path}{END}"))
+    return HeldOutSplit(train, held_out)
+
+
+class Choice:
+    """What to hold out of some documents: for each digest, the first byte that is held out (0: the whole document)."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+        self.cuts: dict[str, int] = {}
+        self.bytes = 0
+        self.total = sum(document.size for document in documents)
+
+    def made(self) -> dict[str, int]:
+        """Return the choice."""
+        groups = groups_of_copies(self.documents)
+        long = [group[0] for group in groups if can_be_cut(group, LONG_BYTES)]
+        for document in long:
+            self._hold_out_end(document)
+        short = [group for group in groups if group[0].digest not in self.cuts]
+        self._hold_out([group for group in short if int(group[0].digest, 16) % ONE_IN == 0], LARGEST_SHARE)
+        if self.bytes < LEAST_SHARE * self.total:
+            self._hold_out_more([group for group in short if group[0].digest not in self.cuts])
+        return self.cuts if self.bytes >= FEWEST_BYTES else {}
+
+    def _hold_out_more(self, groups: list[list[Document]]) -> None:
+        """Hold out more where the rule of one in twenty gave too little: ends of the longest notes, or else whole notes."""
+        cuttable = [group[0] for group in groups if can_be_cut(group, SHORTEST_CUT_BYTES)]
+        for document in sorted(cuttable, key=lambda document: -document.size):
+            if self.bytes < ENOUGH_SHARE * self.total:
+                self._hold_out_end(document)
+        self._hold_out([group for group in groups if group[0].digest not in self.cuts], ENOUGH_SHARE)
+
+    def _hold_out_end(self, document: Document) -> None:
+        cut = cut_before_end(document)
+        self.cuts[document.digest] = cut
+        self.bytes += document.size - cut
+
+    def _hold_out(self, groups: list[list[Document]], share: float) -> None:
+        """Hold out whole groups in their order until `share` of all bytes is reached, but never more than LARGEST_SHARE."""
+        if len(self.documents) < FEWEST_DOCUMENTS:
+            return
+        for group in groups:
+            size = sum(document.size for document in group)
+            if self.bytes < share * self.total and self.bytes + size <= LARGEST_SHARE * self.total:
+                self.cuts |= {document.digest: 0 for document in group}
+                self.bytes += size
+
+
+def groups_of_copies(documents: list[Document]) -> list[list[Document]]:
+    """Return each document with its copies, in the order of the originals' digests.
+
+    Copies share most of their text with the original, so they stay on its side, which the original's digest decides.
+    """
+    groups: dict[str, list[Document]] = {}
+    by_path = {document.path: document for document in documents}
+    for document in documents:
+        original = by_path.get(original_path(document.path), document)
+        group = groups.setdefault(original.digest, [original])
+        if document is not original:
+            group.append(document)
+    return [groups[digest] for digest in sorted(groups)]  # hex strings of equal length sort as the numbers do
+
+
+def can_be_cut(group: list[Document], least: int) -> bool:
+    """Return True for a note of at least `least` bytes without copies, which would give its end away."""
+    return len(group) == 1 and group[0].size >= least and not group[0].is_chat
+
+
+def cut_before_end(document: Document) -> int:
+    """Return where the held-out end of a note begins, in bytes: between two paragraphs, or else lines, words or letters.
+
+    The end is a twentieth of the note, or up to a tenth where that leaves a paragraph whole.
+    """
+    first, last = document.size - document.size // (ONE_IN // 2), document.size - document.size // ONE_IN
+    data = document.spool.read(document.start + first, document.start + last)
+    for mark in (b"\n\n", b"\n", b" "):
+        at = data.rfind(mark)
+        if at >= 0:
+            return first + at + len(mark)
+    while data and data[-1] & 0xC0 == 0x80:  # within a letter of several bytes
+        data = data[:-1]
+    return first + max(len(data) - 1, 0)

@@ -6,12 +6,15 @@ import fnmatch
 import os
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgetune.documents import not_notes
 from edgetune.documents.document import Reason, Skipped
-from edgetune.runtime.errors import DataError
+from edgetune.documents.note_file import Identity, NotReadable, identity, open_folder
+from edgetune.home import expand, home
+from edgetune.runtime.errors import DataError, UsageError
 
 NOTE_SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".org")
 CHAT_SUFFIXES = (".jsonl",)
@@ -20,10 +23,12 @@ KINDS = f"notes ({', '.join(NOTE_SUFFIXES)}) or chats ({', '.join(CHAT_SUFFIXES)
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file to read: `file` opens it, `path` is its name in every report."""
+    """A file to read: `path` is its name in every report, `listed` says which file it was, `size` counts its bytes."""
 
     file: Path
     path: str
+    listed: Identity | None
+    size: int
 
 
 @dataclass
@@ -34,8 +39,15 @@ class Walk:
     excludes: list[Exclude]
     found: dict[Path, FoundFile] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
-    folders: set[tuple[int, int]] = field(default_factory=set)
+    folders: set[Identity] = field(default_factory=set)
     entries: int = 0
+    own: Identity | None = None
+    """edgetune's own data folder, which may lie among the notes."""
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all files to read."""
+        return sum(file.size for file in self.found.values())
 
     def report_path(self, path: Path) -> str:
         """Return the path as reports show it: relative to the named folder, if it lies in there."""
@@ -45,9 +57,9 @@ class Walk:
         """Count `path` as skipped."""
         self.skipped.append(Skipped(self.report_path(path), reason))
 
-    def add(self, path: Path) -> None:
+    def add(self, path: Path, about: os.stat_result) -> None:
         """Add `path` to the files to read."""
-        self.found[path] = FoundFile(path, self.report_path(path))
+        self.found[path] = FoundFile(path, self.report_path(path), identity(about), about.st_size)
 
     def excluded(self, root: Path, path: Path) -> bool:
         """Return True if an --exclude pattern matches `path`, which lies under `root`."""
@@ -56,13 +68,15 @@ class Walk:
         return any(matched)
 
 
-def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Walk:
+def walk(
+    paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = (), before_each: Callable[[], None] = lambda: None
+) -> Walk:
     """Find every note and chat under `paths` (folders or single files), sorted by path.
 
-    A file that is itself named is read even if it is hidden or has another suffix: naming it was a decision. Raises DataError
-    for a path that does not exist.
+    A file that is itself named is read even if it is hidden or has another suffix: naming it was a decision. `before_each` is
+    called before each folder and may raise to end the walk. Raises DataError for a path that does not exist.
     """
-    roots = [Path(os.path.abspath(os.path.expanduser(path))) for path in paths]
+    roots = [Path(os.path.abspath(expand(os.fspath(path)))) for path in paths]
     if not roots:
         raise DataError(f"No notes were named: give a folder or files of {KINDS}, for example notes/.")
     for given, root in zip(paths, roots, strict=True):
@@ -70,20 +84,30 @@ def walk(paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = ()) -
             raise DataError(
                 f"There is no file or folder {os.fspath(given)}: expected {KINDS}; check the path, and type it again."
             )
-    state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude])
+    state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude], own=own_folder())
     for root in sorted(roots):
         if root.is_dir():
-            walk_folder(root, state)
+            walk_folder(root, state, before_each)
         elif state.excluded(root, root):
             state.skip(root, Reason.EXCLUDED)
         elif not root.is_file():
             state.skip(root, Reason.NOT_A_FILE)
         else:
             state.entries += 1
-            state.add(root)
+            # The file that a link leads to is read: naming the link was a decision.
+            real = root.resolve()
+            state.found[root] = FoundFile(real, state.report_path(root), identity(real.stat()), real.stat().st_size)
     state.found = dict(sorted(state.found.items(), key=lambda item: order_key(item[1].path)))
     state.skipped.sort(key=lambda skip: order_key(skip.path))
     return state
+
+
+def own_folder() -> Identity | None:
+    """Return the identity of edgetune's own data folder, or None if there is none."""
+    try:
+        return identity(os.stat(home()))
+    except (OSError, UsageError):
+        return None
 
 
 def common_folder(roots: list[Path]) -> Path:
@@ -95,51 +119,79 @@ def common_folder(roots: list[Path]) -> Path:
         return folders[0]
 
 
-def walk_folder(root: Path, state: Walk) -> None:
+def walk_folder(root: Path, state: Walk, before_each: Callable[[], None]) -> None:
     """Add everything under `root` to `state`, depth first and without recursion."""
     real_root = root.resolve()
-    pending = [root]
+    pending: list[tuple[Path, Identity | None]] = [(root, None)]
     while pending:
-        folder = pending.pop()
+        before_each()
+        folder, listed = pending.pop()
         try:
-            about = os.stat(folder)
-            identity = (about.st_dev, about.st_ino)
-            if about.st_ino and identity in state.folders:  # st_ino is 0 where a file system has no such numbers
-                continue
-            state.folders.add(identity)
-            with os.scandir(folder) as entries:
+            with open_folder(folder, listed) as (found, entries):
+                if found in state.folders:
+                    continue
+                if found is not None:
+                    state.folders.add(found)
+                if folder != root and (reason := no_folder_of_notes(found, entries, state)):
+                    state.entries += 1
+                    state.skip(folder, reason)
+                    continue
                 for entry in entries:
-                    if look_at(entry, root, real_root, state):
-                        pending.append(folder / entry.name)
+                    about = look_at(entry, folder / entry.name, root, real_root, state)
+                    if about is not None:
+                        pending.append((folder / entry.name, identity(about)))
         except OSError:
             state.skip(folder, Reason.UNREADABLE)
+        except NotReadable as problem:
+            state.skip(folder, problem.reason)
 
 
-def look_at(entry: os.DirEntry[str], root: Path, real_root: Path, state: Walk) -> bool:
-    """Add or skip one directory entry; return True if it is a folder to descend into."""
-    path = Path(entry.path)
+def no_folder_of_notes(folder: Identity | None, entries: list[os.DirEntry[str]], state: Walk) -> Reason | None:
+    """Return the reason for skipping a folder whose entries say that it holds no notes."""
+    if folder is not None and folder == state.own:
+        return Reason.OWN_FILE
+    return Reason.MODEL_FOLDER if not_notes.is_model_folder({entry.name for entry in entries}) else None
+
+
+def look_at(entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, state: Walk) -> os.stat_result | None:
+    """Add or skip one directory entry, which lies at `path`; return its status if it is a folder to descend into."""
     state.entries += 1
     try:
         about = entry.stat(follow_symlinks=False)
     except OSError:  # deleted since it was listed: its neighbours are still read
         state.skip(path, Reason.UNREADABLE)
-        return False
-    if entry.name.startswith(".") or getattr(about, "st_file_attributes", 0) & getattr(stat, "FILE_ATTRIBUTE_HIDDEN", 0):
+        return None
+    is_folder, excluded = stat.S_ISDIR(about.st_mode), state.excluded(root, path)
+    placeholder_of = not_notes.placeholder_of(entry.name)
+    if is_folder and (reason := not_notes.app_folder(path)):
+        state.skip(path, reason)
+    elif placeholder_of is not None:
+        state.skip(path, Reason.NOT_DOWNLOADED if is_note_name(placeholder_of) else Reason.UNKNOWN_KIND)
+    elif not_notes.is_hidden(entry.name, about):
         state.skip(path, Reason.HIDDEN)
-    elif state.excluded(root, path):
+    elif excluded:
         state.skip(path, Reason.EXCLUDED)
     elif entry.is_symlink() or getattr(entry, "is_junction", bool)():
         state.skip(path, judge_link(path, real_root))
-    elif stat.S_ISDIR(about.st_mode):
+    elif is_folder:
         state.entries -= 1  # a folder is not counted, only its contents
-        return True
+        return about
     elif not stat.S_ISREG(about.st_mode):
         state.skip(path, Reason.NOT_A_FILE)
-    elif path.suffix.lower() not in NOTE_SUFFIXES + CHAT_SUFFIXES:
+    elif not is_note_name(entry.name):
         state.skip(path, Reason.UNKNOWN_KIND)
+    elif not_notes.is_drawing_name(entry.name):
+        state.skip(path, Reason.DRAWING)
+    elif not_notes.is_in_cloud(about):
+        state.skip(path, Reason.NOT_DOWNLOADED)
     else:
-        state.add(path)
-    return False
+        state.add(path, about)
+    return None
+
+
+def is_note_name(name: str) -> bool:
+    """Return True if a file of this name is read as a note or as chats."""
+    return os.path.splitext(name)[1].lower() in NOTE_SUFFIXES + CHAT_SUFFIXES
 
 
 def judge_link(path: Path, real_root: Path) -> Reason:
@@ -206,6 +258,5 @@ def order_key(path: str) -> tuple[str, str]:
 
 
 def shown(path: str) -> str:
-    """Return a path fit for a terminal and for JSON: forward slashes, no control characters, no bytes that are not text."""
-    text = path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join("\ufffd" if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in text)
+    """Return a path as text: forward slashes, and U+FFFD for bytes that are no text. Sanitize it before a terminal sees it."""
+    return path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "replace")

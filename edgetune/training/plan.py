@@ -64,7 +64,7 @@ class RunRecord:
     files: dict[str, str]
     """SHA-256 of each token file, by its path in the run's folder."""
     notices: tuple[str, ...] = ()
-    """Sentences for the user about chats that were not read as they are."""
+    """Sentences for the user about what was not read as it is."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""

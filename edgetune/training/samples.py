@@ -25,7 +25,11 @@ def sample_prompts(documents: Sequence[Document], tokenizer: Tokenizer, template
     """Return the prompts of the first documents that have one. `template`: chats are trained in the model's chat template."""
     prompts: list[Prompt] = []
     for document in documents:
-        prompt = first_words(document.text) if document.turns is None else first_question(document.turns, tokenizer, template)
+        prompt = (
+            first_words(next(document.blocks(), ""))
+            if document.turns is None
+            else first_question(document.turns, tokenizer, template)
+        )
         if prompt is not None:
             prompts.append(prompt)
         if len(prompts) == SAMPLES:

@@ -16,6 +16,7 @@ from edgetune.dataset.token_store import ChatFormat, TokenStore, TrainOn, tokeni
 from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
@@ -64,9 +65,9 @@ def read_and_split(config: TrainConfig) -> tuple[Reading, HeldOutSplit]:
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, keep_front_matter=data.recipe == "raw")
+    reading = read_notes(data.notes, data.exclude, keep_front_matter=data.recipe == "raw", encoding=data.encoding)
     if data.recipe == "chat":
-        chats = [document for document in reading.documents if document.turns is not None]
+        chats = [document for document in reading.documents if document.is_chat]
         if not chats:
             raise DataError(
                 f"--recipe chat found {len(reading.documents)} notes and no chats; expected .jsonl files of conversations. "
@@ -126,7 +127,7 @@ def prepare_new(
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(split.held_out or split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=_notices(reading, split, store, held_out),
+        notices=(*sentences(reading), *_notices(reading, split, store, held_out)),
         notes=_documents_digest(split.train + split.held_out),
         torch=torch.__version__,
         files=_token_files(folder),
