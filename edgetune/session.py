@@ -146,7 +146,9 @@ class Session:
 
 
 def _sampling(temperature: float, seed: int | None) -> Sampling:
-    return Sampling(temperature, GenerateConfig.top_p, seed)
+    """Return how to sample. Raises SettingError for a value that cannot be used."""
+    settings = GenerateConfig(temperature=temperature, seed=seed)
+    return Sampling(settings.temperature, settings.top_p, settings.seed)
 
 
 class _Clock:

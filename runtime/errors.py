@@ -1,7 +1,8 @@
 """The errors that edgetune raises on purpose. Each message is a sentence: what was found, what was expected, what to type.
 
 EdgetuneError
-├── UsageError       an invalid setting (rank 0, a learning rate of nan)
+├── UsageError       a setting or a place that cannot be used here
+│   └── SettingError     a value that no machine could use (rank 0, a learning rate of nan), or two that exclude each other
 ├── ModelError       a base model that is unreadable, unsupported or contradicts its own config
 │   └── TokenizerError   a tokenizer or chat template that is unreadable or hostile
 ├── AdapterError     an adapter that is unreadable or was made for another base
@@ -12,7 +13,7 @@ EdgetuneError
 ├── BusyError        a run or an output that another process is working on
 └── LinkError        a process of a distributed run that ended or cannot be reached
 
-The command line prints only the message and exits 1. No message contains text of a note: only paths and digests.
+The command line prints only the message and exits 1, or 2 for a SettingError: wrong usage. No message contains text of a note: only paths and digests.
 """
 
 
@@ -21,7 +22,11 @@ class EdgetuneError(Exception):
 
 
 class UsageError(EdgetuneError):
-    """An invalid setting."""
+    """A setting or a place that cannot be used here."""
+
+
+class SettingError(UsageError):
+    """A value that no machine could use, or two settings that exclude each other."""
 
 
 class ModelError(EdgetuneError):

@@ -23,7 +23,7 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
-from edgetune.runtime.errors import ModelError, ResourceError, UsageError
+from edgetune.runtime.errors import ModelError, ResourceError, SettingError, UsageError
 from edgetune.runtime.files import explain_full_disk, sync_folder
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
@@ -121,7 +121,7 @@ def quantize_folder(
     """
     src, dest = Path(src), Path(dest)
     if head not in HEADS:
-        raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
+        raise SettingError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
     checkpoint = open_model(src)

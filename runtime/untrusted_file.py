@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, TokenizerError
+from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, TokenizerError, UsageError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class FileKind:
     error: type[EdgetuneError]
     advice: str
     links_anywhere: bool = False
-    """Follow a link that leaves the folder. Only for weights: whatever is not a weight file is refused when it is parsed."""
+    """Follow a link that leaves the folder. For weights, since whatever is not a weight file is refused when it is parsed, and
+    for the user's own settings."""
 
 
 # The limits are chosen by hand, above the largest files in use.
@@ -52,6 +53,11 @@ EXPORT_RECORD = FileKind(8 << 20, ModelError, _EXPORT_AGAIN)
 """golden.json, how-to-call.json and the manifest of a Core ML package."""
 BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
+
+CACHE_REVISION = FileKind(4 << 10, ModelError, _COPY_MODEL)
+"""refs/main of a model in the Hugging Face cache: the name of a commit."""
+SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
+"""config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 
 _NOT_DOCUMENTS = ("/proc/", "/sys/", "/dev/")
 """Folders whose files are not data on a disk, although some look like regular files."""

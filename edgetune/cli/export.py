@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
+from edgetune.cli.options import adapter_option, json_option, memory_option, model_option, print_json, say
 from edgetune.config import parse_bytes
 from edgetune.export.targets import TARGETS
 from edgetune.reports.terminal import renderer
@@ -44,11 +44,8 @@ SMALLEST_COUNT = 1000
     metavar="NOTES",
     help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights.",
 )
-@click.option(
-    "--memory",
-    metavar="2GB",
-    help="Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the "
-    "amount it needs.",
+@memory_option(
+    "Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the amount it needs."
 )
 @click.option(
     "--force", is_flag=True, help="Write the export even if it loses most of the adapter's effect or fails its proof."

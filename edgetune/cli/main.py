@@ -18,7 +18,7 @@ import click
 import edgetune
 from edgetune.home import home
 from edgetune.reports.text import sanitize
-from edgetune.runtime.errors import EdgetuneError
+from edgetune.runtime.errors import EdgetuneError, SettingError
 from edgetune.runtime.files import explain_full_disk
 
 COMMANDS = {
@@ -38,6 +38,8 @@ COMMANDS = {
 """The module that defines each command, as a function named NAME_command."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
+WRONG_USAGE = 2
+"""Exit code where what was typed could work on no machine: an unknown flag, a missing argument, a value out of range."""
 
 
 class Commands(click.Group):
@@ -73,7 +75,14 @@ def plain_failures() -> Iterator[None]:
             yield
     except EdgetuneError as error:
         click.echo(f"edgetune: {sanitize(str(error))}", err=True)
-        sys.exit(1)
+        sys.exit(WRONG_USAGE if isinstance(error, SettingError) else 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(WRONG_USAGE)
+    except click.UsageError as error:
+        more = "" if error.ctx is None else f" Type: {error.ctx.command_path} --help"
+        click.echo(f"edgetune: {sanitize(' '.join(error.format_message().split()))}{more}", err=True)
+        sys.exit(WRONG_USAGE)
     except RuntimeError as error:
         # torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
         if "out of memory" not in str(error):
@@ -104,10 +113,7 @@ def main() -> None:
     logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
     with plain_failures():
         try:
-            code = cli.main(standalone_mode=False)
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
+            code = cli.main(prog_name="edgetune", standalone_mode=False)
         except click.Abort as error:  # click's form of Ctrl-C
             raise KeyboardInterrupt from error
         sys.exit(code if isinstance(code, int) else 0)

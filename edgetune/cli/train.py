@@ -11,97 +11,22 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import Decorator, json_option, print_json, say
-from edgetune.config import COMPUTE, EPOCHS, RECIPES, RECOMPUTE, REFERENCE_LEARNING_RATE, TrainConfig, train_config
+from edgetune.cli.options import configuration_options, json_option, print_json, say
+from edgetune.config import DataConfig, TrainConfig, train_config
 from edgetune.events import Event, Interrupted, Started
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
-from edgetune.runtime.device import DEVICES
 
 SKIPPED_SHOWN = 20
 """Skipped files that --dry-run names; chosen by hand. --json names all."""
-_DEFAULTS = TrainConfig()
-
-_OPTIONS: tuple[Decorator, ...] = (
-    click.argument("notes", nargs=-1),
-    click.option(
-        "--model",
-        metavar="M",
-        help="Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
-    ),
-    click.option("--device", type=click.Choice(DEVICES), help=f"Device to run on. Default: {_DEFAULTS.device}."),
-    click.option("--out", metavar="DIR", help="Folder for the trained adapter. Default: one in edgetune's own data folder."),
-    click.option(
-        "--steps", type=int, metavar="N", help="Number of steps. Each updates the adapter once, from one batch of notes."
-    ),
-    click.option(
-        "--epochs",
-        type=float,
-        metavar="E",
-        help=f"Number of passes over the notes. Default: {EPOCHS:g}, or more if there are few notes.",
-    ),
-    click.option("--minutes", type=float, metavar="N", help="Stop after this many minutes, at the end of a step."),
-    click.option("--until", metavar="HH:MM", help="Stop at this time of day, at the end of a step."),
-    click.option(
-        "--memory", metavar="2GB", help="Limit on peak memory; settings are chosen to fit. Default: most of what is free."
-    ),
-    click.option("--rank", type=int, metavar="R", help=f"Rank (size) of the adapter. Default: {_DEFAULTS.rank}."),
-    click.option(
-        "--alpha", type=float, metavar="A", help=f"The adapter is scaled by alpha/rank. Default: {_DEFAULTS.alpha:g}."
-    ),
-    click.option("--dropout", type=float, metavar="P", help=f"LoRA dropout. Default: {_DEFAULTS.dropout:g}."),
-    click.option(
-        "--targets",
-        metavar="LIST",
-        help=f"Linear layers to adapt, separated by commas. Default: {','.join(_DEFAULTS.targets)}.",
-    ),
-    click.option("--rslora", is_flag=True, default=None, help="Scale the adapter by alpha/sqrt(rank) instead of alpha/rank."),
-    click.option(
-        "--lr",
-        type=float,
-        metavar="X",
-        help=f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, or more for small models.",
-    ),
-    click.option(
-        "--seq-len",
-        type=int,
-        metavar="T",
-        help=f"Longest sequence in tokens; longer notes are split. Default: {_DEFAULTS.data.seq_len}.",
-    ),
-    click.option("--batch-tokens", type=int, metavar="N", help=f"Tokens per step. Default: {_DEFAULTS.data.batch_tokens}."),
-    click.option("--seed", type=int, metavar="S", help=f"Seed of all randomness. Default: {_DEFAULTS.data.seed}."),
-    click.option(
-        "--recipe", type=click.Choice(RECIPES), help=f"How notes become training text. Default: {_DEFAULTS.data.recipe}."
-    ),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out files that match; may be repeated."),
-    click.option("--from", "from_adapter", metavar="A", help="Start from this adapter instead of a new one."),
-    click.option(
-        "--recompute",
-        type=click.Choice(RECOMPUTE),
-        help=f"Activations to recompute: slower, but takes less memory. Default: {_DEFAULTS.recompute}, the fastest that fits.",
-    ),
-    click.option(
-        "--compute",
-        type=click.Choice(COMPUTE),
-        help="Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU with AMX. "
-        f"Default: {_DEFAULTS.compute}, the fastest on this machine.",
-    ),
-)
 
 
 def training_options(command: Callable[..., None]) -> Callable[..., Any]:
     """Add the notes and every setting of a training run to a command, named as `train_config` expects them."""
     decorated: Callable[..., Any] = command
-    for option in reversed(_OPTIONS):
+    for option in reversed([*configuration_options(TrainConfig), *configuration_options(DataConfig)]):
         decorated = option(decorated)
-    return decorated
-
-
-def config_of(flags: dict[str, Any]) -> TrainConfig:
-    """Return the settings that the flags of `training_options` stand for."""
-    if flags["targets"] is not None:
-        flags["targets"] = tuple(flags["targets"].split(","))
-    return train_config(flags)
+    return click.argument("notes", nargs=-1)(decorated)
 
 
 @click.command("train")
@@ -122,7 +47,7 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
     Ctrl-C stops training and loses nothing: run the same command again to continue. The same goes for a crash or a deadline.
     """
-    config = config_of(flags)
+    config = train_config(flags)
     if dry_run:
         _show_notes(config, as_json)
     else:

@@ -14,7 +14,7 @@ from edgetune.runtime.budget import Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
-from edgetune.runtime.errors import UsageError
+from edgetune.runtime.errors import SettingError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str |
     bits per byte (LOG.md, "eight-bit head"). A head that is stored in 4 bits stays as it is.
     """
     if head not in HEADS:
-        raise UsageError(f"--head is {head!r}; expected one of {', '.join(HEADS)}.")
+        raise SettingError(f"--head is {head!r}; expected one of {', '.join(HEADS)}.")
     if head == "auto":
         return "int8" if ops.multiplies_int8(device) and not checkpoint.quantized_head else None
     if head == "int8" and checkpoint.quantized_head:
