@@ -156,9 +156,9 @@ class TrainConfig:
     rank: int = setting(  # the paper: rank hardly matters once all linears are adapted; 16 keeps the adapter small
         16, Whole(1, MOST_RANK), "Rank (size) of the adapter.", metavar="R"
     )
-    alpha: float = setting(
+    alpha: float = setting(  # the paper's
         16.0, Number(LEAST_ALPHA, MOST_ALPHA), "The adapter is scaled by alpha/rank.", metavar="A"
-    )  # the paper's
+    )
     dropout: float = setting(  # the paper's for large models; its 0.1 for small ones was for 10,000 chats, not for 50 notes
         0.05, Number(0, 1, below=True), "LoRA dropout.", metavar="P"
     )

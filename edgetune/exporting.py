@@ -108,7 +108,7 @@ def export_adapter(
     tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
     progress = _ProgressEvents(show, started)
-    job = Job(base, _public_name(choice.name), loaded, weights, adapter_as, memory, documents, force, check, progress)
+    job = Job(base, choice.public_name, loaded, weights, adapter_as, memory, documents, force, check, progress)
     check_memory(spec.peak_memory, job)
     outcome, size, peak = _publish(spec, job, folder, _tokens(tokenizer, verify.PROMPT))
     return Exported(
@@ -285,8 +285,3 @@ def _check_replaceable(folder: Path, found: list[Path], target: str) -> None:
         )
     if earlier.get("target") != target:
         raise UsageError(f"{folder} already exists and is not an export to {target}; name another --out folder.")
-
-
-def _public_name(model: str) -> str:
-    """Return a model's name without the folders above it, which may tell whose machine this is."""
-    return Path(model).name if Path(model).is_absolute() else model

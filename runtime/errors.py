@@ -13,7 +13,8 @@ EdgetuneError
 ├── BusyError        a run or an output that another process is working on
 └── LinkError        a process of a distributed run that ended or cannot be reached
 
-The command line prints only the message and exits 1, or 2 for a SettingError: wrong usage. No message contains text of a note: only paths and digests.
+The command line prints only the message and exits 1, or 2 for a SettingError, which is wrong usage. No message contains text of
+a note: only paths and digests.
 """
 
 

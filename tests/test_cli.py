@@ -177,7 +177,7 @@ def test_train_then_everything_that_follows(notes: Path) -> None:
     assert piped.json["adapter"] == "none"
     asked = run("ask", "What did Marra water?", "--max-tokens", "6", "--json")
     assert asked.code == 0
-    assert "Model demo, adapter" in asked.err
+    assert f"Model demo (the current adapter's), adapter {written.json['adapter']}." in asked.err
 
 
 def test_chat_keeps_a_history_compares_and_quits(notes: Path) -> None:
@@ -381,7 +381,7 @@ WRONG_LINES = {
     "warmup_steps = -5": "warmup_steps is -5; expected a whole number from 0",
     "evaluations = -1": "evaluations is -1; expected a whole number from 1",
     'notes = "/elsewhere/notes"': "notes is '/elsewhere/notes'; expected a list of texts",
-    'exclude = "drafts"': "exclude is 'drafts'; expected a list of texts, none of them empty. Write for example: exclude = [\"drafts/\"]",
+    'exclude = "drafts"': 'expected a list of texts, none of them empty. Write for example: exclude = ["drafts/"]',
     'exclude = [""]': "exclude is ''; expected a list of texts",
     "exclude = [5]": "exclude is 5; expected a list of texts",
     'targets = "q_proj"': "targets is 'q_proj'; expected one or more of q_proj",

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgetune.config import GenerateConfig, TrainConfig
-from edgetune.reports.text import sanitize
+from edgetune.reports.text import one_line
 from edgetune.settings import Choice, Setting, Switch, Text, Texts, settings_of
 
 if TYPE_CHECKING:
+    from edgetune.library.base_models import ModelChoice
     from edgetune.session import Session
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -83,13 +84,12 @@ class GenerateOptions:
 
     def session(self) -> Session:
         """Open the model and the adapter, and name both on standard error."""
-        from edgetune.library.base_models import DEMO, DEMO_NOTICE
+        from edgetune.library.loading import choose_model
         from edgetune.session import Session
 
-        session = Session.load(self.model, self.adapter, self.device, self.head)
-        say(f"Model {sanitize(session.model_name)}, adapter {sanitize(session.adapter_name)}.")
-        if self.model is None and session.model_name == DEMO:
-            say(DEMO_NOTICE)
+        choice = choose_model(self.model)
+        session = Session.load(choice.name, self.adapter, self.device, self.head)
+        say_model(choice, session.adapter_name)
         return session
 
     @property
@@ -120,6 +120,21 @@ def generate_options(command: Callable[..., None]) -> Callable[..., Any]:
     for option in reversed(options):
         decorated = option(decorated)
     return decorated
+
+
+def model_words(choice: ModelChoice) -> str:
+    """Return a model's name, followed by the reason for it in brackets where nobody named it."""
+    return one_line(choice.name) + (f" ({choice.why})" if choice.why else "")
+
+
+def say_model(choice: ModelChoice, adapter: str | None = None) -> None:
+    """Say which model is used, and why where nobody named it, and which adapter."""
+    from edgetune.library.base_models import DEMO, DEMO_NOTICE
+
+    words = model_words(choice)
+    say(f"Model: {words}." if adapter is None else f"Model {words}, adapter {one_line(adapter)}.")
+    if choice.why and choice.name == DEMO:
+        say(DEMO_NOTICE)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import json_option, print_json
+from edgetune.cli.options import json_option, print_json, say_model
 from edgetune.cli.train import training_options
 from edgetune.config import train_config
 from edgetune.machine.shapes import PLANNED
@@ -44,9 +45,16 @@ _VOCABULARY = {
 @json_option
 def plan_command(as_json: bool, **flags: Any) -> None:
     """Predict what `edgetune train` would take with the same options: memory by part, speed, time. Trains nothing."""
+    from edgetune.library.loading import choose_model
     from edgetune.machine.forecast import forecast
 
-    result = forecast(train_config(flags))
+    config, choice = train_config(flags), None
+    if config.model is None:
+        choice = choose_model()
+        config = dataclasses.replace(config, model=choice.name)
+    result = forecast(config)
+    if choice is not None:
+        say_model(choice)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 import threading
@@ -11,9 +12,9 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import configuration_options, json_option, print_json, say
+from edgetune.cli.options import configuration_options, json_option, print_json, say_model
 from edgetune.config import DataConfig, TrainConfig, train_config
-from edgetune.events import Event, Interrupted, Started
+from edgetune.events import Event, Interrupted
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
 
@@ -56,20 +57,24 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
     """Train, show the events, and exit with 128 + the signal's number if a signal stopped the run."""
-    from edgetune.library.base_models import DEMO, DEMO_NOTICE
+    from edgetune.library.loading import choose_model
     from edgetune.training.keep_awake import awake
     from edgetune.training.train import train
 
+    choice = choose_model(config.model)
+    config = dataclasses.replace(config, model=choice.name)
     stop = threading.Event()
     caught: list[int] = []
     previous = _stop_on_signals(stop, caught)
+    spoken = False
     event: Event | None = None  # stays None in torchrun's followers, which yield no events
     try:
         with awake(), renderer(as_json) as ui:
             for event in train(config, stop, fresh, private_link):
+                if not spoken:
+                    say_model(choice)
+                    spoken = True
                 ui.show(event)
-                if isinstance(event, Started) and config.model is None and event.model == DEMO:
-                    say(DEMO_NOTICE)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgetune.config import TrainConfig
@@ -23,13 +23,30 @@ NOTHING_FOUND = (
 )
 """What `edgetune models` says where there is no base model but the demo."""
 
+_WHERE = {
+    "Hugging Face": "in your Hugging Face cache",
+    "LM Studio": "in LM Studio's folder",
+    "Ollama": "in Ollama's folder",
+    "folder": "in the folder that you named",
+}
+"""Words for the place where a model was found, by its source."""
+
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The base model to use: its folder, and a name that leads `resolve` back to it."""
+    """The base model to use: its folder, and a name that leads `resolve` back to it.
+
+    `why` says why it was chosen where nobody named it, in words that follow its name in brackets.
+    """
 
     path: Path
     name: str
+    why: str = field(default="", compare=False)
+
+    @property
+    def public_name(self) -> str:
+        """Return the name without the folders above it, which may tell whose machine this is: for adapters and exports."""
+        return Path(self.name).name if Path(self.name).is_absolute() else self.name
 
 
 def scan(folder: Path | str | None = None) -> list[FoundModel]:
@@ -53,7 +70,8 @@ def best(found: list[FoundModel]) -> ModelChoice | None:
     if not usable:
         return None
     chosen = max(usable, key=lambda model: (model.parameters or 0, model.template, model.name))
-    return ModelChoice(chosen.path, chosen.name)
+    rank = "the only one that is ready" if len(usable) == 1 else f"the largest of {len(usable)} that are ready"
+    return ModelChoice(chosen.path, chosen.name, f"{rank}, {_WHERE[chosen.source]}")
 
 
 def resolve(name: str | None = None) -> ModelChoice:
@@ -63,7 +81,7 @@ def resolve(name: str | None = None) -> ModelChoice:
     model that fits in memory, else the demo. Raises ModelError for a model that is not here or cannot be used.
     """
     if name is None:
-        return best(scan()) or _demo()
+        return best(scan()) or replace(_demo(), why="built in, since no other model is ready here")
     if name == DEMO:
         return _demo()
     path = Path(name).expanduser()

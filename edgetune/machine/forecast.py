@@ -17,7 +17,7 @@ import torch
 from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
 from edgetune.home import home
-from edgetune.library.base_models import resolve
+from edgetune.library.loading import open_base
 from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
@@ -37,7 +37,7 @@ from edgetune.memory_settings import (
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
-from edgetune.runtime.checkpoint import Checkpoint, open_model
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import DeviceError, UsageError
@@ -127,8 +127,7 @@ def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | Non
     """Return name, config, stored form and checkpoint of a model on this machine, or of a shape in SHAPES (no checkpoint)."""
     if name in PLANNED and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
-    choice = resolve(name)
-    checkpoint = open_model(choice.path)
+    choice, checkpoint = open_base(name)
     return choice.name, checkpoint.config, Stored.of(checkpoint), checkpoint
 
 
