@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.home import home
-from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MOST_ALPHA, MOST_RANK, LoraConfig
+from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
 from edgetune.runtime.errors import SettingError, UsageError
 from edgetune.runtime.untrusted_file import SETTINGS_FILE, read_untrusted
 from edgetune.settings import (
@@ -154,7 +154,7 @@ class TrainConfig:
         example="2GB",
     )
     rank: int = setting(  # the paper: rank hardly matters once all linears are adapted; 16 keeps the adapter small
-        16, Whole(1, MOST_RANK), "Rank (size) of the adapter.", metavar="R"
+        16, Whole(1, MAX_RANK), "Rank (size) of the adapter.", metavar="R"
     )
     alpha: float = setting(  # the paper's
         16.0, Number(LEAST_ALPHA, MOST_ALPHA), "The adapter is scaled by alpha/rank.", metavar="A"

@@ -16,7 +16,7 @@ from edgetune.runtime.errors import ModelError, SettingError
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + MLP_LINEARS
-MOST_RANK = 1024
+MAX_RANK = 1024
 """Largest rank of an adapter. Chosen by hand."""
 LEAST_ALPHA, MOST_ALPHA = 1e-9, 1e9
 """Range of an adapter's alpha: outside it, formats that store it in f32 get 0 or inf."""
@@ -317,8 +317,8 @@ class LoraConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MOST_RANK:
-            raise SettingError(f"The rank is {self.rank}; expected 1 to {MOST_RANK}, e.g. 16.")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise SettingError(f"The rank is {self.rank}; expected 1 to {MAX_RANK}, e.g. 16.")
         if not LEAST_ALPHA <= self.alpha <= MOST_ALPHA:
             raise SettingError(f"Alpha is {self.alpha}; expected {LEAST_ALPHA:g} to {MOST_ALPHA:g}, e.g. 16.")
         if not 0.0 <= self.dropout < 1.0:

@@ -39,6 +39,8 @@ MODEL_WEIGHTS = FileKind(1 << 42, ModelError, _COPY_MODEL, links_anywhere=True)
 """A file of weights. It is mapped, not read, so 4 TiB only keeps offsets small."""
 COMPANION = FileKind(64 << 20, ModelError, _COPY_MODEL)
 """A file that is copied with a model: its licence, vocab.json, generation_config.json."""
+HUB_REFERENCE = FileKind(4096, ModelError, "fetch the model again")
+"""refs/main of Hugging Face's cache: the name of a revision."""
 TOKENIZER_CONFIG = FileKind(4 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer_config.json and the short files beside it, the chat template included."""
 TOKENIZER_JSON = FileKind(64 << 20, TokenizerError, _COPY_TOKENIZER)
@@ -54,8 +56,6 @@ EXPORT_RECORD = FileKind(8 << 20, ModelError, _EXPORT_AGAIN)
 BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
 
-CACHE_REVISION = FileKind(4 << 10, ModelError, _COPY_MODEL)
-"""refs/main of a model in the Hugging Face cache: the name of a commit."""
 SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
 """config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 

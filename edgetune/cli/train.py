@@ -61,20 +61,24 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
     from edgetune.training.keep_awake import awake
     from edgetune.training.train import train
 
-    choice = choose_model(config.model)
+    choice, spoken = choose_model(config.model), False
+
+    def show(event: Event) -> None:
+        nonlocal spoken
+        if not spoken:
+            say_model(choice)
+            spoken = True
+        ui.show(event)
+
     config = dataclasses.replace(config, model=choice.name)
     stop = threading.Event()
     caught: list[int] = []
     previous = _stop_on_signals(stop, caught)
-    spoken = False
     event: Event | None = None  # stays None in torchrun's followers, which yield no events
     try:
         with awake(), renderer(as_json) as ui:
             for event in train(config, stop, fresh, private_link):
-                if not spoken:
-                    say_model(choice)
-                    spoken = True
-                ui.show(event)
+                show(event)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

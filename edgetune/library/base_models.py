@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgetune.config import TrainConfig
+from edgetune.config import train_config
+from edgetune.home import expand
 from edgetune.library.inspect_model import SUGGESTED, FoundModel, Room, config_of, is_mlx, printable
 from edgetune.library.places import candidates, candidates_in, newest_snapshot
 from edgetune.memory_settings import memory_allowed
@@ -51,12 +53,13 @@ class ModelChoice:
 
 def scan(folder: Path | str | None = None) -> list[FoundModel]:
     """Return every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first."""
-    device = pick_device("auto").type
-    room = Room(memory_allowed(TrainConfig(), device), device)
-    seen: set[Path] = set()
+    train = train_config({})  # what `edgetune plan` and `edgetune train` take without options
+    device = pick_device(train.device).type
+    room = Room(memory_allowed(train, device), device, train)
+    seen: set[str] = set()
     found = []
     for candidate in candidates(folder):
-        path = candidate.path.resolve()
+        path = os.path.realpath(candidate.path)
         if path not in seen:
             seen.add(path)
             found.append(candidate.inspect(room))
@@ -84,8 +87,8 @@ def resolve(name: str | None = None) -> ModelChoice:
         return best(scan()) or replace(_demo(), why="built in, since no other model is ready here")
     if name == DEMO:
         return _demo()
-    path = Path(name).expanduser()
-    if path.exists():
+    path = expand(name)
+    if os.path.lexists(path):
         return _resolve_path(path)
     # An exact name anywhere goes before a shortened one.
     for matches in (str.__eq__, _is_short_for):
@@ -111,8 +114,8 @@ def _resolve_path(path: Path) -> ModelChoice:
     for candidate in candidates_in(path, "folder", depth=0):
         if candidate.answer is not None or is_mlx(config_of(path)):
             raise ModelError(candidate.inspect().reason)
-    if not path.is_dir():
-        raise ModelError(f"{path} is a file; expected a model's folder. Type `edgetune models` to see what is here.")
+    if not os.path.isdir(path):
+        raise ModelError(f"{path} is no folder; expected that of a model. Type `edgetune models` to see what is here.")
     path = path.resolve()
     return ModelChoice(path, str(path))
 

@@ -14,6 +14,7 @@ from edgetune.export.mlx.model import DTYPES, open_int4, window_notice, write_de
 from edgetune.export.mlx.reader import read
 from edgetune.export.rounding import rounding_memory
 from edgetune.export.targets import MeasuredForm, TargetSpec
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model import Llama
 
 INT4 = "int4"
@@ -29,7 +30,14 @@ def peak_memory(job: Job) -> ExportMemory:
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Write an adapter folder if no --weights are given, otherwise a model folder."""
+    """Write an adapter folder if no --weights are given, otherwise a model folder.
+
+    Raises ModelError, before anything is written, for a model that mlx-lm cannot open.
+    """
+    if job.base.config.model_type == "qwen3" and job.base.config.qkv_bias:
+        raise ModelError(
+            f"{job.base_name} is a Qwen3 with attention_bias, and mlx-lm's Qwen3 has no biases; export to gguf or hf instead."
+        )
     if job.weights == INT4:
         return write_int4(job, folder)
     if job.weights:
