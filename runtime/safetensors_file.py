@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
+from edgetune.runtime.files import explain_full_disk, new_file, sync_folder
 
 ALIGNMENT = 64
 """Bytes that tensors are aligned to, in files and in buffers: a cache line, and an AVX-512 register."""
@@ -222,7 +222,6 @@ class SafetensorsWriter:
         self.path = Path(path)
         self._specs = list(specs)
         self._written = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         position = 0
         for spec in self._specs:
@@ -240,8 +239,12 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         with explain_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE), "wb")
+            self._file, self._temporary = new_file(self.path)
+        try:
             self._put(self.header)
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:

@@ -42,6 +42,10 @@ WRONG_USAGE = 2
 """Exit code where what was typed could work on no machine: an unknown flag, a missing argument, a value out of range."""
 
 
+_FULL_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "bad alloc")
+"""Words in the messages of torch and the C++ library, in lower case, that mean a full memory."""
+
+
 class Commands(click.Group):
     """A group that imports a command's module only when the command is called, so that `--help` does not wait for torch."""
 
@@ -83,11 +87,11 @@ def plain_failures() -> Iterator[None]:
         more = "" if error.ctx is None else f" Type: {error.ctx.command_path} --help"
         click.echo(f"edgetune: {sanitize(' '.join(error.format_message().split()))}{more}", err=True)
         sys.exit(WRONG_USAGE)
-    except RuntimeError as error:
-        # torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
-        if "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        sentence = out_of_memory(error)
+        if sentence is None:
             raise
-        click.echo("edgetune: The device is out of memory. End other programs that use it, or type --device cpu.", err=True)
+        click.echo(f"edgetune: {sentence}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("edgetune: interrupted.", err=True)
@@ -96,15 +100,32 @@ def plain_failures() -> Iterator[None]:
         # Python would complain when it flushes standard output at exit, so give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+        message = out_of_memory(error)
+        if message is None and (error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None):
             raise
-        message = f"No permission to use {error.filename} ({error.strerror}). Check who owns it, or name another place."
+        message = message or (
+            f"No permission to use {error.filename} ({error.strerror}). Check who owns it, or name another place."
+        )
         click.echo(f"edgetune: {sanitize(message)}", err=True)
         sys.exit(1)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return the sentence for an error that means too little memory; None for any other.
+
+    torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
+    """
+    text = str(error).lower()
+    if "out of memory" in text:
+        return "The device is out of memory. End other programs that use it, or type --device cpu."
+    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if full or isinstance(error, MemoryError) or any(words in text for words in _FULL_MEMORY):
+        return "This machine has too little free memory for that. End other programs, or choose less: a smaller model or batch."
+    return None
 
 
 def main() -> None:
