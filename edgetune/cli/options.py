@@ -128,11 +128,13 @@ def model_words(choice: ModelChoice) -> str:
 
 
 def say_model(choice: ModelChoice, adapter: str | None = None) -> None:
-    """Say which model is used, and why where nobody named it, and which adapter."""
+    """Say which model is used where nobody named it, and why; with an adapter, say both in any case."""
     from edgetune.library.base_models import DEMO, DEMO_NOTICE
 
-    words = model_words(choice)
-    say(f"Model: {words}." if adapter is None else f"Model {words}, adapter {one_line(adapter)}.")
+    if adapter is not None:
+        say(f"Model {model_words(choice)}, adapter {one_line(adapter)}.")
+    elif choice.why:
+        say(f"Model: {model_words(choice)}.")
     if choice.why and choice.name == DEMO:
         say(DEMO_NOTICE)
 

@@ -48,11 +48,9 @@ def plan_command(as_json: bool, **flags: Any) -> None:
     from edgetune.library.loading import choose_model
     from edgetune.machine.forecast import forecast
 
-    config, choice = train_config(flags), None
-    if config.model is None:
-        choice = choose_model()
-        config = dataclasses.replace(config, model=choice.name)
-    result = forecast(config)
+    config = train_config(flags)
+    choice = choose_model() if config.model is None else None  # a name may be that of a shape without weights
+    result = forecast(config if choice is None else dataclasses.replace(config, model=choice.name))
     if choice is not None:
         say_model(choice)
     if as_json:
