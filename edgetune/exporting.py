@@ -23,7 +23,7 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
 from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits
-from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, UsageError
+from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, SettingError, UsageError
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.memory_meter import MemoryMeter
@@ -98,6 +98,8 @@ def export_adapter(
 
     Raises a subclass of EdgetuneError; nothing new is left behind then, and an earlier export at `out` stays as it was.
     """
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+        raise SettingError(f"memory is {memory!r}; expected a number of bytes, at least 1.")
     spec = load_target(target)
     weights = _check_options(spec, weights, adapter_as, texts, check)
     choice, base = open_base(model)

@@ -74,7 +74,7 @@ class Session:
         seed: int | None = None,
     ) -> Generation:
         """Continue a text. On the same machine, the same seed gives the same words."""
-        return self._complete(self.prompt_ids(prompt), max_tokens, _sampling(temperature, seed))
+        return self._complete(self.prompt_ids(prompt), max_tokens, _sampling(max_tokens, temperature, seed))
 
     def stream(
         self,
@@ -84,7 +84,7 @@ class Session:
         seed: int | None = None,
     ) -> Iterator[str]:
         """Continue a text and yield it in pieces of whole characters, as they are written."""
-        yield from self._stream(self.prompt_ids(prompt), max_tokens, _sampling(temperature, seed))
+        yield from self._stream(self.prompt_ids(prompt), max_tokens, _sampling(max_tokens, temperature, seed))
 
     def chat(
         self,
@@ -97,7 +97,7 @@ class Session:
 
         Raises TokenizerError for a model without a chat template.
         """
-        yield from self._stream(self.chat_ids(messages), max_tokens, _sampling(temperature, seed))
+        yield from self._stream(self.chat_ids(messages), max_tokens, _sampling(max_tokens, temperature, seed))
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens as in training: those of the template, after the start token if it writes none."""
@@ -145,9 +145,9 @@ class Session:
         return self._generator
 
 
-def _sampling(temperature: float, seed: int | None) -> Sampling:
+def _sampling(max_tokens: int, temperature: float, seed: int | None) -> Sampling:
     """Return how to sample. Raises SettingError for a value that cannot be used."""
-    settings = GenerateConfig(temperature=temperature, seed=seed)
+    settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, seed=seed)
     return Sampling(settings.temperature, settings.top_p, settings.seed)
 
 

@@ -57,7 +57,7 @@ class Whole(Kind):
         return f"a whole number from {self.low} to {self.high}"
 
     def checked(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not self.low <= value <= self.high:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not self.low <= int(value) <= self.high:
             raise ValueError(value)
         return int(value)
 
@@ -78,17 +78,21 @@ class Number(Kind):
     @property
     def expected(self) -> str:
         if not (self.above or self.below):
-            return f"a number from {self.low:g} to {self.high:g}"
+            return f"a number from {self.low:.12g} to {self.high:.12g}"
         low, high = "above" if self.above else "of at least", "below" if self.below else "at most"
-        return f"a number {low} {self.low:g} and {high} {self.high:g}"
+        return f"a number {low} {self.low:.12g} and {high} {self.high:.12g}"
 
     def checked(self, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(value)
-        # A whole number may be too large for a float, so it is compared first. NaN is in no range.
-        if not self.low <= value <= self.high or (self.above and value == self.low) or (self.below and value == self.high):
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise ValueError(value) from error
+        # NaN is in no range.
+        if not self.low <= number <= self.high or (self.above and number == self.low) or (self.below and number == self.high):
             raise ValueError(value)
-        return float(value)
+        return number
 
     def read(self, text: str) -> float:
         return float(text)

@@ -36,6 +36,10 @@ _COMPANIONS = (
 )
 
 
+_PATHS = ("_name_or_path", "name_or_path", "_model_name_or_path")
+"""Keys of config.json that often hold a path of the machine on which the model was saved."""
+
+
 class Recipe(Protocol):
     """Makes the stored form of each tensor of a model. Each tensor is requested once, in the order of `shapes`."""
 
@@ -103,6 +107,7 @@ def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe:
     """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
     for file in companions(source):
         atomic_write(folder / file.name, file.read_bytes())
+    config = {key: value for key, value in config.items() if key not in _PATHS}
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     if len(shards) > 1:
         weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}

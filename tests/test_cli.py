@@ -28,9 +28,11 @@ import edgetune.cli.train
 from edgetune.cli.main import COMMANDS, cli, plain_failures
 from edgetune.cli.train import train_command
 from edgetune.config import DataConfig, GenerateConfig, TrainConfig, parse_bytes, seconds_until, train_config
+from edgetune.exporting import export_adapter
 from edgetune.runtime import ops
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import EdgetuneError, SettingError, UsageError
+from edgetune.session import Session
 from edgetune.settings import Kind, Names, Number, Switch, Texts, Whole, as_toml, settings_of
 
 TRAIN_KEYS = {
@@ -545,3 +547,15 @@ def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number
     process.stdout.close()
     assert [event["event"] for event in events] == ["started", "resumed", "stepped"]
     assert (events[1]["step"], events[2]["step"]) == (end["step"], end["step"] + 1)
+
+
+def test_python_arguments_are_checked_like_flags() -> None:
+    session = Session.load("demo", "none")
+    for wrong in ({"temperature": -1}, {"temperature": float("nan")}, {"max_tokens": "5"}, {"max_tokens": 0}, {"seed": -1}):
+        with pytest.raises(SettingError, match=f"{next(iter(wrong))} is .+; expected a"):
+            session.generate("The beans", **wrong)
+    for memory in (0, -1, True, "2GB", 1.5):
+        with pytest.raises(SettingError, match=r"memory is .+; expected a number of bytes"):
+            export_adapter("peft", memory=memory)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="data is not a DataConfig"):
+        TrainConfig(data={"notes": ["notes"]})  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from edgetune.library.loading import choose_model, open_base
 from edgetune.library.promotion import promote
 from edgetune.machine.forecast import forecast
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.quantize import quantize_folder
 from edgetune.session import Session
 
 
@@ -110,3 +111,11 @@ def test_a_name_that_leaves_the_machine_has_no_folders(tmp_path: Path) -> None:
     written = "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
     assert '"base_model_name_or_path": "my-model"' in written
     assert not re.search(re.escape(str(tmp_path)), written)
+
+
+def test_a_folder_that_is_written_does_not_tell_where_its_source_was_saved(tmp_path: Path) -> None:
+    tiny.save_trainable(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/marra/models/mine"}))
+    quantize_folder(tmp_path / "model", tmp_path / "out")
+    assert "marra" not in (tmp_path / "out" / "config.json").read_text()
