@@ -23,7 +23,7 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
 from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits
-from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, SettingError, UsageError
+from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, SettingError, UsageError, out_of_memory
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.memory_meter import MemoryMeter
@@ -230,9 +230,11 @@ def _prove(spec: TargetSpec, job: Job, folder: Path, expected: verify.Golden, bo
     """Open the export with the target's reader and compare it. Turns any error of the other program into one sentence."""
     try:
         return verify.compare(expected, spec.read(job, folder), bound)
-    except (EdgetuneError, MemoryError):
+    except EdgetuneError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         message, reader = " ".join(str(error).split())[:QUOTED_ERROR], spec.reader_name(job.weights)
         raise ModelError(
             f"{reader} cannot open the export to {spec.name} ({type(error).__name__}: {message}), so it was discarded; "

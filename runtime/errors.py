@@ -17,6 +17,13 @@ The command line prints only the message and exits 1, or 2 for a SettingError, w
 a note: only paths and digests.
 """
 
+from __future__ import annotations
+
+import errno
+
+_FULL_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "bad alloc")
+"""Words in the messages of torch and the C++ library, in lower case, that mean a full memory."""
+
 
 class EdgetuneError(Exception):
     """The base class of every expected failure."""
@@ -64,3 +71,17 @@ class BusyError(EdgetuneError):
 
 class LinkError(EdgetuneError):
     """A process of a distributed run that ended or cannot be reached."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return the sentence for an error that means too little memory; None for any other.
+
+    torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
+    """
+    text = str(error).lower()
+    if "out of memory" in text:
+        return "The device is out of memory. End other programs that use it, or type --device cpu."
+    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if full or isinstance(error, MemoryError) or any(words in text for words in _FULL_MEMORY):
+        return "This machine has too little free memory for that. End other programs, or choose less: a smaller model or batch."
+    return None

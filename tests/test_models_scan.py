@@ -469,6 +469,12 @@ def test_a_name_leads_back_to_its_model(home: Path) -> None:
         assert resolve(choice.name) == choice
 
 
+def test_of_two_models_of_one_name_the_one_that_can_be_used_is_meant(home: Path) -> None:
+    break_pickled(make_model(cached(home, "Tiny/Llama")))
+    usable = make_model(home / ".lmstudio" / "models" / "Tiny" / "Llama")
+    assert resolve("Tiny/Llama").path == resolve().path == usable
+
+
 def test_a_folder_leads_back_to_itself_from_anywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model(home / "here" / "model")
     monkeypatch.chdir(home / "here")

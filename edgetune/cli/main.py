@@ -18,7 +18,7 @@ import click
 import edgetune
 from edgetune.home import home
 from edgetune.reports.text import sanitize
-from edgetune.runtime.errors import EdgetuneError, SettingError
+from edgetune.runtime.errors import EdgetuneError, SettingError, out_of_memory
 from edgetune.runtime.files import explain_full_disk
 
 COMMANDS = {
@@ -40,10 +40,6 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
 WRONG_USAGE = 2
 """Exit code where what was typed could work on no machine: an unknown flag, a missing argument, a value out of range."""
-
-
-_FULL_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "bad alloc")
-"""Words in the messages of torch and the C++ library, in lower case, that mean a full memory."""
 
 
 class Commands(click.Group):
@@ -112,20 +108,6 @@ def plain_failures() -> Iterator[None]:
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """Return the sentence for an error that means too little memory; None for any other.
-
-    torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
-    """
-    text = str(error).lower()
-    if "out of memory" in text:
-        return "The device is out of memory. End other programs that use it, or type --device cpu."
-    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if full or isinstance(error, MemoryError) or any(words in text for words in _FULL_MEMORY):
-        return "This machine has too little free memory for that. End other programs, or choose less: a smaller model or batch."
-    return None
 
 
 def main() -> None:

@@ -90,14 +90,17 @@ def resolve(name: str | None = None) -> ModelChoice:
     path = expand(name)
     if os.path.lexists(path):
         return _resolve_path(path)
-    # An exact name anywhere goes before a shortened one.
+    # An exact name anywhere goes before a shortened one; of two that have it, the one that can be used.
     for matches in (str.__eq__, _is_short_for):
+        refused = None
         for candidate in candidates():
             if matches(printable(candidate.name), name):
                 found = candidate.inspect()
-                if found.status == "no":
-                    raise ModelError(found.reason)
-                return ModelChoice(found.path, found.name)
+                if found.status != "no":
+                    return ModelChoice(found.path, found.name)
+                refused = refused or found
+        if refused is not None:
+            raise ModelError(refused.reason)
     raise ModelError(
         f"There is no model {name[:200]!r} on this machine; expected a folder, the id of a model in the Hugging Face "
         "cache, an LM Studio or Ollama name, or 'demo'. Type `edgetune models` to see what is here; edgetune never "
