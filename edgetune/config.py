@@ -7,16 +7,35 @@ field of TrainConfig or DataConfig by its name.
 from __future__ import annotations
 
 import dataclasses
-import math
+import difflib
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from edgetune.home import home
-from edgetune.runtime.config import LINEARS, LoraConfig
-from edgetune.runtime.errors import UsageError
+from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
+from edgetune.runtime.errors import SettingError, UsageError
+from edgetune.runtime.untrusted_file import SETTINGS_FILE, read_untrusted
+from edgetune.settings import (
+    Choice,
+    Names,
+    Number,
+    Parsed,
+    Setting,
+    Switch,
+    Text,
+    Texts,
+    Whole,
+    as_toml,
+    check,
+    setting,
+    settings_of,
+    shown,
+)
 
 RECIPES = ("notes", "raw", "chat")
 """Ways to read notes. notes: front matter dropped, chats trained on the assistant's turns. raw: front matter kept, chats
@@ -28,6 +47,8 @@ COMPUTE = ("auto", "bf16", "int8", "fp32")
 CPU with AMX, else bf16 where the hardware multiplies it, else fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
+MODEL_HELP = "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here."
+"""Help of --model, wherever it is an option."""
 CONFIG_FILE = "config.toml"
 
 REFERENCE_LEARNING_RATE = 2e-4
@@ -43,81 +64,159 @@ FEWEST_STEPS = 100
 """Steps below which the default number of epochs grows; chosen by hand."""
 
 
+MEMORY = Parsed(lambda text: parse_bytes(text), "a size such as 2GB or 900MB, at least 1 byte")
+"""What --memory takes."""
+SEED = Whole(0, 2**32 - 1)
+"""What --seed takes: torch's generators take no more."""
+MOST_NEW_TOKENS = 10**6
+"""Most tokens that may be asked for at once. Chosen by hand: a model's own positions are fewer."""
+LARGEST_BATCH = 1 << 24
+"""Largest batch in tokens: beyond it, an epoch of any notes that one person has is less than a step. Chosen by hand."""
+MOST_STEPS, MOST_PASSES, YEAR_MINUTES = 10**9, 10**6, 525_600
+"""Largest numbers of steps and epochs, and the minutes in a year, the longest run. Chosen by hand."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The notes to read, and how they are cut into sequences and batches."""
 
-    notes: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    recipe: str = "notes"
-    encoding: str | None = None  # of notes that are not UTF-8; None recognises Windows-1252
-    seq_len: int = 512  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
-    batch_tokens: int = 2048  # four full windows: even a small folder gives a few dozen steps per epoch
-    seed: int = 0
+    notes: tuple[str, ...] = setting((), Texts(), "Folders and files of notes.", flag="", example=("notes/",))
+    exclude: tuple[str, ...] = setting(
+        (), Texts(), "Leave out files that match; may be repeated.", metavar="GLOB", example=("drafts/",)
+    )
+    recipe: str = setting("notes", Choice(RECIPES), "How notes become training text.")
+    encoding: str | None = setting(
+        None,
+        Parsed(lambda text: check_encoding(text), "the name of an encoding, such as windows-1250, shift_jis or gb18030"),
+        "Encoding of notes that are not UTF-8. Default: recognised, if it is UTF-16 or Windows-1252.",
+        metavar="NAME",
+        example="windows-1250",
+    )
+    seq_len: int = setting(  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
+        512, Whole(16, 131072), "Longest sequence in tokens; longer notes are split.", metavar="T"
+    )
+    batch_tokens: int = setting(  # four full windows: even a small folder gives a few dozen steps per epoch
+        2048, Whole(16, LARGEST_BATCH), "Tokens per step."
+    )
+    seed: int = setting(0, SEED, "Seed of all randomness.", metavar="S")
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise UsageError(f"The recipe is {self.recipe!r}; expected one of {', '.join(RECIPES)}.")
-        if self.encoding is not None:
-            check_encoding(self.encoding)
-        if not 16 <= self.seq_len <= 131072:
-            raise UsageError(f"The sequence length is {self.seq_len}; expected 16 to 131072 tokens. Type e.g. --seq-len 512.")
+        check(self)
         if self.batch_tokens < self.seq_len:
-            raise UsageError(
+            raise SettingError(
                 f"A batch of {self.batch_tokens} tokens cannot hold a sequence of {self.seq_len}; "
                 f"type --batch-tokens {4 * self.seq_len} or a shorter --seq-len."
             )
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"The seed is {self.seed}; expected 0 to 4294967295.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run. Defaults are the QLoRA paper's (arXiv 2305.14314) or have their reason beside them."""
+    """The settings of a training run. Defaults are the QLoRA paper's (arXiv 2305.14314) or have their reason beside them.
+
+    A list becomes a tuple. Raises SettingError for a value that no run could use.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: str | None = None
-    device: str = "auto"
-    out: str | None = None
-    steps: int | None = None
-    epochs: float | None = None  # see `default_epochs`
-    minutes: float | None = None
-    until: str | None = None
-    memory: str | None = None
-    rank: int = 16  # the paper: rank hardly matters once all linears are adapted; 16 keeps the adapter small
-    alpha: float = 16.0  # the paper's
-    dropout: float = 0.05  # the paper's for large models; its 0.1 for small ones was for 10,000 chats, not for 50 notes
-    targets: tuple[str, ...] = LINEARS  # every linear but the head: the paper's
-    rslora: bool = False
-    lr: float | None = None  # see `learning_rate`
-    warmup_steps: int = 10  # Adam's second moment is unreliable in the first steps, and small models have high rates
-    final_lr: float = 0.1  # linear decay to a tenth of the peak, so that the last batches of a short run are still learnt
-    weight_decay: float = 0.0  # the paper's
-    beta1: float = 0.9
-    beta2: float = 0.999  # the paper's
-    clip: float = 1.0  # the paper's 0.3 would clip every step of a small model's short run
-    recompute: str = "auto"  # the fastest that fits in memory
-    compute: str = "auto"  # the fastest on this machine
-    evaluations: int = 5  # enough to catch where overfitting begins, in less than a tenth of the run's time
-    from_adapter: str | None = None
+    model: str | None = setting(None, Text(), MODEL_HELP, metavar="M", example="demo")
+    device: str = setting("auto", Choice(DEVICES), "Device to run on.")
+    out: str | None = setting(
+        None,
+        Text(),
+        "Folder for the trained adapter. Default: one in edgetune's own data folder.",
+        metavar="DIR",
+        example="my-adapter",
+    )
+    steps: int | None = setting(
+        None,
+        Whole(1, MOST_STEPS),
+        "Number of steps. Each updates the adapter once, from one batch of notes.",
+        example=100,
+    )
+    epochs: float | None = setting(  # see `default_epochs`
+        None,
+        Number(0, MOST_PASSES, above=True),
+        f"Number of passes over the notes. Default: {EPOCHS:g}, or more if there are few notes.",
+        metavar="E",
+        example=EPOCHS,
+    )
+    minutes: float | None = setting(
+        None,
+        Number(0, YEAR_MINUTES, above=True),
+        "Stop after this many minutes, at the end of a step.",
+        metavar="N",
+        example=30,
+    )
+    until: str | None = setting(
+        None,
+        Parsed(lambda text: seconds_until(text), "a time of day such as 06:30"),
+        "Stop at this time of day, at the end of a step.",
+        metavar="HH:MM",
+        example="06:30",
+    )
+    memory: str | None = setting(
+        None,
+        MEMORY,
+        "Limit on peak memory; settings are chosen to fit. Default: most of what is free.",
+        metavar="2GB",
+        example="2GB",
+    )
+    rank: int = setting(  # the paper: rank hardly matters once all linears are adapted; 16 keeps the adapter small
+        16, Whole(1, MAX_RANK), "Rank (size) of the adapter.", metavar="R"
+    )
+    alpha: float = setting(  # the paper's
+        16.0, Number(LEAST_ALPHA, MOST_ALPHA), "The adapter is scaled by alpha/rank.", metavar="A"
+    )
+    dropout: float = setting(  # the paper's for large models; its 0.1 for small ones was for 10,000 chats, not for 50 notes
+        0.05, Number(0, 1, below=True), "LoRA dropout.", metavar="P"
+    )
+    targets: tuple[str, ...] = setting(  # every linear but the head: the paper's
+        LINEARS, Names(LINEARS), "Linear layers to adapt, separated by commas."
+    )
+    rslora: bool = setting(False, Switch(), "Scale the adapter by alpha/sqrt(rank) instead of alpha/rank.", example=True)
+    lr: float | None = setting(  # see `learning_rate`
+        None,
+        Number(0, 1, above=True),
+        f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, or more for small models.",
+        example=REFERENCE_LEARNING_RATE,
+    )
+    warmup_steps: int = setting(  # Adam's second moment is unreliable in the first steps, and small models have high rates
+        10, Whole(0, MOST_STEPS), "Steps in which the learning rate rises to its peak.", flag=""
+    )
+    final_lr: float = setting(  # linear decay to a tenth, so that the last batches of a short run are still learnt
+        0.1, Number(0, 1), "Learning rate of the last step, as a share of the peak.", flag=""
+    )
+    weight_decay: float = setting(0.0, Number(0, 1), "AdamW's weight decay.", flag="")  # the paper's
+    beta1: float = setting(0.9, Number(0, 1, below=True), "AdamW's decay of the first moment.", flag="")
+    beta2: float = setting(0.999, Number(0, 1, below=True), "AdamW's decay of the second moment.", flag="")  # the paper's
+    clip: float = setting(  # the paper's 0.3 would clip every step of a small model's short run
+        1.0, Number(0, 1e9, above=True), "Largest norm of the gradient; larger ones are scaled down to it.", flag=""
+    )
+    recompute: str = setting(  # the fastest that fits in memory
+        "auto",
+        Choice(RECOMPUTE),
+        "Activations to recompute: slower, but takes less memory. {default}, the fastest that fits.",
+    )
+    compute: str = setting(  # the fastest on this machine
+        "auto",
+        Choice(COMPUTE),
+        "Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU with AMX. "
+        "{default}, the fastest on this machine.",
+    )
+    evaluations: int = setting(  # enough to catch where overfitting begins, in less than a tenth of the run's time
+        5, Whole(1, 1000), "Evaluations of the held-out notes in a run.", flag=""
+    )
+    from_adapter: str | None = setting(
+        None, Text(), "Start from this adapter instead of a new one.", flag="--from", metavar="A", example="my-adapter"
+    )
 
     def __post_init__(self) -> None:
-        self.lora()
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"The number of steps is {self.steps}; expected at least 1. Type e.g. --steps 100.")
-        for name, value in (("epochs", self.epochs), ("minutes", self.minutes), ("lr", self.lr), ("clip", self.clip)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name} is {value}; expected a positive number.")
-        if self.lr is not None and self.lr > 1:
-            raise UsageError(f"--lr is {self.lr}; expected at most 1. Type e.g. --lr 2e-4.")
-        if self.recompute not in RECOMPUTE:
-            raise UsageError(f"--recompute is {self.recompute!r}; expected one of {', '.join(RECOMPUTE)}.")
-        if self.compute not in COMPUTE:
-            raise UsageError(f"--compute is {self.compute!r}; expected one of {', '.join(COMPUTE)}.")
-        if self.memory is not None:
-            parse_bytes(self.memory)
-        if self.until is not None:
-            seconds_until(self.until)
+        check(self)
+        if not isinstance(self.data, DataConfig):
+            raise SettingError("data is not a DataConfig; type TrainConfig(data=DataConfig(notes=[...])).")
+        if self.steps is not None and self.epochs is not None:
+            raise SettingError(
+                f"--steps {self.steps} and --epochs {self.epochs:g} both say how long to train; leave one of them out."
+            )
 
     def lora(self) -> LoraConfig:
         """Return the adapter's shape. Raises UsageError for impossible values."""
@@ -138,14 +237,36 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """The settings of writing text: `generate`, `ask`, `chat`, Session, and the samples of a training run."""
+    """The settings of writing text: `generate`, `ask`, `chat`, Session, and the samples of a training run.
 
-    device: str = "auto"
-    head: str = "auto"
-    max_tokens: int = 256  # chosen by hand
-    temperature: float = 0.7  # chosen by hand
-    top_p: float = 0.95  # chosen by hand
-    context_tokens: int = 4096  # positions that the KV cache has room for, in a model that has as many; chosen by hand
+    Raises SettingError for a value that cannot be used.
+    """
+
+    device: str = setting("auto", Choice(DEVICES), "Device to run on.")
+    head: str = setting(
+        "auto",
+        Choice(HEADS),
+        "Number format of the output layer: as stored, 8 bits, or 4 bits (fastest, slightly worse). {default}: int8 on a CPU "
+        "with kernels.",
+    )
+    max_tokens: int = setting(256, Whole(1, MOST_NEW_TOKENS), "Maximum number of tokens to write.")  # chosen by hand
+    temperature: float = setting(  # chosen by hand
+        0.7,
+        Number(0, 10),
+        "Randomness in choosing words; 0 always takes the likeliest word. Default: the model's own setting, else 0.7.",
+    )
+    seed: int | None = setting(
+        None, SEED, "Seed of that randomness: the same seed gives the same words.", metavar="S", example=1
+    )
+    top_p: float = setting(  # chosen by hand
+        0.95, Number(0, 1, above=True), "Only the likeliest words that together have this probability are chosen from.", flag=""
+    )
+    context_tokens: int = setting(  # positions that the KV cache has room for, in a model that has as many; chosen by hand
+        4096, Whole(1, MOST_NEW_TOKENS), "Tokens of a conversation that are kept ready.", flag=""
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def default_epochs(steps_per_epoch: int) -> float:
@@ -155,37 +276,69 @@ def default_epochs(steps_per_epoch: int) -> float:
 
 def train_config(flags: dict[str, Any]) -> TrainConfig:
     """Return the settings of a run from defaults, config.toml and `flags` (those given, by field name), later ones winning."""
-    values = {**_from_file(), **{name: value for name, value in flags.items() if value is not None and value != ()}}
-    data_names = {item.name for item in dataclasses.fields(DataConfig)}
-    data = {name: values.pop(name) for name in list(values) if name in data_names}
-    return TrainConfig(data=DataConfig(**data), **values)
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    stored = _from_file()
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):  # a flag also overrides a line that it would contradict
+        if name in given and other not in given:
+            stored.pop(other, None)
+    return _configuration({**stored, **given})
+
+
+def _configuration(values: dict[str, Any]) -> TrainConfig:
+    data_names = {declared.name for declared in settings_of(DataConfig)}
+    data = {name: value for name, value in values.items() if name in data_names}
+    return TrainConfig(DataConfig(**data), **{name: value for name, value in values.items() if name not in data_names})
 
 
 def _from_file() -> dict[str, Any]:
-    """Return the [train] table of config.toml; empty if there is no such file. Raises UsageError for unknown settings."""
+    """Return the [train] table of config.toml, checked as flags are; empty if there is no such file.
+
+    Raises UsageError, which names the file, for a file that is not TOML, an unknown setting, and a value that is not taken.
+    """
     path = home() / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")).get("train", {})
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not valid TOML ({error}). Correct it or delete it.") from error
-    fields = {item.name: item for owner in (TrainConfig, DataConfig) for item in dataclasses.fields(owner)}
-    unknown = sorted(set(table) - set(fields) - {"data"}) + (["data"] if "data" in table else [])
-    if unknown:
-        raise UsageError(f"{path} sets {', '.join(unknown)}, which `edgetune train` does not know. Delete or rename them.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+        content = tomllib.loads(read_untrusted(path, SETTINGS_FILE).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        fault = "its brackets are nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise UsageError(f"{path} is not valid TOML in UTF-8 ({fault}). Correct it or delete it.") from error
+    table = content.get("train", {})
+    strangers = [name for name in content if name != "train"] or ([] if isinstance(table, dict) else ["train"])
+    if strangers:
+        raise UsageError(
+            f"{path} holds {shown(strangers[0])} outside of its table [train]; expected only that table. Put settings of "
+            "training below a line [train], and delete the rest."
+        )
+    declared = {found.name: found for owner in (TrainConfig, DataConfig) for found in settings_of(owner)}
+    values = {name: _line(path, declared, name, value) for name, value in table.items()}
+    try:
+        _configuration(values)
+    except SettingError as error:  # two lines that exclude each other
+        raise UsageError(f"{path} cannot be used. {error}") from error
+    return values
+
+
+def _line(path: Path, declared: dict[str, Setting], name: str, value: Any) -> Any:
+    """Return the value of one line of config.toml, checked. Raises UsageError."""
+    if name not in declared:
+        called = {found.flag.lstrip("-").replace("-", "_"): found.name for found in declared.values() if found.flag}
+        near = difflib.get_close_matches(name.replace("-", "_"), [*declared, *called], n=1)
+        advice = f"did you mean {called.get(near[0], near[0])}?" if near else f"expected one of {', '.join(sorted(declared))}."
+        raise UsageError(f"{path} sets {shown(name)}, which edgetune does not know; {advice}")
+    try:
+        return declared[name].checked(value, name)
+    except SettingError as error:
+        example = f"{name} = {as_toml(declared[name].example)}"
+        raise UsageError(f"In {path}, {str(error).rstrip('.')}. Write for example: {example}") from error
 
 
 def check_encoding(name: str) -> None:
-    """Raise UsageError unless Python knows an encoding of texts by this name."""
+    """Raise SettingError unless Python knows an encoding of texts by this name."""
     try:
         "".encode(name)
     except (LookupError, ValueError) as error:  # ValueError: a name with a NUL
-        raise UsageError(
-            f"--encoding is {name!r}, which is no encoding that is known here; expected a name such as windows-1250, shift_jis "
-            "or gb18030."
-        ) from error
+        raise SettingError(f"no encoding is known here by the name {name!r}") from error
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -193,17 +346,18 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 def parse_bytes(text: str) -> int:
     """Return the bytes that a size such as "2GB" (2,000,000,000), "1.5GiB" or "4096" stands for. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"--memory is {text!r}; expected a size such as 2GB or 900MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?i?)b?\s*", text.lower())
+    size = 0 if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
+    if not 0 < size < 2**63:
+        raise SettingError(f"--memory is {shown(text)}; expected {MEMORY.expected}.")
+    return size
 
 
 def seconds_until(clock: str, now: datetime | None = None) -> float:
     """Return the seconds from now to the next HH:MM on the local clock. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,2}):(\d{2})", clock)
     if match is None or int(match[1]) > 23 or int(match[2]) > 59:
-        raise UsageError(f"--until is {clock!r}; expected a time of day such as 06:30.")
+        raise SettingError(f"--until is {clock!r}; expected a time of day such as 06:30.")
     now = now or datetime.now()
     end = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
     if end <= now:

@@ -24,7 +24,7 @@ from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import open_base
 from edgetune.lock import lock_output
 from edgetune.runtime.adapter import check_fits
-from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, UsageError
+from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, SettingError, UsageError, out_of_memory
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.memory_meter import MemoryMeter
@@ -99,6 +99,8 @@ def export_adapter(
 
     Raises a subclass of EdgetuneError; nothing new is left behind then, and an earlier export at `out` stays as it was.
     """
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+        raise SettingError(f"memory is {memory!r}; expected a number of bytes, at least 1.")
     spec = load_target(target)
     weights = _check_options(spec, weights, adapter_as, texts, check)
     choice, base = open_base(model)
@@ -110,7 +112,7 @@ def export_adapter(
     tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
     progress = _ProgressEvents(show, started)
-    name = _public_name(choice.name)
+    name = choice.public_name
     job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start)
     check_memory(spec.peak_memory, job)
     outcome, size, peak = _publish(spec, job, folder, _tokens(tokenizer, verify.PROMPT))
@@ -247,9 +249,11 @@ def _prove(spec: TargetSpec, job: Job, folder: Path, expected: verify.Golden, bo
     """Open the export with the target's reader and compare it. Turns any error of the other program into one sentence."""
     try:
         return verify.compare(expected, spec.read(job, folder), bound)
-    except (EdgetuneError, MemoryError):
+    except EdgetuneError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         message, reader = " ".join(str(error).split())[:QUOTED_ERROR], spec.reader_name(job.weights)
         raise ModelError(
             f"{reader} cannot open the export to {spec.name} ({type(error).__name__}: {message}), so it was discarded; "
@@ -304,8 +308,3 @@ def _check_replaceable(folder: Path, found: list[Path], target: str) -> None:
         )
     if earlier.get("target") != target:
         raise UsageError(f"{folder} already exists and is not an export to {target}; name another --out folder.")
-
-
-def _public_name(model: str) -> str:
-    """Return a model's name without the folders above it, which may tell whose machine this is."""
-    return Path(model).name if Path(model).is_absolute() else model

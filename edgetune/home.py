@@ -1,29 +1,125 @@
-"""Finds the private folder of a user's data: EDGETUNE_HOME, or the platform's data directory."""
+"""The private folder of a user's data: EDGETUNE_HOME, or the platform's data directory.
+
+config.toml               the user's own settings
+current.json, adapters/   the current adapter, and all adapters
+runs/, unfinished/        logs and reports of runs · interrupted runs and locks
+scratch/                  files of the command that is running; the next one deletes what a killed one left
+secret                    a key for digests of notes, so that an adapter given away tells nobody which notes they are
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import hmac
 import os
+import secrets
+import stat
 from pathlib import Path
 
 import platformdirs
 
 from edgetune.runtime.errors import UsageError
-from edgetune.runtime.files import explain_full_disk
+from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, is_ours, new_file
 
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
+_CONTENTS = ("config.toml", "current.json", "adapters", "runs", "unfinished", "scratch", "secret")
+"""What edgetune keeps in the folder. Anything else there is the user's own."""
+_SECRET_BYTES = 32
 
 
 def home() -> Path:
-    """Return edgetune's data folder, created with mode 0700 on first use. Raises UsageError where it cannot be created."""
+    """Return edgetune's data folder, created with mode 0700 on first use.
+
+    Raises UsageError where it cannot be created, belongs to another user, or can be written by others: they could put notes,
+    adapters and settings of theirs there.
+    """
     named = os.environ.get("EDGETUNE_HOME")
     path = expand(named) if named else Path(platformdirs.user_data_dir("edgetune", appauthor=False))
     try:
-        return private_folder(path)
+        private_folder(path)
+        about = path.stat()
     except OSError as error:
         raise UsageError(
             f"The data folder {path} cannot be created ({error.strerror}). Set EDGETUNE_HOME to a folder that you can write."
         ) from error
+    if os.name != "nt":
+        _refuse_others(path, about)
+        _make_private(path)
+    return path
+
+
+def _refuse_others(path: Path, about: os.stat_result) -> None:
+    """Raise UsageError for a folder that others can change. Root may use anybody's: a container's often belongs to a user."""
+    if about.st_uid != os.geteuid() and os.geteuid() != 0:
+        raise UsageError(f"The data folder {path} belongs to another user. Set EDGETUNE_HOME to a folder of your own.")
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(
+            f"Other users can write to the data folder {path}. Type: chmod go-w {path}, or set EDGETUNE_HOME to another folder."
+        )
+
+
+@functools.cache
+def _make_private(folder: Path) -> None:
+    """Take every right of others from what edgetune keeps in `folder`: a copy or a backup may have been made without care."""
+    for name in _CONTENTS:
+        for place, folders, files in os.walk(folder / name):
+            for path in [Path(place), *(Path(place, inner) for inner in [*folders, *files])]:
+                _take_rights(path)
+        _take_rights(folder / name)
+
+
+def _take_rights(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it may have been deleted since
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if mode & 0o077 and is_ours(path):
+            path.chmod(mode & PRIVATE_FOLDER)
+
+
+def keyed_digest(text: str) -> str:
+    """Return the HMAC-SHA-256 of `text` in hexadecimal, with a key that only this user's edgetune knows.
+
+    Whoever is given it cannot test whether it is that of a text which they know. Raises UsageError for an unusable key.
+    """
+    return hmac.new(_secret(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _secret() -> bytes:
+    """Return the key of `keyed_digest`, made on first use."""
+    path = home() / "secret"
+    try:
+        if not os.path.lexists(path):
+            _make_secret(path)
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            found = file.read(_SECRET_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}). Delete it: edgetune makes a new one.") from error
+    if len(found) != _SECRET_BYTES:
+        raise UsageError(f"{path} is damaged. Delete it: edgetune makes a new one.")
+    return found
+
+
+def _make_secret(path: Path) -> None:
+    """Write a new key to `path`, unless another process has just done so."""
+    with explain_full_disk(path):
+        file, temporary = new_file(path)
+        try:
+            with file:
+                file.write(secrets.token_bytes(_SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(PRIVATE_FILE)
+            try:
+                os.link(temporary, path)  # a rename would replace the key that another process has already used
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def unfinished_folder() -> Path:

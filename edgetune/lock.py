@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from edgetune.home import unfinished_folder
-from edgetune.runtime.errors import BusyError
+from edgetune.runtime.errors import BusyError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
 if sys.platform == "win32":
@@ -33,24 +33,32 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+_LONGEST_HOLDER = 1000
+"""Bytes that are read of what a lock file says about its holder."""
+
+
 class Lock:
     """An exclusive lock, held for a `with` block or until the process ends.
 
     The file stays on disk afterwards; it names the process that took the lock last, and when. Entering raises BusyError
-    where another process holds the lock; `what` names the locked thing in the error message.
+    where another process holds the lock, and UsageError where its file cannot be opened or is a link; `what` names the locked
+    thing in the error message.
     """
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.what = path, what
 
     def __enter__(self) -> Lock:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        with explain_full_disk(self.path):
-            self._file = os.fdopen(os.open(self.path, flags, PRIVATE_FILE), "r+b", buffering=0)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            with explain_full_disk(self.path):
+                self._file = os.fdopen(os.open(self.path, flags, PRIVATE_FILE), "r+b", buffering=0)
+        except OSError as error:
+            raise UsageError(f"The lock {self.path} cannot be opened ({error.strerror}). Delete it and try again.") from error
         try:
             _lock(self._file)
         except OSError as error:
-            holder = self._file.read()
+            holder = self._file.read(_LONGEST_HOLDER)
             self._file.close()
             raise BusyError(f"{_describe(holder)} is already using {self.what}. Wait until it ends, or end it.") from error
         try:

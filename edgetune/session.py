@@ -84,7 +84,7 @@ class Session:
         seed: int | None = None,
     ) -> Generation:
         """Continue a text. On the same machine, the same seed gives the same words."""
-        return self._complete(self.prompt_ids(prompt), max_tokens, self._sampling(temperature, seed))
+        return self._complete(self.prompt_ids(prompt), max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def stream(
         self,
@@ -94,7 +94,7 @@ class Session:
         seed: int | None = None,
     ) -> Iterator[str]:
         """Continue a text and yield it in pieces of whole characters, as they are written."""
-        yield from self._stream(self.prompt_ids(prompt), max_tokens, self._sampling(temperature, seed))
+        yield from self._stream(self.prompt_ids(prompt), max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def chat(
         self,
@@ -107,7 +107,7 @@ class Session:
 
         Raises TokenizerError for a model without a chat template.
         """
-        yield from self._stream(self.chat_ids(messages), max_tokens, self._sampling(temperature, seed))
+        yield from self._stream(self.chat_ids(messages), max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens as in training: those of the template, after the start token if it writes none."""
@@ -117,14 +117,19 @@ class Session:
         """Return the tokens of a text to continue, which begins as a document does."""
         return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
 
-    def _sampling(self, temperature: float | None, seed: int | None) -> Sampling:
-        """Return the settings to sample with: those given, else the model publisher's, else GenerateConfig's."""
+    def _sampling(self, max_tokens: int, temperature: float | None, seed: int | None) -> Sampling:
+        """Return the settings to sample with: those given, else the model publisher's, else GenerateConfig's.
+
+        Raises SettingError for a value that cannot be used.
+        """
         own = self._own_sampling
         given = own.temperature if temperature is None else temperature
+        chosen = {} if given is None else {"temperature": given}
+        settings = GenerateConfig(max_tokens=max_tokens, seed=seed, **chosen)
         return Sampling(
-            GenerateConfig.temperature if given is None else given,
-            GenerateConfig.top_p if own.top_p is None else own.top_p,
-            seed,
+            settings.temperature,
+            settings.top_p if own.top_p is None else own.top_p,
+            settings.seed,
             own.top_k or 0,
             own.repetition_penalty or 1.0,
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgetune.export.job import Job, Reader, Written
 from edgetune.export.memory import ExportMemory
-from edgetune.runtime.errors import ResourceError, UsageError
+from edgetune.runtime.errors import ResourceError, SettingError
 from edgetune.runtime.model import Llama
 
 _MODULES = {
@@ -100,44 +100,44 @@ class TargetSpec:
 
 
 def load_target(name: str) -> TargetSpec:
-    """Import a target and return its TargetSpec. Raises UsageError for an unknown name."""
+    """Import a target and return its TargetSpec. Raises SettingError for an unknown name."""
     if name not in _MODULES:
-        raise UsageError(f"Unknown target {name!r}; expected one of {', '.join(TARGETS)}.")
+        raise SettingError(f"Unknown target {name!r}; expected one of {', '.join(TARGETS)}.")
     spec: TargetSpec = importlib.import_module(_MODULES[name]).SPEC
     return spec
 
 
 def check_weights(spec: TargetSpec, weights: str | None) -> str:
-    """Return --weights in the target's spelling, its default for None. Raises UsageError for a form it does not write."""
+    """Return --weights in the target's spelling, its default for None. Raises SettingError for a form it does not write."""
     if weights is None:
         return spec.weights[0]
     weights = next((form for form in spec.weights if form in (weights, _SYNONYMS.get(weights))), weights)
     if weights not in spec.weights:
         forms = [form for form in spec.weights if form]
         if not forms:
-            raise UsageError(
+            raise SettingError(
                 f"export {spec.name} has no --weights {weights}: it writes the adapter alone; leave --weights out."
             )
         alone = ", or no --weights for the adapter alone" if "" in spec.weights else ""
-        raise UsageError(f"export {spec.name} has no --weights {weights}; expected {_one_of(forms)}{alone}.")
+        raise SettingError(f"export {spec.name} has no --weights {weights}; expected {_one_of(forms)}{alone}.")
     return weights
 
 
 def check_texts(spec: TargetSpec, weights: str, adapter_as: str | None, check: bool) -> None:
-    """Raise UsageError if the export would measure nothing on --texts. weights: as check_weights returns it."""
+    """Raise SettingError if the export would measure nothing on --texts. weights: as check_weights returns it."""
     if any(form.covers(weights, adapter_as, check) for form in spec.measured):
         return
     typed = _command(spec.name, weights, adapter_as) + ("" if check else " --no-verify")
     others = " or ".join(f"`{_command(spec.name, form.weights, form.adapter_as)}`" for form in spec.measured)
     advice = f", or type {others}" if others else ""
-    raise UsageError(f"`{typed}` measures nothing on --texts; leave --texts out{advice}.")
+    raise SettingError(f"`{typed}` measures nothing on --texts; leave --texts out{advice}.")
 
 
 def check_adapter_as(spec: TargetSpec, adapter_as: str | None) -> None:
-    """Raise UsageError if the target does not offer this --adapter-as."""
+    """Raise SettingError if the target does not offer this --adapter-as."""
     if adapter_as is not None and adapter_as not in spec.adapter_as:
         advice = f"expected {_one_of(spec.adapter_as)}" if spec.adapter_as else "leave it out, it is for coreml"
-        raise UsageError(f"export {spec.name} has no --adapter-as {adapter_as}; {advice}.")
+        raise SettingError(f"export {spec.name} has no --adapter-as {adapter_as}; {advice}.")
 
 
 def check_reader(spec: TargetSpec, weights: str) -> None:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from edgetune.runtime.names import (
     layer_tensor,
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
-from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
+from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor, TensorSpec
 from edgetune.runtime.untrusted_file import MAX_SHARDS, MODEL_CONFIG, WEIGHT_INDEX
 
 WEIGHTS = "model.safetensors"
@@ -275,11 +275,29 @@ def open_model(folder: Path | str) -> Checkpoint:
         if not faults:
             checkpoint._refuse_inf_and_nan()
             return checkpoint
+        if cause := foreign_layout(checkpoint.stored):
+            raise ModelError(f"{folder} cannot be used: {cause}.")
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise ModelError(
         f"{folder} is not the model that its config.json describes: {'; '.join(faults[:_SHOWN])}{more}. "
         "Copy or download the folder again, or use another: `edgetune models`."
     )
+
+
+def foreign_layout(stored: Mapping[str, TensorSpec]) -> str | None:
+    """Return why a whole folder does not hold what a LlamaForCausalLM's does; None where its layout is not known either."""
+    small = [name for name, tensor in stored.items() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    if small:
+        return f"its weights are stored in 8-bit floats ({small[0]}), which edgetune does not read; use its bf16 or fp16 folder"
+    layer = re.compile(r"(?:(.*)\.)?layers\.0\.self_attn\.q_proj\..*")
+    prefixes = {match[1] or "" for name in stored if (match := layer.fullmatch(name))}
+    if len(prefixes) == 1 and prefixes != {"model"}:
+        found = f"layers.0 of {prefixes.pop()}" if "" not in prefixes else "layers.0"
+        return (
+            f"its tensors are those of {found}, where a LlamaForCausalLM has model.layers.0: it was saved without its head, or "
+            "as a part of another model; use the folder of the whole model, or save it again as AutoModelForCausalLM"
+        )
+    return None
 
 
 def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:

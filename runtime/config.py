@@ -12,15 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.runtime.config_keys import flag, real, refuse_unknown, token_ids, unsupported, whole
-from edgetune.runtime.errors import ModelError, UsageError
+from edgetune.runtime.errors import ModelError, SettingError
 
 # The linears of a layer, in the order of their use.
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 LINEARS = ATTENTION_LINEARS + MLP_LINEARS
-
 MAX_RANK = 1024
-"""Largest rank of an adapter. Chosen by hand: no published adapter comes near it."""
+"""Largest rank of an adapter. Chosen by hand."""
+LEAST_ALPHA, MOST_ALPHA = 1e-9, 1e9
+"""Range of an adapter's alpha: outside it, formats that store it in f32 get 0 or inf."""
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+"""Names of the devices; auto prefers an NVIDIA card, then an Apple GPU, then the CPU."""
+
 ARCHITECTURES = {  # model_type in config.json -> the class name in its "architectures"
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -268,14 +273,14 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:
-            raise UsageError(f"The rank is {self.rank}; expected 1 to {MAX_RANK}, e.g. 16.")
-        if not 1e-9 <= self.alpha <= 1e9:  # outside this range, formats that store it in f32 get 0 or inf
-            raise UsageError(f"Alpha is {self.alpha}; expected 1e-9 to 1e9, e.g. 16.")
+            raise SettingError(f"The rank is {self.rank}; expected 1 to {MAX_RANK}, e.g. 16.")
+        if not LEAST_ALPHA <= self.alpha <= MOST_ALPHA:
+            raise SettingError(f"Alpha is {self.alpha}; expected {LEAST_ALPHA:g} to {MOST_ALPHA:g}, e.g. 16.")
         if not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"The dropout is {self.dropout}; expected at least 0 and less than 1, e.g. 0.05.")
+            raise SettingError(f"The dropout is {self.dropout}; expected at least 0 and less than 1, e.g. 0.05.")
         unknown = sorted(set(self.targets) - set(LINEARS))
         if unknown or not self.targets:
-            raise UsageError(f"The targets name {unknown or 'nothing'}; expected one or more of {', '.join(LINEARS)}.")
+            raise SettingError(f"The targets name {unknown or 'nothing'}; expected one or more of {', '.join(LINEARS)}.")
 
     @property
     def scale(self) -> float:

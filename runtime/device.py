@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
+from edgetune.runtime.config import DEVICES
 from edgetune.runtime.errors import DeviceError, ResourceError
 from edgetune.runtime.memory import card_memory
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 SMALLER_SHARE = 0.8
 """Share of the peak memory on a card that is suggested as the next limit after it ran out (chosen by hand)."""
 

@@ -12,11 +12,13 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from edgetune.runtime.errors import ResourceError, UsageError
 
@@ -49,6 +51,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_ours(path: Path) -> bool:
+    """Return True for a file or folder that is no link and that this process's user owns. Windows tells no owner by number."""
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return False
+    return not stat.S_ISLNK(about.st_mode) and (not hasattr(os, "geteuid") or about.st_uid == os.geteuid())
+
+
+def new_file(path: Path) -> tuple[BinaryIO, Path]:
+    """Create a private temporary file beside `path`; return it, open for writing, and its own path.
+
+    Nobody can foresee its name: in a folder that others can write, they could else put a link or a file of theirs there.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+    return os.fdopen(descriptor, "wb"), Path(name)
+
+
 def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) -> None:
     """Replace the content of `path` by `data` in one step.
 
@@ -58,16 +78,16 @@ def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) 
     payload = data.encode() if isinstance(data, str) else data
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+        file, name = new_file(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with file:
                 file.write(payload)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, mode)
             os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
@@ -145,12 +165,13 @@ def exchange(first: Path, second: Path) -> bool:
 def mend(path: Path) -> None:
     """Clean up after a crash during a write to `path`: restore a folder that was moved aside, delete half-written ones.
 
-    Only the one process that may write to `path` can call this: another's unfinished write would be deleted.
+    Only the one process that may write to `path` can call this: another's unfinished write would be deleted. What another user
+    put there is left alone.
     """
     leftover = re.compile(rf"\.{re.escape(path.name)}\.(old\.)?\w{{8}}{re.escape(_SUFFIX)}")
     if not path.parent.is_dir():
         return
-    for entry in [entry for entry in path.parent.iterdir() if leftover.fullmatch(entry.name)]:
+    for entry in [entry for entry in path.parent.iterdir() if leftover.fullmatch(entry.name) and is_ours(entry)]:
         moved_aside = entry / path.name
         if entry.name.startswith(f".{path.name}.old.") and moved_aside.is_dir() and not path.exists():
             os.rename(moved_aside, path)

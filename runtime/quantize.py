@@ -8,6 +8,7 @@ that of an uninterrupted one, at any number of threads.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -23,8 +24,8 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
-from edgetune.runtime.errors import ModelError, ResourceError, UsageError
-from edgetune.runtime.files import explain_full_disk, sync_folder
+from edgetune.runtime.errors import ModelError, ResourceError, SettingError, UsageError
+from edgetune.runtime.files import explain_full_disk, is_ours, sync_folder
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
     companions,
@@ -123,7 +124,7 @@ def quantize_folder(
     """
     src, dest = Path(src), Path(dest)
     if head not in HEADS:
-        raise UsageError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
+        raise SettingError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
     checkpoint = open_model(src)
@@ -155,12 +156,21 @@ def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> 
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
     work = json.dumps([_LAYOUT, checkpoint.digest, checkpoint.hf_config, stats, settings], sort_keys=True)
     name = f".{dest.name}.partial-{hashlib.sha256(work.encode()).hexdigest()[:16]}"
-    for other in dest.parent.glob(f".{dest.name}.partial-*"):
-        if other.name != name:
-            shutil.rmtree(other, ignore_errors=True)
     partial = dest.parent / name
-    partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for other in dest.parent.glob(f".{glob.escape(dest.name)}.partial-*"):
+        if other != partial and is_ours(other):
+            shutil.rmtree(other, ignore_errors=True)
+    with contextlib.suppress(FileExistsError):
+        partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _refuse_foreign(partial)
+    partial.chmod(0o700)
     return partial
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Raise UsageError if the hidden folder is another user's, or a link: its name can be foreseen."""
+    if not (is_ours(partial) and partial.is_dir()):
+        raise UsageError(f"{partial} is not a folder of yours; delete it, or name a DEST in a folder that only you can write.")
 
 
 def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
@@ -204,7 +214,8 @@ def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
 
 
 def _publish(partial: Path, dest: Path) -> None:
-    """Rename the finished hidden folder to `dest`."""
+    """Rename the finished hidden folder to `dest`. Raises UsageError if another user has replaced it."""
+    _refuse_foreign(partial)
     for leftover in partial.glob(".*"):  # a killed writer's temporary file
         leftover.unlink()
     if dest.exists():

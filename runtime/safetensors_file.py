@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import json_file
-from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
+from edgetune.runtime.files import explain_full_disk, new_file, sync_folder
 from edgetune.runtime.untrusted_file import MAX_SAFETENSORS_HEADER, MODEL_WEIGHTS, FileKind, open_untrusted
 
 ALIGNMENT = 64
@@ -240,7 +240,6 @@ class SafetensorsWriter:
         self.path = Path(path)
         self._specs = list(specs)
         self._written = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         position = 0
         for spec in self._specs:
@@ -258,8 +257,12 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         with explain_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE_FILE), "wb")
+            self._file, self._temporary = new_file(self.path)
+        try:
             self._put(self.header)
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:

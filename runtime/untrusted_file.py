@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, TokenizerError
+from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, TokenizerError, UsageError
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class FileKind:
     error: type[EdgetuneError]
     advice: str
     links_anywhere: bool = False
-    """Follow a link that leaves the folder. Only for weights: whatever is not a weight file is refused when it is parsed."""
+    """Follow a link that leaves the folder. For weights, since whatever is not a weight file is refused when it is parsed, and
+    for the user's own settings."""
 
 
 # The limits are chosen by hand, above the largest files in use.
@@ -82,6 +83,9 @@ MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 <<
 _SPARSE_FROM, _SPARSE_SHARE = 1 << 20, 16
 """A file of at least this many bytes must lie on the disk for at least 1/16 of them. A sparse file costs its sender nothing and
 fills the memory of whoever reads it. Compressing file systems shrink weights to no less than a third. Chosen by hand."""
+SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
+"""config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
+
 _NOT_DOCUMENTS = ("/proc/", "/sys/", "/dev/")
 """Folders whose files are not data on a disk, although some look like regular files."""
 

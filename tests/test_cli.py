@@ -28,9 +28,12 @@ import edgetune.cli.train
 from edgetune.cli.main import COMMANDS, cli, plain_failures
 from edgetune.cli.train import train_command
 from edgetune.config import DataConfig, GenerateConfig, TrainConfig, parse_bytes, seconds_until, train_config
+from edgetune.exporting import export_adapter
 from edgetune.runtime import ops
 from edgetune.runtime.device import pick_device
-from edgetune.runtime.errors import EdgetuneError, UsageError
+from edgetune.runtime.errors import EdgetuneError, SettingError, UsageError
+from edgetune.session import Session
+from edgetune.settings import Kind, Names, Number, Switch, Texts, Whole, as_toml, settings_of
 
 TRAIN_KEYS = {
     "adapter", "steps", "tokens", "tokens_per_second", "heldout_bits_per_byte_before", "heldout_bits_per_byte_after",
@@ -63,7 +66,7 @@ def run(*arguments: str, input: str | None = None) -> Outcome:
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
     def whole(words: tuple[str, ...]) -> None:
         with plain_failures():
-            cli.main(list(words), prog_name="edgetune")
+            cli.main(list(words), prog_name="edgetune", standalone_mode=False)
 
     result = CliRunner().invoke(whole, list(arguments), input=input)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -176,7 +179,7 @@ def test_train_then_everything_that_follows(notes: Path) -> None:
     assert piped.json["adapter"] == "none"
     asked = run("ask", "What did Marra water?", "--max-tokens", "6", "--json")
     assert asked.code == 0
-    assert "Model demo, adapter" in asked.err
+    assert f"Model demo (the current adapter's), adapter {written.json['adapter']}." in asked.err
 
 
 def test_chat_keeps_a_history_compares_and_quits(notes: Path) -> None:
@@ -282,18 +285,7 @@ MISTAKES = {
     "an empty folder": ["train", "{tmp}/empty"],
     "only binaries": ["train", "{tmp}/binaries"],
     "no notes named": ["train"],
-    "rank 0": ["train", "{notes}", "--rank", "0"],
-    "no steps": ["train", "{notes}", "--steps", "0"],
-    "lr nan": ["train", "{notes}", "--lr", "nan"],
-    "lr negative": ["train", "{notes}", "--lr", "-1"],
-    "alpha inf": ["train", "{notes}", "--alpha", "inf"],
-    "dropout 1": ["train", "{notes}", "--dropout", "1"],
-    "unknown target": ["train", "{notes}", "--targets", "q_proj,lm_head"],
-    "memory": ["train", "{notes}", "--memory", "lots"],
     "too little memory": ["train", "{notes}", "--model", "demo", "--memory", "50MB"],
-    "until": ["train", "{notes}", "--until", "25:00"],
-    "seq-len": ["train", "{notes}", "--seq-len", "4"],
-    "batch": ["train", "{notes}", "--batch-tokens", "8"],
     "cuda": ["train", "{notes}", "--device", "cuda"],
     "mps": ["train", "{notes}", "--device", "mps"],
     "recipe chat without chats": ["train", "{notes}", "--recipe", "chat"],
@@ -321,19 +313,59 @@ def test_a_mistake_is_one_sentence_and_exit_1(mistake: str, notes: Path, tmp_pat
     assert outcome.out == ""
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train", "--no-such-flag"],
-        ["nonsense"],
-        ["generate"],
-        ["train", "--steps", "many"],
-        ["train", "--device", "tpu"],
-        ["export", "toaster"],
-    ],
-)
-def test_wrong_usage_exits_2(arguments: list[str]) -> None:
-    assert run(*arguments).code == 2
+WRONG_USAGE = [
+    "train --no-such-flag",
+    "nonsense",
+    "generate",
+    "train --steps many",
+    "train --device tpu",
+    "export toaster",
+    "train {notes} --rank 0",
+    "train {notes} --rank 100000",
+    "train {notes} --rank 8.5",
+    "train {notes} --steps 0",
+    "train {notes} --steps 3 --epochs 2",
+    "train {notes} --epochs inf",
+    "train {notes} --minutes -1",
+    "train {notes} --minutes nan",
+    "train {notes} --lr nan",
+    "train {notes} --lr -1",
+    "train {notes} --lr 1e400",
+    "train {notes} --alpha inf",
+    "train {notes} --dropout 1",
+    "train {notes} --targets q_proj,lm_head",
+    "train {notes} --targets ,",
+    "train {notes} --memory lots",
+    "train {notes} --memory 0",
+    "train {notes} --memory 99999999999999999999GB",
+    "train {notes} --until 25:00",
+    "train {notes} --seq-len 1",
+    "train {notes} --seq-len 1000000000000000000000",
+    "train {notes} --seq-len 4096",
+    "train {notes} --batch-tokens 8",
+    "train {notes} --seed -1",
+    "train {notes} --model=",
+    "train {notes} --exclude=",
+    "ask x --temperature -1",
+    "ask x --temperature nan",
+    "ask x --max-tokens 0",
+    "ask x --seed 5000000000",
+    "ask x --head nf5",
+    "plan --memory 0",
+    "export peft --memory -1",
+    "export peft --weights q9",
+    "bench --tokens 1",
+]
+"""Command lines that could work on no machine."""
+
+
+@pytest.mark.parametrize("typed", WRONG_USAGE)
+def test_wrong_usage_is_one_sentence_and_exits_2(typed: str, notes: Path) -> None:
+    outcome = run(*(word.format(notes=notes) for word in typed.split(" ")))
+    assert outcome.code == 2
+    assert outcome.err.startswith("edgetune: ")
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
 
 
 def test_model_output_cannot_move_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +380,130 @@ def test_model_output_cannot_move_the_cursor(monkeypatch: pytest.MonkeyPatch) ->
 def test_help_does_not_import_torch() -> None:
     code = "import sys, edgetune, edgetune.cli.main; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+WRONG_LINES = {
+    'lr = "2e-4"': "lr is '2e-4'; expected a number above 0 and at most 1. Write for example: lr = 0.0002",
+    'epochs = "three"': "epochs is 'three'; expected a number above 0",
+    "rank = 8.5": "rank is 8.5; expected a whole number from 1 to 1024. Write for example: rank = 16",
+    'rank = "8"': "rank is '8'; expected a whole number",
+    "rank = true": "rank is true; expected a whole number",
+    "alpha = false": "alpha is false; expected a number",
+    'alpha = "16"': "alpha is '16'; expected a number",
+    "alpha = inf": "alpha is inf; expected a number",
+    "alpha = 1" + "0" * 400: "alpha is a number of more than 20 digits; expected",
+    'seq_len = "512"': "seq_len is '512'; expected a whole number from 16 to 131072",
+    'minutes = "30"': "minutes is '30'; expected a number",
+    "minutes = nan": "minutes is nan; expected a number",
+    "until = 630": 'until is 630; expected a time of day such as 06:30. Write for example: until = "06:30"',
+    "until = 06:30:00": "until is datetime.time(6, 30); expected a time of day",
+    "memory = 2000000000": "memory is 2000000000; expected a size such as 2GB or 900MB",
+    'clip = "a"': "clip is 'a'; expected a number above 0",
+    'weight_decay = "x"': "weight_decay is 'x'; expected a number from 0 to 1",
+    'evaluations = "5"': "evaluations is '5'; expected a whole number",
+    "steps = 2.5": "steps is 2.5; expected a whole number",
+    'rslora = "no"': "rslora is 'no'; expected true or false",
+    "rslora = 0": "rslora is 0; expected true or false",
+    "final_lr = -3": "final_lr is -3; expected a number from 0 to 1",
+    "beta1 = 2.0": "beta1 is 2.0; expected a number of at least 0 and below 1",
+    "beta2 = -0.1": "beta2 is -0.1; expected a number",
+    "warmup_steps = -5": "warmup_steps is -5; expected a whole number from 0",
+    "evaluations = -1": "evaluations is -1; expected a whole number from 1",
+    'notes = "/elsewhere/notes"': "notes is '/elsewhere/notes'; expected a list of texts",
+    'exclude = "drafts"': 'expected a list of texts, none of them empty. Write for example: exclude = ["drafts/"]',
+    'exclude = [""]': "exclude is ''; expected a list of texts",
+    "exclude = [5]": "exclude is 5; expected a list of texts",
+    'targets = "q_proj"': "targets is 'q_proj'; expected one or more of q_proj",
+    'targets = ["lm_head"]': "targets is 'lm_head'; expected one or more of q_proj",
+    "targets = []": "targets is an empty list; expected one or more of q_proj",
+    "model = 5": "model is 5; expected a text",
+    'device = "tpu"': "device is 'tpu'; expected one of auto, cpu, cuda, mps",
+    "device = {}": "device is a table; expected one of auto",
+    "rnak = 4": "sets 'rnak', which edgetune does not know; did you mean rank?",
+    "seq-len = 64": "sets 'seq-len', which edgetune does not know; did you mean seq_len?",
+    'from = "a"': "sets 'from', which edgetune does not know; did you mean from_adapter?",
+    "data = {}": "sets 'data', which edgetune does not know",
+    "steps = 3\nepochs = 2": "--steps 3 and --epochs 2 both say how long to train",
+    "seq_len = 4096": "A batch of 2048 tokens cannot hold a sequence of 4096",
+    "[trian]\nrank = 4": "holds 'trian' outside of its table [train]",
+    "rank = ": "is not valid TOML",
+    "a = " + "[" * 3000: "is not valid TOML",
+    "a = '\xff'": "is not valid TOML in UTF-8",
+}
+"""Lines below [train] in config.toml, each with words of the sentence that refuses it."""
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_line_of_config_toml_is_one_sentence(line: str, private_home: Path, notes: Path) -> None:
+    private_home.mkdir(parents=True)
+    (private_home / "config.toml").write_bytes(f"[train]\n{line}\n".encode("latin-1"))
+    outcome = run("plan", "--model", "demo")
+    assert outcome.code == 1
+    assert WRONG_LINES[line] in outcome.err
+    assert str(private_home / "config.toml") in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def bad_value(kind: Kind) -> object:
+    """Return a value of a type that a kind of setting does not take."""
+    return "no" if isinstance(kind, Switch | Whole | Number | Texts | Names) else 5
+
+
+def test_every_setting_is_checked_in_python_and_in_config_toml(private_home: Path) -> None:
+    """A field without a declaration would be forgotten by the flags, the file and the check."""
+    private_home.mkdir(parents=True)
+    for owner in (DataConfig, TrainConfig, GenerateConfig):
+        declared = {found.name: found for found in settings_of(owner)}
+        assert set(declared) == {item.name for item in dataclasses.fields(owner)} - {"data"}
+        for name, found in declared.items():
+            wrong = bad_value(found.kind)
+            with pytest.raises(SettingError, match=rf"^{name} is .+; expected "):
+                owner(**{name: wrong})
+            with pytest.raises(SettingError, match=rf"^{name} is .+; expected "):
+                owner(**{name: None if found.default is not None else True})
+            assert owner(**{name: found.example}) is not None
+            if owner is not GenerateConfig:
+                (private_home / "config.toml").write_text(f"[train]\n{name} = {json.dumps(wrong)}\n")
+                with pytest.raises(UsageError, match=rf"config.toml, {name} is .+; expected .+ Write for example: {name} = "):
+                    train_config({})
+                (private_home / "config.toml").write_text(f"[train]\n{name} = {as_toml(found.example)}\n")
+                config = train_config({})
+                assert getattr(config.data if owner is DataConfig else config, name) == found.example
+
+
+def test_the_file_that_holds_the_settings_is_opened_with_care(private_home: Path, tmp_path: Path) -> None:
+    private_home.mkdir(parents=True)
+    path = private_home / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nrank = 4\n")  # a byte order mark, as Windows' editors write it
+    assert train_config({}).rank == 4
+    path.rename(tmp_path / "mine.toml")
+    path.symlink_to(tmp_path / "mine.toml")
+    assert train_config({}).rank == 4
+    path.unlink()
+    path.mkdir()
+    assert "config.toml cannot be read (Is a directory)" in run("plan").err
+    path.rmdir()
+    path.symlink_to("/dev/zero")
+    assert run("plan").err.count("\n") == 1
+    path.unlink()
+    path.write_bytes(b"#" * 100_000_000)
+    assert "larger than 1 MiB" in run("plan").err
+
+
+def test_lists_and_spaces_in_flags_and_lists_in_python() -> None:
+    for typed in ("q_proj,v_proj", " q_proj , v_proj ,", "q_proj,,v_proj,q_proj"):
+        option = next(parameter for parameter in train_command.params if parameter.name == "targets")
+        assert option.type.convert(typed, None, None) == ("q_proj", "v_proj")
+    config = TrainConfig(DataConfig(notes=[Path("notes")]), targets=["q_proj"], alpha=32)  # type: ignore[arg-type, list-item]
+    assert (config.data.notes, config.targets, config.alpha) == (("notes",), ("q_proj",), 32.0)
+    assert isinstance(config.alpha, float)
+
+
+def test_a_flag_overrides_the_line_that_it_contradicts(private_home: Path) -> None:
+    private_home.mkdir(parents=True)
+    (private_home / "config.toml").write_text("[train]\nsteps = 4\n")
+    assert (train_config({"epochs": 2.0}).steps, train_config({"epochs": 2.0}).epochs) == (None, 2.0)
+    assert train_config({}).steps == 4
 
 
 def test_config_toml_stands_between_defaults_and_flags(private_home: Path) -> None:
@@ -418,3 +574,15 @@ def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number
     process.stdout.close()
     assert [event["event"] for event in events] == ["started", "resumed", "stepped"]
     assert (events[1]["step"], events[2]["step"]) == (end["step"], end["step"] + 1)
+
+
+def test_python_arguments_are_checked_like_flags() -> None:
+    session = Session.load("demo", "none")
+    for wrong in ({"temperature": -1}, {"temperature": float("nan")}, {"max_tokens": "5"}, {"max_tokens": 0}, {"seed": -1}):
+        with pytest.raises(SettingError, match=f"{next(iter(wrong))} is .+; expected a"):
+            session.generate("The beans", **wrong)
+    for memory in (0, -1, True, "2GB", 1.5):
+        with pytest.raises(SettingError, match=r"memory is .+; expected a number of bytes"):
+            export_adapter("peft", memory=memory)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="data is not a DataConfig"):
+        TrainConfig(data={"notes": ["notes"]})  # type: ignore[arg-type]

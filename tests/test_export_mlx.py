@@ -172,6 +172,18 @@ def test_a_model_whose_rows_are_no_whole_groups_is_refused(tmp_path: Path) -> No
         target.write(job_for(open_model(tmp_path / "base"), None, "int4"), tmp_path)
 
 
+@pytest.mark.parametrize("weights", ["", "bf16", "int4"])
+def test_a_model_that_mlx_lm_has_no_place_for_is_refused_before_anything_is_written(weights: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "qwen3", attention_bias=True)
+    base = open_model(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        ModelError, match=r"is a Qwen3 with attention_bias, and mlx-lm's Qwen3 has no biases; export to gguf or"
+    ):
+        target.write(job_for(base, random_adapter(base.config), weights), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "config",
     [

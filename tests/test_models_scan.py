@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
-from edgetune.config import TrainConfig
+from edgetune.cli.main import cli
+from edgetune.config import TrainConfig, train_config
 from edgetune.library import base_models as models
 from edgetune.library import inspect_model
 from edgetune.library.base_models import DEMO, ModelChoice, resolve, scan
 from edgetune.library.inspect_model import FoundModel
 from edgetune.machine.forecast import forecast
-from edgetune.runtime.checkpoint import model_shapes
+from edgetune.memory_settings import least_memory_to_train
+from edgetune.runtime.checkpoint import model_shapes, open_model
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import ModelError
@@ -260,11 +270,133 @@ def break_size(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"x": "a" * (MODEL_CONFIG.limit + 1)}))
 
 
+def rename_tensors(folder: Path, old: str, new: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({re.sub(old, new, name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def break_prefix(folder: Path) -> None:
+    rename_tensors(folder, "^model[.]", "")
+
+
+def break_outer_prefix(folder: Path) -> None:
+    rename_tensors(folder, "^model[.]", "model.language_model.")
+
+
+def break_fp8(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    small = {name: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for name, t in tensors.items()}
+    scales = {f"{name}_scale_inv": torch.ones(1) for name in small if "proj" in name}
+    save_file({**small, **scales}, folder / "model.safetensors")
+
+
 def break_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
 BREAKS = {name.removeprefix("break_"): value for name, value in list(globals().items()) if name.startswith("break_")}
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (break_prefix, "its tensors are those of layers.0, where a LlamaForCausalLM has model.layers.0"),
+        (break_outer_prefix, "those of layers.0 of model.language_model, where"),
+        (break_fp8, "its weights are stored in 8-bit floats (lm_head.weight), which edgetune does not read"),
+        (break_method, "is quantised with gptq; edgetune reads bitsandbytes 4-bit, bf16, fp16 and fp32"),
+        (break_architecture, "Unsupported architecture 'BertModel'"),
+    ],
+)
+def test_the_true_reason_is_said_and_nothing_of_memory(how: Callable[[Path], None], said: str, home: Path) -> None:
+    how(make_model(cached(home, "Tiny/Odd")))
+    listed = CliRunner().invoke(cli, ["models"]).stdout
+    assert said in listed
+    assert "fit" not in listed.partition("Built-in")[0]
+    assert " is missing" not in listed  # one cause, not the twelve tensors that follow from it
+
+
+def test_what_fits_is_said_of_what_can_be_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(cached(home, "Tiny/Llama"))
+    assert "chat template, fits in memory" in CliRunner().invoke(cli, ["models"]).stdout
+    monkeypatch.setattr(models, "memory_allowed", lambda *_: 1_000_000)
+    assert "chat template, does not fit in memory" in CliRunner().invoke(cli, ["models"]).stdout
+
+
+@pytest.mark.parametrize("place", [".lmstudio/models", ".cache/huggingface/hub", ".ollama/models"])
+@pytest.mark.parametrize("how", ["denied", "loop", "file"])
+def test_a_place_that_cannot_be_listed_is_said(place: str, how: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / place).parent.mkdir(parents=True)
+    if how == "loop":
+        (home / place).symlink_to(home / place)
+        found = only(scan())
+    elif how == "file":
+        (home / place).write_bytes(b"")
+        assert scan() == []
+        return
+    else:
+        (home / place).mkdir()
+        real = os.scandir
+
+        def scandir(path: str | Path) -> Any:  # as root, a test can deny itself nothing
+            if str(path).startswith(str(home / place)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        found = only([found for found in scan() if found.reason])
+    assert re.search(rf"{place} cannot be listed \((Permission denied|Too many levels of symbolic links)\)", found.reason)
+    assert found.status == "no"
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root can become another user")
+def test_folders_of_somebody_else_are_no_crash() -> None:
+    """Lists models as nobody, whose home has folders that only root may enter."""
+    script = (
+        "import os; from edgetune.library.base_models import scan; os.seteuid(65534); "
+        "print([found.reason for found in scan() if found.reason])"
+    )
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to nobody
+        home = Path(place)
+        home.chmod(0o755)
+        for name in (".lmstudio/models", ".cache/huggingface/hub/models--A--B/snapshots/a", ".ollama/models/manifests/a/b/c"):
+            (home / name).mkdir(parents=True)
+        for name in (".lmstudio", ".cache/huggingface/hub/models--A--B", ".ollama/models/manifests"):
+            (home / name).chmod(0o700)
+        (home / "edgetune").mkdir(mode=0o700)
+        os.chown(home / "edgetune", 65534, 65534)
+        places = {"HOME": place, "EDGETUNE_HOME": str(home / "edgetune"), "HF_HOME": str(home / ".cache" / "huggingface")}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **places})
+    assert done.stderr == ""
+    assert done.stdout.count("cannot be listed (Permission denied)") == 1
+
+
+def test_a_reference_that_never_ends_is_not_read(home: Path) -> None:
+    wanted = make_model(cached(home, "Tiny/Llama"))
+    reference = wanted.parent.parent / "refs" / "main"
+    for target in ("/dev/zero", "/proc/self/environ", str(reference)):
+        reference.unlink()
+        reference.symlink_to(target)
+        assert only(scan()).path == wanted
+    reference.unlink()
+    os.mkfifo(reference)
+    assert only(scan()).path == wanted
+
+
+def test_a_folder_that_is_not_there_is_said() -> None:
+    with pytest.raises(ModelError, match="There is no folder /nowhere/models"):
+        scan("/nowhere/models")
+
+
+def test_what_config_toml_says_of_training_counts(home: Path, private_home: Path) -> None:
+    make_model(cached(home, "Tiny/Llama"))
+    private_home.mkdir(parents=True)
+    (private_home / "config.toml").write_text("[train]\nbatch_tokens = 1000000\nrecompute = 'none'\nseq_len = 100000\n")
+    much = only(scan()).path
+    checkpoint, device = open_model(much), pick_device("auto").type
+    needed, usual = (least_memory_to_train(checkpoint, train, device) for train in (train_config({}), TrainConfig()))
+    assert needed > 2 * usual
+    planned = forecast(replace(train_config({}), model="Tiny/Llama", memory="1MB"))
+    assert planned.least_memory_bytes == pytest.approx(needed, rel=0.05)
 
 
 @pytest.mark.parametrize("how", BREAKS)
@@ -274,7 +406,7 @@ def test_a_find_that_cannot_be_used_says_why(how: str, home: Path) -> None:
     make_model(cached(home, "Tiny/Whole"))
     whole, broken = scan()
     assert (whole.name, whole.status) == ("Tiny/Whole", "ready")
-    assert (broken.name, broken.status, broken.fits) == ("Tiny/Broken", "no", False)
+    assert (broken.name, broken.status, broken.fits) == ("Tiny/Broken", "no", None)  # whether it would fit is not the question
     assert broken.reason
     assert broken.reason.isprintable()
     with pytest.raises(ModelError) as caught:
@@ -337,6 +469,12 @@ def test_a_name_leads_back_to_its_model(home: Path) -> None:
         assert resolve(choice.name) == choice
 
 
+def test_of_two_models_of_one_name_the_one_that_can_be_used_is_meant(home: Path) -> None:
+    break_pickled(make_model(cached(home, "Tiny/Llama")))
+    usable = make_model(home / ".lmstudio" / "models" / "Tiny" / "Llama")
+    assert resolve("Tiny/Llama").path == resolve().path == usable
+
+
 def test_a_folder_leads_back_to_itself_from_anywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model(home / "here" / "model")
     monkeypatch.chdir(home / "here")
@@ -370,5 +508,5 @@ def test_a_name_that_is_not_here_says_where_it_looked(home: Path) -> None:
     (home / "file.txt").write_text("")
     with pytest.raises(ModelError, match=r"no model 'nobody/nothing'.*edgetune models.*never downloads"):
         resolve("nobody/nothing")
-    with pytest.raises(ModelError, match="is a file"):
+    with pytest.raises(ModelError, match="is no folder"):
         resolve(str(home / "file.txt"))

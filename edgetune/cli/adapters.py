@@ -71,7 +71,7 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
     from edgetune.runtime import peft_folder
 
     choice, base = open_base(model)
-    folder = registry.import_adapter(expand(str(source)), base, choice.name, name)
+    folder = registry.import_adapter(expand(str(source)), base, choice.public_name, name)
     notices = difference_notice(peft_folder.load_config(folder).about.get(RECORD, []))
     if as_json:
         print_json({"adapter": str(folder), "name": folder.name, "model": choice.name, "notices": list(notices)})
@@ -88,10 +88,11 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
 def promote_command(name: str, model: str | None, as_json: bool) -> None:
     """Make NAME the current adapter: the one that chat, ask, generate, eval and export use unless told otherwise."""
     from edgetune.library import adapter_registry as registry
+    from edgetune.library.promotion import promote
 
     folder, choice, base = _kept(name, model)
     registry.load_for(folder, base)
-    registry.set_current(registry.Current(folder.resolve(), choice, base.digest))
+    promote(folder, choice, base.digest)
     if as_json:
         print_json({"adapter": str(folder), "name": name, "model": choice})
         return

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json
+from edgetune.cli.options import adapter_option, device_option, json_option, model_option, model_words, print_json
 from edgetune.reports.text import human_bytes, one_line
 
 
@@ -18,13 +18,15 @@ from edgetune.reports.text import human_bytes, one_line
 @json_option
 def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, as_json: bool) -> None:
     """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better."""
+    from edgetune.library.loading import choose_model
     from edgetune.training.evaluation import evaluate
 
-    result = evaluate(texts, model, adapter, device)
+    choice = choose_model(model)
+    result = evaluate(texts, choice.name, adapter, device)
     if as_json:
         print_json(dataclasses.asdict(result))
         return
-    click.echo(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
+    click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}.")
     click.echo(
         f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "
         f"over {result.documents} documents, {result.tokens:,} tokens, {human_bytes(result.bytes)}."

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from edgetune.cli.options import adapter_option, json_option, model_option, print_json, say
+from edgetune.cli.options import adapter_option, json_option, memory_option, model_option, print_json, say, say_model
 from edgetune.config import parse_bytes
 from edgetune.export.targets import TARGETS
 from edgetune.reports.terminal import renderer
@@ -44,11 +44,8 @@ SMALLEST_COUNT = 1000
     metavar="NOTES",
     help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights.",
 )
-@click.option(
-    "--memory",
-    metavar="2GB",
-    help="Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the "
-    "amount it needs.",
+@memory_option(
+    "Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the amount it needs."
 )
 @click.option(
     "--force", is_flag=True, help="Write the export even if it loses most of the adapter's effect or fails its proof."
@@ -70,12 +67,14 @@ def export_command(
 ) -> None:
     """Write the adapter, or its base model with the adapter merged in, for another program, and prove it with that program."""
     from edgetune.exporting import export_adapter
+    from edgetune.library.loading import choose_model
 
     limit = None if memory is None else parse_bytes(memory)
+    choice = choose_model(model)
     with renderer(as_json, None if as_json else sys.stderr) as shown:
         result = export_adapter(
             target,
-            model=model,
+            model=choice.name,
             adapter=adapter,
             out=out,
             weights=weights,
@@ -86,7 +85,7 @@ def export_command(
             force=force,
             show=shown.show,
         )
-    say(f"Model {one_line(result.model)}, adapter {one_line(result.adapter)}.")
+    say_model(choice, result.adapter)
     for notice in result.notices:
         say(notice)
     if as_json:

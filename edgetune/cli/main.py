@@ -18,7 +18,7 @@ import click
 import edgetune
 from edgetune.home import home
 from edgetune.reports.text import sanitize
-from edgetune.runtime.errors import EdgetuneError
+from edgetune.runtime.errors import EdgetuneError, SettingError, out_of_memory
 from edgetune.runtime.files import explain_full_disk
 
 COMMANDS = {
@@ -38,9 +38,8 @@ COMMANDS = {
 """The module that defines each command, as a function named NAME_command."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
-
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
-"""What torch says where the system refuses memory: on Linux and macOS, and on Windows."""
+WRONG_USAGE = 2
+"""Exit code where what was typed could work on no machine: an unknown flag, a missing argument, a value out of range."""
 
 
 class Commands(click.Group):
@@ -76,16 +75,19 @@ def plain_failures() -> Iterator[None]:
             yield
     except EdgetuneError as error:
         click.echo(f"edgetune: {sanitize(str(error))}", err=True)
-        sys.exit(1)
+        sys.exit(WRONG_USAGE if isinstance(error, SettingError) else 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(WRONG_USAGE)
+    except click.UsageError as error:
+        more = "" if error.ctx is None else f" Type: {error.ctx.command_path} --help"
+        click.echo(f"edgetune: {sanitize(' '.join(error.format_message().split()))}{more}", err=True)
+        sys.exit(WRONG_USAGE)
     except (MemoryError, RuntimeError) as error:
-        # torch has an exception class for this only on NVIDIA cards; elsewhere the message is all there is.
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-            advice = "There is not enough memory for this. End other programs, or type a smaller --memory or --model."
-        elif "out of memory" in str(error):
-            advice = "The device is out of memory. End other programs that use it, or type --device cpu."
-        else:
+        sentence = out_of_memory(error)
+        if sentence is None:
             raise
-        click.echo(f"edgetune: {advice}", err=True)
+        click.echo(f"edgetune: {sentence}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("edgetune: interrupted.", err=True)
@@ -94,9 +96,12 @@ def plain_failures() -> Iterator[None]:
         # Python would complain when it flushes standard output at exit, so give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+        message = out_of_memory(error)
+        if message is None and (error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None):
             raise
-        message = f"No permission to use {error.filename} ({error.strerror}). Check who owns it, or name another place."
+        message = message or (
+            f"No permission to use {error.filename} ({error.strerror}). Check who owns it, or name another place."
+        )
         click.echo(f"edgetune: {sanitize(message)}", err=True)
         sys.exit(1)
 
@@ -111,10 +116,7 @@ def main() -> None:
     logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
     with plain_failures():
         try:
-            code = cli.main(standalone_mode=False)
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
+            code = cli.main(prog_name="edgetune", standalone_mode=False)
         except click.Abort as error:  # click's form of Ctrl-C
             raise KeyboardInterrupt from error
         sys.exit(code if isinstance(code, int) else 0)

@@ -31,8 +31,8 @@ def models_command(folder: str | None, as_json: bool) -> None:
         click.echo(f"{model.status:<8} {one_line(model.name)}")
         size = f"{model.parameters / 1e9:.2f}B parameters, " if model.parameters else ""
         template = "chat template" if model.template else "no chat template"
-        fits = "fits in memory" if model.fits else "does not fit in memory"
-        facts = f"{size}{human_bytes(model.bytes)}, {model.quantisation}, {template}, {fits}"
+        fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
+        facts = f"{size}{human_bytes(model.bytes)}, {model.quantisation}, {template}{fits}"
         click.echo(f"         {model.source}, {facts}")
         if model.reason:
             click.echo(f"         {one_line(model.reason)}")

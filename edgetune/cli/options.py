@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,60 +12,63 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.config import HEADS, GenerateConfig
-from edgetune.reports.text import sanitize
-from edgetune.runtime.device import DEVICES
+from edgetune.config import GenerateConfig, TrainConfig
+from edgetune.reports.text import one_line
+from edgetune.settings import Choice, Setting, Switch, Text, Texts, settings_of
 
 if TYPE_CHECKING:
+    from edgetune.library.base_models import ModelChoice
     from edgetune.session import Session
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-model_option: Decorator = click.option(
-    "--model",
-    metavar="M",
-    help="Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
-)
+
+class SettingType(click.ParamType):
+    """Checks the text of a flag as its Setting says: a wrong one is the same sentence as in config.toml, and exits 2."""
+
+    def __init__(self, declared: Setting) -> None:
+        self.declared, self.name = declared, declared.kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value that a text stands for. Raises SettingError."""
+        return self.declared.read(value) if isinstance(value, str) else value
+
+
+def setting_option(declared: Setting, default: Any = None) -> Decorator:
+    """Return the flag of a setting. default: what the command receives without it; None where config.toml may say otherwise."""
+    if isinstance(declared.kind, Switch):
+        return click.option(declared.flag, declared.name, is_flag=True, default=None, help=declared.explained)
+    metavar = f"[{'|'.join(declared.kind.words)}]" if isinstance(declared.kind, Choice) else declared.metavar
+    if isinstance(declared.kind, Texts):
+        kind = SettingType(dataclasses.replace(declared, kind=Text()))
+        return click.option(declared.flag, declared.name, type=kind, multiple=True, metavar=metavar, help=declared.explained)
+    kind = SettingType(declared)
+    return click.option(declared.flag, declared.name, type=kind, default=default, metavar=metavar, help=declared.explained)
+
+
+def configuration_options(owner: type) -> list[Decorator]:
+    """Return the flags of all settings of a configuration that have one."""
+    return [setting_option(declared) for declared in settings_of(owner) if declared.flag]
+
+
+_GENERATE = {declared.name: declared for declared in settings_of(GenerateConfig)}
+_TRAIN = {declared.name: declared for declared in settings_of(TrainConfig)}
+
+model_option = setting_option(_TRAIN["model"])
 adapter_option: Decorator = click.option(
     "--adapter",
     metavar="A",
     help="Adapter: its name, its folder (PEFT, mlx-lm) or GGUF file; none for the bare base model. Default: the current one.",
 )
-device_option: Decorator = click.option(
-    "--device", type=click.Choice(DEVICES), default=GenerateConfig.device, show_default=True, help="Device to run on."
-)
+device_option = setting_option(_GENERATE["device"], GenerateConfig.device)
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print only machine-readable JSON on standard output."
 )
-max_tokens_option: Decorator = click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=GenerateConfig.max_tokens,
-    show_default=True,
-    metavar="N",
-    help="Maximum number of tokens to write.",
-)
-temperature_option: Decorator = click.option(
-    "--temperature",
-    type=click.FloatRange(0.0, 10.0),
-    metavar="X",
-    help="Randomness in choosing words; 0 always takes the likeliest word. Default: the model's own setting, "
-    f"else {GenerateConfig.temperature:g}.",
-)
-seed_option: Decorator = click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    metavar="S",
-    help="Seed of that randomness: the same seed gives the same words.",
-)
-head_option: Decorator = click.option(
-    "--head",
-    type=click.Choice(HEADS),
-    default=GenerateConfig.head,
-    show_default=True,
-    help="Number format of the output layer: as stored, 8 bits, or 4 bits (fastest, slightly worse). "
-    "auto: int8 on a CPU with kernels.",
-)
+
+
+def memory_option(help: str) -> Decorator:
+    """Return --memory for a command that is no training run."""
+    return setting_option(dataclasses.replace(_TRAIN["memory"], help=help))
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,14 @@ class GenerateOptions:
 
     def session(self) -> Session:
         """Open the model and the adapter, and name both on standard error."""
-        from edgetune.library.base_models import DEMO, DEMO_NOTICE
+        from edgetune.library.loading import choose_model
         from edgetune.session import Session
 
-        session = Session.load(self.model, self.adapter, self.device, self.head)
-        say(f"Model {sanitize(session.model_name)}, adapter {sanitize(session.adapter_name)}.")
-        if self.model is None and session.model_name == DEMO:
-            say(DEMO_NOTICE)
+        choice = choose_model(self.model)
+        session = Session.load(choice.name, self.adapter, self.device, self.head)
+        say_model(choice, session.adapter_name)
         for notice in session.notices:
-            say(sanitize(notice))
+            say(one_line(notice))
         return session
 
     @property
@@ -114,19 +117,31 @@ def generate_options(command: Callable[..., None]) -> Callable[..., Any]:
     ) -> None:
         command(GenerateOptions(model, adapter, device, head, max_tokens, temperature, seed), **others)
 
-    options = (
-        model_option,
-        adapter_option,
-        device_option,
-        head_option,
-        max_tokens_option,
-        temperature_option,
-        seed_option,
-    )
+    # Without --temperature, the model's own setting comes before ours.
+    defaults = {"head": GenerateConfig.head, "max_tokens": GenerateConfig.max_tokens, "temperature": None, "seed": None}
+    own = [setting_option(_GENERATE[name], default) for name, default in defaults.items()]
+    options = (model_option, adapter_option, device_option, *own)
     decorated: Callable[..., Any] = parsed
     for option in reversed(options):
         decorated = option(decorated)
     return decorated
+
+
+def model_words(choice: ModelChoice) -> str:
+    """Return a model's name, followed by the reason for it in brackets where nobody named it."""
+    return one_line(choice.name) + (f" ({choice.why})" if choice.why else "")
+
+
+def say_model(choice: ModelChoice, adapter: str | None = None) -> None:
+    """Say which model is used where nobody named it, and why; with an adapter, say both in any case."""
+    from edgetune.library.base_models import DEMO, DEMO_NOTICE
+
+    if adapter is not None:
+        say(f"Model {model_words(choice)}, adapter {one_line(adapter)}.")
+    elif choice.why:
+        say(f"Model: {model_words(choice)}.")
+    if choice.why and choice.name == DEMO:
+        say(DEMO_NOTICE)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import json_option, print_json
-from edgetune.cli.train import config_of, training_options
+from edgetune.cli.options import json_option, print_json, say_model
+from edgetune.cli.train import training_options
+from edgetune.config import train_config
 from edgetune.machine.shapes import PLANNED
 from edgetune.reports.text import human_bytes, human_time
 
@@ -43,9 +45,14 @@ _VOCABULARY = {
 @json_option
 def plan_command(as_json: bool, **flags: Any) -> None:
     """Predict what `edgetune train` would take with the same options: memory by part, speed, time. Trains nothing."""
+    from edgetune.library.loading import choose_model
     from edgetune.machine.forecast import forecast
 
-    result = forecast(config_of(flags))
+    config = train_config(flags)
+    choice = choose_model() if config.model is None else None  # a name may be that of a shape without weights
+    result = forecast(config if choice is None else dataclasses.replace(config, model=choice.name))
+    if choice is not None:
+        say_model(choice)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -12,102 +12,22 @@ from typing import Any
 
 import click
 
-from edgetune.cli.options import Decorator, json_option, print_json, say
-from edgetune.config import COMPUTE, EPOCHS, RECIPES, RECOMPUTE, REFERENCE_LEARNING_RATE, TrainConfig, train_config
-from edgetune.events import Event, Interrupted, Started
+from edgetune.cli.options import configuration_options, json_option, print_json, say_model
+from edgetune.config import DataConfig, TrainConfig, train_config
+from edgetune.events import Event, Interrupted
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
-from edgetune.runtime.device import DEVICES
 
 SHOWN = 20
 """Files of a kind that --dry-run names; chosen by hand. --json names all."""
-_DEFAULTS = TrainConfig()
-
-_OPTIONS: tuple[Decorator, ...] = (
-    click.argument("notes", nargs=-1),
-    click.option(
-        "--model",
-        metavar="M",
-        help="Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here.",
-    ),
-    click.option("--device", type=click.Choice(DEVICES), help=f"Device to run on. Default: {_DEFAULTS.device}."),
-    click.option("--out", metavar="DIR", help="Folder for the trained adapter. Default: one in edgetune's own data folder."),
-    click.option(
-        "--steps", type=int, metavar="N", help="Number of steps. Each updates the adapter once, from one batch of notes."
-    ),
-    click.option(
-        "--epochs",
-        type=float,
-        metavar="E",
-        help=f"Number of passes over the notes. Default: {EPOCHS:g}, or more if there are few notes.",
-    ),
-    click.option("--minutes", type=float, metavar="N", help="Stop after this many minutes, at the end of a step."),
-    click.option("--until", metavar="HH:MM", help="Stop at this time of day, at the end of a step."),
-    click.option(
-        "--memory", metavar="2GB", help="Limit on peak memory; settings are chosen to fit. Default: most of what is free."
-    ),
-    click.option("--rank", type=int, metavar="R", help=f"Rank (size) of the adapter. Default: {_DEFAULTS.rank}."),
-    click.option(
-        "--alpha", type=float, metavar="A", help=f"The adapter is scaled by alpha/rank. Default: {_DEFAULTS.alpha:g}."
-    ),
-    click.option("--dropout", type=float, metavar="P", help=f"LoRA dropout. Default: {_DEFAULTS.dropout:g}."),
-    click.option(
-        "--targets",
-        metavar="LIST",
-        help=f"Linear layers to adapt, separated by commas. Default: {','.join(_DEFAULTS.targets)}.",
-    ),
-    click.option("--rslora", is_flag=True, default=None, help="Scale the adapter by alpha/sqrt(rank) instead of alpha/rank."),
-    click.option(
-        "--lr",
-        type=float,
-        metavar="X",
-        help=f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, or more for small models.",
-    ),
-    click.option(
-        "--seq-len",
-        type=int,
-        metavar="T",
-        help=f"Longest sequence in tokens; longer notes are split. Default: {_DEFAULTS.data.seq_len}.",
-    ),
-    click.option("--batch-tokens", type=int, metavar="N", help=f"Tokens per step. Default: {_DEFAULTS.data.batch_tokens}."),
-    click.option("--seed", type=int, metavar="S", help=f"Seed of all randomness. Default: {_DEFAULTS.data.seed}."),
-    click.option(
-        "--recipe", type=click.Choice(RECIPES), help=f"How notes become training text. Default: {_DEFAULTS.data.recipe}."
-    ),
-    click.option(
-        "--encoding",
-        metavar="NAME",
-        help="Encoding of notes that are not UTF-8, for example windows-1250. Default: recognised.",
-    ),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out files that match; may be repeated."),
-    click.option("--from", "from_adapter", metavar="A", help="Start from this adapter instead of a new one."),
-    click.option(
-        "--recompute",
-        type=click.Choice(RECOMPUTE),
-        help=f"Activations to recompute: slower, but takes less memory. Default: {_DEFAULTS.recompute}, the fastest that fits.",
-    ),
-    click.option(
-        "--compute",
-        type=click.Choice(COMPUTE),
-        help="Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU with AMX. "
-        f"Default: {_DEFAULTS.compute}, the fastest on this machine.",
-    ),
-)
 
 
 def training_options(command: Callable[..., None]) -> Callable[..., Any]:
     """Add the notes and every setting of a training run to a command, named as `train_config` expects them."""
     decorated: Callable[..., Any] = command
-    for option in reversed(_OPTIONS):
+    for option in reversed([*configuration_options(TrainConfig), *configuration_options(DataConfig)]):
         decorated = option(decorated)
-    return decorated
-
-
-def config_of(flags: dict[str, Any]) -> TrainConfig:
-    """Return the settings that the flags of `training_options` stand for."""
-    if flags["targets"] is not None:
-        flags["targets"] = tuple(flags["targets"].split(","))
-    return train_config(flags)
+    return click.argument("notes", nargs=-1)(decorated)
 
 
 @click.command("train")
@@ -128,7 +48,7 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
     Ctrl-C stops training and loses nothing: run the same command again to continue. The same goes for a crash or a deadline.
     """
-    config = config_of(flags)
+    config = train_config(flags)
     if dry_run:
         _show_notes(config, as_json)
     else:
@@ -137,10 +57,20 @@ def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool,
 
 def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) -> None:
     """Train, show the events, and exit with 128 + the signal's number if a signal stopped the run."""
-    from edgetune.library.base_models import DEMO, DEMO_NOTICE
+    from edgetune.library.loading import choose_model
     from edgetune.training.keep_awake import awake
     from edgetune.training.train import train
 
+    choice, spoken = choose_model(config.model), False
+
+    def show(event: Event) -> None:
+        nonlocal spoken
+        if not spoken:
+            say_model(choice)
+            spoken = True
+        ui.show(event)
+
+    config = dataclasses.replace(config, model=choice.name)
     stop = threading.Event()
     caught: list[int] = []
     previous = _stop_on_signals(stop, caught)
@@ -148,9 +78,7 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
     try:
         with awake(), renderer(as_json) as ui:
             for event in train(config, stop, fresh, private_link):
-                ui.show(event)
-                if isinstance(event, Started) and config.model is None and event.model == DEMO:
-                    say(DEMO_NOTICE)
+                show(event)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -7,6 +7,7 @@ adapter and the model it was trained on. Training names an adapter by the time a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -38,11 +39,15 @@ _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 @dataclass(frozen=True)
 class Current:
-    """The current adapter: its folder, its base model (as `--model` names it) and that model's digest."""
+    """The current adapter: its folder, its base model (as `--model` names it) and that model's digest.
+
+    `demo_alone` is True if no other model than the demo was ready when this adapter became the current one.
+    """
 
     adapter: Path
     model: str
     base: str
+    demo_alone: bool = True
 
 
 def adapters_folder(base: str) -> Path:
@@ -69,7 +74,7 @@ def run_folder(name: str) -> Path:
 
 def set_current(current: Current) -> None:
     """Make an adapter the current one, for every command that is given no --adapter."""
-    record = {"adapter": str(current.adapter), "model": current.model, "base": current.base}
+    record = {**dataclasses.asdict(current), "adapter": str(current.adapter)}
     atomic_write(private_folder(home()) / CURRENT, json.dumps(record, indent=2) + "\n")
 
 
@@ -77,8 +82,9 @@ def get_current() -> Current | None:
     """Return the current adapter, or None if none was made current or its folder is gone."""
     try:
         record = json.loads((home() / CURRENT).read_text())
-        current = Current(Path(record["adapter"]), str(record["model"]), str(record["base"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        alone = record.get("demo_alone") is not False
+        current = Current(Path(record["adapter"]), str(record["model"]), str(record["base"]), alone)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return current if (current.adapter / peft_folder.CONFIG_FILE).is_file() else None
 

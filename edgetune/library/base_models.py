@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgetune.config import TrainConfig
+from edgetune.config import train_config
+from edgetune.home import expand
 from edgetune.library.inspect_model import SUGGESTED, FoundModel, Room, config_of, is_mlx, printable
 from edgetune.library.places import candidates, candidates_in, newest_snapshot
 from edgetune.memory_settings import memory_allowed
@@ -23,23 +25,41 @@ NOTHING_FOUND = (
 )
 """What `edgetune models` says where there is no base model but the demo."""
 
+_WHERE = {
+    "Hugging Face": "in your Hugging Face cache",
+    "LM Studio": "in LM Studio's folder",
+    "Ollama": "in Ollama's folder",
+    "folder": "in the folder that you named",
+}
+"""Words for the place where a model was found, by its source."""
+
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The base model to use: its folder, and a name that leads `resolve` back to it."""
+    """The base model to use: its folder, and a name that leads `resolve` back to it.
+
+    `why` says why it was chosen where nobody named it, in words that follow its name in brackets.
+    """
 
     path: Path
     name: str
+    why: str = field(default="", compare=False)
+
+    @property
+    def public_name(self) -> str:
+        """Return the name without the folders above it, which may tell whose machine this is: for adapters and exports."""
+        return Path(self.name).name if Path(self.name).is_absolute() else self.name
 
 
 def scan(folder: Path | str | None = None) -> list[FoundModel]:
     """Return every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first."""
-    device = pick_device("auto").type
-    room = Room(memory_allowed(TrainConfig(), device), device)
-    seen: set[Path] = set()
+    train = train_config({})  # what `edgetune plan` and `edgetune train` take without options
+    device = pick_device(train.device).type
+    room = Room(memory_allowed(train, device), device, train)
+    seen: set[str] = set()
     found = []
     for candidate in candidates(folder):
-        path = candidate.path.resolve()
+        path = os.path.realpath(candidate.path)
         if path not in seen:
             seen.add(path)
             found.append(candidate.inspect(room))
@@ -53,7 +73,8 @@ def best(found: list[FoundModel]) -> ModelChoice | None:
     if not usable:
         return None
     chosen = max(usable, key=lambda model: (model.parameters or 0, model.template, model.name))
-    return ModelChoice(chosen.path, chosen.name)
+    rank = "the only one that is ready" if len(usable) == 1 else f"the largest of {len(usable)} that are ready"
+    return ModelChoice(chosen.path, chosen.name, f"{rank}, {_WHERE[chosen.source]}")
 
 
 def resolve(name: str | None = None) -> ModelChoice:
@@ -63,20 +84,23 @@ def resolve(name: str | None = None) -> ModelChoice:
     model that fits in memory, else the demo. Raises ModelError for a model that is not here or cannot be used.
     """
     if name is None:
-        return best(scan()) or _demo()
+        return best(scan()) or replace(_demo(), why="built in, since no other model is ready here")
     if name == DEMO:
         return _demo()
-    path = Path(name).expanduser()
-    if path.exists():
+    path = expand(name)
+    if os.path.lexists(path):
         return _resolve_path(path)
-    # An exact name anywhere goes before a shortened one.
+    # An exact name anywhere goes before a shortened one; of two that have it, the one that can be used.
     for matches in (str.__eq__, _is_short_for):
+        refused = None
         for candidate in candidates():
             if matches(printable(candidate.name), name):
                 found = candidate.inspect()
-                if found.status == "no":
-                    raise ModelError(found.reason)
-                return ModelChoice(found.path, found.name)
+                if found.status != "no":
+                    return ModelChoice(found.path, found.name)
+                refused = refused or found
+        if refused is not None:
+            raise ModelError(refused.reason)
     raise ModelError(
         f"There is no model {name[:200]!r} on this machine; expected a folder, the id of a model in the Hugging Face "
         "cache, an LM Studio or Ollama name, or 'demo'. Type `edgetune models` to see what is here; edgetune never "
@@ -93,8 +117,8 @@ def _resolve_path(path: Path) -> ModelChoice:
     for candidate in candidates_in(path, "folder", depth=0):
         if candidate.answer is not None or is_mlx(config_of(path)):
             raise ModelError(candidate.inspect().reason)
-    if not path.is_dir():
-        raise ModelError(f"{path} is a file; expected a model's folder. Type `edgetune models` to see what is here.")
+    if not os.path.isdir(path):
+        raise ModelError(f"{path} is no folder; expected that of a model. Type `edgetune models` to see what is here.")
     path = path.resolve()
     return ModelChoice(path, str(path))
 

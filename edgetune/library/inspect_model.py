@@ -6,6 +6,8 @@ weights are loaded.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,16 +35,20 @@ Status = Literal["ready", "convert", "no"]
 
 @dataclass(frozen=True)
 class Room:
-    """The memory, in bytes, that training may use on a device, by the device's kind ("cpu", "cuda" or "mps")."""
+    """The memory, in bytes, that training may use on a device ("cpu", "cuda" or "mps"), and the settings of the training."""
 
     memory: int
     device: str
+    train: TrainConfig
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model on this machine. `bytes` is the size of its weights on disk; `reason` is one sentence, or "" where nothing
-    needs to be said."""
+    """A model on this machine.
+
+    `bytes` is the size of its weights on disk. `fits` says whether it can be trained in the memory that is free; None where
+    that is not the question, because it cannot be used at all. `reason` is one sentence, or "" where nothing needs to be said.
+    """
 
     name: str
     path: Path
@@ -52,7 +58,7 @@ class FoundModel:
     quantisation: str = "unknown"
     architecture: str = "unknown"
     template: bool = False
-    fits: bool = False
+    fits: bool | None = None
     status: Status = "no"
     reason: str = ""
 
@@ -72,19 +78,19 @@ def inspect_folder(folder: Path, name: str, source: str, room: Room | None) -> F
             reason=f"{name} is quantised by MLX, and edgetune cannot train on that form; fetch the model it was made from.",
         )
     checkpoint = open_model(folder)
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+    if not any(os.path.isfile(folder / file) for file in ("tokenizer.json", "tokenizer.model")):
         raise ModelError(f"{folder} has neither tokenizer.json nor tokenizer.model; copy one from the model's publisher.")
-    needed = 0 if room is None else least_memory_to_train(checkpoint, TrainConfig(), room.device)
+    needed = 0 if room is None else least_memory_to_train(checkpoint, room.train, room.device)
     found = replace(
         outline,
         bytes=checkpoint.nbytes,
         parameters=checkpoint.config.parameters,
         quantisation=_quantisation(checkpoint),
-        fits=room is not None and needed <= room.memory,
+        fits=None if room is None else needed <= room.memory,
         status="ready",
     )
     if room is not None and not found.fits:
-        short = f"Training it takes at least {needed / 1e9:.1f} GB of memory, and {room.memory / 1e9:.1f} GB may be used."
+        short = f"Training it takes at least {needed / 1e9:.2f} GB of memory, and {room.memory / 1e9:.2f} GB may be used."
         found = replace(found, reason=short)
     if checkpoint.quant is None and checkpoint.nbytes > CONVERT_BYTES:
         command = f"Quantise it once, so that it does not have to be quantised at every start: edgetune quantize {name} DEST"
@@ -156,10 +162,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return up to MAX_ENTRIES entries of a folder in a stable order; [] where it cannot be listed."""
+    """Return up to MAX_ENTRIES entries of a folder, in a stable order if it has no more; [] where it cannot be listed."""
     try:
-        return sorted(folder.iterdir())[:MAX_ENTRIES]
-    except OSError:
+        return sorted(itertools.islice(folder.iterdir(), MAX_ENTRIES))
+    except (OSError, ValueError):
         return []
 
 
@@ -171,6 +177,14 @@ def file_size(path: Path) -> int:
         return 0
 
 
+def modified(path: Path) -> float:
+    """Return the time of a file's last change, in seconds since 1970; 0 where it cannot be read."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def plain_word(value: Any) -> str | None:
     """Return `value` if it is a short word such as "LlamaForCausalLM", else None."""
     return value if isinstance(value, str) and re.fullmatch(r"[\w.+-]{1,40}", value) else None
@@ -179,7 +193,7 @@ def plain_word(value: Any) -> str | None:
 def _has_template(folder: Path) -> bool:
     try:
         return read_template(folder) is not None
-    except EdgetuneError:
+    except (EdgetuneError, OSError):
         return False
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from edgetune.config import HEADS
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
-from edgetune.library.base_models import ModelChoice, resolve
+from edgetune.library.base_models import DEMO, ModelChoice, best, resolve, scan
 from edgetune.runtime import ops
 from edgetune.runtime.budget import Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
-from edgetune.runtime.errors import UsageError
+from edgetune.runtime.errors import ModelError, SettingError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.tokenizer import Tokenizer
@@ -39,14 +39,32 @@ Base = tuple[ModelChoice, Checkpoint]
 """A base model that was found and opened, but whose weights have not been read yet."""
 
 
-def open_base(name: str | None) -> Base:
-    """Find and open the model that `name` stands for, without reading its weights.
+def choose_model(name: str | None = None) -> ModelChoice:
+    """Return the model that every command uses: the one named or, for None, the current adapter's, else the best one here.
 
-    name: as in `resolve`, but None prefers the current adapter's model to the best one found. Raises ModelError, also
-    for a bundle of `export mps` whose files were changed.
+    The demo's adapter holds its model only until a real one arrives: if the demo was all there was when that adapter became
+    the current one, and another model is ready now, that one is chosen. Raises ModelError.
     """
     current = registry.get_current()
-    choice = resolve(name if name is not None or current is None else current.model)
+    if name is not None or current is None:
+        return resolve(name)
+    if current.model == DEMO and current.demo_alone and (found := best(scan())) is not None:
+        return replace(found, why=f"{found.why}; the current adapter is the demo's: to use it, type --model demo")
+    try:
+        return replace(resolve(current.model), why="the current adapter's")
+    except ModelError as error:
+        raise ModelError(
+            f"The base model of the current adapter, {current.adapter.name}, cannot be used: {str(error).rstrip('.')}. Or name "
+            "another with --model."
+        ) from error
+
+
+def open_base(name: str | None) -> Base:
+    """Find and open the model that `choose_model` returns, without reading its weights.
+
+    Raises ModelError, also for a bundle of `export mps` whose files were changed.
+    """
+    choice = choose_model(name)
     bundle.check_base(choice.path)
     return choice, open_model(choice.path)
 
@@ -87,7 +105,7 @@ def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str |
     bits per byte (LOG.md, "eight-bit head"). A head that is stored in 4 bits stays as it is.
     """
     if head not in HEADS:
-        raise UsageError(f"--head is {head!r}; expected one of {', '.join(HEADS)}.")
+        raise SettingError(f"--head is {head!r}; expected one of {', '.join(HEADS)}.")
     if head == "auto":
         return "int8" if ops.multiplies_int8(device) and not checkpoint.quantized_head else None
     if head == "int8" and checkpoint.quantized_head:

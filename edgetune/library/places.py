@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgetune.home import expand
 from edgetune.library.inspect_model import (
     MAX_ENTRIES,
     FoundModel,
@@ -16,6 +17,7 @@ from edgetune.library.inspect_model import (
     inspect_folder,
     inspect_gguf,
     list_folder,
+    modified,
     outline_of,
     plain_word,
     printable,
@@ -39,43 +41,69 @@ class Candidate:
 
         Never raises: a fault becomes the answer's `reason`.
         """
+        found = FoundModel(self.name, self.path, self.source)
         try:
-            found = self.answer or inspect_folder(self.path, self.name, self.source, room)
-        except EdgetuneError as error:
-            found = replace(outline_of(self.path, self.name, self.source), reason=str(error))
+            try:
+                found = self.answer or inspect_folder(self.path, self.name, self.source, room)
+            except EdgetuneError as error:
+                found = replace(found, reason=str(error))
+                found = replace(outline_of(self.path, self.name, self.source), reason=str(error))
         except Exception as error:  # a hostile file may provoke anything: the list of models must survive it
             reason = f"{self.path} could not be read ({type(error).__name__}); copy or download it again."
-            found = FoundModel(self.name, self.path, self.source, reason=reason)
+            found = replace(found, reason=found.reason or reason)
         return replace(found, name=printable(found.name), reason=printable(found.reason))
 
 
 def candidates(folder: Path | str | None = None) -> Iterator[Candidate]:
-    """Yield the candidates in `folder`, if one is given, then those in the Hugging Face cache, LM Studio and Ollama."""
+    """Yield the candidates in `folder`, if one is given, then those in the Hugging Face cache, LM Studio and Ollama.
+
+    Raises ModelError for a `folder` that does not exist.
+    """
     if folder is not None:
-        yield from candidates_in(Path(folder).expanduser(), "folder", depth=2)
-    yield from _hugging_face(_hub_cache())
+        named = expand(str(folder))
+        if not os.path.lexists(named):
+            raise ModelError(f"There is no folder {named}; name one that holds models, or none for the usual places alone.")
+        yield from _unreadable(named, "folder")
+        yield from candidates_in(named, "folder", depth=2)
+    hub, ollama = _hub_cache(), Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    yield from _unreadable(hub, "Hugging Face")
+    yield from _hugging_face(hub)
     for root in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
+        yield from _unreadable(root, "LM Studio")
         yield from candidates_in(root, "LM Studio", depth=3)
-    yield from _ollama(Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models"))
+    yield from _unreadable(ollama, "Ollama")
+    yield from _ollama(ollama)
+
+
+def _unreadable(place: Path, source: str) -> Iterator[Candidate]:
+    """Yield a candidate that says why a place where models may be cannot be listed; none if it can, or is not there."""
+    try:
+        if not os.path.isfile(place):
+            os.scandir(place).close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        reason = f"{place} cannot be listed ({error.strerror}); check who owns it and its permissions."
+        yield Candidate(str(place), place, source, FoundModel(str(place), place, source, reason=reason))
 
 
 def candidates_in(folder: Path, source: str, depth: int, name: str = "") -> Iterator[Candidate]:
     """Yield the models in `folder`: the folder itself, its GGUF files, and those of its subfolders down to `depth` levels."""
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix == ".gguf" and os.path.isfile(folder):
         yield _gguf(folder, name or folder.stem, source)
         return
-    if (folder / "config.json").is_file():
-        yield Candidate(name or (str(folder.resolve()) if source == "folder" else folder.name), folder, source)
+    if os.path.isfile(folder / "config.json"):
+        yield Candidate(name or (os.path.realpath(folder) if source == "folder" else folder.name), folder, source)
         return
     entries = list_folder(folder)
-    files = [path for path in entries if path.suffix == ".gguf" and not path.name.startswith("mmproj") and path.is_file()]
+    files = [path for path in entries if path.suffix == ".gguf" and not path.name.startswith("mmproj") and os.path.isfile(path)]
     # A model split into several GGUF files is one model: only its first part is listed.
     first = [path for path in files if not re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name) or "-00001-of-" in path.name]
     for path in first:
         yield _gguf(path, name if len(first) == 1 and name else f"{name}/{path.stem}".lstrip("/"), source)
     if depth > 0:
         for path in entries:
-            if path.is_dir() and not path.name.startswith("."):
+            if os.path.isdir(path) and not path.name.startswith("."):
                 inner = f"{name}/{path.name}".lstrip("/") if source != "folder" else ""
                 yield from candidates_in(path, source, depth - 1, inner)
 
@@ -110,13 +138,13 @@ def newest_snapshot(folder: Path) -> Path | None:
     """Return the revision that refs/main names, else the newest one, of a cache entry `models--org--name`; None for any other
     folder."""
     try:
-        revision = read_untrusted(folder / "refs" / "main", HUB_REFERENCE).decode().strip()
-    except (ModelError, ValueError):
+        revision = read_untrusted(folder / "refs" / "main", HUB_REFERENCE).decode("ascii", "replace").strip()
+    except ModelError:
         revision = ""
-    if re.fullmatch(r"[0-9a-f]{8,64}", revision) and (folder / "snapshots" / revision).is_dir():
+    if re.fullmatch(r"[0-9a-f]{8,64}", revision) and os.path.isdir(folder / "snapshots" / revision):
         return folder / "snapshots" / revision
-    snapshots = [path for path in list_folder(folder / "snapshots") if path.is_dir()]
-    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+    snapshots = [path for path in list_folder(folder / "snapshots") if os.path.isdir(path)]
+    return max(snapshots, key=modified, default=None)
 
 
 # --- Ollama -----------------------------------------------------------------------------------------------------------
@@ -125,10 +153,11 @@ def newest_snapshot(folder: Path) -> Path | None:
 def _ollama(root: Path) -> Iterator[Candidate]:
     """Yield Ollama's models. It keeps manifests/HOST/NAMESPACE/MODEL/TAG, each a JSON object that names blobs by digest."""
     manifests = root / "manifests"
-    for count, path in enumerate(sorted(manifests.glob("*/*/*/*")) if manifests.is_dir() else []):
-        if count >= MAX_ENTRIES:
-            return
-        if path.is_file():
+    found = [manifests]
+    for _ in range(4):
+        found = [path for folder in found for path in list_folder(folder)][:MAX_ENTRIES]
+    for path in found:
+        if os.path.isfile(path):
             host, namespace, model, tag = path.relative_to(manifests).parts
             # `ollama` itself leaves its default host and namespace out of a name.
             parts = [host] * (host != "registry.ollama.ai") + [namespace] * (namespace != "library") + [f"{model}:{tag}"]

@@ -6,7 +6,6 @@ The time of a step is measured on one and on two layers of the model's shape wit
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ import torch
 
 from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
-from edgetune.home import home
-from edgetune.library.base_models import resolve
+from edgetune.library.loading import open_base
 from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
@@ -37,13 +35,14 @@ from edgetune.memory_settings import (
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
-from edgetune.runtime.checkpoint import Checkpoint, open_model
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import DeviceError, UsageError
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.scratch import scratch_folder
 from edgetune.training.setup import named_adapter, read_and_split, tokenize_notes
 
 
@@ -127,8 +126,7 @@ def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | Non
     """Return name, config, stored form and checkpoint of a model on this machine, or of a shape in SHAPES (no checkpoint)."""
     if name in PLANNED and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
-    choice = resolve(name)
-    checkpoint = open_model(choice.path)
+    choice, checkpoint = open_base(name)
     return choice.name, checkpoint.config, Stored.of(checkpoint), checkpoint
 
 
@@ -150,8 +148,8 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
 def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
     _, parted = read_and_split(train)
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=home()) as scratch:
-        store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), Path(scratch))
+    with scratch_folder() as scratch:
+        store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), scratch)
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)

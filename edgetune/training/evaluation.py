@@ -6,10 +6,8 @@ Bits per byte of text do not depend on the tokenizer, so they compare models tha
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgetune.config import DataConfig
 from edgetune.dataset.packing import BitsPerByte, bits_per_byte, evaluation_batches
@@ -20,6 +18,7 @@ from edgetune.library.loading import load_base, open_base
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.runner import Runner
+from edgetune.scratch import scratch_folder
 
 LARGEST_LOG_PERPLEXITY = 700.0
 """Nats per token beyond which perplexity would overflow a double (exp(709.8) does)."""
@@ -64,8 +63,8 @@ def evaluate(texts: Sequence[str], model: str | None = None, adapter: str | None
     if found is not None:
         adapters.attach(loaded.model, found)
     settings = DataConfig()
-    with tempfile.TemporaryDirectory(prefix="edgetune-") as folder:
-        store = tokenize(reading.documents, loaded.tokenizer, Path(folder) / "tokens")
+    with scratch_folder() as folder:
+        store = tokenize(reading.documents, loaded.tokenizer, folder / "tokens")
         result = evaluate_store(Runner(loaded.model), store, settings.seq_len, settings.batch_tokens)
     if not math.isfinite(result.bits_per_byte):
         raise ModelError(

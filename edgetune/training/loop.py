@@ -288,7 +288,7 @@ class TrainingLoop:
         yield from self._samples("after")
         best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._adapter_record(score, best_step))
         folder = adapter_folder(self.run)
-        peft_folder.save(best, folder, self.run.loaded.choice.name)
+        peft_folder.save(best, folder, self.run.loaded.choice.public_name)
         promoted = should_promote(state.score_before, score)
         if promoted:
             promote(folder, self.run.loaded.choice.name, self.plan.base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.reading import read_notes
 from edgetune.documents.summary import sentences
+from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
@@ -284,5 +284,5 @@ def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
 
 
 def _documents_digest(documents: list[Document]) -> str:
-    """Return one digest for a set of documents, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(document.digest for document in documents)).encode()).hexdigest()
+    """Return one digest for a set of documents, whatever their order. It is keyed, because adapters are given away with it."""
+    return keyed_digest("\n".join(sorted(document.digest for document in documents)))

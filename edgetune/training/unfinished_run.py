@@ -27,6 +27,7 @@ from edgetune.home import expand, private_folder, unfinished_folder
 from edgetune.lock import Lock, lock_output
 from edgetune.runtime.errors import BusyError
 from edgetune.runtime.files import atomic_write
+from edgetune.scratch import delete_leftovers
 from edgetune.training.sealed_files import DamagedError
 
 FORMAT = 5
@@ -72,6 +73,7 @@ def lock_run(config: TrainConfig, base: str) -> Iterator[UnfinishedRun]:
     base: digest of the base model. Raises BusyError where another process holds either lock.
     """
     folder, key = unfinished_folder(), run_key(config, base)
+    delete_leftovers()
     with contextlib.ExitStack() as locks:
         locks.enter_context(Lock(folder / f"{key}.lock", "this run"))
         if config.out is not None:

@@ -14,7 +14,7 @@ from edgetune.export.job import Job
 from edgetune.export.merge import Merged
 from edgetune.export.targets import MeasuredForm
 from edgetune.runtime.config import LINEARS, QuantConfig
-from edgetune.runtime.errors import UsageError
+from edgetune.runtime.errors import SettingError
 from edgetune.runtime.names import EMBEDDING, HEAD, is_linear, linear_weight
 
 ADAPTER_AS = ("inputs", "functions", "merged")
@@ -92,11 +92,11 @@ class Contents:
 def contents_of(job: Job) -> Contents:
     """Return the contents of a job's package.
 
-    Raises UsageError for an unknown --adapter-as, AdapterError for --adapter-as without an adapter.
+    Raises SettingError for an unknown --adapter-as, AdapterError for --adapter-as without an adapter.
     """
     how = job.adapter_as
     if how not in (None, *ADAPTER_AS):
-        raise UsageError(f"Unknown --adapter-as {how}; expected inputs, functions or merged.")
+        raise SettingError(f"Unknown --adapter-as {how}; expected inputs, functions or merged.")
     if how is not None:
         job.needed_adapter()
     return Contents(job, how or ("inputs" if job.adapter is not None else None))
