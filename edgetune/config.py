@@ -95,7 +95,8 @@ class TrainConfig:
     clip: float = 1.0  # the paper's 0.3 would clip every step of a small model's short run
     recompute: str = "auto"  # the fastest that fits in memory
     compute: str = "auto"  # the fastest on this machine
-    evaluations: int = 5  # enough to catch where overfitting begins, in less than a tenth of the run's time
+    evaluations: int = 5  # enough to catch where overfitting begins; a short run has fewer
+    evaluation_share: float = 0.1  # upper bound on the share of the run's work that evaluations take (0 to 1)
     from_adapter: str | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +106,8 @@ class TrainConfig:
         for name, value in (("epochs", self.epochs), ("minutes", self.minutes), ("lr", self.lr), ("clip", self.clip)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name} is {value}; expected a positive number.")
+        if not 0 < self.evaluation_share <= 1:
+            raise UsageError(f"evaluation_share is {self.evaluation_share}; expected a share above 0 and up to 1, such as 0.1.")
         if self.lr is not None and self.lr > 1:
             raise UsageError(f"--lr is {self.lr}; expected at most 1. Type e.g. --lr 2e-4.")
         if self.recompute not in RECOMPUTE:
@@ -186,12 +189,23 @@ def parse_bytes(text: str) -> int:
 
 
 def seconds_until(clock: str, now: datetime | None = None) -> float:
-    """Return the seconds from now to the next HH:MM on the local clock. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})", clock)
+    """Return the seconds from `now` until the local clock next shows HH:MM, however it is changed until then.
+
+    now: local time, the present by default. A time that a change of the clock leaves out is taken as if the clock had not
+    changed; of one that the clock shows twice, the next is meant. Raises UsageError.
+    """
+    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})", clock)
     if match is None or int(match[1]) > 23 or int(match[2]) > 59:
         raise UsageError(f"--until is {clock!r}; expected a time of day such as 06:30.")
     now = now or datetime.now()
-    end = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    if end <= now:
-        end += timedelta(days=1)
-    return (end - now).total_seconds()
+    start = now.timestamp()
+    days = [
+        (now + timedelta(days=day)).replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0) for day in (0, 1)
+    ]
+    return min(moment for day in days for moment in _moments(day) if moment > start) - start
+
+
+def _moments(local: datetime) -> list[float]:
+    """Return the times, in seconds since 1970, at which the local clock shows `local`: one, or two where it is set back."""
+    moments = [local.replace(fold=fold).timestamp() for fold in (0, 1)]
+    return [moment for moment in moments if datetime.fromtimestamp(moment) == local.replace(fold=0)] or moments[:1]

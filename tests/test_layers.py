@@ -58,7 +58,7 @@ PRODUCT = (
     {"training", "session", "chat", "exporting"},
     {"library", "dataset"},
     {"documents", "reports", "memory_settings"},
-    {"config", "events", "home", "lock", "demo", "_version"},
+    {"config", "events", "home", "lock", "progress", "demo", "_version"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""
 

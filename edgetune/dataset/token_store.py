@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -105,11 +105,12 @@ class TokenStore:
 
 
 def tokenize(
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     tokenizer: TextTokenizer,
     path: Path | str,
     train_on: TrainOn = "assistant",
     chat_format: ChatFormat = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TokenStore:
     """Write the tokens of `documents` to the folder `path` (replaced atomically; files 0600) and return them memory-mapped.
 
@@ -122,7 +123,9 @@ def tokenize(
     start = trained = 0
     with atomic_folder(path) as folder:
         with private_file(folder / "ids.bin") as ids_file, private_file(folder / "trained.bin") as trained_file:
+            whole, done = sum(document.size for document in documents), 0
             for document in documents:
+                progress(done, whole)
                 if document.turns is None:
                     pieces, scored = note_pieces(tokenizer, document.text), document.size
                 else:
@@ -133,6 +136,7 @@ def tokenize(
                     trained_file.write(np.asarray(marks, dtype=np.uint8).tobytes())
                     tokens += len(ids)
                     trained += len(marks) - marks.count(CONTEXT)
+                done += document.size
                 if tokens:
                     stored.append(StoredDocument(document.path, document.digest, start, tokens, scored))
                     start += tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 
 from edgetune.documents.chats import read_chats
@@ -20,7 +20,10 @@ _MARKDOWN = (".md", ".markdown")
 
 
 def read_notes(
-    paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = (), keep_front_matter: bool = False
+    paths: Sequence[str | os.PathLike[str]],
+    exclude: Sequence[str] = (),
+    keep_front_matter: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
@@ -32,7 +35,8 @@ def read_notes(
     skipped = list(found.skipped)
     encodings: Counter[str] = Counter()
     digests: set[str] = set()
-    for file in found.found.values():
+    for number, file in enumerate(found.found.values()):
+        progress(number, len(found.found))
         read, failed, encoding = read_file(file, keep_front_matter)
         skipped += failed
         if encoding:
