@@ -199,9 +199,8 @@ def seconds_until(clock: str, now: datetime | None = None) -> float:
         raise UsageError(f"--until is {clock!r}; expected a time of day such as 06:30.")
     now = now or datetime.now()
     start = now.timestamp()
-    days = [
-        (now + timedelta(days=day)).replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0) for day in (0, 1)
-    ]
+    today = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    days = (today, today + timedelta(days=1))
     return min(moment for day in days for moment in _moments(day) if moment > start) - start
 
 

@@ -15,6 +15,8 @@ QUIET_SECONDS = 2.0
 """Seconds that a stage may take without a word; chosen by hand."""
 EVENT_SECONDS = 0.5
 """Shortest time between two events of a stage, in seconds; chosen by hand."""
+ALIVE_SECONDS = 5.0
+"""Seconds after which another event shows that a stage is alive, though no further percent is done; chosen by hand."""
 
 
 def ignore(done: int, total: int) -> None:
@@ -25,7 +27,8 @@ class Stages:
     """Makes Working events of the progress of one stage after another, and passes them to `show`.
 
     The first event of a stage comes after `quiet` seconds. From then on one comes with a new whole percent, at most every
-    `pause` seconds, and one with the end. `check` is called at each report and may raise to end the work.
+    `pause` seconds, one after ALIVE_SECONDS without any, and one with the end. `check` is called at each report and may raise
+    to end the work.
     """
 
     def __init__(
@@ -49,8 +52,8 @@ class Stages:
         if stage != self._stage or (done == 0 and self._percent > 0):
             self._begin(stage)
         now, percent = time.monotonic(), done * 100 // max(total, 1)
-        is_end = done >= total and self._percent >= 0
-        if percent == self._percent or now - self._start < self._quiet or (now - self._told < self._pause and not is_end):
+        pause = ALIVE_SECONDS if percent == self._percent else 0.0 if done >= total else self._pause
+        if now - self._start < self._quiet or now - self._told < pause:
             return
         self._percent, self._told = percent, now
         self._show(Working(stage, done, total, now - self._start))

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json
+from edgetune.cli.options import adapter_option, device_option, json_option, model_option, print_json, progress_shown
 from edgetune.reports.text import human_bytes, one_line
 
 
@@ -20,7 +20,8 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
     """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better."""
     from edgetune.training.evaluation import evaluate
 
-    result = evaluate(texts, model, adapter, device)
+    with progress_shown() as show:
+        result = evaluate(texts, model, adapter, device, show)
     if as_json:
         print_json(dataclasses.asdict(result))
         return

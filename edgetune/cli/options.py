@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgetune.config import HEADS, GenerateConfig
+from edgetune.progress import Show
+from edgetune.reports.terminal import renderer
 from edgetune.reports.text import sanitize
 from edgetune.runtime.device import DEVICES
 
@@ -135,3 +139,10 @@ def print_json(value: dict[str, Any]) -> None:
 def say(text: str) -> None:
     """Print a line for the user on standard error, where it does not end up in a pipe."""
     click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[Show]:
+    """Yield a function that shows Working events on standard error, so that standard output holds the result alone."""
+    with renderer(file=sys.stderr) as shown:
+        yield shown.show

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import json_option, print_json
+from edgetune.cli.options import json_option, print_json, progress_shown
 from edgetune.cli.train import config_of, training_options
 from edgetune.machine.shapes import PLANNED
 from edgetune.reports.text import human_bytes, human_time
@@ -45,7 +45,9 @@ def plan_command(as_json: bool, **flags: Any) -> None:
     """Predict what `edgetune train` would take with the same options: memory by part, speed, time. Trains nothing."""
     from edgetune.machine.forecast import forecast
 
-    result = forecast(config_of(flags))
+    config = config_of(flags)
+    with progress_shown() as show:
+        result = forecast(config, show)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -6,14 +6,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import click
 
-from edgetune.cli.options import Decorator, json_option, print_json, say
+from edgetune.cli.options import Decorator, json_option, print_json, progress_shown, say
+from edgetune.cli.signals import stop_on_signals
 from edgetune.config import COMPUTE, EPOCHS, RECIPES, RECOMPUTE, REFERENCE_LEARNING_RATE, TrainConfig, train_config
 from edgetune.events import Event, Interrupted, Started
+from edgetune.progress import Stages
+from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
 from edgetune.runtime.device import DEVICES
@@ -137,11 +139,14 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
 
     stop = threading.Event()
     caught: list[int] = []
-    previous = _stop_on_signals(stop, caught)
+    previous: dict[signal.Signals, Any] = {}
     event: Event | None = None  # stays None in torchrun's followers, which yield no events
     try:
-        with awake(), renderer(as_json) as ui:
-            for event in train(config, stop, fresh, private_link):
+        with awake(), work_goes_on(), renderer(as_json) as ui:
+            for event in train(config, stop, fresh, private_link, ui.show):
+                # Before a run has begun there is nothing to save, and a signal ends the program at once.
+                if isinstance(event, Started):
+                    previous = stop_on_signals(stop, caught)
                 ui.show(event)
                 if isinstance(event, Started) and config.model is None and event.model == DEMO:
                     say(DEMO_NOTICE)
@@ -152,26 +157,12 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
         sys.exit(128 + caught[0])
 
 
-def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Signals, Any]:
-    """Make Ctrl-C and SIGTERM set `stop`, so that the run saves and ends; a second one ends it at once.
-
-    Return the previous handlers. The signal's number is appended to `caught`.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        stop.set()
-
-    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
 def _show_notes(config: TrainConfig, as_json: bool) -> None:
     """Print which notes a run would read, hold out and skip."""
     from edgetune.training.setup import read_and_split
 
-    reading, split = read_and_split(config)
+    with progress_shown() as show:
+        reading, split = read_and_split(config, Stages(show).of("reading"))
     if as_json:
         held_out = [document.path for document in split.held_out]
         print_json({**reading.as_dict(), "heldout_documents": len(held_out), "heldout_paths": held_out})
