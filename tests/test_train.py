@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 
 import edgetune
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
+from edgetune.dataset.evaluation_set import Score
+from edgetune.events import Event, Finished, Sampled, Skipped, Started, Stepped
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
 from edgetune.runtime import adapter as adapters
@@ -104,7 +106,7 @@ def test_a_run_learns_and_tells_what_it_did(notes: Path) -> None:
 
 
 def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -> None:
-    end = finished(list(train(config(notes))))
+    end = finished(list(train(config(notes, evaluation_share=1.0))))  # so that all held-out notes are scored
     session = Session.load()
     assert session.adapter_name == Path(end.adapter).name
     assert session.model_name == "demo"
@@ -178,23 +180,28 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
     readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
     kept: list[torch.Tensor] = []
 
-    def reading(self: TrainingLoop) -> Evaluated:
+    def reading(self: TrainingLoop, most_seconds: float) -> Score:
         linear = self.model.blocks[0].q_proj
         assert isinstance(linear, LoraLinear)
         kept.append(linear.lora_A.detach().clone())
-        return Evaluated(self.state.step, next(readings), 1, 0.0)
+        return score_of(next(readings))
 
-    monkeypatch.setattr(TrainingLoop, "_evaluate", reading)
-    end = finished(list(train(config(notes, steps=6, evaluations=6))))
+    monkeypatch.setattr(TrainingLoop, "_score", reading)
+    end = finished(list(train(config(notes, steps=6, evaluations=6, evaluation_share=1.0))))
     assert end.best_step == 2
     assert end.heldout_bits_per_byte_after == 1.0
     assert torch.equal(peft_folder.load(Path(end.adapter)).tensors[0, "q_proj", "A"], kept[2])
 
 
+def score_of(bits_per_byte: float) -> Score:
+    """Return the score of one batch that holds one byte of text."""
+    return Score((bits_per_byte * math.log(2),), (1,), (1.0,))
+
+
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
-    end = finished(list(train(config(notes, steps=3, evaluations=3))))
+    monkeypatch.setattr(TrainingLoop, "_score", lambda self, most_seconds: score_of(next(readings)))
+    end = finished(list(train(config(notes, steps=3, evaluations=3, evaluation_share=1.0))))
     assert not end.promoted
     assert (Path(end.adapter) / peft_folder.CONFIG_FILE).is_file()
     assert registry.get_current() is None
