@@ -180,7 +180,7 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
     readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
     kept: list[torch.Tensor] = []
 
-    def reading(self: TrainingLoop, most_seconds: float) -> Score:
+    def reading(self: TrainingLoop, *limits: object) -> Score:
         linear = self.model.blocks[0].q_proj
         assert isinstance(linear, LoraLinear)
         kept.append(linear.lora_A.detach().clone())
@@ -200,7 +200,7 @@ def score_of(bits_per_byte: float) -> Score:
 
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(TrainingLoop, "_score", lambda self, most_seconds: score_of(next(readings)))
+    monkeypatch.setattr(TrainingLoop, "_score", lambda self, *limits: score_of(next(readings)))
     end = finished(list(train(config(notes, steps=3, evaluations=3, evaluation_share=1.0))))
     assert not end.promoted
     assert (Path(end.adapter) / peft_folder.CONFIG_FILE).is_file()

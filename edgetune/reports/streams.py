@@ -25,10 +25,11 @@ class OutputError(EdgetuneError):
 class _Guarded(io.RawIOBase):
     """A standard stream's bytes. Once writing has failed, the rest is dropped where `goes_on` is set, and refused elsewhere."""
 
-    def __init__(self, stream: TextIO, name: str, goes_on: bool) -> None:
+    def __init__(self, stream: TextIO, is_error: bool) -> None:
         raw = stream.buffer
-        self._raw, self._fd, self.name = getattr(raw, "raw", raw), stream.fileno(), name
-        self.goes_on, self.failed = goes_on, False
+        self._raw, self._fd = getattr(raw, "raw", raw), stream.fileno()
+        self.is_error = self.goes_on = is_error  # nothing can be said about standard error that fails
+        self.failed = False
 
     def writable(self) -> bool:
         return True
@@ -47,20 +48,14 @@ class _Guarded(io.RawIOBase):
             return self._raw.write(data)
         except OSError as error:
             self.failed = True
+            problem = f"Standard output cannot be written ({error.strerror})."
             if self.goes_on:
-                _tell(f"{self.name} cannot be written ({error.strerror}). Nothing more is shown, and the work goes on.")
+                if not self.is_error:
+                    print(f"edgetune: {problem} Nothing more is shown, and the work goes on.", file=sys.stderr, flush=True)
                 return len(data)
             if error.errno == errno.EPIPE:
                 raise
-            raise OutputError(
-                f"{self.name} cannot be written ({error.strerror}). Free some space, or name another file."
-            ) from error
-
-
-def _tell(text: str) -> None:
-    """Say something about standard output on standard error, if that can be written."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"edgetune: {text}", file=sys.stderr, flush=True)
+            raise OutputError(f"{problem} Free some space, or name another file.") from error
 
 
 @contextlib.contextmanager
@@ -71,7 +66,7 @@ def standard_streams() -> Iterator[None]:
     """
     _fill_closed_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _guard(sys.stdout, "Standard output", False), _guard(sys.stderr, "Standard error", True)
+    sys.stdout, sys.stderr = _guard(sys.stdout, False), _guard(sys.stderr, True)
     try:
         yield
     finally:
@@ -96,16 +91,16 @@ def work_goes_on() -> Iterator[None]:
         raw.goes_on = False
 
 
-def _guard(stream: TextIO | None, name: str, goes_on: bool) -> TextIO:
+def _guard(stream: TextIO | None, is_error: bool) -> TextIO:
     """Return a text stream that writes where `stream` does; one that is in memory, as in tests, is left as it is."""
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
     try:
-        raw = _Guarded(stream, name, goes_on)
+        raw = _Guarded(stream, is_error)
     except (OSError, AttributeError, io.UnsupportedOperation):
         return stream
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=goes_on or stream.isatty()
+        io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=is_error or stream.isatty()
     )
 
 

@@ -5,6 +5,7 @@ Bits per byte of text do not depend on the tokenizer, so they compare models tha
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
@@ -61,19 +62,24 @@ def plan_evaluations(config: TrainConfig, steps: int, trained_tokens: float, set
 
 
 def score(
-    runner: Runner, scored: EvaluationSet, row_tokens: int, progress: Progress = ignore, seconds: float = math.inf
+    runner: Runner,
+    scored: EvaluationSet,
+    row_tokens: int,
+    progress: Progress = ignore,
+    seconds: float = math.inf,
+    most_batches: int | None = None,
 ) -> Score:
     """Score an evaluation set with the adapter that is on the model now, in batches of `row_tokens` tokens.
 
     progress: receives the tokens read and all tokens; it may raise to end the evaluation. No further batch is begun once
-    `seconds` have passed.
+    `seconds` have passed or `most_batches` are done.
     """
     nats: list[float] = []
     tokens: list[int] = []
     text_bytes: list[float] = []
     start, done, total = time.monotonic(), 0, scored.tokens
     progress(0, total)
-    for batch, size in scored.batches(row_tokens):
+    for batch, size in itertools.islice(scored.batches(row_tokens), most_batches):
         if nats and time.monotonic() - start >= seconds:
             break
         losses = runner.score(batch).cpu()

@@ -231,13 +231,15 @@ class TrainingLoop:
             seconds=self._seconds(),
         )
 
-    def _score(self, most_seconds: float) -> Score:
-        """Score the held-out notes with the adapter as it is now, for at most about `most_seconds`."""
+    def _score(self, most_seconds: float = math.inf, most_batches: int | None = None) -> Score:
+        """Score the held-out notes with the adapter as it is now, as far as these limits allow (see evaluation.score)."""
         start = time.monotonic()
         assert self.run.held_out is not None
         self._trim()
         progress = self.stages.of("evaluating")
-        score = evaluation.score(self.runner, self.run.held_out, self.plan.setting.row_tokens, progress, most_seconds)
+        score = evaluation.score(
+            self.runner, self.run.held_out, self.plan.setting.row_tokens, progress, most_seconds, most_batches
+        )
         self._trim()
         self.meter.peak()  # counts the weights' resident pages anew; `now` adds that count to every later sample
         self.evaluation_seconds = time.monotonic() - start
@@ -288,7 +290,8 @@ class TrainingLoop:
             yield self._save_checkpoint()
             if self.run.held_out is not None and state.evaluated_step != state.step:
                 allowed = self.config.evaluation_share * (time.monotonic() - self.began)
-                last = self._score(allowed - self.all_evaluations_seconds)
+                before = None if state.score_before is None else len(state.score_before)
+                last = self._score(allowed - self.all_evaluations_seconds, before)
                 yield self._evaluated(last)
                 if self._is_better(last, score):
                     score, best_step = last, state.step
