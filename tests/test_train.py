@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import math
@@ -17,9 +18,10 @@ import torch
 import edgetune
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.dataset.evaluation_set import Score
-from edgetune.events import Event, Finished, Sampled, Skipped, Started, Stepped
+from edgetune.events import Event, Finished, Sampled, Skipped, Started, Stepped, Working
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
+from edgetune.progress import Stages
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops, peft_folder
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -163,6 +165,20 @@ def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: 
         losses.append(float(torch.stack([p.grad.norm() for p in adapters.parameters(prepared.loaded.model)]).norm()))
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
     assert losses[1] == pytest.approx(losses[3], rel=1e-4)
+
+
+def test_a_run_tells_how_far_it_is_with_all_that_comes_before_its_steps(
+    notes: Path, private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("train", "loop"):
+        monkeypatch.setattr(f"edgetune.training.{module}.Stages", functools.partial(Stages, quiet=0.0, pause=0.0))
+    told: list[Event] = []
+    events = list(train(config(notes, steps=1), show=told.append))
+    stages = [event.stage for event in told if isinstance(event, Working)]
+    assert [stage for stage, _ in itertools.groupby(stages)] == ["reading", "tokenizing", "loading", "evaluating"]
+    assert all(isinstance(event, Working) and 0 <= event.done <= event.total for event in told)
+    assert not any(isinstance(event, Working) for event in events)
+    assert "working" not in next(private_home.glob("runs/*/events.jsonl")).read_text()
 
 
 def test_one_batch_can_be_learnt_by_heart(notes: Path) -> None:
