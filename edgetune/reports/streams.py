@@ -100,7 +100,10 @@ def _guard(stream: TextIO | None, is_error: bool) -> TextIO:
     except (OSError, AttributeError, io.UnsupportedOperation):
         return stream
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=is_error or stream.isatty()
+        io.BufferedWriter(raw),  # type: ignore[type-var]
+        encoding=stream.encoding,
+        errors="replace",
+        line_buffering=is_error or stream.isatty(),
     )
 
 

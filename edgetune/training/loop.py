@@ -290,8 +290,8 @@ class TrainingLoop:
             yield self._save_checkpoint()
             if self.run.held_out is not None and state.evaluated_step != state.step:
                 allowed = self.config.evaluation_share * (time.monotonic() - self.began)
-                before = None if state.score_before is None else len(state.score_before)
-                last = self._score(allowed - self.all_evaluations_seconds, before)
+                comparable = None if state.score_before is None else len(state.score_before)
+                last = self._score(allowed - self.all_evaluations_seconds, comparable)
                 yield self._evaluated(last)
                 if self._is_better(last, score):
                     score, best_step = last, state.step
