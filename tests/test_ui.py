@@ -7,6 +7,7 @@ import io
 import json
 import math
 import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 
@@ -193,6 +194,21 @@ def test_long_work_is_told_of_after_two_seconds_and_then_rarely() -> None:
     written = [f"writing: {second * 100 // 40} % after {human_time(second)}" for second in seconds]
     assert shown[0].getvalue().splitlines() == [*written, "proving: 0 % after 2.5 s"]
     assert [json.loads(text) for text in shown[1].getvalue().splitlines()] == [event.as_dict() for event in events]
+
+
+def test_a_long_stage_of_one_part_is_told_of_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui, "TOLD_AFTER_SECONDS", 0.05)
+    file = io.StringIO()
+    with ui.Plain(file) as plain:
+        plain.show(Working("measuring", 0, 1, 0.0))
+        plain.show(Working("measuring", 1, 1, 0.01))
+        plain.show(Working("proving", 0, 1, 0.0))
+        time.sleep(0.3)
+    assert file.getvalue() == "proving: 0 % after 0.1 s\n"
+    with ui.Plain(file) as plain:
+        plain.show(Working("writing", 0, 1, 0.0))
+    time.sleep(0.1)
+    assert "writing" not in file.getvalue()
 
 
 def test_the_live_bar_shows_how_far_long_work_is_and_then_the_steps_again() -> None:

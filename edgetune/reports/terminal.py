@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import abc
 import collections
+import dataclasses
 import sys
+import threading
 from typing import TYPE_CHECKING, TextIO
 
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Skipped, Started, Stepped, Working, line
@@ -179,9 +181,11 @@ class Plain(Renderer):
         self.progress = Progress()
         self._last_line = (0, 0.0)  # step and seconds
         self._stage, self._last_word = "", 0.0  # of other work: the stage, and when its last line was written
+        self._timer: threading.Timer | None = None
 
     def show(self, event: Event) -> None:
         """Print a line if the event deserves one."""
+        self.close()  # what was to be said of the work so far
         first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
@@ -205,13 +209,27 @@ class Plain(Renderer):
                 self._write(text)
 
     def _work(self, event: Working) -> None:
-        """Print a line if the stage of `event` has taken long without one."""
+        """Print a line if the stage of `event` has taken long without one, or once it has."""
         if event.stage != self._stage or event.seconds < self._last_word:
             self._stage, self._last_word = event.stage, 0.0
         pause = max(LINE_EVERY_SECONDS, event.seconds / 10) if self._last_word else TOLD_AFTER_SECONDS
         if event.seconds - self._last_word >= pause:
-            self._last_word = event.seconds
-            self._write(f"{event.stage}: {_percent(event.done, event.total)} after {human_time(event.seconds)}")
+            self._write_work(event)
+        elif not self._last_word and event.done < event.total:
+            # A stage of one part, such as an export's proof, has no further event before its end.
+            later = dataclasses.replace(event, seconds=TOLD_AFTER_SECONDS)
+            self._timer = threading.Timer(TOLD_AFTER_SECONDS - event.seconds, self._write_work, [later])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _write_work(self, event: Working) -> None:
+        self._last_word = event.seconds
+        self._write(f"{event.stage}: {_percent(event.done, event.total)} after {human_time(event.seconds)}")
+
+    def close(self) -> None:
+        """Print nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _is_due(self, event: Stepped) -> bool:
         step, seconds = self._last_line
