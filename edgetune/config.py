@@ -205,6 +205,9 @@ class TrainConfig:
     evaluations: int = setting(  # enough to catch where overfitting begins, in less than a tenth of the run's time
         5, Whole(1, 1000), "Evaluations of the held-out notes in a run.", flag=""
     )
+    evaluation_share: float = setting(
+        0.1, Number(0, 1, above=True), "Largest share of a run's work that evaluations take.", flag=""
+    )
     from_adapter: str | None = setting(
         None, Text(), "Start from this adapter instead of a new one.", flag="--from", metavar="A", example="my-adapter"
     )
@@ -253,7 +256,7 @@ class GenerateConfig:
     temperature: float = setting(  # chosen by hand
         0.7,
         Number(0, 10),
-        "Randomness in choosing words; 0 always takes the likeliest word. Default: the model's own setting, else 0.7.",
+        "Randomness in choosing words; 0 always takes the likeliest word. {default}, if the model has no setting of its own.",
     )
     seed: int | None = setting(
         None, SEED, "Seed of that randomness: the same seed gives the same words.", metavar="S", example=1
@@ -354,12 +357,22 @@ def parse_bytes(text: str) -> int:
 
 
 def seconds_until(clock: str, now: datetime | None = None) -> float:
-    """Return the seconds from now to the next HH:MM on the local clock. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,2}):(\d{2})", clock)
+    """Return the seconds from `now` until the local clock next shows HH:MM, however it is changed until then.
+
+    now: local time, the present by default. A time that a change of the clock leaves out is taken as if the clock had not
+    changed; of one that the clock shows twice, the next is meant. Raises UsageError.
+    """
+    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})", clock)
     if match is None or int(match[1]) > 23 or int(match[2]) > 59:
         raise SettingError(f"--until is {clock!r}; expected a time of day such as 06:30.")
     now = now or datetime.now()
-    end = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    if end <= now:
-        end += timedelta(days=1)
-    return (end - now).total_seconds()
+    start = now.timestamp()
+    today = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
+    days = (today, today + timedelta(days=1))
+    return min(moment for day in days for moment in _moments(day) if moment > start) - start
+
+
+def _moments(local: datetime) -> list[float]:
+    """Return the times, in seconds since 1970, at which the local clock shows `local`: one, or two where it is set back."""
+    moments = [local.replace(fold=fold).timestamp() for fold in (0, 1)]
+    return [moment for moment in moments if datetime.fromtimestamp(moment) == local.replace(fold=0)] or moments[:1]

@@ -1,4 +1,4 @@
-"""The events of training runs and exports: the only schema, which the terminal, the JSON output and the HTML report render.
+"""The events of training runs, exports and other long work: the only schema, rendered by the terminal, as JSON and in HTML.
 
 A line of a run's log is `{"event": kind, ...fields in this file's order}`. Units: seconds, bytes, held-out bits per byte of
 text (lower is better), and nats per trained token for losses. A number that is not finite is written as null and read back as
@@ -159,11 +159,20 @@ class Interrupted(Event):
 
 
 @dataclasses.dataclass(frozen=True)
-class Exporting(Event):
-    """The progress of one stage of an export: `done` of `total` parts, 0 at its beginning. `seconds` count from the export's
-    start.
+class Working(Event):
+    """The progress of one stage of a long piece of work: `done` of `total` parts. `seconds` count from the stage's start.
 
-    An export goes through some of these stages, in this order:
+    The parts are bytes, tokens, layers or whatever the stage counts. A run's log does not keep these events, and training
+    has none for a stage that takes less than two seconds. The stages:
+    reading     notes are read
+    tokenizing  notes become tokens
+    loading     the model's layers are loaded, and quantised where they are not yet
+    evaluating  held-out notes, or those of `edgetune eval`, are scored
+    preparing   a model of random weights is made, to be measured
+    timing      `edgetune plan` and `edgetune bench` measure this machine
+    quantising  `edgetune quantize` writes a model in 4 bits
+
+    An export goes through some of these, in this order:
     sampling    the adapted model writes texts for rounding and measuring, if none were given
     laying out  the graph of a Core ML package is built
     writing     the weights are written
@@ -172,7 +181,7 @@ class Exporting(Event):
     proving     the target's own reader runs the export
     """
 
-    kind: ClassVar[str] = "exporting"
+    kind: ClassVar[str] = "working"
     stage: str
     done: int
     total: int
@@ -181,7 +190,7 @@ class Exporting(Event):
 
 KINDS: dict[str, type[Event]] = {
     event.kind: event
-    for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted, Exporting)
+    for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted, Working)
 }
 
 

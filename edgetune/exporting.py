@@ -13,7 +13,7 @@ from typing import Any
 
 import edgetune
 from edgetune.documents.reading import read_notes
-from edgetune.events import Event, Exporting
+from edgetune.events import Event
 from edgetune.export import verify
 from edgetune.export.job import Job, Written
 from edgetune.export.memory import check_memory
@@ -23,6 +23,7 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import open_base
 from edgetune.lock import lock_output
+from edgetune.progress import Stages
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.errors import DataError, EdgetuneError, ModelError, SettingError, UsageError, out_of_memory
 from edgetune.runtime.files import atomic_folder, atomic_write, check_place, mend
@@ -95,7 +96,7 @@ def export_adapter(
     model and adapter: as on the command line. out: a folder; None is "<adapter>-<target>" in the current folder. weights: a
     form of the weights that the target offers; None is its default. texts: files and folders on which to measure what rounding
     costs, for forms that measure it. memory: limit in bytes. check: prove the export with the target's own reader, which must
-    then be installed. force: write the export even if it fails a check. show: receives progress as events.Exporting.
+    then be installed. force: write the export even if it fails a check. show: receives progress as events.Working.
 
     Raises a subclass of EdgetuneError; nothing new is left behind then, and an earlier export at `out` stays as it was.
     """
@@ -111,7 +112,7 @@ def export_adapter(
     folder = _output_folder(expand(f"{adapter_name}-{target}" if out is None else str(out)), target)
     tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
-    progress = _ProgressEvents(show, started)
+    progress = Stages(show, quiet=0.0, pause=0.0)
     name = choice.public_name
     job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start)
     check_memory(spec.peak_memory, job)
@@ -229,20 +230,6 @@ def _export_record(spec: TargetSpec, job: Job, folder: Path) -> dict[str, Any]:
         "files": files,
         "bounds_for": spec.reader_name(job.weights),
     }
-
-
-class _ProgressEvents:
-    """A Job's progress as events: the beginning and end of each stage, and every whole percent between."""
-
-    def __init__(self, show: Callable[[Event], None], started: float) -> None:
-        self._show, self._started = show, started
-        self._last = ("", -1)
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = (stage, done * 100 // max(total, 1))
-        if now != self._last:
-            self._last = now
-            self._show(Exporting(stage, done, total, time.monotonic() - self._started))
 
 
 def _prove(spec: TargetSpec, job: Job, folder: Path, expected: verify.Golden, bound: verify.Bound) -> verify.Agreement:

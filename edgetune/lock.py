@@ -77,7 +77,7 @@ class Lock:
 def lock_output(folder: Path) -> Lock:
     """Return the lock of an output folder, for any command that writes it. Entering raises BusyError where it is taken."""
     folder = folder.resolve()
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     return Lock(unfinished_folder() / f"out-{name}.lock", f"the output folder {folder}")
 
 

@@ -213,6 +213,11 @@ class LlamaConfig:
         return self.num_layers * sum(out * inputs for out, inputs in self.linear_shapes().values())
 
     @property
+    def longest_row(self) -> int:
+        """Return the most tokens of a row. Linear RoPE scaling is counted in: most configs give the positions before it."""
+        return int(self.max_positions * self.rope.factor) if self.rope.kind == "linear" else self.max_positions
+
+    @property
     def parameters(self) -> int:
         """Return the number of all weights but the norms'."""
         return self.linear_parameters + self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,7 @@ def load_llama(
     layer_memory: int | None = None,
     embedding_in_file: bool = False,
     head_kind: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Llama:
     """Return the model on `device`, computing in `dtype`.
 
@@ -47,6 +49,8 @@ def load_llama(
     The embedding is mapped or, with `embedding_in_file`, read from its file row by row. `head_kind` says where the head is:
     None maps it, vocabulary.FILE reads it from its file, and one of vocabulary.KINDS quantises it now. A model with tied
     embeddings uses one tensor for both if both are mapped or both stay in the file; otherwise the head is separate.
+
+    progress: receives the layers loaded and all layers, embedding and head apart; it may raise.
 
     Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
     ResourceError if `layer_memory` does not hold two layers.
@@ -61,6 +65,7 @@ def load_llama(
     checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=quant is None))
     blocks = []
     for layer in range(config.num_layers):
+        progress(layer, config.num_layers)
         tensors = {
             name: weight if streams and is_linear(name) else _placed(name, weight, dtype, device, quant)
             for name, weight in checkpoint.block_tensors(layer).items()

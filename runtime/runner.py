@@ -6,7 +6,7 @@ a small autograd graph of its own, so that the tensors it saved are freed as soo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -122,6 +122,8 @@ class Runner:
             raise ValueError(f"recompute is {recompute}; expected full, since only the blocks' inputs are offloaded")
         self.model, self.recompute, self.loss_rows, self.int8 = model, recompute, loss_rows, int8
         self.panel = Panel()
+        self.between_blocks: Callable[[], None] = lambda: None
+        """Called before each block, forward and backward. It may raise to end the pass: a block can take a second."""
         self.offload = None if offload is None else Offload(offload)
 
     def train(self, batch: Batch, dropout_key: int | None = None, divisor: float = 1.0) -> Tensor:
@@ -137,6 +139,7 @@ class Runner:
         pager.expect([*layers, *reversed(layers)])
         h, passes = self.model.embed(batch.input_ids), []
         for block in self.model.blocks:
+            self.between_blocks()
             with pager.layer(block.layer):
                 done, h = self._forward(block, h, self._layer_context(ctx, block, dropout_key))
             passes.append(done)
@@ -146,6 +149,7 @@ class Runner:
         loss, dh = chunked_cross_entropy(self.model, h, batch.targets, batch.loss_mask / divisor, self.loss_rows)
         del h
         while passes:
+            self.between_blocks()
             done = passes.pop()
             with pager.layer(done.block.layer):
                 dh = self._backward(done, dh, self._layer_context(ctx, done.block, dropout_key))
@@ -174,6 +178,7 @@ class Runner:
         self.model.pager.expect(range(len(self.model.blocks)))
         h = self.model.embed(input_ids)
         for block in self.model.blocks:
+            self.between_blocks()
             with self.model.pager.layer(block.layer):
                 h = block(h, ctx)
             if len(h) > FEW_ROWS:  # a few tokens fit one command buffer for all blocks

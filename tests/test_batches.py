@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgetune.dataset.packing import Packer, bits_per_byte, cut_windows, deal, evaluation_batches, random_words
+from edgetune.dataset.packing import Packer, cut_windows, deal, random_words
 from edgetune.dataset.token_store import CONTEXT, STOP, TEXT, StoredDocument, TokenStore
 from edgetune.runtime.errors import DataError, UsageError
 
@@ -109,15 +107,6 @@ def test_micro_batches_are_the_steps_windows(store, shape, micro_tokens, data):
     assert sum(batch.trained for batch in micro) == whole.trained
 
 
-@given(stores(), lengths)
-def test_evaluation_scores_every_text_token_once_and_in_order(store, shape):
-    seq_len, batch_tokens = shape
-    batches = list(evaluation_batches(store, seq_len, batch_tokens))
-    scored = chain_targets(batches, lambda batch: batch.loss_mask > 0)
-    assert scored == np.flatnonzero(store.trained == TEXT).tolist()
-    assert all(len(batch.input_ids) <= batch_tokens for batch in batches)
-
-
 @given(stores(), st.integers(2, 40), st.integers(0, 39))
 def test_a_later_window_sees_its_overlap_first(store, seq_len, overlap):
     overlap %= seq_len
@@ -200,16 +189,6 @@ def test_accumulated_gradients_are_those_of_the_whole_row():
 
     for step in range(packer.steps_per_epoch):
         assert mean_loss(packer.micro_batches(step, 32)) == pytest.approx(mean_loss([whole_row(packer, step)]), rel=1e-12)
-
-
-def test_bits_per_byte_are_over_all_documents():
-    store = notes(50, 5, 20)
-    batches = list(evaluation_batches(store, 16, 32))
-    # These are the losses of a model whose loss is exactly d+1 bits on each token of document d.
-    scored = [(batch, (torch.tensor(document_of(store))[batch.targets] + 1.0) * math.log(2)) for batch in batches]
-    result = bits_per_byte(store, iter(scored))
-    assert result.bits_per_byte == pytest.approx((50 + 10 + 60) / 75, rel=1e-6)
-    assert (result.tokens, result.bytes) == (75, 75)
 
 
 @pytest.mark.parametrize(("seq_len", "batch_tokens", "said"), [(1, 8, "--seq-len 512"), (64, 32, "--batch-tokens 64")])

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -553,7 +554,7 @@ def test_until_is_today_or_tomorrow() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", 1), 129)])
 def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number: int, code: int) -> None:
     command = [sys.executable, "-m", "edgetune", "train", str(notes), "--model", "demo", "--steps", "100000", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -568,7 +569,8 @@ def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number
     assert end["event"] == "interrupted"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    events = [json.loads(process.stdout.readline()) for _ in range(3)]
+    told = (json.loads(line) for line in process.stdout)
+    events = list(itertools.islice((event for event in told if event["event"] != "working"), 3))
     process.kill()
     process.wait()
     process.stdout.close()

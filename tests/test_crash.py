@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,9 @@ from edgetune.runtime import ops, peft_folder
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import BusyError, ResourceError, TrainingError
 from edgetune.runtime.files import exchange
+from edgetune.runtime.model import Block
 from edgetune.runtime.peft_folder import WEIGHTS_FILE
+from edgetune.runtime.runner import Runner
 from edgetune.training import unfinished_run
 from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.checkpoints import CheckpointWriter
@@ -239,7 +242,8 @@ def config(tmp_path: Path) -> TrainConfig:
     save_trainable(tmp_path / "model")
     write_notes(tmp_path / "notes")
     data = DataConfig(notes=(str(tmp_path / "notes"),), seq_len=32, batch_tokens=64)
-    return TrainConfig(data, str(tmp_path / "model"), out=str(tmp_path / "out"), steps=6, rank=2, targets=("q_proj", "v_proj"))
+    shape = {"steps": 6, "rank": 2, "targets": ("q_proj", "v_proj"), "evaluation_share": 1.0}
+    return TrainConfig(data, str(tmp_path / "model"), out=str(tmp_path / "out"), **shape)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -326,6 +330,25 @@ def test_a_stop_before_the_first_step_is_kept_too(config: TrainConfig) -> None:
     assert end.step == 0
     list(train(config))
     assert weights(config) == undisturbed(config)[0]
+
+
+def test_a_stop_is_heard_before_the_next_block(config: TrainConfig) -> None:
+    reference, _ = undisturbed(config)
+    stop, blocks, original = threading.Event(), [], Runner._forward
+
+    def noted(self: Runner, block: Block, *arguments: Any) -> Any:
+        blocks.append(block.layer)
+        if len(blocks) == 3:
+            stop.set()
+        return original(self, block, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Runner, "_forward", noted)
+        end = list(train(config, stop))[-1]
+    assert isinstance(end, Interrupted)
+    assert blocks == [0, 1, 0]  # in the middle of the second row
+    list(train(config))
+    assert weights(config) == reference
 
 
 def test_a_deadline_gives_an_adapter_and_the_same_command_goes_on(config: TrainConfig, private_home: Path) -> None:

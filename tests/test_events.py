@@ -14,7 +14,6 @@ from edgetune import events
 from edgetune.events import (
     Evaluated,
     EventLog,
-    Exporting,
     Finished,
     Interrupted,
     Resumed,
@@ -23,6 +22,7 @@ from edgetune.events import (
     Skipped,
     Started,
     Stepped,
+    Working,
 )
 from edgetune.runtime.errors import DataError
 
@@ -54,7 +54,7 @@ EVERY_KIND = [
     Saved(step=2, path="adapters/notes-1", bits_per_byte=1.6),
     FINISHED,
     Interrupted(step=2, steps=3, tokens=800, seconds=41.5),
-    Exporting(stage="writing", done=3, total=57, seconds=0.4),
+    Working(stage="writing", done=3, total=57, seconds=0.4),
 ]
 
 

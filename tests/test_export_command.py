@@ -21,7 +21,7 @@ from tiny import save_trainable
 
 from edgetune import export_adapter
 from edgetune.cli.main import cli
-from edgetune.events import Event, Exporting
+from edgetune.events import Event, Working
 from edgetune.export import effect
 from edgetune.export.job import Job
 from edgetune.export.memory import check_memory
@@ -143,7 +143,7 @@ def test_each_stage_is_told_of_at_its_beginning_and_its_end(
     export_adapter(target, *made, tmp_path / "out", weights or None, check=proved, force=True, show=events.append)
     stages: list[tuple[str, list[int], int]] = []
     for event in events:
-        assert isinstance(event, Exporting)
+        assert isinstance(event, Working)
         if event.done == 0:
             stages.append((event.stage, [], event.total))
         stage, counted, total = stages[-1]
@@ -158,7 +158,7 @@ def test_each_stage_is_told_of_at_its_beginning_and_its_end(
 
 
 def test_the_events_page_names_every_stage_in_order() -> None:
-    lines = [line.strip() for line in (Exporting.__doc__ or "").splitlines()]
+    lines = [line.strip() for line in (Working.__doc__ or "").splitlines()]
     named = [stage for line in lines for stage in STAGES if line.startswith(f"{stage}  ")]
     assert tuple(named) == STAGES
 

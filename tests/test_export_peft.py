@@ -106,7 +106,7 @@ def test_the_command_proves_the_demos_export(demo_adapter: Path, tmp_path: Path,
     assert run.exit_code == 0, run.output
     *events, result = (json.loads(line) for line in run.stdout.splitlines())
     assert [(event["event"], event["stage"], event["done"]) for event in events] == [
-        ("exporting", "measuring", 0), ("exporting", "measuring", 1), ("exporting", "proving", 0), ("exporting", "proving", 1)
+        ("working", "measuring", 0), ("working", "measuring", 1), ("working", "proving", 0), ("working", "proving", 1)
     ]  # fmt: skip
     assert result["target"] == "peft"
     assert result["verified"]

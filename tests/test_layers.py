@@ -58,7 +58,7 @@ PRODUCT = (
     {"training", "session", "chat", "exporting"},
     {"library", "dataset"},
     {"documents", "reports", "memory_settings"},
-    {"config", "settings", "events", "home", "lock", "scratch", "demo", "_version"},
+    {"config", "settings", "events", "progress", "home", "lock", "scratch", "demo", "_version"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""
 

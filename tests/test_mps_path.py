@@ -246,7 +246,9 @@ def test_a_session_and_an_evaluation_run_on_it(mac: Machine, small: tuple[Path, 
 
 def run(folder: Path, notes: Path, **changes: Any) -> list[Event]:
     data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=128)
-    return list(train(TrainConfig(**{"data": data, "model": str(folder), "steps": 2, "rank": 4, **changes})))
+    return list(
+        train(TrainConfig(**{"data": data, "model": str(folder), "steps": 2, "rank": 4, "evaluation_share": 1.0, **changes}))
+    )
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import io
 import itertools
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -17,9 +19,11 @@ import torch
 
 import edgetune
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped
+from edgetune.dataset.evaluation_set import Score
+from edgetune.events import Event, Finished, Sampled, Skipped, Started, Stepped, Working
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import open_base
+from edgetune.progress import Stages
 from edgetune.reports.terminal import Plain
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops, peft_folder
@@ -127,7 +131,7 @@ def test_a_run_says_what_it_did_not_read_also_when_it_is_resumed(notes: Path) ->
 
 
 def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -> None:
-    end = finished(list(train(config(notes))))
+    end = finished(list(train(config(notes, evaluation_share=1.0))))  # so that all held-out notes are scored
     session = Session.load()
     assert session.adapter_name == Path(end.adapter).name
     assert session.model_name == "demo"
@@ -186,6 +190,20 @@ def test_row_length_changes_the_adapter_only_by_rounding(notes: Path, tmp_path: 
     assert losses[1] == pytest.approx(losses[3], rel=1e-4)
 
 
+def test_a_run_tells_how_far_it_is_with_all_that_comes_before_its_steps(
+    notes: Path, private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("train", "loop"):
+        monkeypatch.setattr(f"edgetune.training.{module}.Stages", functools.partial(Stages, quiet=0.0, pause=0.0))
+    told: list[Event] = []
+    events = list(train(config(notes, steps=1), show=told.append))
+    stages = [event.stage for event in told if isinstance(event, Working)]
+    assert [stage for stage, _ in itertools.groupby(stages)] == ["reading", "tokenizing", "loading", "evaluating"]
+    assert all(isinstance(event, Working) and 0 <= event.done <= event.total for event in told)
+    assert not any(isinstance(event, Working) for event in events)
+    assert "working" not in next(private_home.glob("runs/*/events.jsonl")).read_text()
+
+
 def test_one_batch_can_be_learnt_by_heart(notes: Path) -> None:
     few = notes.parent / "few"
     few.mkdir()
@@ -201,23 +219,28 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
     readings = iter([3.0, 2.0, 1.0, 1.5, 2.5, 4.0, 5.0])
     kept: list[torch.Tensor] = []
 
-    def reading(self: TrainingLoop) -> Evaluated:
+    def reading(self: TrainingLoop, *limits: object) -> Score:
         linear = self.model.blocks[0].q_proj
         assert isinstance(linear, LoraLinear)
         kept.append(linear.lora_A.detach().clone())
-        return Evaluated(self.state.step, next(readings), 1, 0.0)
+        return score_of(next(readings))
 
-    monkeypatch.setattr(TrainingLoop, "_evaluate", reading)
-    end = finished(list(train(config(notes, steps=6, evaluations=6))))
+    monkeypatch.setattr(TrainingLoop, "_score", reading)
+    end = finished(list(train(config(notes, steps=6, evaluations=6, evaluation_share=1.0))))
     assert end.best_step == 2
     assert end.heldout_bits_per_byte_after == 1.0
     assert torch.equal(peft_folder.load(Path(end.adapter)).tensors[0, "q_proj", "A"], kept[2])
 
 
+def score_of(bits_per_byte: float) -> Score:
+    """Return the score of one batch that holds one byte of text."""
+    return Score((bits_per_byte * math.log(2),), (1,), (1.0,))
+
+
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(TrainingLoop, "_evaluate", lambda self: Evaluated(self.state.step, next(readings), 1, 0.0))
-    end = finished(list(train(config(notes, steps=3, evaluations=3))))
+    monkeypatch.setattr(TrainingLoop, "_score", lambda self, *limits: score_of(next(readings)))
+    end = finished(list(train(config(notes, steps=3, evaluations=3, evaluation_share=1.0))))
     assert not end.promoted
     assert (Path(end.adapter) / peft_folder.CONFIG_FILE).is_file()
     assert registry.get_current() is None

@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import math
+import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 
@@ -14,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from edgetune.events import Evaluated, Event, Exporting, Finished, Sampled, Skipped, Started, Stepped, from_dict
+from edgetune import progress
+from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped, Working, from_dict
 from edgetune.reports import terminal as ui
 from edgetune.reports.text import human_bytes, human_time, sanitize
 
@@ -178,13 +181,94 @@ def test_a_hostile_name_of_an_adapter_is_disarmed() -> None:
     assert "Adapter: x␛[2J fake line" in lines
 
 
-def test_an_export_is_told_of_each_five_seconds_and_as_json() -> None:
-    events = [Exporting("writing", 10 * done, 40, 2.0 * done) for done in range(5)] + [Exporting("proving", 0, 1, 11.0)]
+def test_long_work_is_told_of_after_two_seconds_and_then_rarely() -> None:
+    events = [Working("reading", 0, 40, 0.0), Working("reading", 40, 40, 1.9)]
+    events += [Working("writing", done, 40, 1.0 * done) for done in range(41)] + [Working("proving", 0, 1, 2.5)]
     assert [from_dict(event.as_dict()) for event in events] == events
     shown = [io.StringIO(), io.StringIO()]
     with ui.Plain(shown[0]) as plain, ui.JsonLines(shown[1]) as lines:
         for event in events:
             plain.show(event)
             lines.show(event)
-    assert shown[0].getvalue().splitlines() == ["writing: 75 % after 6.0 s", "proving: 0 % after 11 s"]
+    seconds = [2, 7, 12, 17, 22, 27, 32, 37]
+    written = [f"writing: {second * 100 // 40} % after {human_time(second)}" for second in seconds]
+    assert shown[0].getvalue().splitlines() == [*written, "proving: 0 % after 2.5 s"]
     assert [json.loads(text) for text in shown[1].getvalue().splitlines()] == [event.as_dict() for event in events]
+
+
+def test_a_long_stage_of_one_part_is_told_of_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui, "TOLD_AFTER_SECONDS", 0.05)
+    file = io.StringIO()
+    with ui.Plain(file) as plain:
+        plain.show(Working("measuring", 0, 1, 0.0))
+        plain.show(Working("measuring", 1, 1, 0.01))
+        plain.show(Working("proving", 0, 1, 0.0))
+        time.sleep(0.3)
+    assert file.getvalue() == "proving: 0 % after 0.1 s\n"
+    with ui.Plain(file) as plain:
+        plain.show(Working("writing", 0, 1, 0.0))
+    time.sleep(0.1)
+    assert "writing" not in file.getvalue()
+
+
+def test_the_live_bar_shows_how_far_long_work_is_and_then_the_steps_again() -> None:
+    started, _, _, stepped, *_ = run_of(4)
+    file = io.StringIO()
+    with ui.Live(file, Console(file=file, force_terminal=True, width=80, color_system=None)) as live:
+        for event in (started, Working("evaluating", 300, 1200, 4.2)):
+            live.show(event)
+        live._live.refresh()
+        assert "25 %" in file.getvalue()
+        assert "evaluating · 4.2 s" in file.getvalue()
+        file.truncate(0)
+        live.show(stepped)
+        live._live.refresh()
+        assert "evaluating" not in file.getvalue()
+        assert "1/4" in file.getvalue()
+
+
+def test_stages_tell_after_a_while_each_percent_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("edgetune.progress.time.monotonic", lambda: clock[0])
+    told: list[Event] = []
+    stages = progress.Stages(told.append, quiet=2.0, pause=0.5)
+    short = stages.of("reading")
+    short(0, 10)
+    clock[0] = 1.0
+    short(10, 10)
+    assert told == []  # it took less than two seconds
+    long = stages.of("tokenizing")
+    for second in range(20):
+        clock[0] += 1.0
+        long(second // 8 * 100, 400)
+    clock[0] += 0.1
+    long(400, 400)
+    # Seconds 2 to 20: at first, with each percent, five seconds after the last event, and at the end.
+    assert [(event.done, round(event.seconds, 1)) for event in told if isinstance(event, Working)] == [
+        (0, 2.0), (0, 7.0), (100, 9.0), (100, 14.0), (200, 17.0), (400, 20.1)
+    ]  # fmt: skip
+
+
+def test_whoever_asks_a_stage_to_stop_is_heard_at_its_next_report() -> None:
+    stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise InterruptedError
+
+    reports = progress.Stages(lambda event: None, check).of("reading")
+    reports(0, 10)
+    stop.set()
+    with pytest.raises(InterruptedError):
+        reports(1, 10)
+
+
+def test_rows_that_were_cut_are_said() -> None:
+    started = next(run_of(1))
+    assert isinstance(started, Started)
+    plan = {"steps": 1, "seq_len": 256, "settings": {"data": {"seq_len": 512}}}
+    assert "; rows of 256 tokens, as many as the model has positions;" in ui.started_line(
+        dataclasses.replace(started, plan=plan)
+    )
+    same = {**plan, "settings": {"data": {"seq_len": 256}}}
+    assert "rows of" not in ui.started_line(dataclasses.replace(started, plan=same))

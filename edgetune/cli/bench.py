@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edgetune.cli.options import json_option, print_json
+from edgetune.cli.options import json_option, print_json, progress_shown
 from edgetune.machine.shapes import MEASURED
 from edgetune.reports.text import human_bytes
 
@@ -32,7 +32,8 @@ def bench_command(shape: str, tokens: int, repeats: int, as_json: bool) -> None:
     """Measure the speed of this machine, and of training and generating on it."""
     from edgetune.machine.bench import bench
 
-    result = bench(shape, tokens, repeats)
+    with progress_shown() as show:
+        result = bench(shape, tokens, repeats, show)
     if as_json:
         print_json(result.as_dict())
         return

@@ -6,7 +6,15 @@ import dataclasses
 
 import click
 
-from edgetune.cli.options import adapter_option, device_option, json_option, model_option, model_words, print_json
+from edgetune.cli.options import (
+    adapter_option,
+    device_option,
+    json_option,
+    model_option,
+    model_words,
+    print_json,
+    progress_shown,
+)
 from edgetune.reports.text import human_bytes, one_line
 
 
@@ -22,7 +30,8 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
     from edgetune.training.evaluation import evaluate
 
     choice = choose_model(model)
-    result = evaluate(texts, choice.name, adapter, device)
+    with progress_shown() as show:
+        result = evaluate(texts, choice.name, adapter, device, show)
     if as_json:
         print_json(dataclasses.asdict(result))
         return

@@ -10,6 +10,7 @@ import click
 from edgetune.cli.options import adapter_option, json_option, memory_option, model_option, print_json, say, say_model
 from edgetune.config import parse_bytes
 from edgetune.export.targets import TARGETS
+from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, human_time, one_line
 
@@ -71,7 +72,7 @@ def export_command(
 
     limit = None if memory is None else parse_bytes(memory)
     choice = choose_model(model)
-    with renderer(as_json, None if as_json else sys.stderr) as shown:
+    with work_goes_on(), renderer(as_json, None if as_json else sys.stderr) as shown:
         result = export_adapter(
             target,
             model=choice.name,

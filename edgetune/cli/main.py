@@ -6,17 +6,16 @@ import errno
 import importlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
 import click
 
 import edgetune
+from edgetune.cli.signals import exit_on_signals
 from edgetune.home import home
+from edgetune.reports.streams import standard_streams
 from edgetune.reports.text import sanitize
 from edgetune.runtime.errors import EdgetuneError, SettingError, out_of_memory
 from edgetune.runtime.files import explain_full_disk
@@ -106,17 +105,14 @@ def plain_failures() -> Iterator[None]:
         sys.exit(1)
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
 def main() -> None:
-    """Run the `edgetune` command. SIGTERM ends it in an orderly way, as Ctrl-C does, so that no half-written file is left."""
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
-    with plain_failures():
+    """Run the `edgetune` command and exit with its code."""
+    exit_on_signals()
+    with standard_streams(), plain_failures():
+        logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
         try:
             code = cli.main(prog_name="edgetune", standalone_mode=False)
         except click.Abort as error:  # click's form of Ctrl-C
             raise KeyboardInterrupt from error
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import click
 
-from edgetune.cli.options import json_option, print_json
+from edgetune.cli.options import json_option, print_json, progress_shown
+from edgetune.progress import Stages
+from edgetune.reports.streams import work_goes_on
 from edgetune.reports.text import human_bytes, one_line
 from edgetune.runtime.quantize import HEADS
 
@@ -64,12 +65,10 @@ def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json
     from edgetune.library.base_models import resolve
     from edgetune.runtime.quantize import quantize_folder
 
-    progress = None
-    if sys.stderr.isatty() and not as_json:
-        progress = _Progress()
-    result = quantize_folder(
-        resolve(src).path, Path(dest).expanduser(), double_quant=not single_quant, head=head, progress=progress
-    )
+    source = resolve(src).path
+    with work_goes_on(), progress_shown() as show:
+        progress = Stages(show).of("quantising")
+        result = quantize_folder(source, Path(dest).expanduser(), double_quant=not single_quant, head=head, progress=progress)
     if as_json:
         print_json({**dataclasses.asdict(result), "folder": str(result.folder)})
         return
@@ -77,16 +76,3 @@ def quantize_command(src: str, dest: str, single_quant: bool, head: str, as_json
         f"{one_line(str(result.folder))}: {result.parameters / 1e6:,.1f}M parameters, {human_bytes(result.source_bytes)} -> "
         f"{human_bytes(result.bytes)}. To use it: edgetune train --model {one_line(dest)} notes/"
     )
-
-
-class _Progress:
-    """Shows a percentage on standard error."""
-
-    def __init__(self) -> None:
-        self._shown = -1
-
-    def __call__(self, done: int, total: int) -> None:
-        percent = done * 100 // max(total, 1)
-        if percent != self._shown:
-            self._shown = percent
-            click.echo(f"\r{percent:3} %" + ("\n" if done >= total else ""), nl=False, err=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgetune.config import GenerateConfig, TrainConfig
+from edgetune.progress import Show
+from edgetune.reports.terminal import renderer
 from edgetune.reports.text import one_line
 from edgetune.settings import Choice, Setting, Switch, Text, Texts, settings_of
 
@@ -161,3 +165,10 @@ def _finite(value: Any) -> Any:
 def say(text: str) -> None:
     """Print a line for the user on standard error, where it does not end up in a pipe."""
     click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def progress_shown() -> Iterator[Show]:
+    """Yield a function that shows Working events on standard error, so that standard output holds the result alone."""
+    with renderer(file=sys.stderr) as shown:
+        yield shown.show

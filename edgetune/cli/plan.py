@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import json_option, print_json, say_model
+from edgetune.cli.options import json_option, print_json, progress_shown, say_model
 from edgetune.cli.train import training_options
 from edgetune.config import train_config
 from edgetune.machine.shapes import PLANNED
@@ -50,9 +50,10 @@ def plan_command(as_json: bool, **flags: Any) -> None:
 
     config = train_config(flags)
     choice = choose_model() if config.model is None else None  # a name may be that of a shape without weights
-    result = forecast(config if choice is None else dataclasses.replace(config, model=choice.name))
     if choice is not None:
         say_model(choice)
+    with progress_shown() as show:
+        result = forecast(config if choice is None else dataclasses.replace(config, model=choice.name), show)
     if as_json:
         print_json(result.as_dict())
     else:

@@ -7,14 +7,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import click
 
-from edgetune.cli.options import configuration_options, json_option, print_json, say_model
+from edgetune.cli.options import configuration_options, json_option, print_json, progress_shown, say_model
+from edgetune.cli.signals import stop_on_signals
 from edgetune.config import DataConfig, TrainConfig, train_config
-from edgetune.events import Event, Interrupted
+from edgetune.events import Event, Interrupted, Started
+from edgetune.progress import Stages
+from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
 
@@ -73,11 +75,14 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
     config = dataclasses.replace(config, model=choice.name)
     stop = threading.Event()
     caught: list[int] = []
-    previous = _stop_on_signals(stop, caught)
+    previous: dict[signal.Signals, Any] = {}
     event: Event | None = None  # stays None in torchrun's followers, which yield no events
     try:
-        with awake(), renderer(as_json) as ui:
-            for event in train(config, stop, fresh, private_link):
+        with awake(), work_goes_on(), renderer(as_json) as ui:
+            for event in train(config, stop, fresh, private_link, show):
+                # Before a run has begun there is nothing to save, and a signal ends the program at once.
+                if isinstance(event, Started):
+                    previous = stop_on_signals(stop, caught)
                 show(event)
     finally:
         for number, handler in previous.items():
@@ -86,28 +91,14 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
         sys.exit(128 + caught[0])
 
 
-def _stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Signals, Any]:
-    """Make Ctrl-C and SIGTERM set `stop`, so that the run saves and ends; a second one ends it at once.
-
-    Return the previous handlers. The signal's number is appended to `caught`.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        stop.set()
-
-    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
 def _show_notes(config: TrainConfig, as_json: bool) -> None:
     """Print which notes a run would read, hold out and skip."""
     from edgetune.documents.heldout import END
     from edgetune.documents.summary import sentences
     from edgetune.training.setup import read_and_split
 
-    reading, split = read_and_split(config)
+    with progress_shown() as show:
+        reading, split = read_and_split(config, Stages(show).of("reading"))
     held_out_bytes = sum(document.size for document in split.held_out)
     if as_json:
         held_out = {

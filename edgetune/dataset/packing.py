@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,41 +212,3 @@ def check_settings(seq_len: int, batch_tokens: int) -> None:
             f"A batch of {batch_tokens} tokens cannot hold a sequence of {seq_len}; expected at least as many. "
             f"Type --batch-tokens {seq_len} or --seq-len {batch_tokens}."
         )
-
-
-def evaluation_batches(store: TokenStore, seq_len: int, batch_tokens: int) -> Iterator[Batch]:
-    """Yield batches that score every text token of the store once, in its order. Starts and ends of documents are not scored.
-
-    Windows overlap by half: every scored token has seen at least half a window of its document, unless it stands near the
-    beginning. `bits_per_byte` turns the losses into a score.
-    """
-    check_settings(seq_len, batch_tokens)
-    windows = cut_windows(store, seq_len, seq_len // 2)
-    chosen: list[int] = []
-    tokens = 0
-    for window, length in enumerate(windows.length.tolist()):
-        if chosen and tokens + length > batch_tokens:
-            yield make_batch(store, windows, chosen, text_only=True)
-            chosen, tokens = [], 0
-        chosen.append(window)
-        tokens += length
-    if chosen:
-        yield make_batch(store, windows, chosen, text_only=True)
-
-
-@dataclass(frozen=True)
-class BitsPerByte:
-    """The result of an evaluation over all documents of a store."""
-
-    bits_per_byte: float
-    tokens: int
-    bytes: int
-
-
-def bits_per_byte(store: TokenStore, scored: Iterable[tuple[Batch, torch.Tensor]]) -> BitsPerByte:
-    """Turn (batch, losses (N,) in nats) of all `evaluation_batches` into bits per byte, which no tokenizer flatters."""
-    nats, tokens = 0.0, 0
-    for batch, losses in scored:
-        tokens += batch.trained
-        nats += float((losses.double() * batch.loss_mask.double()).sum())
-    return BitsPerByte(nats / math.log(2) / max(store.bytes, 1), tokens, store.bytes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from edgetune.dataset.chat_notices import ANSWERS_LOST, LEFT_OUT, REASONING_LOST, SYSTEM_JOINED, ChatNotices
 from edgetune.documents.document import Document, Turn
+from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError, TokenizerError
 from edgetune.runtime.files import PRIVATE_FILE, atomic_folder
 from edgetune.runtime.start_tokens import StartTokens
@@ -120,13 +121,13 @@ class TokenStore:
 
 
 def tokenize(
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     tokenizer: TextTokenizer,
     path: Path | str,
     train_on: TrainOn = "assistant",
     chat_format: ChatFormat = "auto",
     may_be_empty: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = ignore,
 ) -> TokenStore:
     """Write the tokens of `documents` to the folder `path` (replaced atomically; files 0600) and return them memory-mapped.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader, FileIO
 
@@ -21,10 +21,8 @@ from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.spool import Spool
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, walk
+from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work."""
 
 MAX_FILE_BYTES = 256 << 20
 """Largest file that is read, in bytes. Chosen by hand."""
@@ -33,10 +31,6 @@ BLOCK_BYTES = 1 << 20
 WHOLE_CHARS = 2 << 20
 """Characters of a note that are handled at a time: front matter and embedded files are found within them. Chosen by hand."""
 _MARKDOWN = (".md", ".markdown")
-
-
-def no_progress(done: int, total: int) -> None:
-    """Take no notice of progress."""
 
 
 @dataclass
@@ -133,12 +127,13 @@ def read_notes(
     exclude: Sequence[str] = (),
     keep_front_matter: bool = False,
     encoding: str | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = ignore,
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
     keep_front_matter: leave front matter as it is, instead of reducing it to title and tags.
     encoding: Python's name for the encoding of notes that are not UTF-8 and have no byte-order mark.
+    progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
     found = walk(paths, exclude, lambda: progress(0, 0))

@@ -10,6 +10,7 @@ from edgetune.config import HEADS
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
 from edgetune.library.base_models import DEMO, ModelChoice, best, resolve, scan
+from edgetune.progress import Progress, ignore
 from edgetune.runtime import ops
 from edgetune.runtime.budget import Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -76,11 +77,13 @@ def load_base(
     layer_memory: int | None = None,
     in_file: Vocabulary = Vocabulary.NEITHER,
     head: str = "stored",
+    progress: Progress = ignore,
 ) -> Loaded:
     """Load an opened model, its linears in NF4, so that it is ready to run on `device`.
 
     layer_memory: as in `load_llama`. in_file: which of embedding and head stay in their file, as in a training's Setting.
-    head: one of HEADS. Raises UsageError for a form that this model's head cannot have.
+    head: one of HEADS. progress: receives the layers loaded and all layers.
+    Raises UsageError for a form that this model's head cannot have.
     """
     target = pick_device(device)
     choice, checkpoint = base
@@ -94,6 +97,7 @@ def load_base(
         layer_memory=layer_memory,
         embedding_in_file=in_file is not Vocabulary.NEITHER,
         head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target, checkpoint),
+        progress=progress,
     )
     return Loaded(choice, checkpoint, model, tokenizer)
 

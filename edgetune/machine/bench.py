@@ -17,6 +17,7 @@ import torch
 from edgetune.machine.shapes import SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import number_format
+from edgetune.progress import Progress, Show, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import cpu_name
@@ -36,6 +37,8 @@ _GRADIENT_CLIP, _LEARNING_RATE = 1.0, 1e-4
 """Settings of the measured training step; they do not affect its speed."""
 _PROMPT_TOKENS = 16
 """Tokens of the prompt before decoding is measured. Chosen by hand."""
+_DECODED_TOKENS = 48
+"""Tokens that are decoded to measure decoding. Chosen by hand."""
 _WARM_UP_TOKENS = 8
 """Decoded tokens that are left out of the median. Chosen by hand."""
 
@@ -82,23 +85,40 @@ class Bench:
         return asdict(self)
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> float:
+class Runs:
+    """Counts the runs of all measurements, and reports how many are done."""
+
+    def __init__(self, progress: Progress = ignore, total: int = 0) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+        self.is_alive()
+
+    def add(self) -> None:
+        """Count one run."""
+        self._done += 1
+        self.is_alive()
+
+    def is_alive(self) -> None:
+        """Report again what is done: a run can take a minute."""
+        self._progress(self._done, self._total)
+
+
+def median_seconds(work: Callable[[], object], repeats: int, runs: Runs) -> float:
     """Return the median time of `repeats` calls of `work`, after one call to warm up."""
-    work()
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        runs.add()
+    return statistics.median(times[1:])
 
 
-def gemm_gflops(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
+def gemm_gflops(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], runs: Runs | None = None) -> float:
     """Return the best median GFLOP/s of x (m, k) times W (n, k)^T over `shapes` (m, k, n)."""
     best = 0.0
     for m, k, n in shapes:
         x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        seconds = median_seconds(lambda x=x, w=w: torch.mm(x, w.T), _PEAK_REPEATS)  # type: ignore[misc]
+        seconds = median_seconds(lambda x=x, w=w: torch.mm(x, w.T), _PEAK_REPEATS, runs or Runs())  # type: ignore[misc]
         best = max(best, 2 * m * k * n / seconds / 1e9)
     return best
 
@@ -109,10 +129,10 @@ def gemm_shapes(config: LlamaConfig, tokens: int) -> list[tuple[int, int, int]]:
     return [(2048, 2048, 2048), (4096, 4096, 4096), *model_shapes]
 
 
-def read_gb_per_second(megabytes: int = 1024) -> float:
+def read_gb_per_second(megabytes: int = 1024, runs: Runs | None = None) -> float:
     """Return the speed in GB/s at which all threads together read memory that is in no cache."""
     x = torch.ones(megabytes * 2**18)
-    return x.nbytes / median_seconds(x.sum, _PEAK_REPEATS) / 1e9
+    return x.nbytes / median_seconds(x.sum, _PEAK_REPEATS, runs or Runs()) / 1e9
 
 
 def linear_flops(config: LlamaConfig, recompute: Recompute) -> float:
@@ -131,6 +151,7 @@ def train_speed(
     tokens: int,
     peak_gflops: float,
     repeats: int,
+    runs: Runs,
     files: Sequence[Path] = (),
     int8: bool = False,
 ) -> TrainSpeed:
@@ -138,6 +159,7 @@ def train_speed(
     adapters.attach_new(model, LORA, 0)
     trim_memory()
     runner = Runner(model, recompute, int8=int8)
+    runner.between_blocks = runs.is_alive
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters)
     batch = random_batch(model.config, tokens)
@@ -149,14 +171,14 @@ def train_speed(
         optimizer.zero_grad()
 
     with MemoryMeter(files) as meter:
-        seconds = median_seconds(step, repeats)
+        seconds = median_seconds(step, repeats, runs)
         peak = meter.peak()
     adapters.detach(model)
     share = linear_flops(model.config, recompute) * tokens / seconds / 1e9 / peak_gflops
     return TrainSpeed(tokens / seconds, share, peak)
 
 
-def prefill_tokens_per_second(model: Llama, tokens: int) -> float:
+def prefill_tokens_per_second(model: Llama, tokens: int, runs: Runs) -> float:
     """Measure the speed of the prefill: reading a prompt of `tokens`, up to the logits of its last token."""
     generator = Generator(Runner(model), tokens)
     ids = torch.randint(0, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -166,10 +188,10 @@ def prefill_tokens_per_second(model: Llama, tokens: int) -> float:
         with torch.no_grad():
             generator.prefill(ids)
 
-    return tokens / median_seconds(prefill, _PEAK_REPEATS)
+    return tokens / median_seconds(prefill, _PEAK_REPEATS, runs)
 
 
-def decode_tokens_per_second(model: Llama, tokens: int = 48) -> float:
+def decode_tokens_per_second(model: Llama, runs: Runs, tokens: int = _DECODED_TOKENS) -> float:
     """Measure the speed of decoding: writing `tokens` one after another, after a short prompt."""
     generator = Generator(Runner(model), _PROMPT_TOKENS + 2 * tokens)
     with torch.no_grad():
@@ -179,6 +201,7 @@ def decode_tokens_per_second(model: Llama, tokens: int = 48) -> float:
             start = time.perf_counter()
             generator.step(token + 1)
             seconds.append(time.perf_counter() - start)
+            runs.add()
     return 1 / statistics.median(seconds[_WARM_UP_TOKENS:])
 
 
@@ -188,27 +211,29 @@ def decode_bytes(model: Llama) -> int:
     return sum(weight.nbytes for weight in weights) + model.head.nbytes
 
 
-def bench(shape: str, tokens: int, repeats: int) -> Bench:
+def bench(shape: str, tokens: int, repeats: int, show: Show = lambda event: None) -> Bench:
     """Measure this machine, then a model of the named shape on it.
 
     shape: a name in SHAPES. tokens: length of a training batch and of the prompt. repeats: runs of which the median is taken.
+    show: receives progress as events.Working.
     """
     device = torch.device("cpu")
     dtype, int8 = number_format("auto", device)  # as `edgetune train` chooses them
-    config = SHAPES[shape]
-    peaks = {
-        str(kind).removeprefix("torch."): gemm_gflops(kind, gemm_shapes(config, tokens))
-        for kind in (torch.bfloat16, torch.float32)
-    }
+    config, stages = SHAPES[shape], Stages(show)
+    shapes, formats = gemm_shapes(config, tokens), (torch.bfloat16, torch.float32)
+    peak_runs = 1 + _PEAK_REPEATS
+    total = (len(formats) * len(shapes) + 2) * peak_runs + (len(Recompute) + int8) * (1 + repeats) + _DECODED_TOKENS
+    runs = Runs(stages.of("timing"), total)
+    peaks = {str(kind).removeprefix("torch."): gemm_gflops(kind, shapes, runs) for kind in formats}
     peak = peaks[str(dtype).removeprefix("torch.")]
-    read = read_gb_per_second()
+    read = read_gb_per_second(runs=runs)
     trim_memory()
-    model = random_llama(config, dtype)
-    train = {str(kind): train_speed(model, kind, tokens, peak, repeats, int8=int8) for kind in Recompute}
+    model = random_llama(config, dtype, progress=stages.of("preparing"))
+    train = {str(kind): train_speed(model, kind, tokens, peak, repeats, runs, int8=int8) for kind in Recompute}
     if int8:
-        train["none, bf16"] = train_speed(model, Recompute.NONE, tokens, peak, repeats)
+        train["none, bf16"] = train_speed(model, Recompute.NONE, tokens, peak, repeats, runs)
     fastest = max(train.values(), key=lambda speed: speed.tokens_per_second)
-    decode = decode_tokens_per_second(model)
+    decode = decode_tokens_per_second(model, runs)
     return Bench(
         machine=cpu_name(),
         threads=torch.get_num_threads(),
@@ -222,7 +247,7 @@ def bench(shape: str, tokens: int, repeats: int) -> Bench:
         train_gemm_share=fastest.gemm_share,
         train_int8=int8,
         train=train,
-        prefill_tokens_per_second=prefill_tokens_per_second(model, min(tokens, config.max_positions)),
+        prefill_tokens_per_second=prefill_tokens_per_second(model, min(tokens, config.max_positions), runs),
         decode_tokens_per_second=decode,
         decode_bandwidth_share=decode * decode_bytes(model) / 1e9 / read,
         peak_memory_bytes=max(speed.peak_memory_bytes for speed in train.values()),

@@ -32,6 +32,7 @@ from edgetune.memory_settings import (
     planned_steps,
     process_bytes,
 )
+from edgetune.progress import Progress, Show, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
 from edgetune.runtime.budget import Setting, Stored
@@ -43,7 +44,10 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.scratch import scratch_folder
-from edgetune.training.setup import named_adapter, read_and_split, tokenize_notes
+from edgetune.training.setup import fit_rows, named_adapter, read_and_split, tokenize_notes
+
+_ROW_RUNS = 4
+"""Times that a row is run to be timed; the first one warms up. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,14 @@ class Forecast:
         return dataclasses.asdict(self)
 
 
-def forecast(train: TrainConfig) -> Forecast:
+def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     """Predict what `edgetune train` would take with these settings, without reading any weights.
 
+    show: receives progress as events.Working.
     Raises EdgetuneError for a model, an adapter, a device or notes that cannot be used.
     """
     name, config, stored, checkpoint = _model(train.model)
+    train, stages = fit_rows(train, config), Stages(show)
     here = True
     try:
         device = pick_device(train.device)
@@ -90,14 +96,14 @@ def forecast(train: TrainConfig) -> Forecast:
     else:
         dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
-    steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder)
+    steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder, stages)
     memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
     smallest = least(config, lora, stored, data, dtype, process, device_name, train.recompute)
     choice = choose(config, lora, stored, data, dtype, memory, process, device_name, train.recompute)
     shown = choice or smallest
     speed = seconds = None
     if choice is not None and here and device_name == "cpu":
-        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8)
+        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"))
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
     return Forecast(
@@ -145,11 +151,11 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
     return adapter.config
 
 
-def _work(train: TrainConfig, folder: Path) -> tuple[int, int]:
+def _work(train: TrainConfig, folder: Path, stages: Stages) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
-    _, parted = read_and_split(train)
+    _, parted = read_and_split(train, stages.of("reading"))
     with scratch_folder() as scratch:
-        store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), scratch)
+        store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), scratch, stages.of("tokenizing"))
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)
@@ -163,12 +169,13 @@ def seconds_a_step(
     batch_tokens: int,
     dtype: torch.dtype,
     int8: bool,
+    progress: Progress = ignore,
 ) -> float:
     """Predict the seconds of a step: one and two layers are measured, and their difference stands for each further layer.
 
     The time of reading and writing files is computed from FILE_SPEED, a nominal figure.
     """
-    one, two = (_row_seconds(config, lora, setting, dtype, int8, layers) for layers in (1, 2))
+    one, two = (_row_seconds(config, lora, setting, dtype, int8, layers, progress) for layers in (1, 2))
     layer = max(two - one, 0.0)
     row = (one + layer * (config.num_layers - 1)) * (COMPACT_SLOWDOWN if setting.compact else 1.0)
     rows = -(-batch_tokens // setting.row_tokens)
@@ -177,15 +184,26 @@ def seconds_a_step(
     return rows * (max(row, read) + UNHIDDEN_READ_SHARE * read) + files / FILE_SPEED
 
 
-def _row_seconds(config: LlamaConfig, lora: LoraConfig, setting: Setting, dtype: torch.dtype, int8: bool, layers: int) -> float:
-    """Return the least of three measured times of one row under this setting, on `layers` layers of random weights."""
+def _row_seconds(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    setting: Setting,
+    dtype: torch.dtype,
+    int8: bool,
+    layers: int,
+    progress: Progress,
+) -> float:
+    """Return the least of three measured times of one row under this setting, on one or two layers of random weights."""
+    done, total = (layers - 1) * _ROW_RUNS, 2 * _ROW_RUNS
+    progress(done, total)
     model = random_llama(dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers]), dtype)
     adapters.attach_new(model, lora, 0)
     runner = Runner(model, setting.recompute, setting.loss_rows, int8=int8)
     optimizer = PagedAdamW(adapters.parameters(model))
     row = random_batch(config, setting.row_tokens)
     seconds = []
-    for _ in range(4):
+    for run in range(_ROW_RUNS):
+        progress(done + run, total)
         start = time.perf_counter()
         runner.train(row, dropout_key=1 if lora.dropout else None)
         optimizer.step(1e-4)

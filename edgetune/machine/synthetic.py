@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from edgetune.progress import Progress, ignore
 from edgetune.runtime import nf4
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.config import LlamaConfig
@@ -15,17 +16,22 @@ from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
 from edgetune.runtime.ops_types import Segment
 
 
-def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> Llama:
-    """Return a model of this shape with random NF4 weights, embedding and head in `dtype`."""
+def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0, progress: Progress = ignore) -> Llama:
+    """Return a model of this shape with random NF4 weights, embedding and head in `dtype`.
+
+    progress: receives the layers made and all layers.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for layer in range(config.num_layers):
+        progress(layer, config.num_layers)
         tensors: dict[str, Any] = {}
         for name, shape in config.linear_shapes().items():
             tensors[f"{hf_linear_name(name)}.weight"] = random_nf4(shape, generator)
         for norm in (ATTENTION_NORM, MLP_NORM):
             tensors[norm] = torch.ones(config.hidden_size)
         blocks.append(Block(config, layer, tensors))
+    progress(config.num_layers, config.num_layers)
     embedding = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(dtype)
     head = embedding if config.tie_embeddings else embedding.clone()
     return Llama(config, embedding, blocks, torch.ones(config.hidden_size), head, dtype)

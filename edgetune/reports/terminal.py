@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import abc
 import collections
+import dataclasses
 import sys
+import threading
 from typing import TYPE_CHECKING, TextIO
 
-from edgetune.events import Evaluated, Event, Exporting, Finished, Interrupted, Resumed, Skipped, Started, Stepped, line
+from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Skipped, Started, Stepped, Working, line
 from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 LINE_EVERY_SECONDS = 5.0
 """Shortest time between two plain progress lines, in seconds, unless a tenth of the steps is done. Chosen by hand."""
+TOLD_AFTER_SECONDS = 2.0
+"""Seconds that a stage of long work may take without a plain line. Chosen by hand."""
 PACE_STEPS = 40
 """Number of last steps from which the time left is estimated. Chosen by hand."""
 
@@ -30,12 +34,13 @@ class Progress:
         self.before: float | None = None
         self.heldout: float | None = None
         self.last: Stepped | None = None
-        self.export: Exporting | None = None
+        self.working: Working | None = None
         self.skipped = 0
         self._pace: collections.deque[tuple[int, float]] = collections.deque(maxlen=PACE_STEPS)
 
     def take(self, event: Event) -> None:
         """Update the state with one event."""
+        self.working = event if isinstance(event, Working) else None
         if isinstance(event, Started):
             steps = event.plan.get("steps")
             self.steps = steps if isinstance(steps, int) else 0
@@ -45,17 +50,15 @@ class Progress:
             self.heldout = event.bits_per_byte
         elif isinstance(event, Skipped):
             self.skipped += 1
-        elif isinstance(event, Exporting):
-            self.export = event
         elif isinstance(event, Stepped):
             self.last = event
             self._pace.append((event.step, event.seconds))
 
     @property
     def done(self) -> tuple[int, int]:
-        """Return the steps (of an export, the pieces) that are done and their total; 0 if that is not known."""
-        if self.export is not None:
-            return self.export.done, self.export.total
+        """Return the steps (of other work, the parts of its stage) that are done and their total; 0 if that is not known."""
+        if self.working is not None:
+            return self.working.done, self.working.total
         return 0 if self.last is None else self.last.step, self.steps
 
     @property
@@ -69,8 +72,8 @@ class Progress:
     def figures(self) -> list[str]:
         """Return the figures that are known, of: tokens/s, loss, held-out bits per byte, memory, time left, steps skipped."""
         shown = []
-        if self.export is not None:
-            shown += [self.export.stage, human_time(self.export.seconds)]
+        if self.working is not None:
+            shown += [self.working.stage, human_time(self.working.seconds)]
         if self.last is not None:
             shown += [f"{self.last.tokens_per_second:,.0f} tokens/s", f"loss {self.last.loss:.3f}"]
         if self.heldout is not None:
@@ -87,9 +90,11 @@ class Progress:
 def started_line(event: Started) -> str:
     """Return the first line of a run: which model learns from what, and where."""
     held_out = f", {event.heldout_documents} held out to test it" if event.heldout_documents else ""
+    wanted, rows = event.plan.get("settings", {}).get("data", {}).get("seq_len"), event.plan.get("seq_len")
+    cut = f"; rows of {rows} tokens, as many as the model has positions" if rows != wanted else ""
     return (
         f"Base model {one_line(event.model)} on {one_line(event.device)}: learning from {event.documents} documents{held_out}; "
-        f"{event.tokens:,} tokens per epoch; the adapter has {event.trainable_parameters:,} parameters, "
+        f"{event.tokens:,} tokens per epoch{cut}; the adapter has {event.trainable_parameters:,} parameters, "
         f"the base model {event.parameters:,}"
     )
 
@@ -169,15 +174,18 @@ class JsonLines(Renderer):
 
 class Plain(Renderer):
     """Prints a few lines for a log or a pipe: at each tenth of the steps, and after LINE_EVERY_SECONDS or a tenth of the time
-    so far, whichever is longer; during an export, every LINE_EVERY_SECONDS."""
+    so far, whichever is longer; in a stage of other work after TOLD_AFTER_SECONDS, and then as rarely."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
         self.progress = Progress()
         self._last_line = (0, 0.0)  # step and seconds
+        self._stage, self._last_word = "", 0.0  # of other work: the stage, and when its last line was written
+        self._timer: threading.Timer | None = None
 
     def show(self, event: Event) -> None:
         """Print a line if the event deserves one."""
+        self.close()  # what was to be said of the work so far
         first_evaluation = self.progress.before is None
         self.progress.take(event)
         if isinstance(event, Started):
@@ -196,12 +204,34 @@ class Plain(Renderer):
         elif isinstance(event, Stepped) and self._is_due(event):
             self._last_line = (event.step, event.seconds)
             self._write(", ".join([f"step {event.step}/{self.progress.steps or '?'}", *self.progress.figures()]))
-        elif isinstance(event, Exporting) and event.seconds - self._last_line[1] >= LINE_EVERY_SECONDS:
-            self._last_line = (event.done, event.seconds)
-            self._write(f"{event.stage}: {event.done * 100 // max(event.total, 1)} % after {human_time(event.seconds)}")
+        elif isinstance(event, Working):
+            self._work(event)
         elif isinstance(event, Finished):
             for text in finished_lines(event):
                 self._write(text)
+
+    def _work(self, event: Working) -> None:
+        """Print a line if the stage of `event` has taken long without one, or once it has."""
+        if event.stage != self._stage or event.seconds < self._last_word:
+            self._stage, self._last_word = event.stage, 0.0
+        pause = max(LINE_EVERY_SECONDS, event.seconds / 10) if self._last_word else TOLD_AFTER_SECONDS
+        if event.seconds - self._last_word >= pause:
+            self._write_work(event)
+        elif not self._last_word and event.done < event.total:
+            # A stage of one part, such as an export's proof, has no further event before its end.
+            later = dataclasses.replace(event, seconds=TOLD_AFTER_SECONDS)
+            self._timer = threading.Timer(TOLD_AFTER_SECONDS - event.seconds, self._write_work, [later])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _write_work(self, event: Working) -> None:
+        self._last_word = event.seconds
+        self._write(f"{event.stage}: {_percent(event.done, event.total)} after {human_time(event.seconds)}")
+
+    def close(self) -> None:
+        """Print nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _is_due(self, event: Stepped) -> bool:
         step, seconds = self._last_line
@@ -272,8 +302,14 @@ class Live(Renderer):
         row = Table.grid(padding=(0, 1), expand=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
-        row.add_row(ProgressBar(total=steps or None, completed=step, pulse=not steps), Text(f"{step:,}/{steps or '?'}"))
+        count = f"{step:,}/{steps or '?'}" if self.progress.working is None else _percent(step, steps)
+        row.add_row(ProgressBar(total=steps or None, completed=step, pulse=not steps), Text(count))
         return Group(row, Text(" · ".join(self.progress.figures()), style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _percent(done: int, total: int) -> str:
+    """Return how much of a stage is done."""
+    return f"{done * 100 // max(total, 1)} %"
 
 
 def _learned(event: Finished) -> bool:

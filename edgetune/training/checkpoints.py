@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from edgetune.dataset.evaluation_set import Score
 from edgetune.events import EventLog
 from edgetune.training.sealed_files import DamagedError, read_sealed, write_sealed
 
@@ -46,10 +47,10 @@ class TrainingState:
     skipped_in_a_row: int = 0
     training_seconds: float = 0.0
     seconds: float = 0.0
-    score_before: float | None = None
-    """Held-out bits per byte before step 1."""
-    best_score: float | None = None
-    """Lowest held-out bits per byte after step 1."""
+    score_before: Score | None = None
+    """Score of the held-out notes before step 1. A deadline may have cut it short."""
+    best_score: Score | None = None
+    """Lowest score of the held-out notes after step 1."""
     best_step: int | None = None
     peak_memory_bytes: int = 0
     log_bytes: int = 0
@@ -63,7 +64,11 @@ class TrainingState:
     def from_json(cls, text: str) -> TrainingState:
         """Return the state that `to_json` wrote. Raises ValueError or TypeError for anything else."""
         fields = {stored: name for name, stored in _STORED_NAMES.items()}
-        return cls(**{fields.get(name, name): value for name, value in json.loads(text).items()})
+        state = cls(**{fields.get(name, name): value for name, value in json.loads(text).items()})
+        for name in ("score_before", "best_score"):
+            if (stored := getattr(state, name)) is not None:
+                setattr(state, name, Score(**{part: tuple(values) for part, values in stored.items()}))
+        return state
 
 
 @dataclass

@@ -17,10 +17,12 @@ import torch
 
 import edgetune
 from edgetune.config import GenerateConfig
+from edgetune.dataset.evaluation_set import Score
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.promotion import promote, should_promote
+from edgetune.progress import Show, Stages
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.adapter import Adapter
@@ -28,10 +30,11 @@ from edgetune.runtime.errors import LinkError, TrainingError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
+from edgetune.training import evaluation
 from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint
+from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
-from edgetune.training.evaluation import evaluate_store
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
 from edgetune.training.step import TrainStep
@@ -64,8 +67,9 @@ class TrainingLoop:
         world: World,
         writer: CheckpointWriter,
         stop: threading.Event,
-        deadline: float | None,
+        deadline: Deadline,
         meter: Meter,
+        show: Show = lambda event: None,
     ) -> None:
         self.run, self.plan, self.config = run, run.plan, run.config
         self.model, self.runner = run.loaded.model, run.runner
@@ -79,8 +83,13 @@ class TrainingLoop:
         if has_steps:
             self._restore(restored)
         self.train_step.sync_with_leader(optimizer_state=has_steps)
-        self.started = time.monotonic() - self.state.seconds
-        self.step_seconds = self.evaluation_seconds = 0.0
+        self.began = time.monotonic()
+        self.started = self.began - self.state.seconds
+        self.step_seconds = self.evaluation_seconds = self.all_evaluations_seconds = 0.0
+        self.stages = Stages(show, self._check_stop)
+        # With followers, stop only between steps: in the middle of one they would wait for this process's share.
+        if world.size == 1:
+            self.runner.between_blocks = self._check_stop
         self.saved_at: tuple[int, int | None] | None = None  # step and evaluated_step of the last checkpoint
 
     def events(self, resumed: Resumed | None) -> Iterator[Event]:
@@ -132,14 +141,15 @@ class TrainingLoop:
         # An evaluation can take minutes: save the steps before it if losing them as well would be too much.
         if self.writer.is_due(self.evaluation_seconds):
             yield self._save_checkpoint()
-        evaluation = self._evaluate()
-        self.evaluation_seconds, self.state.evaluated_step = evaluation.seconds, step
+        # A deadline may come long before the end of the plan, which this evaluation is made for.
+        score = self._score(self.config.evaluation_share / 2 * self.deadline.seconds_left() if step == 0 else math.inf)
+        self.state.evaluated_step = step
         if step == 0:
-            self.state.score_before = evaluation.bits_per_byte
-        elif self._is_best(evaluation):
-            self.state.best_score, self.state.best_step = evaluation.bits_per_byte, step
+            self.state.score_before = score
+        elif self._is_better(score, self.state.best_score):
+            self.state.best_score, self.state.best_step = score, step
             self.best.save_from_model(adapters.live_tensors(self.model))
-        yield evaluation
+        yield self._evaluated(score)
         if self.writer.is_cheap():
             yield self._save_checkpoint()
 
@@ -161,7 +171,7 @@ class TrainingLoop:
         )
 
     def _is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        return self.deadline.has_passed()
 
     def _check_stop(self) -> None:
         """Raise _Stopped if the user asked to stop. Called wherever the run can be left without losing a consistent state."""
@@ -200,13 +210,10 @@ class TrainingLoop:
     def _step(self) -> Stepped | Skipped:
         """Run the next step of the plan."""
         start, state = time.monotonic(), self.state
-        if self.world.size == 1:
-            result = self.train_step.run(state.step, self._check_stop)
-        else:
-            # With followers, stop only between steps: in the middle of one they would wait for this process's share.
-            self._check_stop()
+        self._check_stop()
+        if self.world.size > 1:
             self.world.announce_step(state.step)
-            result = self.train_step.run(state.step)
+        result = self.train_step.run(state.step)
         state.step += 1
         self.step_seconds = time.monotonic() - start
         if not result.finite:
@@ -226,16 +233,25 @@ class TrainingLoop:
             seconds=self._seconds(),
         )
 
-    def _evaluate(self) -> Evaluated:
-        """Score the held-out notes with the adapter as it is now."""
+    def _score(self, most_seconds: float = math.inf, most_batches: int | None = None) -> Score:
+        """Score the held-out notes with the adapter as it is now, as far as these limits allow (see evaluation.score)."""
         start = time.monotonic()
         assert self.run.held_out is not None
         self._trim()
-        micro_batch_tokens = self.plan.setting.row_tokens
-        result = evaluate_store(self.runner, self.run.held_out, self.plan.seq_len, micro_batch_tokens, self._check_stop)
+        progress = self.stages.of("evaluating")
+        score = evaluation.score(
+            self.runner, self.run.held_out, self.plan.setting.row_tokens, progress, most_seconds, most_batches
+        )
         self._trim()
         self.meter.peak()  # counts the weights' resident pages anew; `now` adds that count to every later sample
-        return Evaluated(self.state.step, result.bits_per_byte, result.tokens, time.monotonic() - start)
+        self.evaluation_seconds = time.monotonic() - start
+        self.all_evaluations_seconds += self.evaluation_seconds
+        return score
+
+    def _evaluated(self, score: Score) -> Evaluated:
+        """Return the event of a score that was just measured, over the text that the first evaluation scored too."""
+        shown = score if self.state.score_before is None else score.first(len(self.state.score_before))
+        return Evaluated(self.state.step, shown.bits_per_byte, sum(shown.tokens), self.evaluation_seconds)
 
     def _trim(self) -> None:
         """Return free memory to the system. Steps, evaluations and samples use tensors of different shapes, and the holes that
@@ -243,9 +259,12 @@ class TrainingLoop:
         trim_memory()
         trim_device(self.model.device)
 
-    def _is_best(self, evaluation: Evaluated) -> bool:
-        score, best = evaluation.bits_per_byte, self.state.best_score
-        return math.isfinite(score) and (best is None or score < best)
+    def _is_better(self, score: Score, than: Score | None) -> bool:
+        """Return True if a score is finite and lower than another, over the text that both cover."""
+        if than is None:
+            return math.isfinite(score.bits_per_byte)
+        common = min(len(score), len(than))
+        return score.first(common).bits_per_byte < than.first(common).bits_per_byte
 
     def _samples(self, when: str) -> Iterator[Event]:
         """Let the model continue the beginnings of some notes and answer some chats, held-out ones where there are any."""
@@ -274,10 +293,12 @@ class TrainingLoop:
             # `state`, so that a resumed run gives the same bits as one without a deadline.
             yield self._save_checkpoint()
             if self.run.held_out is not None and state.evaluated_step != state.step:
-                evaluation = self._evaluate()
-                yield evaluation
-                if self._is_best(evaluation):
-                    score, best_step = evaluation.bits_per_byte, state.step
+                allowed = self.config.evaluation_share * (time.monotonic() - self.began)
+                comparable = None if state.score_before is None else len(state.score_before)
+                last = self._score(allowed - self.all_evaluations_seconds, comparable)
+                yield self._evaluated(last)
+                if self._is_better(last, score):
+                    score, best_step = last, state.step
         if best_step is None:
             best_step = state.step
         if best_step != state.step:
@@ -286,13 +307,14 @@ class TrainingLoop:
                 yield self._save_checkpoint()
             adapters.copy_into(self.model, self.best.adapter())
         yield from self._samples("after")
-        best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._adapter_record(score, best_step))
+        before, after = _compared(state.score_before, score)
+        best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._adapter_record(before, after, best_step))
         folder = adapter_folder(self.run)
         peft_folder.save(best, folder, self.run.loaded.choice.public_name)
-        promoted = should_promote(state.score_before, score)
+        promoted = should_promote(before, after)
         if promoted:
             promote(folder, self.run.loaded.choice.name, self.plan.base)
-        yield Saved(best_step, str(folder), score)
+        yield Saved(best_step, str(folder), after)
         peak = max(state.peak_memory_bytes, self.meter.peak())
         self._trim()
         yield Finished(
@@ -300,8 +322,8 @@ class TrainingLoop:
             steps=state.step,
             tokens=state.tokens,
             tokens_per_second=state.tokens / max(state.training_seconds, 1e-9),
-            heldout_bits_per_byte_before=state.score_before,
-            heldout_bits_per_byte_after=score,
+            heldout_bits_per_byte_before=before,
+            heldout_bits_per_byte_after=after,
             peak_memory_bytes=peak,
             device=str(self.model.device),
             seconds=self._seconds(),
@@ -312,7 +334,7 @@ class TrainingLoop:
             promoted=promoted,
         )
 
-    def _adapter_record(self, score: float | None, best_step: int) -> dict[str, object]:
+    def _adapter_record(self, before: float | None, after: float | None, best_step: int) -> dict[str, object]:
         """Return the contents of edgetune.json: how this adapter was made, without paths, host names or text."""
         settings = {name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")}
         settings["data"] = {name: value for name, value in settings["data"].items() if name != "exclude"}
@@ -321,8 +343,8 @@ class TrainingLoop:
             "torch": torch.__version__,
             "base": self.plan.base,
             "data": self.plan.data_digest,
-            "heldout_bits_per_byte_before": self.state.score_before,
-            "heldout_bits_per_byte_after": score,
+            "heldout_bits_per_byte_before": before,
+            "heldout_bits_per_byte_after": after,
             "best_step": best_step,
             "start_ids": self.run.loaded.tokenizer.start_ids,
             "steps": self.plan.steps,
@@ -331,3 +353,10 @@ class TrainingLoop:
             "optimizer_bits": self.plan.setting.optimizer_bits,
             "settings": settings,
         }
+
+
+def _compared(before: Score | None, after: Score | None) -> tuple[float | None, float | None]:
+    """Return the bits per byte of two scores over the text that both cover; None for a score that there is not."""
+    common = min((len(score) for score in (before, after) if score is not None), default=0)
+    first, second = (None if score is None else score.first(common).bits_per_byte for score in (before, after))
+    return first, second

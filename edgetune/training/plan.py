@@ -28,6 +28,8 @@ class Plan:
     warmup_steps: int
     evaluate_every: int
     """Steps between two evaluations of the held-out notes."""
+    evaluate_tokens: int
+    """Most tokens that an evaluation reads."""
     compute_dtype: str
     int8: bool
     """True if training multiplies the frozen weights in 8 bits."""

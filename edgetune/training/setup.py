@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from edgetune.config import TrainConfig
+from edgetune.config import DataConfig, TrainConfig
+from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
 from edgetune.dataset.token_store import ChatFormat, TokenStore, TrainOn, tokenize
 from edgetune.documents.document import Document, Reading
@@ -20,18 +21,20 @@ from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
+from edgetune.progress import SILENT, Progress, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.budget import Setting, Stored
 from edgetune.runtime.checkpoint import Checkpoint
-from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import AdapterError, DataError, ModelError, UsageError
 from edgetune.runtime.files import sha256_file
 from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.samples import sample_prompts
 
@@ -45,7 +48,7 @@ class PreparedRun:
     loaded: Loaded
     runner: Runner
     packer: Packer
-    held_out: TokenStore | None
+    held_out: EvaluationSet | None
     folder: Path
     """The unfinished run's own folder: token stores, and scratch files of what does not stay in memory."""
 
@@ -60,12 +63,12 @@ class PreparedRun:
         return self.record.lora
 
 
-def read_and_split(config: TrainConfig) -> tuple[Reading, HeldOutSplit]:
+def read_and_split(config: TrainConfig, progress: Progress = ignore) -> tuple[Reading, HeldOutSplit]:
     """Read the notes and split off the held-out ones. This is all that --dry-run does."""
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, keep_front_matter=data.recipe == "raw", encoding=data.encoding)
+    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress)
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:
@@ -78,30 +81,41 @@ def read_and_split(config: TrainConfig) -> tuple[Reading, HeldOutSplit]:
 
 
 def prepare_new(
-    config: TrainConfig, base: Base, folder: Path, run: str = "", processes: int = 1, local_processes: int = 1
+    config: TrainConfig,
+    base: Base,
+    folder: Path,
+    run: str = "",
+    processes: int = 1,
+    local_processes: int = 1,
+    stages: Stages = SILENT,
 ) -> PreparedRun:
     """Set up a new run: tokenize the notes into `folder`, load the model, attach a fresh (or the named) adapter, make the plan.
 
     run: name of the run. The plan is for `processes` processes, `local_processes` of them on this machine.
     """
-    reading, split = read_and_split(config)
     choice, checkpoint = base
+    settings, config = config.as_dict(), fit_rows(config, checkpoint.config)
+    reading, split = read_and_split(config, stages.of("reading"))
     device = pick_device(config.device)
     tokenizer = Tokenizer.load(choice.path)
-    store, held_out = tokenize_notes(config, split, tokenizer, folder)
+    store, held_out = tokenize_notes(config, split, tokenizer, folder, stages.of("tokenizing"))
     data, (dtype, int8) = config.data, number_format(config.compute, device)
     adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
     stored = Stored.of(checkpoint)
     chosen = choose_or_refuse(checkpoint.config, lora, stored, config, dtype, device.type, processes, local_processes)
-    loaded = _load(config, base, dtype, chosen.setting)
+    loaded = _load(config, base, dtype, chosen.setting, stages)
     if adapter is None:
         adapters.attach_new(loaded.model, lora, data.seed)
     else:
         adapters.attach(loaded.model, adapter)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
+    trained_tokens = int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
+    evaluated = None if held_out is None else EvaluationSet.of(held_out, data.seq_len)
+    set_tokens = 0 if evaluated is None else evaluated.tokens
+    evaluate_every, evaluate_tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8)
     plan = Plan(
         steps=steps,
         steps_per_epoch=packer.steps_per_epoch,
@@ -110,7 +124,8 @@ def prepare_new(
         seq_len=data.seq_len,
         learning_rate=config.learning_rate(loaded.model.config.hidden_size),
         warmup_steps=min(config.warmup_steps, steps // 4),
-        evaluate_every=max(1, -(-steps // max(config.evaluations, 1))),
+        evaluate_every=evaluate_every,
+        evaluate_tokens=evaluate_tokens,
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
         int8=int8,
         backend=ops.backend_name(loaded.model.device),
@@ -118,7 +133,7 @@ def prepare_new(
         predicted_peak_bytes=chosen.parts.total,
         data_digest=_documents_digest(split.train),
         base=checkpoint.digest,
-        settings=config.as_dict(),
+        settings=settings,
     )
     record = RunRecord(
         run=run,
@@ -132,10 +147,12 @@ def prepare_new(
         torch=torch.__version__,
         files=_token_files(folder),
     )
-    return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, held_out, folder)
+    return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
 
 
-def prepare_resumed(config: TrainConfig, base: Base, folder: Path, record: RunRecord, has_steps: bool) -> PreparedRun:
+def prepare_resumed(
+    config: TrainConfig, base: Base, folder: Path, record: RunRecord, has_steps: bool, stages: Stages = SILENT
+) -> PreparedRun:
     """Set up the run of `record` again, from the token stores in `folder`.
 
     has_steps: a checkpoint will bring the adapter's values, so the adapter named by --from is not read again.
@@ -144,7 +161,7 @@ def prepare_resumed(config: TrainConfig, base: Base, folder: Path, record: RunRe
     plan = record.plan
     if _token_files(folder) != record.files:
         raise DataError(f"The tokens in {folder} are damaged. Type the same command with --fresh.")
-    loaded = _load(config, base, getattr(torch, plan.compute_dtype), plan.setting)
+    loaded = _load(config, base, getattr(torch, plan.compute_dtype), plan.setting, stages)
     adapter = None if has_steps else named_adapter(config, loaded.checkpoint)
     if adapter is None:
         adapters.attach_new(loaded.model, record.lora, config.data.seed)
@@ -155,7 +172,7 @@ def prepare_resumed(config: TrainConfig, base: Base, folder: Path, record: RunRe
         torch.set_num_threads(plan.threads)
     packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
     held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
-    return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, held_out, folder)
+    return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
 
 
 def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunRecord) -> PreparedRun:
@@ -165,6 +182,7 @@ def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunR
     where the model or the notes differ from the leader's, and UsageError where this machine cannot multiply as the leader does.
     """
     choice, checkpoint = base
+    config = fit_rows(config, checkpoint.config)
     if checkpoint.digest != record.plan.base:
         raise ModelError("The model on this machine is not the model of process 0. Copy the same folder to every machine.")
     if record.plan.int8 and not ops.fuses(pick_device(config.device), getattr(torch, record.plan.compute_dtype)):
@@ -184,11 +202,11 @@ def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunR
     return prepare_resumed(config, base, folder, dataclasses.replace(record, plan=plan), has_steps=True)
 
 
-def changes_since_start(run: PreparedRun) -> list[str]:
+def changes_since_start(run: PreparedRun, progress: Progress = ignore) -> list[str]:
     """Return a sentence for everything that has changed since an interrupted run began: notes, torch, kernels."""
     record, model, changes = run.record, run.loaded.model, []
     try:
-        _, split = read_and_split(run.config)
+        _, split = read_and_split(run.config, progress)
         if _documents_digest(split.train + split.held_out) != record.notes:
             changes.append(
                 "The notes have changed since this run began. It continues with the notes as they were then; "
@@ -210,18 +228,40 @@ def changes_since_start(run: PreparedRun) -> list[str]:
     return changes
 
 
+def fit_rows(config: TrainConfig, model: LlamaConfig) -> TrainConfig:
+    """Return the settings with rows that the model has positions for: the default row length is cut, another is refused.
+
+    Beyond its positions a model was never trained and predicts badly, but nothing fails. Raises UsageError.
+    """
+    data, longest = config.data, model.longest_row
+    if data.seq_len <= longest:
+        return config
+    if data.seq_len != DataConfig.seq_len:
+        raise UsageError(
+            f"--seq-len is {data.seq_len}, and this model has {longest} positions. Type --seq-len {longest} or less."
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, seq_len=longest))
+
+
+def _evaluation_set(held_out: TokenStore | None, plan: Plan) -> EvaluationSet | None:
+    """Return what the plan's evaluations score; None if nothing is held out, or no token of it can be scored."""
+    whole = None if held_out is None else EvaluationSet.of(held_out, plan.seq_len)
+    return whole.limited(plan.evaluate_tokens) if whole is not None and len(whole.order) else None
+
+
 def _token_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each token file, by its path in `folder`."""
     files = sorted(path for side in (TOKENS, HELD_OUT) for path in (folder / side).glob("*"))
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
-def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting) -> Loaded:
+def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting, stages: Stages) -> Loaded:
     """Load the model as `setting` says, its activations in `dtype`."""
     steady_heap()  # must come before the kernels start any thread
     if setting.compact:
         compact_heap()
-    loaded = load_base(base, config.device, layer_memory=setting.layer_memory, in_file=setting.in_file)
+    progress = stages.of("loading")
+    loaded = load_base(base, config.device, layer_memory=setting.layer_memory, in_file=setting.in_file, progress=progress)
     loaded.model.set_dtype(dtype)
     return loaded
 
@@ -232,16 +272,16 @@ def _runner(loaded: Loaded, plan: Plan, folder: Path) -> Runner:
 
 
 def tokenize_notes(
-    config: TrainConfig, split: HeldOutSplit, tokenizer: Tokenizer, folder: Path
+    config: TrainConfig, split: HeldOutSplit, tokenizer: Tokenizer, folder: Path, progress: Progress = ignore
 ) -> tuple[TokenStore, TokenStore | None]:
     """Write both sides of the split to `folder` as token stores; return None for the second if nothing is held out."""
     raw = config.data.recipe == "raw"  # whole conversations in Guanaco's form, as in the QLoRA paper
     train_on: TrainOn = "all" if raw else "assistant"
     chat_format: ChatFormat = "guanaco" if raw else "auto"
-    store = tokenize(split.train, tokenizer, folder / TOKENS, train_on, chat_format)
+    store = tokenize(split.train, tokenizer, folder / TOKENS, train_on, chat_format, progress=progress)
     if not split.held_out:
         return store, None
-    held_out = tokenize(split.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format, may_be_empty=True)
+    held_out = tokenize(split.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format, True, progress)
     if held_out.bytes:
         return store, held_out
     shutil.rmtree(folder / HELD_OUT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +63,8 @@ class TrainStep:
         warm_up_head(run.loaded.model, setting.loss_rows)
         warm_up_autograd()
 
-    def run(self, step: int, check_stop: Callable[[], None] = lambda: None) -> StepResult:
-        """Run step `step` of the plan, counted from 0. `check_stop` is called before each micro-batch and may raise.
+    def run(self, step: int) -> StepResult:
+        """Run step `step` of the plan, counted from 0.
 
         Every token has the same weight in the gradient, whichever micro-batch and process it is in.
         """
@@ -77,7 +76,6 @@ class TrainStep:
         trained = sum(batch.trained for batch in micro_batches)
         loss = 0.0
         for number in range(world.rank, len(micro_batches), world.size):
-            check_stop()
             loss += float(run.runner.train(micro_batches[number], self._dropout_key(step, number), trained))
         loss = world.sum_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None], loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._config.clip))

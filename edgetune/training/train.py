@@ -8,14 +8,14 @@ From the command line to a training step: cli/train.py -> this module -> loop.py
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 
-from edgetune.config import TrainConfig, seconds_until
+from edgetune.config import TrainConfig
 from edgetune.events import Event, EventLog, Finished, Interrupted, Resumed, read_events
 from edgetune.home import expand, private_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, open_base
+from edgetune.progress import Show, Stages
 from edgetune.reports.html import write_report
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.device import explain_card_memory, pick_device
@@ -23,6 +23,7 @@ from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
 from edgetune.runtime.files import check_place, mend
 from edgetune.runtime.memory_meter import meter_for
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint, restore_checkpoint
+from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World, join_processes
 from edgetune.training.loop import REPORT_FILE, TrainingLoop, adapter_folder
 from edgetune.training.plan import RunRecord
@@ -35,16 +36,21 @@ LOG_FILE = "events.jsonl"
 
 
 def train(
-    config: TrainConfig, stop: threading.Event | None = None, fresh: bool = False, private_link: bool = False
+    config: TrainConfig,
+    stop: threading.Event | None = None,
+    fresh: bool = False,
+    private_link: bool = False,
+    show: Show = lambda event: None,
 ) -> Iterator[Event]:
     """Train an adapter, or resume the interrupted run of the same settings, and yield the run's events.
 
     The last event is Finished or, once `stop` is set, Interrupted; the next call then resumes the run. At a deadline the run
     finishes with the best adapter so far, and the next call resumes it too. `fresh` starts over instead of resuming.
+    `show` receives the Working events of everything that takes seconds, between the events that are yielded.
     Under torchrun only process 0 yields events; `private_link` confirms that the link between several machines is private.
     Raises subclasses of EdgetuneError, each a sentence for the user. Nothing that existed before is lost.
     """
-    deadline = _deadline(config)
+    deadline, stop = Deadline.of(config), stop or threading.Event()
     # Check the output folder first: an unusable --out must not cost a night of training.
     if config.out is not None:
         peft_folder.refuse_foreign(expand(config.out))
@@ -56,8 +62,8 @@ def train(
             _follow(config, base, world)
             return
         with lock_run(config, base[1].digest) as unfinished:
-            run, restored, resumed = _begin_or_resume(config, base, unfinished, fresh, world)
-            yield from _lead(run, restored, resumed, unfinished, world, stop or threading.Event(), deadline)
+            run, restored, resumed = _begin_or_resume(config, base, unfinished, fresh, world, show)
+            yield from _lead(run, restored, resumed, unfinished, world, stop, deadline, show)
 
 
 def _lead(
@@ -67,7 +73,8 @@ def _lead(
     unfinished: UnfinishedRun,
     world: World,
     stop: threading.Event,
-    deadline: float | None,
+    deadline: Deadline,
+    show: Show,
 ) -> Iterator[Event]:
     """Run the training loop in process 0: log and yield its events, and write the report at the end."""
     folder = private_folder(registry.run_folder(run.record.run))
@@ -80,7 +87,7 @@ def _lead(
         meter_for(run.loaded.model.device, run.loaded.checkpoint.files) as meter,
     ):
         writer = CheckpointWriter(unfinished.folder, log, _checkpoint_bytes(run))
-        loop = TrainingLoop(run, restored, world, writer, stop, deadline, meter)
+        loop = TrainingLoop(run, restored, world, writer, stop, deadline, meter, show)
         try:
             for event in loop.events(resumed):
                 log.append(event)
@@ -111,18 +118,19 @@ def _follow(config: TrainConfig, base: Base, world: World) -> None:
 
 
 def _begin_or_resume(
-    config: TrainConfig, base: Base, unfinished: UnfinishedRun, fresh: bool, world: World
+    config: TrainConfig, base: Base, unfinished: UnfinishedRun, fresh: bool, world: World, show: Show
 ) -> tuple[PreparedRun, RestoredCheckpoint, Resumed | None]:
     """Set up the interrupted run of this command if there is one, else a new run.
 
     The Resumed event is None unless there was an earlier run, even one that could not be used.
     """
-    resumed = None
+    resumed, stages = None, Stages(show)
     if unfinished.exists and not fresh:
         try:
             record, restored = RunRecord.from_dict(unfinished.record()), restore_checkpoint(unfinished.folder)
-            run = prepare_resumed(config, base, unfinished.folder, record, restored.has_steps)
-            return run, restored, Resumed(restored.state.step, (*restored.notices, *changes_since_start(run)))
+            run = prepare_resumed(config, base, unfinished.folder, record, restored.has_steps, stages)
+            changes = changes_since_start(run, stages.of("reading"))
+            return run, restored, Resumed(restored.state.step, (*restored.notices, *changes))
         except OtherVersionError:
             notice = "An interrupted run of this command was begun by another version of edgetune, so training starts over."
             resumed = Resumed(0, (notice,))
@@ -132,7 +140,7 @@ def _begin_or_resume(
     private_folder(unfinished.folder)
     name = registry.new_run(base[1].digest)
     try:
-        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size)
+        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size, stages)
         unfinished.begin(run.record.as_dict())
     except BaseException:
         unfinished.discard()
@@ -145,10 +153,3 @@ def _checkpoint_bytes(run: PreparedRun) -> int:
     """Return the size of a checkpoint: fp32 values of the adapter and of the best one, and the optimizer's two moments."""
     optimizer_bytes = 2 * run.plan.setting.optimizer_bits // 8
     return (4 + 4 + optimizer_bytes) * budget.adapter_parameters(run.loaded.model.config, run.lora)
-
-
-def _deadline(config: TrainConfig) -> float | None:
-    """Return the time on time.monotonic's clock at which the run must stop, or None if it has no deadline."""
-    limits = [config.minutes * 60] if config.minutes is not None else []
-    limits += [seconds_until(config.until)] if config.until is not None else []
-    return time.monotonic() + min(limits) if limits else None
