@@ -7,14 +7,17 @@ some texts differently from the tokenizer.json beside it, which edgetune trains 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object
+from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer, read_template
-from edgetune.runtime.tokenizer_libraries import agrees_with_sentencepiece
+from edgetune.runtime.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer
 from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 _REACHES_OUTSIDE = re.compile(r"auto_map|\w+_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
@@ -93,3 +96,26 @@ def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
         "pair": [first, sequence[0], second, sequence[1]],
         "special_tokens": {bos: {"id": bos, "ids": list(tokenizer.start.chat), "tokens": [bos]}},
     }
+
+
+def agrees_with_sentencepiece(folder: Path) -> bool:
+    """Return True if the tokenizer.model of a model folder has the pieces of the tokenizer.json beside it, in the same order.
+
+    One that another model left behind does not, nor does git-lfs's pointer to one; tokenizer.json is then the one to trust, as
+    transformers does. Raises TokenizerError for a damaged tokenizer.json.
+    """
+    json_file = folder / "tokenizer.json"
+    vocabulary = JsonTokenizer(json_file, SpecialTokens())
+    try:
+        pieces = SentencePieceTokenizer(folder / "tokenizer.model", SpecialTokens()).pieces
+    except TokenizerError:
+        return False
+    if [vocabulary.piece_of(id) for id in range(len(pieces))] != [piece for piece, _ in pieces]:
+        return False
+    model = read_object(json_file, TOKENIZER_JSON).get("model")
+    merges = model.get("merges") if isinstance(model, dict) else None
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges if isinstance(merges, list) else []):
+        ranks.setdefault(merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge), rank)
+    by_score = sorted((-score, ranks[piece]) for piece, score in pieces if piece in ranks)
+    return all(before[1] <= after[1] for before, after in itertools.pairwise(by_score))

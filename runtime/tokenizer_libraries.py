@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.json_file import read_object
 from edgetune.runtime.special_tokens import MAX_IDS, AddedToken, SpecialTokens
 from edgetune.runtime.tokenizer_limits import (
     PROBE,
@@ -378,29 +376,6 @@ class SentencePieceTokenizer:
         if id >= self._num_pieces:
             return self._spelling_beyond.get(id, "").encode()
         return _piece_bytes(self._processor.id_to_piece(id))
-
-
-def agrees_with_sentencepiece(folder: Path) -> bool:
-    """Return True if the tokenizer.model of a model folder has the pieces of the tokenizer.json beside it, in the same order.
-
-    One that another model left behind does not, nor does git-lfs's pointer to one; tokenizer.json is then the one to trust, as
-    transformers does. Raises TokenizerError for a damaged tokenizer.json.
-    """
-    json_file = folder / "tokenizer.json"
-    vocabulary = JsonTokenizer(json_file, SpecialTokens())
-    try:
-        pieces = SentencePieceTokenizer(folder / "tokenizer.model", SpecialTokens()).pieces
-    except TokenizerError:
-        return False
-    if [vocabulary.piece_of(id) for id in range(len(pieces))] != [piece for piece, _ in pieces]:
-        return False
-    model = read_object(json_file, TOKENIZER_JSON).get("model")
-    merges = model.get("merges") if isinstance(model, dict) else None
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(merges if isinstance(merges, list) else []):
-        ranks.setdefault(merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge), rank)
-    by_score = sorted((-score, ranks[piece]) for piece, score in pieces if piece in ranks)
-    return all(before[1] <= after[1] for before, after in itertools.pairwise(by_score))
 
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

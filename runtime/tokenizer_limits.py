@@ -26,7 +26,8 @@ PROBE = "".join(f"{text * (_RUN // len(text))}x1.\n" for text in (" ", "\n", " \
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Discard what libraries write to standard error: a panic in Rust prints a report of its own before it is an exception."""
-    sys.stderr.flush()
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it is missing, full or closed
+        sys.stderr.flush()
     try:
         saved = os.dup(2)
     except OSError:  # there is no standard error

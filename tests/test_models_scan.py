@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -66,7 +67,7 @@ def make_model(folder: Path, dtype: torch.dtype = torch.bfloat16, template: bool
     (folder / "config.json").write_text(json.dumps(config))
     shapes = model_shapes(LlamaConfig.from_hf(config))
     save_file({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}, folder / "model.safetensors")
-    (folder / "tokenizer.json").write_text("{}")
+    tiny.save_letters(folder)
     if template:
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     return folder

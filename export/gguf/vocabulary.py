@@ -15,13 +15,13 @@ from typing import Any
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.json_file import read_object, read_object_if_there
+from edgetune.runtime.reader_files import agrees_with_sentencepiece
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
 from edgetune.runtime.tokenizer_libraries import (
     JsonTokenizer,
     SentencePieceTokenizer,
     TokenizerLibrary,
-    agrees_with_sentencepiece,
 )
 from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, TOKENIZER_JSON, read_untrusted
 
