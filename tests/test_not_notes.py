@@ -8,6 +8,7 @@ import json
 import os
 import random
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,3 +298,15 @@ def test_reading_tells_its_progress_in_bytes_and_ends_when_that_raises(tmp_path)
 
     with pytest.raises(KeyboardInterrupt):
         read_notes([tmp_path], progress=stop)
+
+
+def test_a_long_note_is_read_and_walked_through_in_little_memory(tmp_path, monkeypatch):
+    for name in ("spool.MEMORY_BYTES", "reading.BLOCK_BYTES", "reading.WHOLE_CHARS", "document.BLOCK_BYTES"):
+        monkeypatch.setattr(f"edgetune.documents.{name}", 1 << 16)
+    put(tmp_path, "a.txt", b"some words of a long diary\n" * 200_000)
+    tracemalloc.start()
+    (document,) = read_notes([tmp_path]).documents
+    assert sum(len(block) for block in document.blocks()) == document.size == 5_400_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000

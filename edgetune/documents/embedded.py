@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 
-from edgetune.documents.document import normal_words
-
 MARK = "embedded-file"
 """Stands in the text where an embedded file was left out."""
 _LONG_WORD = 60
 """Length from which a run of base64 is looked at, in characters: PEM has 64 in a line, MIME 76. Chosen by hand."""
 _LONG_BLOCK = 512
 """Length from which base64 without `data:` is left out, in characters. Chosen by hand: keys and digests are shorter."""
+_LONG_RUN = re.compile(rf"\S{{{_LONG_WORD}}}")
 _BASE64 = r"[A-Za-z0-9+/_\-]"
 _DATA_URI = re.compile(
     r"data:[\w.+\-]{0,100}(?:/[\w.+\-]{0,100})?(?:;[^,;\s\"'()<>]{0,200}){0,5}"
@@ -28,7 +27,7 @@ _BARE_BLOCK = re.compile(
 
 def without_embedded_files(text: str) -> tuple[str, int]:
     """Return `text` with a mark in the place of each embedded file, and the number of characters that were left out."""
-    if max(map(len, normal_words(text)), default=0) < _LONG_WORD:
+    if not _LONG_RUN.search(text):
         return text, 0
     shorter = _BARE_BLOCK.sub(_mark_of_block, _DATA_URI.sub(MARK, text))
     return shorter, len(text) - len(shorter)

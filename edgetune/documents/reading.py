@@ -28,7 +28,7 @@ MAX_FILE_BYTES = 256 << 20
 """Largest file that is read, in bytes. Chosen by hand."""
 BLOCK_BYTES = 1 << 20
 """Bytes that are read at a time. Chosen by hand."""
-WHOLE_CHARS = 2 << 20
+WHOLE_CHARS = 1 << 20
 """Characters of a note that are handled at a time: front matter and embedded files are found within them. Chosen by hand."""
 _MARKDOWN = (".md", ".markdown")
 
