@@ -272,11 +272,15 @@ class TrainingLoop:
         # Where weights are streamed, every token reads them from disk again: write less.
         if not self.model.whole:
             prompts, tokens = prompts[:1], _SAMPLE_TOKENS // 2
-        for prompt in prompts:
+        progress, total = self.stages.of("sampling"), tokens * len(prompts)
+        for number, prompt in enumerate(prompts):
             self._check_stop()
             ids = [*tokenizer.start_ids, *tokenizer.encode(prompt)]
             generator = Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
-            written = generator.generate(ids, tokens, sampling, tokenizer.eos_ids)
+            written = []
+            for token in generator.generate(ids, tokens, sampling, tokenizer.eos_ids):
+                written.append(token)
+                progress(number * tokens + len(written), total)
             yield Sampled(when, prompt, tokenizer.decode(written, continuing=True))
         self._trim()
 
