@@ -172,8 +172,8 @@ class Working(Event):
     timing      `edgetune plan` and `edgetune bench` measure this machine
     quantising  `edgetune quantize` writes a model in 4 bits
 
-    An export goes through some of these, in this order:
-    sampling    the adapted model writes texts for rounding and measuring, if none were given
+    Training has `sampling` too. An export goes through some of these, in this order:
+    sampling    the model writes texts: before and after training, and for an export that measures its rounding without texts
     laying out  the graph of a Core ML package is built
     writing     the weights are written
     comparing   each weight in a Core ML package is compared with its source

@@ -274,13 +274,17 @@ class TrainingLoop:
         # Where weights are streamed, every token reads them from disk again: write less.
         if not self.model.whole:
             prompts, tokens = prompts[:1], _SAMPLE_TOKENS // 2
-        for prompt in prompts:
+        progress, total = self.stages.of("sampling"), tokens * len(prompts)
+        for number, prompt in enumerate(prompts):
             self._check_stop()
             ids = prompt_ids(prompt, tokenizer)
             if len(ids) >= self.model.config.max_positions:
                 continue
             generator = Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
-            written = generator.generate(ids, tokens, sampling, tokenizer.eos_ids)
+            written = []
+            for token in generator.generate(ids, tokens, sampling, tokenizer.eos_ids):
+                written.append(token)
+                progress(number * tokens + len(written), total)
             yield Sampled(when, prompt_text(prompt, tokenizer), tokenizer.decode(written, continuing=True))
         self._trim()
 
