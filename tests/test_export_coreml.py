@@ -56,7 +56,7 @@ DEMO = Path(edgetune.__file__).parent / "demo"
 
 def tiny(folder: Path, family: str = "llama-2-grouped", **changes: Any) -> Path:
     """Save a model of a family whose rows are whole blocks, with the demo's tokenizer; return its folder."""
-    save_model(folder, family, **{"intermediate_size": 128, **changes})
+    save_model(folder, family, **{"intermediate_size": 128, "vocab_size": open_model(DEMO).config.vocab_size, **changes})
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / name, folder / name)
     return folder
