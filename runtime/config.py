@@ -224,6 +224,11 @@ class LlamaConfig:
 
 
 def _unknown_architecture(config: dict[str, Any]) -> ModelError:
+    if config.get("model_type") is None:
+        return ModelError(
+            f"config.json has no model_type, so its architecture is unknown; expected one of {', '.join(ARCHITECTURES)}. Copy "
+            "the model folder again."
+        )
     named = config.get("architectures")
     found = named[0] if isinstance(named, list) and named else config.get("model_type")
     return ModelError(

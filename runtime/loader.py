@@ -67,7 +67,7 @@ def load_llama(
     for layer in range(config.num_layers):
         progress(layer, config.num_layers)
         tensors = {
-            name: weight if streams and is_linear(name) else _placed(name, weight, dtype, device, quant)
+            name: weight if streams and is_linear(name) else _placed(layer_tensor(layer, name), weight, dtype, device, quant)
             for name, weight in checkpoint.block_tensors(layer).items()
         }
         blocks.append(Block(config, layer, tensors))
@@ -172,4 +172,4 @@ def _placed(name: str, weight: Weight, dtype: torch.dtype, device: torch.device,
     try:
         return nf4.quantize(weight, quant.quant_type, quant.block_size, quant.double_quant).to(device)
     except ValueError as error:
-        raise ModelError(f"The model cannot be quantised: {error}; copy the model folder again.") from error
+        raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error

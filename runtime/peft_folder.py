@@ -272,8 +272,8 @@ def _lora_config(peft: dict[str, Any], folder: Path) -> LoraConfig:
             raise ValueError(f"use_rslora is {reprlib.repr(peft['use_rslora'])}, expected true or false")
         return LoraConfig(
             whole_number(peft["r"]),
-            real_number(peft["lora_alpha"]),
-            real_number(peft.get("lora_dropout") or 0.0),
+            real_number(peft["lora_alpha"], "lora_alpha"),
+            real_number(peft.get("lora_dropout") or 0.0, "lora_dropout"),
             names,
             bool(peft.get("use_rslora")),
         )
@@ -303,11 +303,12 @@ def _is_named(peft: dict[str, Any], layers: Sequence[int] | None, layer: int, na
 def _pattern(peft: dict[str, Any], setting: str, folder: Path) -> dict[str, float]:
     """Return PEFT's rank_pattern or alpha_pattern: numbers by module. Raises AdapterError for anything else."""
     found = peft.get(setting) or {}
-    read = whole_number if setting == "rank_pattern" else real_number
     try:
         if not isinstance(found, dict):
             raise ValueError(f"{setting} is {reprlib.repr(found)}, expected an object")
-        return {key: read(value) for key, value in found.items()}
+        if setting == "rank_pattern":
+            return {key: whole_number(value) for key, value in found.items()}
+        return {key: real_number(value, setting) for key, value in found.items()}
     except (ValueError, OverflowError) as error:
         raise unusable(folder, error) from error
 
@@ -344,8 +345,8 @@ def whole_number(value: object) -> int:
     return int(value)
 
 
-def real_number(value: object) -> float:
-    """Return a number that was read from a file. Raises ValueError for anything else, text and truth values included."""
+def real_number(value: object, name: str) -> float:
+    """Return the number `name` that was read from a file. Raises ValueError for anything else, text and true included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"a number is {str(value)[:40]!r}, expected digits without quotes")
+        raise ValueError(f"{name} is {reprlib.repr(value)}, expected a number")
     return float(value)

@@ -177,6 +177,7 @@ LLAMA_3 = {key: value for key, value in tiny.LLAMA3_ROPE.items() if key != "rope
         ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"unknown keys \['full_attention'\]"),
         ({"model_type": ["llama"]}, "Unsupported architecture"),
+        ({"model_type": None}, "has no model_type, so its architecture is unknown; expected one of llama, mistral"),
         ({"model_type": {}, "architectures": [{"a": 1}]}, "Unsupported architecture"),
         ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]"),
         ({"mlp_bias": "false"}, "mlp_bias is 'false'"),

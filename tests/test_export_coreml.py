@@ -56,7 +56,7 @@ DEMO = Path(edgetune.__file__).parent / "demo"
 
 def tiny(folder: Path, family: str = "llama-2-grouped", **changes: Any) -> Path:
     """Save a model of a family whose rows are whole blocks, with the demo's tokenizer; return its folder."""
-    save_model(folder, family, **{"intermediate_size": 128, **changes})
+    save_model(folder, family, **{"intermediate_size": 128, "vocab_size": open_model(DEMO).config.vocab_size, **changes})
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / name, folder / name)
     return folder
@@ -506,7 +506,8 @@ def test_a_merge_that_leaves_the_adapter_out_is_refused(
 ) -> None:
     """The stored weights and their reference come from the same merge, so only the trained model reveals the fault."""
     job = replace(job_of(one_layer, weights, an_adapter(one_layer), "merged"), texts=[IDS])
-    monkeypatch.setattr(Merged, "scale", 0.0)
+    tensor = Merged.tensor
+    monkeypatch.setattr(Merged, "tensor", lambda merged, name: tensor(Merged(merged.base, None), name))
     tmp_path.joinpath("out").mkdir()
     with pytest.raises(ModelError, match=r"keeps -?\d+% of the adapter's effect on the texts, .* type --adapter-as inputs"):
         coreml.write(job, tmp_path / "out")

@@ -85,6 +85,8 @@ def test_a_dense_linear_that_is_not_quantised_is_checked(folder: Path) -> None:
     spoil(folder, name, float("nan"))
     with pytest.raises(ModelError, match=rf"inf or NaN in {name}"):
         load_llama(open_model(folder), torch.float32)
+    with pytest.raises(ModelError, match=rf"^{name} cannot be quantised: .* holds inf or NaN"):
+        load_llama(open_model(folder), torch.float32, quant=QuantConfig())
 
 
 @pytest.mark.parametrize("name", [VECTORS[0], *MATRICES])

@@ -32,15 +32,17 @@ from edgetune.runtime.runner import Runner
 from edgetune.training.setup import named_adapter
 
 FAMILY = "llama-2-grouped"
+DEMO = Path(edgetune.__file__).parent / "demo"
+VOCABULARY = open_model(DEMO).config.vocab_size
+"""Tokens of the model here, as many as its tokenizer has, which is the demo's."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
-    tiny.save_model(folder, FAMILY)
-    demo = Path(edgetune.__file__).parent / "demo"
+    tiny.save_model(folder, FAMILY, vocab_size=VOCABULARY)
     for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(demo / name, folder / name)
+        shutil.copy(DEMO / name, folder / name)
     return folder
 
 
@@ -55,7 +57,7 @@ def logits(base: Path, adapter: Adapter | None) -> torch.Tensor:
 def peft_logits(folder: Path) -> torch.Tensor:
     import peft
 
-    theirs = peft.PeftModel.from_pretrained(tiny.transformers_model(FAMILY), str(folder))
+    theirs = peft.PeftModel.from_pretrained(tiny.transformers_model(FAMILY, vocab_size=VOCABULARY), str(folder))
     with torch.no_grad():
         logits: torch.Tensor = theirs(torch.tensor([PROMPT])).logits[0]
         return logits
@@ -67,7 +69,7 @@ def made_by_peft(folder: Path, **settings: Any) -> None:
 
     torch.manual_seed(3)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "init_lora_weights": False, **settings})
-    theirs = peft.get_peft_model(tiny.transformers_model(FAMILY), config)
+    theirs = peft.get_peft_model(tiny.transformers_model(FAMILY, vocab_size=VOCABULARY), config)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.2)

@@ -90,11 +90,11 @@ def is_adapter(folder: Path) -> bool:
 def _lora_config(settings: dict[str, Any], parameters: dict[str, Any], targets: tuple[str, ...], folder: Path) -> LoraConfig:
     """Return the configuration, with alpha = scale * rank, or the alpha that edgetune wrote if it still gives that scale."""
     try:
-        rank, scale = whole_number(parameters["rank"]), real_number(parameters.get("scale", DEFAULT_SCALE))
-        dropout = real_number(parameters.get("dropout") or 0.0)
+        rank, scale = whole_number(parameters["rank"]), real_number(parameters.get("scale", DEFAULT_SCALE), "scale")
+        dropout = real_number(parameters.get("dropout") or 0.0, "dropout")
         written_by_us = settings.get("edgetune")
         if isinstance(written_by_us, dict):
-            alpha, rslora = real_number(written_by_us["alpha"]), bool(written_by_us["rslora"])
+            alpha, rslora = real_number(written_by_us["alpha"], "alpha"), bool(written_by_us["rslora"])
             written = LoraConfig(rank, alpha, dropout, targets, rslora)
             if written.scale == scale:
                 return written
