@@ -212,6 +212,15 @@ def _(place: Place) -> None:
     place.opened(with_model(place, whole[: len(whole) // 2])).refused(r"tokenizer\.model")
 
 
+@case("a piece of tokenizer.model that is not UTF-8")
+def _(place: Place) -> None:
+    whole = (plain_model() / "tokenizer.model").read_bytes()
+    piece = "▁garden".encode()
+    assert piece in whole
+    model = with_model(place, whole.replace(piece, b"\xf4" * len(piece)))
+    place.run("generate", "--model", model, "--adapter", "none", "--max-tokens", "9", "the garden").refused(r"tokenizer\.model")
+
+
 @case("a tiktoken file called tokenizer.model, as Llama 3 has")
 def _(place: Place) -> None:
     place.opened(with_model(place, b"IQ== 0\nIg== 1\nIw== 2\n" * 100)).refused(r"tokenizer\.model")
