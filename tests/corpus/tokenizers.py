@@ -221,11 +221,9 @@ def _(place: Place) -> None:
     try:
         tokenizer = Tokenizer.load(model)
         tokenizer.decode(range(tokenizer.vocab_size)).encode()
-    except TokenizerError as error:
-        assert "tokenizer.model" in str(error)
-        place.answers.append("refused")
-    else:
         place.answers.append("taken")
+    except TokenizerError:
+        place.answers.append("refused")
 
 
 @case("a tiktoken file called tokenizer.model, as Llama 3 has")
