@@ -1,4 +1,4 @@
-"""Prints the corpus as a table: how many inputs of each kind there are, and how many were refused, taken or answered wrongly."""
+"""Prints the corpus as a table: the inputs of each kind, and how many were refused, taken or answered wrongly."""
 
 from __future__ import annotations
 

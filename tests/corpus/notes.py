@@ -62,7 +62,8 @@ MARKED: tuple[tuple[str, bytes, str], ...] = (
     ("line ends of Windows", b"one\r\ntwo\r\n", "one\ntwo\n"),
     ("line ends of old Macs", b"one\rtwo\r", "one\ntwo\n"),
     ("letters made of two signs", unicodedata.normalize("NFD", GERMAN).encode(), unicodedata.normalize("NFD", GERMAN)),
-    ("joiners, marks of direction and form feeds", "a\u200db \u2067c\u2069\x0cd\u2028e".encode(), "a\u200db \u2067c\u2069\x0cd\u2028e"),
+    ("joiners, marks of direction and form feeds", "a\u200db \u2067c\u2069\x0cd\u2028e".encode(),
+        "a\u200db \u2067c\u2069\x0cd\u2028e"),
 )  # fmt: skip
 
 
@@ -118,8 +119,10 @@ case = of_kind(FRONT)
 
 # Name, the note, and the text that is trained.
 FRONT_MATTER: tuple[tuple[str, str, str], ...] = (
-    ("a folded title", "---\ntitle: >-\n  How I repaired\n  the hub\nid: 4\n---\nBody.\n", "# How I repaired the hub\n\nBody.\n"),
-    ("a plain title of two lines", "---\ntitle: A long title\n  goes on\nid: 4\n---\nBody.\n", "# A long title goes on\n\nBody.\n"),
+    ("a folded title", "---\ntitle: >-\n  How I repaired\n  the hub\nid: 4\n---\nBody.\n",
+        "# How I repaired the hub\n\nBody.\n"),
+    ("a plain title of two lines", "---\ntitle: A long title\n  goes on\nid: 4\n---\nBody.\n",
+        "# A long title goes on\n\nBody.\n"),
     ("doubled quotes", "---\ntitle: 'It''s the wheel'\n---\nBody.\n", "# It's the wheel\n\nBody.\n"),
     ("escaped quotes", '---\ntitle: "She said \\"no oil\\" twice"\n---\nBody.\n', '# She said "no oil" twice\n\nBody.\n'),
     ("a letter in an escape", '---\ntitle: "Caf\\u00e9"\n---\nBody.\n', "# Café\n\nBody.\n"),
@@ -136,7 +139,8 @@ FRONT_MATTER: tuple[tuple[str, str, str], ...] = (
     ("a byte order mark before front matter", "\ufeff---\ntitle: Spokes\n---\nBody.\n", "# Spokes\n\nBody.\n"),
     ("three dots that close it", "---\ntitle: Spokes\n...\nBody.\n", "# Spokes\n\nBody.\n"),
     ("TOML", '+++\ntitle = "Spokes"\ndraft = true\n+++\nBody.\n', "# Spokes\n\nBody.\n"),
-    ("TOML of several lines", '+++\ntitle = """\nSpokes"""\ntags = [\n  "a",\n]\n+++\nBody.\n', "# Spokes\n\nTags: a\n\nBody.\n"),
+    ("TOML of several lines", '+++\ntitle = """\nSpokes"""\ntags = [\n  "a",\n]\n+++\nBody.\n',
+        "# Spokes\n\nTags: a\n\nBody.\n"),
 )  # fmt: skip
 
 # Name, and a note that begins like front matter and is none: it is trained as it is.

@@ -25,8 +25,8 @@ for module in sorted(pkgutil.iter_modules(corpus.__path__), key=lambda module: m
     if not module.name.startswith("test_"):
         importlib.import_module(f"corpus.{module.name}")
 
-SECONDS = 10
-"""Longest time that the answer to one input may take."""
+SECONDS, HANG_SECONDS = 10, 60
+"""Longest time that the answer to one input may take, in time of the CPU if this machine is busy, and by the clock."""
 MEMORY = 1 << 30
 """Most bytes by which one input may raise the peak memory of the process."""
 FEWEST = 300
@@ -73,13 +73,13 @@ def plain_is_removed() -> Iterator[None]:
 def test_every_input_gets_its_right_answer(case: Case, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     place = Place(tmp_path / "place")
     place.folder.mkdir()
-    before, start = peak_memory(), time.monotonic()
+    before, start, cpu_start = peak_memory(), time.monotonic(), time.process_time()
     try:
-        with limited(2 * SECONDS, 2 * MEMORY):
+        with limited(HANG_SECONDS, 2 * MEMORY):
             case.check(place)
     finally:
         shutil.rmtree(place.folder, ignore_errors=True)
-    assert time.monotonic() - start < SECONDS
+    assert min(time.monotonic() - start, time.process_time() - cpu_start) < SECONDS
     assert peak_memory() - before < MEMORY
     assert place.answers, "the case states no outcome"
     record_property("corpus", (case.kind, place.answers[-1]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.case import CASES, PROMPT, Case, Place, change_json, of_kind, plain_model
+from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
 
 KIND = "tokenizer files"
@@ -210,6 +211,19 @@ def _(place: Place) -> None:
 def _(place: Place) -> None:
     whole = (plain_model() / "tokenizer.model").read_bytes()
     place.opened(with_model(place, whole[: len(whole) // 2])).refused(r"tokenizer\.model")
+
+
+@case("a piece of tokenizer.model that is not UTF-8")
+def _(place: Place) -> None:
+    whole, piece = (plain_model() / "tokenizer.model").read_bytes(), "▁must".encode()
+    assert piece in whole
+    model = with_model(place, whole.replace(piece, b"\xf4" * len(piece)))
+    try:
+        tokenizer = Tokenizer.load(model)
+        tokenizer.decode(range(tokenizer.vocab_size)).encode()
+        place.answers.append("taken")
+    except TokenizerError:
+        place.answers.append("refused")
 
 
 @case("a tiktoken file called tokenizer.model, as Llama 3 has")

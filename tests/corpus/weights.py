@@ -86,7 +86,8 @@ FILES: tuple[tuple[str, Callable[[], bytes], tuple[str, ...]], ...] = (
     ("a header that is an array", lambda: packed("[]", b""), ("object",)),
     ("a header without tensors", lambda: packed("{}", b""), ("missing",)),
     ("a header of ten thousand brackets", lambda: packed('{"a":' + "[" * 10_000, b""), ("JSON",)),
-    ("one tensor twice", lambda: packed(stored()[0][:-1] + ', "model.norm.weight": {}}', stored()[1]), ("JSON|twice|repeated",)),
+    ("one tensor twice", lambda: packed(stored()[0][:-1] + ', "model.norm.weight": {}}', stored()[1]),
+        ("JSON|twice|repeated",)),
     ("a pickle under the name of safetensors", lambda: b"PK\x03\x04" + b"\0" * 4000, ("safetensors",)),
     ("a pointer of Git LFS", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", ("safetensors",)),
     ("one byte lost at the end", lambda: packed(stored()[0], stored()[1][:-1]), ("truncated",)),
@@ -102,7 +103,8 @@ FILES: tuple[tuple[str, Callable[[], bytes], tuple[str, ...]], ...] = (
     ("a dtype that nobody knows", lambda: edited(NORM, dtype="F4_EXOTIC"), ("F4_EXOTIC",)),
     ("a number for a dtype", lambda: edited(NORM, dtype=32), ("norm",)),
     ("an entry with a key too many", lambda: edited(NORM, scale=1.0), ("norm",)),
-    ("metadata that is not text", lambda: packed(json.loads(stored()[0]) | {"__metadata__": {"n": 1}}, stored()[1]), ("metadata",)),
+    ("metadata that is not text", lambda: packed(json.loads(stored()[0]) | {"__metadata__": {"n": 1}}, stored()[1]),
+        ("metadata",)),
 )  # fmt: skip
 
 # Name, tensors of the tiny LLaMA that are replaced, and what the refusal names.
@@ -120,7 +122,8 @@ TENSORS: tuple[tuple[str, Callable[[], dict[str, Any]], tuple[str, ...]], ...] =
 
 # Name, and tensors beside the tiny LLaMA's own that change no logit.
 PASSED_OVER: tuple[tuple[str, Callable[[], dict[str, Tensor]]], ...] = (
-    ("cached rotary tables", lambda: {f"model.layers.0.self_attn.rotary_emb.{n}_cached": torch.zeros(8, 8) for n in ("cos", "sin")}),
+    ("cached rotary tables", lambda: {f"model.layers.0.self_attn.rotary_emb.{n}_cached": torch.zeros(8, 8) for n in ("cos",
+        "sin")}),
     ("inverse frequencies", lambda: {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
     ("a tied head stored as well", lambda: {"lm_head.weight": tensors()[EMBEDDING].clone()}),
 )  # fmt: skip
@@ -199,6 +202,16 @@ def _(place: Place) -> None:
     place.opened(sharded(place, **{NORM: "../secrets.safetensors"})).refused(r"\.\./secrets")
 
 
+@case("a shard whose name is longer than a file's can be")
+def _(place: Place) -> None:
+    place.opened(sharded(place, **{NORM: f"{'a' * 300}.safetensors"})).refused("index|lacks")
+
+
+@case("a tensor in the index whose name has 4,000 letters")
+def _(place: Place) -> None:
+    place.opened(sharded(place, **{"x" * 4000: "model-00001-of-00002.safetensors"})).refused("xxx")
+
+
 @case("a shard that was not downloaded")
 def _(place: Place) -> None:
     model = sharded(place)
@@ -258,7 +271,8 @@ def state_with(**changes: Any) -> Callable[[dict[str, Tensor]], None]:
 # Name, the change to the 4-bit weights; the refusal names q_proj.
 IN_4_BITS: tuple[tuple[str, Callable[[dict[str, Tensor]], None]], ...] = (
     ("4 bits without their scales", lambda found: [found.pop(f"{Q_PROJ}.absmax")]),
-    ("4 bits with half of their scales", lambda found: found.update({f"{Q_PROJ}.absmax": found[f"{Q_PROJ}.absmax"][:32].clone()})),
+    ("4 bits with half of their scales",
+        lambda found: found.update({f"{Q_PROJ}.absmax": found[f"{Q_PROJ}.absmax"][:32].clone()})),
     ("4 bits with a table of 15 codes", lambda found: found.update({f"{Q_PROJ}.quant_map": torch.ones(15)})),
     ("4 bits with a NaN in the table", lambda found: found[f"{Q_PROJ}.quant_map"].fill_(float("nan"))),
     ("4 bits whose shape is text", state_with(shape="64x64")),

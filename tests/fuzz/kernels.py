@@ -215,7 +215,7 @@ def try_attention(call: Call) -> None:
     inputs = AttentionInputs(q, k, v, segments, window, size**-0.5)
     (o, lse), (expected_o, expected_lse) = both(lambda: ops.attention_forward(inputs))
     near(o, expected_o, left, TOLERANCE[dtype])
-    near(lse.T, expected_lse.T, left, 1e-2)
+    near(lse.T, expected_lse.T, left, 1e-2, lse.numel() ** 0.5)  # a logarithm: its error counts as it is
 
     def run() -> list[Tensor]:
         gradients = [torch.full_like(each, CANARY) for each in (q, k, v)]

@@ -1,4 +1,4 @@
-"""Changes valid inputs at random: bytes of any format, and the structure of JSON and safetensors. A seed gives the same bytes."""
+"""Changes valid inputs at random: bytes of any format, and the structure of JSON and safetensors; a seed decides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ BOUNDARIES = (
 )
 """Integers at which counts, sizes and offsets go wrong."""
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, "", "x" * 300, "\ud800", "\0", "8", "1e-5", "NaN", 0, 1, -1, 2.5, -0.0, 1e308, 1e-320, 10**30, 2**31, 2**63,
+    None, True, False, "", "x" * 300, "\ud800", "\0", "8", "1e-5", "NaN", 0, 1, -1, 2.5, -0.0, 1e308, 1e-320, 10**30, 2**31,
+        2**63,
     [], [[]], {}, [0], ["x"], {"": 0}, [None] * 50, float("nan"), float("inf"),
 )  # fmt: skip
 """JSON values of every type, and some that JSON has no spelling for."""

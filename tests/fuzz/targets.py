@@ -54,14 +54,19 @@ CHAT = [
 DEMO = Path(edgetune.__file__).parent / "demo"
 CHATML = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}<|assistant|>"
 JINJA = (
-    "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{% if true %}", "{% else %}", "{% endif %}",
-    "{% macro f(x) %}", "{% endmacro %}", "{{ f(f) }}", "{% set x = messages %}", "{% set x = x ~ x %}", "{{ x * 99999 }}", "|list",
+    "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{% if true %}", "{% else %}",
+        "{% endif %}",
+    "{% macro f(x) %}", "{% endmacro %}", "{{ f(f) }}", "{% set x = messages %}", "{% set x = x ~ x %}", "{{ x * 99999 }}",
+        "|list",
     "|join", "|length", "|tojson", "|replace('', x)", "|center(99999999)", "|indent(9999999)", "|map(attribute='__class__')",
     "|batch(0)", "|slice(0)", "|round(99)", "|truncate(-1)", "|xmlattr", "|format(x)", "|wordwrap(1)", "{{ x.__class__ }}",
     "{{ x[99999:-1:-1] }}", "{{ 2 ** 99999 }}", "{{ 1 / 0 }}", "{{ range(9**9) }}", "{{ '%s' % x }}", "{{ '{0.a}'.format(x) }}",
-    "{{ raise_exception(x) }}", "{{ strftime_now(x) }}", "{% break %}", "{% continue %}", "{% generation %}", "{% endgeneration %}",
-    "{{ namespace(a=x) }}", "{% call f() %}", "{% endcall %}", "{% filter upper %}", "{% endfilter %}", "{{ loop.cycle() }}", "{# ",
-    " #}", "{%- ", " -%}", "{{ '", "' }}", "(" * 50, "[" * 50, "{{ x.append(x) }}", "{{ joiner(x)() }}", "{{ cycler(x).next() }}",
+    "{{ raise_exception(x) }}", "{{ strftime_now(x) }}", "{% break %}", "{% continue %}", "{% generation %}",
+        "{% endgeneration %}",
+    "{{ namespace(a=x) }}", "{% call f() %}", "{% endcall %}", "{% filter upper %}", "{% endfilter %}",
+        "{{ loop.cycle() }}", "{# ",
+    " #}", "{%- ", " -%}", "{{ '", "' }}", "(" * 50, "[" * 50, "{{ x.append(x) }}", "{{ joiner(x)() }}",
+        "{{ cycler(x).next() }}",
 )  # fmt: skip
 """Pieces of chat templates, from which some inputs are made."""
 
@@ -109,7 +114,7 @@ def base() -> Checkpoint:
 
 @functools.cache
 def saved() -> Path:
-    """Return a folder with the tiny LLaMA's adapter for PEFT and for mlx-lm, a sealed file, a bundle's manifest and a token store."""
+    """Return a folder with two forms of an adapter, and a sealed file, a bundle's manifest, a run and a token store."""
     folder = model().parent / "saved"
     adapter = random_adapter(base().config)
     peft_folder.save(adapter, folder / "peft", "base")
@@ -184,7 +189,8 @@ def _(data: bytes, folder: Path) -> None:
 @target(
     "state of a 4-bit weight",
     texts(
-        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [16, 16], "nested_blocksize": 256, "nested_offset": 0.1}'
+        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [16, 16], '
+        '"nested_blocksize": 256, "nested_offset": 0.1}'
     ),
     ValueError,
 )
@@ -216,7 +222,7 @@ def _(data: bytes, folder: Path) -> None:
     tokenizes(copy(model(), folder, tokenizer__model=data))
 
 
-ADDED = '{"added_tokens_decoder": {"3": {"content": "<|end|>", "special": true, "lstrip": true, "rstrip": true, "single_word": true}}}'
+ADDED = '{"added_tokens_decoder": {"3": {"content": "<|end|>", "special": true, "lstrip": true, "rstrip": true}}}'
 
 
 @target(

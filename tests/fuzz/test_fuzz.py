@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+import edgetune
+
 pytest.importorskip("resource", reason="limits of memory and time need a Unix")
 
 from fuzz.targets import TARGETS, model
 from fuzz.worker import INPUT_SECONDS, fault
 
 TESTS = Path(__file__).resolve().parent.parent
+PATHS = (Path(edgetune.__file__).parent.parent, TESTS)
+"""Folders from which a child process imports: those that this process imported from."""
 SMOKE = 12
 """Inputs of each target in the default tests."""
 SLOW_SECONDS = 60
@@ -58,7 +62,7 @@ def test_many_changed_inputs_are_read_or_refused(name: str, tmp_path: Path, pyte
         start = time.monotonic()
         progress = tmp_path / "progress"
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "FUZZ_PROGRESS": str(progress),
+            "PYTHONPATH": os.pathsep.join(map(str, PATHS)), "FUZZ_PROGRESS": str(progress),
             "OMP_NUM_THREADS": "1", "EDGETUNE_HOME": str(tmp_path / "home"),
         }  # fmt: skip
         command = [sys.executable, "-m", "fuzz.worker", name, str(first), str(10**9), str(left)]

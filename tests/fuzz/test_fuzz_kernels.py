@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import edgetune
+
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="no C++ kernels were built")
 
-from fuzz.kernels import TRIES, fault
-from fuzz.sanitized import runtimes
+from fuzz.kernels import TRIES, fault  # noqa: E402 - needs the kernels
+from fuzz.sanitized import runtimes  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent.parent
+PATHS = (Path(edgetune.__file__).parent.parent, TESTS)
+"""Folders from which a child process imports: those that this process imported from."""
 SMOKE = 6
 """Calls of each kernel in the default tests, with the best instruction set."""
 SLOW_SECONDS, SANITIZED_SECONDS = 20, 30
@@ -25,7 +29,7 @@ REPLAY = "PYTHONPATH=.:tests python -m fuzz.kernels {} 1 60"
 
 def calls(seconds: float, *folder: str, preload: str = "") -> None:
     """Make random calls in a process of its own, with every instruction set of this machine, and check that none fails."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     if preload:
         environment |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     command = [sys.executable, "-m", "fuzz.kernels", "0", str(10**9), str(seconds), *folder]
