@@ -124,8 +124,8 @@ class Session:
         """
         own = self._own_sampling
         given = own.temperature if temperature is None else temperature
-        chosen = {} if given is None else {"temperature": given}
-        settings = GenerateConfig(max_tokens=max_tokens, seed=seed, **chosen)
+        temperature = GenerateConfig.temperature if given is None else given
+        settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, seed=seed)
         return Sampling(
             settings.temperature,
             settings.top_p if own.top_p is None else own.top_p,
