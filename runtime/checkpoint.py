@@ -351,7 +351,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
         raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
     names = sorted(set(promised.values()))
-    outside = [name for name in names if not re.fullmatch(r"[\w.,+-]{1,200}\.safetensors", name) or name.startswith(".")]
+    outside = [name for name in names if not re.fullmatch(r"(?!\.)[\w.,+-]{1,200}\.safetensors", name, re.ASCII)]
     if outside:
         raise ModelError(f"{folder / INDEX} names {outside[0][:200]!r}; expected safetensors files of its own folder.")
     if len(names) > MAX_SHARDS:

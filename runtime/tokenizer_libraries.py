@@ -118,6 +118,8 @@ class JsonTokenizer:
             # A file may carry truncation or padding from training; a text must come back whole.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            if getattr(self._tokenizer.model, "dropout", None) is not None:  # it would give the same text other ids each time
+                self._tokenizer.model.dropout = None
             self._add(special)
             # True means that the spelling of a special token in a text is encoded as plain text, not as the token.
             self._tokenizer.encode_special_tokens = True
@@ -300,13 +302,13 @@ class SentencePieceTokenizer:
             puts_space = whole.normalize("a") == f"{_SPACE}a"
             # Switching the step off must change nothing else; a model that normalises in its own way is used as it is.
             self._adds_space = puts_space and bare.normalize(" a") == f"{_SPACE}a" and bare.normalize("a") == "a"
-        self._processor = bare if self._adds_space else whole
+            self._processor = bare if self._adds_space else whole
+            self._num_pieces = self._processor.get_piece_size()
+            self.added = self._added_tokens(special)
+            pieces = (self._processor.id_to_piece(id) for id in range(self._num_pieces))  # a piece may not be UTF-8
+            fault = fault or fault_of_tokens(self.added, pieces)
         self._space_prefix = special.space_prefix
-        self._num_pieces = self._processor.get_piece_size()
         self.strips_space = puts_space
-        self.added = self._added_tokens(special)
-        pieces = (self._processor.id_to_piece(id) for id in range(self._num_pieces))
-        fault = fault or fault_of_tokens(self.added, pieces)
         if fault is not None:
             raise TokenizerError(f"{path} {fault}; copy it again from its publisher.")
         self.leading: tuple[int, ...] = ()

@@ -109,11 +109,11 @@ class TokenStore:
             documents = tuple(StoredDocument(**document) for document in index["documents"])
             ids = _mapped(path / "ids.bin", np.int32)
             trained = _mapped(path / "trained.bin", np.uint8)
+            ends = [0, *(document.start + document.tokens for document in documents)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"The token store {path} is unreadable ({type(error).__name__}). Delete it and run the command again."
             ) from error
-        ends = [0, *(document.start + document.tokens for document in documents)]
         starts = [document.start for document in documents]
         if index.get("format") != FORMAT or starts != ends[:-1] or len(ids) != ends[-1] or len(trained) != ends[-1]:
             raise DataError(f"The token store {path} is incomplete or of another version. Delete it and run the command again.")

@@ -27,6 +27,7 @@ from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write, explain_full_disk
+from edgetune.runtime.json_file import parse
 
 CURRENT = "current.json"
 """File in edgetune's home that names the current adapter."""
@@ -81,7 +82,7 @@ def set_current(current: Current) -> None:
 def get_current() -> Current | None:
     """Return the current adapter, or None if none was made current or its folder is gone."""
     try:
-        record = json.loads((home() / CURRENT).read_text())
+        record = parse((home() / CURRENT).read_bytes())
         alone = record.get("demo_alone") is not False
         current = Current(Path(record["adapter"]), str(record["model"]), str(record["base"]), alone)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
