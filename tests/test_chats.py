@@ -319,9 +319,6 @@ class Answering:
     def chat(self, messages: list[dict[str, str]], *_: Any) -> Iterator[str]:
         yield from next(self.answers)
 
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.tokenizer.encode_chat(messages)
-
 
 @pytest.mark.parametrize(
     ("template", "said", "kept"),
