@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import types
@@ -15,7 +16,10 @@ import pytest
 import edgetune
 from edgetune.chat import Chat
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.dataset.token_store import STOP, TEXT, join_system, tokenize
+from edgetune.dataset.chat_notices import ChatNotices
+from edgetune.dataset.chat_writer import join_system
+from edgetune.dataset.pieces import STOP, TEXT
+from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.document import Document, Reason, Turn
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
@@ -65,6 +69,12 @@ def trained(folder: Path, documents: list[Document], template: str | None, mark:
     if mark == TEXT:
         assert store.bytes == sum(len(text.encode()) for text in texts)
     return texts
+
+
+def told(documents: list[Document], model: Tokenizer, folder: Path) -> tuple[TokenStore, tuple[str, ...]]:
+    """Tokenize, and return what the user is told of it too."""
+    notices = ChatNotices()
+    return tokenize(documents, model, folder, notices=notices), notices.sentences()
 
 
 # Forms
@@ -236,8 +246,7 @@ def test_the_indentation_of_an_answer_is_kept(tmp_path: Path) -> None:
 def test_reasoning_reaches_the_template_or_is_told(tmp_path: Path) -> None:
     documents = read(tmp_path, {"messages": [ASKED, {**ANSWERED, "reasoning_content": "Garlic is small."}]})
     assert trained(tmp_path, documents, QWEN3) == ["<think>\nGarlic is small.\n</think>\n\nTwo inches."]
-    store = tokenize(documents, tokenizer(tmp_path / "plain", GEMMA), tmp_path / "other")
-    assert store.notices == (
+    assert told(documents, tokenizer(tmp_path / "plain", GEMMA), tmp_path / "other")[1] == (
         "Left out the reasoning in 1 chat (c.jsonl#1), because the model's chat template does not write it.",
     )
 
@@ -248,9 +257,9 @@ def test_reasoning_reaches_the_template_or_is_told(tmp_path: Path) -> None:
 def test_the_systems_turn_joins_the_users_where_a_template_refuses_it(tmp_path: Path) -> None:
     documents = read(tmp_path, {"messages": [{"role": "system", "content": "Be brief."}, ASKED, ANSWERED]})
     model = tokenizer(tmp_path / "model", GEMMA)
-    store = tokenize(documents, model, tmp_path / "store")
+    store, notices = told(documents, model, tmp_path / "store")
     assert "user\nBe brief.\n\nHow deep?" in model.decode(store.ids.tolist())
-    assert "Joined the system's turn to the user's in 1 chat (c.jsonl#1)" in store.notices[0]
+    assert "Joined the system's turn to the user's in 1 chat (c.jsonl#1)" in notices[0]
     assert join_system([QUESTION, ANSWER, Turn("system", "S"), QUESTION, ANSWER]) == [
         QUESTION, ANSWER, Turn("user", "S\n\nHow deep?"), ANSWER,
     ]  # fmt: skip
@@ -260,10 +269,10 @@ def test_a_chat_that_the_template_refuses_ends_no_run(tmp_path: Path) -> None:
     strict = GEMMA.replace("loop.index0 % 2 == 0", "loop.index0 % 2 == 0 and m.content != 'refused'")
     refused = {"messages": [{"role": "user", "content": "refused"}, ANSWERED]}
     documents = read(tmp_path, refused, {"messages": [ASKED, ANSWERED]})
-    store = tokenize(documents, tokenizer(tmp_path / "model", strict), tmp_path / "store")
+    store, notices = told(documents, tokenizer(tmp_path / "model", strict), tmp_path / "store")
     assert [document.path for document in store.documents] == ["c.jsonl#2"]
-    assert store.notices[0].startswith("Left out 1 chat (c.jsonl#1), because the chat template in ")
-    assert "it says 'Conversation roles must alternate'" in store.notices[0]
+    assert notices[0].startswith("Left out 1 chat (c.jsonl#1), because the chat template in ")
+    assert "it says 'Conversation roles must alternate'" in notices[0]
 
 
 def test_a_broken_template_is_said_once_and_ends_the_run(tmp_path: Path) -> None:
@@ -290,20 +299,20 @@ TOOLS = """{% if tools %}{{ 'tools: ' + tools | tojson + '\\n' }}{% endif %}{% f
 def test_tool_calls_are_trained_where_the_template_writes_them(tmp_path: Path) -> None:
     model = tokenizer(tmp_path / "model", TOOLS)
     documents = read(tmp_path, TOOL_CHAT)
-    store = tokenize(documents, model, tmp_path / "store")
+    store, notices = told(documents, model, tmp_path / "store")
     assert model.decode(store.ids.tolist()).startswith('tools: [{"type": "function", "function": {"name": "depth"')
     text = model.decode(store.ids[store.trained == TEXT].tolist())
     assert '[{"name": "depth", "arguments": {"plant": "garlic"}}]' in text
     assert text.endswith("Two inches.")
-    assert store.notices == ()
+    assert notices == ()
 
 
 @pytest.mark.parametrize("template", [None, QWEN3.replace("m.role == 'user'", "m.role != 'assistant'")])
 def test_tool_calls_that_nothing_writes_are_told(tmp_path: Path, template: str | None) -> None:
     documents = read(tmp_path, TOOL_CHAT, {"messages": [ASKED, ANSWERED]})
-    store = tokenize(documents, tokenizer(tmp_path / "model", template), tmp_path / "store")
+    store, notices = told(documents, tokenizer(tmp_path / "model", template), tmp_path / "store")
     assert [document.path for document in store.documents] == ["c.jsonl#2"]
-    assert "Left out 1 chat (c.jsonl#1), because they call tools" in store.notices[0]
+    assert "Left out 1 chat (c.jsonl#1), because they call tools" in notices[0]
 
 
 # Conversations
@@ -377,18 +386,42 @@ def test_samples_ask_in_the_models_template_and_tell_nothing_of_the_answer(tmp_p
     assert prompts == {"<s><start_of_turn>user\nHow deep?</s>\n<start_of_turn>model\n"}
 
 
-def test_a_held_out_side_without_an_answer_ends_no_run(tmp_path: Path, run: Any) -> None:
-    notes = tmp_path / "notes"
-    chats(notes, [str(number) for number in range(12)])
-    for number in range(1000):  # until the refused chat is the one that is held out
-        refused = {"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": str(number)}]}
-        put(notes, refused, name="d.jsonl")
-        if [document.path for document in split_held_out(read_notes([notes]).documents).held_out] == ["d.jsonl#1"]:
-            break
-    events = run(notes)
+def hold_out_refused_chats(notes: Path, good: int) -> None:
+    """Write some good chats, and two that the template refuses, of which one or both are all that is held out."""
+    chats(notes, [f"{number} " + "inches " * 40 for number in range(good)])
+    for number in range(1000):
+        texts = [f"{number}.{part} " + "miles " * 20 for part in range(2)]
+        put(
+            notes,
+            *[{"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": text}]} for text in texts],
+            name="d.jsonl",
+        )
+        held_out = split_held_out(read_notes([notes]).documents).held_out
+        if held_out and all(document.path.startswith("d.jsonl#") for document in held_out):
+            return
+    raise AssertionError("a good chat is held out each time")
+
+
+def test_another_document_is_held_out_where_the_held_out_side_has_no_answer(tmp_path: Path, run: Any) -> None:
+    hold_out_refused_chats(tmp_path / "notes", 12)
+    events = run(tmp_path / "notes")
     started, finished = events[0], events[-1]
     assert isinstance(started, Started)
-    assert (started.documents, started.heldout_documents) == (12, 0)
-    assert started.notices[-1].startswith("None of the 1 held-out documents holds an answer to score")
+    assert started.heldout_documents == 1
+    assert started.documents == 11
+    assert started.heldout_paths[0].startswith("c.jsonl#")
+    (notice,) = started.notices
+    assert notice.startswith("Left out 2 chats (d.jsonl#")
+    assert isinstance(finished, Finished)
+    assert finished.heldout_bits_per_byte_after is not None
+
+
+def test_a_held_out_side_without_an_answer_ends_no_run(tmp_path: Path, run: Any) -> None:
+    hold_out_refused_chats(tmp_path / "notes", 9)  # too few to hold out another
+    events = run(tmp_path / "notes")
+    started, finished = events[0], events[-1]
+    assert isinstance(started, Started)
+    assert (started.documents, started.heldout_documents) == (9, 0)
+    assert re.match("None of the [12] held-out documents holds an answer to score", started.notices[-1])
     assert isinstance(finished, Finished)
     assert finished.heldout_bits_per_byte_after is None

@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 import edgetune
-from edgetune.dataset.token_store import CONTEXT, tokenize
+from edgetune.dataset.pieces import CONTEXT
+from edgetune.dataset.token_store import tokenize
 from edgetune.documents.chat_forms import guanaco_text
 from edgetune.documents.document import Document, Turn
 from edgetune.export.gguf.vocabulary import read_vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgetune.dataset.token_store import join_system
+from edgetune.dataset.chat_writer import join_system
 from edgetune.documents.document import Document, Turn
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
