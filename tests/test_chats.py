@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+import tracemalloc
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,12 +126,76 @@ def test_only_the_completion_of_a_pair_is_trained(tmp_path: Path) -> None:
     assert [turn.trained for turn in document.turns or ()] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
-def test_chats_in_other_unicode_encodings_are_read(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("utf-16", "utf-16 with BOM"),
+        ("utf-16-le", "utf-16-le"),
+        ("utf-16-be", "utf-16-be"),
+        ("utf-32", "utf-32 with BOM"),
+        ("utf-8-sig", "utf-8 with BOM"),
+    ],
+)
+def test_chats_in_other_unicode_encodings_are_read(tmp_path: Path, encoding: str, name: str) -> None:
     line = json.dumps({"messages": [ASKED, {"role": "assistant", "content": "Où ? 日本語"}]}, ensure_ascii=False)
     (tmp_path / "c.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode(encoding))
-    (document,) = read_notes([tmp_path]).documents
-    assert document.turns == (QUESTION, Turn("assistant", "Où ? 日本語"))
+    reading = read_notes([tmp_path])
+    assert [document.turns for document in reading.documents] == [(QUESTION, Turn("assistant", "Où ? 日本語"))]
+    assert reading.encodings == {name: 1}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_byte_that_is_no_text_costs_its_own_record_alone(tmp_path: Path, indent: int | None) -> None:
+    records = [{"messages": [ASKED, {"role": "assistant", "content": text}]} for text in ("one", "two?", "three")]
+    text = "\n".join(map(json.dumps, records)) if indent is None else json.dumps(records, indent=indent)
+    (tmp_path / "c.jsonl").write_bytes(text.encode().replace(b"two?", b"two\xe9"))
+    reading = read_notes([tmp_path])
+    assert [document.path for document in reading.documents] == ["c.jsonl#1", "c.jsonl#3"]
+    assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.NOT_UTF8, (2,))]
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "long line"])
+def test_a_long_file_is_read_through_a_small_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr("edgetune.documents.chats.MAX_RECORD_CHARS", 3000)
+    monkeypatch.setattr("edgetune.documents.reading.BLOCK_BYTES", 997)
+    answers = [f"{number} ☕" + " inches" * (number % 300) for number in range(500)]
+    answers[77] = "x" * 20_000
+    records = [{"messages": [ASKED, {"role": "assistant", "content": text}]} for text in answers]
+    whole = {
+        "lines": "\n".join(map(json.dumps, records)),
+        "array": json.dumps(records, indent=1),
+        "long line": json.dumps(records),
+    }
+    reading = read_notes([put(tmp_path, whole[form], name="c.json")])
+    told = [((document.turns or ())[1].text, document.path) for document in reading.documents]
+    good = [(text, f"c.json#{number}") for number, text in enumerate(answers, 1) if number != 78]
+    # Within one line, nothing says where the record after one that is too long begins.
+    assert told == (good[:77] if form == "long line" else good)
+    assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.LONG_LINE, (78,))]
+
+
+def test_a_long_file_of_chats_is_read_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.documents.spool.MEMORY_BYTES", 1 << 16)
+    monkeypatch.setattr("edgetune.documents.chats.MAX_RECORD_CHARS", 1 << 18)
+    monkeypatch.setattr("edgetune.documents.reading.BLOCK_BYTES", 1 << 16)
+    records = [{"messages": [ASKED, {"role": "assistant", "content": f"{n} " + "inches " * 10_000}]} for n in range(200)]
+    put(tmp_path, json.dumps(records, indent=1))
+    del records
+    tracemalloc.start()
+    reading = read_notes([tmp_path])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reading.chats == 200
+    assert reading.bytes > 14_000_000
+    assert peak < 5_000_000
+
+
+def test_a_record_nested_deeper_than_any_chat_is_told(tmp_path: Path) -> None:
+    call = '{"function": {"name": "f", "arguments": ' + "[" * 900 + "]" * 900 + "}}"
+    deep = json.dumps({"messages": [ASKED, {**ANSWERED, "tool_calls": ["CALL"]}]}).replace('"CALL"', call)
+    reading = read_notes([put(tmp_path, {"messages": [ASKED, ANSWERED]}, deep)])
+    assert [document.path for document in reading.documents] == ["c.jsonl#1"]
+    assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.BAD_LINE, (2,))]
 
 
 def test_an_array_in_a_json_file_is_read_if_it_is_named(tmp_path: Path) -> None:
