@@ -277,7 +277,7 @@ def test_a_json_file_without_chats_is_a_sentence(tmp_path: Path) -> None:
 
 def test_answers_with_weight_zero_are_context(tmp_path: Path) -> None:
     messages = [ASKED, {"role": "assistant", "content": "Two miles."}, {"role": "user", "content": "Sure?"}, ANSWERED]
-    for number, mark in enumerate(({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": "0"})):
+    for number, mark in enumerate(({"weight": 0}, {"weight": -0.0}, {"train": False}, {"weight": "0.00"})):
         marked = [messages[0], {**messages[1], **mark}, *messages[2:]]
         for template in (None, QWEN3):
             folder = tmp_path / f"{number}{template is None}"

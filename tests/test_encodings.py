@@ -86,6 +86,13 @@ def test_surrogates_that_old_programs_wrote_into_utf8_become_the_letters_they_st
     assert decode(b"half a pair: \xed\xa0\xbd\n") == ("half a pair: \ufffd\ufffd\ufffd\n", "utf-8 (damaged)")
 
 
+def test_a_damaged_letter_after_a_byte_order_mark_costs_no_note():
+    assert decode("größer als".encode("utf-8-sig") + b"\xff!") == ("größer als\ufffd!", "utf-8 with BOM (damaged)")
+    assert decode("größer als".encode("utf-16")[:-1]) == ("größer al\ufffd", "utf-16 with BOM (damaged)")
+    with pytest.raises(NotText):
+        decode(b"\xef\xbb\xbf" + bytes(range(128, 256)))
+
+
 def test_damaged_letters_are_counted_by_note(tmp_path):
     (tmp_path / "half.md").write_bytes("größere Übel, ärger".encode() + b" d\xe9j\xe0")
     (tmp_path / "mark.md").write_text("one \ufffd here")

@@ -168,9 +168,14 @@ def test_copies_of_a_note_stay_on_its_side(copy):
     assert original_path("a/bench.md") == "a/bench.md"
     for number in range(40):
         text = words(str(number), 400)
-        copies = [Document.of("a/bench.md", text), Document.of(copy, text + "One more line.\n")]
-        sides = split_held_out([*notes(60), *copies])
-        assert len([document for document in sides.held_out if document in copies]) in (0, 2)
+        again = f"{copy.removesuffix('.md')} (2).md"  # a copy of the copy
+        copies = [
+            Document.of("a/bench.md", text),
+            Document.of(copy, text + "One more line.\n"),
+            Document.of(again, text + "And one more.\n"),
+        ]
+        sides = split_held_out([*notes(90), *copies])
+        assert len([document for document in sides.held_out if document in copies]) in (0, 3)
 
 
 def test_a_name_with_a_number_is_a_copy_only_of_a_note_that_exists():

@@ -65,12 +65,13 @@ def test_edgetunes_own_folder_logs_and_models_are_left_out(tmp_path, monkeypatch
     put(tmp_path, "a.md", "a note")
     put(tmp_path, "tuned/runs/1/events.jsonl", '{"event": "sampled", "text": "The model wrote this."}\n')
     put(tmp_path, "moved/runs/1/events.jsonl", '{"event": "started", "run": "1"}\n{"text": "The model wrote this."}\n')
+    put(tmp_path, "calendar.jsonl", '{"event": "birthday", "text": "Marra was given a hoe."}\n')
     put(tmp_path, "adapter/adapter_config.json", "{}")
     put(tmp_path, "adapter/README.md", "A model card.")
     put(tmp_path, "export/tokenizer_config.json", "{}")
     put(tmp_path, "export/merges.txt", "a b")
     reading = read_notes([tmp_path])
-    assert read_paths(reading) == ["a.md"]
+    assert read_paths(reading) == ["a.md", "calendar.jsonl#1"]
     assert reasons(reading) == {
         "tuned": Reason.OWN_FILE,
         "moved/runs/1/events.jsonl": Reason.OWN_FILE,

@@ -45,6 +45,7 @@ _ROLES = {
 _OLD_TOOL_ROLES = {"function", "function_call", "function_response", "observation", "tool_call", "tool_response"}
 _MARKER = re.compile(r"### (Human|Assistant):")
 _GUANACO_NAMES = {"user": "### Human: ", "assistant": "### Assistant: ", "system": "", "tool": "### Tool: "}
+_ZERO = re.compile(r"-?0+(?:\.0*)?")
 _KEY = re.compile(r"[A-Za-z_][\w.-]{0,23}")
 _KEYS_SHOWN = 6
 """Most keys of a record that an account of it names. Chosen by hand."""
@@ -203,8 +204,9 @@ def with_arguments(call: Any) -> Any:
 
 
 def says_no(value: Any) -> bool:
-    """Return True for 0, 0.0 and false, also as text."""
-    return value is not None and str(value).strip().lower() in ("0", "0.0", "false")
+    """Return True for false and any zero, also as text."""
+    text = str(value).strip().lower()
+    return text == "false" or bool(_ZERO.fullmatch(text))
 
 
 def from_text(text: str, path: str) -> Document:

@@ -16,15 +16,12 @@ from typing import Any
 from edgetune.documents.chat_forms import Unread, read_record
 from edgetune.documents.document import Document, Reason, Skipped
 from edgetune.documents.encoding import Encoding, marked_encoding
+from edgetune.documents.limits import MAX_BROKEN_VALUES, MAX_RECORD_CHARS
 
 CHAT_SUFFIXES_WHEN_NAMED = (".json", ".ndjson")
 """Suffixes of files that are read as chats if they are themselves named; in a folder, most .json files are something else."""
-MAX_RECORD_CHARS = 4 << 20
-"""Longest line or value that is read, in characters. Chosen by hand."""
 _LINES_LISTED = 20
 """Largest number of line numbers that a skip lists. Chosen by hand."""
-_MOST_BROKEN = 1000
-"""Most broken values over several lines before the rest of a file is left unread. Chosen by hand."""
 _KEPT = 1024
 """Characters before a place that stay in the window: the indentation of a value. Chosen by hand."""
 _LONGEST_WORD = 64
@@ -140,10 +137,10 @@ def line_records(window: Window) -> Iterator[Found]:
 def value_records(window: Window) -> Iterator[Found]:
     """Yield the records of arrays and of objects over several lines, numbered from 1 in the order of the file.
 
-    After a broken one, reading goes on where a line begins as that one did; after _MOST_BROKEN of them it ends.
+    After a broken one, reading goes on where a line begins as that one did; after MAX_BROKEN_VALUES of them it ends.
     """
     number = broken = at = 0
-    while (at := _next_value(window, at)) < len(window.text) and broken < _MOST_BROKEN:
+    while (at := _next_value(window, at)) < len(window.text) and broken < MAX_BROKEN_VALUES:
         number += 1
         text = window.text
         try:

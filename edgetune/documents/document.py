@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES, MAX_RECORD_CHARS
 from edgetune.documents.spool import Spool
 
-BLOCK_BYTES = 1 << 20
-"""Bytes of a text that are read, decoded or hashed at a time. Chosen by hand."""
 _CAUSES_SHOWN = 8
 """Most causes for unread chats that a run names before it begins. Chosen by hand."""
 
@@ -40,14 +39,14 @@ class Reason(StrEnum):
     NOT_A_FILE = "neither file nor folder"
     UNREADABLE = "unreadable"
     CHANGED = "replaced by another file while notes were read"
-    TOO_LARGE = "over 256 MiB"
+    TOO_LARGE = f"over {MAX_FILE_BYTES >> 20} MiB"
     BINARY = "binary"
     UNKNOWN_ENCODING = "encoding not recognised (save it as UTF-8, or name it with --encoding)"
     OTHER_ENCODING = "not in the encoding that --encoding names"
     EMPTY = "empty"
     DUPLICATE = "same text as another note"
     BAD_LINE = "lines that are not JSON"
-    LONG_LINE = "lines over 4 MiB"
+    LONG_LINE = f"lines over {MAX_RECORD_CHARS >> 20} MiB"
     NOT_UTF8 = "lines that are not UTF-8"
     NOT_A_CHAT = "records that are neither a text nor a chat"
     UNKNOWN_ROLE = "chats with an unknown role"

@@ -25,8 +25,8 @@ _SAMPLE_BYTES = 4 << 20
 """Bytes of a note in an old code page that are judged. Chosen by hand."""
 
 _GOOD_FOR_EACH_BAD, _GOOD_DESPITE_NAME = 2, 8
-"""Bytes of good UTF-8 for each bad one that make a note damaged UTF-8, without and with another encoding named by the user.
-Chosen by hand."""
+"""Bytes of good UTF-8 for each bad one that make a note damaged UTF-8, without and with another encoding named by the user or
+by a byte-order mark. Chosen by hand."""
 
 
 class NotText(Exception):
@@ -65,14 +65,14 @@ def marked_encoding(first: bytes) -> Encoding | None:
 def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
     """Return the encoding of a file, which is read once, or twice if it is not UTF-8. Raises NotText.
 
-    A byte-order mark decides. Without one, strict UTF-8 is tried, then UTF-8 with damage, if most of the bytes beyond ASCII are
-    good UTF-8, then the encoding that the user has named or else Windows-1252, if the text looks Western. Anything else
-    (Polish, Cyrillic or Japanese code pages, for example) is refused rather than guessed: a model would silently learn the
-    wrong letters.
+    A byte-order mark decides, unless hardly any of the text is good. Without one, strict UTF-8 is tried, then UTF-8 with
+    damage, if most of the bytes beyond ASCII are good UTF-8, then the encoding that the user has named or else Windows-1252,
+    if the text looks Western. Anything else (Polish, Cyrillic or Japanese code pages, for example) is refused rather than
+    guessed: a model would silently learn the wrong letters.
     """
     marked = marked_encoding(next(iter(blocks()), b""))
     if marked is not None:
-        return _checked(marked, blocks, Reason.UNKNOWN_ENCODING)
+        return _despite_damage(marked, blocks)
     if named is not None and codecs.lookup(named).name.startswith(("utf-16", "utf-32")):
         return _checked(Encoding(named, named), blocks, Reason.OTHER_ENCODING)
     size = controls = 0
@@ -130,6 +130,22 @@ def _checked(encoding: Encoding, blocks: Blocks, reason: Reason) -> Encoding:
     except NotText as problem:
         raise NotText(reason if problem.reason is Reason.UNKNOWN_ENCODING else problem.reason) from None
     return encoding
+
+
+def _despite_damage(marked: Encoding, blocks: Blocks) -> Encoding:
+    """Return the encoding that a byte-order mark says, if most of the text is good. Raises NotText."""
+    try:
+        return _checked(marked, blocks, Reason.UNKNOWN_ENCODING)
+    except NotText as problem:
+        if problem.reason is not Reason.UNKNOWN_ENCODING:
+            raise
+    damaged = Encoding(f"{marked.name} (damaged)", marked.codec, "replace")
+    size = bad = 0
+    for text in decoded(blocks(), damaged):
+        size, bad = size + len(text), bad + text.count("\ufffd")
+    if size - bad < _GOOD_DESPITE_NAME * bad:
+        raise NotText(Reason.UNKNOWN_ENCODING)
+    return damaged
 
 
 def _without_utf8(blocks: Blocks, named: str | None) -> Encoding:

@@ -17,14 +17,15 @@ from typing import Any
 
 import yaml
 
-MAX_CHARS = 1 << 15
-"""Longest front matter that is parsed, in characters."""
-MAX_NODES, MAX_DEPTH = 5000, 30
-"""Largest number of YAML nodes, and the deepest nesting. Aliases are never expanded, so they cannot multiply."""
-MAX_TOML_DOTS = 300
-"""Largest number of dots and brackets in TOML, each of which may open a table."""
-MAX_TITLE, MAX_TAG, MAX_TAGS = 300, 100, 50
-"""Longest title and tag that are kept, in characters, and the largest number of tags. All limits were chosen by hand."""
+from edgetune.documents.limits import (
+    MAX_FRONT_MATTER_CHARS,
+    MAX_TAG,
+    MAX_TAGS,
+    MAX_TITLE,
+    MAX_TOML_DOTS,
+    MAX_YAML_DEPTH,
+    MAX_YAML_NODES,
+)
 
 KEYS = frozenset(
     {"title", "Title", "TITLE", "subtitle", "tag", "tags", "Tags", "TAGS", "alias", "aliases", "Aliases", "date", "created"}
@@ -88,7 +89,7 @@ def split_front_matter(text: str) -> FrontMatter | None:
     fence = text[:3]
     if fence not in ("---", "+++") or text[3:4] not in ("\n", " ", "\t"):
         return None
-    lines = text[:MAX_CHARS].split("\n")
+    lines = text[:MAX_FRONT_MATTER_CHARS].split("\n")
     ends = ("---", "...") if fence == "---" else ("+++",)
     close = next((at for at, line in enumerate(lines) if at and line.rstrip() in ends), None)
     if lines[0].strip() != fence or close is None:
@@ -139,7 +140,7 @@ def bounded_root(text: str) -> yaml.Node | None:
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if count > MAX_NODES or depth > MAX_DEPTH:
+        if count > MAX_YAML_NODES or depth > MAX_YAML_DEPTH:
             raise ValueError("too large or too deep")
     root: yaml.Node | None = yaml.compose(text, Loader=_LOADER)
     return root

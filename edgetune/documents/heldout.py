@@ -113,7 +113,9 @@ def groups_of_copies(documents: list[Document]) -> list[list[Document]]:
     groups: dict[str, list[Document]] = {}
     by_path = {document.path: document for document in documents}
     for document in documents:
-        original = by_path.get(original_path(document.path), document)
+        original = document
+        while (found := by_path.get(original_path(original.path), original)).path != original.path:  # a copy of a copy
+            original = found
         group = groups.setdefault(original.digest, [original])
         if document is not original:
             group.append(document)

@@ -9,6 +9,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from edgetune.documents.document import Reason
+from edgetune.events import KINDS
 
 _FOLDERS = {
     ".obsidian": Reason.APP_SETTINGS,
@@ -32,7 +33,7 @@ _SF_DATALESS = 0x40000000
 """Flag of macOS: the content of this file is in a cloud, and reading it would download it."""
 _RECALL = 0x1000 | 0x40000 | 0x400000
 """Attributes of Windows with the same meaning: OFFLINE, RECALL_ON_OPEN and RECALL_ON_DATA_ACCESS."""
-_EVENT = b'{"event": "'
+_EVENT = re.compile(rb'\{"event": "(\w{1,20})"')
 """Beginning of each line of a run's log, whose samples are not the user's words."""
 
 
@@ -67,7 +68,8 @@ def is_hidden(name: str, about: os.stat_result) -> bool:
 
 def is_own_log(first: bytes) -> bool:
     """Return True if a .jsonl file that begins with `first` is the log of a training run."""
-    return first.startswith(_EVENT)
+    found = _EVENT.match(first)
+    return found is not None and found[1].decode() in KINDS
 
 
 def is_drawing_name(name: str) -> bool:

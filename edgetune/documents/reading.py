@@ -17,6 +17,7 @@ from edgetune.documents.document import Document, Draft, Reading, Reason, Skippe
 from edgetune.documents.embedded import without_embedded_files
 from edgetune.documents.encoding import NotText, decoded, find_encoding
 from edgetune.documents.front_matter import split_front_matter
+from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.spool import Spool
@@ -24,10 +25,6 @@ from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, walk
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
 
-MAX_FILE_BYTES = 256 << 20
-"""Largest file that is read, in bytes. Chosen by hand."""
-BLOCK_BYTES = 1 << 20
-"""Bytes that are read at a time. Chosen by hand."""
 WHOLE_CHARS = 1 << 20
 """Characters of a note that are handled at a time: front matter and embedded files are found within them. Chosen by hand."""
 _MARKDOWN = (".md", ".markdown")
