@@ -382,9 +382,9 @@ def test_samples_ask_in_the_models_template_and_tell_nothing_of_the_answer(tmp_p
 
 def test_a_held_out_side_without_an_answer_ends_no_run(tmp_path: Path, run: Any) -> None:
     notes = tmp_path / "notes"
-    chats(notes, [str(number) for number in range(12)])
+    chats(notes, [f"{number} and how deep " * 20 for number in range(12)])  # enough text for some to be held out
     for number in range(1000):  # until the refused chat is the one that is held out
-        refused = {"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": str(number)}]}
+        refused = {"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": f"{number} inches deep " * 20}]}
         put(notes, refused, name="d.jsonl")
         if [document.path for document in split_held_out(read_notes([notes]).documents).held_out] == ["d.jsonl#1"]:
             break
