@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import errno
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -558,7 +559,8 @@ def test_until_is_today_or_tomorrow() -> None:
 def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number: int, code: int) -> None:
     command = [sys.executable, "-m", "edgetune", "train", str(notes), "--model", "demo", "--steps", "100000", "--json"]
     # A test run that is started in the background, or by nohup, passes on that it ignores signals.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["event"] == "stepped":
