@@ -70,5 +70,5 @@ class Chat:
     def _make_room(self) -> None:
         """Drop the oldest turns until the conversation and an answer of `max_tokens` fit the model's context."""
         limit = self.session.model.config.max_positions - self.max_tokens
-        while len(self.messages) > 1 and len(self.session.chat_ids(self.messages)) > limit:
+        while len(self.messages) > 1 and len(self.session.tokenizer.chat_ids(self.messages)) > limit:
             del self.messages[:2]

@@ -116,7 +116,7 @@ def export_adapter(
     name = choice.public_name
     job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start)
     check_memory(spec.peak_memory, job)
-    outcome, size, peak = _publish(spec, job, folder, _tokens(tokenizer, verify.PROMPT))
+    outcome, size, peak = _publish(spec, job, folder, tokenizer.prompt_ids(verify.PROMPT))
     return Exported(
         target=target,
         model=choice.name,
@@ -176,14 +176,10 @@ def _start_notice(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def _documents(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[int]]:
     """Return the token ids of each text. Raises DataError if every text is too short to predict a token of it."""
-    documents = [ids for document in read_notes(texts).documents if len(ids := _tokens(tokenizer, document.text)) > 1]
+    documents = [ids for document in read_notes(texts).documents if len(ids := tokenizer.prompt_ids(document.text)) > 1]
     if not documents:
         raise DataError("No text in --texts is longer than one token, so nothing can be measured; name other texts.")
     return documents
-
-
-def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
 def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> tuple[_Outcome, int, int]:

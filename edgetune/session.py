@@ -84,7 +84,7 @@ class Session:
         seed: int | None = None,
     ) -> Generation:
         """Continue a text. On the same machine, the same seed gives the same words."""
-        return self._complete(self.prompt_ids(prompt), max_tokens, self._sampling(max_tokens, temperature, seed))
+        return self._complete(self.tokenizer.prompt_ids(prompt), max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def stream(
         self,
@@ -94,7 +94,8 @@ class Session:
         seed: int | None = None,
     ) -> Iterator[str]:
         """Continue a text and yield it in pieces of whole characters, as they are written."""
-        yield from self._stream(self.prompt_ids(prompt), max_tokens, self._sampling(max_tokens, temperature, seed))
+        ids = self.tokenizer.prompt_ids(prompt)
+        yield from self._stream(ids, max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def chat(
         self,
@@ -107,15 +108,8 @@ class Session:
 
         Raises TokenizerError for a model without a chat template.
         """
-        yield from self._stream(self.chat_ids(messages), max_tokens, self._sampling(max_tokens, temperature, seed))
-
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return a conversation's tokens as in training: those of the template, after the start token if it writes none."""
-        return self.tokenizer.start.before_chat(self.tokenizer.encode_chat(messages, add_generation_prompt=True))
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the tokens of a text to continue, which begins as a document does."""
-        return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
+        ids = self.tokenizer.chat_ids(messages)
+        yield from self._stream(ids, max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def _sampling(self, max_tokens: int, temperature: float | None, seed: int | None) -> Sampling:
         """Return the settings to sample with: those given, else the model publisher's, else GenerateConfig's.

@@ -103,6 +103,17 @@ class Tokenizer:
         """Return the ids that a note or a prompt begins with, at most one."""
         return list(self.start.text)
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Return the ids of a text to continue, which begins as a note does in training."""
+        return [*self.start.text, *self.encode(text)]
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of a conversation to answer, which begins as a chat does in training.
+
+        Raises TokenizerError as `render_chat` does.
+        """
+        return self.start.before_chat(self.encode_chat(messages, add_generation_prompt=True))
+
     @property
     def start_text(self) -> str:
         """Return the spelling of what a note or a prompt begins with."""

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetune.dataset.packing import Packer, cut_windows, deal, random_words
-from edgetune.dataset.token_store import CONTEXT, STOP, TEXT, StoredDocument, TokenStore
+from edgetune.dataset.pieces import CONTEXT, STOP, TEXT
+from edgetune.dataset.token_store import StoredDocument, TokenStore
 from edgetune.runtime.errors import DataError, UsageError
 
 

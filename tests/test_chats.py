@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+import tracemalloc
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,10 @@ import pytest
 import edgetune
 from edgetune.chat import Chat
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.dataset.token_store import STOP, TEXT, join_system, tokenize
+from edgetune.dataset.chat_notices import ChatNotices
+from edgetune.dataset.chat_writer import join_system
+from edgetune.dataset.pieces import STOP, TEXT
+from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.document import Document, Reason, Turn
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
@@ -67,6 +72,12 @@ def trained(folder: Path, documents: list[Document], template: str | None, mark:
     return texts
 
 
+def told(documents: list[Document], model: Tokenizer, folder: Path) -> tuple[TokenStore, tuple[str, ...]]:
+    """Tokenize, and return what the user is told of it too."""
+    notices = ChatNotices()
+    return tokenize(documents, model, folder, notices=notices), notices.sentences()
+
+
 # Forms
 
 
@@ -115,12 +126,76 @@ def test_only_the_completion_of_a_pair_is_trained(tmp_path: Path) -> None:
     assert [turn.trained for turn in document.turns or ()] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
-def test_chats_in_other_unicode_encodings_are_read(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ("utf-16", "utf-16 with BOM"),
+        ("utf-16-le", "utf-16-le"),
+        ("utf-16-be", "utf-16-be"),
+        ("utf-32", "utf-32 with BOM"),
+        ("utf-8-sig", "utf-8 with BOM"),
+    ],
+)
+def test_chats_in_other_unicode_encodings_are_read(tmp_path: Path, encoding: str, name: str) -> None:
     line = json.dumps({"messages": [ASKED, {"role": "assistant", "content": "Où ? 日本語"}]}, ensure_ascii=False)
     (tmp_path / "c.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode(encoding))
-    (document,) = read_notes([tmp_path]).documents
-    assert document.turns == (QUESTION, Turn("assistant", "Où ? 日本語"))
+    reading = read_notes([tmp_path])
+    assert [document.turns for document in reading.documents] == [(QUESTION, Turn("assistant", "Où ? 日本語"))]
+    assert reading.encodings == {name: 1}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_byte_that_is_no_text_costs_its_own_record_alone(tmp_path: Path, indent: int | None) -> None:
+    records = [{"messages": [ASKED, {"role": "assistant", "content": text}]} for text in ("one", "two?", "three")]
+    text = "\n".join(map(json.dumps, records)) if indent is None else json.dumps(records, indent=indent)
+    (tmp_path / "c.jsonl").write_bytes(text.encode().replace(b"two?", b"two\xe9"))
+    reading = read_notes([tmp_path])
+    assert [document.path for document in reading.documents] == ["c.jsonl#1", "c.jsonl#3"]
+    assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.NOT_UTF8, (2,))]
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "long line"])
+def test_a_long_file_is_read_through_a_small_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr("edgetune.documents.chats.MAX_RECORD_CHARS", 3000)
+    monkeypatch.setattr("edgetune.documents.reading.BLOCK_BYTES", 997)
+    answers = [f"{number} ☕" + " inches" * (number % 300) for number in range(500)]
+    answers[77] = "x" * 20_000
+    records = [{"messages": [ASKED, {"role": "assistant", "content": text}]} for text in answers]
+    whole = {
+        "lines": "\n".join(map(json.dumps, records)),
+        "array": json.dumps(records, indent=1),
+        "long line": json.dumps(records),
+    }
+    reading = read_notes([put(tmp_path, whole[form], name="c.json")])
+    told = [((document.turns or ())[1].text, document.path) for document in reading.documents]
+    good = [(text, f"c.json#{number}") for number, text in enumerate(answers, 1) if number != 78]
+    # Within one line, nothing says where the record after one that is too long begins.
+    assert told == (good[:77] if form == "long line" else good)
+    assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.LONG_LINE, (78,))]
+
+
+def test_a_long_file_of_chats_is_read_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.documents.spool.MEMORY_BYTES", 1 << 16)
+    monkeypatch.setattr("edgetune.documents.chats.MAX_RECORD_CHARS", 1 << 18)
+    monkeypatch.setattr("edgetune.documents.reading.BLOCK_BYTES", 1 << 16)
+    records = [{"messages": [ASKED, {"role": "assistant", "content": f"{n} " + "inches " * 10_000}]} for n in range(200)]
+    put(tmp_path, json.dumps(records, indent=1))
+    del records
+    tracemalloc.start()
+    reading = read_notes([tmp_path])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reading.chats == 200
+    assert reading.bytes > 14_000_000
+    assert peak < 5_000_000
+
+
+def test_a_record_nested_deeper_than_any_chat_is_told(tmp_path: Path) -> None:
+    call = '{"function": {"name": "f", "arguments": ' + "[" * 900 + "]" * 900 + "}}"
+    deep = json.dumps({"messages": [ASKED, {**ANSWERED, "tool_calls": ["CALL"]}]}).replace('"CALL"', call)
+    reading = read_notes([put(tmp_path, {"messages": [ASKED, ANSWERED]}, deep)])
+    assert [document.path for document in reading.documents] == ["c.jsonl#1"]
+    assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.BAD_LINE, (2,))]
 
 
 def test_an_array_in_a_json_file_is_read_if_it_is_named(tmp_path: Path) -> None:
@@ -236,8 +311,7 @@ def test_the_indentation_of_an_answer_is_kept(tmp_path: Path) -> None:
 def test_reasoning_reaches_the_template_or_is_told(tmp_path: Path) -> None:
     documents = read(tmp_path, {"messages": [ASKED, {**ANSWERED, "reasoning_content": "Garlic is small."}]})
     assert trained(tmp_path, documents, QWEN3) == ["<think>\nGarlic is small.\n</think>\n\nTwo inches."]
-    store = tokenize(documents, tokenizer(tmp_path / "plain", GEMMA), tmp_path / "other")
-    assert store.notices == (
+    assert told(documents, tokenizer(tmp_path / "plain", GEMMA), tmp_path / "other")[1] == (
         "Left out the reasoning in 1 chat (c.jsonl#1), because the model's chat template does not write it.",
     )
 
@@ -248,9 +322,9 @@ def test_reasoning_reaches_the_template_or_is_told(tmp_path: Path) -> None:
 def test_the_systems_turn_joins_the_users_where_a_template_refuses_it(tmp_path: Path) -> None:
     documents = read(tmp_path, {"messages": [{"role": "system", "content": "Be brief."}, ASKED, ANSWERED]})
     model = tokenizer(tmp_path / "model", GEMMA)
-    store = tokenize(documents, model, tmp_path / "store")
+    store, notices = told(documents, model, tmp_path / "store")
     assert "user\nBe brief.\n\nHow deep?" in model.decode(store.ids.tolist())
-    assert "Joined the system's turn to the user's in 1 chat (c.jsonl#1)" in store.notices[0]
+    assert "Joined the system's turn to the user's in 1 chat (c.jsonl#1)" in notices[0]
     assert join_system([QUESTION, ANSWER, Turn("system", "S"), QUESTION, ANSWER]) == [
         QUESTION, ANSWER, Turn("user", "S\n\nHow deep?"), ANSWER,
     ]  # fmt: skip
@@ -260,10 +334,10 @@ def test_a_chat_that_the_template_refuses_ends_no_run(tmp_path: Path) -> None:
     strict = GEMMA.replace("loop.index0 % 2 == 0", "loop.index0 % 2 == 0 and m.content != 'refused'")
     refused = {"messages": [{"role": "user", "content": "refused"}, ANSWERED]}
     documents = read(tmp_path, refused, {"messages": [ASKED, ANSWERED]})
-    store = tokenize(documents, tokenizer(tmp_path / "model", strict), tmp_path / "store")
+    store, notices = told(documents, tokenizer(tmp_path / "model", strict), tmp_path / "store")
     assert [document.path for document in store.documents] == ["c.jsonl#2"]
-    assert store.notices[0].startswith("Left out 1 chat (c.jsonl#1), because the chat template in ")
-    assert "it says 'Conversation roles must alternate'" in store.notices[0]
+    assert notices[0].startswith("Left out 1 chat (c.jsonl#1), because the chat template in ")
+    assert "it says 'Conversation roles must alternate'" in notices[0]
 
 
 def test_a_broken_template_is_said_once_and_ends_the_run(tmp_path: Path) -> None:
@@ -290,20 +364,20 @@ TOOLS = """{% if tools %}{{ 'tools: ' + tools | tojson + '\\n' }}{% endif %}{% f
 def test_tool_calls_are_trained_where_the_template_writes_them(tmp_path: Path) -> None:
     model = tokenizer(tmp_path / "model", TOOLS)
     documents = read(tmp_path, TOOL_CHAT)
-    store = tokenize(documents, model, tmp_path / "store")
+    store, notices = told(documents, model, tmp_path / "store")
     assert model.decode(store.ids.tolist()).startswith('tools: [{"type": "function", "function": {"name": "depth"')
     text = model.decode(store.ids[store.trained == TEXT].tolist())
     assert '[{"name": "depth", "arguments": {"plant": "garlic"}}]' in text
     assert text.endswith("Two inches.")
-    assert store.notices == ()
+    assert notices == ()
 
 
 @pytest.mark.parametrize("template", [None, QWEN3.replace("m.role == 'user'", "m.role != 'assistant'")])
 def test_tool_calls_that_nothing_writes_are_told(tmp_path: Path, template: str | None) -> None:
     documents = read(tmp_path, TOOL_CHAT, {"messages": [ASKED, ANSWERED]})
-    store = tokenize(documents, tokenizer(tmp_path / "model", template), tmp_path / "store")
+    store, notices = told(documents, tokenizer(tmp_path / "model", template), tmp_path / "store")
     assert [document.path for document in store.documents] == ["c.jsonl#2"]
-    assert "Left out 1 chat (c.jsonl#1), because they call tools" in store.notices[0]
+    assert "Left out 1 chat (c.jsonl#1), because they call tools" in notices[0]
 
 
 # Conversations
@@ -318,9 +392,6 @@ class Answering:
 
     def chat(self, messages: list[dict[str, str]], *_: Any) -> Iterator[str]:
         yield from next(self.answers)
-
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.tokenizer.encode_chat(messages)
 
 
 @pytest.mark.parametrize(
@@ -380,18 +451,42 @@ def test_samples_ask_in_the_models_template_and_tell_nothing_of_the_answer(tmp_p
     assert prompts == {"<s><start_of_turn>user\nHow deep?</s>\n<start_of_turn>model\n"}
 
 
-def test_a_held_out_side_without_an_answer_ends_no_run(tmp_path: Path, run: Any) -> None:
-    notes = tmp_path / "notes"
-    chats(notes, [f"{number} and how deep " * 20 for number in range(12)])  # enough text for some to be held out
-    for number in range(1000):  # until the refused chat is the one that is held out
-        refused = {"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": f"{number} inches deep " * 20}]}
-        put(notes, refused, name="d.jsonl")
-        if [document.path for document in split_held_out(read_notes([notes]).documents).held_out] == ["d.jsonl#1"]:
-            break
-    events = run(notes)
+def hold_out_refused_chats(notes: Path, good: int) -> None:
+    """Write some good chats, and two that the template refuses, of which one or both are all that is held out."""
+    chats(notes, [f"{number} " + "inches " * 40 for number in range(good)])
+    for number in range(1000):
+        texts = [f"{number}.{part} " + "miles " * 20 for part in range(2)]
+        put(
+            notes,
+            *[{"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": text}]} for text in texts],
+            name="d.jsonl",
+        )
+        held_out = split_held_out(read_notes([notes]).documents).held_out
+        if held_out and all(document.path.startswith("d.jsonl#") for document in held_out):
+            return
+    raise AssertionError("a good chat is held out each time")
+
+
+def test_another_document_is_held_out_where_the_held_out_side_has_no_answer(tmp_path: Path, run: Any) -> None:
+    hold_out_refused_chats(tmp_path / "notes", 12)
+    events = run(tmp_path / "notes")
     started, finished = events[0], events[-1]
     assert isinstance(started, Started)
-    assert (started.documents, started.heldout_documents) == (12, 0)
-    assert started.notices[-1].startswith("None of the 1 held-out documents holds an answer to score")
+    assert started.heldout_documents == 1
+    assert started.documents == 11
+    assert started.heldout_paths[0].startswith("c.jsonl#")
+    (notice,) = started.notices
+    assert notice.startswith("Left out 2 chats (d.jsonl#")
+    assert isinstance(finished, Finished)
+    assert finished.heldout_bits_per_byte_after is not None
+
+
+def test_a_held_out_side_without_an_answer_ends_no_run(tmp_path: Path, run: Any) -> None:
+    hold_out_refused_chats(tmp_path / "notes", 9)  # too few to hold out another
+    events = run(tmp_path / "notes")
+    started, finished = events[0], events[-1]
+    assert isinstance(started, Started)
+    assert (started.documents, started.heldout_documents) == (9, 0)
+    assert re.match("None of the [12] held-out documents holds an answer to score", started.notices[-1])
     assert isinstance(finished, Finished)
     assert finished.heldout_bits_per_byte_after is None

@@ -448,7 +448,7 @@ def test_a_text_without_turns_is_a_note(tmp_path):
 
 
 def test_bad_lines_are_counted_with_their_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgetune.documents.chats.MAX_LINE_BYTES", 1_000_000)
+    monkeypatch.setattr("edgetune.documents.chats.MAX_RECORD_CHARS", 1_000_000)
     good = {"text": "### Human: a ### Assistant: b"}
     nobody = {"text": "### Human: is there nobody?"}
     tool = {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from test_batches import chain_targets, document_of, lengths, make_store, notes, stores
 
+from edgetune.cli.main import cli
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.dataset.evaluation_set import EvaluationSet, Score
-from edgetune.dataset.token_store import CONTEXT, TEXT, TokenStore
+from edgetune.dataset.pieces import CONTEXT, TEXT
+from edgetune.dataset.token_store import TokenStore
 from edgetune.events import Evaluated, Finished, Started, Stepped
 from edgetune.library.loading import load_base, open_base
 from edgetune.runtime.batch import Batch
@@ -218,6 +221,20 @@ def test_a_deadline_cuts_the_first_evaluation_and_the_last_scores_the_same_text(
     assert end.cut == "deadline"
     assert end.heldout_bits_per_byte_before == evaluated[0].bits_per_byte
     assert end.heldout_bits_per_byte_after == evaluated[1].bits_per_byte
+
+
+def test_eval_says_what_it_did_not_read(tmp_path: Path) -> None:
+    tiny.save_trainable(tmp_path / "model")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.md").write_text("The beans want water, said Marra.")
+    (notes / "b.md").write_bytes("Привет, мир".encode("cp1251"))
+    (notes / "c.jsonl").write_text("{oops\n")
+    result = CliRunner().invoke(cli, ["eval", str(notes), "--model", str(tmp_path / "model"), "--adapter", "none"])
+    assert result.exit_code == 0
+    assert "over 1 documents" in result.stdout
+    assert "Not read: 1 encoding not recognised" in result.stderr
+    assert "c.jsonl: 1 lines that are not JSON, no. 1; expected one JSON object a line" in result.stderr
 
 
 def model_of(folder: Path, **changes: object) -> str:

@@ -29,6 +29,7 @@ from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.loader import load_llama
+from edgetune.runtime.tokenizer import Tokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEMO = Path(edgetune.__file__).parent / "demo"
@@ -76,10 +77,8 @@ class Scripted:
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.pieces, self.asked = pieces, [0]
+        self.tokenizer = Tokenizer.load(DEMO)
         self.model = type("M", (), {"config": type("C", (), {"max_positions": 4096})})
-
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        return [0]
 
     def chat(self, messages: list[dict[str, str]], *rest: Any) -> Iterator[str]:
         self.asked = [len(messages)]

@@ -107,7 +107,7 @@ def test_what_was_left_out_is_said_in_a_few_sentences(tmp_path):
     said = sentences(read_notes([tmp_path], exclude=["drfats"]))
     assert said == (
         "Not read: 1 not downloaded (in iCloud or another cloud), 1 encoding not recognised (save it as UTF-8, or name it with "
-        "--encoding). Type the same command with --dry-run to see which.",
+        "--encoding). Type edgetune train --dry-run to see which.",
         "Damaged: 1 letter in 1 note could not be decoded and will be learnt as \ufffd.",
         "Left out: pictures or other files embedded in 1 note, 409 B.",
         "--exclude drfats matched nothing.",

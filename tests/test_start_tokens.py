@@ -11,13 +11,15 @@ import pytest
 import tiny
 
 import edgetune
-from edgetune.dataset.token_store import CONTEXT, tokenize
+from edgetune.dataset.pieces import CONTEXT
+from edgetune.dataset.token_store import tokenize
 from edgetune.documents.chat_forms import guanaco_text
 from edgetune.documents.document import Document, Turn
 from edgetune.export.gguf.vocabulary import read_vocabulary
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.start_tokens import StartTokens, start_tokens
 from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.training.samples import prompt_ids
 
 DEMO = Path(edgetune.__file__).parent / "demo"
 CHAT = "{% for m in messages %}{{ m.role + '. ' + m.content }}{% endfor %}"
@@ -81,8 +83,10 @@ def test_training_prompts_chats_and_exports_begin_alike(tmp_path: Path) -> None:
         assert note[0] == (BOS if setting else EOS)
         assert bool(chat[0] == BOS) is setting
         assert store.trained[store.documents[1].start] == CONTEXT
-        ids = ours.encode_chat([{"role": "user", "content": "why"}])
-        assert ours.start.before_chat(ids) == ([BOS, *ids] if setting else ids)
+        asked = [{"role": "user", "content": "why"}]
+        ids = ours.encode_chat(asked)
+        assert ours.chat_ids(asked) == prompt_ids(asked, ours) == ([BOS, *ids] if setting else ids)
+        assert ours.prompt_ids("rain") == prompt_ids("rain", ours) == note[:-1].tolist()
         assert ours.start.before_chat([BOS, *ids]) == [BOS, *ids]
 
 

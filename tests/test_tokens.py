@@ -12,17 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune.dataset.token_store import (
-    CONTEXT,
-    PIECE_CHARS,
-    STOP,
-    TEXT,
-    ChatWriter,
-    TokenStore,
-    encode_text,
-    split_turns,
-    tokenize,
-)
+from edgetune.dataset.chat_notices import ChatNotices
+from edgetune.dataset.chat_writer import ChatWriter, split_turns
+from edgetune.dataset.pieces import CONTEXT, PIECE_CHARS, STOP, TEXT, encode_text
+from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.chat_forms import guanaco_text
 from edgetune.documents.document import Document, Turn
 from edgetune.documents.reading import read_notes
@@ -306,4 +299,4 @@ def test_real_chats_train_the_answers_alone(real, tmp_path):
 
 
 def test_the_writer_is_told_by_the_template(real):
-    assert ChatWriter(real, "assistant", "auto").template == real.has_template
+    assert ChatWriter(real, "assistant", "auto", ChatNotices()).template == real.has_template

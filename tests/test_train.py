@@ -117,7 +117,7 @@ def test_a_run_says_what_it_did_not_read_also_when_it_is_resumed(notes: Path) ->
     settings = config(notes, data=DataConfig((str(notes),), exclude=("drfats",), seq_len=64, batch_tokens=256), steps=2)
     said = (
         "Not read: 1 not downloaded (in iCloud or another cloud), 1 encoding not recognised (save it as UTF-8, or name it with "
-        "--encoding). Type the same command with --dry-run to see which.",
+        "--encoding). Type edgetune train --dry-run to see which.",
         "--exclude drfats matched nothing.",
     )
     stop = threading.Event()

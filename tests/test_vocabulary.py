@@ -206,7 +206,7 @@ def test_writing_with_the_head_in_8_bits_costs_next_to_nothing_on_the_demo() -> 
     for head in ("stored", "int8"):
         session = Session.load("demo", "none", "cpu", head)
         generator = Generator(Runner(session.model), 256)
-        ids = session.prompt_ids((resolve("demo").path / "README.md").read_text())[:200]
+        ids = session.tokenizer.prompt_ids((resolve("demo").path / "README.md").read_text())[:200]
         generator.prefill(ids[:1])
         logits = torch.stack([generator.step(id).float() for id in ids[1:-1]])
         losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2:]))))

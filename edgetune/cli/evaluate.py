@@ -14,6 +14,7 @@ from edgetune.cli.options import (
     model_words,
     print_json,
     progress_shown,
+    say,
 )
 from edgetune.reports.text import human_bytes, one_line
 
@@ -35,6 +36,8 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
     if as_json:
         print_json(dataclasses.asdict(result))
         return
+    for notice in result.notices:
+        say(one_line(notice))
     click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}.")
     click.echo(
         f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.dataset.packing import Int, Windows, check_settings, cut_windows, make_batch, random_words
-from edgetune.dataset.token_store import TEXT, TokenStore
+from edgetune.dataset.pieces import TEXT
+from edgetune.dataset.token_store import TokenStore
 from edgetune.runtime.batch import Batch
 
 

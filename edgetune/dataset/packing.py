@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edgetune.dataset.token_store import CONTEXT, TEXT, TokenStore
+from edgetune.dataset.pieces import CONTEXT, TEXT
+from edgetune.dataset.token_store import TokenStore
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import DataError, UsageError
 from edgetune.runtime.ops_types import Segment

@@ -23,7 +23,8 @@ _CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 _QUESTION_KEYS, _ANSWER_KEYS = ("instruction", "prompt", "question"), ("output", "completion", "response", "answer")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""Keys under which a message has what the assistant thought before it answered."""
 _TRAINED_KEYS = ("weight", "train", "training", "loss")
 """Keys with which a message says whether it is to be learnt: weight in OpenAI's form, the others in those of trainers."""
 _ROLES = {
@@ -160,7 +161,7 @@ def read_message(message: Any) -> Turn:
         raise Unread(Reason.OLD_TOOLS)
     if role not in _ROLES:
         raise Unread(Reason.UNKNOWN_ROLE)
-    extras = {key: message[key] for key in _REASONING_KEYS if isinstance(message.get(key), str) and message[key].strip()}
+    extras = {key: message[key] for key in sorted(REASONING_KEYS) if isinstance(message.get(key), str) and message[key].strip()}
     if _ROLES[role] == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]:
         extras["tool_calls"] = [with_arguments(call) for call in message["tool_calls"]]
     if _ROLES[role] == "tool":

@@ -85,7 +85,7 @@ class Turn:
     trained: bool = True
     """False for an answer that its file marks as not to be learnt. It is context, as the questions are."""
     extras: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What else a chat template may read of a message: reasoning_content, thinking, tool_calls, tool_call_id and name."""
+    """What else a chat template may read of a message: its reasoning, tool_calls, tool_call_id and name."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as chat templates take it."""
@@ -274,7 +274,7 @@ class Reading:
         """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
         sentences = [f"{skip.path}: {skip.explanation}." for skip in self.skipped if skip.lines]
         more = len(sentences) - _CAUSES_SHOWN
-        left = [f"Chats were not read for {more:,} more causes; --dry-run lists them."] if more > 0 else []
+        left = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."] if more > 0 else []
         return (*sentences[:_CAUSES_SHOWN], *left)
 
     def as_dict(self, list_paths: bool = True) -> dict[str, Any]:

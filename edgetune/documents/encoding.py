@@ -56,6 +56,12 @@ def decode(data: bytes, named: str | None = None) -> tuple[str, str]:
     return "".join(decoded([data], encoding)), encoding.name
 
 
+def marked_encoding(first: bytes) -> Encoding | None:
+    """Return the encoding that the byte-order mark of a file says, or None if it begins with none."""
+    found = ((name, codec) for mark, name, codec in _MARKS if first.startswith(mark))
+    return next((Encoding(f"{name} with BOM", codec) for name, codec in found), None)
+
+
 def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
     """Return the encoding of a file, which is read once, or twice if it is not UTF-8. Raises NotText.
 
@@ -64,10 +70,9 @@ def find_encoding(blocks: Blocks, named: str | None = None) -> Encoding:
     (Polish, Cyrillic or Japanese code pages, for example) is refused rather than guessed: a model would silently learn the
     wrong letters.
     """
-    first = next(iter(blocks()), b"")
-    for mark, name, codec in _MARKS:
-        if first.startswith(mark):
-            return _checked(Encoding(f"{name} with BOM", codec), blocks, Reason.UNKNOWN_ENCODING)
+    marked = marked_encoding(next(iter(blocks()), b""))
+    if marked is not None:
+        return _checked(marked, blocks, Reason.UNKNOWN_ENCODING)
     if named is not None and codecs.lookup(named).name.startswith(("utf-16", "utf-32")):
         return _checked(Encoding(named, named), blocks, Reason.OTHER_ENCODING)
     size = controls = 0

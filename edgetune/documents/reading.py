@@ -9,9 +9,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BufferedReader, FileIO
+from io import FileIO
 
-from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, read_chats
+from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, encoding_of_chats, read_chats
 from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
 from edgetune.documents.embedded import without_embedded_files
@@ -67,20 +67,25 @@ class Reader:
         self.progress(self.done, self.total)
 
     def _read_chats(self, found: FoundFile, file: FileIO) -> None:
-        buffered = BufferedReader(file)
-        if is_own_log(buffered.peek(64)):
+        first = next(self._blocks(file), b"")
+        if is_own_log(first):
             raise NotText(Reason.OWN_FILE)
-        documents, skipped = read_chats(buffered, found.path)
-        if not documents and not skipped:
-            raise NotText(Reason.EMPTY)
-        for document in documents:
+        documents: list[Document] = []
+
+        def keep(document: Document) -> None:
             damaged = document.text.count("\ufffd")
             if damaged:
                 self.damaged[document.path] = damaged
-            self.documents.append(document.kept_in(self.spool))
+            documents.append(document.kept_in(self.spool))
+
+        encoding = encoding_of_chats(first)
+        skipped = read_chats(self._blocks(file, found.size), encoding, found.path, keep)
+        if not documents and not skipped:
+            raise NotText(Reason.EMPTY)
+        self.documents += documents
         self.skipped += skipped
         if documents:
-            self.encodings["utf-8"] += 1
+            self.encodings[encoding.name] += 1
 
     def _read_note(self, found: FoundFile, file: FileIO) -> None:
         encoding = find_encoding(lambda: self._blocks(file), self.encoding)

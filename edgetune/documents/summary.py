@@ -9,15 +9,13 @@ from edgetune.reports.text import human_bytes
 
 
 def sentences(reading: Reading) -> tuple[str, ...]:
-    """Return a sentence each for files that were not read, damaged notes, embedded files and unused --exclude patterns.
-
-    Records of a file of chats that were not read have sentences of their own.
-    """
+    """Return a sentence each for files that were not read, damaged notes, embedded files, unused --exclude patterns, and each
+    cause for which records of a file of chats were not read."""
     said = []
     files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.lines])
     if files.skipped:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in files.skipped_counts().items())
-        said.append(f"Not read: {counts}. Type the same command with --dry-run to see which.")
+        said.append(f"Not read: {counts}. Type edgetune train --dry-run to see which.")
     if reading.damaged:
         letters = sum(reading.damaged.values())
         said.append(
@@ -30,7 +28,7 @@ def sentences(reading: Reading) -> tuple[str, ...]:
             f"{human_bytes(sum(reading.embedded.values()))}."
         )
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
-    return tuple(said)
+    return (*said, *reading.unread_chats())
 
 
 def _notes(count: int) -> str:

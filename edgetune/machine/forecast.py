@@ -155,7 +155,7 @@ def _work(train: TrainConfig, folder: Path, stages: Stages) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
     _, parted = read_and_split(train, stages.of("reading"))
     with scratch_folder() as scratch:
-        store, _ = tokenize_notes(train, parted, Tokenizer.load(folder), scratch, stages.of("tokenizing"))
+        store = tokenize_notes(train, parted, Tokenizer.load(folder), scratch, stages.of("tokenizing")).train
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)

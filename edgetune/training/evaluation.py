@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgetune.config import DataConfig, TrainConfig
+from edgetune.dataset.chat_notices import ChatNotices
 from edgetune.dataset.evaluation_set import EvaluationSet, Score
 from edgetune.dataset.token_store import tokenize
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import load_base, open_base
 from edgetune.progress import Progress, Show, Stages, ignore
@@ -45,6 +47,8 @@ class Evaluation:
     documents: int
     model: str
     adapter: str
+    notices: tuple[str, ...]
+    """Sentences for the user about what was not read, or not as it is."""
 
 
 def plan_evaluations(config: TrainConfig, steps: int, trained_tokens: float, set_tokens: int, int8: bool) -> tuple[int, int]:
@@ -103,7 +107,7 @@ def evaluate(
     adapter: a folder, a name, "none" for the bare base model, or None for the current adapter. show: receives progress as
     events.Working. Raises subclasses of EdgetuneError.
     """
-    stages = Stages(show)
+    stages, notices = Stages(show), ChatNotices()
     reading = read_notes(texts, progress=stages.of("reading"))
     loaded = load_base(open_base(model), device, progress=stages.of("loading"))
     name, found = registry.adapter_for(adapter, loaded.checkpoint)
@@ -111,7 +115,8 @@ def evaluate(
         adapters.attach(loaded.model, found)
     settings = DataConfig()
     with scratch_folder() as folder:
-        store = tokenize(reading.documents, loaded.tokenizer, folder / "tokens", progress=stages.of("tokenizing"))
+        progress = stages.of("tokenizing")
+        store = tokenize(reading.documents, loaded.tokenizer, folder / "tokens", progress=progress, notices=notices)
         whole = EvaluationSet.of(store, min(settings.seq_len, loaded.model.config.longest_row))
         result = score(Runner(loaded.model), whole, settings.batch_tokens, stages.of("evaluating"))
     if not math.isfinite(result.bits_per_byte):
@@ -128,4 +133,5 @@ def evaluate(
         documents=len(store.documents),
         model=loaded.choice.name,
         adapter=name,
+        notices=(*sentences(reading), *notices.sentences()),
     )

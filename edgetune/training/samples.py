@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgetune.dataset.token_store import join_system
+from edgetune.dataset.chat_writer import join_system
 from edgetune.documents.document import Document, Turn
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
@@ -63,11 +63,8 @@ def first_question(turns: Sequence[Turn], tokenizer: Tokenizer, template: bool) 
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens of a prompt, as they begin a document in training."""
-    if isinstance(prompt, str):
-        return [*tokenizer.start_ids, *tokenizer.encode(prompt)]
-    ids = tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    """Return the tokens of a prompt, which begin as a document does in training."""
+    return tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else tokenizer.chat_ids(prompt)
 
 
 def prompt_text(prompt: Prompt, tokenizer: Tokenizer) -> str:

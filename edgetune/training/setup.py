@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from edgetune.config import DataConfig, TrainConfig
+from edgetune.dataset.chat_notices import ChatNotices
+from edgetune.dataset.chat_writer import ChatFormat, TrainOn
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
-from edgetune.dataset.token_store import ChatFormat, TokenStore, TrainOn, tokenize
+from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.reading import read_notes
@@ -98,7 +100,8 @@ def prepare_new(
     reading, split = read_and_split(config, stages.of("reading"))
     device = pick_device(config.device)
     tokenizer = Tokenizer.load(choice.path)
-    store, held_out = tokenize_notes(config, split, tokenizer, folder, stages.of("tokenizing"))
+    notes = tokenize_notes(config, split, tokenizer, folder, stages.of("tokenizing"))
+    store, held_out = notes.train, notes.held_out
     data, (dtype, int8) = config.data, number_format(config.compute, device)
     adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
@@ -131,7 +134,7 @@ def prepare_new(
         backend=ops.backend_name(loaded.model.device),
         threads=torch.get_num_threads(),
         predicted_peak_bytes=chosen.parts.total,
-        data_digest=_documents_digest(split.train),
+        data_digest=_documents_digest(notes.split.train),
         base=checkpoint.digest,
         settings=settings,
     )
@@ -141,8 +144,8 @@ def prepare_new(
         lora=lora,
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
-        prompts=sample_prompts(split.held_out or split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=(*sentences(reading), *_notices(reading, split, store, held_out)),
+        prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
+        notices=(*sentences(reading), *notes.notices),
         notes=_documents_digest(split.train + split.held_out),
         torch=torch.__version__,
         files=_token_files(folder),
@@ -191,7 +194,8 @@ def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunR
             "--compute bf16, the same for all processes."
         )
     _, split = read_and_split(config)
-    tokenize_notes(config, HeldOutSplit(split.train, []), Tokenizer.load(choice.path), folder)
+    tokenize_notes(config, split, Tokenizer.load(choice.path), folder)
+    shutil.rmtree(folder / HELD_OUT, ignore_errors=True)  # process 0 alone evaluates
     if _token_files(folder) != record.files:
         raise DataError(
             "The notes on this machine are not the notes of this run. Copy the same folder to every machine, and type --fresh "
@@ -271,37 +275,53 @@ def _runner(loaded: Loaded, plan: Plan, folder: Path) -> Runner:
     return Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None, plan.int8)
 
 
+@dataclass(frozen=True)
+class TokenizedNotes:
+    """Both sides of a split as token stores; `held_out` is None if nothing can be measured. `notices` are for the user."""
+
+    split: HeldOutSplit
+    train: TokenStore
+    held_out: TokenStore | None
+    notices: tuple[str, ...]
+
+
 def tokenize_notes(
     config: TrainConfig, split: HeldOutSplit, tokenizer: Tokenizer, folder: Path, progress: Progress = ignore
-) -> tuple[TokenStore, TokenStore | None]:
-    """Write both sides of the split to `folder` as token stores; return None for the second if nothing is held out."""
+) -> TokenizedNotes:
+    """Write both sides of the split to `folder` as token stores.
+
+    Where the held-out side has nothing to score (chats that the model's template refuses, for example), it is chosen again
+    from the documents that have.
+    """
     raw = config.data.recipe == "raw"  # whole conversations in Guanaco's form, as in the QLoRA paper
     train_on: TrainOn = "all" if raw else "assistant"
     chat_format: ChatFormat = "guanaco" if raw else "auto"
-    store = tokenize(split.train, tokenizer, folder / TOKENS, train_on, chat_format, progress=progress)
-    if not split.held_out:
-        return store, None
-    held_out = tokenize(split.held_out, tokenizer, folder / HELD_OUT, train_on, chat_format, True, progress)
-    if held_out.bytes:
-        return store, held_out
-    shutil.rmtree(folder / HELD_OUT)
-    return store, None
+    notices = ChatNotices()
+
+    def write(documents: list[Document], name: str) -> TokenStore:
+        return tokenize(documents, tokenizer, folder / name, train_on, chat_format, name == HELD_OUT, progress, notices)
+
+    store, held_out, unscored = write(split.train, TOKENS), None, len(split.held_out)
+    if split.held_out:
+        held_out = write(split.held_out, HELD_OUT)
+    if held_out is not None and not held_out.bytes:
+        held_out = None
+        shutil.rmtree(folder / HELD_OUT)
+        scored = {document.digest for document in store.documents if document.bytes}
+        split = split_held_out(document for document in split.train if document.digest in scored)
+        if split.held_out:
+            store, held_out = write(split.train, TOKENS), write(split.held_out, HELD_OUT)
+    said = notices.sentences()
+    if unscored and held_out is None:
+        said += (
+            f"None of the {unscored} held-out documents holds an answer to score, so nothing is measured during this run.",
+        )
+    return TokenizedNotes(split, store, held_out, said)
 
 
 def _uses_template(config: TrainConfig, tokenizer: Tokenizer) -> bool:
     """Return True if chats are trained as the model's chat template writes them, and not in Guanaco's form."""
     return tokenizer.has_template and config.data.recipe != "raw"
-
-
-def _notices(reading: Reading, split: HeldOutSplit, store: TokenStore, held_out: TokenStore | None) -> tuple[str, ...]:
-    """Return a sentence for each thing about the chats that the user should know before the first step."""
-    notices = [*reading.unread_chats(), *store.notices, *(held_out.notices if held_out is not None else ())]
-    if split.held_out and held_out is None:
-        notices.append(
-            f"None of the {len(split.held_out)} held-out documents holds an answer to score, so nothing is measured during "
-            "this run."
-        )
-    return tuple(notices)
 
 
 def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from corpus.case import CASES, Case, Place, of_kind, plain_model
-from edgetune.dataset.token_store import TEXT, tokenize
+from edgetune.dataset.pieces import TEXT
+from edgetune.dataset.token_store import tokenize
 from edgetune.documents.reading import read_notes
 from edgetune.runtime.tokenizer import Tokenizer
 

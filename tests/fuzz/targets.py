@@ -6,7 +6,6 @@ A reader either works or raises one of the errors that it promises; where that i
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from tiny import save_trainable
 import edgetune
 from edgetune.config import parse_bytes, seconds_until, train_config
 from edgetune.dataset.token_store import TokenStore, tokenize
-from edgetune.documents.chats import read_chats
+from edgetune.documents.chats import encoding_of_chats, read_chats
 from edgetune.documents.document import Document
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.front_matter import without_front_matter
@@ -333,9 +332,7 @@ def chat_lines() -> list[bytes]:
 
 @target("chats", chat_lines)
 def _(data: bytes, folder: Path) -> None:
-    documents, _ = read_chats(io.BytesIO(data), "c.jsonl")
-    for document in documents:
-        document.text.encode()
+    read_chats([data], encoding_of_chats(data), "c.jsonl", lambda document: None)
 
 
 @target("notes and their names", lambda: ["notizen/Größe.md".encode(), b"~a.txt", b".b.md.icloud", b"c.JSONL", NOTE.encode()])
