@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import edgetune
-from edgetune.config import GenerateConfig
 from edgetune.dataset.evaluation_set import Score
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.home import expand
@@ -27,7 +26,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import LinkError, TrainingError
-from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
 from edgetune.training import evaluation
@@ -269,7 +268,7 @@ class TrainingLoop:
     def _samples(self, when: str) -> Iterator[Event]:
         """Let the model continue the beginnings of some notes and answer some chats, held-out ones where there are any."""
         tokenizer = self.run.loaded.tokenizer
-        sampling = Sampling(GenerateConfig.temperature, GenerateConfig.top_p, seed=self.config.data.seed)
+        sampling = self.run.loaded.sampling(seed=self.config.data.seed)
         prompts, tokens = self.run.record.prompts, _SAMPLE_TOKENS
         # Where weights are streamed, every token reads them from disk again: write less.
         if not self.model.whole:

@@ -66,8 +66,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens of a prompt, as they begin a document in training."""
     if isinstance(prompt, str):
         return [*tokenizer.start_ids, *tokenizer.encode(prompt)]
-    ids = tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    return tokenizer.start.before_chat(tokenizer.encode_chat(prompt, add_generation_prompt=True))
 
 
 def prompt_text(prompt: Prompt, tokenizer: Tokenizer) -> str:
