@@ -7,6 +7,7 @@ saved is the one with the lowest held-out score, not the last one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -36,7 +37,7 @@ from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
-from edgetune.training.step import TrainStep
+from edgetune.training.step import StepResult, TrainStep
 
 REPORT_FILE = "report.html"
 MOST_SKIPPED = 5
@@ -212,7 +213,8 @@ class TrainingLoop:
         self._check_stop()
         if self.world.size > 1:
             self.world.announce_step(state.step)
-        result = self.train_step.run(state.step)
+        is_first = self.world.size == 1 and not self.step_seconds
+        result = self._first_step() if is_first else self.train_step.run(state.step)
         state.step += 1
         self.step_seconds = time.monotonic() - start
         if not result.finite:
@@ -231,6 +233,15 @@ class TrainingLoop:
             memory_bytes=self.meter.now,
             seconds=self._seconds(),
         )
+
+    def _first_step(self) -> StepResult:
+        """Run a step and report its progress, block by block: it can take minutes, and none has shown yet how many."""
+        batches = len(self.run.packer.micro_batches(self.state.step, self.plan.setting.row_tokens))
+        progress, done, total = self.stages.of("first step"), itertools.count(), 2 * len(self.model.blocks) * batches
+        self.runner.between_blocks = lambda: progress(next(done), total)
+        result = self.train_step.run(self.state.step)
+        self.runner.between_blocks = self._check_stop
+        return result
 
     def _score(self, most_seconds: float = math.inf, most_batches: int | None = None) -> Score:
         """Score the held-out notes with the adapter as it is now, as far as these limits allow (see evaluation.score)."""
