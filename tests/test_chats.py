@@ -382,16 +382,19 @@ def test_samples_ask_in_the_models_template_and_tell_nothing_of_the_answer(tmp_p
 
 def test_a_held_out_side_without_an_answer_ends_no_run(tmp_path: Path, run: Any) -> None:
     notes = tmp_path / "notes"
-    chats(notes, [str(number) for number in range(12)])
+    words = "The trench was two spades deep, and the roots went straight down to the clay below. "
+    chats(notes, [f"{number}. {2 * words}" for number in range(12)])
     for number in range(1000):  # until the refused chat is the one that is held out
-        refused = {"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": str(number)}]}
+        refused = {"messages": [{"role": "user", "content": "refused"}, {**ANSWERED, "content": f"{number}. {words}"}]}
         put(notes, refused, name="d.jsonl")
         if [document.path for document in split_held_out(read_notes([notes]).documents).held_out] == ["d.jsonl#1"]:
             break
+    else:
+        raise AssertionError("the refused chat was never held out")
     events = run(notes)
     started, finished = events[0], events[-1]
     assert isinstance(started, Started)
     assert (started.documents, started.heldout_documents) == (12, 0)
-    assert started.notices[-1].startswith("None of the 1 held-out documents holds an answer to score")
+    assert started.notices[-1].startswith("The notes to hold out contain no answer that could be scored")
     assert isinstance(finished, Finished)
     assert finished.heldout_bits_per_byte_after is None

@@ -1,4 +1,4 @@
-"""The sampling settings of a model's publisher are the defaults of generate, of a run's samples, of GGUF and of the Modelfile."""
+"""The sampling settings of a model's publisher are the defaults of generate, a run's samples, GGUF and the Modelfile."""
 
 from __future__ import annotations
 

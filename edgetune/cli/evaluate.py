@@ -14,6 +14,7 @@ from edgetune.cli.options import (
     model_words,
     print_json,
     progress_shown,
+    say,
 )
 from edgetune.reports.text import human_bytes, one_line
 
@@ -32,6 +33,8 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
     choice = choose_model(model)
     with progress_shown() as show:
         result = evaluate(texts, choice.name, adapter, device, show)
+    for notice in result.notices:
+        say(notice)
     if as_json:
         print_json(dataclasses.asdict(result))
         return

@@ -16,6 +16,7 @@ from edgetune.dataset.evaluation_set import EvaluationSet, Score
 from edgetune.dataset.token_store import tokenize
 from edgetune.documents.reading import read_notes
 from edgetune.library import adapter_registry as registry
+from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import load_base, open_base
 from edgetune.progress import Progress, Show, Stages, ignore
 from edgetune.runtime import adapter as adapters
@@ -36,7 +37,10 @@ TOKEN_COST_INT8 = 1.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answer of `edgetune eval`. Perplexity is per token, so it compares only models that share a tokenizer."""
+    """The answer of `edgetune eval`. Perplexity is per token, so it compares only models that share a tokenizer.
+
+    notices: sentences for the user about the adapter.
+    """
 
     bits_per_byte: float
     perplexity: float
@@ -45,6 +49,7 @@ class Evaluation:
     documents: int
     model: str
     adapter: str
+    notices: tuple[str, ...]
 
 
 def plan_evaluations(config: TrainConfig, steps: int, trained_tokens: float, set_tokens: int, int8: bool) -> tuple[int, int]:
@@ -128,4 +133,5 @@ def evaluate(
         documents=len(store.documents),
         model=loaded.choice.name,
         adapter=name,
+        notices=adapter_notices(adapter, found, loaded.checkpoint, loaded.tokenizer),
     )

@@ -19,6 +19,7 @@ from edgetune.documents.reading import read_notes
 from edgetune.documents.summary import sentences
 from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
+from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
 from edgetune.progress import SILENT, Progress, Stages, ignore
@@ -142,7 +143,11 @@ def prepare_new(
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(split.held_out or split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=(*sentences(reading), *_notices(reading, split, store, held_out)),
+        notices=(
+            *sentences(reading),
+            *_notices(reading, split, store, held_out),
+            *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
+        ),
         notes=_documents_digest(split.train + split.held_out),
         torch=torch.__version__,
         files=_token_files(folder),
@@ -298,8 +303,8 @@ def _notices(reading: Reading, split: HeldOutSplit, store: TokenStore, held_out:
     notices = [*reading.unread_chats(), *store.notices, *(held_out.notices if held_out is not None else ())]
     if split.held_out and held_out is None:
         notices.append(
-            f"None of the {len(split.held_out)} held-out documents holds an answer to score, so nothing is measured during "
-            "this run."
+            "The notes to hold out contain no answer that could be scored, so nothing is held out and nothing shows whether "
+            "the adapter learns."
         )
     return tuple(notices)
 
