@@ -112,7 +112,7 @@ def find(name: str | None, base: str) -> Path | None:
         return kept
     raise AdapterError(
         f"There is no adapter {name[:_NAME_SHOWN]!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base model "
-        "(`edgetune adapters list` names them); type --adapter none to use the base model alone."
+        "(`edgetune adapters list` names them). Type none in its place for the base model alone."
     )
 
 
