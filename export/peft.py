@@ -19,11 +19,11 @@ from edgetune.export.job import Job, Written, work_folder
 from edgetune.export.memory import TORCH_BUILD_BYTES, ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime import peft_folder
-from edgetune.runtime.checkpoint import INDEX, Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, copy_untrusted
+from edgetune.runtime.untrusted_file import copy_untrusted
 
 _ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
 """Keys of config.json that transformers needs beside those that decide the logits."""
@@ -96,12 +96,11 @@ def plain_base(base: Checkpoint, folder: Path) -> Iterator[Path]:
     with work_folder(folder) as place:
         config = {key: value for key, value in base.hf_config.items() if key in SUPPORTED or key in _ALSO_PASSED_ON}
         atomic_write(place / "config.json", json.dumps(config))
-        index = base.folder / INDEX
-        for file in [*base.files, *([index] if len(base.files) > 1 else [])]:
+        for file, kind in base.weight_files:
             try:
                 (place / file.name).symlink_to(file.resolve())
             except OSError:  # a system that does not let everybody make links
-                copy_untrusted(file, MODEL_WEIGHTS, place / file.name)
+                copy_untrusted(file, kind, place / file.name)
         yield place
 
 

@@ -36,7 +36,14 @@ from edgetune.runtime.names import (
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor, TensorSpec
-from edgetune.runtime.untrusted_file import MAX_SHARDS, MODEL_CONFIG, WEIGHT_INDEX
+from edgetune.runtime.untrusted_file import (
+    LONGEST_TENSOR_NAME,
+    MAX_SHARDS,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    WEIGHT_INDEX,
+    FileKind,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -88,6 +95,12 @@ class Checkpoint:
         self._states: dict[str, bnb_layout.StoredState] = {}
         self.stored: dict[str, StoredTensor] = {name: file.tensors[name] for name, file in self._where.items()}
         """Every tensor in the files by its full name; a 4-bit weight is several."""
+
+    @property
+    def weight_files(self) -> list[tuple[Path, FileKind]]:
+        """Return the files that another folder with these weights needs: theirs, and the index if they have one."""
+        index = [] if self.files[0].name == WEIGHTS else [(self.folder / INDEX, WEIGHT_INDEX)]
+        return [*((file, MODEL_WEIGHTS) for file in self.files), *index]
 
     @property
     def nbytes(self) -> int:
@@ -183,15 +196,18 @@ class Checkpoint:
     def _tensor_faults(self) -> list[str]:
         """Return the faults of the tensors: missing, unknown, or of another shape or dtype than config.json says."""
         wanted, stored, faults = model_shapes(self.config), self.stored, []
+        with_state = {key.partition(bnb_layout.STATE_PREFIX)[0] for key in stored if bnb_layout.STATE_PREFIX in key}
         for name, shape in wanted.items():
             if name not in stored:
                 faults.append(f"{name} is missing")
                 continue
             state, tensor = self._states.get(name), stored[name]
             found = tensor.shape if state is None else state.shape
-            if f"{name}.absmax" in stored and state is None:
-                continue  # a 4-bit weight with a faulty quant_state, which _find_states reported
-            if found != shape:
+            if state is None and name in with_state:
+                continue  # its quant_state is faulty, which _find_states reported
+            if state is None and f"{name}.absmax" in stored:
+                faults.append(f"{name} has the scales of a 4-bit weight, and no quant_state")
+            elif found != shape:
                 faults.append(f"{name} has shape {list(found)} where config.json says {list(shape)}")
             elif state is None and tensor.dtype not in FLOATS:
                 faults.append(f"{name} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
@@ -247,7 +263,8 @@ class Checkpoint:
         """Check that a tied model which stores a head as well stores a copy of the embedding; return the fault otherwise."""
         if not self.config.tie_embeddings or HEAD not in stored or EMBEDDING not in stored:
             return []
-        if HEAD not in self._states and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
+        comparable = HEAD not in self._states and {stored[HEAD].dtype, stored[EMBEDDING].dtype} <= set(FLOATS)
+        if comparable and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
             return []
         return [f"{HEAD} differs from {EMBEDDING}, but config.json sets tie_word_embeddings"]
 
@@ -307,7 +324,9 @@ def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> lis
         for name in file.tensors:
             holders.setdefault(name, []).append(file.path.name)
     faults = [f"{name} is stored in several files: {', '.join(found[:3])}" for name, found in holders.items() if len(found) > 1]
-    lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
+    lost = [
+        f"{name[:LONGEST_TENSOR_NAME]} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])
+    ]
     return faults + lost
 
 

@@ -267,10 +267,6 @@ def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int 
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-MAX_RANK = 1024
-"""Largest rank of a LoRA adapter. Chosen by hand."""
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """The configuration of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685): W' = W + scale * B A on each target linear."""

@@ -71,6 +71,8 @@ BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 
 MAX_SAFETENSORS_HEADER = 4 << 20
 """Longest header of a safetensors file, in bytes: about 30,000 tensors. Parsed, JSON takes up to 80 times as much memory."""
+LONGEST_TENSOR_NAME = 200
+"""Most characters of a tensor's name, which errors quote. The longest in use have about 100."""
 MAX_SHARDS = 512
 """Most files that a model's weights are spread over. Each stays open; the largest models in use have 191."""
 MAX_TEXT_FILES = 16
