@@ -37,7 +37,6 @@ from edgetune.runtime.names import (
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor, TensorSpec
 from edgetune.runtime.untrusted_file import (
-    LONGEST_TENSOR_NAME,
     MAX_SHARDS,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
@@ -55,6 +54,7 @@ _IGNORED = re.compile(
     rf"|model\.layers\.\d{{1,4}}\.self_attn\.(masked_bias|attn_mask|causal_mask)|{re.escape(HEAD)}"
 )
 _SHOWN = 12  # most faults named in one message (chosen by hand)
+_LONGEST_FAULT = 600  # most characters of one of them: names of tensors can be of any length (chosen by hand)
 _SAMPLES, _SAMPLE_BYTES = 4, 1024  # parts of each tensor that its digest covers, and the bytes of a part
 
 
@@ -296,7 +296,7 @@ def open_model(folder: Path | str) -> Checkpoint:
             raise ModelError(f"{folder} cannot be used: {cause}.")
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise ModelError(
-        f"{folder} is not the model that its config.json describes: {'; '.join(faults[:_SHOWN])}{more}. "
+        f"{folder} is not the model that its config.json describes: {'; '.join(map(_cut, faults[:_SHOWN]))}{more}. "
         "Copy or download the folder again, or use another: `edgetune models`."
     )
 
@@ -305,16 +305,23 @@ def foreign_layout(stored: Mapping[str, TensorSpec]) -> str | None:
     """Return why a whole folder does not hold what a LlamaForCausalLM's does; None where its layout is not known either."""
     small = [name for name, tensor in stored.items() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
     if small:
-        return f"its weights are stored in 8-bit floats ({small[0]}), which edgetune does not read; use its bf16 or fp16 folder"
+        name = _cut(small[0])
+        return f"its weights are stored in 8-bit floats ({name}), which edgetune does not read; use its bf16 or fp16 folder"
     layer = re.compile(r"(?:(.*)\.)?layers\.0\.self_attn\.q_proj\..*")
     prefixes = {match[1] or "" for name in stored if (match := layer.fullmatch(name))}
     if len(prefixes) == 1 and prefixes != {"model"}:
-        found = f"layers.0 of {prefixes.pop()}" if "" not in prefixes else "layers.0"
+        found = f"layers.0 of {_cut(prefixes.pop())}" if "" not in prefixes else "layers.0"
         return (
             f"its tensors are those of {found}, where a LlamaForCausalLM has model.layers.0: it was saved without its head, or "
             "as a part of another model; use the folder of the whole model, or save it again as AutoModelForCausalLM"
         )
     return None
+
+
+def _cut(text: str) -> str:
+    """Return a text without its middle if it is too long for an error message."""
+    half = _LONGEST_FAULT // 2
+    return text if len(text) <= _LONGEST_FAULT else f"{text[:half]}...{text[-half:]}"
 
 
 def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
@@ -324,9 +331,7 @@ def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> lis
         for name in file.tensors:
             holders.setdefault(name, []).append(file.path.name)
     faults = [f"{name} is stored in several files: {', '.join(found[:3])}" for name, found in holders.items() if len(found) > 1]
-    lost = [
-        f"{name[:LONGEST_TENSOR_NAME]} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])
-    ]
+    lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
     return faults + lost
 
 

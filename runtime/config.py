@@ -70,7 +70,7 @@ class RopeConfig:
         unread = {"rope_theta"} if kind == "llama3" else {"rope_theta", "original_max_position_embeddings"}
         if kind == "default" and fields.get("factor") == 1:
             unread.add("factor")
-        unknown = sorted(set(fields) - set(needed) - unread)
+        unknown = sorted(name[:80] for name in set(fields) - set(needed) - unread)
         missing = sorted(set(needed) - set(fields))
         if unknown or missing:
             raise ModelError(
@@ -82,6 +82,10 @@ class RopeConfig:
                 whole(fields, name, 2**31 - 1)
             else:
                 real(fields, name, 0.0, 1e6)
+        if "factor" in needed and fields["factor"] < 1:
+            raise unsupported(
+                "rope_scaling.factor", reprlib.repr(fields["factor"]), "at least 1, as scaling lengthens a context"
+            )
         if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
             raise unsupported("rope_scaling", "a low_freq_factor that is not below its high_freq_factor", "one that is")
         # As the file has them, whole numbers included: the digest of a base model covers how these numbers are written.

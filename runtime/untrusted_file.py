@@ -48,14 +48,6 @@ TOKENIZER_JSON = FileKind(64 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer.json. The largest in use (262,144 pieces) takes 34 MB."""
 SENTENCEPIECE_MODEL = FileKind(32 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer.model, which is a protobuf and not JSON."""
-LONGEST_TOKEN = 256
-"""Most characters of an added token. The longest in use have about 40."""
-LONGEST_PIECE = 4096
-"""Most characters of a piece of a vocabulary. The longest in use (runs of spaces and dashes) have 128 to 512."""
-MOST_ADDED_TOKENS = 1 << 14
-"""Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
-MOST_GROWTH = 64
-"""How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 ADAPTER_CONFIG = FileKind(8 << 20, AdapterError, _COPY_ADAPTER)
 """adapter_config.json and edgetune.json, which holds a digest of every note that the adapter was trained on."""
 ADAPTER_WEIGHTS = FileKind(16 << 30, AdapterError, _COPY_ADAPTER, links_anywhere=True)
@@ -68,11 +60,19 @@ CORE_ML_WEIGHTS = FileKind(1 << 42, ModelError, _EXPORT_AGAIN)
 """weight.bin of a Core ML package. It is mapped, not read."""
 BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
+SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
+"""config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 
+LONGEST_TOKEN = 256
+"""Most characters of an added token. The longest in use have about 40."""
+LONGEST_PIECE = 4096
+"""Most characters of a piece of a vocabulary. The longest in use (runs of spaces and dashes) have 128 to 512."""
+MOST_ADDED_TOKENS = 1 << 14
+"""Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
+MOST_GROWTH = 64
+"""How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 MAX_SAFETENSORS_HEADER = 4 << 20
 """Longest header of a safetensors file, in bytes: about 30,000 tensors. Parsed, JSON takes up to 80 times as much memory."""
-LONGEST_TENSOR_NAME = 200
-"""Most characters of a tensor's name, which errors quote. The longest in use have about 100."""
 MAX_SHARDS = 512
 """Most files that a model's weights are spread over. Each stays open; the largest models in use have 191."""
 MAX_TEXT_FILES = 16
@@ -85,11 +85,9 @@ MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 <<
 _SPARSE_FROM, _SPARSE_SHARE = 1 << 20, 16
 """A file of at least this many bytes must lie on the disk for at least 1/16 of them. A sparse file costs its sender nothing and
 fills the memory of whoever reads it. Compressing file systems shrink weights to no less than a third. Chosen by hand."""
-SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
-"""config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 
-_NOT_DOCUMENTS = ("/proc/", "/sys/", "/dev/")
-"""Folders whose files are not data on a disk, although some look like regular files."""
+_SYSTEM_FOLDERS = ("/proc/", "/sys/")
+"""Folders whose files look regular and are no data. Those of /dev do not look regular, but for /dev/shm, where data can lie."""
 
 
 def open_untrusted(path: Path, kind: FileKind) -> FileIO:
@@ -115,7 +113,7 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
         raise kind.error(f"{path} cannot be read ({reason}); check the folder and its permissions.") from error
     about = os.fstat(file.fileno())
     fault = None
-    if not stat.S_ISREG(about.st_mode) or real.as_posix().startswith(_NOT_DOCUMENTS):
+    if not stat.S_ISREG(about.st_mode) or real.as_posix().startswith(_SYSTEM_FOLDERS):
         fault = f"{path} cannot be read (it is not a regular file); {kind.advice}."
     elif about.st_size > kind.limit:
         fault = f"{path} is larger than {kind.limit >> 20} MiB, the limit for such a file; {kind.advice}."

@@ -33,6 +33,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}, 100000.0, None),
         ({"rope_parameters": LLAMA3}, 5e5, {key: value for key, value in LLAMA3.items() if key != "rope_theta"}),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e4}, 7e4, None),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, 1e4, {"type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_type": None, "rope_theta": 7e4, "factor": None}}, 7e4, None),
     ],
 )
 def test_older_readers_find_rope_where_they_look(config: dict[str, Any], theta: float, scaling: Any) -> None:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_weights_are_never_read_from_a_device_or_proc(model: Path, target: str) 
     (model / "model.safetensors").symlink_to(target)
     with pytest.raises(ModelError, match=r"not a regular file|No such file"):
         open_untrusted(model / "model.safetensors", MODEL_WEIGHTS)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no /dev/shm to write to")
+def test_a_model_may_lie_in_shared_memory() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (Path(folder) / "LICENSE").write_bytes(b"a licence")
+        assert read_untrusted(Path(folder) / "LICENSE", COMPANION) == b"a licence"
 
 
 @unix
