@@ -23,6 +23,7 @@ from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.reader_files import FAST_CLASS, rebuilding_class
 from edgetune.runtime.untrusted_file import copy_untrusted
 
 _ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
@@ -36,10 +37,17 @@ PEFT_BYTES = 50_000_000
 def write(job: Job, folder: Path) -> Written:
     """Write adapter_config.json and adapter_model.safetensors."""
     peft_folder.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
-    if "/" in job.base_name:  # a Hugging Face id, by which AutoPeftModel finds the base
-        return Written()
-    notice = f"PEFT cannot find a base named {job.base_name}: load the base from its folder, then the adapter onto it."
-    return Written(notices=(notice,))
+    notices: list[str] = []
+    if "/" not in job.base_name:  # else a Hugging Face id, by which AutoPeftModel finds the base
+        notices.append(
+            f"PEFT cannot find a base named {job.base_name}: load the base from its folder, then the adapter onto it."
+        )
+    if (kind := rebuilding_class(job.base.folder)) is not None:
+        notices.append(
+            f"transformers may split some texts otherwise than in training, because the base's tokenizer_config.json names the "
+            f"class {kind}: open its tokenizer with {FAST_CLASS}.from_pretrained."
+        )
+    return Written(notices=tuple(notices))
 
 
 class TransformersReader:

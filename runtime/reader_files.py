@@ -15,7 +15,7 @@ from typing import Any
 
 from edgetune.runtime.config_keys import LOADING
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.json_file import read_object
+from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer, read_template
 from edgetune.runtime.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer
@@ -26,6 +26,8 @@ _REACHES_OUTSIDE = re.compile(r"\w+_file|\w*implementation|custom_\w+|\w*name_or
 load, or which tell where the model lay on this machine. No model that edgetune reads needs one."""
 FAST_CLASS = "PreTrainedTokenizerFast"
 """The tokenizer class with which every version of transformers uses tokenizer.json as it is."""
+_AS_IT_IS = (FAST_CLASS, "TokenizersBackend")
+"""That class, and its name in transformers 5."""
 
 
 def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +85,17 @@ def tokenizer_files_for_readers(folder: Path) -> dict[str, str | None]:
         config["chat_template"] = template[0]
     files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return files
+
+
+def rebuilding_class(folder: Path) -> str | None:
+    """Return the tokenizer class of a model folder with which transformers may split texts otherwise than its tokenizer.json.
+
+    None for a class that takes the file as it is, and for one that edgetune reads as transformers does.
+    """
+    kind = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG).get("tokenizer_class")
+    if not isinstance(kind, str) or kind in _AS_IT_IS or not (folder / "tokenizer.json").is_file():
+        return None
+    return None if Tokenizer.load(folder).rebuilt_as_llama else kind[:80]
 
 
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:
