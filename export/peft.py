@@ -44,7 +44,7 @@ def write(job: Job, folder: Path) -> Written:
         )
     if (kind := rebuilding_class(job.base.folder)) is not None:
         notices.append(
-            f"transformers may split some texts otherwise than in training, because the base's tokenizer_config.json names the "
+            "transformers may split some texts otherwise than in training, because the base's tokenizer_config.json names the "
             f"class {kind}: open its tokenizer with {FAST_CLASS}.from_pretrained."
         )
     return Written(notices=tuple(notices))
