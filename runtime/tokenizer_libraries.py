@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.special_tokens import MAX_IDS, AddedToken, SpecialTokens
+from edgetune.runtime.special_tokens import AddedToken, SpecialTokens
 from edgetune.runtime.token_bytes import SPACE, byte_level_bytes, piece_bytes
 from edgetune.runtime.tokenizer_limits import (
     PROBE,
@@ -23,12 +23,16 @@ from edgetune.runtime.tokenizer_limits import (
     fault_of_tokens,
     quiet_stderr,
 )
-from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON, read_untrusted
+from edgetune.runtime.untrusted_file import (
+    MAX_IDS,
+    MAX_IDS_BEYOND,
+    SENTENCEPIECE_MODEL,
+    TOKENIZER_JSON,
+    read_untrusted,
+)
 
 _LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 """What LLaMA's tokenizer calls its special tokens where the configuration files leave a name out or empty."""
-_MAX_BEYOND = 1 << 16
-"""The most ids that added tokens may have beyond the pieces of a tokenizer.model. Chosen by hand."""
 
 
 class TokenizerLibrary(Protocol):
@@ -330,7 +334,7 @@ class SentencePieceTokenizer:
         }
         for token in special.declared:
             id = token.id if token.id >= 0 else self._piece_id(token.spelling)
-            if id is None or not 0 <= id < self._num_pieces + _MAX_BEYOND:
+            if id is None or not 0 <= id < self._num_pieces + MAX_IDS_BEYOND:
                 continue
             is_special = token.special or token.spelling in added or special.is_control(token.spelling)
             added[token.spelling] = AddedToken(token.spelling, id, is_special, token.lstrip, token.rstrip, token.single_word)

@@ -63,6 +63,12 @@ BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
 """config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 
+MAX_DIGITS = 400
+"""Most digits of a number in JSON: a double has 309 before its point. Longer ones take quadratic time to parse."""
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
+"""Most layers, width of a tensor and tokens that config.json may name. The largest in use are 126, 53,248 and 262,144."""
+MAX_IDS, MAX_IDS_BEYOND = 1 << 22, 1 << 16
+"""Most token ids of a tokenizer, and most ids that added tokens may have beyond the pieces of a tokenizer.model."""
 LONGEST_TOKEN = 256
 """Most characters of an added token. The longest in use have about 40."""
 LONGEST_PIECE = 4096
@@ -73,10 +79,19 @@ MOST_GROWTH = 64
 """How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 MAX_SAFETENSORS_HEADER = 4 << 20
 """Longest header of a safetensors file, in bytes: about 30,000 tensors. Parsed, JSON takes up to 80 times as much memory."""
+MAX_DIMENSIONS = 8
+"""Most dimensions of a tensor, so that a product of huge sizes costs nothing. A weight has 2."""
+MAX_STATE_BYTES = 1 << 16
+"""Longest quant_state (JSON) of a 4-bit weight, in bytes. bitsandbytes writes about 200."""
 MAX_SHARDS = 512
 """Most files that a model's weights are spread over. Each stays open; the largest models in use have 191."""
 MAX_TEXT_FILES = 16
 """Most licences and notices that are copied with a model."""
+MAX_PATTERNS, LONGEST_PATTERN, MAX_ALTERNATIVES = 32, 300, 64
+"""Most keys of an alpha_pattern that are more than names, the longest such key in characters, and most ways to choose among its
+alternatives. The keys of a hostile file then take seconds."""
+MAX_CHECKED = 1 << 24
+"""Most numbers of a matrix that is looked at in an adapter that is refused anyway."""
 MAX_GGUF_HEADER, MAX_GGUF_TEXT = 16 << 20, 1 << 20
 """Longest header of a GGUF adapter, and longest text in it, in bytes."""
 MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 << 16, 1 << 20, 1 << 16
