@@ -330,7 +330,7 @@ def test_memory_that_the_system_refuses_is_one_sentence(
 ) -> None:
     for ask in (lambda *_: torch.empty(numbers, dtype=torch.uint8), lambda *_: bytearray(numbers)):
         monkeypatch.setattr(loading, "open_model", ask)
-        said = "There is not enough memory for this."
+        said = "This machine has too little free memory for that."
         assert_refused(capsys, said, "generate", "hi", "--model", places.root / "dense", "--adapter", "none")
 
 
