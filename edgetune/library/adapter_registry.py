@@ -111,8 +111,8 @@ def find(name: str | None, base: str) -> Path | None:
     if kept is not None:
         return kept
     raise AdapterError(
-        f"There is no adapter {name[:_NAME_SHOWN]!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base model "
-        "(`edgetune adapters list` names them). Type none in its place for the base model alone."
+        f"There is no adapter {name[:_NAME_SHOWN]!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base "
+        "model (`edgetune adapters list` names them). Type none in its place for the base model alone."
     )
 
 
