@@ -47,7 +47,10 @@ COMPUTE = ("auto", "bf16", "int8", "fp32")
 CPU with AMX, else bf16 where the hardware multiplies it, else fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
-MODEL_HELP = "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the best found here."
+MODEL_HELP = (
+    "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
+    "here."
+)
 """Help of --model, wherever it is an option."""
 CONFIG_FILE = "config.toml"
 
@@ -84,11 +87,15 @@ class DataConfig:
     exclude: tuple[str, ...] = setting(
         (), Texts(), "Leave out files that match; may be repeated.", metavar="GLOB", example=("drafts/",)
     )
-    recipe: str = setting("notes", Choice(RECIPES), "How notes become training text.")
+    recipe: str = setting(
+        "notes",
+        Choice(RECIPES),
+        "How notes become training text. raw keeps front matter and trains on both sides of chats; chat reads chats alone.",
+    )
     encoding: str | None = setting(
         None,
         Parsed(lambda text: check_encoding(text), "the name of an encoding, such as windows-1250, shift_jis or gb18030"),
-        "Encoding of notes that are not UTF-8. Default: recognised, if it is UTF-16 or Windows-1252.",
+        "Encoding of notes that are not UTF-8. Without it, UTF-16 and Windows-1252 are recognised, and others are refused.",
         metavar="NAME",
         example="windows-1250",
     )
@@ -249,14 +256,14 @@ class GenerateConfig:
     head: str = setting(
         "auto",
         Choice(HEADS),
-        "Number format of the output layer: as stored, 8 bits, or 4 bits (fastest, slightly worse). {default}: int8 on a CPU "
-        "with kernels.",
+        "Number format of the output layer: as stored, 8 bits, or 4 bits (fastest, slightly worse). {default}, which is int8 "
+        "on a CPU that has kernels for it, else as stored.",
     )
     max_tokens: int = setting(256, Whole(1, MOST_NEW_TOKENS), "Maximum number of tokens to write.")  # chosen by hand
     temperature: float = setting(  # chosen by hand
         0.7,
         Number(0, 10),
-        "Randomness in choosing words; 0 always takes the likeliest word. {default}, if the model has no setting of its own.",
+        "Randomness in choosing words; 0 always takes the likeliest word. {default}, unless the model recommends another.",
     )
     seed: int | None = setting(
         None, SEED, "Seed of that randomness: the same seed gives the same words.", metavar="S", example=1
@@ -307,8 +314,9 @@ def _from_file() -> dict[str, Any]:
         fault = "its brackets are nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise UsageError(f"{path} is not valid TOML in UTF-8 ({fault}). Correct it or delete it.") from error
     table = content.get("train", {})
-    strangers = [name for name in content if name != "train"] or ([] if isinstance(table, dict) else ["train"])
-    if strangers:
+    if not isinstance(table, dict):
+        raise UsageError(f"In {path}, train is no table; expected a line [train], and settings of training below it.")
+    if strangers := [name for name in content if name != "train"]:
         raise UsageError(
             f"{path} holds {shown(strangers[0])} outside of its table [train]; expected only that table. Put settings of "
             "training below a line [train], and delete the rest."

@@ -168,6 +168,7 @@ class Working(Event):
     tokenizing  notes become tokens
     loading     the model's layers are loaded, and quantised where they are not yet
     evaluating  held-out notes, or those of `edgetune eval`, are scored
+    first step  the first step of a run or of its continuation: each block of the model, forward and backward
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine
     quantising  `edgetune quantize` writes a model in 4 bits

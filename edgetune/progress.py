@@ -39,7 +39,6 @@ class Stages:
         pause: float = EVENT_SECONDS,
     ) -> None:
         self._show, self._check, self._quiet, self._pause = show, check, quiet, pause
-        self._stage, self._start, self._told, self._percent = "", 0.0, 0.0, -1
         self._begin("")
 
     def of(self, stage: str) -> Progress:

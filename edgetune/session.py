@@ -15,7 +15,6 @@ from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import explain_card_memory
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generate import Generator, Sampling
-from edgetune.runtime.generation_config import read_sampling
 from edgetune.runtime.runner import Runner
 
 
@@ -39,9 +38,8 @@ class Session:
     def __init__(self, loaded: Loaded, adapter: Adapter | None = None, adapter_name: str = registry.NONE) -> None:
         self.model_name, self.adapter_name = loaded.choice.name, adapter_name
         self.tokenizer, self.model, self.digest = loaded.tokenizer, loaded.model, loaded.checkpoint.digest
-        self._own_sampling = read_sampling(loaded.choice.path)
-        self.notices = self._own_sampling.notices
-        self._adapter = adapter
+        self.notices = loaded.recommended.notices
+        self._loaded, self._adapter = loaded, adapter
         self._generator: Generator | None = None
         self.use_adapter(adapter is not None)
 
@@ -112,21 +110,9 @@ class Session:
         yield from self._stream(ids, max_tokens, self._sampling(max_tokens, temperature, seed))
 
     def _sampling(self, max_tokens: int, temperature: float | None, seed: int | None) -> Sampling:
-        """Return the settings to sample with: those given, else the model publisher's, else GenerateConfig's.
-
-        Raises SettingError for a value that cannot be used.
-        """
-        own = self._own_sampling
-        given = own.temperature if temperature is None else temperature
-        temperature = GenerateConfig.temperature if given is None else given
-        settings = GenerateConfig(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        return Sampling(
-            settings.temperature,
-            settings.top_p if own.top_p is None else own.top_p,
-            settings.seed,
-            own.top_k or 0,
-            own.repetition_penalty or 1.0,
-        )
+        """Return the settings to sample with (see Loaded.sampling). Raises SettingError for any of the three that is wrong."""
+        GenerateConfig(max_tokens=max_tokens)
+        return self._loaded.sampling(temperature, seed)
 
     def _complete(self, ids: list[int], max_tokens: int, sampling: Sampling) -> Generation:
         clock = _Clock()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import datetime
 import math
 import numbers
 import os
@@ -284,13 +285,15 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)}" if value else "an empty list"
+        return f"a list of {len(value)} values" if value[1:] else "a list of one value" if value else "an empty list"
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     return _QUOTE.repr(value)
 
 

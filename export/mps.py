@@ -33,7 +33,7 @@ from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.backends.metal.contract import KERNELS
 from edgetune.runtime.backends.metal.library import SOURCE
-from edgetune.runtime.checkpoint import INDEX, open_model
+from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LlamaConfig, QuantConfig
 from edgetune.runtime.errors import AdapterError, ModelError
 from edgetune.runtime.files import atomic_write, sha256_file
@@ -50,7 +50,6 @@ from edgetune.runtime.untrusted_file import (
     BUNDLE_MANIFEST,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
-    WEIGHT_INDEX,
     FileKind,
     copy_untrusted,
     sha256_untrusted,
@@ -98,8 +97,7 @@ def _quantize_base(job: Job, folder: Path) -> None:
 
 def _copy_base(job: Job, folder: Path) -> None:
     """Copy the files of a 4-bit base into the bundle, readable by their owner only."""
-    index = job.base.folder / INDEX
-    files = [(file, MODEL_WEIGHTS) for file in job.base.files] + [(index, WEIGHT_INDEX)] * index.is_file()
+    files = job.base.weight_files
     done = job.counter("writing", len(files))
     for file, kind in files:
         copy_untrusted(file, kind, folder / file.name)

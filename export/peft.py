@@ -19,11 +19,12 @@ from edgetune.export.job import Job, Written, work_folder
 from edgetune.export.memory import TORCH_BUILD_BYTES, ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.targets import TargetSpec
 from edgetune.runtime import peft_folder
-from edgetune.runtime.checkpoint import INDEX, Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write
-from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, copy_untrusted
+from edgetune.runtime.reader_files import FAST_CLASS, rebuilding_class
+from edgetune.runtime.untrusted_file import copy_untrusted
 
 _ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
 """Keys of config.json that transformers needs beside those that decide the logits."""
@@ -36,10 +37,17 @@ PEFT_BYTES = 50_000_000
 def write(job: Job, folder: Path) -> Written:
     """Write adapter_config.json and adapter_model.safetensors."""
     peft_folder.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
-    if "/" in job.base_name:  # a Hugging Face id, by which AutoPeftModel finds the base
-        return Written()
-    notice = f"PEFT cannot find a base named {job.base_name}: load the base from its folder, then the adapter onto it."
-    return Written(notices=(notice,))
+    notices: list[str] = []
+    if "/" not in job.base_name:  # else a Hugging Face id, by which AutoPeftModel finds the base
+        notices.append(
+            f"PEFT cannot find a base named {job.base_name}: load the base from its folder, then the adapter onto it."
+        )
+    if (kind := rebuilding_class(job.base.folder)) is not None:
+        notices.append(
+            "transformers may split some texts otherwise than in training, because the base's tokenizer_config.json names the "
+            f"class {kind}: open its tokenizer with {FAST_CLASS}.from_pretrained."
+        )
+    return Written(notices=tuple(notices))
 
 
 class TransformersReader:
@@ -96,12 +104,11 @@ def plain_base(base: Checkpoint, folder: Path) -> Iterator[Path]:
     with work_folder(folder) as place:
         config = {key: value for key, value in base.hf_config.items() if key in SUPPORTED or key in _ALSO_PASSED_ON}
         atomic_write(place / "config.json", json.dumps(config))
-        index = base.folder / INDEX
-        for file in [*base.files, *([index] if len(base.files) > 1 else [])]:
+        for file, kind in base.weight_files:
             try:
                 (place / file.name).symlink_to(file.resolve())
             except OSError:  # a system that does not let everybody make links
-                copy_untrusted(file, MODEL_WEIGHTS, place / file.name)
+                copy_untrusted(file, kind, place / file.name)
         yield place
 
 

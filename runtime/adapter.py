@@ -14,6 +14,9 @@ from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.linear import Linear, LoraLinear
 from edgetune.runtime.model import Llama
 
+_MOST_NAMED = 12
+"""The most faults, and the most ranges of layers of a fault, that an error names. Chosen by hand."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -123,7 +126,7 @@ def check_shapes(
         elif a is None or b is None:
             wrong.setdefault((name, f"lora_{'A' if a is None else 'B'} is missing"), []).append(layer)
         else:
-            allowed = a[0] in ranks if ranks is not None else 1 <= a[0] <= MAX_RANK
+            allowed = 1 <= a[0] <= MAX_RANK and (ranks is None or a[0] in ranks)
             rank = a[0] if allowed or not ranks else min(ranks)
             expected = (rank, columns), (rows, rank)
             if (a, b) != expected or not allowed:
@@ -131,6 +134,8 @@ def check_shapes(
                 wrong.setdefault((name, fault), []).append(layer)
     problems = [f"the model has no {_layer_list(sorted(beyond))}"] if beyond else []
     problems += [f"{_layer_list(where)} {name}: {fault}" for (name, fault), where in wrong.items()]
+    if len(problems) > _MOST_NAMED:
+        problems[_MOST_NAMED:] = [f"and {len(problems) - _MOST_NAMED} faults more"]
     if problems:
         raise AdapterError(
             f"The adapter does not fit this model: {'; '.join(problems)}; if it was made for another base, name that with "
@@ -146,7 +151,8 @@ def _layer_list(layers: Sequence[int]) -> str:
             ranges[-1][1] = layer
         else:
             ranges.append([layer, layer])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges[:_MOST_NAMED])
+    text += ", ..." if len(ranges) > _MOST_NAMED else ""
     return f"layer{'s' if len(layers) > 1 else ''} {text}"
 
 

@@ -25,12 +25,12 @@ from edgetune.runtime import nf4
 from edgetune.runtime.json_file import parse
 from edgetune.runtime.nf4 import FLOATS, NESTED_BLOCK_SIZE, NestedAbsmax, QuantizedTensor, QuantState
 from edgetune.runtime.safetensors_file import ALIGNMENT, StoredTensor, TensorSpec
+from edgetune.runtime.untrusted_file import MAX_STATE_BYTES
 
 STATE_PREFIX = ".quant_state.bitsandbytes__"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 STATE_BYTES = 256
 """Bytes that the JSON of a weight is padded to with spaces: a multiple of 64, and more than any that edgetune writes."""
-_MAX_STATE_BYTES = 1 << 16  # longest JSON of a weight that is read (chosen by hand)
 _MAX_OFFSET = 65504.0  # largest mean of absmax that is read: the largest number in fp16
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
@@ -49,8 +49,8 @@ class StoredState:
 
 def parse_state(raw: bytes | memoryview) -> StoredState:
     """Read the JSON of a weight. Raises ValueError with the fault as a clause, for a message that names the tensor."""
-    if len(raw) > _MAX_STATE_BYTES:
-        raise ValueError(f"its quant_state takes {len(raw):,} bytes, more than the limit of {_MAX_STATE_BYTES:,}")
+    if len(raw) > MAX_STATE_BYTES:
+        raise ValueError(f"its quant_state takes {len(raw):,} bytes, more than the limit of {MAX_STATE_BYTES:,}")
     try:
         fields = parse(bytes(raw))
         quant_type, block_size = fields["quant_type"], fields["blocksize"]

@@ -36,7 +36,13 @@ from edgetune.runtime.names import (
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor, TensorSpec
-from edgetune.runtime.untrusted_file import MAX_SHARDS, MODEL_CONFIG, WEIGHT_INDEX
+from edgetune.runtime.untrusted_file import (
+    MAX_SHARDS,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    WEIGHT_INDEX,
+    FileKind,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,6 +54,7 @@ _IGNORED = re.compile(
     rf"|model\.layers\.\d{{1,4}}\.self_attn\.(masked_bias|attn_mask|causal_mask)|{re.escape(HEAD)}"
 )
 _SHOWN = 12  # most faults named in one message (chosen by hand)
+_LONGEST_FAULT = 600  # most characters of one of them: names of tensors can be of any length (chosen by hand)
 _SAMPLES, _SAMPLE_BYTES = 4, 1024  # parts of each tensor that its digest covers, and the bytes of a part
 
 
@@ -88,6 +95,12 @@ class Checkpoint:
         self._states: dict[str, bnb_layout.StoredState] = {}
         self.stored: dict[str, StoredTensor] = {name: file.tensors[name] for name, file in self._where.items()}
         """Every tensor in the files by its full name; a 4-bit weight is several."""
+
+    @property
+    def weight_files(self) -> list[tuple[Path, FileKind]]:
+        """Return the files that another folder with these weights needs: theirs, and the index if they have one."""
+        index = [] if self.files[0].name == WEIGHTS else [(self.folder / INDEX, WEIGHT_INDEX)]
+        return [*((file, MODEL_WEIGHTS) for file in self.files), *index]
 
     @property
     def nbytes(self) -> int:
@@ -183,15 +196,18 @@ class Checkpoint:
     def _tensor_faults(self) -> list[str]:
         """Return the faults of the tensors: missing, unknown, or of another shape or dtype than config.json says."""
         wanted, stored, faults = model_shapes(self.config), self.stored, []
+        with_state = {key.partition(bnb_layout.STATE_PREFIX)[0] for key in stored if bnb_layout.STATE_PREFIX in key}
         for name, shape in wanted.items():
             if name not in stored:
                 faults.append(f"{name} is missing")
                 continue
             state, tensor = self._states.get(name), stored[name]
             found = tensor.shape if state is None else state.shape
-            if f"{name}.absmax" in stored and state is None:
-                continue  # a 4-bit weight with a faulty quant_state, which _find_states reported
-            if found != shape:
+            if state is None and name in with_state:
+                continue  # its quant_state is faulty, which _find_states reported
+            if state is None and f"{name}.absmax" in stored:
+                faults.append(f"{name} has the scales of a 4-bit weight, and no quant_state")
+            elif found != shape:
                 faults.append(f"{name} has shape {list(found)} where config.json says {list(shape)}")
             elif state is None and tensor.dtype not in FLOATS:
                 faults.append(f"{name} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
@@ -247,7 +263,8 @@ class Checkpoint:
         """Check that a tied model which stores a head as well stores a copy of the embedding; return the fault otherwise."""
         if not self.config.tie_embeddings or HEAD not in stored or EMBEDDING not in stored:
             return []
-        if HEAD not in self._states and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
+        comparable = HEAD not in self._states and {stored[HEAD].dtype, stored[EMBEDDING].dtype} <= set(FLOATS)
+        if comparable and torch.equal(self._mapped(HEAD), self._mapped(EMBEDDING)):
             return []
         return [f"{HEAD} differs from {EMBEDDING}, but config.json sets tie_word_embeddings"]
 
@@ -279,7 +296,7 @@ def open_model(folder: Path | str) -> Checkpoint:
             raise ModelError(f"{folder} cannot be used: {cause}.")
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise ModelError(
-        f"{folder} is not the model that its config.json describes: {'; '.join(faults[:_SHOWN])}{more}. "
+        f"{folder} is not the model that its config.json describes: {'; '.join(map(_cut, faults[:_SHOWN]))}{more}. "
         "Copy or download the folder again, or use another: `edgetune models`."
     )
 
@@ -288,16 +305,23 @@ def foreign_layout(stored: Mapping[str, TensorSpec]) -> str | None:
     """Return why a whole folder does not hold what a LlamaForCausalLM's does; None where its layout is not known either."""
     small = [name for name, tensor in stored.items() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
     if small:
-        return f"its weights are stored in 8-bit floats ({small[0]}), which edgetune does not read; use its bf16 or fp16 folder"
+        name = _cut(small[0])
+        return f"its weights are stored in 8-bit floats ({name}), which edgetune does not read; use its bf16 or fp16 folder"
     layer = re.compile(r"(?:(.*)\.)?layers\.0\.self_attn\.q_proj\..*")
     prefixes = {match[1] or "" for name in stored if (match := layer.fullmatch(name))}
     if len(prefixes) == 1 and prefixes != {"model"}:
-        found = f"layers.0 of {prefixes.pop()}" if "" not in prefixes else "layers.0"
+        found = f"layers.0 of {_cut(prefixes.pop())}" if "" not in prefixes else "layers.0"
         return (
             f"its tensors are those of {found}, where a LlamaForCausalLM has model.layers.0: it was saved without its head, or "
             "as a part of another model; use the folder of the whole model, or save it again as AutoModelForCausalLM"
         )
     return None
+
+
+def _cut(text: str) -> str:
+    """Return a text without its middle if it is too long for an error message."""
+    half = _LONGEST_FAULT // 2
+    return text if len(text) <= _LONGEST_FAULT else f"{text[:half]}...{text[-half:]}"
 
 
 def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune.runtime.config_keys import flag, real, refuse_unknown, token_ids, unsupported, whole
 from edgetune.runtime.errors import ModelError, SettingError
+from edgetune.runtime.untrusted_file import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
 
 # The linears of a layer, in the order of their use.
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -33,9 +34,6 @@ ARCHITECTURES = {  # model_type in config.json -> the class name in its "archite
     "qwen3": "Qwen3ForCausalLM",
 }
 
-_MOST_LAYERS, _MOST_WIDTH, _MOST_TOKENS = 1024, 2**20, 2**24
-"""Largest number of layers, width of any tensor but the embedding's rows, and number of tokens that a config may name. The
-largest models in use have 126 layers, a width of 53,248 and 262,144 tokens. Chosen by hand."""
 _MISTRAL_WINDOW = 4096
 """Sliding window of a Mistral config that has no such key: transformers' MistralConfig."""
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -70,7 +68,7 @@ class RopeConfig:
         unread = {"rope_theta"} if kind == "llama3" else {"rope_theta", "original_max_position_embeddings"}
         if kind == "default" and fields.get("factor") == 1:
             unread.add("factor")
-        unknown = sorted(set(fields) - set(needed) - unread)
+        unknown = sorted(name[:80] for name in set(fields) - set(needed) - unread)
         missing = sorted(set(needed) - set(fields))
         if unknown or missing:
             raise ModelError(
@@ -82,6 +80,10 @@ class RopeConfig:
                 whole(fields, name, 2**31 - 1)
             else:
                 real(fields, name, 0.0, 1e6)
+        if "factor" in needed and fields["factor"] < 1:
+            raise unsupported(
+                "rope_scaling.factor", reprlib.repr(fields["factor"]), "at least 1, as scaling lengthens a context"
+            )
         if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
             raise unsupported("rope_scaling", "a low_freq_factor that is not below its high_freq_factor", "one that is")
         # As the file has them, whole numbers included: the digest of a base model covers how these numbers are written.
@@ -162,17 +164,17 @@ class LlamaConfig:
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise _unknown_architecture(config)
         _refuse_unsupported(config)
-        hidden, heads = whole(config, "hidden_size", _MOST_WIDTH), whole(config, "num_attention_heads", _MOST_WIDTH)
-        layers, bias = whole(config, "num_hidden_layers", _MOST_LAYERS), flag(config, "attention_bias")
+        hidden, heads = whole(config, "hidden_size", MAX_WIDTH), whole(config, "num_attention_heads", MAX_WIDTH)
+        layers, bias = whole(config, "num_hidden_layers", MAX_LAYERS), flag(config, "attention_bias")
         result = cls(
             model_type=model_type,
             hidden_size=hidden,
-            intermediate_size=whole(config, "intermediate_size", 8 * _MOST_WIDTH),
+            intermediate_size=whole(config, "intermediate_size", 8 * MAX_WIDTH),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=whole(config, "num_key_value_heads", _MOST_WIDTH, heads),
-            head_dim=whole(config, "head_dim", _MOST_WIDTH, 128 if model_type == "qwen3" else max(1, hidden // heads)),
-            vocab_size=whole(config, "vocab_size", _MOST_TOKENS),
+            num_kv_heads=whole(config, "num_key_value_heads", MAX_WIDTH, heads),
+            head_dim=whole(config, "head_dim", MAX_WIDTH, 128 if model_type == "qwen3" else max(1, hidden // heads)),
+            vocab_size=whole(config, "vocab_size", MAX_VOCABULARY),
             max_positions=whole(config, "max_position_embeddings", 2**31 - 1, 2048),
             rms_norm_eps=real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
             rope=RopeConfig.from_hf(config),
@@ -265,10 +267,6 @@ def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int 
     if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= _LAYER_TYPES:
         raise unsupported("layer_types", reprlib.repr(kinds), f"{layers} of {', '.join(sorted(_LAYER_TYPES))}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-MAX_RANK = 1024
-"""Largest rank of a LoRA adapter. Chosen by hand."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgetune.runtime.untrusted_file import FileKind, read_untrusted
-
-_MAX_DIGITS = 400
-"""Most digits of a number: a double has 309 before its point. Longer ones take quadratic time to parse. Chosen by hand."""
+from edgetune.runtime.untrusted_file import MAX_DIGITS, FileKind, read_untrusted
 
 
 def parse(data: bytes) -> Any:
@@ -69,13 +66,13 @@ def _refuse_constant(name: str) -> None:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
+    if len(digits) > MAX_DIGITS:
         raise ValueError(f"it holds a number of {len(digits):,} digits")
     return int(digits)
 
 
 def _decimal(digits: str) -> float:
-    value = float(digits) if len(digits) <= _MAX_DIGITS else math.inf
+    value = float(digits) if len(digits) <= MAX_DIGITS else math.inf
     if math.isinf(value):
         raise ValueError("it holds a number that is too large")
     return value

@@ -12,12 +12,11 @@ import math
 import re
 from collections.abc import Iterable
 
+from edgetune.runtime.untrusted_file import LONGEST_PATTERN, MAX_ALTERNATIVES, MAX_PATTERNS
+
 _PLAIN = re.compile(r"[\w.]+")
 _ATOM = re.compile(r"(\\[.\-dw]|\[\^?[\w.\-\\]+\]|[\w.\-])([*+?]?)")
 _GROUP = re.compile(r"\((?:\?:)?([^()]*)\)")
-# The most keys that are more than names, the longest key, and the most ways to choose among its alternatives: chosen by hand,
-# so that the keys of a hostile file take seconds.
-_MOST_KEYS, _MOST_LENGTH, _MOST_WAYS = 32, 300, 64
 
 Atom = tuple[re.Pattern[str], str]
 """What one character must be, and how often: "", "?", "*" or "+"."""
@@ -47,21 +46,21 @@ class ModulePattern:
 def patterns(keys: Iterable[str]) -> list[ModulePattern]:
     """Return the patterns of keys, in their order. Raises ValueError for one that is not plain, and for too many of them."""
     found = [ModulePattern(key) for key in keys]
-    if sum(not pattern.is_name for pattern in found) > _MOST_KEYS:
-        raise ValueError(f"it has more than {_MOST_KEYS} regular expressions")
+    if sum(not pattern.is_name for pattern in found) > MAX_PATTERNS:
+        raise ValueError(f"it has more than {MAX_PATTERNS} regular expressions")
     return found
 
 
 def _compile(key: str) -> list[list[Atom]]:
     """Return the ways in which a name can match: each a sequence of atoms for the whole name."""
-    if len(key) > _MOST_LENGTH:
+    if len(key) > LONGEST_PATTERN:
         raise ValueError("a key is too long")
     text = key.removesuffix("$").removeprefix("^")
     if "|" in _GROUP.sub("", text):
         text = f"({text})"
     anywhere = "" if key.startswith("^") else r"(?:|.*\.)"  # PEFT allows a prefix before what is not anchored
     choices = [part.split("|") if number % 2 else [part] for number, part in enumerate(_GROUP.split(anywhere + text))]
-    if math.prod(map(len, choices)) > _MOST_WAYS:
+    if math.prod(map(len, choices)) > MAX_ALTERNATIVES:
         raise ValueError(f"the key {key[:40]!r} has too many alternatives")
     try:
         return [_atoms("".join(way)) for way in itertools.product(*choices)]

@@ -29,12 +29,10 @@ from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.module_patterns import patterns
 from edgetune.runtime.names import hf_linear_name, layer_tensor
 from edgetune.runtime.safetensors_file import DTYPE_NAMES, SafetensorsFile, write_tensors
-from edgetune.runtime.untrusted_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from edgetune.runtime.untrusted_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MAX_CHECKED
 
 CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE = "adapter_config.json", "adapter_model.safetensors", "edgetune.json"
 _OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDGETUNE_FILE)
-_MOST_CHECKED = 1 << 24
-"""Most numbers of a matrix that is looked at in an adapter that is refused anyway. Chosen by hand."""
 _MOST_NAMED = 8
 """The most tensors that an error names for each fault. Chosen by hand."""
 NO_LORA, NO_MATRIX, NOT_FINITE = "not LoRA of a LLaMA linear", "not a matrix", "inf or NaN"
@@ -197,7 +195,7 @@ def read_tensors(path: Path, key: re.Pattern[str], check: Callable[[Shapes], Non
         check({where: file.tensors[name].shape for where, name in names.items()})
     tensors: dict[tuple[int, str, str], Tensor] = {}
     for where, name in names.items():
-        if faults and math.prod(file.tensors[name].shape) > _MOST_CHECKED:
+        if faults and math.prod(file.tensors[name].shape) > MAX_CHECKED:
             continue  # its shape was not checked
         tensors[where] = file.tensor(name).to(torch.float32, copy=True)
         file.release(name)

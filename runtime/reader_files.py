@@ -13,18 +13,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from edgetune.runtime.config_keys import LOADING
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.json_file import read_object
+from edgetune.runtime.json_file import read_object, read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer, read_template
 from edgetune.runtime.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer
 from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, TOKENIZER_JSON
 
-_REACHES_OUTSIDE = re.compile(r"auto_map|\w+_file|_?(\w+_)?implementation(_internal)?|custom_\w+|\w*name_or_path")
-"""Keys of config.json and tokenizer_config.json that name code, a file or a repository, which a reader might load, or which
-tells where the model lay on this machine. No model that edgetune reads needs one."""
+_REACHES_OUTSIDE = re.compile(r"\w+_file|\w*implementation|custom_\w+|\w*name_or_path")
+"""Keys of config.json and tokenizer_config.json, beside LOADING, that name code, a file or a repository, which a reader might
+load, or which tell where the model lay on this machine. No model that edgetune reads needs one."""
 FAST_CLASS = "PreTrainedTokenizerFast"
 """The tokenizer class with which every version of transformers uses tokenizer.json as it is."""
+_AS_IT_IS = (FAST_CLASS, "TokenizersBackend")
+"""That class, and its name in transformers 5."""
 
 
 def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:
@@ -35,17 +38,18 @@ def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:
     older: dict[str, Any] = {}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta" and value is not None}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
         older["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-        older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        older["rope_scaling"] = None if kind == "default" else scaling
     if "dtype" in config and "torch_dtype" not in config:
         older["torch_dtype"] = config["dtype"]
     return _within_folder({**config, **older})
 
 
 def _within_folder(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings without the keys that _REACHES_OUTSIDE matches."""
-    return {key: value for key, value in settings.items() if not _REACHES_OUTSIDE.fullmatch(key)}
+    """Return settings without the keys that are in LOADING or that _REACHES_OUTSIDE matches."""
+    return {key: value for key, value in settings.items() if key not in LOADING and not _REACHES_OUTSIDE.fullmatch(key)}
 
 
 def tokenizer_files_for_readers(folder: Path) -> dict[str, str | None]:
@@ -81,6 +85,17 @@ def tokenizer_files_for_readers(folder: Path) -> dict[str, str | None]:
         config["chat_template"] = template[0]
     files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return files
+
+
+def rebuilding_class(folder: Path) -> str | None:
+    """Return the tokenizer class of a model folder with which transformers may split texts otherwise than its tokenizer.json.
+
+    None for a class that takes the file as it is, and for one that edgetune reads as transformers does.
+    """
+    kind = read_object_if_there(folder / "tokenizer_config.json", TOKENIZER_CONFIG).get("tokenizer_class")
+    if not isinstance(kind, str) or kind in _AS_IT_IS or not (folder / "tokenizer.json").is_file():
+        return None
+    return None if Tokenizer.load(folder).rebuilt_as_llama else kind[:80]
 
 
 def _post_processor(tokenizer: Tokenizer) -> dict[str, Any]:

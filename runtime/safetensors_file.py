@@ -28,12 +28,16 @@ from torch import Tensor
 
 from edgetune.runtime import json_file
 from edgetune.runtime.files import explain_full_disk, new_file, sync_folder
-from edgetune.runtime.untrusted_file import MAX_SAFETENSORS_HEADER, MODEL_WEIGHTS, FileKind, open_untrusted
+from edgetune.runtime.untrusted_file import (
+    MAX_DIMENSIONS,
+    MAX_SAFETENSORS_HEADER,
+    MODEL_WEIGHTS,
+    FileKind,
+    open_untrusted,
+)
 
 ALIGNMENT = 64
 """Bytes that tensors are aligned to, in files and in buffers: a cache line, and an AVX-512 register."""
-_MAX_DIMENSIONS = 8
-"""Most dimensions of a tensor. A weight has 2; chosen by hand, so that a product of huge sizes costs nothing."""
 _LONGEST_NAME = 200
 """Longest name of a tensor, in characters, that an error message quotes whole. Chosen by hand."""
 _SLICE = 4 << 20  # values converted and written at a time (chosen by hand)
@@ -196,7 +200,7 @@ def _check_entry(name: str, entry: Any, data: int) -> StoredTensor:
         raise ValueError(f"holds tensor {_quoted(name)} of dtype {_quoted(entry['dtype'])}, expected one of {known}")
     if not (whole_numbers(entry["shape"]) and whole_numbers(entry["data_offsets"]) and len(entry["data_offsets"]) == 2):
         raise ValueError(f"is damaged: the shape or offsets of tensor {_quoted(name)} are not whole numbers")
-    if len(entry["shape"]) > _MAX_DIMENSIONS:
+    if len(entry["shape"]) > MAX_DIMENSIONS:
         raise ValueError(f"is damaged: tensor {_quoted(name)} has {len(entry['shape'])} dimensions")
     start, stop = entry["data_offsets"]
     tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + start)

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.runtime.json_file import read_object_if_there
-from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG
+from edgetune.runtime.untrusted_file import MAX_IDS, TOKENIZER_CONFIG
 
-MAX_IDS = 1 << 22
-"""The largest number of token ids that a tokenizer may have. Chosen by hand: the largest in use has 262,144."""
 NO_ID = -1
 """The id of a declared token for which the files give a spelling only."""
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -7,20 +7,20 @@ The ids are those of transformers 5 for the same text. tokenizer.json is used if
 
 from __future__ import annotations
 
-import codecs
 import functools
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune.runtime.answer_spans import RenderedChat, common_prefix
+from edgetune.runtime.control_marks import Marker, new_nonce
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.start_tokens import TEXT_ENDS, start_tokens
+from edgetune.runtime.token_bytes import StreamDecoder
 from edgetune.runtime.tokenizer_libraries import (
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -272,7 +272,7 @@ class Tokenizer:
         No token is added: if the template writes no beginning-of-text token, the ids begin without one.
         Raises TokenizerError as `render_chat` does.
         """
-        nonce = _nonce()
+        nonce = new_nonce()
         text = self.render_chat(self._marked(messages, nonce), add_generation_prompt, self._marked(tools, nonce))
         return self._encode_rendered(text, nonce)[0]
 
@@ -281,7 +281,7 @@ class Tokenizer:
 
         Raises TokenizerError as `render_chat` does.
         """
-        nonce = _nonce()
+        nonce = new_nonce()
         render = functools.partial(self.render_chat, tools=self._marked(tools, nonce))
         chat = RenderedChat(render, self._marked(messages, nonce), self._ends_of)
         spans = {n: chat.answer(n) for n, message in enumerate(messages) if message.get("role") == "assistant"}
@@ -302,7 +302,7 @@ class Tokenizer:
 
         Once rendered, the template's control tokens and those that a message merely spells would look alike.
         """
-        return [_Marker(self._spelled, self._control_spellings, nonce).mark(message) for message in messages]
+        return [Marker(self._spelled, self._control_spellings, nonce).mark(message) for message in messages]
 
     def _ends_of(self, text: str) -> list[int]:
         """Return the positions in a rendered conversation of the tokens that end generation."""
@@ -358,11 +358,6 @@ class EncodedChat:
     shown: frozenset[int]
 
 
-def _nonce() -> str:
-    """Return a random number that no message contains; it is of digits, which no filter of a template changes."""
-    return f"{secrets.randbelow(10**24):024d}"
-
-
 def _stretches(text: str) -> Iterator[str]:
     """Yield a very long text in parts of about STRETCH characters.
 
@@ -378,75 +373,6 @@ def _stretches(text: str) -> Iterator[str]:
         end = end if blank is None else blank.end()
         yield text[start:end]
         start = end
-
-
-class StreamDecoder:
-    """Decodes one token at a time, in constant time a token; returns whole characters only."""
-
-    def __init__(self, bytes_of: Any, strip_space: bool) -> None:
-        self._bytes_of, self._strip = bytes_of, strip_space
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id: int) -> str:
-        """Return the text that token `id` completes; "" as long as a character is not complete."""
-        return self._stripped(self._utf8.decode(self._bytes_of(int(id))))
-
-    def flush(self) -> str:
-        """Return the rest at the end of the stream: "", or U+FFFD for an incomplete character."""
-        return self._stripped(self._utf8.decode(b"", final=True))
-
-    def _stripped(self, text: str) -> str:
-        """Return `text`; the first text of the stream loses the space that encoding put before it."""
-        if self._strip and text:
-            self._strip = False
-            return text.removeprefix(" ")
-        return text
-
-
-class _Marker:
-    """Puts a nonce inside each control token that a message spells, so that it is not one after rendering.
-
-    Does the same if a message ends or begins with part of such a spelling, which the template's text or the next
-    message could complete. White space at the edges of a message stays at the edges, so a template that trims a message
-    trims the same as without the nonce.
-    """
-
-    def __init__(self, spelled: re.Pattern[str], spellings: list[str], nonce: str) -> None:
-        self._spelled, self._spellings, self._nonce = spelled, spellings, nonce
-
-    def mark(self, value: Any, whole: bool = False) -> Any:
-        """Return a message, or a value inside it, with the nonces put in.
-
-        `whole`: look for whole spellings only. This is for keys and roles, which a template joins to its own text on
-        purpose: a role "assistant" becomes the token `<|assistant|>`.
-        """
-        if isinstance(value, str):
-            text = self._spelled.sub(lambda match: self._with_nonce_at(match[0], 1), value)
-            return text if whole else self._with_nonce_at_edges(text)
-        if isinstance(value, Mapping):
-            return {self.mark(key, True): self.mark(item, key == "role") for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.mark(item) for item in value]
-        return value
-
-    def _with_nonce_at(self, text: str, at: int) -> str:
-        return text[:at] + self._nonce + text[at:]
-
-    def _with_nonce_at_edges(self, text: str) -> str:
-        """Return `text` with a nonce where it ends with the beginning of a spelling or begins with the end of one."""
-        body = text.strip()
-        if not body:
-            return text
-        start = len(text) - len(text.lstrip())
-        longest_end = max(
-            (n for token in self._spellings for n in range(1, min(len(token), len(body) + 1)) if body.endswith(token[:n])),
-            default=0,
-        )
-        if longest_end:
-            text = self._with_nonce_at(text, start + len(body) - longest_end + 1)
-        if any(body.startswith(token[-n:]) for token in self._spellings for n in range(1, len(token))):
-            text = self._with_nonce_at(text, start + 1)
-        return text
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -7,7 +7,6 @@ becomes a TokenizerError of one sentence.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.special_tokens import MAX_IDS, AddedToken, SpecialTokens
+from edgetune.runtime.special_tokens import AddedToken, SpecialTokens
+from edgetune.runtime.token_bytes import SPACE, byte_level_bytes, piece_bytes
 from edgetune.runtime.tokenizer_limits import (
     PROBE,
     fault_of_normalizer,
@@ -23,14 +23,16 @@ from edgetune.runtime.tokenizer_limits import (
     fault_of_tokens,
     quiet_stderr,
 )
-from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_JSON, read_untrusted
+from edgetune.runtime.untrusted_file import (
+    MAX_IDS,
+    MAX_IDS_BEYOND,
+    SENTENCEPIECE_MODEL,
+    TOKENIZER_JSON,
+    read_untrusted,
+)
 
-_SPACE = "▁"
-"""The sign (U+2581) that sentencepiece and its relatives write in a piece for a space."""
 _LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 """What LLaMA's tokenizer calls its special tokens where the configuration files leave a name out or empty."""
-_MAX_BEYOND = 1 << 16
-"""The most ids that added tokens may have beyond the pieces of a tokenizer.model. Chosen by hand."""
 
 
 class TokenizerLibrary(Protocol):
@@ -204,11 +206,11 @@ class JsonTokenizer:
 
         normalizer = self._state(self._tokenizer.normalizer)
         steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
-        prepends = [step.get("type") for step in steps] == ["Prepend", "Replace"] and steps[0].get("prepend") == _SPACE
+        prepends = [step.get("type") for step in steps] == ["Prepend", "Replace"] and steps[0].get("prepend") == SPACE
         pre_tokenizer = self._state(self._tokenizer.pre_tokenizer)
         if (prepends and not pre_tokenizer) or (not normalizer and pre_tokenizer.get("type") == "Metaspace"):
             self._tokenizer.normalizer = normalizers.Sequence([])
-            self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, space_prefix, split=False)
+            self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, space_prefix, split=False)
 
     @staticmethod
     def _state(part: Any) -> dict[str, Any]:
@@ -223,10 +225,10 @@ class JsonTokenizer:
         kinds = [step.get("type") for step in steps]
         if kinds == ["ByteLevel"]:
             return True, False
-        if kinds == ["Metaspace"] and steps[0].get("replacement") == _SPACE:
+        if kinds == ["Metaspace"] and steps[0].get("replacement") == SPACE:
             return False, steps[0].get("prepend_scheme", "always") != "never"
         # The other spelling of the same decoder, in steps: ▁ to a space, <0x0A> to a byte, the first space off.
-        spaces = {"pattern": {"String": _SPACE}, "content": " "}
+        spaces = {"pattern": {"String": SPACE}, "content": " "}
         only_spaces = all(step.items() >= spaces.items() for step in steps if step.get("type") == "Replace")
         strips = [(step.get("content"), step.get("start"), step.get("stop")) for step in steps if step.get("type") == "Strip"]
         if set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in kinds and only_spaces:
@@ -277,7 +279,7 @@ class JsonTokenizer:
         token = self.piece_of(id)
         if token is None:
             return b""
-        return _byte_level_bytes(token) if self._byte_level else _piece_bytes(token)
+        return byte_level_bytes(token) if self._byte_level else piece_bytes(token)
 
 
 class SentencePieceTokenizer:
@@ -299,9 +301,9 @@ class SentencePieceTokenizer:
             fault = fault_of_sentencepiece(data)
             whole = sentencepiece.SentencePieceProcessor(model_proto=data)
             bare = sentencepiece.SentencePieceProcessor(model_proto=data + self._NO_PREFIX)
-            puts_space = whole.normalize("a") == f"{_SPACE}a"
+            puts_space = whole.normalize("a") == f"{SPACE}a"
             # Switching the step off must change nothing else; a model that normalises in its own way is used as it is.
-            self._adds_space = puts_space and bare.normalize(" a") == f"{_SPACE}a" and bare.normalize("a") == "a"
+            self._adds_space = puts_space and bare.normalize(" a") == f"{SPACE}a" and bare.normalize("a") == "a"
             self._processor = bare if self._adds_space else whole
             self._num_pieces = self._processor.get_piece_size()
             self.added = self._added_tokens(special)
@@ -332,7 +334,7 @@ class SentencePieceTokenizer:
         }
         for token in special.declared:
             id = token.id if token.id >= 0 else self._piece_id(token.spelling)
-            if id is None or not 0 <= id < self._num_pieces + _MAX_BEYOND:
+            if id is None or not 0 <= id < self._num_pieces + MAX_IDS_BEYOND:
                 continue
             is_special = token.special or token.spelling in added or special.is_control(token.spelling)
             added[token.spelling] = AddedToken(token.spelling, id, is_special, token.lstrip, token.rstrip, token.single_word)
@@ -364,7 +366,7 @@ class SentencePieceTokenizer:
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         """Return the ids of a text in which no added token is looked for."""
         wants_space = self._space_prefix == "always" or (first and self._space_prefix == "first")
-        if self._adds_space and wants_space and text[:1] not in ("", " ", _SPACE):
+        if self._adds_space and wants_space and text[:1] not in ("", " ", SPACE):
             text = " " + text
         return list(self._processor.encode(text))
 
@@ -377,30 +379,4 @@ class SentencePieceTokenizer:
     def bytes_of(self, id: int) -> bytes:
         if id >= self._num_pieces:
             return self._spelling_beyond.get(id, "").encode()
-        return _piece_bytes(self._processor.id_to_piece(id))
-
-
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _piece_bytes(piece: str) -> bytes:
-    """Return the bytes of a piece in sentencepiece's spelling: ▁ is a space, <0x0A> is one byte."""
-    byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
-
-
-@functools.cache
-def _byte_level_table() -> dict[str, int]:
-    """Return the byte of each sign in GPT-2's spelling: printable bytes are themselves, the others are U+0100 and up."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    """Return the bytes of a piece in GPT-2's spelling."""
-    table = _byte_level_table()
-    try:
-        return bytes(table[sign] for sign in token)
-    except KeyError:  # an added token is written as plain text, with signs that are not in the table
-        return token.encode()
+        return piece_bytes(self._processor.id_to_piece(id))

@@ -48,14 +48,6 @@ TOKENIZER_JSON = FileKind(64 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer.json. The largest in use (262,144 pieces) takes 34 MB."""
 SENTENCEPIECE_MODEL = FileKind(32 << 20, TokenizerError, _COPY_TOKENIZER)
 """tokenizer.model, which is a protobuf and not JSON."""
-LONGEST_TOKEN = 256
-"""Most characters of an added token. The longest in use have about 40."""
-LONGEST_PIECE = 4096
-"""Most characters of a piece of a vocabulary. The longest in use (runs of spaces and dashes) have 128 to 512."""
-MOST_ADDED_TOKENS = 1 << 14
-"""Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
-MOST_GROWTH = 64
-"""How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 ADAPTER_CONFIG = FileKind(8 << 20, AdapterError, _COPY_ADAPTER)
 """adapter_config.json and edgetune.json, which holds a digest of every note that the adapter was trained on."""
 ADAPTER_WEIGHTS = FileKind(16 << 30, AdapterError, _COPY_ADAPTER, links_anywhere=True)
@@ -68,13 +60,38 @@ CORE_ML_WEIGHTS = FileKind(1 << 42, ModelError, _EXPORT_AGAIN)
 """weight.bin of a Core ML package. It is mapped, not read."""
 BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
+SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
+"""config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 
+MAX_DIGITS = 400
+"""Most digits of a number in JSON: a double has 309 before its point. Longer ones take quadratic time to parse."""
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
+"""Most layers, width of a tensor and tokens that config.json may name. The largest in use are 126, 53,248 and 262,144."""
+MAX_IDS, MAX_IDS_BEYOND = 1 << 22, 1 << 16
+"""Most token ids of a tokenizer, and most ids that added tokens may have beyond the pieces of a tokenizer.model."""
+LONGEST_TOKEN = 256
+"""Most characters of an added token. The longest in use have about 40."""
+LONGEST_PIECE = 4096
+"""Most characters of a piece of a vocabulary. The longest in use (runs of spaces and dashes) have 128 to 512."""
+MOST_ADDED_TOKENS = 1 << 14
+"""Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
+MOST_GROWTH = 64
+"""How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
 MAX_SAFETENSORS_HEADER = 4 << 20
 """Longest header of a safetensors file, in bytes: about 30,000 tensors. Parsed, JSON takes up to 80 times as much memory."""
+MAX_DIMENSIONS = 8
+"""Most dimensions of a tensor, so that a product of huge sizes costs nothing. A weight has 2."""
+MAX_STATE_BYTES = 1 << 16
+"""Longest quant_state (JSON) of a 4-bit weight, in bytes. bitsandbytes writes about 200."""
 MAX_SHARDS = 512
 """Most files that a model's weights are spread over. Each stays open; the largest models in use have 191."""
 MAX_TEXT_FILES = 16
 """Most licences and notices that are copied with a model."""
+MAX_PATTERNS, LONGEST_PATTERN, MAX_ALTERNATIVES = 32, 300, 64
+"""Most keys of an alpha_pattern that are more than names, the longest such key in characters, and most ways to choose among its
+alternatives. The keys of a hostile file then take seconds."""
+MAX_CHECKED = 1 << 24
+"""Most numbers of a matrix that is looked at in an adapter that is refused anyway."""
 MAX_GGUF_HEADER, MAX_GGUF_TEXT = 16 << 20, 1 << 20
 """Longest header of a GGUF adapter, and longest text in it, in bytes."""
 MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 << 16, 1 << 20, 1 << 16
@@ -83,11 +100,9 @@ MAX_GGUF_KEYS, MAX_GGUF_TENSORS, MAX_GGUF_ITEMS, MAX_GGUF_ALIGNMENT = 1024, 1 <<
 _SPARSE_FROM, _SPARSE_SHARE = 1 << 20, 16
 """A file of at least this many bytes must lie on the disk for at least 1/16 of them. A sparse file costs its sender nothing and
 fills the memory of whoever reads it. Compressing file systems shrink weights to no less than a third. Chosen by hand."""
-SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
-"""config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 
-_NOT_DOCUMENTS = ("/proc/", "/sys/", "/dev/")
-"""Folders whose files are not data on a disk, although some look like regular files."""
+_SYSTEM_FOLDERS = ("/proc/", "/sys/")
+"""Folders whose files look regular and are no data. Those of /dev do not look regular, but for /dev/shm, where data can lie."""
 
 
 def open_untrusted(path: Path, kind: FileKind) -> FileIO:
@@ -113,7 +128,7 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
         raise kind.error(f"{path} cannot be read ({reason}); check the folder and its permissions.") from error
     about = os.fstat(file.fileno())
     fault = None
-    if not stat.S_ISREG(about.st_mode) or real.as_posix().startswith(_NOT_DOCUMENTS):
+    if not stat.S_ISREG(about.st_mode) or real.as_posix().startswith(_SYSTEM_FOLDERS):
         fault = f"{path} cannot be read (it is not a regular file); {kind.advice}."
     elif about.st_size > kind.limit:
         fault = f"{path} is larger than {kind.limit >> 20} MiB, the limit for such a file; {kind.advice}."

@@ -179,6 +179,56 @@ def test_a_long_list_of_faults_is_cut(folder):
     assert "and 240 more" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.int8, "lm_head.weight differs from model.embed_tokens.weight"), (torch.float8_e4m3fn, "8-bit floats (lm_head.w")],
+)
+def test_a_tied_head_of_another_type_is_a_fault_like_any_other(folder, dtype, said):
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    edit(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 64).to(dtype)}))
+    assert said in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        ("x" * 5000, torch.float32, "xxx is unknown"),
+        ("x" * 5000 + ".quant_state.bitsandbytes__nf4", torch.uint8, "xxx cannot be used: its quant_state is not valid JSON"),
+        ("x" * 5000, torch.float8_e4m3fn, "xxx), which edgetune does not read"),
+        ("x" * 5000 + ".layers.0.self_attn.q_proj.weight", torch.float32, "xxx, where a LlamaForCausalLM has model.layers.0"),
+    ],
+)
+def test_a_long_name_of_a_tensor_is_cut(folder, name, dtype, said):
+    def change(tensors):
+        if "layers.0" in name:
+            tensors.clear()
+        tensors[name] = torch.zeros(4).to(dtype)
+
+    edit(folder, change)
+    message = refusal(folder)
+    assert said in message
+    assert len(message) < 2000
+
+
+def test_a_long_name_in_an_index_is_cut(sharded):
+    index = sharded / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map=shards | {"x" * 5000: min(shards.values())})
+    message = refusal(sharded)
+    assert "xxx is not in model-0000" in message
+    assert len(message) < 1000
+
+
+def test_the_files_of_the_weights_are_those_that_another_folder_needs(folder, sharded):
+    index = "model.safetensors.index.json"
+    assert [file.name for file, _ in open_model(sharded).weight_files] == [
+        *sorted(p.name for p in sharded.glob("*.safetensors")),
+        index,
+    ]
+    (folder / index).write_text("left behind by another model")
+    assert [file.name for file, _ in open_model(folder).weight_files] == ["model.safetensors"]
+
+
 def test_no_folder_no_config_no_weights(folder, tmp_path):
     assert "There is no model folder" in refusal(tmp_path / "nowhere")
     (folder / "model.safetensors").unlink()
@@ -314,6 +364,7 @@ def state_json(**changes):
     ("suffix", "value", "said"),
     [
         (".absmax", None, "q_proj.weight.absmax is missing"),
+        (".quant_state.bitsandbytes__nf4", None, "q_proj.weight has the scales of a 4-bit weight, and no quant_state"),
         (".absmax", torch.zeros(5, dtype=torch.uint8), "absmax has shape [5], too few or many for [64, 64]"),
         (".absmax", torch.zeros(64), "absmax is torch.float32, which contradicts its quant_state"),
         (".nested_absmax", None, "nested_absmax is missing"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import errno
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -397,7 +398,7 @@ WRONG_LINES = {
     'minutes = "30"': "minutes is '30'; expected a number",
     "minutes = nan": "minutes is nan; expected a number",
     "until = 630": 'until is 630; expected a time of day such as 06:30. Write for example: until = "06:30"',
-    "until = 06:30:00": "until is datetime.time(6, 30); expected a time of day",
+    "until = 06:30:00": "until is 06:30:00; expected a time of day",
     "memory = 2000000000": "memory is 2000000000; expected a size such as 2GB or 900MB",
     'clip = "a"': "clip is 'a'; expected a number above 0",
     'weight_decay = "x"': "weight_decay is 'x'; expected a number from 0 to 1",
@@ -416,6 +417,7 @@ WRONG_LINES = {
     "exclude = [5]": "exclude is 5; expected a list of texts",
     'targets = "q_proj"': "targets is 'q_proj'; expected one or more of q_proj",
     'targets = ["lm_head"]': "targets is 'lm_head'; expected one or more of q_proj",
+    "targets = [4, 5]": "targets is a list of 2 values; expected one or more of q_proj",
     "targets = []": "targets is an empty list; expected one or more of q_proj",
     "model = 5": "model is 5; expected a text",
     'device = "tpu"': "device is 'tpu'; expected one of auto, cpu, cuda, mps",
@@ -443,6 +445,13 @@ def test_a_wrong_line_of_config_toml_is_one_sentence(line: str, private_home: Pa
     assert WRONG_LINES[line] in outcome.err
     assert str(private_home / "config.toml") in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_a_list_of_tables_in_config_toml_is_one_sentence(private_home: Path) -> None:
+    private_home.mkdir(parents=True)
+    (private_home / "config.toml").write_text("[[train]]\nrank = 4\n")
+    outcome = run("plan", "--model", "demo")
+    assert outcome.err.endswith("config.toml, train is no table; expected a line [train], and settings of training below it.\n")
 
 
 def bad_value(kind: Kind) -> object:
@@ -557,7 +566,9 @@ def test_until_is_today_or_tomorrow() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", 1), 129)])
 def test_a_signal_keeps_the_run_and_the_same_command_goes_on(notes: Path, number: int, code: int) -> None:
     command = [sys.executable, "-m", "edgetune", "train", str(notes), "--model", "demo", "--steps", "100000", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # A test run that is started in the background, or by nohup, passes on that it ignores signals.
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     for line in process.stdout:
         if json.loads(line)["event"] == "stepped":

@@ -164,6 +164,8 @@ LLAMA_3 = {key: value for key, value in tiny.LLAMA3_ROPE.items() if key != "rope
         ({"rope_scaling": {"type": "linear", "factor": True}}, "factor is True, of the wrong type"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0, out of range"),
         ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor is -2.0, out of range"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e-300}}, "factor is 1e-300, .*; expected at least 1, as"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "k" * 5000: 1}}, r"unknown keys \['k{80}'\]"),
         ({"rope_scaling": {"type": "linear", "factor": 1e30}}, r"factor is 1e\+30, out of range"),
         ({"rope_scaling": {"type": "linear", "factor": None}}, r"lacks \['factor'\]"),
         ({"rope_scaling": {"type": "default", "factor": 2.0}}, r"unknown keys \['factor'\]"),

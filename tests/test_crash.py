@@ -45,7 +45,8 @@ def write_notes(folder: Path) -> None:
     folder.mkdir()
     for number in range(12):
         (folder / f"{number:02}.md").write_text(
-            f"Day {number}: the beans by the tarred shed want water, said Marra, and went to number {number * number}.\n"
+            f"Day {number}: the beans by the tarred shed want water, said Marra, and went to number {number * number} "
+            "with two full cans.\n"  # a text must be of 100 bytes and more to be held out
         )
 
 

@@ -225,7 +225,8 @@ def one_run(place: Path, world: SingleProcess, stop: threading.Event, monkeypatc
     monkeypatch.setenv("EDGETUNE_HOME", str(place / "home"))
     monkeypatch.setattr(training, "join_processes", lambda device, private_link: contextlib.nullcontext(world))
     data = DataConfig(notes=(str(place / "notes"),), seq_len=64, batch_tokens=512)
-    yield from training.train(TrainConfig(data=data, model=str(place / "model"), steps=12, dropout=0.0, compute="fp32"), stop)
+    settings = {"steps": 12, "dropout": 0.0, "compute": "fp32", "evaluation_share": 1.0}
+    yield from training.train(TrainConfig(data=data, model=str(place / "model"), **settings), stop)  # type: ignore[arg-type]
 
 
 def test_a_death_between_steps_keeps_a_checkpoint_of_one_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_scoring_tells_how_far_it_is_and_ends_when_its_time_is_over(runner: Runn
 
 
 @given(
-    st.integers(1, 5000), st.integers(1, 4096), st.integers(0, 10**6), st.integers(0, 40), st.floats(0.01, 1.0), st.booleans()
+    st.integers(1, 5000), st.integers(1, 4096), st.integers(0, 10**6), st.integers(1, 40), st.floats(0.01, 1.0), st.booleans()
 )
 def test_evaluations_never_have_had_more_than_their_share_of_the_work(
     steps: int, step_tokens: int, set_tokens: int, wanted: int, share: float, int8: bool

@@ -1,4 +1,4 @@
-"""The sampling settings of a model's publisher are the defaults of generate, of GGUF and of the Modelfile."""
+"""The sampling settings of a model's publisher are the defaults of generate, a run's samples, GGUF and the Modelfile."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import edgetune
-from edgetune.config import GenerateConfig
+from edgetune.config import DataConfig, GenerateConfig, TrainConfig
+from edgetune.events import Sampled
 from edgetune.export import ollama
 from edgetune.export.gguf.vocabulary import read_vocabulary
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.generate import Sampling, penalize, sample
 from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.session import Session
+from edgetune.training.train import train
 
 DEMO = Path(edgetune.__file__).parent / "demo"
 ALL = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
@@ -60,13 +62,24 @@ def test_nan_is_no_json(tmp_path: Path) -> None:
 
 def test_the_command_line_wins_over_the_model_and_the_model_over_edgetune(tmp_path: Path) -> None:
     session = Session.load(str(with_settings(tmp_path / "m", ALL)), "none", "cpu")
-    assert session._sampling(None, 7) == Sampling(0.6, 0.9, 7, 20, 1.05)
-    assert session._sampling(0.0, 7).temperature == 0.0
+    assert session._sampling(5, None, 7) == Sampling(0.6, 0.9, 7, 20, 1.05)
+    assert session._sampling(5, 0.0, 7).temperature == 0.0
     plain = Session.load(str(with_settings(tmp_path / "n", {"top_k": None})), "none", "cpu")
-    assert plain._sampling(None, None) == Sampling(GenerateConfig.temperature, GenerateConfig.top_p)
+    assert plain._sampling(5, None, None) == Sampling(GenerateConfig.temperature, GenerateConfig.top_p)
     assert plain.notices == ()
     odd = Session.load(str(with_settings(tmp_path / "o", {"top_k": "many"})), "none", "cpu")
     assert "gives top_k as 'many'" in odd.notices[0]
+
+
+def test_the_samples_of_a_run_are_what_generate_writes(tmp_path: Path) -> None:
+    model, notes = str(with_settings(tmp_path / "m", {**ALL, "repetition_penalty": 1.5})), tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.md").write_text("Today Marra watered the beans behind the shed.\n")
+    data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=64, seed=7)
+    samples = [event for event in train(TrainConfig(data, model, "cpu", steps=1)) if isinstance(event, Sampled)]
+    session = Session.load(model, "none", "cpu", head="stored")
+    assert samples[0].text == session.generate(samples[0].prompt, max_tokens=80, seed=7).text
+    assert len(session.tokenizer.encode(samples[0].text)) > 40
 
 
 def test_top_k_keeps_the_likeliest_and_then_top_p_the_fewest_of_them() -> None:

@@ -330,7 +330,7 @@ def test_memory_that_the_system_refuses_is_one_sentence(
 ) -> None:
     for ask in (lambda *_: torch.empty(numbers, dtype=torch.uint8), lambda *_: bytearray(numbers)):
         monkeypatch.setattr(loading, "open_model", ask)
-        said = "There is not enough memory for this."
+        said = "This machine has too little free memory for that."
         assert_refused(capsys, said, "generate", "hi", "--model", places.root / "dense", "--adapter", "none")
 
 
@@ -348,6 +348,7 @@ def test_what_names_code_does_not_reach_an_export(places: Places, tmp_path: Path
     outside = {
         "auto_map": {"AutoModel": "evil.Model"}, "model_file": "evil.py", "attn_implementation": "evil/kernel",
         "_attn_implementation": "evil/kernel", "_name_or_path": "/home/somebody/model", "custom_pipelines": {"a": "evil.py"},
+        "trust_remote_code": True, "_commit_hash": "a1b2", "_attn_implementation_autoset": True,
     }  # fmt: skip
     write_settings(folder, tmp_path, {**copied, **outside})
     assert json.loads((tmp_path / "config.json").read_text()) == copied

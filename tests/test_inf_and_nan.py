@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,13 @@ from click.testing import CliRunner
 
 from edgetune.cli.main import cli
 from edgetune.cli.options import print_json
+from edgetune.runtime import safetensors_file
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.quantize import quantize_folder
+from edgetune.runtime.safetensors_file import SafetensorsFile
 
 VECTORS = ("model.norm.weight", "model.layers.1.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight")
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -111,7 +112,7 @@ def test_every_command_refuses_such_a_model_by_name(name: str, folder: Path, tmp
     assert not (tmp_path / "four").exists()
 
 
-def test_an_odd_offset_costs_a_piece_and_no_copy_of_the_whole(folder: Path) -> None:
+def test_an_odd_offset_costs_a_piece_and_no_copy_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of early safetensors versions do not align their tensors."""
     raw = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -120,8 +121,14 @@ def test_an_odd_offset_costs_a_piece_and_no_copy_of_the_whole(folder: Path) -> N
     (folder / "model.safetensors").write_bytes(len(odd).to_bytes(8, "little") + odd + raw[8 + length :])
     base = open_model(folder)
     assert base.stored["model.embed_tokens.weight"].start % 2 == 1
+    monkeypatch.setattr(safetensors_file, "_SLICE", 4096)
+    file = SafetensorsFile.open(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    pieces = list(file.pieces(name))
+    assert max(piece.nbytes for piece in pieces) == 4096
+    assert torch.equal(torch.cat(pieces), file.tensor(name).view(-1))
+    monkeypatch.setattr(SafetensorsFile, "tensor", None)  # the whole is not asked for
     base.refuse_inf_and_nan(base.long_floats(linears=True))
-    shutil.rmtree(folder)
 
 
 def test_json_has_null_where_a_number_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,3 +275,32 @@ def test_a_key_of_alpha_pattern_matches_what_pefts_expression_matches(key: str) 
 def test_a_key_that_could_run_for_years_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=r"key"):
         ModulePattern(key)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (
+            {(n, "q_proj", "A"): (4, 64) for n in range(0, 9999, 2)},
+            r"no layers 2, 4, .*24, \.\.\.; layer 0 q_proj: ",
+        ),
+        (
+            {(0, name, part): (n, n + 1) for n, name in enumerate(LINEARS, 1) for part in "AB"}
+            | {(1, name, part): (n, n + 2) for n, name in enumerate(LINEARS, 1) for part in "AB"},
+            r"layer 0 down_proj: .*; and 2 faults more;",
+        ),
+    ],
+    ids=["layers", "shapes"],
+)
+def test_an_adapter_with_thousands_of_faults_is_one_short_sentence(
+    shapes: dict[tuple[int, str, str], tuple[int, int]], said: str, base: Path
+) -> None:
+    with pytest.raises(AdapterError, match=said) as caught:
+        adapters.check_shapes(shapes, None, open_model(base).config)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_rank_beyond_the_limit_is_refused_even_where_its_pattern_allows_it(base: Path) -> None:
+    shapes = {(0, "q_proj", "A"): (2000, 64), (0, "q_proj", "B"): (64, 2000)}
+    with pytest.raises(AdapterError, match=r"lora_A is \(2000, 64\)"):
+        adapters.check_shapes(shapes, None, open_model(base).config, {4, 2000})

@@ -59,6 +59,11 @@ def test_another_template_or_end_is_said_at_import_and_wherever_it_is_used(folde
     for name in (str(folder), "copy"):
         assert NOTICE in Session.load("demo", name, "cpu").notices[0]
         assert NOTICE in run("generate", "hi", "--model", "demo", "--adapter", name, "--max-tokens", "1").stderr
+    notes = folder.parent / "note.md"
+    notes.write_text("Today Marra watered the beans behind the shed.\n")
+    assert NOTICE in run("eval", str(notes), "--model", "demo", "--adapter", "copy").stderr
+    trained = run("train", str(notes), "--model", "demo", "--from", "copy", "--steps", "1")
+    assert NOTICE in trained.stdout
     out = folder.parent / "out"
     exported = edgetune.export_adapter("peft", "demo", "copy", out, check=False)
     assert any(NOTICE in notice for notice in exported.notices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from test_start_tokens import BOS, FAST, LLAMA, WITH_BOS, letters
 from test_tokenizer import CHATML, CORPUS, smollm
 
 import edgetune
-from edgetune.export import probes
+from edgetune.export import peft, probes
 from edgetune.export.gguf.vocabulary import read_vocabulary
 from edgetune.export.job import Job
+from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model_folder import write_settings
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
@@ -33,6 +36,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}, 100000.0, None),
         ({"rope_parameters": LLAMA3}, 5e5, {key: value for key, value in LLAMA3.items() if key != "rope_theta"}),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e4}, 7e4, None),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, 1e4, {"type": "linear", "factor": 2.0}),
+        ({"rope_parameters": {"rope_type": None, "rope_theta": 7e4, "factor": None}}, 7e4, None),
     ],
 )
 def test_older_readers_find_rope_where_they_look(config: dict[str, Any], theta: float, scaling: Any) -> None:
@@ -83,6 +88,17 @@ def test_a_class_that_splits_texts_otherwise_is_replaced(tmp_path: Path) -> None
     (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "GPT2Tokenizer"}))
     with pytest.raises(ModelError, match=r"transformers splits \d+ of 13 test texts into other tokens .* Type --force"):
         probes.check_transformers(job(source), tmp_path / "out", "transformers")
+
+
+@pytest.mark.parametrize(("named", "told"), [("GPT2Tokenizer", True), ("PreTrainedTokenizerFast", False), (None, False)])
+def test_export_peft_says_where_transformers_may_split_texts_otherwise(tmp_path: Path, named: Any, told: bool) -> None:
+    source = smollm(tmp_path / "m")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": named}))
+    adapter = Adapter(LoraConfig(1, 1.0), {(0, "q_proj", part): torch.ones(1, 1) for part in "AB"})
+    (tmp_path / "out").mkdir()
+    notices = peft.write(replace(job(source), adapter=adapter), tmp_path / "out").notices
+    assert [("class GPT2Tokenizer: open its tokenizer with PreTrained" in notice) for notice in notices[1:]] == [True] * told
 
 
 @pytest.mark.parametrize("named", [FAST, LLAMA])

@@ -33,6 +33,8 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
     choice = choose_model(model)
     with progress_shown() as show:
         result = evaluate(texts, choice.name, adapter, device, show)
+    for notice in result.notices:
+        say(notice)
     if as_json:
         print_json(dataclasses.asdict(result))
         return

@@ -71,11 +71,10 @@ def export_command(
     from edgetune.library.loading import choose_model
 
     limit = None if memory is None else parse_bytes(memory)
-    choice = choose_model(model)
     with work_goes_on(), renderer(as_json, None if as_json else sys.stderr) as shown:
         result = export_adapter(
             target,
-            model=choice.name,
+            model=model,
             adapter=adapter,
             out=out,
             weights=weights,
@@ -86,7 +85,7 @@ def export_command(
             force=force,
             show=shown.show,
         )
-    say_model(choice, result.adapter)
+    say_model(choose_model(model), result.adapter)
     for notice in result.notices:
         say(notice)
     if as_json:

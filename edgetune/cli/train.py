@@ -46,7 +46,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., Any]:
 def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool, **flags: Any) -> None:
     """Train an adapter (a small addition to a base model) on NOTES.
 
-    NOTES are folders and files of Markdown, plain text, rst, org, or chats in JSON lines. They are never changed.
+    NOTES are folders and files of Markdown, plain text, rst, org, or chats in JSON. They are never changed.
 
     Ctrl-C stops training and loses nothing: run the same command again to continue. The same goes for a crash or a deadline.
     """

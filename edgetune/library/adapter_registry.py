@@ -36,6 +36,8 @@ NONE = "none"
 GGUF = ".gguf"
 """Suffix of a GGUF file."""
 _NAME = re.compile(r"\w[\w.-]{0,99}")
+_NAME_SHOWN = 200
+"""Characters of a name that an error quotes. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def find(name: str | None, base: str) -> Path | None:
     if kept is not None:
         return kept
     raise AdapterError(
-        f"There is no adapter {name!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base model "
-        "(`edgetune adapters list` names them); type --adapter none to use the base model alone."
+        f"There is no adapter {name[:_NAME_SHOWN]!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base "
+        "model (`edgetune adapters list` names them). Type none in its place for the base model alone."
     )
 
 

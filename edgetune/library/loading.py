@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edgetune.config import HEADS
+from edgetune.config import HEADS, GenerateConfig
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
 from edgetune.library.base_models import DEMO, ModelChoice, best, resolve, scan
@@ -17,6 +17,8 @@ from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
 from edgetune.runtime.errors import ModelError, SettingError, UsageError
+from edgetune.runtime.generate import Sampling
+from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.tokenizer import Tokenizer
@@ -34,6 +36,19 @@ class Loaded:
     checkpoint: Checkpoint
     model: Llama
     tokenizer: Tokenizer
+    recommended: SamplingSettings
+    """The sampling settings that the model's publisher recommends."""
+
+    def sampling(self, temperature: float | None = None, seed: int | None = None) -> Sampling:
+        """Return the settings to sample with: those given, else the publisher's, else GenerateConfig's.
+
+        Raises SettingError for a value that cannot be used.
+        """
+        own = self.recommended
+        given = own.temperature if temperature is None else temperature
+        settings = GenerateConfig(temperature=GenerateConfig.temperature if given is None else given, seed=seed)
+        top_p = settings.top_p if own.top_p is None else own.top_p
+        return Sampling(settings.temperature, top_p, settings.seed, own.top_k or 0, own.repetition_penalty or 1.0)
 
 
 Base = tuple[ModelChoice, Checkpoint]
@@ -87,7 +102,8 @@ def load_base(
     """
     target = pick_device(device)
     choice, checkpoint = base
-    tokenizer = Tokenizer.load(choice.path)  # before the weights are read: one that does not fit them is refused at once
+    # Before the weights are read: what does not fit them or is damaged is refused at once.
+    tokenizer, recommended = Tokenizer.load(choice.path), read_sampling(choice.path)
     quant = None if checkpoint.quant is not None else QuantConfig()
     model = load_llama(
         checkpoint,
@@ -99,7 +115,7 @@ def load_base(
         head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target, checkpoint),
         progress=progress,
     )
-    return Loaded(choice, checkpoint, model, tokenizer)
+    return Loaded(choice, checkpoint, model, tokenizer, recommended)
 
 
 def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str | None:

@@ -18,6 +18,7 @@ from edgetune.dataset.token_store import tokenize
 from edgetune.documents.reading import read_notes
 from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
+from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import load_base, open_base
 from edgetune.progress import Progress, Show, Stages, ignore
 from edgetune.runtime import adapter as adapters
@@ -38,7 +39,10 @@ TOKEN_COST_INT8 = 1.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answer of `edgetune eval`. Perplexity is per token, so it compares only models that share a tokenizer."""
+    """The answer of `edgetune eval`. Perplexity is per token, so it compares only models that share a tokenizer.
+
+    notices: sentences for the user about the adapter.
+    """
 
     bits_per_byte: float
     perplexity: float
@@ -133,5 +137,9 @@ def evaluate(
         documents=len(store.documents),
         model=loaded.choice.name,
         adapter=name,
-        notices=(*sentences(reading), *notices.sentences()),
+        notices=(
+            *sentences(reading),
+            *notices.sentences(),
+            *adapter_notices(adapter, found, loaded.checkpoint, loaded.tokenizer),
+        ),
     )

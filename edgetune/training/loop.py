@@ -7,6 +7,7 @@ saved is the one with the lowest held-out score, not the last one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 import torch
 
 import edgetune
-from edgetune.config import GenerateConfig
 from edgetune.dataset.evaluation_set import Score
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.home import expand
@@ -27,7 +27,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import LinkError, TrainingError
-from edgetune.runtime.generate import Generator, Sampling
+from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
 from edgetune.training import evaluation
@@ -37,7 +37,7 @@ from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
-from edgetune.training.step import TrainStep
+from edgetune.training.step import StepResult, TrainStep
 
 REPORT_FILE = "report.html"
 MOST_SKIPPED = 5
@@ -213,7 +213,8 @@ class TrainingLoop:
         self._check_stop()
         if self.world.size > 1:
             self.world.announce_step(state.step)
-        result = self.train_step.run(state.step)
+        is_first = self.world.size == 1 and not self.step_seconds
+        result = self._first_step() if is_first else self.train_step.run(state.step)
         state.step += 1
         self.step_seconds = time.monotonic() - start
         if not result.finite:
@@ -232,6 +233,15 @@ class TrainingLoop:
             memory_bytes=self.meter.now,
             seconds=self._seconds(),
         )
+
+    def _first_step(self) -> StepResult:
+        """Run a step and report its progress, block by block: it can take minutes, and none has shown yet how many."""
+        batches = len(self.run.packer.micro_batches(self.state.step, self.plan.setting.row_tokens))
+        progress, done, total = self.stages.of("first step"), itertools.count(), 2 * len(self.model.blocks) * batches
+        self.runner.between_blocks = lambda: progress(next(done), total)
+        result = self.train_step.run(self.state.step)
+        self.runner.between_blocks = self._check_stop
+        return result
 
     def _score(self, most_seconds: float = math.inf, most_batches: int | None = None) -> Score:
         """Score the held-out notes with the adapter as it is now, as far as these limits allow (see evaluation.score)."""
@@ -269,7 +279,7 @@ class TrainingLoop:
     def _samples(self, when: str) -> Iterator[Event]:
         """Let the model continue the beginnings of some notes and answer some chats, held-out ones where there are any."""
         tokenizer = self.run.loaded.tokenizer
-        sampling = Sampling(GenerateConfig.temperature, GenerateConfig.top_p, seed=self.config.data.seed)
+        sampling = self.run.loaded.sampling(seed=self.config.data.seed)
         prompts, tokens = self.run.record.prompts, _SAMPLE_TOKENS
         # Where weights are streamed, every token reads them from disk again: write less.
         if not self.model.whole:

@@ -21,6 +21,7 @@ from edgetune.documents.reading import read_notes
 from edgetune.documents.summary import sentences
 from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
+from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
 from edgetune.progress import SILENT, Progress, Stages, ignore
@@ -145,7 +146,11 @@ def prepare_new(
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=(*sentences(reading), *notes.notices),
+        notices=(
+            *sentences(reading),
+            *notes.notices,
+            *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
+        ),
         notes=_documents_digest(split.train + split.held_out),
         torch=torch.__version__,
         files=_token_files(folder),
