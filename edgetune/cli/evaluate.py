@@ -34,12 +34,10 @@ def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None,
     with progress_shown() as show:
         result = evaluate(texts, choice.name, adapter, device, show)
     for notice in result.notices:
-        say(notice)
+        say(one_line(notice))
     if as_json:
         print_json(dataclasses.asdict(result))
         return
-    for notice in result.notices:
-        say(one_line(notice))
     click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}.")
     click.echo(
         f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "
