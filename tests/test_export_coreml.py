@@ -578,7 +578,9 @@ def test_the_command_writes_proves_and_describes(tmp_path: Path) -> None:
     assert result.verified
     assert result.greedy_match
     assert result.proved_by == "edgetune's own evaluator"
-    assert result.notices == (coreml.LIMIT_OF_PROOF,)
+    assert result.notices[0] == coreml.LIMIT_OF_PROOF
+    assert result.notices[1].startswith("This model's heads have 16 numbers, and the Neural Engine may fail")
+    assert len(result.notices) == 2
     call = json.loads((tmp_path / "out" / "how-to-call.json").read_text())
     assert call["context_tokens"] == config["max_position_embeddings"]
     assert call["stop_ids"] == [config["eos_token_id"]]

@@ -389,13 +389,13 @@ def test_a_folder_that_is_not_there_is_said() -> None:
 
 
 def test_what_config_toml_says_of_training_counts(home: Path, private_home: Path) -> None:
-    make_model(cached(home, "Tiny/Llama"))
+    make_model(cached(home, "Tiny/Llama"), max_position_embeddings=65536)
     private_home.mkdir(parents=True)
-    (private_home / "config.toml").write_text("[train]\nbatch_tokens = 1000000\nrecompute = 'none'\nseq_len = 100000\n")
+    (private_home / "config.toml").write_text("[train]\nbatch_tokens = 1000000\nrecompute = 'none'\nseq_len = 65536\n")
     much = only(scan()).path
     checkpoint, device = open_model(much), pick_device("auto").type
     needed, usual = (least_memory_to_train(checkpoint, train, device) for train in (train_config({}), TrainConfig()))
-    assert needed > 2 * usual
+    assert needed > 1.2 * usual
     planned = forecast(replace(train_config({}), model="Tiny/Llama", memory="1MB"))
     assert planned.least_memory_bytes == pytest.approx(needed, rel=0.05)
 
