@@ -34,6 +34,7 @@ from tests.test_answer_spans import CHATML, GEMMA, QWEN3
 DEMO = Path(edgetune.__file__).parent / "demo"
 QUESTION, ANSWER = Turn("user", "How deep?"), Turn("assistant", "Two inches.")
 ASKED, ANSWERED = {"role": "user", "content": "How deep?"}, {"role": "assistant", "content": "Two inches."}
+IN_PARTS = {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "deep?"}]}
 
 
 def put(folder: Path, *records: Any, name: str = "c.jsonl") -> Path:
@@ -85,6 +86,8 @@ def told(documents: list[Document], model: Tokenizer, folder: Path) -> tuple[Tok
     "record",
     [
         {"conversations": [ASKED, ANSWERED]},
+        {"text": "### Human: How deep?\n### Assistant:Two inches.\n"},
+        {"messages": [{"role": "assistant", "content": "Hello!"}, IN_PARTS, ANSWERED]},
         {"messages": [{"from": "human", "value": "How deep?"}, {"from": "gpt", "value": "Two inches."}]},
         {"messages": [{"role": "Human", "content": "How deep?"}, {"role": "AI", "content": "Two inches."}]},
         {"conversations": [{"from": "USER", "value": "How deep?"}, {"from": "ChatGPT", "value": "Two inches."}]},

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune.documents.document import Document, Reason, Turn
+from edgetune.documents.document import Document, Reason
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.heldout import split_held_out
@@ -274,21 +274,6 @@ def test_unicode_is_decoded(data, encoding):
     assert decode(data) == ("naïve café ☕", encoding)
 
 
-def test_western_code_pages_are_decoded():
-    text = "Der Bär fraß “süße” Brötchen – für 5 €."
-    assert decode(text.encode("cp1252")) == (text, "windows-1252")
-    assert decode("déjà vu".encode("latin-1")) == ("déjà vu", "windows-1252")
-
-
-@pytest.mark.parametrize(
-    "data", ["Привет, мир".encode("cp1251"), "こんにちは世界".encode("shift-jis"), "你好，世界".encode("gbk")]
-)
-def test_other_code_pages_are_refused_rather_than_guessed(data):
-    with pytest.raises(NotText) as problem:
-        decode(data)
-    assert problem.value.reason is Reason.UNKNOWN_ENCODING
-
-
 def test_utf8_with_one_broken_byte_stays_utf8():
     text, encoding = decode("größere Übel".encode() + b"\xff")
     assert (text, encoding) == ("größere Übel\ufffd", "utf-8 (damaged)")
@@ -403,29 +388,6 @@ def test_a_file_over_the_limit_is_skipped(tmp_path, monkeypatch):
 def chat_lines(tmp_path: Path, *lines: str | dict) -> Path:
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     return put(tmp_path, "chats.jsonl", text)
-
-
-QUESTION, ANSWER = Turn("user", "How deep?"), Turn("assistant", "Two inches.")
-ASKED = {"role": "user", "content": "How deep?"}
-ASKED_IN_PARTS = {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "deep?"}]}
-ANSWERED = {"role": "assistant", "content": "Two inches."}
-GREETING = {"role": "assistant", "content": "Hello!"}
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"text": "### Human: How deep? ### Assistant: Two inches."},
-        {"text": "### Human: How deep?\n### Assistant:Two inches.\n"},
-        {"messages": [ASKED, ANSWERED]},
-        {"messages": [GREETING, ASKED_IN_PARTS, ANSWERED]},
-        {"conversations": [{"from": "human", "value": "How deep?"}, {"from": "gpt", "value": "Two inches."}]},
-    ],
-)
-def test_every_form_of_chat_gives_the_same_turns(tmp_path, record):
-    (document,) = read_notes([chat_lines(tmp_path, record)]).documents
-    assert document.turns == (QUESTION, ANSWER)
-    assert document.path == "chats.jsonl#1"
 
 
 def test_guanacos_text_is_kept_as_it_stands(tmp_path):

@@ -22,6 +22,7 @@ WESTERN = {
     "Icelandic": "Í gær hjólaði ég yfir brúna. Keðjan er gömul og ryðguð, en það gengur samt. Þú getur æft þig.",
     "Catalan": "Avui he anat al taller. La cadena és vella i la col·lecció és gran. Això està bé, però què més?",
     "English": "We met at the café. It cost £5, “quite a lot”, she said — naïve as ever. The part is 5 cm³ and 20 °C.",
+    "two words": "déjà vu",
     "signs": "Fläche 5 m², 10 cm³, 20°C, ±3 mm, ½ Tasse, §5, ©2020 Müller®",
 }
 MIXED = "The valve must be opened before the pump is started. " * 8

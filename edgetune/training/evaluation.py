@@ -52,7 +52,7 @@ class Evaluation:
     model: str
     adapter: str
     notices: tuple[str, ...]
-    """Sentences for the user about what was not read, or not as it is."""
+    """Sentences for the user about what was not read, or not as it is, and about the adapter."""
 
 
 def plan_evaluations(config: TrainConfig, steps: int, trained_tokens: float, set_tokens: int, int8: bool) -> tuple[int, int]:
