@@ -183,7 +183,7 @@ def _documents(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[int]]:
 
 
 def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [*tokenizer.start_ids, *tokenizer.encode(text)]
+    return tokenizer.start.before_text(tokenizer.encode(text))
 
 
 def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> tuple[_Outcome, int, int]:

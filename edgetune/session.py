@@ -113,7 +113,7 @@ class Session:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a text to continue, which begins as a document does."""
-        return [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
+        return self.tokenizer.start.before_text(self.tokenizer.encode(prompt))
 
     def _sampling(self, max_tokens: int, temperature: float | None, seed: int | None) -> Sampling:
         """Return the settings to sample with (see Loaded.sampling). Raises SettingError for any of the three that is wrong."""

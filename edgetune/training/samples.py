@@ -65,7 +65,7 @@ def first_question(turns: Sequence[Turn], tokenizer: Tokenizer, template: bool) 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens of a prompt, as they begin a document in training."""
     if isinstance(prompt, str):
-        return [*tokenizer.start_ids, *tokenizer.encode(prompt)]
+        return tokenizer.start.before_text(tokenizer.encode(prompt))
     return tokenizer.start.before_chat(tokenizer.encode_chat(prompt, add_generation_prompt=True))
 
 

@@ -40,7 +40,7 @@ def check_loss(contents: Contents, loss: dict[str, float]) -> None:
 def _prompt(job: Job) -> list[int]:
     """Return the token ids of the golden prompt."""
     tokenizer = Tokenizer.load(job.base.folder)
-    return [*tokenizer.start_ids, *tokenizer.encode(verify.PROMPT)]
+    return tokenizer.start.before_text(tokenizer.encode(verify.PROMPT))
 
 
 def loss_notice(contents: Contents, loss: dict[str, float]) -> str:
