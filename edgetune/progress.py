@@ -39,7 +39,7 @@ class Stages:
         pause: float = EVENT_SECONDS,
     ) -> None:
         self._show, self._check, self._quiet, self._pause = show, check, quiet, pause
-        self._begin("")
+        self._stage, self._start, self._told, self._percent = "", 0.0, float("-inf"), -1
 
     def of(self, stage: str) -> Progress:
         """Begin a stage, and return the callback that takes its progress."""

@@ -24,6 +24,9 @@ _QUOTE = reprlib.Repr()
 """Shortens a value that an error names."""
 _QUOTE.maxstring = _QUOTE.maxother = 60
 
+_LONGEST_WHOLE = 20
+"""Most characters of a whole number that are read: more than any setting's largest value has."""
+
 
 class Kind(abc.ABC):
     """A kind of value: a whole number, one of a few words, a list of texts."""
@@ -63,7 +66,9 @@ class Whole(Kind):
         return int(value)
 
     def read(self, text: str) -> int:
-        return int(text) if len(text) < 20 else self.high + 1  # int() takes quadratic time for thousands of digits
+        if len(text) > _LONGEST_WHOLE:  # int() takes quadratic time for thousands of digits
+            raise ValueError(text)
+        return int(text)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ class StartTokens:
         """Return True if the tokenizer adds bos to every text, chats included."""
         return bool(self.chat)
 
+    def before_text(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a note or a prompt, after its start id."""
+        return [*self.text, *ids]
+
     def before_chat(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a rendered chat, after its start id unless the template wrote that itself."""
         return [*ids] if tuple(ids[: len(self.chat)]) == self.chat else [*self.chat, *ids]

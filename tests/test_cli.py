@@ -379,6 +379,12 @@ def test_model_output_cannot_move_the_cursor(monkeypatch: pytest.MonkeyPatch) ->
     assert "\x07" not in shown.out
 
 
+def test_a_number_of_too_many_digits_is_quoted_as_it_was_typed() -> None:
+    outcome = run("generate", "hi", "--seed", "9" * 26)
+    assert outcome.code == 2
+    assert outcome.err == f"edgetune: --seed is '{'9' * 26}'; expected a whole number from 0 to 4294967295.\n"
+
+
 def test_help_does_not_import_torch() -> None:
     code = "import sys, edgetune, edgetune.cli.main; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

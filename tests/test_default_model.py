@@ -56,8 +56,8 @@ def test_without_another_model_the_demo_is_used_and_the_reason_is_said() -> None
     assert choose_model().why == "built in, since no other model is ready here"
     planned = run("plan", "--json")
     assert json.loads(planned.stdout)["model"] == DEMO
-    said = [line for line in planned.stderr.splitlines() if not line.startswith("timing: ")]  # progress, on a slow machine
-    assert said == [f"Model: demo ({choose_model().why}).", DEMO_NOTICE]
+    # A busy machine takes long enough for lines of progress to follow.
+    assert planned.stderr.splitlines()[:2] == [f"Model: demo ({choose_model().why}).", DEMO_NOTICE]
 
 
 def test_the_best_model_is_used_and_the_reason_is_said(hub: Path) -> None:

@@ -148,7 +148,7 @@ def test_evaluations_never_have_had_more_than_their_share_of_the_work(
         done += cost
         if tokens > 1:  # one token at least
             assert done <= share * step * step_tokens * (1 + 1e-9)
-    assert math.ceil(steps / every) <= max(wanted, 1)
+    assert math.ceil(steps / every) <= wanted
 
 
 def test_a_usual_run_has_five_evaluations_and_a_short_one_fewer() -> None:

@@ -263,6 +263,15 @@ def test_whoever_asks_a_stage_to_stop_is_heard_at_its_next_report() -> None:
         reports(1, 10)
 
 
+def test_one_document_and_one_step_are_no_plural() -> None:
+    events = list(run_of(1))
+    started, end = events[0], events[-1]
+    assert isinstance(started, Started)
+    assert isinstance(end, Finished)
+    assert "learning from 1 document, " in ui.started_line(dataclasses.replace(started, documents=1, heldout_documents=1))
+    assert any(line.startswith("1 step, ") for line in ui.finished_lines(dataclasses.replace(end, steps=1)))
+
+
 def test_rows_that_were_cut_are_said() -> None:
     started = next(run_of(1))
     assert isinstance(started, Started)

@@ -93,7 +93,8 @@ def started_line(event: Started) -> str:
     wanted, rows = event.plan.get("settings", {}).get("data", {}).get("seq_len"), event.plan.get("seq_len")
     cut = f"; rows of {rows} tokens, as many as the model has positions" if rows != wanted else ""
     return (
-        f"Base model {one_line(event.model)} on {one_line(event.device)}: learning from {event.documents} documents{held_out}; "
+        f"Base model {one_line(event.model)} on {one_line(event.device)}: learning from {event.documents} "
+        f"{'document' if event.documents == 1 else 'documents'}{held_out}; "
         f"{event.tokens:,} tokens per epoch{cut}; the adapter has {event.trainable_parameters:,} parameters, "
         f"the base model {event.parameters:,}"
     )
@@ -129,7 +130,7 @@ def finished_lines(event: Finished) -> list[str]:
     else:
         lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
     lines.append(
-        f"{event.steps:,} steps, {event.tokens:,} tokens in {human_time(event.seconds)} "
+        f"{event.steps:,} {'step' if event.steps == 1 else 'steps'}, {event.tokens:,} tokens in {human_time(event.seconds)} "
         f"({event.tokens_per_second:,.0f} tokens/s), peak memory {human_bytes(event.peak_memory_bytes)}"
     )
     if event.skipped_steps:
