@@ -105,7 +105,7 @@ class Tokenizer:
 
     def prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue, which begins as a note does in training."""
-        return [*self.start.text, *self.encode(text)]
+        return self.start.before_text(self.encode(text))
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the ids of a conversation to answer, which begins as a chat does in training.
