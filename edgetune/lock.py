@@ -86,5 +86,5 @@ def _describe(holder: bytes) -> str:
     try:
         record = json.loads(holder)
         return f"Process {int(record['pid'])} (since {datetime.fromisoformat(record['since'])})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "Another process"
