@@ -117,6 +117,7 @@ def started(place: Path) -> Iterator[subprocess.Popen[str]]:
                     child.kill()
 
 
+@pytest.mark.slow
 def test_a_workers_death_ends_the_run_at_its_last_step_and_it_goes_on(place: Path, started: subprocess.Popen[str]) -> None:
     follower(started).send_signal(signal.SIGKILL)
     output, errors = started.communicate(timeout=60)

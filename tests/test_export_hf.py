@@ -160,6 +160,7 @@ def test_transformers_reads_the_4bit_merge_as_edgetune_does(family: str, tmp_pat
     assert all(isinstance(checkpoint.tensor(name), nf4.QuantizedTensor) for name in checkpoint.stored if is_linear(name))
 
 
+@pytest.mark.slow
 def test_feedback_keeps_an_adapter_where_the_nearest_loses_it_and_such_a_merge_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_mlx_lm_reads_the_4bit_model_as_edgetune_does(family: str, tmp_path: Pat
     assert stored["model.layers.0.mlp.up_proj.weight"].shape == (128, 8)
 
 
+@pytest.mark.slow
 def test_a_base_whose_codes_say_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong export still agrees with itself, so it is compared with the model that it was made from."""
     monkeypatch.setattr(effect, "TOKENS", 512)

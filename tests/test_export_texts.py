@@ -143,7 +143,7 @@ def test_the_refusal_says_what_to_type_before_anything_is_opened(typed: list[str
 def test_texts_of_a_token_each_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user who names texts never gets figures that were measured on other texts."""
     (tmp_path / "a.txt").write_text("Whatever this says.")
-    monkeypatch.setattr("edgetune.exporting._tokens", lambda tokenizer, text: [7])
+    monkeypatch.setattr("edgetune.runtime.tokenizer.Tokenizer.prompt_ids", lambda tokenizer, text: [7])
     night, texts = str(model.parent / "night"), (str(tmp_path / "a.txt"),)
     with pytest.raises(DataError, match="No text in --texts is longer than one token"):
         export_adapter("hf", str(model), night, tmp_path / "out", "nf4", texts=texts, check=False)

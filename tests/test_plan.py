@@ -139,6 +139,7 @@ def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_memory_it_was_given_and_to_what_was_predicted(tmp_path: Path) -> None:
     planned = json.loads(run("plan", str(NOTES), "--model", "demo", "--json", home=tmp_path).stdout)
     for memory in (planned["least_memory_bytes"] + 15_000_000, planned["peak_memory_bytes"] + 15_000_000):
