@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections import defaultdict
@@ -105,7 +106,7 @@ def _module(layer: int, name: str) -> str:
 
 def refuse_foreign(folder: Path) -> None:
     """Raise AdapterError unless `folder` is missing, empty or an adapter's, so that no other files are ever replaced."""
-    if not folder.exists():
+    if not os.path.exists(folder):  # False also for a name that no file can have, where Path.exists raises
         return
     strangers = [folder] if not folder.is_dir() else [path for path in folder.iterdir() if path.name not in _OWN_FILES]
     if strangers:

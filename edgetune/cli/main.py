@@ -16,7 +16,7 @@ import edgetune
 from edgetune.cli.signals import exit_on_signals
 from edgetune.home import home
 from edgetune.reports.streams import standard_streams
-from edgetune.reports.text import sanitize
+from edgetune.reports.text import NAME_SHOWN, sanitize
 from edgetune.runtime.errors import EdgetuneError, SettingError, out_of_memory
 from edgetune.runtime.files import explain_full_disk
 
@@ -95,14 +95,23 @@ def plain_failures() -> Iterator[None]:
         # Python would complain when it flushes standard output at exit, so give it somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        message = out_of_memory(error)
-        if message is None and (error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None):
+        message = out_of_memory(error) or _place_sentence(error)
+        if message is None:
             raise
-        message = message or (
-            f"No permission to use {error.filename} ({error.strerror}). Check who owns it, or name another place."
-        )
         click.echo(f"edgetune: {sanitize(message)}", err=True)
         sys.exit(1)
+
+
+def _place_sentence(error: OSError) -> str | None:
+    """Return a sentence for a place that cannot be used, or None for another failure of the system."""
+    if error.filename is None:
+        return None
+    place = os.fsdecode(error.filename)[:NAME_SHOWN]
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"No permission to use {place} ({error.strerror}). Check who owns it, or name another place."
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL):
+        return f"{place} cannot be used ({error.strerror}). Name another place."
+    return None
 
 
 def main() -> None:

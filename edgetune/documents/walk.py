@@ -14,13 +14,12 @@ from edgetune.documents import not_notes
 from edgetune.documents.document import Reason, Skipped
 from edgetune.documents.note_file import Identity, NotReadable, identity, open_folder
 from edgetune.home import expand, home
+from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.errors import DataError, UsageError
 
 NOTE_SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".org")
 CHAT_SUFFIXES = (".jsonl",)
 KINDS = f"notes ({', '.join(NOTE_SUFFIXES)}) or chats ({', '.join(CHAT_SUFFIXES)})"
-_NAME_SHOWN = 200
-"""Characters of a name that an error quotes. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def walk(
         raise DataError(f"No notes were named: give a folder or files of {KINDS}, for example notes/.")
     for given, root in zip(paths, roots, strict=True):
         if not os.path.exists(root):  # False also for a name that no file can have, where Path.exists raises
-            name = os.fspath(given)[:_NAME_SHOWN]
+            name = os.fspath(given)[:NAME_SHOWN]
             raise DataError(f"There is no file or folder {name}: expected {KINDS}; check the path, and type it again.")
     state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude], own=own_folder())
     for root in sorted(roots):

@@ -21,6 +21,7 @@ from edgetune.export.gguf import adapter as gguf_adapter
 from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.home import PRIVATE_FOLDER, expand, home, private_folder
 from edgetune.library.own_tokenizer import RECORD, differences_from_base
+from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter, check_fits
 from edgetune.runtime.checkpoint import Checkpoint
@@ -36,8 +37,6 @@ NONE = "none"
 GGUF = ".gguf"
 """Suffix of a GGUF file."""
 _NAME = re.compile(r"\w[\w.-]{0,99}")
-_NAME_SHOWN = 200
-"""Characters of a name that an error quotes. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def find(name: str | None, base: str) -> Path | None:
     if kept is not None:
         return kept
     raise AdapterError(
-        f"There is no adapter {name[:_NAME_SHOWN]!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base "
+        f"There is no adapter {name[:NAME_SHOWN]!r}: it is neither a folder, nor a {GGUF} file, nor an adapter of this base "
         "model (`edgetune adapters list` names them). Type none in its place for the base model alone."
     )
 

@@ -11,6 +11,7 @@ from edgetune.home import expand
 from edgetune.library.inspect_model import SUGGESTED, FoundModel, Room, config_of, is_mlx, printable
 from edgetune.library.places import candidates, candidates_in, newest_snapshot
 from edgetune.memory_settings import memory_allowed
+from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import ModelError
 
@@ -102,7 +103,7 @@ def resolve(name: str | None = None) -> ModelChoice:
         if refused is not None:
             raise ModelError(refused.reason)
     raise ModelError(
-        f"There is no model {name[:200]!r} on this machine; expected a folder, the id of a model in the Hugging Face "
+        f"There is no model {name[:NAME_SHOWN]!r} on this machine; expected a folder, the id of a model in the Hugging Face "
         "cache, an LM Studio or Ollama name, or 'demo'. Type `edgetune models` to see what is here; edgetune never "
         "downloads."
     )

@@ -13,6 +13,9 @@ _CONTROLS[0x7F] = "\u2421"
 _INVISIBLE = [*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 _REPLACEMENTS = _CONTROLS | dict.fromkeys(_INVISIBLE, "\ufffd")
 
+NAME_SHOWN = 200
+"""Characters of a name that an error quotes. Chosen by hand."""
+
 
 def sanitize(text: str) -> str:
     """Return `text` with no power over a terminal: control characters, except newline and tab, become visible signs.
