@@ -75,7 +75,7 @@ class TokenStore:
             ids = _mapped(path / "ids.bin", np.int32)
             trained = _mapped(path / "trained.bin", np.uint8)
             ends = [0, *(document.start + document.tokens for document in documents)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"The token store {path} is unreadable ({type(error).__name__}). Delete it and run the command again."
             ) from error
