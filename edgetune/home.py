@@ -21,7 +21,7 @@ from pathlib import Path
 import platformdirs
 
 from edgetune.runtime.errors import UsageError
-from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, is_ours, new_file
+from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
@@ -99,6 +99,7 @@ def _secret() -> bytes:
         raise UsageError(f"{path} cannot be read ({error.strerror}). Delete it: edgetune makes a new one.") from error
     if len(found) != _SECRET_BYTES:
         raise UsageError(f"{path} is damaged. Delete it: edgetune makes a new one.")
+    mend(path)  # a process may have been killed while it made the key; one that is making another takes this one
     return found
 
 
@@ -111,10 +112,9 @@ def _make_secret(path: Path) -> None:
                 file.write(secrets.token_bytes(_SECRET_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.chmod(PRIVATE_FILE)
             try:
                 os.link(temporary, path)  # a rename would replace the key that another process has already used
-            except FileExistsError:
+            except (FileExistsError, FileNotFoundError):  # another process was first; it may have deleted the temporary file
                 pass
             except OSError:  # a file system without hard links
                 os.replace(temporary, path)
