@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from test_answer_spans import CHATML, GEMMA, QWEN3
 
 import edgetune
 from edgetune.chat import Chat
@@ -28,8 +30,6 @@ from edgetune.events import Finished, Sampled, Started
 from edgetune.runtime.errors import DataError, TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.train import train
-from tests import tiny
-from tests.test_answer_spans import CHATML, GEMMA, QWEN3
 
 DEMO = Path(edgetune.__file__).parent / "demo"
 QUESTION, ANSWER = Turn("user", "How deep?"), Turn("assistant", "Two inches.")
