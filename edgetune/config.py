@@ -68,9 +68,9 @@ FEWEST_STEPS = 100
 
 
 MEMORY = Parsed(lambda text: parse_bytes(text), "a size such as 2GB or 900MB, at least 1 byte")
-"""What --memory takes."""
+"""The values that --memory takes."""
 SEED = Whole(0, 2**32 - 1)
-"""What --seed takes: torch's generators take no more."""
+"""The values that --seed takes. Chosen by hand: 32 bits, which every generator takes."""
 MOST_NEW_TOKENS = 10**6
 """Most tokens that may be asked for at once. Chosen by hand: a model's own positions are fewer."""
 LARGEST_BATCH = 1 << 24

@@ -26,7 +26,7 @@ from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
 _CONTENTS = ("config.toml", "current.json", "adapters", "runs", "unfinished", "scratch", "secret")
-"""What edgetune keeps in the folder. Anything else there is the user's own."""
+"""Names of the entries that edgetune makes in the folder. Anything else there is the user's own."""
 _SECRET_BYTES = 32
 
 

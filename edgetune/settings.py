@@ -32,7 +32,7 @@ class Kind(abc.ABC):
     """A kind of value: a whole number, one of a few words, a list of texts."""
 
     metavar: ClassVar[str] = "TEXT"
-    """What the help of a flag shows in place of the value."""
+    """The placeholder for the value in the help of a flag."""
 
     @property
     @abc.abstractmethod

@@ -19,7 +19,7 @@ _ATOM = re.compile(r"(\\[.\-dw]|\[\^?[\w.\-\\]+\]|[\w.\-])([*+?]?)")
 _GROUP = re.compile(r"\((?:\?:)?([^()]*)\)")
 
 Atom = tuple[re.Pattern[str], str]
-"""What one character must be, and how often: "", "?", "*" or "+"."""
+"""A set of characters, and how often one of them must come: "", "?", "*" or "+"."""
 
 
 class ModulePattern:

@@ -32,7 +32,7 @@ from edgetune.runtime.untrusted_file import (
 )
 
 _LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-"""What LLaMA's tokenizer calls its special tokens where the configuration files leave a name out or empty."""
+"""The spellings of LLaMA's special tokens, for names that the configuration files leave out or empty."""
 
 
 class TokenizerLibrary(Protocol):

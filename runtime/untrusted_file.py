@@ -76,7 +76,7 @@ LONGEST_PIECE = 4096
 MOST_ADDED_TOKENS = 1 << 14
 """Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
 MOST_GROWTH = 64
-"""How many times longer a tokenizer's normalizer may make a text. Compatibility forms of Unicode make one character 18."""
+"""Largest factor by which a tokenizer's normalizer may lengthen a text. Unicode's compatibility forms reach 18."""
 MAX_SAFETENSORS_HEADER = 4 << 20
 """Longest header of a safetensors file, in bytes: about 30,000 tensors. Parsed, JSON takes up to 80 times as much memory."""
 MAX_DIMENSIONS = 8

@@ -72,7 +72,7 @@ EXPECTED = {
     Reason.NO_ANSWER: "a message of the assistant after one of the user",
     Reason.NOT_TRAINED: "an answer without weight 0 or train false",
 }
-"""What is expected instead, for each reason why a record of a file of chats is not read."""
+"""The form that is expected, for each reason why a record of a file of chats is not read."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Turn:
     trained: bool = True
     """False for an answer that its file marks as not to be learnt. It is context, as the questions are."""
     extras: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What else a chat template may read of a message: its reasoning, tool_calls, tool_call_id and name."""
+    """The other fields of a message that a chat template may read: its reasoning, tool_calls, tool_call_id and name."""
 
     def message(self) -> dict[str, Any]:
         """Return the turn as chat templates take it."""

@@ -55,7 +55,7 @@ _LINE = re.compile(r"^([^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:[ \t]+)([^'\"\s][^
 
 @dataclass(frozen=True)
 class FrontMatter:
-    """What front matter says about a note, and the text below it."""
+    """The title and tags that front matter gives a note, all its keys, and the text below it."""
 
     title: str
     tags: tuple[str, ...]

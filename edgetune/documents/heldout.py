@@ -61,7 +61,7 @@ def split_held_out(documents: Iterable[Document]) -> HeldOutSplit:
 
 
 class Choice:
-    """What to hold out of some documents: for each digest, the first byte that is held out (0: the whole document)."""
+    """Chooses what to hold out of some documents: for each digest, the first byte that is held out (0: the whole document)."""
 
     def __init__(self, documents: list[Document]) -> None:
         self.documents = documents

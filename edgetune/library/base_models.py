@@ -18,13 +18,13 @@ from edgetune.runtime.errors import ModelError
 DEMO = "demo"
 """Name of the model that ships inside edgetune."""
 DEMO_NOTICE = "Built-in 16M-parameter demo: it shows learning, but cannot answer questions. For real use: edgetune models"
-"""What the terminal says wherever the demo was chosen for want of a better model."""
+"""The notice that is shown wherever the demo was chosen because no other model is ready."""
 NOTHING_FOUND = (
     "No base model that edgetune can use was found on this machine. edgetune never downloads: fetch one yourself, "
     f"once, for example with `pip install huggingface_hub` and `hf download {SUGGESTED[0]}` (270 MB) or "
     f"`hf download {SUGGESTED[1]}` (2.2 GB, better answers); `edgetune models` will then list it."
 )
-"""What `edgetune models` says where there is no base model but the demo."""
+"""The sentence that `edgetune models` prints if there is no base model but the demo."""
 
 _WHERE = {
     "Hugging Face": "in your Hugging Face cache",

@@ -110,16 +110,10 @@ def prepare_new(
     stored = Stored.of(checkpoint)
     chosen = choose_or_refuse(checkpoint.config, lora, stored, config, dtype, device.type, processes, local_processes)
     loaded = _load(config, base, dtype, chosen.setting, stages)
-    if adapter is None:
-        adapters.attach_new(loaded.model, lora, data.seed)
-    else:
-        adapters.attach(loaded.model, adapter)
+    _attach(loaded, adapter, lora, data.seed)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
-    trained_tokens = int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
-    evaluated = None if held_out is None else EvaluationSet.of(held_out, data.seq_len)
-    set_tokens = 0 if evaluated is None else evaluated.tokens
-    evaluate_every, evaluate_tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8)
+    evaluate_every, evaluate_tokens = _evaluation_schedule(config, packer, steps, held_out, int8)
     plan = Plan(
         steps=steps,
         steps_per_epoch=packer.steps_per_epoch,
@@ -158,6 +152,23 @@ def prepare_new(
     return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
 
 
+def _attach(loaded: Loaded, adapter: Adapter | None, lora: LoraConfig, seed: int) -> None:
+    """Attach a stored adapter to the model or, where there is none, a fresh one of the shape `lora`."""
+    if adapter is None:
+        adapters.attach_new(loaded.model, lora, seed)
+    else:
+        adapters.attach(loaded.model, adapter)
+
+
+def _evaluation_schedule(
+    config: TrainConfig, packer: Packer, steps: int, held_out: TokenStore | None, int8: bool
+) -> tuple[int, int]:
+    """Return the steps from one evaluation to the next, and the held-out tokens that each scores."""
+    trained_tokens = int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
+    set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
+    return plan_evaluations(config, steps, trained_tokens, set_tokens, int8)
+
+
 def prepare_resumed(
     config: TrainConfig, base: Base, folder: Path, record: RunRecord, has_steps: bool, stages: Stages = SILENT
 ) -> PreparedRun:
@@ -171,10 +182,7 @@ def prepare_resumed(
         raise DataError(f"The tokens in {folder} are damaged. Type the same command with --fresh.")
     loaded = _load(config, base, getattr(torch, plan.compute_dtype), plan.setting, stages)
     adapter = None if has_steps else named_adapter(config, loaded.checkpoint)
-    if adapter is None:
-        adapters.attach_new(loaded.model, record.lora, config.data.seed)
-    else:
-        adapters.attach(loaded.model, adapter)
+    _attach(loaded, adapter, record.lora, config.data.seed)
     # Another number of threads sums in another order, and so gives other bits.
     if plan.threads != torch.get_num_threads():
         torch.set_num_threads(plan.threads)
