@@ -250,6 +250,23 @@ def test_a_stop_because_of_a_death_keeps_a_checkpoint(place: Path, monkeypatch: 
     assert isinstance(seen[-1], Interrupted)
 
 
+def test_a_stop_that_reaches_a_follower_first_is_a_stop(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+
+    class Stopped(Dying):
+        def announce_step(self, step: int | None) -> None:
+            if step is None:
+                raise LinkError("gone")
+            if step == 4:
+                stop.set()
+                raise LinkError("gone")
+
+    *_, saved, last = one_run(place, Stopped(dies_at_copy=0), stop, monkeypatch)
+    assert isinstance(saved, Saved)
+    assert isinstance(last, Interrupted)
+    assert saved.step == last.step == 4
+
+
 def test_a_private_link_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, here=1)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)

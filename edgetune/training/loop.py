@@ -101,11 +101,12 @@ class TrainingLoop:
             yield from self._train()
             self.world.announce_step(None)
             yield from self._finish()
-        except LinkError:
-            # A step changes nothing before every process has done its part, so this is the state of the last whole step.
-            yield self._save_checkpoint()
-            raise
-        except _Stopped:
+        except (_Stopped, LinkError) as error:
+            # torchrun passes a stop on to every process. A follower that ends first breaks the step this one is in, and a step
+            # changes nothing before every process has done its part, so the state is that of the last whole step.
+            if isinstance(error, LinkError) and not self.stop.is_set():
+                yield self._save_checkpoint()
+                raise
             if not self._is_saved():
                 yield self._save_checkpoint()
             # torchrun stops this process when another one dies, and then nobody may be left to listen.
