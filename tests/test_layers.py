@@ -57,6 +57,7 @@ PRODUCT = (
     {"machine"},
     {"training", "session", "chat", "exporting"},
     {"library", "dataset"},
+    {"conversion"},
     {"documents", "reports", "memory_settings"},
     {"config", "settings", "events", "progress", "home", "lock", "scratch", "demo", "_version"},
 )
