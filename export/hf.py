@@ -27,9 +27,10 @@ from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError, UsageError
+from edgetune.runtime.fused import fused_weights
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
-from edgetune.runtime.model_folder import quantization_config, write_model
+from edgetune.runtime.model_folder import FusedRecipe, quantization_config, write_model
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.safetensors_file import TensorSpec
 
@@ -56,7 +57,7 @@ def write(job: Job, folder: Path) -> Written:
         return _write_nf4(job, folder, config)
     dtype = DTYPES[job.weights]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    recipe = merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype)
+    recipe = FusedRecipe.of(merge.DenseRecipe(merge.Merged(job.base, job.adapter), dtype), job.base.config)
     write_model(job.base.folder, folder, config, recipe, done=job.counter("writing", len(recipe.shapes)))
     return Written()
 
@@ -66,6 +67,11 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
     if job.adapter is None:
         raise UsageError(
             f"There is no adapter to merge; type `edgetune quantize {job.base.folder} DEST` to write the base in 4 bits."
+        )
+    if fused_weights(job.base.config):
+        raise UsageError(
+            f"export hf does not round the linears that {job.base.config.model_type} stores as one matrix; type --weights bf16 "
+            "instead."
         )
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)

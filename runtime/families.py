@@ -218,8 +218,9 @@ class Family:
             found = config.get(option)
             if found is None or allowed is None or (not isinstance(found, list | dict) and found in allowed):
                 continue
-            shown = {False: "false", 1: "1.0" if option == "partial_rotary_factor" else "1"}
-            raise unsupported(option, reprlib.repr(found), shown.get(allowed[0], str(allowed[0])))
+            first = allowed[0]
+            expected = "false" if first is False else "1.0" if option == "partial_rotary_factor" else str(first)
+            raise unsupported(option, reprlib.repr(found), expected)
 
     @property
     def all_keys(self) -> frozenset[str]:
@@ -228,11 +229,13 @@ class Family:
 
 
 _GRANITE_KEYS = frozenset(["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"])
-_MAMBA_KEYS = frozenset(
-    ["mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand", "mamba_chunk_size"]
-    + ["mamba_conv_bias", "mamba_proj_bias", "time_step_limit", "num_experts_per_tok", "shared_intermediate_size"]
-    + ["position_embedding_type"]
-)
+_UNUSED_MAMBA = ("n_heads", "n_groups", "d_state", "d_head", "d_conv", "expand", "chunk_size", "conv_bias", "proj_bias")
+_GRANITE_4_KEYS = frozenset(
+    [
+        *(f"mamba_{name}" for name in _UNUSED_MAMBA), "time_step_limit", "num_experts_per_tok", "shared_intermediate_size",
+        "position_embedding_type",
+    ]
+)  # fmt: skip
 _GEMMA_ACTIVATION = ("gelu_pytorch_tanh",)
 
 FAMILIES: dict[str, Family] = {
@@ -251,7 +254,7 @@ FAMILIES: dict[str, Family] = {
         "GraniteMoeHybridForCausalLM",
         _granite_4,
         {"num_local_experts": 8},
-        _GRANITE_KEYS | _MAMBA_KEYS,
+        _GRANITE_KEYS | _GRANITE_4_KEYS,
         {"attention_dropout": None, "num_local_experts": (0,), "normalization_function": ("rmsnorm",)},
         {
             "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),

@@ -38,6 +38,7 @@ from edgetune.runtime.model_folder import (
     write_shard,
 )
 from edgetune.runtime.names import HEAD, is_linear
+from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
 
@@ -139,6 +140,7 @@ def quantize_folder(
         raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")
     if head != "bf16" and checkpoint.config.tie_embeddings:
         raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
+    _refuse_unsplittable(checkpoint, double_quant)
     companions(src)  # raises before any work is done
     checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
     if has_tokenizer(src):
@@ -157,6 +159,18 @@ def quantize_folder(
     parameters = sum(map(math.prod, recipe.shapes.values()))
     size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
     return QuantizeResult(dest, parameters, checkpoint.nbytes, size)
+
+
+def _refuse_unsplittable(checkpoint: Checkpoint, double_quant: bool) -> None:
+    """Raise ModelError if linears that are stored as one matrix could not be told apart in 4 bits (see fused.py)."""
+    unit, shapes = _BLOCK_SIZE * (NESTED_BLOCK_SIZE if double_quant else 1), model_shapes(checkpoint.config)
+    for whole, linears in fused_weights(checkpoint.config).items():
+        if any(math.prod(shapes[linear]) % unit for linear in linears[:-1]):
+            advice = "type --single-quant" if double_quant else "use it as it is"
+            raise ModelError(
+                f"{whole} of {checkpoint.folder} holds several linears, of which one would not begin a block of the "
+                f"quantisation; {advice}."
+            )
 
 
 def _partial_folder(checkpoint: Checkpoint, dest: Path, settings: list[Any]) -> Path:

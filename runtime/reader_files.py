@@ -26,6 +26,7 @@ _REACHES_OUTSIDE = re.compile(r"\w+_file|\w*implementation|custom_\w+|\w*name_or
 load, or which tell where the model lay on this machine. No model that edgetune reads needs one."""
 FAST_CLASS = "PreTrainedTokenizerFast"
 """The tokenizer class with which every version of transformers uses tokenizer.json as it is."""
+_ORIGINAL = "original_max_position_embeddings"
 _AS_IT_IS = (FAST_CLASS, "TokenizersBackend")
 """That class, and its name in transformers 5."""
 
@@ -38,9 +39,16 @@ def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:
     older: dict[str, Any] = {}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
+        theta = config.get("rope_theta")
+        if isinstance(rope.get("sliding_attention"), dict):  # Gemma 3 has two
+            older["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta") or 10000.0
+            rope, theta = rope.get("full_attention") or {}, theta or 1000000.0
         scaling = {key: value for key, value in rope.items() if key != "rope_theta" and value is not None}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        older["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+        older["rope_theta"] = rope.get("rope_theta") or theta or 10000.0
+        if kind == "longrope":  # older Phis accept these three alone
+            older |= {key: scaling[key] for key in ("partial_rotary_factor", _ORIGINAL) if key in scaling}
+            scaling = {"type": kind, "short_factor": scaling.get("short_factor"), "long_factor": scaling.get("long_factor")}
         older["rope_scaling"] = None if kind == "default" else scaling
     if "dtype" in config and "torch_dtype" not in config:
         older["torch_dtype"] = config["dtype"]

@@ -174,7 +174,8 @@ def _fields(
         for key in sorted(fields.keys() & values.keys()):
             if fields[key] != values[key]:
                 raise _contradiction(f"{entry}.{key}", values[key], f"rope_parameters.{key}", fields[key])
-        if fields and (fields.keys() ^ values.keys()) - {"rope_theta", "partial_rotary_factor"}:
+        elsewhere = {"rope_theta", "partial_rotary_factor", *([_ORIGINAL] if partial else [])}  # in older configs
+        if fields and (fields.keys() ^ values.keys()) - elsewhere:
             raise _contradiction(entry, values, "rope_parameters", fields)
         fields |= values
     for key in ("rope_theta", *(("partial_rotary_factor", _ORIGINAL) if partial else ())):

@@ -106,17 +106,32 @@ def test_rms_norm_backward_is_the_gradient(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", COMPUTE)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_swiglu_and_its_gradient_on_halves_of_one_tensor(isa: str, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gated_activations_and_their_gradients_on_halves_of_one_tensor(
+    isa: str, name: str, width: int, dtype: torch.dtype
+) -> None:
     gate_up, dact = normal(5, 2 * width, dtype=dtype) * 4, normal(5, width, dtype=dtype, seed=1)
     gate, up = gate_up.chunk(2, dim=1)
-    assert_close(cpu.swiglu(gate, up), reference.swiglu(gate, up))
+    assert_close(getattr(cpu, name)(gate, up), getattr(reference, name)(gate, up))
     out = torch.full_like(gate_up, float("nan"))
     dgate, dup = out.chunk(2, dim=1)
-    cpu.swiglu_backward(dact, gate, up, dgate, dup)
+    getattr(cpu, f"{name}_backward")(dact, gate, up, dgate, dup)
     wanted = torch.empty_like(gate), torch.empty_like(up)
-    reference.swiglu_backward(dact, gate, up, *wanted)
+    getattr(reference, f"{name}_backward")(dact, gate, up, *wanted)
     for found, expected in zip((dgate, dup), wanted, strict=True):
         assert_close(found, expected)
+
+
+def test_the_reference_of_geglu_is_torchs() -> None:
+    gate_up, dact = normal(5, 2 * 33) * 4, normal(5, 33, seed=1)
+    leaf = gate_up.double().requires_grad_()
+    gate, up = leaf.chunk(2, dim=1)
+    y = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    (expected,) = torch.autograd.grad(y, leaf, dact.double())
+    torch.testing.assert_close(reference.geglu(*gate_up.chunk(2, dim=1)), y.detach().float())
+    found = torch.empty_like(gate_up)
+    reference.geglu_backward(dact, *gate_up.chunk(2, dim=1), *found.chunk(2, dim=1))
+    torch.testing.assert_close(found, expected.float())
 
 
 def test_swiglu_saturates_without_becoming_nan(isa: str) -> None:

@@ -148,14 +148,15 @@ def test_norms(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_on_halves_of_one_matrix(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gated_activations_on_halves_of_one_matrix(name: str, dtype: torch.dtype) -> None:
     gate_up, dact = 4 * randn(3, 2 * 1030, dtype=dtype), randn(3, 1030, dtype=dtype)
     gate, up = gate_up.chunk(2, dim=1)
-    assert relative(cuda.swiglu(gate, up), reference.swiglu(gate, up)) < ERROR[dtype]
+    assert relative(getattr(cuda, name)(gate, up), getattr(reference, name)(gate, up)) < ERROR[dtype]
     out = torch.empty_like(gate_up)
-    cuda.swiglu_backward(dact, gate, up, *out.chunk(2, dim=1))
+    getattr(cuda, f"{name}_backward")(dact, gate, up, *out.chunk(2, dim=1))
     wanted = torch.empty_like(out)
-    reference.swiglu_backward(dact, gate, up, *wanted.chunk(2, dim=1))
+    getattr(reference, f"{name}_backward")(dact, gate, up, *wanted.chunk(2, dim=1))
     assert relative(out, wanted) < ERROR[dtype]
 
 

@@ -23,7 +23,8 @@ from edgetune.export.coreml.writer import fill, lay_out
 from edgetune.export.job import Job, Written
 from edgetune.export.memory import LOGIT_BYTES, ExportMemory, StageMemory, reference_memory
 from edgetune.export.targets import TargetSpec
-from edgetune.runtime.errors import ResourceError, UsageError
+from edgetune.runtime.config import LlamaConfig
+from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.files import PRIVATE_FILE
 from edgetune.runtime.model_folder import companions, copy_companions
 
@@ -63,6 +64,7 @@ def write(job: Job, folder: Path) -> Written:
             "with nf4 weights."
         )
         return Written(ADAPTER_FILE, (notice,))
+    _check_family(job.base.config)
     _check_coremltools()
     companions(job.base.folder)  # raises before any work is done
     contents = contents_of(job)
@@ -102,6 +104,13 @@ def read(job: Job, folder: Path) -> EvaluatedPackage | AdapterFile:
     if job.adapter_as == "functions":
         return FunctionsPackage(job, folder)
     return EvaluatedPackage(folder, job.layer_memory)
+
+
+def _check_family(config: LlamaConfig) -> None:
+    """Raise ModelError for a model whose layers are not Llama's or Qwen's, the only ones that the program has."""
+    scaled = config.attention_scale is not None or config.embedding_scale != 1 or config.rope.attention_factor != 1
+    if scaled or not config.has_llama_layers:
+        raise ModelError(f"export coreml has no layers of {config.model_type} models; type `edgetune export hf`.")
 
 
 def _check_coremltools() -> None:

@@ -41,7 +41,11 @@ def architecture(config: LlamaConfig) -> str:
 
     Raises ModelError for a model that llama.cpp would compute differently, with the reason.
     """
-    name = ARCHITECTURES[config.model_type]
+    name = ARCHITECTURES.get(config.model_type)
+    if name is None:
+        raise ModelError(f"edgetune writes no GGUF of {config.model_type} models yet; type `edgetune export hf`.")
+    if config.rope.kind == "yarn":
+        raise ModelError("edgetune writes no GGUF of models with YaRN yet; type `edgetune export hf`.")
     if name == "qwen3" and config.qkv_bias:
         raise ModelError("llama.cpp's qwen3 has no attention biases, but this model does; type `edgetune export hf`.")
     if name != "llama" and config.rope.kind == "llama3":

@@ -14,11 +14,12 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.job import Job, Written
 from edgetune.export.mlx.affine import BITS, GROUP, AffineGrid, affine_specs, affine_weight
+from edgetune.export.mlx.families import own_keys, rope_scaling
 from edgetune.export.rounding import RoundedRecipe, rounded
 from edgetune.runtime.checkpoint import block_shapes, model_shapes
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import UsageError
-from edgetune.runtime.model import Block, Llama
+from edgetune.runtime.model import Block, Llama, final_norm_weight, norm_weight
 from edgetune.runtime.model_folder import write_model
 from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD, is_linear, layer_tensor
 from edgetune.runtime.safetensors_file import SafetensorsFile
@@ -27,10 +28,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The dense forms of --weights, and the dtype of each."""
 
 
+_WINDOWED = ("ministral3", "gemma3_text")
+"""Families whose windows mlx-lm has, whatever the layers'."""
+
+
 def window_notice(config: LlamaConfig) -> tuple[str, ...]:
     """Return a notice if mlx-lm would ignore the model's sliding window."""
     windows = sorted({window for window in config.windows if window is not None})
-    if not windows or _layer_types(config) is not None:
+    if not windows or _layer_types(config) is not None or config.model_type in _WINDOWED:
         return ()
     return (f"mlx-lm ignores this model's sliding window: its answers will differ beyond {windows[0]:,} tokens.",)
 
@@ -48,27 +53,17 @@ def mlx_config(hf_config: dict[str, Any], config: LlamaConfig) -> dict[str, Any]
     """Return config.json for mlx-lm with everything spelled out. Its defaults are not transformers': a head is tied, theta is
     1e6."""
     dropped = ("dtype", "quantization_config", "rope_parameters", "rope_scaling", "layer_types")
-    rope = config.rope
-    scaling: dict[str, Any] | None = None
-    if rope.kind != "default":
-        scaling = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling = {
-            **(scaling or {}),
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
-        }
     return {
         **{key: value for key, value in hf_config.items() if key not in dropped},
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": rope_scaling(config.rope),
         "tie_word_embeddings": config.tie_embeddings,
         **({} if (types := _layer_types(config)) is None else {"layer_types": types}),
+        **own_keys(config),
     }
 
 
@@ -112,6 +107,8 @@ def open_int4(job: Job, folder: Path) -> Llama:
     file_of = {name: file for file in files for name in file.tensors}
 
     def tensor(name: str) -> Tensor:
+        if name.endswith("norm.weight"):
+            return norm_weight(file_of[name].tensor(name), config)
         if not is_linear(name):
             return file_of[name].tensor(name).float()
         return affine_weight(*(file_of[spec.name].tensor(spec.name) for spec in affine_specs(name, shapes[name])))
@@ -123,4 +120,5 @@ def open_int4(job: Job, folder: Path) -> Llama:
     ]
     embedding = tensor(EMBEDDING)
     head = embedding if config.tie_embeddings else tensor(HEAD)
-    return Llama(config, embedding, blocks, tensor(FINAL_NORM), head, torch.float32)
+    norm = final_norm_weight(file_of[FINAL_NORM].tensor(FINAL_NORM), config)
+    return Llama(config, embedding, blocks, norm, head, torch.float32)

@@ -10,11 +10,11 @@ from edgetune.export.job import OR_NAME_WEIGHTS, Job, Written
 from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
 from edgetune.export.merge import merge_memory
 from edgetune.export.mlx.adapter import write_adapter
+from edgetune.export.mlx.families import refuse_unlike
 from edgetune.export.mlx.model import DTYPES, open_int4, window_notice, write_dense, write_int4
 from edgetune.export.mlx.reader import read
 from edgetune.export.rounding import rounding_memory
 from edgetune.export.targets import MeasuredForm, TargetSpec
-from edgetune.runtime.errors import ModelError
 from edgetune.runtime.model import Llama
 
 INT4 = "int4"
@@ -34,11 +34,7 @@ def write(job: Job, folder: Path) -> Written:
 
     Raises ModelError for a model that mlx-lm does not have.
     """
-    if job.base.config.qk_norm and job.base.config.o_bias:
-        raise ModelError(
-            f"mlx-lm's Qwen3 has no biases, and {job.base_name} has them in its attention (attention_bias); type "
-            "`edgetune export hf` or `edgetune export peft`."
-        )
+    refuse_unlike(job.base.config, job.base_name)
     if job.weights == INT4:
         return write_int4(job, folder)
     if job.weights:

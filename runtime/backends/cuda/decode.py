@@ -93,7 +93,7 @@ class _Layer:
 class Decoder:
     """The decoding of one sequence: `decoder(token)` returns the logits (V,) of the next token and extends the cache.
 
-    Raises ValueError for linears that are not in 4 bits or whose rows are not whole blocks, and for layers that are not Llama's.
+    Raises ValueError for linears that are not in 4 bits or whose rows are not whole blocks, and for layers unlike Llama's.
     """
 
     def __init__(self, model: DecoderModel, cache: DecoderCache) -> None:
