@@ -22,11 +22,12 @@ from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.families import FAMILIES
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.reader_files import FAST_CLASS, rebuilding_class
 from edgetune.runtime.untrusted_file import copy_untrusted
 
-_ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
+_ALSO_PASSED_ON = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config", "pad_token_id")
 """Keys of config.json that transformers needs beside those that decide the logits."""
 TRANSFORMERS_BYTES = 300_000_000 + TORCH_BUILD_BYTES
 """Anonymous memory in bytes of a process that has imported transformers. Measured: 265 MB."""
@@ -102,7 +103,8 @@ def plain_base(base: Checkpoint, folder: Path) -> Iterator[Path]:
     transformers would open another model in its place.
     """
     with work_folder(folder) as place:
-        config = {key: value for key, value in base.hf_config.items() if key in SUPPORTED or key in _ALSO_PASSED_ON}
+        passed_on = {*SUPPORTED, *FAMILIES[base.config.model_type].all_keys, *_ALSO_PASSED_ON}
+        config = {key: value for key, value in base.hf_config.items() if key in passed_on}
         atomic_write(place / "config.json", json.dumps(config))
         for file, kind in base.weight_files:
             try:

@@ -10,13 +10,16 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+from adapters import job_for, random_adapter, write_and_compare
 
+from edgetune.export.targets import load_target
+from edgetune.export.verify import Agreement
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import nf4, ops
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig, QuantConfig
-from edgetune.runtime.errors import ModelError
+from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.families import FAMILIES
 from edgetune.runtime.fused import fused_weights
 from edgetune.runtime.loader import load_llama
@@ -219,7 +222,7 @@ def test_a_model_of_pictures_and_text_is_refused_with_what_to_use(kind: str, ins
 # The config.json of released models, as their publishers wrote them, at our sizes.
 RELEASED: dict[str, dict[str, Any]] = {
     "gemma-3-1b-it": {
-        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
         "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 16,
         "hidden_activation": "gelu_pytorch_tanh", "model_type": "gemma3_text", "query_pre_attn_scalar": 256,
         "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
@@ -283,3 +286,64 @@ def test_a_llama_has_nothing_that_llama_has_not() -> None:
         family.architecture.removesuffix("ForCausalLM") + ("Text" if family.architecture.startswith("Gemma") else "")
         for family in FAMILIES.values()
     }
+
+
+# ---- exports ----
+
+
+def exported(name: str, family: str, weights: str, tmp_path: Path, **changes: Any) -> Agreement:
+    """Write an export of a tiny model with an adapter, and return how it agrees with the target's own reader."""
+    tiny.save_model(tmp_path / "base", family, **changes)
+    base = open_model(tmp_path / "base")
+    job = job_for(base, random_adapter(base.config), weights)
+    return write_and_compare(name, job, tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize("family", tiny.UNLIKE_LLAMA)
+def test_transformers_reads_the_merged_model(family: str, tmp_path: Path) -> None:
+    found = exported("hf", family, "fp32", tmp_path)
+    assert found.greedy_match
+    assert found.max_logit_difference < 1e-3
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.UNLIKE_LLAMA if family not in FUSED])
+def test_peft_reads_the_adapter(family: str, tmp_path: Path) -> None:
+    found = exported("peft", family, "", tmp_path)
+    assert found.greedy_match
+    assert found.max_logit_difference < 1e-3
+
+
+IN_MLX = ["qwen3-yarn", "smollm3", "smollm3-window", "granite-3", "ministral3", "gemma3"]
+
+
+@pytest.mark.parametrize("weights", ["", "fp16"])
+@pytest.mark.parametrize("family", IN_MLX)
+def test_mlx_lm_gives_the_references_logits(family: str, weights: str, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    found = exported("mlx", family, weights, tmp_path)
+    assert found.greedy_match
+    assert found.max_logit_difference < (0.2 if weights else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "family", "said"),
+    [
+        ("mlx", "bf16", "phi3", "export mlx does not write the linears that phi3 models, such as a base, store as one matrix"),
+        ("mlx", "", "granite-4", "export mlx does not write the linears that granitemoehybrid models"),
+        ("mlx", "bf16", "gemma3-scaled", r"windows in a regular pattern, and a base has another \(layer_types\)"),
+        ("hf", "nf4", "phi4-mini", "export hf does not round the linears that phi3 stores as one matrix; type --weights bf16"),
+        ("gguf", "", "ministral3", "edgetune writes no GGUF of ministral3 models yet; type `edgetune export hf`"),
+        ("gguf", "", "qwen3-yarn", "edgetune writes no GGUF of models with YaRN yet"),
+        ("coreml", "fp16", "gemma3", "export coreml has no layers of gemma3_text models; type `edgetune export hf`"),
+        ("coreml", "fp16", "granite-3", "export coreml has no layers of granite models"),
+    ],
+)
+def test_an_export_that_cannot_be_made_is_refused_by_name(
+    name: str, weights: str, family: str, said: str, tmp_path: Path
+) -> None:
+    tiny.save_model(tmp_path / "base", family)
+    base = open_model(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    with pytest.raises((ModelError, UsageError), match=said) as error:
+        load_target(name).write(job_for(base, random_adapter(base.config), weights), tmp_path / "out")
+    assert "\n" not in str(error.value)
