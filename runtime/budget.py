@@ -81,7 +81,7 @@ class Stored:
         blocks = numbers // QuantConfig().block_size
         scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE)
         vocabulary = 2 * config.vocab_size * config.hidden_size
-        norms = 4 * config.hidden_size * (2 * config.num_layers + 1)
+        norms = 4 * config.hidden_size * ((4 if config.post_norms else 2) * config.num_layers + 1)
         return cls(numbers // 2 + scales, vocabulary, 0 if config.tie_embeddings else vocabulary, norms, mapped)
 
     @classmethod
@@ -169,6 +169,8 @@ def kept_bytes(config: LlamaConfig, lora: LoraConfig, size: int, recompute: Reco
         return d * size
     padded_ranks = -(-lora.rank // PACKED_RANK) * PACKED_RANK * len(lora.targets)
     kept = 2 * d + q + 2 * config.num_kv_heads * config.head_dim + q + 2 * f + padded_ranks
+    if config.post_norms:  # of what attention and the MLP give, before it is added
+        kept += 2 * d
     if recompute is Recompute.NONE:
         kept += 2 * d + f
     return kept * size + 4 * config.num_heads

@@ -12,6 +12,12 @@ import tiny
 import torch
 from adapters import job_for, random_adapter, write_and_compare
 
+from edgetune.export import verify
+from edgetune.export.gguf import adapter as gguf_adapter
+from edgetune.export.gguf import model as gguf_model
+from edgetune.export.gguf import target as gguf
+from edgetune.export.gguf.reader import LlamaCppReader
+from edgetune.export.job import Job
 from edgetune.export.targets import load_target
 from edgetune.export.verify import Agreement
 from edgetune.runtime import adapter as adapters
@@ -334,6 +340,8 @@ def test_mlx_lm_gives_the_references_logits(family: str, weights: str, tmp_path:
         ("hf", "nf4", "phi4-mini", "export hf does not round the linears that phi3 stores as one matrix; type --weights bf16"),
         ("gguf", "", "ministral3", "edgetune writes no GGUF of ministral3 models yet; type `edgetune export hf`"),
         ("gguf", "", "qwen3-yarn", "edgetune writes no GGUF of models with YaRN yet"),
+        ("gguf", "", "gemma3", "llama.cpp's gemma3 gives all but every sixth layer a window"),
+        ("gguf", "", "smollm3", "llama.cpp's smollm3 leaves every fourth layer unrotated and has no windows"),
         ("coreml", "fp16", "gemma3", "export coreml has no layers of gemma3_text models; type `edgetune export hf`"),
         ("coreml", "fp16", "granite-3", "export coreml has no layers of granite models"),
     ],
@@ -347,3 +355,39 @@ def test_an_export_that_cannot_be_made_is_refused_by_name(
     with pytest.raises((ModelError, UsageError), match=said) as error:
         load_target(name).write(job_for(base, random_adapter(base.config), weights), tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+IN_LLAMA_CPP: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 4}),
+    "granite": ("granite-3", {}),
+    "gemma3": ("gemma3", {"num_hidden_layers": 7, "sliding_window_pattern": 6, "query_pre_attn_scalar": 24}),
+    "gemma3-scaled": (
+        "gemma3-scaled",
+        {
+            "num_hidden_layers": 7,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+}
+"""The families that llama.cpp has, with the settings that it takes for given."""
+
+
+@pytest.mark.parametrize("name", IN_LLAMA_CPP)
+def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
+    """Compares a whole model and an adapter as a file, in f32, over a text longer than the window."""
+    pytest.importorskip("llama_cpp")
+    family, changes = IN_LLAMA_CPP[name]
+    tiny.save_model(tmp_path / "base", family, **changes)
+    base = open_model(tmp_path / "base")
+    job = Job(base, "tiny", random_adapter(base.config))
+    ids = torch.randint(1, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = verify.golden(job, ids, job.model())
+    gguf_model.write_model(job, tmp_path / "m.gguf", "f32", lambda writer: writer.add_tokenizer_model("no_vocab"))
+    limit = verify.EXACT.max_logit if name.startswith("gemma3") else 1e-4  # ggml looks GELU up in a table of fp16
+    assert verify.compare(expected, LlamaCppReader(tmp_path / "m.gguf"), verify.EXACT).max_logit_difference < limit
+    (tmp_path / "a").mkdir()
+    gguf_adapter.write_adapter(job.needed_adapter(), base.config, tmp_path / "a" / gguf_adapter.ADAPTER_FILE)
+    assert verify.compare(expected, gguf.read(job, tmp_path / "a"), verify.EXACT).max_logit_difference < limit
+    back = gguf_adapter.read_adapter(tmp_path / "a" / gguf_adapter.ADAPTER_FILE, base.config)
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in job.needed_adapter().tensors.items())

@@ -22,6 +22,7 @@ from edgetune.runtime.checkpoint import model_shapes
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import PRIVATE_FILE
+from edgetune.runtime.model import norm_weight
 from edgetune.runtime.rope import rope_frequencies
 from edgetune.runtime.rope_config import RopeConfig
 
@@ -63,7 +64,7 @@ def write_model(job: Job, path: Path, kind: str, vocabulary: Callable[[Any], Non
     shapes = model_shapes(config)
     kinds = {name: _tensor_kind(shape, kind) for name, shape in shapes.items()}
     for name, shape in shapes.items():
-        _announce(writer, tensor_name(name), shape, kinds[name])
+        _announce(writer, tensor_name(name, arch), shape, kinds[name])
     try:
         path.touch(PRIVATE_FILE)
         writer.write_header_to_file()
@@ -88,7 +89,7 @@ def _context(config: LlamaConfig, arch: str) -> tuple[int, tuple[str, ...]]:
     Raises ModelError for a window that is too short to be of use as a context.
     """
     window = min((window for window in config.windows if window), default=config.max_positions)
-    if window >= config.max_positions:
+    if window >= config.max_positions or arch == "gemma3":
         return config.max_positions, ()
     if window < _LEAST_WINDOW:
         raise ModelError(
@@ -108,6 +109,8 @@ def _write_merged(writer: Any, file: Any, job: Job, kinds: dict[str, str]) -> No
     for expected, (name, tensor) in zip(kinds, merged(job), strict=True):
         if name != expected or tensor.shape != shapes[name]:
             raise ValueError(f"merged gave {name} {tuple(tensor.shape)} where {expected} was announced")
+        if name.endswith("norm.weight"):
+            tensor = norm_weight(tensor, config)
         if is_rotated(arch, name):
             tensor = to_llama_rows(tensor, config.head_dim)
         _write(writer, file, tensor, kinds[name])
@@ -154,6 +157,20 @@ def _describe(writer: Any, config: LlamaConfig, job: Job, kind: str, context: in
 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
+
+
+    _describe_family(writer, config)
+
+
+def _describe_family(writer: Any, config: LlamaConfig) -> None:
+    """Add the keys of Granite's multipliers and of Gemma's windows."""
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_scale)
+        writer.add_attention_scale(config.score_scale)
+        writer.add_residual_scale(config.residual_scale)
+        writer.add_logit_scale(config.logit_divisor)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(next((window for window in config.windows if window), config.max_positions))
 
 
 def _rope_factors(rope: RopeConfig, head_dim: int) -> Tensor | None:

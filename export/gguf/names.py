@@ -6,6 +6,7 @@ rows of q and k, and of the lora_B that adds to them, are in another order there
 
 from __future__ import annotations
 
+import math
 import re
 
 from torch import Tensor
@@ -13,9 +14,15 @@ from torch import Tensor
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD
+from edgetune.runtime.rope_config import RopeConfig
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3", "granite": "granite",
+    "gemma3_text": "gemma3",
+}  # fmt: skip
 """llama.cpp's architecture for each model_type of Hugging Face."""
+_LLAMA_ORDER = ("llama", "smollm3", "granite")
+"""The architectures that rotate the pairs (2i, 2i + 1)."""
 LINEARS = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
@@ -27,6 +34,12 @@ _MODULES = {
     "k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+}
+_MODULES_OF_GEMMA = {
+    **_MODULES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 _OUTSIDE_LAYERS = {
     EMBEDDING: "token_embd.weight",
@@ -50,22 +63,44 @@ def architecture(config: LlamaConfig) -> str:
         raise ModelError("llama.cpp's qwen3 has no attention biases, but this model does; type `edgetune export hf`.")
     if name != "llama" and config.rope.kind == "llama3":
         raise ModelError(f"llama.cpp's {name} has no llama3 rope scaling, but this model does; type `edgetune export hf`.")
+    if (lack := _lack(config, name)) is not None:
+        raise ModelError(f"{lack}; type `edgetune export hf`.")
     return name
 
 
-def tensor_name(name: str) -> str:
+def _lack(config: LlamaConfig, arch: str) -> str | None:
+    """Return what llama.cpp has not for a model: it takes some settings of these families for given."""
+    if arch == "smollm3" and (any(config.windows) or [rope is None for rope in config.ropes] != _every(4, config.num_layers)):
+        return "llama.cpp's smollm3 leaves every fourth layer unrotated and has no windows, but this model differs"
+    if arch != "gemma3":
+        return None
+    local = {rope for rope, window in zip(config.ropes, config.windows, strict=True) if window}
+    if [window is None for window in config.windows] != _every(6, config.num_layers) or local - {RopeConfig(10000.0)}:
+        return "llama.cpp's gemma3 gives all but every sixth layer a window and a RoPE base of 10,000, but this model differs"
+    if not math.isclose(config.score_scale, config.head_dim**-0.5):
+        return "llama.cpp's gemma3 scales scores by the size of a head, but this model does not (query_pre_attn_scalar)"
+    return None
+
+
+def _every(step: int, layers: int) -> list[bool]:
+    """Return True for layers `step`, 2 * `step`, … counted from 1."""
+    return [(layer + 1) % step == 0 for layer in range(layers)]
+
+
+def tensor_name(name: str, arch: str = "llama") -> str:
     """Return the name of a tensor in GGUF, given its full Hugging Face name."""
     if name in _OUTSIDE_LAYERS:
         return _OUTSIDE_LAYERS[name]
     found = _IN_LAYER.fullmatch(name)
     if found is None:
         raise ValueError(f"no tensor of a LLaMA is called {name}")
-    return f"blk.{found[1]}.{_MODULES[found[2]]}.{found[3]}"
+    modules = _MODULES_OF_GEMMA if arch == "gemma3" else _MODULES
+    return f"blk.{found[1]}.{modules[found[2]]}.{found[3]}"
 
 
 def is_rotated(arch: str, name: str) -> bool:
     """Return True if llama.cpp has the rows of this tensor or linear (by its Hugging Face name) in its own order."""
-    return arch == "llama" and ("q_proj" in name or "k_proj" in name)
+    return arch in _LLAMA_ORDER and ("q_proj" in name or "k_proj" in name)
 
 
 def to_llama_rows(rows: Tensor, head_dim: int) -> Tensor:
