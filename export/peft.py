@@ -24,6 +24,7 @@ from edgetune.runtime.config_keys import SUPPORTED
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.families import FAMILIES
 from edgetune.runtime.files import atomic_write
+from edgetune.runtime.fused import fused_weights
 from edgetune.runtime.reader_files import FAST_CLASS, rebuilding_class
 from edgetune.runtime.untrusted_file import copy_untrusted
 
@@ -36,7 +37,15 @@ PEFT_BYTES = 50_000_000
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Write adapter_config.json and adapter_model.safetensors."""
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Raises ModelError for a family whose linears PEFT would adapt as one matrix.
+    """
+    if fused_weights(job.base.config):
+        raise ModelError(
+            f"PEFT adapts the linears that {job.base.config.model_type} models store as one matrix together, and edgetune each "
+            "by itself; type `edgetune export hf` for the merged model."
+        )
     peft_folder.write_files(replace(job.needed_adapter(), about={}), folder, job.base_name)
     notices: list[str] = []
     if "/" not in job.base_name:  # else a Hugging Face id, by which AutoPeftModel finds the base

@@ -394,7 +394,16 @@ def row_of(count: int) -> Batch:
 
 
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize(("family", "dtype"), [("qwen2", torch.float32), ("qwen3", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("qwen2", torch.float32),
+        ("qwen3", torch.bfloat16),
+        ("granite-3", torch.float32),
+        ("phi4-mini", torch.float32),
+        ("gemma3", torch.float32),
+    ],
+)
 def test_a_training_step_gives_the_references_loss_and_gradients(
     tmp_path: Path, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,6 +458,13 @@ def test_greedy_text_is_the_references(tmp_path: Path) -> None:
             texts[name] = list(generator.generate(list(range(3, 15)), 8, Sampling(temperature=0.0)))
     assert texts["cuda"] == texts["reference"]
     assert len(texts["cuda"]) == 8
+
+
+@pytest.mark.parametrize("family", ["smollm3", "granite-3", "ministral3", "phi4-mini", "gemma3"])
+def test_layers_unlike_llamas_are_decoded_by_the_plain_path(tmp_path: Path, family: str) -> None:
+    model = tiny_model(tmp_path / "model", family, torch.float32)
+    with ops.use_backend("cuda"):
+        assert ops.decoder(model, KVCache(model.config, 8, model.dtype, model.device)) is None
 
 
 def test_a_model_that_the_decoder_cannot_run_has_none(tmp_path: Path) -> None:

@@ -334,6 +334,7 @@ def test_mlx_lm_gives_the_references_logits(family: str, weights: str, tmp_path:
 @pytest.mark.parametrize(
     ("name", "weights", "family", "said"),
     [
+        ("peft", "", "phi3", "PEFT adapts the linears that phi3 models store as one matrix together, and edgetune each by"),
         ("mlx", "bf16", "phi3", "export mlx does not write the linears that phi3 models, such as a base, store as one matrix"),
         ("mlx", "", "granite-4", "export mlx does not write the linears that granitemoehybrid models"),
         ("mlx", "bf16", "gemma3-scaled", r"windows in a regular pattern, and a base has another \(layer_types\)"),

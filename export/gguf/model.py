@@ -158,7 +158,6 @@ def _describe(writer: Any, config: LlamaConfig, job: Job, kind: str, context: in
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
 
-
     _describe_family(writer, config)
 
 
