@@ -237,6 +237,12 @@ class TrainConfig:
                 f"--steps {self.steps} and --epochs {self.epochs:g} both say how long to train; leave one of them out."
             )
 
+        if self.compute == "int8" and self.weights not in ("auto", "nf4"):
+            raise SettingError(
+                f"--compute int8 multiplies weights in 4 bits, and --weights {self.weights} keeps them in another form; leave "
+                "one of them out."
+            )
+
     def lora(self) -> LoraConfig:
         """Return the adapter's shape. Raises UsageError for impossible values."""
         return LoraConfig(self.rank, self.alpha, self.dropout, tuple(self.targets), self.rslora)

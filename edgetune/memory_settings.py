@@ -239,15 +239,21 @@ def choose_form(
     recompute: str = "auto",
     processes: int = 1,
 ) -> Choice | None:
-    """Return `choose`'s setting for the first of `forms` that fits with all layers in memory and 32-bit optimizer states.
+    """Return `choose`'s setting for the first of `forms` with which the whole base fits, beside 32-bit optimizer states.
 
     forms: those that the base's linears may take, the best first. Where none fits so well, the first that fits at all is
     taken; None if none does.
     """
-    found = [choose(config, lora, stored, data, dtype, memory, process, device, recompute, processes) for stored in forms]
-    fitting = [choice for choice in found if choice is not None]
-    whole = [choice for choice in fitting if choice.setting.layer_memory is None and choice.setting.optimizer_bits == 32]
-    return next(iter([*whole, *fitting]), None)
+
+    def found(stored: Stored) -> Choice | None:
+        return choose(config, lora, stored, data, dtype, memory, process, device, recompute, processes)
+
+    if len(forms) > 1:
+        for stored in forms:
+            whole = found(dataclasses.replace(stored, mapped=False))  # so that nothing may be left in its file
+            if whole is not None and whole.setting.optimizer_bits == 32:
+                return found(stored)
+    return next((choice for stored in forms if (choice := found(stored)) is not None), None)
 
 
 def choose_or_refuse(

@@ -29,8 +29,8 @@ def is_small(config: LlamaConfig) -> bool:
 def forms_for_training(weights: str, compute: str, checkpoint: Checkpoint) -> tuple[WeightForm, ...]:
     """Return the forms that training may give the linears of a checkpoint, the best first; the memory chooses among them.
 
-    weights, compute: values of these settings of TrainConfig. Raises UsageError for a form that the checkpoint cannot take,
-    or that cannot be multiplied as `compute` says.
+    weights, compute: values of these settings of TrainConfig; products in 8 bits are made of 4-bit weights alone. Raises
+    UsageError for a form that the checkpoint cannot take.
     """
     if checkpoint.quant is not None:
         return (_stored_form(weights, checkpoint),)
@@ -39,11 +39,6 @@ def forms_for_training(weights: str, compute: str, checkpoint: Checkpoint) -> tu
 
 def forms_of_shape(weights: str, compute: str, config: LlamaConfig) -> tuple[WeightForm, ...]:
     """Return the same for a dense checkpoint of this shape."""
-    if weights not in ("auto", WeightForm.NF4) and compute == "int8":
-        raise UsageError(
-            f"--compute int8 multiplies weights in 4 bits, and --weights {weights} keeps them in another form; leave one of "
-            "them out."
-        )
     if weights != "auto":
         return (WeightForm(weights),)
     if is_small(config) and compute != "int8":

@@ -55,7 +55,7 @@ def quantize(weight: Tensor) -> Int8Rows:
 
 
 def dequantize(rows: Int8Rows, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the dense weight (V, D), each number the product in fp32 rounded once to `dtype`; written into `out` where given."""
+    """Return the dense weight (V, D), its numbers computed in fp32 and rounded once to `dtype`; written into `out` if given."""
     count, width = rows.codes.shape
     out = torch.empty(count, width, dtype=dtype, device=rows.device) if out is None else out
     height = PANEL_ROWS if rows.device.type != "cpu" else max(1, DENSE_NUMBERS // max(width, 1))

@@ -136,6 +136,17 @@ def test_a_dense_base_trains(mac: Machine, folders: dict[str, Path]) -> None:
     assert mac.launches == []
 
 
+@pytest.mark.parametrize("form", [torch.bfloat16, torch.int8])
+def test_a_base_in_16_or_8_bits_trains_and_writes(mac: Machine, folders: dict[str, Path], form: torch.dtype) -> None:
+    model = opened(folders["dense"], MPS, quant=form)
+    found = learnt(model, Runner(model))
+    text = list(Generator(Runner(model), 32).generate([1, 5, 9], 12, Sampling(0.0)))
+    with ops.use_backend("reference"):
+        plain = opened(folders["dense"], CPU, quant=form)
+        same(found, learnt(plain, Runner(plain)))
+        assert text == list(Generator(Runner(plain), 32).generate([1, 5, 9], 12, Sampling(0.0)))
+
+
 def test_states_and_inputs_in_files_and_streamed_layers_train(mac: Machine, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders["llama-2-grouped"]
     linears = sum(tensor.nbytes for name, tensor in open_model(folder).stored.items() if "_proj.weight" in name)

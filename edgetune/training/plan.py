@@ -25,6 +25,8 @@ class Plan:
     setting: Setting
     weights: WeightForm
     """The form of the base's linears in memory."""
+    base_bytes: int
+    """Bytes of the base that stay in memory: layers, embedding and head."""
     seq_len: int
     learning_rate: float
     warmup_steps: int

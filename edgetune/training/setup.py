@@ -123,6 +123,7 @@ def prepare_new(
         batch_tokens=data.batch_tokens,
         setting=chosen.setting,
         weights=form,
+        base_bytes=chosen.parts.weights + chosen.parts.embeddings,
         seq_len=data.seq_len,
         learning_rate=config.learning_rate(loaded.model.config.hidden_size),
         warmup_steps=min(config.warmup_steps, steps // 4),
