@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -40,6 +44,7 @@ from edgetune.weight_forms import KEEP_BF16_BYTES, form_for_writing, forms_for_t
 
 BF16, INT8, NF4 = WeightForm.BF16, WeightForm.INT8, WeightForm.NF4
 LORA = LoraConfig(rank=4, alpha=8.0)
+NOTES = Path(__file__).parent.parent / "examples" / "notes"
 MAKE = {
     BF16: lambda weight: weight.bfloat16(),
     INT8: int8.quantize,
@@ -375,3 +380,26 @@ def test_every_command_refuses_a_form_that_cannot_be_had(notes: Path) -> None:
         failed = CliRunner().invoke(cli, [*command, "--model", "demo", "--weights", "bf16"]).exception
         assert isinstance(failed, UsageError), command
         assert "which --weights bf16 cannot undo; leave --weights out, or name the model" in str(failed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bf16", "int8", "nf4"])
+def test_a_run_keeps_to_what_was_predicted_for_its_form(tmp_path: Path, weights: str) -> None:
+    tiny.save_trainable(tmp_path / "model", width=512, inner=1408, layers=8, dtype=torch.bfloat16)
+    home = {**os.environ, "EDGETUNE_HOME": str(tmp_path / "home")}
+
+    def run(command: str, *options: str) -> list[dict[str, Any]]:
+        arguments = [command, str(NOTES), "--model", str(tmp_path / "model"), "--weights", weights, "--json", *options]
+        done = subprocess.run([sys.executable, "-m", "edgetune", *arguments], capture_output=True, text=True, env=home)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    (planned,) = run("plan")
+    # bf16 that is stored so is streamed with the least memory; what was converted stays in memory as a whole.
+    limits = [planned["peak_memory_bytes"], planned["least_memory_bytes"]]
+    for number, limit in enumerate(limits):
+        events = run("train", "--steps", "2", "--memory", str(limit + 15_000_000), "--out", str(tmp_path / str(number)))
+        plan, measured = events[0]["plan"], events[-1]["peak_memory_bytes"]
+        assert measured <= plan["predicted_peak_bytes"] <= limit + 15_000_000
+        assert plan["weights"] == weights
+        assert (plan["setting"]["layer_memory"] is not None) == (number == 1 and weights == "bf16")
