@@ -47,6 +47,9 @@ COMPUTE = ("auto", "bf16", "int8", "fp32")
 CPU with AMX, else bf16 where the hardware multiplies it, else fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
+WEIGHTS = ("auto", "nf4", "int8", "bf16")
+"""Forms in which the frozen base's linears are held in memory. auto: as they are stored where that is 4 bits; else bf16 where
+the model is small and that fits in memory, and NF4 where it is not."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."
@@ -209,6 +212,12 @@ class TrainConfig:
         "Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU with AMX. "
         "{default}, the fastest on this machine.",
     )
+    weights: str = setting(  # a small model loses more to 4 bits than it gains: see weight_forms.py
+        "auto",
+        Choice(WEIGHTS),
+        "Form of the base model's weights in memory. {default}: as stored where that is 4 bits, else bf16 for a small model "
+        "where that fits, else nf4 (4 bits).",
+    )
     evaluations: int = setting(  # enough to catch where overfitting begins, in less than a tenth of the run's time
         5, Whole(1, 1000), "Evaluations of the held-out notes in a run.", flag=""
     )
@@ -226,6 +235,12 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise SettingError(
                 f"--steps {self.steps} and --epochs {self.epochs:g} both say how long to train; leave one of them out."
+            )
+
+        if self.compute == "int8" and self.weights not in ("auto", "nf4"):
+            raise SettingError(
+                f"--compute int8 multiplies weights in 4 bits, and --weights {self.weights} keeps them in another form; leave "
+                "one of them out."
             )
 
     def lora(self) -> LoraConfig:
@@ -258,6 +273,12 @@ class GenerateConfig:
         Choice(HEADS),
         "Number format of the output layer: as stored, 8 bits, or 4 bits (fastest, slightly worse). {default}, which is int8 "
         "on a CPU that has kernels for it, else as stored.",
+    )
+    weights: str = setting(
+        "auto",
+        Choice(WEIGHTS),
+        "Form of the base model's weights in memory. {default}: as the adapter was trained, else as `edgetune train` would "
+        "choose.",
     )
     max_tokens: int = setting(256, Whole(1, MOST_NEW_TOKENS), "Maximum number of tokens to write.")  # chosen by hand
     temperature: float = setting(  # chosen by hand

@@ -22,6 +22,7 @@ from edgetune.runtime.errors import ResourceError, UsageError
 from edgetune.runtime.heap import can_compact_heap
 from edgetune.runtime.memory import anonymous_memory, available_memory, card_memory, process_memory
 from edgetune.runtime.runner import LOSS_ROWS, Recompute
+from edgetune.weight_forms import forms_for_training
 
 SHARE_OF_FREE_MEMORY = 0.8
 """Share of the free memory that a run without --memory may use (0 to 1); chosen by hand."""
@@ -64,10 +65,11 @@ ROW_READ_BYTES = 10_000
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting, and the memory that each part of a training step takes with it."""
+    """A setting, the memory that each part of a training step takes with it, and the form of the base's linears."""
 
     setting: Setting
     parts: Parts
+    stored: Stored
 
 
 def memory_allowed(config: TrainConfig, device: str = "cpu", local_processes: int = 1) -> int:
@@ -194,7 +196,7 @@ def choose(
                 continue
             seconds = cost(config, lora, stored, found[0], data.batch_tokens, device)
             if best is None or seconds < best[0]:
-                best = seconds, Choice(*found)
+                best = seconds, Choice(*found, stored)
         if best is not None:
             return best[1]
     return None
@@ -221,44 +223,91 @@ def least(
         for setting in candidate_settings(data, allowed, stored.mapped, device=device, bits=bits):
             for layer_memory in dict.fromkeys((streaming, None)):
                 small = dataclasses.replace(setting, layer_memory=layer_memory)
-                choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device)))
+                choices.append(Choice(small, budget.parts(config, lora, stored, small, dtype, process, device), stored))
     return min(choices, key=lambda choice: choice.parts.total)
+
+
+def choose_form(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    forms: Sequence[Stored],
+    data: DataConfig,
+    dtype: torch.dtype,
+    memory: int,
+    process: int,
+    device: str = "cpu",
+    recompute: str = "auto",
+    processes: int = 1,
+) -> Choice | None:
+    """Return `choose`'s setting for the first of `forms` with which the whole base fits, beside 32-bit optimizer states.
+
+    forms: those that the base's linears may take, the best first. Where none fits so well, the first that fits at all is
+    taken; None if none does.
+    """
+
+    def found(stored: Stored) -> Choice | None:
+        return choose(config, lora, stored, data, dtype, memory, process, device, recompute, processes)
+
+    if len(forms) > 1:
+        for stored in forms:
+            whole = found(dataclasses.replace(stored, mapped=False))  # so that nothing may be left in its file
+            if whole is not None and whole.setting.optimizer_bits == 32:
+                return found(stored)
+    return next((choice for stored in forms if (choice := found(stored)) is not None), None)
 
 
 def choose_or_refuse(
     config: LlamaConfig,
     lora: LoraConfig,
-    stored: Stored,
+    forms: Sequence[Stored],
     train: TrainConfig,
     dtype: torch.dtype,
     device: str,
     processes: int = 1,
     local_processes: int = 1,
 ) -> Choice:
-    """Return `choose`'s setting for each of a run's processes, `local_processes` of them on this machine.
+    """Return `choose_form`'s setting for each of a run's processes, `local_processes` of them on this machine.
 
     Raises ResourceError that names the least memory that works, and what to type.
     """
     memory, process = memory_allowed(train, device, local_processes), process_bytes(device)
-    choice = choose(config, lora, stored, train.data, dtype, memory, process, device, train.recompute, processes)
+    choice = choose_form(config, lora, forms, train.data, dtype, memory, process, device, train.recompute, processes)
     if choice is None:
-        smallest = least(config, lora, stored, train.data, dtype, process, device, train.recompute).parts.total
+        smallest = least_of(config, lora, forms, train.data, dtype, process, device, train.recompute)
+        needed = smallest.parts.total
         raise ResourceError(
-            f"Training may use {memory / 1e9:.2f} GB and needs {smallest / 1e9:.2f} GB. To make it fit, "
-            f"{advice(stored, smallest)}."
+            f"Training may use {memory / 1e9:.2f} GB and needs {needed / 1e9:.2f} GB. To make it fit, "
+            f"{advice(smallest.stored, needed)}."
         )
     return choice
+
+
+def least_of(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    forms: Sequence[Stored],
+    data: DataConfig,
+    dtype: torch.dtype,
+    process: int,
+    device: str = "cpu",
+    recompute: str = "auto",
+) -> Choice:
+    """Return the setting and the form that take the least memory."""
+    choices = [least(config, lora, stored, data, dtype, process, device, recompute) for stored in forms]
+    return min(choices, key=lambda choice: choice.parts.total)
 
 
 def least_memory_to_train(checkpoint: Checkpoint, train: TrainConfig, device: str = "cpu") -> int:
     """Return the least memory in bytes (this process included) that training a new adapter on `checkpoint` takes at its peak.
 
     This is the `least_memory_bytes` of `edgetune plan`. Compare it with `memory_allowed(train, device)`.
-    Raises UsageError where `train.compute` is a number format that the device has not.
+    Raises UsageError where `train.compute` is a number format that the device has not, or where the checkpoint cannot take the
+    form `train.weights`.
     """
     dtype, _ = number_format(train.compute, torch.device(device))
-    stored, process = Stored.of(checkpoint), process_bytes(device)
-    return least(checkpoint.config, train.lora(), stored, train.data, dtype, process, device, train.recompute).parts.total
+    forms = [Stored.of(checkpoint, form) for form in forms_for_training(train.weights, train.compute, checkpoint)]
+    process = process_bytes(device)
+    return least_of(checkpoint.config, train.lora(), forms, train.data, dtype, process, device, train.recompute).parts.total
 
 
 def advice(stored: Stored, smallest: int) -> str:

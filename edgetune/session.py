@@ -16,6 +16,7 @@ from edgetune.runtime.device import explain_card_memory
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.runner import Runner
+from edgetune.weight_forms import form_for_writing
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Session:
         adapter: str | None = None,
         device: str = GenerateConfig.device,
         head: str = GenerateConfig.head,
+        weights: str = GenerateConfig.weights,
     ) -> Session:
         """Open a model and an adapter by the names that the command line takes.
 
@@ -58,10 +60,13 @@ class Session:
             `edgetune export mps` bundle) if there is one, else the current adapter.
         device: "cpu", "cuda", "mps", or "auto" for the best one here.
         head: one of HEADS. "auto" leaves a head that is stored in 4 bits as it is; a form that it cannot take is refused.
+        weights: one of WEIGHTS, the form of the base's linears. "auto" is the one that the adapter was trained over.
         Raises subclasses of EdgetuneError, each a sentence that can be shown to the user.
         """
-        loaded = load_base(open_base(model), device, head=head)
-        name, found = registry.adapter_for(adapter, loaded.checkpoint)
+        base = open_base(model)
+        name, found = registry.adapter_for(adapter, base[1])
+        form = form_for_writing(weights, base[1], None if found is None else found.about)
+        loaded = load_base(base, device, head=head, form=form)
         session = cls(loaded, found, name)
         session.notices += adapter_notices(adapter, found, loaded.checkpoint, loaded.tokenizer)
         return session

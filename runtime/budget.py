@@ -15,6 +15,7 @@ from edgetune.runtime import ops
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig, QuantConfig
 from edgetune.runtime.int8 import PANEL_ROWS
+from edgetune.runtime.loader import LinearForm, stored_as
 from edgetune.runtime.names import EMBEDDING, HEAD, LINEAR_WEIGHT
 from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
 from edgetune.runtime.pager import SLOTS, streamed_layers
@@ -61,6 +62,29 @@ They lie between the activations that are kept, so freeing them leaves holes. Fr
 """
 
 
+class WeightForm(StrEnum):
+    """The form of the frozen base's linears in memory; embedding, head and norms do not depend on it."""
+
+    NF4 = "nf4"
+    INT8 = "int8"
+    BF16 = "bf16"
+
+    @property
+    def quant(self) -> LinearForm:
+        """Return the form as `load_llama` takes it for a model that is stored dense."""
+        return {WeightForm.NF4: QuantConfig(), WeightForm.INT8: torch.int8, WeightForm.BF16: torch.bfloat16}[self]
+
+    def layer_bytes(self, config: LlamaConfig) -> int:
+        """Return the bytes of one layer's linears in this form, as edgetune makes them."""
+        numbers = config.linear_parameters // config.num_layers
+        if self is WeightForm.BF16:
+            return 2 * numbers
+        if self is WeightForm.INT8:  # a code for each number, and a scale in fp32 for each row
+            return numbers + 4 * sum(outputs for outputs, _ in config.linear_shapes().values())
+        blocks = numbers // QuantConfig().block_size
+        return numbers // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE)
+
+
 @dataclass(frozen=True)
 class Stored:
     """The sizes of a model's weights in a training process, in bytes: the linears of one layer, embedding, head, all norms."""
@@ -70,29 +94,33 @@ class Stored:
     head: int
     norms: int
     mapped: bool = True
-    """True if the linears are pages of files, False if they are quantised while loading and so are anonymous memory."""
+    """True if the linears are pages of files, False if they are converted while loading and so are anonymous memory."""
     head_dtype: torch.dtype | None = torch.bfloat16
     """None for a head in NF4, which is never dense as a whole."""
+    form: WeightForm = WeightForm.NF4
 
     @classmethod
     def nf4(cls, config: LlamaConfig, mapped: bool = True) -> Stored:
         """Return the sizes that a folder written by `edgetune quantize` has: NF4 linears, the rest in bf16."""
-        numbers = config.linear_parameters // config.num_layers
-        blocks = numbers // QuantConfig().block_size
-        scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE)
-        vocabulary = 2 * config.vocab_size * config.hidden_size
-        norms = 4 * config.hidden_size * ((4 if config.post_norms else 2) * config.num_layers + 1)
-        return cls(numbers // 2 + scales, vocabulary, 0 if config.tie_embeddings else vocabulary, norms, mapped)
+        return cls.shaped(config, WeightForm.NF4, mapped)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Stored:
-        """Return the sizes of a model folder. A folder that is not quantised yet counts as it will be once loaded."""
+    def shaped(cls, config: LlamaConfig, form: WeightForm, mapped: bool) -> Stored:
+        """Return the sizes of a model of this shape with its linears in `form` and the rest in bf16."""
+        vocabulary = 2 * config.vocab_size * config.hidden_size
+        norms = 4 * config.hidden_size * ((4 if config.post_norms else 2) * config.num_layers + 1)
+        head = 0 if config.tie_embeddings else vocabulary
+        return cls(form.layer_bytes(config), vocabulary, head, norms, mapped, form=form)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, form: WeightForm = WeightForm.NF4) -> Stored:
+        """Return the sizes of a model folder. A dense one counts as it will be once its linears are loaded in `form`."""
         config, sizes = checkpoint.config, {name: tensor.nbytes for name, tensor in checkpoint.stored.items()}
         embedding, head = sizes[EMBEDDING], sum(size for name, size in sizes.items() if name.startswith(HEAD))
         own_head = 0 if config.tie_embeddings else head
         head_dtype = None if checkpoint.quantized_head else checkpoint.stored[EMBEDDING if own_head == 0 else HEAD].dtype
         if checkpoint.quant is None:
-            loaded = cls.nf4(config, mapped=False)
+            loaded = cls.shaped(config, form, stored_as(checkpoint, form.quant))
             return replace(loaded, embedding=embedding, head=own_head, head_dtype=head_dtype)
         linears = sum(size for name, size in sizes.items() if LINEAR_WEIGHT in name)
         # 2: norms are stored in bf16 and held in fp32
@@ -211,7 +239,8 @@ def parts(
     d, layers, size = config.hidden_size, config.num_layers, dtype.itemsize
     tokens = -(-setting.row_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
     trained = 4 * adapter_parameters(config, lora)
-    fused = device == "cpu" and ops.fuses(torch.device("cpu"), dtype)
+    fused = device == "cpu" and stored.form is WeightForm.NF4 and ops.fuses(torch.device("cpu"), dtype)
+    panel = not fused and (stored.form is not WeightForm.BF16 or dtype != torch.bfloat16)
 
     kept = kept_bytes(config, lora, size, setting.recompute)
     kept_layers, temporaries = layers, 0
@@ -220,7 +249,7 @@ def parts(
         kept_layers = 0 if setting.offload else layers
         temporaries = kept_bytes(config, lora, size, Recompute.SELECTIVE) * tokens
     activations = tokens * kept * kept_layers
-    temporaries += _block_temporaries(config, lora, tokens, size, fused)
+    temporaries += _block_temporaries(config, lora, tokens, size, fused, panel)
 
     vocabulary, logits = _vocabulary_bytes(config, stored, setting, tokens, dtype)
     logits += 3 * tokens * d * size
@@ -253,16 +282,19 @@ def _optimizer_bytes(config: LlamaConfig, lora: LoraConfig, setting: Setting) ->
     return page if setting.paged_optimizer else states
 
 
-def _block_temporaries(config: LlamaConfig, lora: LoraConfig, tokens: int, size: int, fused: bool) -> int:
-    """Return the bytes of one block's temporaries in its backward, those of its products included."""
+def _block_temporaries(config: LlamaConfig, lora: LoraConfig, tokens: int, size: int, fused: bool, panel: bool) -> int:
+    """Return the bytes of one block's temporaries in its backward, those of its products included.
+
+    panel: the products read a dense copy of a weight.
+    """
     d, f = config.hidden_size, config.intermediate_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     # SwiGLU's backward is the peak: it holds its output, two gradients as wide, and the gradients that flow beside it.
     temporaries = (4 * f + 4 * d + qkv) * size * tokens
     if fused:
         return temporaries + packed_bytes(config, lora, torch.get_num_threads())
-    dense_panel = max(outputs * inputs for outputs, inputs in config.linear_shapes().values()) * size
-    return temporaries + dense_panel
+    largest = max(outputs * inputs for outputs, inputs in config.linear_shapes().values())
+    return temporaries + (largest * size if panel else 0)
 
 
 def _vocabulary_bytes(

@@ -12,14 +12,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-from edgetune.runtime import nf4
+from edgetune.runtime import int8, nf4
 from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.ops_types import LinearParts, Weight
 
 
+def dense_weight(weight: Weight) -> Tensor:
+    """Return a weight of any form as a dense (out, in) in fp32."""
+    if isinstance(weight, QuantizedTensor):
+        return nf4.dequantize(weight, torch.float32)
+    return int8.dequantize(weight, torch.float32) if isinstance(weight, Int8Rows) else weight.float()
+
+
 class Linear(nn.Module):
-    """A frozen linear: weight (out, in), dense or in 4 bits, and bias (out,) or None."""
+    """A frozen linear: weight (out, in), dense, in 4 bits or in rows of 8, and bias (out,) or None."""
 
     def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -55,8 +63,7 @@ class LoraLinear(nn.Module):
 
     def merge(self, dtype: torch.dtype) -> Linear:
         """Return the adapted weight W + scale * B A as a dense linear, summed in fp32."""
-        weight = self.base.weight
-        dense = nf4.dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.float()
+        dense = dense_weight(self.base.weight)
         return Linear((dense + self.scale * (self.lora_B.detach() @ self.lora_A.detach())).to(dtype), self.base.bias)
 
     def parts(self) -> LinearParts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, vocabulary
-from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.linear import Linear
@@ -29,12 +29,16 @@ from edgetune.runtime.pager import PagedLayer, PagedWeight, Pager, Resident, Str
 from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, open_untrusted
 from edgetune.runtime.vocabulary import FILE, Embedding, Head, StoredRows
 
+LinearForm = QuantConfig | torch.dtype | None
+"""The form that dense linears are loaded in: NF4 for a QuantConfig, rows of 8 bits for torch.int8, dense in bf16 for
+torch.bfloat16 whatever dtype the model computes in, and for None dense in the dtype that it computes in."""
+
 
 def load_llama(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device | None = None,
-    quant: QuantConfig | None = None,
+    quant: LinearForm = None,
     layer_memory: int | None = None,
     embedding_in_file: bool = False,
     head_kind: str | None = None,
@@ -42,9 +46,9 @@ def load_llama(
 ) -> Llama:
     """Return the model on `device`, computing in `dtype`.
 
-    A quantised folder is mapped: nothing is copied but the norms. Of any other folder the linears stay dense or, given
-    `quant`, are quantised to NF4 one layer at a time. If the linears of all layers take more than `layer_memory` bytes, the
-    layers that do not fit are streamed from the files.
+    A quantised folder is mapped: nothing is copied but the norms. Of any other folder `quant` says what becomes of the linears,
+    one layer at a time; those that are stored in just that form are mapped too. If the linears of all layers take more than
+    `layer_memory` bytes, the layers that do not fit are streamed from the files.
 
     The embedding is mapped or, with `embedding_in_file`, read from its file row by row. `head_kind` says where the head is:
     None maps it, vocabulary.FILE reads it from its file, and one of vocabulary.KINDS quantises it now. A model with tied
@@ -52,29 +56,30 @@ def load_llama(
 
     progress: receives the layers loaded and all layers, embedding and head apart; it may raise.
 
-    Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not quantised yet;
+    Raises ModelError for weights that hold inf or NaN, or that would have to be streamed and are not stored as `quant` says;
     ResourceError if `layer_memory` does not hold two layers.
     """
     device = device or torch.device("cpu")
     config = checkpoint.config
     streams = layer_memory is not None and _linear_bytes(checkpoint) > layer_memory
-    if streams and quant is not None:
+    if streams and quant is not None and not stored_as(checkpoint, quant):
         raise ModelError(
             f"{checkpoint.folder} is not quantised and does not fit; type `edgetune quantize {checkpoint.folder} DEST` once."
         )
-    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=quant is None))
+    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=quant in (None, torch.bfloat16)))
     blocks = []
     for layer in range(config.num_layers):
         progress(layer, config.num_layers)
+        stored = checkpoint.block_tensors(layer)
         tensors = {
             name: weight
             if streams and is_linear(name)
             else _placed(layer_tensor(layer, name), weight, config, dtype, device, quant)
-            for name, weight in checkpoint.block_tensors(layer).items()
+            for name, weight in stored.items()
         }
         blocks.append(Block(config, layer, tensors))
-        if quant is not None or device.type != "cpu":  # the copies are used from now on: free the file's pages
-            for name in tensors:
+        for name, weight in tensors.items():
+            if weight is not stored[name]:  # the copy is used from now on: free the file's pages
                 checkpoint.release(layer_tensor(layer, name))
     pager: Pager = Resident()
     if streams and layer_memory is not None:
@@ -123,6 +128,14 @@ def _in_file(checkpoint: Checkpoint, name: str, device: torch.device) -> StoredR
     return StoredRows(open_untrusted(path, MODEL_WEIGHTS), stored.start, stored.dtype, stored.shape, device)
 
 
+def stored_as(checkpoint: Checkpoint, quant: LinearForm) -> bool:
+    """Return True if the files hold every linear in just this form, so that none has to be converted in memory."""
+    if checkpoint.quant is not None:
+        return isinstance(quant, QuantConfig)
+    shapes = model_shapes(checkpoint.config)
+    return all(checkpoint.stored[name].dtype == quant for name in shapes if is_linear(name))
+
+
 def _linear_bytes(checkpoint: Checkpoint) -> int:
     """Return the stored bytes of the linears of all layers, which a model without streaming keeps in memory."""
     return sum(tensor.nbytes for name, tensor in checkpoint.stored.items() if LINEAR_WEIGHT in name)
@@ -164,18 +177,20 @@ def _paged_weight(checkpoint: Checkpoint, name: str, linear: Linear, device: tor
 
 
 def _placed(
-    name: str, weight: Weight, config: LlamaConfig, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None
+    name: str, weight: Weight, config: LlamaConfig, dtype: torch.dtype, device: torch.device, quant: LinearForm
 ) -> Weight:
-    """Return a layer's tensor on `device`: a linear dense or as NF4, a norm in fp32, a bias in the compute dtype."""
+    """Return a layer's tensor on `device`: a linear in the form of `quant`, a norm in fp32, a bias in the compute dtype."""
     if not isinstance(weight, Tensor):
         return weight if device.type == "cpu" else weight.to(device)
     if name.endswith("norm.weight"):
         return norm_weight(weight, config).to(device)
     if not is_linear(name):
         return weight.to(device, dtype)
-    if quant is None:
-        return weight.to(device, dtype)
+    if quant in (None, torch.bfloat16):
+        return weight.to(device, torch.bfloat16 if quant == torch.bfloat16 else dtype)
     try:
+        if not isinstance(quant, QuantConfig):
+            return vocabulary.quantize(weight, "int8").to(device)
         return nf4.quantize(weight, quant.quant_type, quant.block_size, quant.double_quant).to(device)
     except ValueError as error:
         raise ModelError(f"{name} cannot be quantised: {error}; copy the model folder again.") from error

@@ -23,8 +23,8 @@ FEW_ROWS = 8
 one by one to the decoder; for more rows, dequantising the weight is faster. The kernels are built for this number: MAX_TOKENS
 in constants.h is the same 8, and metal/library.py compiles nf4.metal with it."""
 
-Weight = Tensor | QuantizedTensor
-"""The weight of a linear, (out, in): dense or in 4 bits."""
+Weight = Tensor | QuantizedTensor | Int8Rows
+"""The weight of a linear, (out, in): dense, in 4 bits, or in rows of 8 bits."""
 DecodeStep = Callable[[int], Tensor]
 """Runs one token and returns the logits (V,) of the next."""
 

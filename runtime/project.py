@@ -1,8 +1,9 @@
 """The fused product that training is made of: several linears that share an input, as one node of autograd.
 
 `project` takes the input before its norm (or before SwiGLU) and saves only that, since the elementwise part is cheap to
-compute again. The backward needs the packed weights alone: fused kernels read them as they are; without such kernels they are
-dequantised once more into a panel that all linears share.
+compute again. The backward needs the weights alone, as they are stored: fused kernels read those in 4 bits as they are;
+without such kernels they are dequantised once more into a panel that all linears share, as are rows of 8 bits. Dense weights
+of the compute dtype are multiplied where they lie.
 
 Shapes: h (N, in) before the prologue and x (N, in) after it, W (out, in), lora_A (r, in), lora_B (out, r);
 y = x W^T + scale * dropout(x) A^T B^T.
@@ -10,6 +11,7 @@ y = x W^T + scale * dropout(x) A^T B^T.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,7 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from edgetune.runtime import ops
+from edgetune.runtime import int8, ops
+from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.linear import AnyLinear, LoraLinear, base_of
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.ops_types import FEW_ROWS, Adapted, Weight
@@ -86,19 +89,22 @@ GATED: dict[str, Prologue] = {"silu": SwiGlu(), "gelu_tanh": GeGlu()}
 
 
 class Panel:
-    """One buffer that 4-bit weights are dequantised into, layer after layer: (out, in) in the compute dtype."""
+    """One buffer that weights of another form are made dense in, layer after layer: (out, in) in the compute dtype."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
     def dense(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Return the weight as (out, in) `dtype`; a 4-bit one is valid until the next call."""
-        if isinstance(weight, Tensor):
-            return weight.to(dtype)
-        n = weight.numel
+        """Return the weight as (out, in) `dtype`: itself where it is that already, else a copy, valid until the next call."""
+        if isinstance(weight, Tensor) and weight.dtype == dtype:
+            return weight
+        n = math.prod(weight.shape)
         if self._buffer.numel() < n or self._buffer.dtype != dtype or self._buffer.device != weight.device:
             self._buffer = torch.empty(n, dtype=dtype, device=weight.device)
-        return ops.dequantize(weight, dtype, self._buffer[:n].view(weight.shape))
+        out = self._buffer[:n].view(weight.shape)
+        if isinstance(weight, Tensor):
+            return out.copy_(weight)
+        return int8.dequantize(weight, dtype, out) if isinstance(weight, Int8Rows) else ops.dequantize(weight, dtype, out)
 
 
 @dataclass(frozen=True)
@@ -159,8 +165,8 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
     for number, (linear, part) in enumerate(zip(linears, _columns(y, linears), strict=True)):
         base = base_of(linear)
         if not reduced.fused:
-            if plan.values and isinstance(base.weight, QuantizedTensor) and x.shape[0] <= FEW_ROWS:
-                part.copy_(ops.matvec(x, base.weight))
+            if plan.values and (few := _few_rows(x, base.weight)) is not None:
+                part.copy_(few)
             elif plan.values:
                 ops.product_into(part, x, plan.panel.dense(base.weight, x.dtype).T)
             if isinstance(linear, LoraLinear):
@@ -171,6 +177,13 @@ def _forward(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> tupl
         if base.bias is not None and plan.values:
             part += base.bias
     return y, reduced
+
+
+def _few_rows(x: Tensor, weight: Weight) -> Tensor | None:
+    """Return x (n, in) times a packed W^T, n up to FEW_ROWS, without making W dense; None where there is no such product."""
+    if x.shape[0] > FEW_ROWS or isinstance(weight, Tensor):
+        return None
+    return ops.matvec(x, weight) if isinstance(weight, QuantizedTensor) else ops.int8_matvec(x, weight)
 
 
 def _backward(dy: Tensor, x: Tensor, reduced: _Reduced, linears: Sequence[AnyLinear], plan: ProjectPlan) -> Tensor:
@@ -219,7 +232,7 @@ def _gradients(linear: LoraLinear) -> tuple[Tensor, Tensor]:
 
 
 def _fusible(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> list[Adapted] | None:
-    """Return the linears as ops.project takes them, or None where x has too few rows or a weight is dense."""
+    """Return the linears as ops.project takes them, or None where x has too few rows or a weight is not in 4 bits."""
     if x.shape[0] < FUSED_ROWS or x.dtype != torch.bfloat16 or x.stride(1) != 1:
         return None
     adapted = []

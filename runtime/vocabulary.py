@@ -82,7 +82,7 @@ def fits_nf4_blocks(columns: int) -> bool:
 
 
 def quantize(weight: Tensor, kind: str) -> QuantizedTensor | Int8Rows:
-    """Quantise a dense head (V, D) to one of KINDS.
+    """Quantise a dense head or linear (V, D) to one of KINDS.
 
     Raises ValueError for any other kind, and for inf and NaN among the values.
     """

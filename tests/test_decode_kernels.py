@@ -243,6 +243,20 @@ def test_dense_models_decode_exactly(isa: str) -> None:
     assert relative(torch.stack([step(int(token)) for token in ids]), expected) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["plain", "odd sizes"])
+def test_linears_in_bf16_and_in_8_bits_decode_as_their_dense_weights_do(isa: str, case: str) -> None:
+    for form in (lambda weight: weight.bfloat16(), int8.quantize):
+        model = make_model(make_config(**CASES[case]), quantized=False, rank=3)
+        for block in model.blocks:
+            for linear in block.linears().values():
+                linear.base.weight = form(linear.base.weight)
+        ids = torch.randint(model.config.vocab_size, (9,))
+        expected, _ = reference(model, ids, 9)
+        step = decode.decoder(model, KVCache(model.config, 9, torch.float32, torch.device("cpu")))
+        assert step is not None
+        assert relative(torch.stack([step(int(token)) for token in ids]), expected) < 1e-5
+
+
 def test_half_precision_decoding_stays_near(isa: str) -> None:
     model = make_model(make_config(hidden_size=256, head_dim=64), rank=8, head="nf4")
     ids = torch.randint(75, (12,))

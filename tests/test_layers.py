@@ -58,7 +58,7 @@ PRODUCT = (
     {"training", "session", "chat", "exporting"},
     {"library", "dataset"},
     {"conversion"},
-    {"documents", "reports", "memory_settings"},
+    {"documents", "reports", "memory_settings", "weight_forms"},
     {"config", "settings", "events", "progress", "home", "lock", "scratch", "demo", "_version"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""

@@ -142,6 +142,17 @@ def test_a_dense_base_trains(mac: Machine, folders: dict[str, Path]) -> None:
     assert mac.launches == []
 
 
+@pytest.mark.parametrize("form", [torch.bfloat16, torch.int8])
+def test_a_base_in_16_or_8_bits_trains_and_writes(mac: Machine, folders: dict[str, Path], form: torch.dtype) -> None:
+    model = opened(folders["dense"], MPS, quant=form)
+    found = learnt(model, Runner(model))
+    text = list(Generator(Runner(model), 32).generate([1, 5, 9], 12, Sampling(0.0)))
+    with ops.use_backend("reference"):
+        plain = opened(folders["dense"], CPU, quant=form)
+        same(found, learnt(plain, Runner(plain)))
+        assert text == list(Generator(Runner(plain), 32).generate([1, 5, 9], 12, Sampling(0.0)))
+
+
 def test_states_and_inputs_in_files_and_streamed_layers_train(mac: Machine, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders["llama-2-grouped"]
     linears = sum(tensor.nbytes for name, tensor in open_model(folder).stored.items() if "_proj.weight" in name)
@@ -240,10 +251,13 @@ def test_a_seed_fixes_the_text_on_either_device(mac: Machine, folders: dict[str,
 
 def test_a_session_and_an_evaluation_run_on_it(mac: Machine, small: tuple[Path, Path]) -> None:
     model, notes = small
-    texts = [Session.load(str(model), "none", name).generate("The shed", 4, 0.0).text for name in ("mps", "auto", "cpu")]
+    texts = [
+        Session.load(str(model), "none", name, weights="nf4").generate("The shed", 4, 0.0).text
+        for name in ("mps", "auto", "cpu")
+    ]
     assert texts[0] == texts[1]
     assert len(mac.launches) > 0
-    scores = [evaluate([str(notes)], str(model), "none", name).bits_per_byte for name in ("mps", "cpu")]
+    scores = [evaluate([str(notes)], str(model), "none", name, weights="nf4").bits_per_byte for name in ("mps", "cpu")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-2)
 
 
@@ -252,9 +266,8 @@ def test_a_session_and_an_evaluation_run_on_it(mac: Machine, small: tuple[Path, 
 
 def run(folder: Path, notes: Path, **changes: Any) -> list[Event]:
     data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=128)
-    return list(
-        train(TrainConfig(**{"data": data, "model": str(folder), "steps": 2, "rank": 4, "evaluation_share": 1.0, **changes}))
-    )
+    settings = {"data": data, "model": str(folder), "weights": "nf4", "steps": 2, "rank": 4, "evaluation_share": 1.0}
+    return list(train(TrainConfig(**{**settings, **changes})))
 
 
 @pytest.fixture
@@ -291,7 +304,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_in_one_piece(mac: Machine, small:
     assert isinstance(whole[-1], Finished)
     model, notes = small
     data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=128)
-    config = TrainConfig(data=data, model=str(model), steps=2, rank=4, out=str(tmp_path / "parts"))
+    config = TrainConfig(data=data, model=str(model), weights="nf4", steps=2, rank=4, out=str(tmp_path / "parts"))
     stop = threading.Event()
     for event in train(config, stop):
         if isinstance(event, Stepped):

@@ -272,12 +272,14 @@ def test_one_document_and_one_step_are_no_plural() -> None:
     assert any(line.startswith("1 step, ") for line in ui.finished_lines(dataclasses.replace(end, steps=1)))
 
 
-def test_rows_that_were_cut_are_said() -> None:
+def test_rows_that_were_cut_and_the_form_of_the_base_are_said() -> None:
     started = next(run_of(1))
     assert isinstance(started, Started)
     plan = {"steps": 1, "seq_len": 256, "settings": {"data": {"seq_len": 512}}}
     assert "; rows of 256 tokens, as many as the model has positions;" in ui.started_line(
         dataclasses.replace(started, plan=plan)
     )
+    kept = {**plan, "weights": "bf16", "base_bytes": 270_000_000}
+    assert ui.started_line(dataclasses.replace(started, plan=kept)).startswith("Base model demo in bf16 (270 MB) on cpu: ")
     same = {**plan, "settings": {"data": {"seq_len": 256}}}
     assert "rows of" not in ui.started_line(dataclasses.replace(started, plan=same))

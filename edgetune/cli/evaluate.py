@@ -15,6 +15,7 @@ from edgetune.cli.options import (
     print_json,
     progress_shown,
     say,
+    weights_option,
 )
 from edgetune.reports.text import human_bytes, one_line
 
@@ -24,21 +25,24 @@ from edgetune.reports.text import human_bytes, one_line
 @model_option
 @adapter_option
 @device_option
+@weights_option
 @json_option
-def eval_command(texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, as_json: bool) -> None:
+def eval_command(
+    texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, weights: str, as_json: bool
+) -> None:
     """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better."""
     from edgetune.library.loading import choose_model
     from edgetune.training.evaluation import evaluate
 
     choice = choose_model(model)
     with progress_shown() as show:
-        result = evaluate(texts, choice.name, adapter, device, show)
+        result = evaluate(texts, choice.name, adapter, device, show, weights)
     for notice in result.notices:
         say(one_line(notice))
     if as_json:
         print_json(dataclasses.asdict(result))
         return
-    click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}.")
+    click.echo(f"Model {model_words(choice)} in {result.weights}, adapter {one_line(result.adapter)}.")
     click.echo(
         f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "
         f"over {result.documents} documents, {result.tokens:,} tokens, {human_bytes(result.bytes)}."

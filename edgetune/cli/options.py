@@ -65,6 +65,7 @@ adapter_option: Decorator = click.option(
     help="Adapter: its name, its folder (PEFT, mlx-lm) or GGUF file; none for the bare base model. Default: the current one.",
 )
 device_option = setting_option(_GENERATE["device"], GenerateConfig.device)
+weights_option = setting_option(_GENERATE["weights"], GenerateConfig.weights)
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print only machine-readable JSON on standard output."
 )
@@ -83,6 +84,7 @@ class GenerateOptions:
     adapter: str | None
     device: str
     head: str
+    weights: str
     max_tokens: int
     temperature: float | None
     seed: int | None
@@ -93,7 +95,7 @@ class GenerateOptions:
         from edgetune.session import Session
 
         choice = choose_model(self.model)
-        session = Session.load(choice.name, self.adapter, self.device, self.head)
+        session = Session.load(choice.name, self.adapter, self.device, self.head, self.weights)
         say_model(choice, session.adapter_name)
         for notice in session.notices:
             say(one_line(notice))
@@ -114,17 +116,18 @@ def generate_options(command: Callable[..., None]) -> Callable[..., Any]:
         adapter: str | None,
         device: str,
         head: str,
+        weights: str,
         max_tokens: int,
         temperature: float | None,
         seed: int | None,
         **others: Any,
     ) -> None:
-        command(GenerateOptions(model, adapter, device, head, max_tokens, temperature, seed), **others)
+        command(GenerateOptions(model, adapter, device, head, weights, max_tokens, temperature, seed), **others)
 
     # Without --temperature, the model's own setting comes before ours.
     defaults = {"head": GenerateConfig.head, "max_tokens": GenerateConfig.max_tokens, "temperature": None, "seed": None}
     own = [setting_option(_GENERATE[name], default) for name, default in defaults.items()]
-    options = (model_option, adapter_option, device_option, *own)
+    options = (model_option, adapter_option, device_option, weights_option, *own)
     decorated: Callable[..., Any] = parsed
     for option in reversed(options):
         decorated = option(decorated)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _PARTS = {
     "process": "Python, torch and edgetune",
-    "weights": "weights of the layers",
-    "embeddings": "{}",
+    "weights": "weights of the layers, {weights}",
+    "embeddings": "{vocabulary}",
     "adapter": "adapter",
     "gradients": "gradients of the adapter",
     "optimizer": "optimizer states",
@@ -27,7 +27,7 @@ _PARTS = {
     "logits": "logits and their gradients",
     "scratch": "working memory of a block",
 }
-"""Labels of the parts of memory, in the order of `Parts`; {} is a value of _VOCABULARY."""
+"""Labels of the parts of memory, in the order of `Parts`; {weights} is the form of the linears, {vocabulary} of _VOCABULARY."""
 _VOCABULARY = {
     "neither": "embedding, head in {}",
     "embedding": "head in {}",
@@ -65,7 +65,7 @@ def _show(result: Forecast) -> None:
     click.echo(f"{result.model}: {'fits' if result.fits else 'does not fit'}; {room}.")
     vocabulary = _VOCABULARY[result.setting["in_file"]].format(result.head)
     for name, label in _PARTS.items():
-        click.echo(f"  {label.format(vocabulary):<30}{human_bytes(result.parts[name]):>10}")
+        click.echo(f"  {label.format(weights=result.weights, vocabulary=vocabulary):<30}{human_bytes(result.parts[name]):>10}")
     click.echo(f"  {'peak' if result.fits else 'least possible peak':<30}{human_bytes(result.peak_memory_bytes):>10}")
     if result.fits:
         click.echo(f"The least memory that works is {human_bytes(result.least_memory_bytes)}.")

@@ -12,7 +12,7 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.base_models import DEMO, ModelChoice, best, resolve, scan
 from edgetune.progress import Progress, ignore
 from edgetune.runtime import ops
-from edgetune.runtime.budget import Vocabulary
+from edgetune.runtime.budget import Vocabulary, WeightForm
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
@@ -23,6 +23,7 @@ from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.runtime.vocabulary import FILE, fits_nf4_blocks
+from edgetune.weight_forms import form_for_writing
 
 SMALLER = "type a smaller --model, or --device cpu"
 """Advice for a model that does not fit on the device."""
@@ -38,6 +39,8 @@ class Loaded:
     tokenizer: Tokenizer
     recommended: SamplingSettings
     """The sampling settings that the model's publisher recommends."""
+    form: WeightForm
+    """The form of the linears in memory."""
 
     def sampling(self, temperature: float | None = None, seed: int | None = None) -> Sampling:
         """Return the settings to sample with: those given, else the publisher's, else GenerateConfig's.
@@ -93,29 +96,31 @@ def load_base(
     in_file: Vocabulary = Vocabulary.NEITHER,
     head: str = "stored",
     progress: Progress = ignore,
+    form: WeightForm | None = None,
 ) -> Loaded:
-    """Load an opened model, its linears in NF4, so that it is ready to run on `device`.
+    """Load an opened model so that it is ready to run on `device`.
 
     layer_memory: as in `load_llama`. in_file: which of embedding and head stay in their file, as in a training's Setting.
-    head: one of HEADS. progress: receives the layers loaded and all layers.
+    head: one of HEADS. progress: receives the layers loaded and all layers. form: that of the linears; None is the one for
+    writing without an adapter.
     Raises UsageError for a form that this model's head cannot have.
     """
     target = pick_device(device)
     choice, checkpoint = base
     # Before the weights are read: what does not fit them or is damaged is refused at once.
     tokenizer, recommended = Tokenizer.load(choice.path), read_sampling(choice.path)
-    quant = None if checkpoint.quant is not None else QuantConfig()
+    form = form or form_for_writing(GenerateConfig.weights, checkpoint)
     model = load_llama(
         checkpoint,
         compute_dtype(target),
         target,
-        quant,
+        None if checkpoint.quant is not None else form.quant,
         layer_memory=layer_memory,
         embedding_in_file=in_file is not Vocabulary.NEITHER,
         head_kind=FILE if in_file is Vocabulary.BOTH else _head_kind(head, target, checkpoint),
         progress=progress,
     )
-    return Loaded(choice, checkpoint, model, tokenizer, recommended)
+    return Loaded(choice, checkpoint, model, tokenizer, recommended, form)
 
 
 def _head_kind(head: str, device: torch.device, checkpoint: Checkpoint) -> str | None:

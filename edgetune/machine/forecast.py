@@ -23,10 +23,10 @@ from edgetune.memory_settings import (
     FILE_SPEED,
     UNHIDDEN_READ_SHARE,
     advice,
-    choose,
+    choose_form,
     described_format,
     file_bytes,
-    least,
+    least_of,
     memory_allowed,
     number_format,
     planned_steps,
@@ -35,7 +35,7 @@ from edgetune.memory_settings import (
 from edgetune.progress import Progress, Show, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget
-from edgetune.runtime.budget import Setting, Stored
+from edgetune.runtime.budget import Setting, Stored, WeightForm
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import pick_device
@@ -45,6 +45,7 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.scratch import scratch_folder
 from edgetune.training.setup import fit_rows, named_adapter, read_and_split, tokenize_notes
+from edgetune.weight_forms import forms_for_training, forms_of_shape
 
 _ROW_RUNS = 4
 """Times that a row is run to be timed; the first one warms up. Chosen by hand."""
@@ -62,6 +63,8 @@ class Forecast:
     least_memory_bytes: int
     parts: dict[str, int]
     setting: dict[str, Any]
+    weights: str
+    """Form of the base's linears in memory, one of WEIGHTS but auto."""
     head: str
     """Form in which the head is stored: the name of a dtype, or "nf4"."""
     tokens_per_second: float | None
@@ -81,7 +84,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     show: receives progress as events.Working.
     Raises EdgetuneError for a model, an adapter, a device or notes that cannot be used.
     """
-    name, config, stored, checkpoint = _model(train.model)
+    name, config, forms, checkpoint = _model(train)
     train, stages = fit_rows(train, config), Stages(show)
     here = True
     try:
@@ -98,9 +101,10 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     lora, data = _lora(train, checkpoint), train.data
     steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder, stages)
     memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
-    smallest = least(config, lora, stored, data, dtype, process, device_name, train.recompute)
-    choice = choose(config, lora, stored, data, dtype, memory, process, device_name, train.recompute)
+    smallest = least_of(config, lora, forms, data, dtype, process, device_name, train.recompute)
+    choice = choose_form(config, lora, forms, data, dtype, memory, process, device_name, train.recompute)
     shown = choice or smallest
+    stored = shown.stored
     speed = seconds = None
     if choice is not None and here and device_name == "cpu":
         step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"))
@@ -115,12 +119,13 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
         least_memory_bytes=smallest.parts.total,
         parts=dataclasses.asdict(shown.parts),
         setting=dataclasses.asdict(shown.setting),
+        weights=stored.form,
         head=_head_form(stored),
         tokens_per_second=speed,
         seconds=seconds,
         steps=steps,
         tokens=tokens,
-        advice=None if choice is not None else advice(stored, smallest.parts.total),
+        advice=None if choice is not None else advice(smallest.stored, smallest.parts.total),
     )
 
 
@@ -128,12 +133,19 @@ def _head_form(stored: Stored) -> str:
     return "nf4" if stored.head_dtype is None else str(stored.head_dtype).removeprefix("torch.")
 
 
-def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
-    """Return name, config, stored form and checkpoint of a model on this machine, or of a shape in SHAPES (no checkpoint)."""
+def _model(train: TrainConfig) -> tuple[str, LlamaConfig, list[Stored], Checkpoint | None]:
+    """Return name, config, sizes in each form and checkpoint of a model on this machine, or of a shape in SHAPES.
+
+    A shape has no checkpoint; it counts as stored in NF4 or in bf16, whichever is asked for.
+    """
+    name = train.model
     if name in PLANNED and not Path(name).exists():
-        return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
+        shape = SHAPES[name]
+        forms = forms_of_shape(train.weights, train.compute, shape)
+        return name, shape, [Stored.shaped(shape, form, mapped=form is not WeightForm.INT8) for form in forms], None
     choice, checkpoint = open_base(name)
-    return choice.name, checkpoint.config, Stored.of(checkpoint), checkpoint
+    forms = forms_for_training(train.weights, train.compute, checkpoint)
+    return choice.name, checkpoint.config, [Stored.of(checkpoint, form) for form in forms], checkpoint
 
 
 def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
@@ -175,7 +187,7 @@ def seconds_a_step(
 
     The time of reading and writing files is computed from FILE_SPEED, a nominal figure.
     """
-    one, two = (_row_seconds(config, lora, setting, dtype, int8, layers, progress) for layers in (1, 2))
+    one, two = (_row_seconds(config, lora, stored.form, setting, dtype, int8, layers, progress) for layers in (1, 2))
     layer = max(two - one, 0.0)
     row = (one + layer * (config.num_layers - 1)) * (COMPACT_SLOWDOWN if setting.compact else 1.0)
     rows = -(-batch_tokens // setting.row_tokens)
@@ -187,6 +199,7 @@ def seconds_a_step(
 def _row_seconds(
     config: LlamaConfig,
     lora: LoraConfig,
+    form: WeightForm,
     setting: Setting,
     dtype: torch.dtype,
     int8: bool,
@@ -196,7 +209,8 @@ def _row_seconds(
     """Return the least of three measured times of one row under this setting, on one or two layers of random weights."""
     done, total = (layers - 1) * _ROW_RUNS, 2 * _ROW_RUNS
     progress(done, total)
-    model = random_llama(dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers]), dtype)
+    few = dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers])
+    model = random_llama(few, dtype, form=form)
     adapters.attach_new(model, lora, 0)
     runner = Runner(model, setting.recompute, setting.loss_rows, int8=int8)
     optimizer = PagedAdamW(adapters.parameters(model))

@@ -7,17 +7,24 @@ from typing import Any
 import torch
 
 from edgetune.progress import Progress, ignore
-from edgetune.runtime import nf4
+from edgetune.runtime import int8, nf4
 from edgetune.runtime.batch import Batch
+from edgetune.runtime.budget import WeightForm
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.model import Block, Llama
 from edgetune.runtime.names import ATTENTION_NORM, MLP_NORM, hf_linear_name
 from edgetune.runtime.nf4 import NestedAbsmax, QuantizedTensor, QuantState
-from edgetune.runtime.ops_types import Segment
+from edgetune.runtime.ops_types import Segment, Weight
 
 
-def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0, progress: Progress = ignore) -> Llama:
-    """Return a model of this shape with random NF4 weights, embedding and head in `dtype`.
+def random_llama(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
+    progress: Progress = ignore,
+    form: WeightForm = WeightForm.NF4,
+) -> Llama:
+    """Return a model of this shape with random linears in `form`, embedding and head in `dtype`.
 
     progress: receives the layers made and all layers.
     """
@@ -27,7 +34,7 @@ def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0, progres
         progress(layer, config.num_layers)
         tensors: dict[str, Any] = {}
         for name, shape in config.linear_shapes().items():
-            tensors[f"{hf_linear_name(name)}.weight"] = random_nf4(shape, generator)
+            tensors[f"{hf_linear_name(name)}.weight"] = random_weight(shape, form, generator)
         for norm in (ATTENTION_NORM, MLP_NORM):
             tensors[norm] = torch.ones(config.hidden_size)
         blocks.append(Block(config, layer, tensors))
@@ -35,6 +42,14 @@ def random_llama(config: LlamaConfig, dtype: torch.dtype, seed: int = 0, progres
     embedding = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(dtype)
     head = embedding if config.tie_embeddings else embedding.clone()
     return Llama(config, embedding, blocks, torch.ones(config.hidden_size), head, dtype)
+
+
+def random_weight(shape: tuple[int, int], form: WeightForm, generator: torch.Generator) -> Weight:
+    """Return a weight (out_features, in_features) in `form` with random values of about 0.02."""
+    if form is WeightForm.NF4:
+        return random_nf4(shape, generator)
+    dense = (0.02 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
+    return dense if form is WeightForm.BF16 else int8.quantize(dense)
 
 
 def random_nf4(shape: tuple[int, int], generator: torch.Generator) -> QuantizedTensor:

@@ -92,8 +92,10 @@ def started_line(event: Started) -> str:
     held_out = f", {event.heldout_documents} held out to test it" if event.heldout_documents else ""
     wanted, rows = event.plan.get("settings", {}).get("data", {}).get("seq_len"), event.plan.get("seq_len")
     cut = f"; rows of {rows} tokens, as many as the model has positions" if rows != wanted else ""
+    form, size = event.plan.get("weights"), event.plan.get("base_bytes")
+    base = f" in {one_line(form)} ({human_bytes(size)})" if form is not None and size is not None else ""
     return (
-        f"Base model {one_line(event.model)} on {one_line(event.device)}: learning from {event.documents} "
+        f"Base model {one_line(event.model)}{base} on {one_line(event.device)}: learning from {event.documents} "
         f"{'document' if event.documents == 1 else 'documents'}{held_out}; "
         f"{event.tokens:,} tokens per epoch{cut}; the adapter has {event.trainable_parameters:,} parameters, "
         f"the base model {event.parameters:,}"

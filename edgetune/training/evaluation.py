@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgetune.config import DataConfig, TrainConfig
+from edgetune.config import DataConfig, GenerateConfig, TrainConfig
 from edgetune.dataset.chat_notices import ChatNotices
 from edgetune.dataset.evaluation_set import EvaluationSet, Score
 from edgetune.dataset.token_store import tokenize
@@ -25,6 +25,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.runner import Runner
 from edgetune.scratch import scratch_folder
+from edgetune.weight_forms import form_for_writing
 
 LARGEST_LOG_PERPLEXITY = 700.0
 """Nats per token beyond which perplexity would overflow a double (exp(709.8) does)."""
@@ -51,6 +52,8 @@ class Evaluation:
     documents: int
     model: str
     adapter: str
+    weights: str
+    """Form of the base's linears, one of WEIGHTS but auto."""
     notices: tuple[str, ...]
     """Sentences for the user about what was not read, or not as it is, and about the adapter."""
 
@@ -105,16 +108,19 @@ def evaluate(
     adapter: str | None = None,
     device: str = "auto",
     show: Show = lambda event: None,
+    weights: str = GenerateConfig.weights,
 ) -> Evaluation:
     """Measure a model's bits per byte on every document in `texts`, which are files and folders of notes.
 
     adapter: a folder, a name, "none" for the bare base model, or None for the current adapter. show: receives progress as
-    events.Working. Raises subclasses of EdgetuneError.
+    events.Working. weights: one of WEIGHTS, the form of the base's linears. Raises subclasses of EdgetuneError.
     """
     stages, notices = Stages(show), ChatNotices()
     reading = read_notes(texts, progress=stages.of("reading"))
-    loaded = load_base(open_base(model), device, progress=stages.of("loading"))
-    name, found = registry.adapter_for(adapter, loaded.checkpoint)
+    base = open_base(model)
+    name, found = registry.adapter_for(adapter, base[1])
+    form = form_for_writing(weights, base[1], None if found is None else found.about)
+    loaded = load_base(base, device, progress=stages.of("loading"), form=form)
     if found is not None:
         adapters.attach(loaded.model, found)
     settings = DataConfig()
@@ -137,6 +143,7 @@ def evaluate(
         documents=len(store.documents),
         model=loaded.choice.name,
         adapter=name,
+        weights=form,
         notices=(
             *sentences(reading),
             *notices.sentences(),

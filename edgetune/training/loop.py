@@ -38,6 +38,7 @@ from edgetune.training.distributed import World
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
 from edgetune.training.step import StepResult, TrainStep
+from edgetune.weight_forms import RECORDED
 
 REPORT_FILE = "report.html"
 MOST_SKIPPED = 5
@@ -365,6 +366,7 @@ class TrainingLoop:
             "steps": self.plan.steps,
             "compute_dtype": self.plan.compute_dtype,
             "int8": self.plan.int8,
+            RECORDED: self.plan.weights,
             "optimizer_bits": self.plan.setting.optimizer_bits,
             "settings": settings,
         }

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.runtime.budget import Setting, Vocabulary
+from edgetune.runtime.budget import Setting, Vocabulary, WeightForm
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.runner import Recompute
 from edgetune.training.samples import Prompt
@@ -23,6 +23,10 @@ class Plan:
     steps_per_epoch: int
     batch_tokens: int
     setting: Setting
+    weights: WeightForm
+    """The form of the base's linears in memory."""
+    base_bytes: int
+    """Bytes of the base that stay in memory: layers, embedding and head."""
     seq_len: int
     learning_rate: float
     warmup_steps: int
@@ -86,5 +90,5 @@ class RunRecord:
         setting = values["plan"]["setting"]
         enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
         setting = Setting(**{**setting, **enums})
-        plan = Plan(**{**values["plan"], "setting": setting})
+        plan = Plan(**{**values["plan"], "setting": setting, "weights": WeightForm(values["plan"]["weights"])})
         return cls(**{**values, "plan": plan, "lora": lora, **tuples})

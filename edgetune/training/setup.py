@@ -28,7 +28,7 @@ from edgetune.progress import SILENT, Progress, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.budget import Setting, Stored
+from edgetune.runtime.budget import Setting, Stored, WeightForm
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import pick_device
@@ -40,6 +40,7 @@ from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.samples import sample_prompts
+from edgetune.weight_forms import forms_for_training
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,15 @@ def prepare_new(
     tokenizer = Tokenizer.load(choice.path)
     notes = tokenize_notes(config, split, tokenizer, folder, stages.of("tokenizing"))
     store, held_out = notes.train, notes.held_out
-    data, (dtype, int8) = config.data, number_format(config.compute, device)
+    data, (dtype, multiplies_int8) = config.data, number_format(config.compute, device)
     adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
-    stored = Stored.of(checkpoint)
-    chosen = choose_or_refuse(checkpoint.config, lora, stored, config, dtype, device.type, processes, local_processes)
-    loaded = _load(config, base, dtype, chosen.setting, stages)
+    forms = [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint)]
+    chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
+    form = chosen.stored.form
+    int8 = multiplies_int8 and form is WeightForm.NF4
+    loaded = _load(config, base, dtype, chosen.setting, form, stages)
     _attach(loaded, adapter, lora, data.seed)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
@@ -119,6 +122,8 @@ def prepare_new(
         steps_per_epoch=packer.steps_per_epoch,
         batch_tokens=data.batch_tokens,
         setting=chosen.setting,
+        weights=form,
+        base_bytes=chosen.parts.weights + chosen.parts.embeddings,
         seq_len=data.seq_len,
         learning_rate=config.learning_rate(loaded.model.config.hidden_size),
         warmup_steps=min(config.warmup_steps, steps // 4),
@@ -180,7 +185,7 @@ def prepare_resumed(
     plan = record.plan
     if _token_files(folder) != record.files:
         raise DataError(f"The tokens in {folder} are damaged. Type the same command with --fresh.")
-    loaded = _load(config, base, getattr(torch, plan.compute_dtype), plan.setting, stages)
+    loaded = _load(config, base, getattr(torch, plan.compute_dtype), plan.setting, plan.weights, stages)
     adapter = None if has_steps else named_adapter(config, loaded.checkpoint)
     _attach(loaded, adapter, record.lora, config.data.seed)
     # Another number of threads sums in another order, and so gives other bits.
@@ -272,13 +277,15 @@ def _token_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
-def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting, stages: Stages) -> Loaded:
-    """Load the model as `setting` says, its activations in `dtype`."""
+def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting, form: WeightForm, stages: Stages) -> Loaded:
+    """Load the model as `setting` says, its linears in `form` and its activations in `dtype`."""
     steady_heap()  # must come before the kernels start any thread
     if setting.compact:
         compact_heap()
     progress = stages.of("loading")
-    loaded = load_base(base, config.device, layer_memory=setting.layer_memory, in_file=setting.in_file, progress=progress)
+    loaded = load_base(
+        base, config.device, layer_memory=setting.layer_memory, in_file=setting.in_file, progress=progress, form=form
+    )
     loaded.model.set_dtype(dtype)
     return loaded
 

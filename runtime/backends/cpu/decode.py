@@ -84,7 +84,7 @@ class Decoder:
         self._kept.append(x)
         return address(x, name, shape, dtype)
 
-    def _frozen(self, weight: Weight | Int8Rows, bias: Tensor | None, name: str, rows: int, cols: int) -> DecodeLinear:
+    def _frozen(self, weight: Weight, bias: Tensor | None, name: str, rows: int, cols: int) -> DecodeLinear:
         """Return the structure of a weight (rows, cols) and its bias, without an adapter."""
         found = tuple(weight.shape)
         require(found == (rows, cols), "{} is {}; expected {}", name, found, (rows, cols))
