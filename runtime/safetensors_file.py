@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import json_file
-from edgetune.runtime.files import explain_full_disk, new_file, sync_folder
+from edgetune.runtime.files import drop_pages, explain_full_disk, new_file, sync_folder
 from edgetune.runtime.untrusted_file import (
     MAX_DIMENSIONS,
     MAX_SAFETENSORS_HEADER,
@@ -138,11 +138,8 @@ class SafetensorsFile:
 
     def release(self, name: str) -> None:
         """Let the system drop a tensor's pages from memory; the next access reads them again. Linux and macOS only."""
-        stored, page = self.tensors[name], mmap.PAGESIZE
-        first = -(-stored.start // page) * page  # only pages that hold nothing else
-        whole = (stored.start + stored.nbytes) // page * page - first
-        if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED, first, whole)
+        stored = self.tensors[name]
+        drop_pages(self.mapping, stored.start, stored.nbytes)
 
 
 def _read_header(file: FileIO) -> tuple[dict[str, Any], int, int]:
