@@ -1,4 +1,4 @@
-"""Open a GGUF model, whole or split into parts. Anybody may have made it, so all numbers of its header are checked before use."""
+"""Open a GGUF model, whole or split into parts. Anybody may have made it: all numbers of its header are checked before use."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that the tensor takes. Raises ValueError for an unknown type and for rows that are not whole blocks."""
+        """Return the bytes that the tensor takes. Raises ValueError for an unknown type, and for rows of broken blocks."""
         if self.kind not in TENSOR_TYPES:
             raise ValueError(f"is of the type {self.kind}, which edgetune does not know")
         name, block, nbytes = TENSOR_TYPES[self.kind]
