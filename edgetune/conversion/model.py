@@ -1,4 +1,4 @@
-"""Describe a GGUF model as Hugging Face does: its metadata as config.json, its tensors by Hugging Face's names and in its order.
+"""Describe a GGUF model as Hugging Face does: its metadata as config.json, its tensors by Hugging Face's names, in its order.
 
 A family of models is an entry of FAMILIES. Whatever in a file would change what the model computes, and is not understood here,
 is refused by name: a model runs correctly or is not converted. Keys: llama.cpp's gguf-py/gguf/constants.py.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,9 +145,15 @@ class Model:
         tensor = self.file.dequantized(self._names[name])
         return from_llama_rows(tensor, self.config.head_dim) if is_rotated(self.arch, name) else tensor
 
-    def quantised_as(self, name: str) -> str:
-        """Return the type that the file stores a tensor in, by the tensor's Hugging Face name."""
-        return self.file.tensors[self._names[name]].kind
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor as `tensor` returns it, in pieces of some rows. Raises ModelError for inf and NaN."""
+        pieces = iter([self.tensor(name)]) if is_rotated(self.arch, name) else self.file.slices(self._names[name])
+        for piece in pieces:
+            if not all(torch.isfinite(end) for end in torch.aminmax(piece)):
+                raise ModelError(
+                    f"{self.file.path} holds inf or NaN in {self._names[name]}, so it can compute nothing; copy it again."
+                )
+            yield piece
 
 
 def _family(keys: Keys) -> Family:
