@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import pytest
 import torch
 
 from edgetune.export.gguf.names import is_rotated, tensor_name, to_llama_rows
 
+gguf = pytest.importorskip("gguf")
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 """Sizes of a tiny model that fill whole blocks of every type."""
 _SCALES = {
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ2_XS": (0,), "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
 }  # fmt: skip
 """Offsets of the f16 numbers in a block of each type that the library cannot quantise to."""
 _SCALE = {"Q6_K": 2e-5, "IQ4_XS": 5e-5, "IQ4_NL": 1e-3}
@@ -34,10 +37,17 @@ def encoded(weights: torch.Tensor, kind: str, seed: int) -> np.ndarray[Any, Any]
     return raw.reshape(rows, -1)
 
 
-def write_gguf(path: Path, model: Any, kind: str = "F32", tensors_a_part: int = 0, **keys: Any) -> Path:
+def write_gguf(
+    path: Path,
+    model: Any,
+    kind: str = "F32",
+    tensors_a_part: int = 0,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    **keys: Any,
+) -> Path:
     """Write a transformers model, its matrices in one of the library's types, its vectors in F32; return the first part's path.
 
-    keys: numbers, truth values and texts under the architecture's name, with _ for a point.
+    extra: more tensors, by their names in GGUF. keys: numbers, truth values and texts under the architecture's name.
     """
     config = model.config
     arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
@@ -66,6 +76,8 @@ def write_gguf(path: Path, model: Any, kind: str = "F32", tensors_a_part: int = 
         else:
             raw = encoded(rows.contiguous(), kind, number)
             writer.add_tensor(tensor_name(name), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
