@@ -21,8 +21,8 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
 }  # fmt: skip
 """llama.cpp's architecture for each model_type of Hugging Face."""
-_LLAMA_ORDER = ("llama", "smollm3", "granite")
-"""The architectures that rotate the pairs (2i, 2i + 1)."""
+_REORDERED = frozenset(["llama", "granite", "smollm3", "mistral3"])
+"""The architectures that have the rows of q and k in llama.cpp's order: those of LLAMA_ROPE_TYPE_NORM in llama-model.cpp."""
 LINEARS = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
@@ -35,12 +35,15 @@ _MODULES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-_MODULES_OF_GEMMA = {
-    **_MODULES,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
+_OWN_MODULES = {
+    "gemma3": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    "phi3": {"qkv_proj": "attn_qkv", "gate_up_proj": "ffn_up"},
 }
+"""The modules of a layer that an architecture names otherwise than LLaMA, or that LLaMA has not."""
 _OUTSIDE_LAYERS = {
     EMBEDDING: "token_embd.weight",
     FINAL_NORM: "output_norm.weight",
@@ -94,13 +97,13 @@ def tensor_name(name: str, arch: str = "llama") -> str:
     found = _IN_LAYER.fullmatch(name)
     if found is None:
         raise ValueError(f"no tensor of a LLaMA is called {name}")
-    modules = _MODULES_OF_GEMMA if arch == "gemma3" else _MODULES
-    return f"blk.{found[1]}.{modules[found[2]]}.{found[3]}"
+    module = (_MODULES | _OWN_MODULES.get(arch, {}))[found[2]]
+    return f"blk.{found[1]}.{module}.{found[3]}"
 
 
 def is_rotated(arch: str, name: str) -> bool:
     """Return True if llama.cpp has the rows of this tensor or linear (by its Hugging Face name) in its own order."""
-    return arch in _LLAMA_ORDER and ("q_proj" in name or "k_proj" in name)
+    return arch in _REORDERED and ("q_proj" in name or "k_proj" in name)
 
 
 def to_llama_rows(rows: Tensor, head_dim: int) -> Tensor:
