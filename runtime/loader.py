@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, vocabulary
-from edgetune.runtime.checkpoint import Checkpoint
+from edgetune.runtime.checkpoint import Checkpoint, block_shapes
 from edgetune.runtime.config import LINEARS, QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.linear import Linear
@@ -86,6 +86,18 @@ def load_llama(
         checkpoint.release(head_name)
     norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)
+
+
+def dense_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
+    """Return a layer's tensors by their names inside it, as load_llama gives them to a Block: the linears dense, in `dtype`."""
+    tensors = checkpoint.block_tensors(layer)
+    return {name: _placed(layer_tensor(layer, name), weight, dtype, device, None) for name, weight in tensors.items()}
+
+
+def release_layer(checkpoint: Checkpoint, layer: int) -> None:
+    """Let the system drop the mapped pages of a layer's tensors, which nobody reads now."""
+    for name in block_shapes(checkpoint.config):
+        checkpoint.release(layer_tensor(layer, name))
 
 
 def _embedding(checkpoint: Checkpoint, device: torch.device, in_file: bool) -> Embedding:
