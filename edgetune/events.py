@@ -131,9 +131,10 @@ class Finished(Event):
     out.
 
     `published` says what is known of the base as it was published, over the same held-out text: "same" if it is what the run
-    trained on; "measured"; "unknown" if the model folder has it in fewer bits; "memory" or "time" if those allowed did not
-    suffice. Its score alone is `heldout_bits_per_byte_published`, with the adapter `heldout_bits_per_byte_on_published`, and
-    `base_bits` are those of each number of the base in the run.
+    trained on; "measured"; "unknown" if the model folder has it in fewer bits; "adapter" if the run started from one, which had
+    learnt and mended before; "memory" or "time" if those allowed did not suffice. Its score alone is
+    `heldout_bits_per_byte_published`, with the adapter `heldout_bits_per_byte_on_published`, and `base_bits` are those of each
+    number of the base in the run, None if it is not quantised.
     """
 
     kind: ClassVar[str] = "finished"

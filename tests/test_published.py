@@ -174,6 +174,14 @@ def test_training_on_the_published_weights_has_nothing_to_repair(small: TrainCon
     assert learning_lines(end, unknown=True) == []
 
 
+def test_a_run_that_starts_from_an_adapter_is_not_compared(small: TrainConfig) -> None:
+    first = end_of(list(train(dataclasses.replace(small, steps=1))))
+    end = end_of(list(train(dataclasses.replace(small, steps=1, from_adapter=first.adapter))))
+    assert (first.published, end.published, figures(end)) == ("measured", "adapter", [None, None])
+    assert learning_lines(end, unknown=False) == []
+    assert "the run started from an adapter, which had learnt and mended before" in learning_lines(end, unknown=True)[0]
+
+
 def test_nothing_held_out_is_nothing_to_compare(small: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.md").write_text("The beans want water, said Marra. " * 30)

@@ -8,6 +8,7 @@ NOT_MEASURED = {
     "memory": "reading the base as published needs more memory than this run may use",
     "time": "the deadline left no time to read the base as published",
     "unknown": "the model folder holds the base in {bits} bits alone",
+    "adapter": "the run started from an adapter, which had learnt and mended before",
 }
 """Reasons why the base as published has no score, by the value of Finished.published."""
 
@@ -15,10 +16,10 @@ NOT_MEASURED = {
 def learning_lines(event: Finished, unknown: bool) -> list[str]:
     """Return the sentences about learning and repair of a finished run, without a full stop.
 
-    unknown: also say that nothing is known where the model folder holds no more bits than the run, or nothing else to tell.
+    unknown: also say so where this run could not be compared with a published base at all.
     """
     bits, before, after = event.base_bits, event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
-    if event.published in NOT_MEASURED and (unknown or event.published != "unknown"):
+    if event.published in NOT_MEASURED and (unknown or event.published in ("memory", "time")):
         reason = NOT_MEASURED[event.published].format(bits=bits)
         return [f"How much of this is learning, and how much mends what {bits} bits broke, was not measured: {reason}"]
     published = event.heldout_bits_per_byte_published

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from edgetune.dataset.evaluation_set import EvaluationSet, Score
 from edgetune.library.loading import Loaded
 from edgetune.progress import Progress
@@ -27,7 +29,10 @@ SCORES = 2
 
 def bits_of_base(loaded: Loaded) -> int | None:
     """Return the bits in which a run holds the numbers of the base's linears; None where they are not quantised."""
-    return 4 if isinstance(base_of(loaded.model.blocks[0].q_proj).weight, QuantizedTensor) else None
+    weight = base_of(loaded.model.blocks[0].q_proj).weight
+    if isinstance(weight, Tensor):
+        return None
+    return 4 if isinstance(weight, QuantizedTensor) else 8
 
 
 def has_published(loaded: Loaded) -> bool:
@@ -68,8 +73,7 @@ def compare(
     if held_out is None or not batches:
         return fields
     if not plan.published_scores:
-        status = "memory" if has_published(loaded) else "same" if fields["base_bits"] is None else "unknown"
-        return {**fields, "published": status}
+        return {**fields, "published": _reason(loaded, plan)}
     if not in_time:
         return {**fields, "published": "time"}
     rows, scores = plan.setting.row_tokens, plan.published_scores
@@ -77,6 +81,15 @@ def compare(
     names = ("heldout_bits_per_byte_published", "heldout_bits_per_byte_on_published")
     figures = {name: score.bits_per_byte for name, score in zip(names, found, strict=False)}
     return {**fields, "published": "measured", **figures}
+
+
+def _reason(loaded: Loaded, plan: Plan) -> str:
+    """Return the value of Finished.published for a run that plans no score of the published base."""
+    if bits_of_base(loaded) is None:
+        return "same"
+    if not has_published(loaded):
+        return "unknown"
+    return "memory" if plan.settings["from_adapter"] is None else "adapter"
 
 
 def score_published(

@@ -186,7 +186,9 @@ def _evaluation_schedule(
     trained_tokens = int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
     rows = chosen.setting.row_tokens
-    for scores in range(published.SCORES if set_tokens and published.has_published(loaded) else 0, 0, -1):
+    # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
+    compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
+    for scores in range(published.SCORES if compares else 0, 0, -1):
         every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores)
         if published.fits(loaded, scores, min(tokens, set_tokens), rows, chosen.parts, memory):
             return _Schedule(every, tokens, scores)

@@ -257,15 +257,17 @@ def row_steps(rows: Any) -> Any:
 
 def merge(arguments: argparse.Namespace) -> tuple[Result, str]:
     """Merge the adapter into 4-bit targets and report how much of its effect on text is left after rounding."""
+    from edgetune.export.targets import load_target
     from edgetune.exporting import export_adapter
 
-    texts, figures = (str(arguments.notes),), {}
+    figures: Result = {}
     for target, weights in (("hf", "nf4"), ("gguf", "q8_0"), ("mlx", "int4")):
         out = arguments.workdir / f"merged-{target}-{weights}"
         shutil.rmtree(out, ignore_errors=True)
+        texts = (str(arguments.notes),) if weights in load_target(target).measured else ()
         try:
-            exported = export_adapter(target, str(arguments.base), str(trained(arguments)), out, weights, "merged", texts)
-            figures[f"{target} {weights}"] = {**exported.facts, "proved_by": exported.proved_by}
+            exported = export_adapter(target, str(arguments.base), str(trained(arguments)), out, weights, texts=texts)
+            figures[f"{target} {weights}"] = {**exported.facts, "proved_by": exported.proved_by, "kl": exported.kl}
         except Exception as error:  # an extra that is not installed; the sentence says which
             figures[f"{target} {weights}"] = {"error": str(error)}
     rows = [[name, "; ".join(f"{key} {value}" for key, value in row.items())] for name, row in figures.items()]
