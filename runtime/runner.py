@@ -179,6 +179,7 @@ class Runner:
                     ctx = self._context(batch.positions, batch.segments, None)
                     states_of_version[number] = block(states_of_version[number], ctx)
                     end_command_buffer(self.model.device)
+            del block, blocks  # or this layer would be in memory while the next one is read
         return [
             [
                 token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[: len(original.input_ids)]

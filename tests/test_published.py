@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from edgetune.reports.terminal import Plain
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.loader import load_llama
+from edgetune.runtime.loader import dense_layer, load_llama
+from edgetune.runtime.ops_types import Weight
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.runner import Runner
 from edgetune.training import published
@@ -80,15 +82,27 @@ def test_the_published_figures_are_an_independent_evaluation_of_the_dense_base(s
     assert prepared.plan.evaluate_tokens == started.plan["evaluate_tokens"]
 
 
-def test_only_one_layer_of_the_published_base_is_in_memory_at_a_time(small: TrainConfig, tmp_path: Path) -> None:
-    tiny.save_trainable(tmp_path / "deep", layers=5)
+def test_only_one_layer_of_the_published_base_is_in_memory_at_a_time(
+    small: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_trainable(tmp_path / "deep", layers=5)  # in fp32, so that each layer is copied to the compute dtype
     small = dataclasses.replace(small, model=str(tmp_path / "deep"))
     run = prepare_new(small, open_base(small.model), tmp_path / "prepared")
     assert run.held_out is not None
+    read: list[weakref.ref[torch.Tensor]] = []
+    others_alive: list[int] = []
+
+    def noted(*arguments: object) -> dict[str, Weight]:
+        others_alive.append(sum(tensor() is not None for tensor in read))
+        tensors = dense_layer(*arguments)  # type: ignore[arg-type]
+        read.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return tensors
+
     told: list[tuple[int, int]] = []
-    published.score_published(
-        run.loaded, run.runner, run.held_out, run.plan.setting.row_tokens, 2, 2, lambda done, total: told.append((done, total))
-    )
+    monkeypatch.setattr(published, "dense_layer", noted)
+    rows = run.plan.setting.row_tokens
+    published.score_published(run.loaded, run.runner, run.held_out, rows, 2, 2, lambda *done: told.append(done))
+    assert others_alive == [0] * 5
     assert told == [(done, 5) for done in range(6)]
 
 

@@ -20,6 +20,7 @@ from edgetune.runtime.linear import LoraLinear, base_of
 from edgetune.runtime.loader import dense_layer, release_layer
 from edgetune.runtime.model import Block
 from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.ops_types import Weight
 from edgetune.runtime.runner import ROW_MULTIPLE, Runner
 from edgetune.training.plan import Plan
 
@@ -118,19 +119,17 @@ def _layers(loaded: Loaded, versions: int, progress: Progress) -> Iterator[list[
     for layer, trained in enumerate(model.blocks):
         progress(layer, len(model.blocks))
         tensors = dense_layer(checkpoint, layer, model.dtype, model.device)
-        blocks = [Block(model.config, layer, tensors) for _ in range(versions)]
-        for block in blocks[1:]:
-            _adapt(block, trained)
-        yield blocks
-        del tensors, blocks
+        yield [_block(trained, tensors, adapted) for adapted in (False, True)[:versions]]
+        del tensors
         release_layer(checkpoint, layer)
     progress(len(model.blocks), len(model.blocks))
 
 
-def _adapt(block: Block, trained: Block) -> None:
-    """Give the block the adapter of another one, which it shares."""
+def _block(trained: Block, tensors: dict[str, Weight], adapted: bool) -> Block:
+    """Return a block of these tensors, bare or under the adapter of the trained block in the same place, which it shares."""
+    block = Block(trained.config, trained.layer, tensors)
     for name, linear in trained.linears().items():
-        if isinstance(linear, LoraLinear):
-            setattr(
-                block, name, LoraLinear(base_of(getattr(block, name)), linear.lora_A.data, linear.lora_B.data, linear.scale)
-            )
+        if adapted and isinstance(linear, LoraLinear):
+            base, a, b = base_of(getattr(block, name)), linear.lora_A.detach(), linear.lora_B.detach()
+            setattr(block, name, LoraLinear(base, a, b, linear.scale))
+    return block
