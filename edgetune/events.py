@@ -128,7 +128,14 @@ class Saved(Event):
 @dataclasses.dataclass(frozen=True)
 class Finished(Event):
     """The end of a run. The nine fields without a default are the command line's contract. Scores are None if nothing is held
-    out."""
+    out.
+
+    `published` says what is known of the base as it was published, over the same held-out text: "same" if it is what the run
+    trained on; "measured"; "unknown" if the model folder has it in fewer bits; "adapter" if the run started from one, which had
+    learnt and mended before; "memory" or "time" if those allowed did not suffice. Its score alone is
+    `heldout_bits_per_byte_published`, with the adapter `heldout_bits_per_byte_on_published`, and `base_bits` are those of each
+    number of the base in the run, None if it is not quantised.
+    """
 
     kind: ClassVar[str] = "finished"
     adapter: str
@@ -145,6 +152,10 @@ class Finished(Event):
     report: str | None = None
     promoted: bool = True  # True if the adapter became the current one (library/promotion.py decides)
     cut: str | None = None  # "deadline" if the run ended before its plan
+    published: str | None = None
+    base_bits: int | None = None
+    heldout_bits_per_byte_published: float | None = None
+    heldout_bits_per_byte_on_published: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +179,7 @@ class Working(Event):
     tokenizing  notes become tokens
     loading     the model's layers are loaded, and quantised where they are not yet
     evaluating  held-out notes, or those of `edgetune eval`, are scored
+    published base  held-out notes are scored by the base as it was published, layer by layer
     first step  the first step of a run or of its continuation: each block of the model, forward and backward
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import nf4, vocabulary
-from edgetune.runtime.checkpoint import Checkpoint, model_shapes
+from edgetune.runtime.checkpoint import Checkpoint, block_shapes, model_shapes
 from edgetune.runtime.config import LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.linear import Linear
@@ -93,6 +93,21 @@ def load_llama(
         checkpoint.release(head_name)
     norm = final_norm_weight(checkpoint.dense(FINAL_NORM), config).to(device)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)
+
+
+def dense_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:
+    """Return a layer's tensors by their names inside it, as load_llama gives them to a Block: the linears dense, in `dtype`."""
+    tensors = checkpoint.block_tensors(layer)
+    return {
+        name: _placed(layer_tensor(layer, name), weight, checkpoint.config, dtype, device, None)
+        for name, weight in tensors.items()
+    }
+
+
+def release_layer(checkpoint: Checkpoint, layer: int) -> None:
+    """Let the system drop the mapped pages of a layer's tensors, which nobody reads now."""
+    for name in block_shapes(checkpoint.config):
+        checkpoint.release(layer_tensor(layer, name))
 
 
 def _embedding(checkpoint: Checkpoint, device: torch.device, in_file: bool) -> Embedding:

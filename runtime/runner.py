@@ -6,7 +6,7 @@ a small autograd graph of its own, so that the tensors it saved are freed as soo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -162,6 +162,31 @@ class Runner:
         n, batch = len(batch.input_ids), batch.padded(ROW_MULTIPLE).to(self.model.device)
         h = self.infer(batch.input_ids, batch.positions, batch.segments, None)
         return token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[:n]
+
+    @torch.no_grad()
+    def score_versions(self, batches: Sequence[Batch], layers: Iterable[Sequence[Block]], versions: int) -> list[list[Tensor]]:
+        """Return what `score` returns for each batch, by version: each version has blocks of its own in place of the model's.
+
+        layers: one block of each version, layer by layer. All batches pass through a layer before the next one is taken, so of
+        the layers that a generator makes only one need be in memory. Embedding, final norm and head are the model's.
+        """
+        padded = [batch.padded(ROW_MULTIPLE).to(self.model.device) for batch in batches]
+        states = [[self.model.embed(batch.input_ids) for batch in padded] for _ in range(versions)]  # h (N, D) of each
+        for blocks in layers:
+            for block, states_of_version in zip(blocks, states, strict=True):
+                for number, batch in enumerate(padded):
+                    self.between_blocks()
+                    ctx = self._context(batch.positions, batch.segments, None)
+                    states_of_version[number] = block(states_of_version[number], ctx)
+                    end_command_buffer(self.model.device)
+            del block, blocks  # or this layer would be in memory while the next one is read
+        return [
+            [
+                token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[: len(original.input_ids)]
+                for h, batch, original in zip(states_of_version, padded, batches, strict=True)
+            ]
+            for states_of_version in states
+        ]
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """Run one sequence of token ids from its beginning, without a cache; return the last block's output (N, D)."""

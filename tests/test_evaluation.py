@@ -213,12 +213,13 @@ def test_a_deadline_cuts_the_first_evaluation_and_the_last_scores_the_same_text(
     monkeypatch.setattr(TrainStep, "run", long_step)
     events = list(train(dataclasses.replace(small, steps=4000, minutes=10.0)))
     evaluated = [event for event in events if isinstance(event, Evaluated)]
-    # A twentieth of ten minutes is three rows of ten seconds; the plan's evaluations have many more.
-    assert [(event.step, event.seconds) for event in evaluated] == [(0, 30.0), (10, 30.0)]
+    # Four scores share a tenth of ten minutes, these two and two of the base as published: for each, 15 seconds are two rows of
+    # ten seconds. The plan's evaluations have many more.
+    assert [(event.step, event.seconds) for event in evaluated] == [(0, 20.0), (10, 20.0)]
     assert evaluated[0].tokens == evaluated[1].tokens
     end = events[-1]
     assert isinstance(end, Finished)
-    assert end.cut == "deadline"
+    assert (end.cut, end.published) == ("deadline", "measured")
     assert end.heldout_bits_per_byte_before == evaluated[0].bits_per_byte
     assert end.heldout_bits_per_byte_after == evaluated[1].bits_per_byte
 

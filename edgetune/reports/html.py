@@ -17,6 +17,7 @@ from typing import Any
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
+from edgetune.reports.repair import learning_lines
 from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, sanitize
 from edgetune.runtime.files import atomic_write
 
@@ -280,25 +281,36 @@ def _facts(run: Run) -> str:
         ]
     facts = "".join(f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(value)}</td></tr>' for name, value in rows)
     table = f"<table><caption>The run</caption><tbody>{facts}</tbody></table>" if facts else ""
-    return f'<section class="facts"><h2>Figures</h2>{table}{_score(run.before, run.after)}</section>'
+    return f'<section class="facts"><h2>Figures</h2>{table}{_score(run)}</section>'
 
 
-def _score(before: float | None, after: float | None) -> str:
-    """Return a table of the two scores in bits per byte, and in two figures that are easier to picture."""
-    if before is None or after is None:
+def _score(run: Run) -> str:
+    """Return a table of the scores in bits per byte, and in two figures that are easier to picture."""
+    finished = run.finished
+    scores = [("Before", run.before), ("After", run.after)]
+    if finished is not None:
+        scores.append(("Base as published", finished.heldout_bits_per_byte_published))
+        scores.append(("Adapter over it", finished.heldout_bits_per_byte_on_published))
+    shown = [(name, value) for name, value in scores if value is not None]
+    if run.before is None or run.after is None:
         return ""
     rows = [
-        ("Bits per byte", f"{before:.3f}", f"{after:.3f}"),
-        ("Perplexity per byte: number of bytes that seem equally likely to the model", f"{2**before:.2f}", f"{2**after:.2f}"),
-        ("Size of the notes if the model were used to compress them", f"{before / 8:.1%}", f"{after / 8:.1%}"),
+        ("Bits per byte", [f"{value:.3f}" for _, value in shown]),
+        (
+            "Perplexity per byte: number of bytes that seem equally likely to the model",
+            [f"{2**value:.2f}" for _, value in shown],
+        ),
+        ("Size of the notes if the model were used to compress them", [f"{value / 8:.1%}" for _, value in shown]),
     ]
-    body = "".join(
-        f'<tr><th scope="row">{_escaped(name)}</th><td class="number">{old}</td><td class="number">{new}</td></tr>'
-        for name, old, new in rows
-    )
+    body = ""
+    for name, cells in rows:
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        body += f'<tr><th scope="row">{_escaped(name)}</th>{numbers}</tr>'
+    heads = "".join(f'<th scope="col">{name}</th>' for name, _ in shown)
+    said = "".join(f"<p>{_escaped(text)}.</p>" for text in (learning_lines(finished, unknown=True) if finished else []))
     return (
-        "<table><caption>On the held-out notes; lower is better</caption><thead><tr><td></td>"
-        f'<th scope="col">Before</th><th scope="col">After</th></tr></thead><tbody>{body}</tbody></table>'
+        f"<table><caption>On the held-out notes; lower is better</caption><thead><tr><td></td>{heads}</tr></thead>"
+        f"<tbody>{body}</tbody></table>{said}"
     )
 
 

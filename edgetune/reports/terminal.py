@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING, TextIO
 
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Skipped, Started, Stepped, Working, line
+from edgetune.reports.repair import learning_lines
 from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def finished_lines(event: Finished) -> list[str]:
     if before is not None and after is not None:
         change = f"{abs(1 - after / before):.1%} {'lower' if after <= before else 'higher'}" if before > 0 else "no change"
         lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}")
+        lines += learning_lines(event, unknown=False)
     else:
         lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
     lines.append(

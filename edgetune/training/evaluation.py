@@ -58,18 +58,22 @@ class Evaluation:
     """Sentences for the user about what was not read, or not as it is, and about the adapter."""
 
 
-def plan_evaluations(config: TrainConfig, steps: int, trained_tokens: float, set_tokens: int, int8: bool) -> tuple[int, int]:
+def plan_evaluations(
+    config: TrainConfig, steps: int, trained_tokens: float, set_tokens: int, int8: bool, more: int = 0
+) -> tuple[int, int]:
     """Return the steps between two evaluations, and the most tokens that each reads, for config.evaluation_share.
 
     trained_tokens: those that the whole run reads in training. set_tokens: those of all held-out windows. One evaluation
-    comes before step 1; from the second one on, evaluations never have had more than their share of the work so far.
+    comes before step 1; from the second one on, evaluations never have had more than their share of the work so far, and
+    their share of the whole run has room for `more` that come at its end.
     """
     affordable = config.evaluation_share * trained_tokens / (TOKEN_COST_INT8 if int8 else TOKEN_COST)
     # Two evaluations in the first of `count` parts of the run take half of that part's share each.
     enough = min(set_tokens, FEWEST_TOKENS)
     count = max(min(config.evaluations, steps, int(affordable / 2 / max(enough, 1))), 1)
     every = -(-steps // count)
-    return every, max(int(affordable / 2 * min(every / steps, 1.0)), 1)
+    share = min(every / steps / 2, 1 / (-(-steps // every) + 1 + more))
+    return every, max(int(affordable * share), 1)
 
 
 def score(

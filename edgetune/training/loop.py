@@ -30,7 +30,7 @@ from edgetune.runtime.errors import LinkError, TrainingError
 from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
-from edgetune.training import evaluation
+from edgetune.training import evaluation, published
 from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint
 from edgetune.training.deadline import Deadline
@@ -144,7 +144,8 @@ class TrainingLoop:
         if self.writer.is_due(self.evaluation_seconds):
             yield self._save_checkpoint()
         # A deadline may come long before the end of the plan, which this evaluation is made for.
-        score = self._score(self.config.evaluation_share / 2 * self.deadline.seconds_left() if step == 0 else math.inf)
+        share = self.config.evaluation_share / (2 + self.plan.published_scores)
+        score = self._score(share * self.deadline.seconds_left() if step == 0 else math.inf)
         self.state.evaluated_step = step
         if step == 0:
             self.state.score_before = score
@@ -311,7 +312,8 @@ class TrainingLoop:
             if self.run.held_out is not None and state.evaluated_step != state.step:
                 allowed = self.config.evaluation_share * (time.monotonic() - self.began)
                 comparable = None if state.score_before is None else len(state.score_before)
-                last = self._score(allowed - self.all_evaluations_seconds, comparable)
+                left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores)
+                last = self._score(left, comparable)
                 yield self._evaluated(last)
                 if self._is_better(last, score):
                     score, best_step = last, state.step
@@ -322,6 +324,12 @@ class TrainingLoop:
             if not self._is_saved():
                 yield self._save_checkpoint()
             adapters.copy_into(self.model, self.best.adapter())
+        in_time = cut is None or self.plan.published_scores * self.evaluation_seconds <= self.config.evaluation_share * (
+            time.monotonic() - self.began
+        )
+        batches, progress = _common(state.score_before, score), self.stages.of("published base")
+        compared = published.compare(self.run.loaded, self.runner, self.run.held_out, self.plan, batches, in_time, progress)
+        self._trim()
         yield from self._samples("after")
         before, after = _compared(state.score_before, score)
         best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._adapter_record(before, after, best_step))
@@ -348,6 +356,7 @@ class TrainingLoop:
             report=str(registry.run_folder(self.run.record.run) / REPORT_FILE),
             cut=cut,
             promoted=promoted,
+            **compared,
         )
 
     def _adapter_record(self, before: float | None, after: float | None, best_step: int) -> dict[str, object]:
@@ -372,8 +381,13 @@ class TrainingLoop:
         }
 
 
+def _common(before: Score | None, after: Score | None) -> int:
+    """Return the number of batches that both scores cover; those of one alone where there is no other."""
+    return min((len(score) for score in (before, after) if score is not None), default=0)
+
+
 def _compared(before: Score | None, after: Score | None) -> tuple[float | None, float | None]:
     """Return the bits per byte of two scores over the text that both cover; None for a score that there is not."""
-    common = min((len(score) for score in (before, after) if score is not None), default=0)
+    common = _common(before, after)
     first, second = (None if score is None else score.first(common).bits_per_byte for score in (before, after))
     return first, second

@@ -34,6 +34,9 @@ class Plan:
     """Steps between two evaluations of the held-out notes."""
     evaluate_tokens: int
     """Most tokens that an evaluation reads."""
+    published_scores: int
+    """Scores of the base as it was published at the end of the run (training/published.py): 2, fewer where memory is short, and
+    0 where there is none to compare with."""
     compute_dtype: str
     int8: bool
     """True if training multiplies the frozen weights in 8 bits."""

@@ -23,7 +23,7 @@ from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import Base, Loaded, load_base
-from edgetune.memory_settings import choose_or_refuse, number_format, planned_steps
+from edgetune.memory_settings import Choice, choose_or_refuse, memory_allowed, number_format, planned_steps
 from edgetune.progress import SILENT, Progress, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
@@ -37,6 +37,7 @@ from edgetune.runtime.files import sha256_file
 from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.training import published
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.samples import sample_prompts
@@ -116,7 +117,8 @@ def prepare_new(
     _attach(loaded, adapter, lora, data.seed)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
-    evaluate_every, evaluate_tokens = _evaluation_schedule(config, packer, steps, held_out, int8)
+    memory = memory_allowed(config, device.type, local_processes)
+    schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory)
     plan = Plan(
         steps=steps,
         steps_per_epoch=packer.steps_per_epoch,
@@ -127,8 +129,9 @@ def prepare_new(
         seq_len=data.seq_len,
         learning_rate=config.learning_rate(loaded.model.config.hidden_size),
         warmup_steps=min(config.warmup_steps, steps // 4),
-        evaluate_every=evaluate_every,
-        evaluate_tokens=evaluate_tokens,
+        evaluate_every=schedule.every,
+        evaluate_tokens=schedule.tokens,
+        published_scores=schedule.published_scores,
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
         int8=int8,
         backend=ops.backend_name(loaded.model.device),
@@ -165,13 +168,36 @@ def _attach(loaded: Loaded, adapter: Adapter | None, lora: LoraConfig, seed: int
         adapters.attach(loaded.model, adapter)
 
 
+@dataclass(frozen=True)
+class _Schedule:
+    """The evaluations of a run, as its Plan has them."""
+
+    every: int
+    tokens: int
+    published_scores: int
+
+
 def _evaluation_schedule(
-    config: TrainConfig, packer: Packer, steps: int, held_out: TokenStore | None, int8: bool
-) -> tuple[int, int]:
-    """Return the steps from one evaluation to the next, and the held-out tokens that each scores."""
+    config: TrainConfig,
+    packer: Packer,
+    steps: int,
+    held_out: TokenStore | None,
+    int8: bool,
+    loaded: Loaded,
+    chosen: Choice,
+    memory: int,
+) -> _Schedule:
+    """Return the evaluations that fit in their share of the run, those of the published base also in `memory` bytes."""
     trained_tokens = int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
-    return plan_evaluations(config, steps, trained_tokens, set_tokens, int8)
+    rows = chosen.setting.row_tokens
+    # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
+    compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
+    for scores in range(published.SCORES if compares else 0, 0, -1):
+        every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores)
+        if published.fits(loaded, scores, min(tokens, set_tokens), rows, chosen.parts, memory):
+            return _Schedule(every, tokens, scores)
+    return _Schedule(*plan_evaluations(config, steps, trained_tokens, set_tokens, int8), 0)
 
 
 def prepare_resumed(

@@ -55,7 +55,11 @@ def parser(description: str | None, contenders: bool = True) -> argparse.Argumen
     flags.add_argument(
         "--shape",
         default="tinyllama-1.1b",
-        help="a shape in edgetune.machine.shapes.SHAPES (default: tinyllama-1.1b); `demo` tries the script out",
+        help="a shape in edgetune.machine.shapes.SHAPES (default: tinyllama-1.1b); `demo` tries the script out; "
+        "in train_1b and til_epoch, `smollm2` is the real model",
+    )
+    flags.add_argument(
+        "--model", type=Path, help="SmolLM2 as a folder or GGUF file, for --shape smollm2 (default: EDGETUNE_TEST_SMOLLM2)"
     )
     flags.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads (default: one for each core)")
     flags.add_argument(
@@ -347,7 +351,7 @@ def seconds_of(work: Callable[[], object], repeats: int, warmups: int = 1) -> li
 
 
 def hf_config(shape: str) -> Result:
-    """Return the config.json of a shape in edgetune.machine.shapes.SHAPES."""
+    """Return the config.json for random weights of a shape in edgetune.machine.shapes.SHAPES."""
     from edgetune.machine.shapes import SHAPES
 
     config = SHAPES[shape]

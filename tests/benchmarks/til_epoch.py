@@ -1,6 +1,7 @@
 """Compare edgetune and peft over one epoch of real notes with the 16M base: wall clock and held-out bits per byte.
 
     python tests/benchmarks/til_epoch.py [--data ../shared/data] [--repeats 1] [--json FILE]
+    python tests/benchmarks/til_epoch.py --shape smollm2 --limit 100                 with a real model of 135M
     python tests/benchmarks/til_epoch.py --limit 60                                  to try the script out
 
 All train the same documents (read and split by edgetune from --notes) with rank 16, alpha 16, dropout 0.05, AdamW at
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import real_model
 from common import Contender, Result
 
 RANK, ALPHA, DROPOUT = 16, 16, 0.05
@@ -63,11 +65,13 @@ def main() -> None:
     flags = common.parser(__doc__)
     flags.set_defaults(repeats=1)
     flags.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder with base-16m and til")
-    flags.add_argument("--base", type=Path, help="the base model's folder (DATA/base-16m)")
+    flags.add_argument("--base", type=Path, help="the base model's folder (DATA/base-16m, or SmolLM2's)")
     flags.add_argument("--notes", type=Path, help="the notes' folder (DATA/til)")
     flags.add_argument("--limit", type=int, help="use only this many notes, to try the script out")
     arguments = flags.parse_args()
-    arguments.base = arguments.base or arguments.data / "base-16m"
+    real = arguments.shape == real_model.SHAPE
+    if arguments.base is None:
+        arguments.base = real_model.folder(arguments.model, arguments.workdir) if real else arguments.data / "base-16m"
     arguments.notes = arguments.notes or arguments.data / "til"
     if arguments.contender:
         common.serve(arguments, contend)
@@ -80,7 +84,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     script = Path(__file__).resolve()
-    work = arguments.workdir / ("til" if arguments.limit is None else f"til-{arguments.limit}")
+    work = arguments.workdir / "-".join([arguments.notes.name, arguments.base.name, str(arguments.limit or "all")])
     passed = ["--threads", str(arguments.threads), "--workdir", str(work), "--base", str(arguments.base.resolve()),
               "--notes", str(arguments.notes.resolve())]  # fmt: skip
     if arguments.limit is not None:
@@ -203,8 +207,10 @@ def prepare(arguments: argparse.Namespace) -> Result:
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copied)
     _, parted = read_and_split(TrainConfig(data=DataConfig(notes=(str(notes_folder(arguments)),))))
+    tokenizer = Tokenizer.load(arguments.base)
     sides = {"train": [document.text for document in parted.train], "held_out": [document.text for document in parted.held_out]}
-    (arguments.workdir / "texts.json").write_text(json.dumps(sides))
+    ends = {"start": list(tokenizer.start_ids), "end": list(tokenizer.eos_ids[:1])}
+    (arguments.workdir / "texts.json").write_text(json.dumps({**sides, **ends}))
     nf4, dense = arguments.workdir / "base-nf4", arguments.workdir / "base-nf4-dense"
     if not nf4.exists():
         quantize_folder(arguments.base, nf4)
@@ -212,16 +218,16 @@ def prepare(arguments: argparse.Namespace) -> Result:
         dense.mkdir(exist_ok=True)
         common.write_dense(nf4, dense / "model.safetensors")
         shutil.copyfile(arguments.base / "config.json", dense / "config.json")
-    tokenizer = Tokenizer.load(arguments.base)
     return {
         "documents": len(parted.train),
         "held_out": len(parted.held_out),
-        "tokens": sum(len(tokenizer.encode(text)) + 2 for text in sides["train"]),
+        "tokens": sum(len(tokenizer.encode(text)) + len(ends["start"]) + 1 for text in sides["train"]),
         "held_out_bytes": sum(len(text.encode()) for text in sides["held_out"]),
     }
 
 
-def texts(arguments: argparse.Namespace, side: str) -> list[str]:
+def texts(arguments: argparse.Namespace, side: str) -> list[Any]:
+    """Return the texts of one side ("train", "held_out"), or the ids with which every text begins and ends ("start", "end")."""
     return json.loads((arguments.workdir / "texts.json").read_text())[side]
 
 
@@ -268,7 +274,7 @@ def peer(arguments: argparse.Namespace, key: str, bare: int) -> Result:
     torch.manual_seed(0)
     beginning = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    start, end = texts(arguments, "start"), texts(arguments, "end")
     documents = [start + tokenizer.encode(text, add_special_tokens=False) + end for text in texts(arguments, "train")]
     random.Random(0).shuffle(documents)
     folder = arguments.base if how.base == "bf16" else arguments.workdir / "base-nf4"
@@ -352,7 +358,7 @@ def ours(arguments: argparse.Namespace, bare: int) -> Result:
 
 
 def scored(arguments: argparse.Namespace, base: str, adapter: str | None) -> Result:
-    """Return the bits per byte of the held-out notes: every token of a text counts once, after BOS, with no end token.
+    """Return the bits per byte of the held-out notes: every token counts once, after the start ids, without the end.
 
     A note longer than the context is read in windows; each but the first begins with half a window of context.
     """
@@ -369,7 +375,7 @@ def scored(arguments: argparse.Namespace, base: str, adapter: str | None) -> Res
     model.eval()
     nats, size, tokens = 0.0, 0, 0
     for text in texts(arguments, "held_out"):
-        ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)])
+        ids = torch.tensor([*texts(arguments, "start"), *tokenizer.encode(text, add_special_tokens=False)])
         size += len(text.encode())
         done = 0  # targets ids[1 : done + 1] have been scored
         while done < len(ids) - 1:

@@ -1,6 +1,7 @@
 """Compare training speed and memory of edgetune and transformers + peft (+ bitsandbytes) on a LLaMA of random weights.
 
     python tests/benchmarks/train_1b.py [--tokens 512] [--repeats 3] [--json FILE]
+    python tests/benchmarks/train_1b.py --shape smollm2                              on a real model and real text
     python tests/benchmarks/train_1b.py --shape demo --tokens 128 --repeats 1        to try the script out
 
 One row of `--tokens` tokens, LoRA r16 alpha 16 on all seven linears of a block, forward, backward, clipping and AdamW.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import real_model
 from common import Contender, Result
 
 Tried = dict[str, dict[str, Result]]  # peer -> variant -> a short run of it
@@ -69,7 +71,10 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    common.random_folders(arguments.workdir, arguments.shape, dense=True)
+    if arguments.shape == real_model.SHAPE:
+        real_model.nf4_and_dense(arguments.model, arguments.workdir)
+    else:
+        common.random_folders(arguments.workdir, arguments.shape, dense=True)
     script = Path(__file__).resolve()
     passed = ["--shape", arguments.shape, "--tokens", str(arguments.tokens), "--threads", str(arguments.threads),
               "--workdir", str(arguments.workdir), "--loss-rows", str(arguments.loss_rows)]  # fmt: skip
@@ -202,10 +207,11 @@ def gemm_peak(arguments: argparse.Namespace) -> Result:
     import torch
 
     from edgetune.machine import bench
-    from edgetune.machine.shapes import SHAPES
+    from edgetune.runtime.checkpoint import open_model
     from edgetune.runtime.device import compute_dtype
 
-    shapes = bench.gemm_shapes(SHAPES[arguments.shape], arguments.tokens)
+    config = open_model(arguments.workdir / f"{arguments.shape}-nf4").config
+    shapes = bench.gemm_shapes(config, arguments.tokens)
     return {"gemm_gflops": bench.gemm_gflops(compute_dtype(torch.device("cpu")), shapes)}
 
 
@@ -219,9 +225,11 @@ def timed(step: Callable[[], float], arguments: argparse.Namespace, files: list[
 
 
 def row_of_ids(arguments: argparse.Namespace) -> Any:
-    """Return random ids, (tokens + 1,) int64, the same for every contender."""
+    """Return ids, (tokens + 1,) int64, the same for every contender: of real text for the real model, else random ones."""
     import torch
 
+    if arguments.shape == real_model.SHAPE:
+        return torch.tensor(real_model.text_ids(arguments.workdir, arguments.tokens + 1))
     vocabulary = common.hf_config(arguments.shape)["vocab_size"]
     return torch.randint(0, vocabulary, (arguments.tokens + 1,), generator=torch.Generator().manual_seed(1))
 
