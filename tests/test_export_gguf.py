@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from adapters import random_adapter
@@ -20,6 +24,9 @@ from hypothesis import strategies as st
 
 import edgetune
 from edgetune import export_adapter
+from edgetune.conversion.convert import convert
+from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.origin import Origin
 from edgetune.export import verify
 from edgetune.export.gguf import adapter as gguf_adapter
 from edgetune.export.gguf import llamacpp
@@ -28,14 +35,15 @@ from edgetune.export.gguf import target as gguf
 from edgetune.export.gguf.names import from_llama_rows, to_llama_rows
 from edgetune.export.gguf.reader import PROBES, LlamaCppReader
 from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
-from edgetune.export.job import Job
+from edgetune.export.job import Job, UserFile
 from edgetune.export.memory import check_memory
 from edgetune.export.merge import merged
+from edgetune.library import adapter_registry as registry
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, TokenizerError
+from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, TokenizerError, UsageError
 from edgetune.runtime.linear import LoraLinear
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -658,3 +666,212 @@ def test_a_file_that_ends_llama_cpp_is_one_sentence(tmp_path: Path) -> None:
     os.truncate(tmp_path / "m.gguf", (tmp_path / "m.gguf").stat().st_size // 2)
     with pytest.raises(ModelError, match=r"could not use m\.gguf"):
         llamacpp.logits(tmp_path / "m.gguf", None, [1, 2, 3])
+
+
+# --- a base that came from the user's own GGUF file ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a model folder with the demo's tokenizer, and the Q8_0 file that its origin names; an adapter lies beside them."""
+    folder, file = tmp_path / "converted", tmp_path / "My Models" / "Tiny-Q8_0.gguf"
+    file.parent.mkdir()
+    tiny.save_trainable(folder)
+    base = open_model(folder)
+    vocabulary = read_vocabulary(folder, base.config.vocab_size)
+    gguf_model.write_model(Job(base, "tiny", None), file, "q8_0", vocabulary.add_to)
+    opened_file = GgufFile.open(file)
+    stat = file.stat()
+    Origin(str(file), str(file), "Q8_0", stat.st_size, stat.st_mtime_ns, opened_file.digest).write(folder)
+    peft_folder.save(random_adapter(base.config, size=0.05), tmp_path / "night", "tiny")
+    return folder, file
+
+
+def bits_per_byte(model: Path, lora: Path | None, tokenizer: Tokenizer, text: str) -> float:
+    """Measure a text in llama.cpp, all of it but its start token."""
+    logits = llamacpp.logits(model, lora, ids := tokenizer.prompt_ids(text)).double()
+    nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum")
+    return float(nats) / math.log(2) / len(tokenizer.decode(ids[1:], continuing=True).encode())
+
+
+@pytest.mark.usefixtures("llama")
+def test_an_adapter_is_proved_and_measured_on_the_users_own_file(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    folder, file = converted
+    text = "The tomatoes want water in the morning, and shade: 35° is too much for them."
+    (tmp_path / "a.txt").write_text(text)
+    result = export_adapter("gguf", str(folder), str(tmp_path / "night"), tmp_path / "out", texts=(str(tmp_path / "a.txt"),))
+    assert result.verified
+    adapter = tmp_path / "out" / gguf_adapter.ADAPTER_FILE
+    assert result.commands == (f"llama-cli -m '{file}' --lora {adapter}",)
+    facts, tokenizer = result.facts, Tokenizer.load(folder)
+    assert facts["bits_per_byte_before"] == pytest.approx(bits_per_byte(file, None, tokenizer, text), rel=1e-4)
+    assert facts["bits_per_byte_after"] == pytest.approx(bits_per_byte(file, adapter, tokenizer, text), rel=1e-4)
+    # Q8_0 moves the model little: edgetune's own copy, which was not rounded, reads nearly the same.
+    for when in ("before", "after"):
+        assert facts[f"bits_per_byte_{when}"] == pytest.approx(facts[f"edgetune_bits_per_byte_{when}"], rel=0.01)
+    assert facts["adapter_effect_applied"] == pytest.approx(1.0, abs=0.05)
+    said = f"On your Tiny-Q8_0.gguf (Q8_0), llama.cpp reads the texts at {facts['bits_per_byte_before']:.3f} bits per byte "
+    assert result.notices[0].startswith(said)
+    golden = json.loads((tmp_path / "out" / verify.GOLDEN_FILE).read_text())
+    assert golden["bounds"]["max_logit"] > verify.EXACT.max_logit  # by what the file alone differs
+    for exported in (tmp_path / "out").iterdir():
+        assert os.fsencode(tmp_path) not in exported.read_bytes()
+
+
+@pytest.mark.usefixtures("llama")
+def test_rows_in_the_wrong_order_or_nine_tenths_of_the_scale_are_no_proof_on_the_users_file(
+    tmp_path: Path, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = converted
+    right = gguf_adapter.write_adapter
+
+    def weaker(adapter: Adapter, config: LlamaConfig, path: Path) -> None:
+        right(replace(adapter, config=replace(adapter.config, alpha=0.9 * adapter.config.alpha)), config, path)
+
+    arguments = ("gguf", str(folder), str(tmp_path / "night"), tmp_path / "out")
+    monkeypatch.setattr(gguf, "write_adapter", weaker)
+    with pytest.raises(ModelError, match=r"was discarded: .*90% of the adapter's effect arrives \(expected 100%, give or take"):
+        export_adapter(*arguments)
+    monkeypatch.setattr(gguf, "write_adapter", right)
+    monkeypatch.setattr(gguf_adapter, "to_llama_rows", lambda rows, head_dim: rows)
+    with pytest.raises(ModelError, match="does not agree with edgetune's own model and was discarded"):
+        export_adapter(*arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_users_file_the_export_says_so_and_goes_on(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    folder, file = converted
+    arguments, out = (str(folder), str(tmp_path / "night")), tmp_path / "out"
+    result = export_adapter("gguf", *arguments, out, check=False)
+    assert result.commands == (f"llama-cli -m '{file}' --lora {out / gguf_adapter.ADAPTER_FILE}",)
+    assert export_adapter("ollama", *arguments, tmp_path / "o", "none", check=False).commands == (
+        f"ollama create o -f {tmp_path / 'o' / 'Modelfile'}", "ollama run o",
+    )  # fmt: skip
+    merged = export_adapter("gguf", *arguments, tmp_path / "merged", "f16", check=False)
+    assert merged.notices[0] == (
+        "This is a second copy of the model. llama.cpp runs the adapter on your own Tiny-Q8_0.gguf: type `edgetune export gguf`."
+    )
+    data = bytearray(file.read_bytes())
+    at = data.index(b"general.name")
+    data[at : at + 12] = b"general.nema"
+    changed = f"Your own GGUF file cannot be used, so the export goes on without it: {file} has changed since it was converted."
+    for damage in (lambda: file.write_bytes(data), lambda: os.truncate(file, 1000), file.unlink):
+        damage()
+        result = export_adapter("gguf", *arguments, out, check=False)
+        assert result.commands == ()
+        assert result.notices[0].startswith(changed.split(str(file))[0] + str(file))
+        with pytest.raises(
+            UsageError, match=r"--weights none` writes an adapter for .*, and that cannot be used: .*\. Put it back"
+        ):
+            export_adapter("ollama", *arguments, tmp_path / "o", "none", check=False)
+    Path(folder / "origin.json").unlink()
+    with pytest.raises(UsageError, match=r"and this model is not from one; leave --weights out\.$"):
+        export_adapter("ollama", *arguments, tmp_path / "o", "none", check=False)
+
+
+@pytest.mark.usefixtures("llama")
+def test_a_users_file_with_another_tokenizer_is_refused_before_anything_is_measured(
+    tmp_path: Path, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "tokenize", lambda model, texts: [[7]] * len(texts))
+    with pytest.raises(ModelError, match=f"llama.cpp splits {len(PROBES)} of {len(PROBES)} test texts into other tokens"):
+        export_adapter("gguf", str(converted[0]), str(tmp_path / "night"), tmp_path / "out")
+
+
+def test_a_proof_on_the_users_file_takes_no_copy_of_the_base(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    """It needs the memory of the file as it is, and no disk."""
+    base = open_model(converted[0])
+    job = Job(base, "tiny", random_adapter(base.config))
+    mine = replace(job, user_file=UserFile(converted[1], "Tiny", "Q8_0", 10**9))
+    more = (
+        gguf.peak_memory(mine).read[0].fixed
+        - gguf.peak_memory(replace(mine, user_file=UserFile(converted[1], "", "", 0))).read[0].fixed
+    )
+    assert more == 10**9
+    assert gguf.peak_memory(mine).write[0].fixed <= gguf.peak_memory(job).write[1].fixed
+
+
+# --- a GGUF LoRA for such a base ----------------------------------------------------------------------------------------
+
+
+def convert_lora(peft: Path, config: LlamaConfig, path: Path) -> None:
+    """Write a PEFT folder's adapter as llama.cpp's convert_lora_to_gguf.py does: its names, order of rows, and keys."""
+    arch = {"llama": library.MODEL_ARCH.LLAMA, "qwen2": library.MODEL_ARCH.QWEN2}[config.model_type]
+    names = library.get_tensor_name_map(arch, config.num_layers)
+    writer = library.GGUFWriter(path, library.MODEL_ARCH_NAMES[arch])
+    writer.add_type(library.GGUFType.ADAPTER)
+    writer.add_string(library.Keys.Adapter.TYPE, "lora")
+    writer.add_name("Night")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, "Tiny")
+    writer.add_tags(["lora", "text-generation"])
+    writer.add_quantization_version(library.GGML_QUANT_VERSION)
+    writer.add_file_type(library.LlamaFileType.ALL_F32)
+    writer.add_float32(library.Keys.Adapter.LORA_ALPHA, json.loads((peft / "adapter_config.json").read_text())["lora_alpha"])
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for full, tensor in safetensors.torch.load_file(peft / "adapter_model.safetensors").items():
+        name, part = full.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
+        rows = tensor.float().numpy()
+        linear = name.rpartition(".")[2]
+        if part == "B" and linear in heads and config.model_type == "llama":
+            rows = rows.reshape(heads[linear], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        writer.add_tensor(f"{names.get_name(name)}.weight.lora_{part.lower()}", np.ascontiguousarray(rows))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def peft_logits(model: Any, adapter: Path, ids: list[int]) -> torch.Tensor:
+    """Run ids (N,) with transformers and peft in fp32; return logits (N, V)."""
+    peft = pytest.importorskip("peft")
+    with torch.no_grad():
+        return torch.Tensor(peft.PeftModel.from_pretrained(model, adapter).eval()(torch.tensor([ids])).logits[0])
+
+
+@pytest.mark.parametrize("writer", ["edgetune", "llama.cpp's converter"])
+@pytest.mark.parametrize("family", ["llama-2-grouped", "llama-head-dim", "qwen2"])
+def test_a_gguf_lora_on_a_base_from_gguf_gives_pefts_logits(tmp_path: Path, family: str, writer: str) -> None:
+    """Goes the whole way: a model of transformers becomes a GGUF file and that a base; its PEFT adapter becomes a GGUF LoRA."""
+    model = tiny.save_model(tmp_path / "m", family, vocab_size=8192)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "m" / name).write_bytes((DEMO / name).read_bytes())
+    source = open_model(tmp_path / "m")
+    vocabulary = read_vocabulary(tmp_path / "m", 8192)
+    gguf_model.write_model(Job(source, "tiny", None), tmp_path / "tiny.gguf", "f32", vocabulary.add_to)
+    base = open_model(convert(tmp_path / "tiny.gguf", tmp_path / "converted", "tiny", "fp32").path)
+    peft_folder.save(random_adapter(source.config, alpha=6.0), tmp_path / "night", "tiny")
+    if writer == "edgetune":
+        gguf_adapter.write_adapter(peft_folder.load(tmp_path / "night"), source.config, tmp_path / "a.gguf")
+    else:
+        convert_lora(tmp_path / "night", source.config, tmp_path / "a.gguf")
+    ids = torch.randint(3, 8192, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    theirs = peft_logits(model, tmp_path / "night", ids)
+    bare = verify.reference_logits(Job(base, "tiny", None).model(), ids)
+    assert (bare - theirs).abs().max() > 0.1
+    imported = registry.import_adapter(tmp_path / "a.gguf", base, "tiny", "back")
+    for path in (tmp_path / "a.gguf", imported):
+        ours = Job(base, "tiny", registry.load_for(path, base)).model()
+        assert (verify.reference_logits(ours, ids) - theirs).abs().max() < 1e-4
+
+
+# --- a real model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("llama")
+def test_an_adapter_keeps_its_gain_on_smollm2s_own_file(tmp_path: Path, smollm2: Path) -> None:
+    """Trains a few steps on a note, exports, and reads the same note with llama.cpp on the Q4_1 file as it was published."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("blue-tandem.md", "spoke-lengths.md", "hub-service.md"):
+        shutil.copy(ROOT / "examples" / "notes" / "repairs" / name, notes / name)
+    trained = edgetune.train([str(notes)], model=str(smollm2), steps=3, seq_len=256, batch_tokens=512)
+    result = export_adapter("gguf", str(smollm2), str(trained.adapter), tmp_path / "out", texts=(str(notes),))
+    assert result.verified
+    facts = result.facts
+    assert facts["bits_per_byte_after"] < facts["bits_per_byte_before"] - 0.05
+    for when in ("before", "after"):
+        assert facts[f"bits_per_byte_{when}"] == pytest.approx(facts[f"edgetune_bits_per_byte_{when}"], abs=0.02)
+    assert facts["adapter_gain_kept"] == pytest.approx(1.0, abs=0.2)
+    assert result.commands == (f"llama-cli -m {smollm2} --lora {tmp_path / 'out' / gguf_adapter.ADAPTER_FILE}",)

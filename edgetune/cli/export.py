@@ -108,7 +108,9 @@ def export_command(
 
 
 def _figure(name: str, value: float) -> str:
-    """Format a share as a percentage, a count without decimals, anything else with three digits."""
+    """Format a share as a percentage, bits per byte as elsewhere, a count without decimals, anything else with three digits."""
     if "_kept" in name or "_applied" in name:
         return f"{value:.0%}"
+    if "bits_per_byte" in name:
+        return f"{value:.3f}"
     return f"{value:,.0f}" if value >= SMALLEST_COUNT else f"{value:.3g}"

@@ -41,21 +41,24 @@ def write(job: Job, folder: Path) -> Written:
 
 
 def write_adapter_alone(job: Job, folder: Path) -> Written:
-    """Write adapter.gguf, and measure its gain in llama.cpp: on the user's own file, else on a Q4_K_M copy of the base."""
+    """Write adapter.gguf, and measure its gain in llama.cpp: on the user's own file, else on a Q4_K_M copy of the base.
+
+    Raises ModelError if the user's file splits texts into other ids than edgetune, unless job.force.
+    """
     adapter = job.needed_adapter(OR_NAME_WEIGHTS)
     write_adapter(adapter, job.base.config, folder / ADAPTER_FILE)
     if not job.check or importlib.util.find_spec("llama_cpp") is None:
         return Written(ADAPTER_FILE)
     if job.user_file is not None:
+        check_ids(job, job.user_file.path)
         return Written(ADAPTER_FILE, *measure_on_user_file(job, job.user_file, folder / ADAPTER_FILE))
     with job.stage("measuring"):
         return measure_on_q4_k_m(job, folder)
 
 
 def read(job: Job, folder: Path) -> Reader:
-    """Open the export with llama.cpp. Raises ModelError if it splits texts into other ids than edgetune, unless job.force."""
+    """Open the export with llama.cpp. Raises ModelError if a model makes other ids of texts than edgetune, unless job.force."""
     if job.user_file is not None:
-        check_ids(job, job.user_file.path)
         return UserFileReader(job.user_file, folder / ADAPTER_FILE)
     if not job.weights:
         return LoraReader(job, folder / ADAPTER_FILE)
