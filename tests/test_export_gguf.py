@@ -731,7 +731,9 @@ def test_rows_in_the_wrong_order_or_nine_tenths_of_the_scale_are_no_proof_on_the
 
     arguments = ("gguf", str(folder), str(tmp_path / "night"), tmp_path / "out")
     monkeypatch.setattr(gguf, "write_adapter", weaker)
-    with pytest.raises(ModelError, match=r"was discarded: .*90% of the adapter's effect arrives \(expected 100%, give or take"):
+    with pytest.raises(
+        ModelError, match=r"was discarded: .*9[0-3]% of the adapter's effect arrives \(expected 100%, give or take"
+    ):
         export_adapter(*arguments)
     monkeypatch.setattr(gguf, "write_adapter", right)
     monkeypatch.setattr(gguf_adapter, "to_llama_rows", lambda rows, head_dim: rows)
