@@ -89,7 +89,9 @@ def test_the_loss_of_a_weak_adapter_is_seen_where_every_figure_is_small(job: Job
     assert found.holds(bound)
 
 
-@pytest.mark.parametrize(("share", "said"), [(1.0, None), (0.9, "90% of the adapter's effect arrives"), (0.0, "0% of")])
+@pytest.mark.parametrize(
+    ("share", "said"), [(1.0, None), (0.9, "90% of the adapter's effect arrives"), (0.0, "0% of the adapter's effect arrives")]
+)
 def test_what_an_adapter_changes_is_compared_where_the_reader_rounds_the_base_otherwise(
     job: Job, share: float, said: str | None
 ) -> None:
@@ -108,7 +110,7 @@ def test_what_an_adapter_changes_is_compared_where_the_reader_rounds_the_base_ot
     assert found.applied_within == pytest.approx(0.05 + 0.15 * float(noise.norm() / centred.norm()), rel=0.02)
     assert found.adapter_lost is None
     assert found.holds(bound) is (said is None)
-    assert said is None or any(fault.startswith(said) for fault in found.faults(bound))
+    assert said is None or any(said in fault for fault in found.faults(bound))
 
 
 def test_a_reader_with_another_vocabulary_or_an_adapter_without_effect_is_compared_as_ever(job: Job) -> None:
