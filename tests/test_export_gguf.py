@@ -290,6 +290,13 @@ def test_rows_in_another_bases_order_are_refused(tmp_path: Path) -> None:
             gguf_adapter.read_adapter(tmp_path / f"{name}.gguf", config)
 
 
+def test_a_lora_for_a_family_without_gguf_is_refused(tmp_path: Path) -> None:
+    config = opened(tmp_path / "m").config
+    gguf_adapter.write_adapter(an_adapter(config), config, tmp_path / "a.gguf")
+    with pytest.raises(AdapterError, match="edgetune opens none for gemma3_text models; name a PEFT folder"):
+        gguf_adapter.read_adapter(tmp_path / "a.gguf", replace(config, model_type="gemma3_text"))
+
+
 @given(st.integers(1, 4), st.sampled_from([2, 4, 16, 64]), st.integers(1, 3))
 def test_rows_go_there_and_back(heads: int, head_dim: int, width: int) -> None:
     rows = torch.randn(heads * head_dim, width)
