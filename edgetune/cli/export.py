@@ -43,8 +43,8 @@ SMALLEST_COUNT = 1000
     "--texts",
     multiple=True,
     metavar="NOTES",
-    help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights, or by "
-    "your own GGUF file.",
+    help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights, or "
+    "by your own GGUF file.",
 )
 @memory_option(
     "Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the amount it needs."
