@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import edgetune
+from edgetune.conversion.origin import Origin
 from edgetune.documents.reading import read_notes
 from edgetune.events import Event
 from edgetune.export import verify
-from edgetune.export.job import Job, Written
+from edgetune.export.job import Job, UserFile, Written
 from edgetune.export.memory import check_memory
 from edgetune.export.targets import TargetSpec, check_adapter_as, check_reader, check_texts, check_weights, load_target
 from edgetune.home import expand
@@ -46,6 +48,7 @@ class Exported:
 
     bytes: size of all files. verified: the target's reader opened it and every figure is within its bound. The four figures
     of agreement (logits, KL in nats, greedy text) are None if nothing was verified. facts: what the target measured, by name.
+    commands: what to type to run the export, if another program's command can.
     """
 
     target: str
@@ -63,6 +66,7 @@ class Exported:
     peak_memory_bytes: int
     notices: tuple[str, ...]
     facts: dict[str, float]
+    commands: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,13 @@ def export_adapter(
     adapter_name, loaded = registry.adapter_for(adapter, base)
     if loaded is not None:
         check_fits(loaded, base.config)
+    user_file, file_notices = _user_file(spec, weights, choice.path)
     folder = _output_folder(expand(f"{adapter_name}-{target}" if out is None else str(out)), target)
     tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
     progress = Stages(show, quiet=0.0, pause=0.0)
     name = choice.public_name
-    job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start)
+    job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start, user_file)
     check_memory(spec.peak_memory, job)
     outcome, size, peak = _publish(spec, job, folder, tokenizer.prompt_ids(verify.PROMPT))
     return Exported(
@@ -129,13 +134,49 @@ def export_adapter(
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak,
         notices=(
+            *file_notices,
             *_notices(spec, job, outcome),
             *_start_notice(tokenizer),
             *adapter_notices(adapter, loaded, base, tokenizer),
             *((WARNING,) if loaded is not None else ()),
         ),
-        facts=dict(outcome.written.facts),
+        facts={**dict(outcome.written.facts), **_share_applied(outcome.agreement)},
+        commands=tuple(shlex.join(words) for words in spec.commands(job, folder)),
     )
+
+
+def _user_file(spec: TargetSpec, weights: str, model: Path) -> tuple[UserFile | None, tuple[str, ...]]:
+    """Return the GGUF file that the model was converted from, if this form of the export runs on it, and notices about it.
+
+    Raises UsageError for a form that needs the file where there is none, or none that is still the same.
+    """
+    origin = Origin.read(model)
+    if origin is None and not spec.needs_user_file(weights):
+        return None, ()
+    typed = f"`edgetune export {spec.name} --weights {weights}` writes an adapter for the GGUF file that a model came from"
+    if origin is None:
+        raise UsageError(f"{typed}, and this model is not from one; leave --weights out.")
+    if weights != spec.on_user_file:
+        shared = spec.on_user_file is not None
+        return None, ((_second_copy(origin),) if shared else ())
+    gone = origin.why_gone()
+    if gone is None:
+        return UserFile(Path(origin.path), origin.public_name, origin.quantisation, origin.bytes, origin.in_ollama), ()
+    if spec.needs_user_file(weights):
+        raise UsageError(f"{typed}, and that cannot be used: {gone.rstrip('.')}. Put it back, or leave --weights out.")
+    return None, (f"Your own GGUF file cannot be used, so the export goes on without it: {gone}",)
+
+
+def _second_copy(origin: Origin) -> str:
+    return (
+        f"This is a second copy of the model. llama.cpp runs the adapter on your own {origin.public_name}: "
+        "type `edgetune export gguf`."
+    )
+
+
+def _share_applied(agreement: verify.Agreement | None) -> dict[str, float]:
+    """Return the share of the adapter's effect that arrives on the user's file, by its name among the facts."""
+    return {} if agreement is None or agreement.applied is None else {"adapter_effect_applied": agreement.applied}
 
 
 def _check_options(spec: TargetSpec, weights: str | None, adapter_as: str | None, texts: tuple[str, ...], check: bool) -> str:
@@ -201,6 +242,8 @@ def _write_and_prove(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]
     form_bound = verify.BOUNDS[spec.name, job.weights]
     with job.stage("measuring"):
         expected = verify.golden(job, prompt, spec.reference(job, folder), form_bound.rounds)
+        if job.check:
+            expected = expected.beside(spec.bare_logits(job, expected.ids))
     bound = form_bound.of(expected)
     atomic_write(folder / verify.GOLDEN_FILE, verify.golden_json(expected, bound, _export_record(spec, job, folder)))
     spec.seal(folder)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from edgetune.export.job import Job
 from edgetune.runtime import adapter as adapters
@@ -139,6 +140,18 @@ def measure(adapted_model: Llama, merged: Llama, documents: Documents) -> Effect
             sums += torch.stack([*nats, *divergences])
             count += len(targets)
     return Effect(*(sums / count).tolist())
+
+
+@torch.no_grad()
+def mean_nats(model: Llama, documents: Documents) -> float:
+    """Return the mean loss in nats per token of documents, each of at least two ids, with the adapter that is on the model."""
+    runner, total, count = Runner(model), 0.0, 0
+    for document in documents:
+        h = runner.read(document)
+        for rows, targets in _predictions(document):
+            total += float(cross_entropy(model.logits(h[rows]).double(), targets, reduction="sum"))
+            count += len(targets)
+    return total / count
 
 
 def _predictions(document: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:

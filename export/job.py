@@ -32,6 +32,22 @@ LAYER_SHARE = 0.25
 
 
 @dataclass(frozen=True)
+class UserFile:
+    """The GGUF file on this machine that a base was converted from: an adapter runs on it without another copy of the model."""
+
+    path: Path
+    """The file, or the first part of a split one."""
+    name: str
+    """What to call it: an Ollama or LM Studio name, or the file's own name, without the folders above it."""
+    quantisation: str
+    """The GGUF type of most weights, such as Q4_1."""
+    bytes: int
+    """The size of the file, all parts together."""
+    in_ollama: bool = False
+    """True if the file lies in Ollama's folder, where `name` names it."""
+
+
+@dataclass(frozen=True)
 class Job:
     """An export to make: the model, the adapter, and the options of the command line.
 
@@ -39,6 +55,7 @@ class Job:
     bytes, None for no limit. texts: token ids of the documents to measure a lossy merge on. force: write the export even if
     it fails a check. check: let the target's own reader prove the export, and measure what only it can measure. progress:
     called at the beginning of each stage and after each of its pieces. start: what texts and chats began with in training.
+    user_file: the GGUF file that the base was converted from, for forms that run on it (TargetSpec.on_user_file).
     """
 
     base: Checkpoint
@@ -52,6 +69,7 @@ class Job:
     check: bool = True
     progress: Progress = lambda stage, done, total: None
     start: StartTokens = field(default_factory=StartTokens)
+    user_file: UserFile | None = None
 
     def counter(self, stage: str, total: int) -> Callable[[str], None]:
         """Begin a stage of `total` pieces; return a function to call with the name of each piece when it is done."""

@@ -1,7 +1,10 @@
 """Export for Ollama: the merged model as a GGUF, and a Modelfile with its chat template and stop texts.
 
-`ollama create NAME -f Modelfile` reads both. The grammar is that of Ollama's Modelfile reference (docs.ollama.com). The adapter
-alone is not offered: Ollama's ADAPTER needs exactly the base that it was trained on, which Ollama's library does not have.
+`ollama create NAME -f Modelfile` reads both. The grammar is that of Ollama's Modelfile reference (docs.ollama.com).
+
+An adapter alone needs exactly the base that it was trained on, so it is offered only for a base that was converted from a GGUF
+file on this machine. Its Modelfile names that file, or Ollama's own name of it. Ollama 0.34.1 removed the instruction ADAPTER
+(its pull request 14969), so the merged model stays the default.
 """
 
 from __future__ import annotations
@@ -11,43 +14,87 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune.export.gguf import target as gguf
+from edgetune.export.gguf.adapter import ADAPTER_FILE
 from edgetune.export.gguf.model import GGUF_BYTES, gguf_memory, write_model
+from edgetune.export.gguf.user_file import bare_logits
 from edgetune.export.gguf.vocabulary import CONTROL, Vocabulary, read_vocabulary
 from edgetune.export.go_template import Derived, derive
 from edgetune.export.job import Job, Written
 from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
-from edgetune.export.targets import TargetSpec
+from edgetune.export.targets import MeasuredForm, TargetSpec
+from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.generation_config import SamplingSettings
 from edgetune.runtime.tokenizer import Tokenizer
 
 MODELFILE = "Modelfile"
+LAST_WITH_ADAPTERS = "0.34.0"
+"""The last version of Ollama that takes adapters."""
 
 
 def peak_memory(job: Job) -> ExportMemory:
-    """Forecast the same as for a whole GGUF model."""
+    """Forecast the same as for a whole GGUF model, or for an adapter on the user's own file."""
+    if job.user_file is not None:
+        return gguf.peak_memory(job)
     return ExportMemory([gguf_memory(job), reference_memory(job, GGUF_BYTES)], [fp32_reader_memory(job)])
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Write model.gguf and the Modelfile.
+    """Write model.gguf and the Modelfile; for --weights none, adapter.gguf and a Modelfile that names the user's own file.
+
+    Raises UsageError for --weights none if there is no such file, or no Modelfile can hold its name.
+    """
+    gguf.check_writer()
+    if SPEC.needs_user_file(job.weights):
+        return _write_adapter(job, folder)
+    vocabulary = read_vocabulary(job.base.folder, job.base.config.vocab_size)
+    text, notices = _described(job, vocabulary, f"./{gguf.MODEL_FILE}")
+    notices += write_model(job, folder / gguf.MODEL_FILE, job.weights, vocabulary.add_to)
+    atomic_write(folder / MODELFILE, text)
+    return Written(MODELFILE, notices)
+
+
+def _write_adapter(job: Job, folder: Path) -> Written:
+    """Write adapter.gguf and a Modelfile that puts it on the user's own file. A model of Ollama's keeps its own settings."""
+    file = job.user_file
+    if file is None:
+        raise UsageError("--weights none is for a model that came from a GGUF file on this machine; leave it out.")
+    base = file.name if file.in_ollama else str(file.path)
+    if not _fits(base) or '"' in base or "\n" in base:
+        raise UsageError(f"No Modelfile can hold the name {file.path}; give the file a plain one, or leave --weights out.")
+    notices: tuple[str, ...] = (
+        f"Ollama takes adapters up to version {LAST_WITH_ADAPTERS}; for a newer one, leave --weights out.",
+    )
+    if file.in_ollama:
+        text = modelfile(None, [], SamplingSettings(), base, ADAPTER_FILE)
+    else:
+        vocabulary = read_vocabulary(job.base.folder, job.base.config.vocab_size)
+        text, more = _described(job, vocabulary, base, ADAPTER_FILE)
+        here = (
+            f"This folder is for this machine: its Modelfile holds the path of your {file.name}, which `ollama create` copies "
+            "into Ollama's own folder."
+        )
+        notices += (here, *more)
+    written = gguf.write_adapter_alone(job, folder)
+    atomic_write(folder / MODELFILE, text)
+    return Written(MODELFILE, notices + written.notices, written.facts)
+
+
+def _described(job: Job, vocabulary: Vocabulary, base: str, adapter: str = "") -> tuple[str, tuple[str, ...]]:
+    """Return the Modelfile of a base that Ollama knows nothing of yet, and notices about its template.
 
     Ollama puts the vocabulary's bos before every text if the GGUF says so, as it does if training put it there. If the chat
     template writes it too, it is left out of the Go template.
     """
-    gguf.check_writer()
     tokenizer = Tokenizer.load(job.base.folder)
-    vocabulary = read_vocabulary(job.base.folder, job.base.config.vocab_size)
     derived = None
     notices: tuple[str, ...] = ()
     if tokenizer.has_template:
         bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else ""
         derived = derive(tokenizer.render_chat, bos if vocabulary.adds_bos else "")
         notices = _notices(derived, vocabulary.template or "")
-    notices += write_model(job, folder / gguf.MODEL_FILE, job.weights, vocabulary.add_to)
     stop = stops(vocabulary, tokenizer.eos_ids, derived)
-    atomic_write(folder / MODELFILE, modelfile(derived, stop, vocabulary.sampling))
-    return Written(MODELFILE, notices)
+    return modelfile(derived, stop, vocabulary.sampling, base, adapter), notices
 
 
 def _notices(derived: Derived | None, jinja: str) -> tuple[str, ...]:
@@ -65,9 +112,20 @@ def _notices(derived: Derived | None, jinja: str) -> tuple[str, ...]:
     return tuple(notices)
 
 
-def modelfile(derived: Derived | None, stop: Sequence[str], sampling: SamplingSettings) -> str:
-    """Return the text of the Modelfile. sampling: the model's own settings, which become Ollama's defaults."""
-    lines = ["# Type: ollama create NAME -f Modelfile", f"FROM ./{gguf.MODEL_FILE}"]
+def modelfile(
+    derived: Derived | None,
+    stop: Sequence[str],
+    sampling: SamplingSettings,
+    base: str = f"./{gguf.MODEL_FILE}",
+    adapter: str = "",
+) -> str:
+    """Return the text of the Modelfile. sampling: the model's own settings, which become Ollama's defaults.
+
+    base: a file, or the name of a model that Ollama has. adapter: the name of the adapter's file beside the Modelfile, if any.
+    """
+    lines = ["# Type: ollama create NAME -f Modelfile", f"FROM {base}"]
+    if adapter:
+        lines.append(f"ADAPTER ./{adapter}")
     if derived is not None and _fits(derived.source):
         lines.append(f'TEMPLATE """{derived.source}"""')
     lines += [f'PARAMETER stop "{text}"' for text in stop]
@@ -104,13 +162,23 @@ def stops(vocabulary: Vocabulary, eos_ids: Sequence[int], derived: Derived | Non
     return [text for text in dict.fromkeys(found) if text and '"' not in text and text.isprintable()]
 
 
+def commands(job: Job, folder: Path) -> tuple[tuple[str, ...], ...]:
+    """Return Ollama's commands that make the model and run it, under the folder's name."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", folder.name.lower()).strip(".-_") or "mine"
+    return (("ollama", "create", name, "-f", str(folder / MODELFILE)), ("ollama", "run", name))
+
+
 SPEC = TargetSpec(
     name="ollama",
-    weights=("q8_0", "f16", "bf16"),
+    weights=("q8_0", "f16", "bf16", "none"),
     proved_by=gguf.SPEC.proved_by,
     packages=gguf.SPEC.packages,
     extra=gguf.SPEC.extra,
     peak_memory=peak_memory,
     write=write,
     read=gguf.read,
+    measured=(MeasuredForm("none", by_reader=True),),
+    on_user_file="none",
+    bare_logits=bare_logits,
+    commands=commands,
 )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from edgetune.export.job import Job, Reader, Written
 from edgetune.export.memory import ExportMemory
 from edgetune.runtime.errors import ResourceError, SettingError
@@ -58,6 +60,16 @@ def no_seal(folder: Path) -> None:
     """Leave the folder unchanged, for targets that have nothing to add once golden.json is written."""
 
 
+def no_bare_logits(job: Job, ids: Sequence[int]) -> Tensor | None:
+    """Return None: the reader runs the adapter on the same base as edgetune, or on none."""
+    return None
+
+
+def no_commands(job: Job, folder: Path) -> tuple[tuple[str, ...], ...]:
+    """Return no commands, for targets that apps open."""
+    return ()
+
+
 @dataclass(frozen=True)
 class TargetSpec:
     """A target of `edgetune export`: the options it takes, the packages it needs, and the functions that do its work.
@@ -66,12 +78,14 @@ class TargetSpec:
     that the reader imports. extra: the extra of edgetune that installs them. also_needs: further packages, by form of the
     weights. proved_by: the reader's name for people; the bounds in golden.json are for it. also_proved_by: names of other
     readers, by form of the weights. adapter_as: values of --adapter-as, the default first. measured: the forms that measure
-    something on --texts.
+    something on --texts. on_user_file: the form that is an adapter for the GGUF file that the base was converted from.
 
     peak_memory(job) forecasts the bytes of writing and proving. write(job, folder) fills an empty private folder. read(job,
     folder) opens the export with the target's own reader. reference(job, folder) loads the model that the export must agree
     with; targets that round weights to few bits on purpose load the rounded ones. seal(folder) runs after golden.json has
-    been written into the folder.
+    been written into the folder. bare_logits(job, ids) runs ids (N,) with the reader on its own form of the base, without the
+    adapter, and returns logits (N, V) f32. commands(job, folder) returns the commands that run the finished export, word by
+    word.
     """
 
     name: str
@@ -88,6 +102,13 @@ class TargetSpec:
     measured: tuple[MeasuredForm, ...] = ()
     reference: Callable[[Job, Path], Llama] = adapted_model
     seal: Callable[[Path], None] = no_seal
+    on_user_file: str | None = None
+    bare_logits: Callable[[Job, Sequence[int]], Tensor | None] = no_bare_logits
+    commands: Callable[[Job, Path], tuple[tuple[str, ...], ...]] = no_commands
+
+    def needs_user_file(self, weights: str) -> bool:
+        """Return True for a form that can only be written for a base converted from a GGUF file that is still here."""
+        return bool(weights) and weights == self.on_user_file
 
     def reader_name(self, weights: str) -> str:
         """Return the name, for people, of what proves this form of the weights."""

@@ -21,6 +21,7 @@ from tiny import save_trainable
 
 from edgetune import export_adapter
 from edgetune.cli.main import cli
+from edgetune.conversion.origin import Origin
 from edgetune.events import Event, Working
 from edgetune.export import effect
 from edgetune.export.job import Job
@@ -95,12 +96,16 @@ NEEDS = {"gguf": "gguf", "ollama": "gguf", "coreml": "coremltools"}
 
 @pytest.mark.parametrize(("target", "weights"), FORMS)
 def test_no_path_of_this_machine_travels(target: str, weights: str | None, tmp_path: Path, made: tuple[str, str]) -> None:
-    """The model's own files name its folder, as transformers writes it; every byte of the export is searched."""
+    """The model's own files name its folder, as transformers writes it, and the GGUF file that it came from.
+
+    Every byte of the export is searched.
+    """
     if target in NEEDS:
         pytest.importorskip(NEEDS[target])
     for name in ("config.json", "tokenizer_config.json"):
         file, more = Path(made[0]) / name, {"tokenizer_file": f"{made[0]}/tokenizer.json"} if "tokenizer" in name else {}
         file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": made[0], "name_or_path": made[0], **more}))
+    Origin(str(tmp_path / "m.gguf"), str(tmp_path / "m.gguf"), "Q4_1", 1, 1, "0" * 64).write(Path(made[0]))
     export_adapter(target, *made, tmp_path / "out", weights=weights, check=False)
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) > 1

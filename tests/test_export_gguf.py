@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from adapters import random_adapter
@@ -20,6 +23,9 @@ from hypothesis import strategies as st
 
 import edgetune
 from edgetune import export_adapter
+from edgetune.conversion.convert import convert
+from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.origin import Origin
 from edgetune.export import verify
 from edgetune.export.gguf import adapter as gguf_adapter
 from edgetune.export.gguf import llamacpp
@@ -28,19 +34,27 @@ from edgetune.export.gguf import target as gguf
 from edgetune.export.gguf.names import from_llama_rows, to_llama_rows
 from edgetune.export.gguf.reader import PROBES, LlamaCppReader
 from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
-from edgetune.export.job import Job
+from edgetune.export.job import Job, UserFile
 from edgetune.export.memory import check_memory
 from edgetune.export.merge import merged
+from edgetune.library import adapter_registry as registry
+from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import LlamaConfig, LoraConfig
-from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, TokenizerError
+from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, TokenizerError, UsageError
 from edgetune.runtime.linear import LoraLinear
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.ops_types import Segment
+from edgetune.runtime.optim import PagedAdamW
+from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 
 library = pytest.importorskip("gguf")
 DEMO = Path(edgetune.__file__).parent / "demo"
+ROOT = Path(__file__).resolve().parent.parent
 WINDOWED = ("mistral-window", "qwen2.5-window")
 FAMILIES = [family for family in tiny.FAMILIES if family not in (*WINDOWED, *tiny.UNLIKE_LLAMA)]
 
@@ -274,6 +288,13 @@ def test_rows_in_another_bases_order_are_refused(tmp_path: Path) -> None:
         gguf_adapter.write_adapter(adapter, made_for, tmp_path / f"{name}.gguf")
         with pytest.raises(AdapterError, match=f"made for another base: .*{said}; name its model"):
             gguf_adapter.read_adapter(tmp_path / f"{name}.gguf", config)
+
+
+def test_a_lora_for_a_family_without_gguf_is_refused(tmp_path: Path) -> None:
+    config = opened(tmp_path / "m").config
+    gguf_adapter.write_adapter(an_adapter(config), config, tmp_path / "a.gguf")
+    with pytest.raises(AdapterError, match="edgetune opens none for gemma3_text models; name a PEFT folder"):
+        gguf_adapter.read_adapter(tmp_path / "a.gguf", replace(config, model_type="gemma3_text"))
 
 
 @given(st.integers(1, 4), st.sampled_from([2, 4, 16, 64]), st.integers(1, 3))
@@ -658,3 +679,252 @@ def test_a_file_that_ends_llama_cpp_is_one_sentence(tmp_path: Path) -> None:
     os.truncate(tmp_path / "m.gguf", (tmp_path / "m.gguf").stat().st_size // 2)
     with pytest.raises(ModelError, match=r"could not use m\.gguf"):
         llamacpp.logits(tmp_path / "m.gguf", None, [1, 2, 3])
+
+
+# --- a base that came from the user's own GGUF file ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> tuple[Path, Path]:
+    """Return a model folder with the demo's tokenizer, and the Q8_0 file that its origin names; an adapter lies beside them."""
+    folder, file = tmp_path / "converted", tmp_path / "My Models" / "Tiny-Q8_0.gguf"
+    file.parent.mkdir()
+    tiny.save_trainable(folder)
+    base = open_model(folder)
+    vocabulary = read_vocabulary(folder, base.config.vocab_size)
+    gguf_model.write_model(Job(base, "tiny", None), file, "q8_0", vocabulary.add_to)
+    opened_file = GgufFile.open(file)
+    stat = file.stat()
+    Origin(str(file), str(file), "Q8_0", stat.st_size, stat.st_mtime_ns, opened_file.digest).write(folder)
+    peft_folder.save(random_adapter(base.config, size=0.05), tmp_path / "night", "tiny")
+    return folder, file
+
+
+def bits_per_byte(model: Path, lora: Path | None, tokenizer: Tokenizer, text: str) -> float:
+    """Measure a text in llama.cpp, all of it but its start token."""
+    logits = llamacpp.logits(model, lora, ids := tokenizer.prompt_ids(text)).double()
+    nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum")
+    return float(nats) / math.log(2) / len(tokenizer.decode(ids[1:], continuing=True).encode())
+
+
+@pytest.mark.usefixtures("llama")
+def test_an_adapter_is_proved_and_measured_on_the_users_own_file(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    folder, file = converted
+    text = "The tomatoes want water in the morning, and shade: 35° is too much for them."
+    (tmp_path / "a.txt").write_text(text)
+    result = export_adapter("gguf", str(folder), str(tmp_path / "night"), tmp_path / "out", texts=(str(tmp_path / "a.txt"),))
+    assert result.verified
+    adapter = tmp_path / "out" / gguf_adapter.ADAPTER_FILE
+    assert result.commands == (f"llama-cli -m '{file}' --lora {adapter}",)
+    facts, tokenizer = result.facts, Tokenizer.load(folder)
+    assert facts["bits_per_byte_before"] == pytest.approx(bits_per_byte(file, None, tokenizer, text), rel=1e-4)
+    assert facts["bits_per_byte_after"] == pytest.approx(bits_per_byte(file, adapter, tokenizer, text), rel=1e-4)
+    # Q8_0 moves the model little: edgetune's own copy, which was not rounded, reads nearly the same.
+    for when in ("before", "after"):
+        assert facts[f"bits_per_byte_{when}"] == pytest.approx(facts[f"edgetune_bits_per_byte_{when}"], rel=0.01)
+    assert facts["adapter_effect_applied"] == pytest.approx(1.0, abs=0.05)
+    said = f"On your Tiny-Q8_0.gguf (Q8_0), llama.cpp reads the texts at {facts['bits_per_byte_before']:.3f} bits per byte "
+    assert result.notices[0].startswith(said)
+    golden = json.loads((tmp_path / "out" / verify.GOLDEN_FILE).read_text())
+    assert golden["bounds"]["max_logit"] > verify.EXACT.max_logit  # by what the file alone differs
+    for exported in (tmp_path / "out").iterdir():
+        assert os.fsencode(tmp_path) not in exported.read_bytes()
+
+
+@pytest.mark.usefixtures("llama")
+def test_rows_in_the_wrong_order_or_nine_tenths_of_the_scale_are_no_proof_on_the_users_file(
+    tmp_path: Path, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = converted
+    right = gguf_adapter.write_adapter
+
+    def weaker(adapter: Adapter, config: LlamaConfig, path: Path) -> None:
+        right(replace(adapter, config=replace(adapter.config, alpha=0.9 * adapter.config.alpha)), config, path)
+
+    arguments = ("gguf", str(folder), str(tmp_path / "night"), tmp_path / "out")
+    monkeypatch.setattr(gguf, "write_adapter", weaker)
+    with pytest.raises(
+        ModelError, match=r"was discarded: .*9[0-3]% of the adapter's effect arrives \(expected 100%, give or take"
+    ):
+        export_adapter(*arguments)
+    monkeypatch.setattr(gguf, "write_adapter", right)
+    monkeypatch.setattr(gguf_adapter, "to_llama_rows", lambda rows, head_dim: rows)
+    with pytest.raises(ModelError, match="does not agree with edgetune's own model and was discarded"):
+        export_adapter(*arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("llama")
+def test_the_users_own_ollama_model_is_named_as_ollama_names_it(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    """Without --texts the adapter is measured on texts that the adapted model writes."""
+    folder, file = converted
+    blob = tmp_path / "ollama" / "blobs" / f"sha256-{'a' * 64}"
+    blob.parent.mkdir(parents=True)
+    file.rename(blob)
+    origin = Origin.read(folder)
+    assert origin is not None
+    replace(origin, path=str(blob), name="me/tiny:latest").write(folder)
+    result = export_adapter("ollama", str(folder), str(tmp_path / "night"), tmp_path / "out", "none")
+    assert result.verified
+    assert result.facts["bits_per_byte_after"] < result.facts["bits_per_byte_before"]
+    assert "On your me/tiny:latest (Q8_0), llama.cpp reads texts that the adapted model wrote itself at" in result.notices[1]
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text == "# Type: ollama create NAME -f Modelfile\nFROM me/tiny:latest\nADAPTER ./adapter.gguf\n"
+    for exported in (tmp_path / "out").iterdir():
+        assert os.fsencode(tmp_path) not in exported.read_bytes()
+    replace(origin, path=str(blob), name=str(blob)).write(folder)  # named by its path, Ollama's name of it is not known
+    export_adapter("ollama", str(folder), str(tmp_path / "night"), tmp_path / "out", "none", check=False)
+    assert f"\nFROM {blob}\n" in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_without_the_users_file_the_export_says_so_and_goes_on(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    folder, file = converted
+    arguments, out = (str(folder), str(tmp_path / "night")), tmp_path / "out"
+    result = export_adapter("gguf", *arguments, out, check=False)
+    assert result.commands == (f"llama-cli -m '{file}' --lora {out / gguf_adapter.ADAPTER_FILE}",)
+    assert export_adapter("ollama", *arguments, tmp_path / "o", "none", check=False).commands == (
+        f"ollama create o -f {tmp_path / 'o' / 'Modelfile'}", "ollama run o",
+    )  # fmt: skip
+    merged = export_adapter("gguf", *arguments, tmp_path / "merged", "f16", check=False)
+    assert merged.notices[0] == (
+        "This is a second copy of the model. llama.cpp runs the adapter on your own Tiny-Q8_0.gguf: "
+        "type `edgetune export gguf`."
+    )
+    data = bytearray(file.read_bytes())
+    at = data.index(b"general.name")
+    data[at : at + 12] = b"general.nema"
+    gone = "Your own GGUF file cannot be used, so the export goes on without it: "
+    refused = r"--weights none` writes an adapter for the GGUF file .*, and that cannot be used: .*\. Put it back"
+    damages = (
+        (lambda: file.write_bytes(data), " has changed since it was converted."),
+        (file.unlink, " cannot be read (No such"),
+    )
+    for damage, said in damages:
+        damage()
+        result = export_adapter("gguf", *arguments, out, check=False)
+        assert result.commands == ()
+        assert result.notices[0].startswith(f"{gone}{file}{said}")
+        with pytest.raises(UsageError, match=refused):
+            export_adapter("ollama", *arguments, tmp_path / "o", "none", check=False)
+    Path(folder / "origin.json").unlink()
+    with pytest.raises(UsageError, match=r"and this model is not from one; leave --weights out\.$"):
+        export_adapter("ollama", *arguments, tmp_path / "o", "none", check=False)
+
+
+@pytest.mark.usefixtures("llama")
+def test_a_users_file_with_another_tokenizer_is_refused_before_anything_is_measured(
+    tmp_path: Path, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llamacpp, "tokenize", lambda model, texts: [[7]] * len(texts))
+    with pytest.raises(ModelError, match=f"llama.cpp splits {len(PROBES)} of {len(PROBES)} test texts into other tokens"):
+        export_adapter("gguf", str(converted[0]), str(tmp_path / "night"), tmp_path / "out")
+
+
+def test_a_proof_on_the_users_file_takes_no_copy_of_the_base(tmp_path: Path, converted: tuple[Path, Path]) -> None:
+    """It needs the memory of the file as it is, and no disk."""
+    base = open_model(converted[0])
+    job = Job(base, "tiny", random_adapter(base.config))
+    mine = replace(job, user_file=UserFile(converted[1], "Tiny", "Q8_0", 10**9))
+    small = replace(mine, user_file=UserFile(converted[1], "Tiny", "Q8_0", 0))
+    assert gguf.peak_memory(mine).read[0].fixed - gguf.peak_memory(small).read[0].fixed == 10**9
+    assert gguf.peak_memory(mine).write[0].fixed <= gguf.peak_memory(job).write[1].fixed
+
+
+# --- a GGUF LoRA for such a base ----------------------------------------------------------------------------------------
+
+
+def convert_lora(peft: Path, config: LlamaConfig, path: Path) -> None:
+    """Write a PEFT folder's adapter as llama.cpp's convert_lora_to_gguf.py does: its names, order of rows, and keys."""
+    arch = {"llama": library.MODEL_ARCH.LLAMA, "qwen2": library.MODEL_ARCH.QWEN2}[config.model_type]
+    names = library.get_tensor_name_map(arch, config.num_layers)
+    writer = library.GGUFWriter(path, library.MODEL_ARCH_NAMES[arch])
+    writer.add_type(library.GGUFType.ADAPTER)
+    writer.add_string(library.Keys.Adapter.TYPE, "lora")
+    writer.add_name("Night")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, "Tiny")
+    writer.add_tags(["lora", "text-generation"])
+    writer.add_quantization_version(library.GGML_QUANT_VERSION)
+    writer.add_file_type(library.LlamaFileType.ALL_F32)
+    writer.add_float32(library.Keys.Adapter.LORA_ALPHA, json.loads((peft / "adapter_config.json").read_text())["lora_alpha"])
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for full, tensor in safetensors.torch.load_file(peft / "adapter_model.safetensors").items():
+        name, part = full.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
+        rows = tensor.float().numpy()
+        linear = name.rpartition(".")[2]
+        if part == "B" and linear in heads and config.model_type == "llama":
+            rows = rows.reshape(heads[linear], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        writer.add_tensor(f"{names.get_name(name)}.weight.lora_{part.lower()}", np.ascontiguousarray(rows))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def peft_logits(model: Any, adapter: Path, ids: list[int]) -> torch.Tensor:
+    """Run ids (N,) with transformers and peft in fp32; return logits (N, V)."""
+    peft = pytest.importorskip("peft")
+    with torch.no_grad():
+        return torch.Tensor(peft.PeftModel.from_pretrained(model, adapter).eval()(torch.tensor([ids])).logits[0])
+
+
+@pytest.mark.parametrize("writer", ["edgetune", "llama.cpp's converter"])
+@pytest.mark.parametrize("family", ["llama-2-grouped", "llama-head-dim", "qwen2"])
+def test_a_gguf_lora_on_a_base_from_gguf_gives_pefts_logits(tmp_path: Path, family: str, writer: str) -> None:
+    """Goes the whole way: a model of transformers becomes a GGUF file and that a base; its PEFT adapter becomes a GGUF LoRA."""
+    model = tiny.save_model(tmp_path / "m", family, vocab_size=8192)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "m" / name).write_bytes((DEMO / name).read_bytes())
+    source = open_model(tmp_path / "m")
+    vocabulary = read_vocabulary(tmp_path / "m", 8192)
+    gguf_model.write_model(Job(source, "tiny", None), tmp_path / "tiny.gguf", "f32", vocabulary.add_to)
+    base = open_model(convert(tmp_path / "tiny.gguf", tmp_path / "converted", "tiny", "fp32").path)
+    peft_folder.save(random_adapter(source.config, alpha=6.0), tmp_path / "night", "tiny")
+    if writer == "edgetune":
+        gguf_adapter.write_adapter(peft_folder.load(tmp_path / "night"), source.config, tmp_path / "a.gguf")
+    else:
+        convert_lora(tmp_path / "night", source.config, tmp_path / "a.gguf")
+    ids = torch.randint(3, 8192, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    theirs = peft_logits(model, tmp_path / "night", ids)
+    bare = verify.reference_logits(Job(base, "tiny", None).model(), ids)
+    assert (bare - theirs).abs().max() > 0.1
+    imported = registry.import_adapter(tmp_path / "a.gguf", base, "tiny", "back")
+    for path in (tmp_path / "a.gguf", imported):
+        ours = Job(base, "tiny", registry.load_for(path, base)).model()
+        assert (verify.reference_logits(ours, ids) - theirs).abs().max() < 1e-4
+
+
+# --- a real model -------------------------------------------------------------------------------------------------------
+
+
+def trained(base: Checkpoint, ids: list[int], steps: int) -> Adapter:
+    """Return an adapter of rank 8 after some steps on one text of ids (N + 1,)."""
+    config, n = LoraConfig(8, 16.0, 0.0), len(ids) - 1
+    model = load_llama(base, torch.bfloat16)
+    adapters.attach_new(model, config, 0)
+    runner, optimizer, text = Runner(model), PagedAdamW(adapters.parameters(model)), torch.tensor(ids)
+    for _ in range(steps):
+        batch = Batch(text[:-1], text[1:], torch.full((n,), 1 / n), torch.arange(n), (Segment.packed(0, n),))
+        runner.train(batch)
+        optimizer.step(2e-3)
+        optimizer.zero_grad()
+    return adapters.snapshot(model, config)
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("llama")
+def test_an_adapter_keeps_its_gain_on_smollm2s_own_file(tmp_path: Path, smollm2: Path, smollm2_folder: Path) -> None:
+    """Trains four steps on a note, and reads that note with llama.cpp on the Q4_1 file as it was published."""
+    note = ROOT / "examples" / "notes" / "repairs" / "spoke-lengths.md"
+    ids = Tokenizer.load(smollm2_folder).prompt_ids(note.read_text())[:257]
+    peft_folder.save(trained(open_model(smollm2_folder), ids, 4), tmp_path / "night", "smollm2")
+    out = tmp_path / "out"
+    result = export_adapter("gguf", str(smollm2_folder), str(tmp_path / "night"), out, texts=(str(note),))
+    assert result.verified
+    facts = result.facts
+    assert facts["bits_per_byte_after"] < 0.9 * facts["bits_per_byte_before"]
+    for when in ("before", "after"):
+        assert facts[f"bits_per_byte_{when}"] == pytest.approx(facts[f"edgetune_bits_per_byte_{when}"], abs=0.02)
+    assert facts["adapter_gain_kept"] == pytest.approx(1.0, abs=0.1)
+    assert facts["adapter_effect_applied"] == pytest.approx(1.0, abs=0.1)
+    assert result.commands == (f"llama-cli -m {smollm2} --lora {out / gguf_adapter.ADAPTER_FILE}",)

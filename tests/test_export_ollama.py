@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from adapters import random_adapter
 
 import edgetune
 from edgetune.export import ollama, verify
 from edgetune.export.go_template import Derived, derive, evaluate
-from edgetune.export.job import Job
+from edgetune.export.job import Job, UserFile
 from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import UsageError
 from edgetune.runtime.generation_config import SamplingSettings
 from edgetune.runtime.templates import ChatTemplate
 from edgetune.runtime.tokenizer import Tokenizer
@@ -207,6 +211,59 @@ def test_the_demos_export(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True  # training put it before chats, too
 
 
+@pytest.fixture
+def adapter_job(tmp_path: Path) -> Job:
+    """Return a job for the demo with an adapter, as if it had been converted from a file; no proof, since there is none."""
+    base = open_model(DEMO)
+    file = UserFile(tmp_path / "my models" / "Demo.Q4_1.gguf", "Demo.Q4_1.gguf", "Q4_1", 1)
+    (tmp_path / "out").mkdir()
+    return Job(base, "demo", random_adapter(base.config), "none", check=False, user_file=file)
+
+
+def test_an_adapter_is_put_on_the_users_own_file(tmp_path: Path, adapter_job: Job) -> None:
+    """The rest of the Modelfile is the merged model's; its place is told, since this folder is not to be given away."""
+    written = ollama.write(adapter_job, tmp_path / "out")
+    commands = parse((tmp_path / "out" / "Modelfile").read_text())
+    assert commands[:2] == [("FROM", f"{tmp_path}/my models/Demo.Q4_1.gguf"), ("ADAPTER", "./adapter.gguf")]
+    (tmp_path / "merged").mkdir()
+    ollama.write(replace(adapter_job, weights="q8_0", adapter=None, user_file=None), tmp_path / "merged")
+    assert commands[2:] == parse((tmp_path / "merged" / "Modelfile").read_text())[1:]
+    assert written.opens == "Modelfile"
+    assert written.notices == (
+        "Ollama takes adapters up to version 0.34.0; for a newer one, leave --weights out.",
+        "This folder is for this machine: its Modelfile holds the path of your Demo.Q4_1.gguf, which `ollama create` copies "
+        "into Ollama's own folder.",
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "adapter.gguf"]
+
+
+def test_an_adapter_is_put_on_ollamas_own_model_by_its_name(tmp_path: Path, adapter_job: Job) -> None:
+    """Ollama then keeps one copy of the base, with the template and settings that it has; no path leaves this machine."""
+    blob = UserFile(tmp_path / "blobs" / f"sha256-{'0' * 64}", "me/demo:16m", "Q4_1", 1, in_ollama=True)
+    written = ollama.write(replace(adapter_job, user_file=blob), tmp_path / "out")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert parse(text) == [("FROM", "me/demo:16m"), ("ADAPTER", "./adapter.gguf")]
+    assert written.notices == ("Ollama takes adapters up to version 0.34.0; for a newer one, leave --weights out.",)
+    for file in (tmp_path / "out").iterdir():
+        assert os.fsencode(tmp_path) not in file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ['a"b.gguf', "a\nFROM b.gguf", "a\x1b.gguf"])
+def test_a_file_that_no_modelfile_can_name_is_refused(tmp_path: Path, adapter_job: Job, name: str) -> None:
+    file = UserFile(tmp_path / name, name, "Q4_1", 1)
+    with pytest.raises(UsageError, match="No Modelfile can hold the name"):
+        ollama.write(replace(adapter_job, user_file=file), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_commands_make_and_run_a_model_with_the_folders_name(tmp_path: Path, adapter_job: Job) -> None:
+    folder = tmp_path / "My Notes (2026)"
+    assert ollama.commands(adapter_job, folder) == (
+        ("ollama", "create", "my-notes-2026", "-f", str(folder / "Modelfile")),
+        ("ollama", "run", "my-notes-2026"),
+    )
+
+
 def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:
     tiny.save_trainable(tmp_path / "m")
     (tmp_path / "out").mkdir()
@@ -215,7 +272,7 @@ def test_a_model_without_a_template_has_none(tmp_path: Path) -> None:
     assert parse((tmp_path / "out" / "Modelfile").read_text()) == [("FROM", "./model.gguf"), ("PARAMETER", "stop </s>")]
 
 
-@pytest.mark.parametrize("weights", ollama.SPEC.weights)
+@pytest.mark.parametrize("weights", [form for form in ollama.SPEC.weights if not ollama.SPEC.needs_user_file(form)])
 def test_llama_cpp_proves_the_model(tmp_path: Path, weights: str) -> None:
     pytest.importorskip("llama_cpp")
     tiny.save_trainable(tmp_path / "m")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from edgetune import export_adapter
 from edgetune.cli.main import cli
 from edgetune.export import effect
-from edgetune.export.job import Job
+from edgetune.export.job import Job, UserFile
 from edgetune.export.targets import TARGETS, check_texts, load_target
 from edgetune.library.base_models import resolve
 from edgetune.runtime import peft_folder
@@ -29,7 +30,7 @@ FORMS = [
     *(("hf", weights, None) for weights in ("bf16", "fp16", "fp32", "nf4", "nf4-nearest")),
     *(("mlx", weights, None) for weights in ("", "bf16", "fp16", "int4")),
     *(("gguf", weights, None) for weights in ("", "f16", "bf16", "q8_0")),
-    *(("ollama", weights, None) for weights in ("q8_0", "f16", "bf16")),
+    *(("ollama", weights, None) for weights in ("q8_0", "f16", "bf16", "none")),
     *(("coreml", weights, how) for weights in ("nf4", "int4", "fp16") for how in (None, "merged")),
     *(
         pytest.param("coreml", weights, how, marks=pytest.mark.slow)
@@ -98,6 +99,8 @@ def test_texts_are_refused_where_they_would_not_be_read_and_only_there(
         texts = Noticing([[1, *range(3, 60)], [1, *range(60, 90)]])
         adapter = peft_folder.load(model.parent / "night")
         job = Job(base, "a base", adapter, weights, adapter_as, texts=texts, force=True, check=check)
+        if load_target(target).needs_user_file(weights):
+            job = replace(job, user_file=UserFile(tmp_path / "user.gguf", "user.gguf", "Q8_0", 1))
         folder = tmp_path / str(check)
         folder.mkdir()
         load_target(target).write(job, folder)

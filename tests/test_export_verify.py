@@ -14,7 +14,7 @@ from torch import Tensor
 
 import edgetune
 from edgetune.export import verify
-from edgetune.export.job import Job
+from edgetune.export.job import Job, UserFile
 from edgetune.export.memory import StageMemory, sufficient_memory
 from edgetune.export.verify import Agreement, Bound, Golden
 from edgetune.library.base_models import resolve
@@ -87,6 +87,41 @@ def test_the_loss_of_a_weak_adapter_is_seen_where_every_figure_is_small(job: Job
     assert expected.kl_of_adapter == 0.0
     assert found.adapter_lost is None
     assert found.holds(bound)
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.0, None), (0.9, "90% of the adapter"), (0.0, "0% of the adapter")])
+def test_what_an_adapter_changes_is_compared_where_the_reader_rounds_the_base_otherwise(
+    job: Job, share: float, said: str | None
+) -> None:
+    """The bounds grow by what the two bases differ, and noise hides no missing tenth of the adapter."""
+    mine = replace(job, user_file=UserFile(Path("demo.gguf"), "demo", "Q4_1", 1))
+    expected = verify.golden(mine, PROMPT, mine.model())
+    assert expected.bare is not None
+    noise, other_noise = (0.1 * torch.randn(expected.logits.shape) for _ in range(2))
+    beside, effect = expected.beside(expected.bare + noise), expected.logits - expected.bare
+    bound = verify.BOUNDS["gguf", ""].of(beside)
+    assert bound.mean_logit == pytest.approx(verify.EXACT.mean_logit + 2 * float(noise.abs().mean()))
+    assert bound.max_logit == pytest.approx(verify.EXACT.max_logit + 5 * float(noise.abs().max()))
+    found = verify.compare(beside, Fixed(expected.bare + share * effect + other_noise), bound)
+    assert found.applied == pytest.approx(share, abs=0.02)
+    centred = effect - effect.mean(1, keepdim=True)  # no softmax sees what is added to a whole row
+    assert found.applied_within == pytest.approx(0.05 + 0.15 * float(noise.norm() / centred.norm()), rel=0.02)
+    assert found.adapter_lost is None
+    assert found.holds(bound) is (said is None)
+    assert said is None or any(said in fault for fault in found.faults(bound))
+
+
+def test_a_reader_with_another_vocabulary_or_an_adapter_without_effect_is_compared_as_ever(job: Job) -> None:
+    mine = replace(job, user_file=UserFile(Path("demo.gguf"), "demo", "Q4_1", 1))
+    expected = verify.golden(mine, PROMPT, mine.model())
+    assert expected.beside(torch.zeros(len(expected.ids), 7)) is expected
+    new = replace(mine, adapter=random_adapter(job.base.config, size=0.0))
+    expected = verify.golden(new, PROMPT, new.model())
+    assert expected.bare is not None
+    beside = expected.beside(expected.bare + 0.1)
+    found = verify.compare(beside, Fixed(expected.logits), verify.EXACT.of(beside))
+    assert found.applied is None
+    assert found.holds(verify.EXACT.of(beside))
 
 
 def test_golden_says_nothing_of_the_bare_base_in_its_file_or_without_an_adapter(job: Job, expected: Golden) -> None:

@@ -31,7 +31,7 @@ SMALLEST_COUNT = 1000
     "--weights",
     metavar="W",
     help="Number format of the weights. hf: bf16, fp16, fp32, nf4, nf4-nearest; mlx: bf16, fp16, int4; gguf: f16, bf16, q8_0; "
-    "ollama: q8_0, f16, bf16; coreml: nf4, int4, fp16, none; mps: nf4. "
+    "ollama: q8_0, f16, bf16, none; coreml: nf4, int4, fp16, none; mps: nf4. "
     "Default: the first one named, or the adapter alone for peft, mlx and gguf.",
 )
 @click.option(
@@ -43,7 +43,8 @@ SMALLEST_COUNT = 1000
     "--texts",
     multiple=True,
     metavar="NOTES",
-    help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights.",
+    help="Files or folders of text, to measure how much of the adapter's effect is kept by an export that rounds weights, or "
+    "by your own GGUF file.",
 )
 @memory_option(
     "Limit on peak memory. Layers are streamed to stay within it; an export that cannot is refused, with the amount it needs."
@@ -103,10 +104,14 @@ def export_command(
             f"{result.mean_logit_difference:.3g}, KL {result.kl:.3g}; the greedy text is "
             f"{'the same' if result.greedy_match else 'different'}."
         )
+    for number, command in enumerate(result.commands):
+        click.echo(f"{'then' if number else 'To run it, type'} {one_line(command)}")
 
 
 def _figure(name: str, value: float) -> str:
-    """Format a share as a percentage, a count without decimals, anything else with three digits."""
-    if "_kept" in name:
+    """Format a share as a percentage, bits per byte as elsewhere, a count without decimals, anything else with three digits."""
+    if "_kept" in name or "_applied" in name:
         return f"{value:.0%}"
+    if "bits_per_byte" in name:
+        return f"{value:.3f}"
     return f"{value:,.0f}" if value >= SMALLEST_COUNT else f"{value:.3g}"

@@ -33,6 +33,29 @@ class Origin:
     digest: str
     """SHA-256 over the header: metadata, names, shapes, types and offsets of the tensors."""
 
+    @property
+    def public_name(self) -> str:
+        """Return the name without the folders above it, which may tell whose machine this is."""
+        return Path(self.name).name if Path(self.name).is_absolute() else self.name
+
+    @property
+    def in_ollama(self) -> bool:
+        """Return True if the file lies in Ollama's folder and was named as Ollama does, so that Ollama knows it by `name`."""
+        path = Path(self.path)
+        return path.parent.name == "blobs" and path.name.startswith("sha256-") and not Path(self.name).is_absolute()
+
+    def why_gone(self) -> str | None:
+        """Return why the file cannot be used as the one that was converted, as a sentence; None if it can."""
+        from edgetune.conversion.gguf_file import GgufFile
+
+        try:
+            found = GgufFile.open(Path(self.path))
+        except ModelError as error:
+            return str(error)
+        if (found.bytes, found.digest) == (self.bytes, self.digest):
+            return None
+        return f"{self.path} has changed since it was converted."
+
     def write(self, folder: Path) -> None:
         """Write the record into a converted folder."""
         atomic_write(folder / FILE, json.dumps(dataclasses.asdict(self), indent=1))

@@ -116,7 +116,9 @@ def _check_keys(keys: dict[str, Any], path: Path, base: LlamaConfig) -> None:
         raise ValueError(f"its types are {reprlib.repr(kinds)}, expected ('adapter', 'lora')")
     if _ACTIVATED in keys:
         raise ValueError("it is an aLoRA, which takes effect only after certain tokens; expected plain LoRA")
-    arch = ARCHITECTURES[base.model_type]
+    arch = ARCHITECTURES.get(base.model_type)
+    if arch is None:
+        raise AdapterError(f"{path} is a GGUF LoRA, and edgetune opens none for {base.model_type} models; name a PEFT folder.")
     heads = f"{arch}.attention.head_count"
     expected: dict[str, Any] = {"general.architecture": arch}
     expected |= {key: n for key, n in ((heads, base.num_heads), (f"{heads}_kv", base.num_kv_heads)) if key in keys}

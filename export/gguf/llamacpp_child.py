@@ -87,10 +87,10 @@ def losses(request: dict[str, Any]) -> dict[str, Any]:
     for ids in request["documents"]:
         model.reset()
         model.eval(ids)
-        scores = model.scores[: len(ids) - 1].astype(np.float64)
-        top = scores.max(-1)
-        chosen = scores[np.arange(len(ids) - 1), ids[1:]]
-        total += float((top + np.log(np.exp(scores - top[:, None]).sum(-1)) - chosen).sum())
+        for row, target in enumerate(ids[1:]):  # one at a time: rows of a large vocabulary take much memory in fp64
+            scores = model.scores[row].astype(np.float64)
+            top = scores.max()
+            total += float(top + np.log(np.exp(scores - top).sum()) - scores[target])
         count += len(ids) - 1
     return {"loss": total / count}
 

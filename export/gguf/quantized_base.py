@@ -26,8 +26,7 @@ LEAST_GAIN = 1e-3
 
 def measure_on_q4_k_m(job: Job, folder: Path) -> Written:
     """Measure the adapter's gain, in nats per token of the same texts, on its own base and on llama.cpp's Q4_K_M copy of it."""
-    texts = [list(text[:DOCUMENT_TOKENS]) for text in job.texts if len(text) > 1]
-    documents = texts[:: -(-len(texts) // DOCUMENTS)] if texts else _written_by_model(job)
+    documents = documents_for(job)
     lora = folder / ADAPTER_FILE
     with bare_base(job, folder) as base:
         small = base.with_name("q4_k_m.gguf")
@@ -47,6 +46,12 @@ def measure_on_q4_k_m(job: Job, folder: Path) -> Written:
             f"On a Q4_K_M base llama.cpp keeps {share:.0%} of what the adapter gains. Run the adapter on a Q8_0 or F16 base.",
         )
     return Written(ADAPTER_FILE, notices, (("adapter_gain_kept_on_q4_k_m", share),))
+
+
+def documents_for(job: Job) -> list[list[int]]:
+    """Return token ids of the texts to measure on: the job's, each cut short, else some that the adapted model writes."""
+    texts = [list(text[:DOCUMENT_TOKENS]) for text in job.texts if len(text) > 1]
+    return texts[:: -(-len(texts) // DOCUMENTS)] if texts else _written_by_model(job)
 
 
 def _written_by_model(job: Job) -> list[list[int]]:

@@ -59,7 +59,7 @@ def forms() -> list[Form]:
     found = []
     for target in TARGETS:
         spec = load_target(target)
-        found += [Form(target, weights) for weights in spec.weights]
+        found += [Form(target, weights) for weights in spec.weights if not spec.needs_user_file(weights)]
         found += [Form(target, spec.weights[0], form) for form in spec.adapter_as[1:]]
     return found
 
