@@ -10,6 +10,7 @@ from edgetune.config import GenerateConfig
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import SMALLER, Loaded, load_base, open_base
+from edgetune.progress import Show
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import explain_card_memory
@@ -50,6 +51,7 @@ class Session:
         adapter: str | None = None,
         device: str = GenerateConfig.device,
         head: str = GenerateConfig.head,
+        show: Show = lambda event: None,
     ) -> Session:
         """Open a model and an adapter by the names that the command line takes.
 
@@ -58,9 +60,10 @@ class Session:
             `edgetune export mps` bundle) if there is one, else the current adapter.
         device: "cpu", "cuda", "mps", or "auto" for the best one here.
         head: one of HEADS. "auto" leaves a head that is stored in 4 bits as it is; a form that it cannot take is refused.
+        show: receives the progress of converting a GGUF model that is opened for the first time, as events.
         Raises subclasses of EdgetuneError, each a sentence that can be shown to the user.
         """
-        loaded = load_base(open_base(model), device, head=head)
+        loaded = load_base(open_base(model, show), device, head=head)
         name, found = registry.adapter_for(adapter, loaded.checkpoint)
         session = cls(loaded, found, name)
         session.notices += adapter_notices(adapter, found, loaded.checkpoint, loaded.tokenizer)

@@ -81,7 +81,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     show: receives progress as events.Working.
     Raises EdgetuneError for a model, an adapter, a device or notes that cannot be used.
     """
-    name, config, stored, checkpoint = _model(train.model)
+    name, config, stored, checkpoint = _model(train.model, show)
     train, stages = fit_rows(train, config), Stages(show)
     here = True
     try:
@@ -128,11 +128,11 @@ def _head_form(stored: Stored) -> str:
     return "nf4" if stored.head_dtype is None else str(stored.head_dtype).removeprefix("torch.")
 
 
-def _model(name: str | None) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
+def _model(name: str | None, show: Show) -> tuple[str, LlamaConfig, Stored, Checkpoint | None]:
     """Return name, config, stored form and checkpoint of a model on this machine, or of a shape in SHAPES (no checkpoint)."""
     if name in PLANNED and not Path(name).exists():
         return name, SHAPES[name], Stored.nf4(SHAPES[name]), None
-    choice, checkpoint = open_base(name)
+    choice, checkpoint = open_base(name, show)
     return choice.name, checkpoint.config, Stored.of(checkpoint), checkpoint
 
 

@@ -113,7 +113,7 @@ def evaluate(
     """
     stages, notices = Stages(show), ChatNotices()
     reading = read_notes(texts, progress=stages.of("reading"))
-    loaded = load_base(open_base(model), device, progress=stages.of("loading"))
+    loaded = load_base(open_base(model, show), device, progress=stages.of("loading"))
     name, found = registry.adapter_for(adapter, loaded.checkpoint)
     if found is not None:
         adapters.attach(loaded.model, found)
