@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -49,6 +50,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def drop_pages(mapping: mmap.mmap, start: int, nbytes: int) -> None:
+    """Let the system drop the pages that hold these bytes alone; the next access reads them again. Linux and macOS only."""
+    page = mmap.PAGESIZE
+    first = -(-start // page) * page
+    whole = (start + nbytes) // page * page - first
+    if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED, first, whole)
 
 
 def is_ours(path: Path) -> bool:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
-from edgetune.runtime.errors import ModelError
+from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
@@ -22,6 +23,8 @@ from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untr
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
+_SPARE_BYTES = 16 << 20
+"""Disk space in bytes that is asked for beyond the weights, for tokenizer and headers. Chosen by hand."""
 
 # The files that a model needs beside its weights: tokenizer, chat template, generation settings, licence.
 _COMPANIONS = (
@@ -49,8 +52,8 @@ class Recipe(Protocol):
     def specs(self, name: str) -> list[TensorSpec]:
         """Return the tensors that one tensor of the model is stored as: itself, or codes and scales."""
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the values of the tensors that `specs` lists, by name."""
+    def tensors(self, name: str) -> Mapping[str, Tensor | Iterable[Tensor]]:
+        """Return the values of the tensors that `specs` lists, by name: whole, or as pieces in order to save memory."""
 
     def release(self, name: str) -> None:
         """Free what the tensor was made from: it is not needed again."""
@@ -90,7 +93,7 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
     """Write one file of weights; `done` is called with the name of each tensor of the model once it is made."""
     specs = shard_specs(recipe, names)
     # The few tensors whose size is not a multiple of 64 bytes stand last in the file but are made with their layer.
-    waiting: dict[str, Tensor] = {}
+    waiting: dict[str, Tensor | Iterable[Tensor]] = {}
     queue = list(reversed(specs))
     with SafetensorsWriter(path, specs, {"format": "pt"}) as writer:
         for name in names:
@@ -102,9 +105,24 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
             done(name)
 
 
+def check_space(folder: Path, dest: Path, nbytes: int) -> None:
+    """Raise ResourceError if the disk of `folder` has too little space for weights of `nbytes`, which are to become `dest`."""
+    needed, free = nbytes + _SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"The disk has {free / 1e9:.2f} GB free and {dest} takes {needed / 1e9:.2f} GB more; free some space and "
+            "run the same command again."
+        )
+
+
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:
     """Write config.json, the index of the shards, and the files of `source` that a model needs beside its weights."""
     write_settings(source, folder, config)
+    write_index(folder, recipe, shards)
+
+
+def write_index(folder: Path, recipe: Recipe, shards: dict[str, list[str]]) -> None:
+    """Write the index of the shards, where there are several."""
     if len(shards) > 1:
         weight_map = {spec.name: file for file, names in shards.items() for name in names for spec in recipe.specs(name)}
         index = {
@@ -117,6 +135,11 @@ def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe:
 def write_settings(source: Path, folder: Path, config: dict[str, Any]) -> None:
     """Write config.json and the files of `source` beside it. Raises ModelError as `companions` does."""
     copy_companions(source, folder)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json."""
     atomic_write(folder / "config.json", json.dumps(config_for_readers(config), indent=2) + "\n")
 
 

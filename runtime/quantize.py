@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
-from edgetune.runtime.errors import ModelError, ResourceError, SettingError, UsageError
+from edgetune.runtime.device import one_thread
+from edgetune.runtime.errors import ModelError, SettingError, UsageError
 from edgetune.runtime.files import explain_full_disk, is_ours, sync_folder
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
+    check_space,
     companions,
     plan_shards,
     quantization_config,
@@ -44,7 +46,6 @@ HEADS = ("bf16", "nf4")
 """The forms that the head can be stored in."""
 _BLOCK_SIZE = QuantConfig().block_size
 _LAYOUT = 1  # part of the hidden folder's name: raise it when the bytes written change
-_SPARE_BYTES = 16 << 20  # disk space asked for beyond the weights, for tokenizer and headers (chosen by hand)
 
 Progress = Callable[[int, int], None]
 """A callback that receives (parameters done, all parameters) at the start and after each tensor."""
@@ -74,7 +75,7 @@ class _Recipe:
 
     def specs(self, name: str) -> list[TensorSpec]:
         if self.becomes_nf4(name):
-            return bnb_layout.weight_specs(name, self.shapes[name], _BLOCK_SIZE, self.double_quant)
+            return nf4_specs(name, self.shapes[name], self.double_quant)
         return [TensorSpec(name, torch.bfloat16, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -82,28 +83,30 @@ class _Recipe:
         if not self.becomes_nf4(name):
             return {name: weight}
         try:
-            quantized = nf4.quantize(weight, "nf4", _BLOCK_SIZE, double_quant=False)
-            if self.double_quant:
-                with _one_thread():
-                    quantized = nf4.double_quantize(quantized)
+            return nf4_tensors(name, weight, self.double_quant)
         except ValueError as error:
             raise ModelError(f"{name} of {self.checkpoint.folder} cannot be quantised: {error}.") from error
-        quantized = replace(quantized, state=replace(quantized.state, dtype=torch.bfloat16))
-        return bnb_layout.weight_tensors(name, quantized)
 
     def release(self, name: str) -> None:
         self.checkpoint.release(name)
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run the block on one thread: torch's mean over absmax has other last bits at another number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def nf4_specs(name: str, shape: tuple[int, ...], double_quant: bool = True) -> list[TensorSpec]:
+    """Return the tensors that a weight in NF4 is stored as."""
+    return bnb_layout.weight_specs(name, shape, _BLOCK_SIZE, double_quant)
+
+
+def nf4_tensors(name: str, weight: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
+    """Quantise a weight to NF4; return the tensors of `nf4_specs`, the same at any number of threads.
+
+    Raises ValueError for inf or NaN.
+    """
+    quantized = nf4.quantize(weight, "nf4", _BLOCK_SIZE, double_quant=False)
+    if double_quant:
+        with one_thread():
+            quantized = nf4.double_quantize(quantized)
+    quantized = replace(quantized, state=replace(quantized.state, dtype=torch.bfloat16))
+    return bnb_layout.weight_tensors(name, quantized)
 
 
 def quantize_folder(
@@ -176,13 +179,7 @@ def _refuse_foreign(partial: Path) -> None:
 def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
     """Raise ResourceError if the disk has too little space, before an hour of work is lost to it."""
     missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
-    needed = stored_bytes(recipe, missing) + _SPARE_BYTES
-    free = shutil.disk_usage(partial).free
-    if free < needed:
-        raise ResourceError(
-            f"The disk has {free / 1e9:.2f} GB free and {dest} takes {needed / 1e9:.2f} GB more; free some space and "
-            "run the same command again."
-        )
+    check_space(partial, dest, stored_bytes(recipe, missing))
 
 
 def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], progress: Progress) -> None:

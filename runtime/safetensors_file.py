@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import json_file
-from edgetune.runtime.files import explain_full_disk, new_file, sync_folder
+from edgetune.runtime.files import drop_pages, explain_full_disk, new_file, sync_folder
 from edgetune.runtime.untrusted_file import (
     MAX_DIMENSIONS,
     MAX_SAFETENSORS_HEADER,
@@ -138,11 +138,8 @@ class SafetensorsFile:
 
     def release(self, name: str) -> None:
         """Let the system drop a tensor's pages from memory; the next access reads them again. Linux and macOS only."""
-        stored, page = self.tensors[name], mmap.PAGESIZE
-        first = -(-stored.start // page) * page  # only pages that hold nothing else
-        whole = (stored.start + stored.nbytes) // page * page - first
-        if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED, first, whole)
+        stored = self.tensors[name]
+        drop_pages(self.mapping, stored.start, stored.nbytes)
 
 
 def _read_header(file: FileIO) -> tuple[dict[str, Any], int, int]:
@@ -269,15 +266,23 @@ class SafetensorsWriter:
             raise
         return self
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor of `specs`, converted to its dtype slice by slice. Raises ValueError for any other."""
-        spec = self._specs[self._written]
-        if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
-            raise ValueError(f"expected {spec}, got {name!r} of shape {tuple(tensor.shape)}")
-        flat = tensor.detach().reshape(-1)
-        for start in range(0, flat.numel(), _SLICE):
-            values = flat[start : start + _SLICE].to("cpu", spec.dtype)
-            self._put(values.view(torch.uint8).numpy().data)
+    def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
+        """Append the next tensor of `specs`, converted to its dtype slice by slice. Raises ValueError for any other.
+
+        Instead of a tensor it takes pieces of one, in order, so that a large tensor need not be in memory as a whole.
+        """
+        spec, count = self._specs[self._written], 0
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else spec.shape
+        if (name, shape) != (spec.name, spec.shape):
+            raise ValueError(f"expected {spec}, got {name!r} of shape {shape}")
+        for piece in [tensor] if isinstance(tensor, Tensor) else tensor:
+            flat = piece.detach().reshape(-1)
+            count += flat.numel()
+            for start in range(0, flat.numel(), _SLICE):
+                values = flat[start : start + _SLICE].to("cpu", spec.dtype)
+                self._put(values.view(torch.uint8).numpy().data)
+        if count != math.prod(spec.shape):
+            raise ValueError(f"expected {spec}, got {count} numbers")
         self._written += 1
 
     def _put(self, data: bytes | memoryview) -> None:

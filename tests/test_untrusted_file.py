@@ -159,6 +159,7 @@ ALLOWED = {
     "runtime/untrusted_file.py::_private": "creates the copy",
     "runtime/safetensors_file.py::SafetensorsFile.open": "maps what open_untrusted opened",
     "export/gguf/adapter.py::read_adapter": "maps what open_untrusted opened",
+    "edgetune/conversion/gguf_file.py::_open_part": "maps what open_untrusted opened",
     "export/coreml/package.py::Package.constant": "maps what open_untrusted opened",
     "runtime/backends/cpu/build.py::build_in_place": INSTALLED,
     "runtime/backends/metal/library.py::library": INSTALLED,
@@ -211,7 +212,7 @@ OPENERS = {
     "pickle.load", "tomllib.load", "shutil.copy", "llama_cpp.Llama", "os.link", "os.symlink",
 }  # fmt: skip
 """Functions that open a file, by their last name, or by their whole name where other functions share the last."""
-CHECKED = {"SafetensorsFile.open", "TokenStore.open"}
+CHECKED = {"SafetensorsFile.open", "TokenStore.open", "GgufFile.open"}
 """Functions called `open` that are listed by what they call themselves."""
 
 

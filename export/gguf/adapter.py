@@ -10,7 +10,6 @@ the order of the rows depends, and the settings from which llama.cpp's single al
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import re
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetune.export.gguf.header import Header
+from edgetune.export.gguf.header import Header, overlap
 from edgetune.export.gguf.names import ARCHITECTURES, LINEARS, architecture, from_llama_rows, is_rotated, to_llama_rows
 from edgetune.runtime.adapter import Adapter, check_shapes
 from edgetune.runtime.config import LINEARS as ORDER
@@ -134,9 +133,8 @@ def _tensors(header: Header, data: mmap.mmap, path: Path, base: LlamaConfig) -> 
     sizes = {
         full: math.prod(shape) * _DTYPES[kind].itemsize for full, (shape, kind, _) in header.tensors.items() if kind in _DTYPES
     }
-    stops = sorted((start, start + sizes[full]) for full, (_, _, start) in header.tensors.items() if full in sizes)
-    if any(stop > start for (_, stop), (start, _) in itertools.pairwise(stops)):
-        raise ValueError("its tensors overlap")  # they would turn a small file into a huge adapter
+    if overlap((start, start + sizes[full]) for full, (_, _, start) in header.tensors.items() if full in sizes):
+        raise ValueError("its tensors overlap")
     shapes: dict[tuple[int, str, str], tuple[int, ...]] = {}
     names: dict[tuple[int, str, str], str] = {}
     faults: defaultdict[str, list[str]] = defaultdict(list)

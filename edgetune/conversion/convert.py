@@ -1,0 +1,143 @@
+"""Write a GGUF model as a Hugging Face folder, one tensor at a time, which edgetune and transformers open like any other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.model import Model
+from edgetune.conversion.origin import Origin
+from edgetune.conversion.tokenizer import tokenizer_files
+from edgetune.lock import lock_output
+from edgetune.progress import Progress, ignore
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.errors import UsageError
+from edgetune.runtime.files import atomic_folder, atomic_write, mend
+from edgetune.runtime.model_folder import (
+    check_space,
+    plan_shards,
+    quantization_config,
+    stored_bytes,
+    write_config,
+    write_index,
+    write_shard,
+)
+from edgetune.runtime.names import is_linear
+from edgetune.runtime.quantize import nf4_specs, nf4_tensors
+from edgetune.runtime.safetensors_file import TensorSpec
+from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
+
+Form = Literal["fp32", "bf16", "nf4"]
+KEEP_BF16_BYTES = 2_000_000_000
+"""Most bytes of a model's linears in bf16 with which "auto" keeps them in it; larger models become NF4. Chosen by hand."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
+"""The dtype of the tensors that each form keeps dense."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion: the folder, the bytes of its weights, the seconds that it took, and the form of the linears."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    form: Form
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Makes the stored form of each tensor of a GGUF model, for `write_shard`."""
+
+    model: Model
+    form: Form
+
+    @classmethod
+    def of(cls, model: Model, form: Form | Literal["auto"]) -> Recipe:
+        """Return the recipe of a form; "auto" is NF4 for models whose linears in bf16 take more than KEEP_BF16_BYTES."""
+        if form != "auto":
+            return cls(model, form)
+        large = model.config.linear_parameters * torch.bfloat16.itemsize > KEEP_BF16_BYTES
+        return cls(model, "nf4" if large else "bf16")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.model.shapes
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the converted weights."""
+        return stored_bytes(self, list(self.shapes))
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        if self.form == "nf4" and is_linear(name):
+            return nf4_specs(name, self.shapes[name])
+        return [TensorSpec(name, _DTYPES[self.form], self.shapes[name])]
+
+    def tensors(self, name: str) -> Mapping[str, Tensor | Iterable[Tensor]]:
+        pieces = self.model.pieces(name)
+        return nf4_tensors(name, torch.cat(list(pieces))) if self.form == "nf4" and is_linear(name) else {name: pieces}
+
+    def release(self, name: str) -> None:
+        """Do nothing: the file's pages are dropped as its tensors are read."""
+
+
+def convert(
+    source: Path, dest: Path, name: str, form: Form | Literal["auto"] = "auto", progress: Progress = ignore
+) -> Converted:
+    """Convert a GGUF file, or a split one given its first part, to the folder `dest`, which appears when it is whole.
+
+    name: what the user calls the model; it is kept in origin.json. progress: receives (parameters done, all parameters).
+    Raises ModelError for a file that is damaged or that edgetune cannot run, UsageError if `dest` exists, BusyError if another
+    process is writing it, and ResourceError when the disk is or becomes full. What a killed conversion left is deleted.
+    """
+    begin, dest = time.monotonic(), Path(dest)
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
+    file = GgufFile.open(source)
+    recipe = Recipe.of(Model(file), form)
+    tokenizer = tokenizer_files(file.metadata)
+    with lock_output(dest):
+        mend(dest)
+        with atomic_folder(dest) as folder:
+            check_space(folder, dest, recipe.nbytes)
+            for companion, content in tokenizer.items():
+                atomic_write(folder / companion, content)
+            if has_tokenizer(folder):
+                Tokenizer.load(folder)  # one that does not fit is refused before the minutes of work
+            _write_weights(folder, recipe, progress)
+            _origin(file, name).write(folder)
+            open_model(folder)
+    return Converted(dest, recipe.nbytes, time.monotonic() - begin, recipe.form)
+
+
+def _write_weights(folder: Path, recipe: Recipe, progress: Progress) -> None:
+    """Write config.json, the weights and their index."""
+    done, total = 0, sum(map(math.prod, recipe.shapes.values()))
+    progress(done, total)
+
+    def made(name: str) -> None:
+        nonlocal done
+        done += math.prod(recipe.shapes[name])
+        progress(done, total)
+
+    config = recipe.model.hf_config | {"torch_dtype": str(_DTYPES[recipe.form]).removeprefix("torch.")}
+    if recipe.form == "nf4":
+        config["quantization_config"] = quantization_config(double_quant=True)
+    write_config(folder, config)
+    shards = plan_shards(recipe)
+    for shard, names in shards.items():
+        write_shard(folder / shard, recipe, names, made)
+    write_index(folder, recipe, shards)
+
+
+def _origin(file: GgufFile, name: str) -> Origin:
+    path = str(file.path.absolute())
+    return Origin(path, name, file.quantisation, file.bytes, file.modified, file.digest)
