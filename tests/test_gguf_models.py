@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -27,6 +28,7 @@ from edgetune.library.conversions import conversion_of, converted_folder
 from edgetune.library.inspect_model import FoundModel
 from edgetune.library.loading import choose_model, open_base
 from edgetune.lock import Lock
+from edgetune.reports.text import human_bytes
 from edgetune.runtime.errors import ModelError
 from edgetune.session import Session
 
@@ -249,7 +251,7 @@ def test_a_model_is_converted_when_it_is_opened_and_only_once(file: Path, tmp_pa
     assert (choice.name, choice.path, choice.gguf) == (str(path), base.folder, False)
     (converted,) = [event for event in told if isinstance(event, events.Converted)]
     assert (converted.model, converted.quantisation, converted.form) == (str(path), "F16", "bf16")
-    assert (converted.source_bytes, converted.bytes) == (file.stat().st_size, base.nbytes + 8 + 1000 * 0 or converted.bytes)
+    assert (converted.source_bytes, converted.bytes) == (file.stat().st_size, base.nbytes)
     again: list[Event] = []
     assert open_base(str(path), again.append)[1].digest == base.digest
     assert (again, counted) == ([], [base.folder])
@@ -382,10 +384,9 @@ def test_the_list_says_what_conversion_takes(file: Path, tmp_path: Path) -> None
     assert "Converted once, when it is first used: about " in listed
     found = json.loads(run("models", str(tmp_path), "--json").stdout)["models"][0]
     takes, forecast = found["converted_bytes"], found["conversion_seconds"]
-    assert takes == 2 * found["parameters"]
     assert forecast > 0
     weights = open_base(str(path))[1]
-    assert takes == pytest.approx(weights.nbytes, rel=0.01)
+    assert takes == weights.nbytes
     assert found["fits"] == scan(tmp_path)[0].fits is True
     after = json.loads(run("models", str(tmp_path), "--json").stdout)
     assert (after["models"][0]["status"], after["models"][0]["conversion_seconds"]) == ("ready", None)
@@ -456,9 +457,10 @@ def test_every_command_opens_it_by_name_and_json_stays_clean(file: Path, place: 
 def test_the_conversion_is_said_in_one_line(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(file, place, monkeypatch)
     said = run("generate", "The", "--model", "smollm2", "--max-tokens", "1").stderr
-    kilobytes = f"{file.stat().st_size / 1000:.0f} kB"
-    assert said.startswith(f"Converted smollm2 (GGUF F16, {kilobytes}) to bfloat16 in ")
-    assert said.splitlines()[0].endswith(" kB, kept for next time")
+    size, kept = human_bytes(file.stat().st_size), human_bytes(open_base("smollm2")[1].nbytes)
+    # A busy machine takes long enough for lines of progress to come first.
+    (line,) = [line for line in said.splitlines() if line.startswith("Converted")]
+    assert re.fullmatch(rf"Converted smollm2 \(GGUF F16, {size}\) to bfloat16 in [\d.]+ s: {kept}, kept for next time", line)
     assert "Converted" not in run("generate", "The", "--model", "smollm2", "--max-tokens", "1").stderr
 
 

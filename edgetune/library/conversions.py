@@ -15,18 +15,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from edgetune import events
-from edgetune.conversion.convert import KEEP_BF16_BYTES, convert
+from edgetune.conversion.convert import convert
 from edgetune.conversion.gguf_file import GgufFile
 from edgetune.conversion.origin import Origin
+from edgetune.conversion.tokenizer import tokenizer_notices
 from edgetune.home import home, private_folder, unfinished_folder
 from edgetune.lock import Lock
 from edgetune.progress import Show, Stages
 from edgetune.reports.text import NAME_SHOWN
-from edgetune.runtime.budget import Stored
-from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import BusyError, ModelError
 from edgetune.runtime.files import is_ours
 
@@ -106,19 +104,6 @@ def delete_conversions(name: str, path: Path | None = None) -> int:
     return freed
 
 
-def converted_form(config: LlamaConfig) -> Literal["bf16", "nf4"]:
-    """Return the number format that a GGUF model of this shape is converted to."""
-    return "nf4" if 2 * config.linear_parameters > KEEP_BF16_BYTES else "bf16"
-
-
-def converted_bytes(config: LlamaConfig) -> int:
-    """Return the bytes on disk of the weights of a GGUF model of this shape, once it is converted."""
-    if converted_form(config) == "bf16":
-        return 2 * config.parameters
-    stored = Stored.nf4(config)
-    return config.num_layers * stored.layer + stored.embedding + stored.head + stored.norms // 2
-
-
 def parts_of(path: Path) -> list[Path]:
     """Return the files of a GGUF model of which `path` is a part, first part first: itself alone unless it is split."""
     split = _PART.search(path.name)
@@ -138,7 +123,10 @@ def _convert(path: Path, name: str, show: Show, notices: tuple[str, ...]) -> Pat
     gguf = GgufFile.open(path)
     folder = private_folder(home() / _FOLDER) / _folder_name(path, name, gguf.digest)
     _delete_leftovers(folder)
+    if os.path.lexists(folder):  # its record is damaged
+        _delete(folder)
     made = convert(path, folder, name, progress=Stages(show).of("converting"))
+    notices += tuple(tokenizer_notices(gguf.metadata))
     show(events.Converted(name, gguf.quantisation, gguf.bytes, made.form, made.bytes, made.seconds, notices))
     for old in conversions():
         if old.is_of(path) and old.folder != folder:
