@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a private home, and the real data on machines that have it."""
+"""Fixtures that many tests share: a private home, and the real data and the real model on machines that have them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import smollm2_file
 import torch
 
 # Triton reads this variable when it is imported. Without a GPU, its kernels must run in the interpreter.
@@ -46,3 +47,20 @@ def real_data() -> Path:
     if not DATA.is_dir():
         pytest.skip("the shared data folder is not on this machine")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct (Q4_1); skip the test where it is not. Mark such a test `real`."""
+    file = smollm2_file.find(tmp_path_factory.mktemp("smollm2"))
+    if file is None:
+        pytest.skip(smollm2_file.ADVICE)
+    return file
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return SmolLM2 as the model folder that edgetune converts the GGUF file to, once for all tests; nobody may change it."""
+    from edgetune.conversion.convert import convert
+
+    return convert(smollm2, tmp_path_factory.mktemp("smollm2-folder") / "smollm2", "smollm2").path
