@@ -73,6 +73,9 @@ LONGEST_TOKEN = 256
 """Most characters of an added token. The longest in use have about 40."""
 LONGEST_PIECE = 4096
 """Most characters of a piece of a vocabulary. The longest in use (runs of spaces and dashes) have 128 to 512."""
+MOST_SPLIT_WORK = 1 << 30
+"""Most characters that are looked at to find the merges of a GGUF file's pieces: the sum of their squared lengths. The largest
+vocabulary in use takes 2**25."""
 MOST_ADDED_TOKENS = 1 << 14
 """Most added tokens of a tokenizer. The tokenizer in use with the most has about 6,400."""
 MOST_GROWTH = 64
