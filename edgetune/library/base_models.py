@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgetune.config import train_config
 from edgetune.home import expand
-from edgetune.library.conversions import GGUF, delete_conversions
-from edgetune.library.inspect_model import SUGGESTED, Candidate, FoundModel, Room, config_of, is_mlx, printable
+from edgetune.library.conversions import GGUF, conversion_of, delete_conversions, parts_of
+from edgetune.library.inspect_model import SUGGESTED, Candidate, FoundModel, Room, config_of, file_size, is_mlx, printable
 from edgetune.library.places import PACKAGE_MODEL, candidates, candidates_in, newest_snapshot
 from edgetune.memory_settings import memory_allowed
+from edgetune.progress import Progress, ignore
 from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import ModelError
@@ -33,8 +35,8 @@ NOTHING_FOUND = (
 )
 """The sentence that `edgetune models` prints if there is no base model but the demo."""
 SMALL_BYTES = 1_000_000_000
-"""Largest size on disk, in bytes, of what a GGUF model may become when it is converted without having been named: that takes
-seconds, and room that nobody misses. Chosen by hand."""
+"""Largest size on disk, in bytes, that a GGUF model may have, before and after it is converted, to be chosen where nobody named
+it: converting it takes seconds, and room that nobody misses. Chosen by hand."""
 NAMES_SHOWN = 8
 """Names that an error lists. Chosen by hand."""
 
@@ -69,23 +71,52 @@ class ModelChoice:
         return Path(self.name).name if Path(self.name).is_absolute() else self.name
 
 
-def scan(folder: Path | str | None = None) -> list[FoundModel]:
-    """Return every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first."""
-    train = train_config({})  # what `edgetune plan` and `edgetune train` take without options
-    device = pick_device(train.device).type
-    room = Room(memory_allowed(train, device), device, train)
-    seen: set[str] = set()
-    found = []
-    for candidate in candidates(folder):
-        path = os.path.realpath(candidate.path)
-        if path not in seen:
-            seen.add(path)
-            found.append(candidate.inspect(room))
-    order = {"ready": 0, "convert": 1, "no": 2}
+def scan(folder: Path | str | None = None, progress: Progress = ignore) -> list[FoundModel]:
+    """Return every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first.
+
+    progress: receives the models that were looked at, and all models.
+    """
+    room, order = _room(), {"ready": 0, "convert": 1, "no": 2}
+    found, listed = list[FoundModel](), list(_each_once(candidates(folder)))
+    for candidate in listed:
+        progress(len(found), len(listed))
+        found.append(candidate.inspect(room))
     return sorted(found, key=lambda model: (order[model.status], not model.fits, -(model.parameters or 0), model.name))
 
 
-def best(found: list[FoundModel]) -> ModelChoice | None:
+def best_here() -> ModelChoice | None:
+    """Return the best model in the usual places, for the commands that are not given one; None without any.
+
+    The headers of GGUF files take time to read, so those that are not converted yet are read only where nothing is ready.
+    """
+    room, later = _room(), list[Candidate]()
+    found = []
+    for candidate in _each_once(candidates()):
+        if candidate.gguf and not candidate.refusal and conversion_of(candidate.path) is None:
+            later.append(candidate)
+        else:
+            found.append(candidate.inspect(room))
+    small = (candidate for candidate in later if sum(map(file_size, parts_of(candidate.path))) <= SMALL_BYTES)
+    return _best(found) or _best([candidate.inspect(room) for candidate in small])
+
+
+def _room() -> Room:
+    train = train_config({})  # what `edgetune plan` and `edgetune train` take without options
+    device = pick_device(train.device).type
+    return Room(memory_allowed(train, device), device, train)
+
+
+def _each_once(found: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yield candidates without those that are in a place where another was."""
+    seen: set[str] = set()
+    for candidate in found:
+        path = os.path.realpath(candidate.path)
+        if path not in seen:
+            seen.add(path)
+            yield candidate
+
+
+def _best(found: list[FoundModel]) -> ModelChoice | None:
     """Return the largest ready model that fits in memory, one with a chat template before one without; None without any.
 
     Where none is ready, a GGUF model is taken that is small enough to be converted in seconds.
@@ -109,7 +140,7 @@ def resolve(name: str | None = None) -> ModelChoice:
     and for a shortened name that several models have.
     """
     if name is None:
-        return best(scan()) or replace(_demo(), why="built in, since no other model is ready here")
+        return best_here() or replace(_demo(), why="built in, since no other model is ready here")
     if name == DEMO:
         return _demo()
     path = expand(name)

@@ -130,7 +130,8 @@ def _convert(path: Path, name: str, show: Show, notices: tuple[str, ...]) -> Pat
     show(events.Converted(name, gguf.quantisation, gguf.bytes, made.form, made.bytes, made.seconds, notices))
     for old in conversions():
         if old.is_of(path) and old.folder != folder:
-            _delete(old.folder)
+            with contextlib.suppress(OSError):  # on Windows, another process may be using it
+                _delete(old.folder)
     return folder
 
 

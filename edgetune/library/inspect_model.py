@@ -19,6 +19,7 @@ import torch
 from edgetune.config import TrainConfig
 from edgetune.conversion.convert import Recipe
 from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.gguf_vocabulary import GgufVocabulary
 from edgetune.conversion.model import Model
 from edgetune.library.conversions import Conversion, conversion_of, parts_of
 from edgetune.memory_settings import least, least_memory_to_train, number_format, process_bytes
@@ -38,8 +39,8 @@ MAX_ENTRIES = 2000
 """Largest number of entries that are looked at in one folder. Chosen by hand."""
 
 SECONDS_PER_BILLION = {"bf16": 24.0, "nf4": 80.0}
-"""Seconds in which a billion parameters of a GGUF model are converted, by the form that they get. SmolLM2-135M (Q4_1) took 3.2 s
-and 11 s on one core of an AMD EPYC that was busy with other work too."""
+"""Seconds in which a billion parameters of a GGUF model are converted, by the form that they get. SmolLM2-135M (Q4_1) took
+3.2 s and 11 s on one core of an AMD EPYC that was busy with other work too."""
 
 Status = Literal["ready", "convert", "no"]
 """ready: train on it now. convert: a GGUF model, which is converted when it is first used, or a large folder that is better
@@ -150,15 +151,22 @@ def inspect_folder(folder: Path, name: str, source: str, room: Room | None) -> F
 def inspect_gguf(path: Path, name: str, source: str, room: Room | None) -> FoundModel:
     """Return what the GGUF file `path` (the first part of a split model) holds, and whether training it fits into `room`.
 
-    Only its header is read. Raises EdgetuneError where the file cannot be used.
+    Only its header is read, and not even that of a file that is converted already. Raises EdgetuneError where the file cannot
+    be used.
     """
-    gguf = GgufFile.open(path)
-    recipe, made = Recipe.of(Model(gguf), "auto"), conversion_of(path)
-    found = _described(FoundModel(name, path, source, gguf=True), gguf)
+    made = conversion_of(path)
     if made is not None:
-        return _converted(found, made, room)
+        return _converted(made, path, name, source, room)
+    gguf = GgufFile.open(path)
+    recipe = Recipe.of(Model(gguf), "auto")
+    GgufVocabulary.read(gguf.metadata)  # raises for a tokenizer that cannot be converted
     seconds = recipe.model.config.parameters / 1e9 * SECONDS_PER_BILLION[recipe.form]
-    found = replace(found, status="convert", converted_bytes=recipe.nbytes, conversion_seconds=seconds)
+    found = replace(
+        _described(FoundModel(name, path, source, gguf=True), gguf),
+        status="convert",
+        converted_bytes=recipe.nbytes,
+        conversion_seconds=seconds,
+    )
     return found if room is None else _fitted(found, _least_memory(recipe, room), room)
 
 
@@ -178,14 +186,22 @@ def _least_memory(recipe: Recipe, room: Room) -> int:
     return least(config, train.lora(), stored, train.data, dtype, process, room.device, train.recompute).parts.total
 
 
-def _converted(found: FoundModel, made: Conversion, room: Room | None) -> FoundModel:
-    """Return the answer for a GGUF model that was converted before. Raises ModelError for a damaged conversion."""
+def _converted(made: Conversion, path: Path, name: str, source: str, room: Room | None) -> FoundModel:
+    """Return the answer for a GGUF model that is converted already. Raises ModelError if its conversion is damaged."""
     try:
-        inner = inspect_folder(made.folder, found.name, found.source, room)
+        found = inspect_folder(made.folder, name, source, room)
     except ModelError as error:
-        again = f"type `edgetune models --forget {found.name}`, and it is converted again when it is used"
+        again = f"type `edgetune models --forget {name}`, and it is converted again when it is used"
         raise ModelError(f"{str(error).rstrip('.')}; {again}.") from error
-    return replace(found, fits=inner.fits, status="ready", reason=inner.reason, converted_bytes=made.bytes)
+    return replace(
+        found,
+        path=path,
+        bytes=made.origin.bytes,
+        quantisation=made.origin.quantisation,
+        status="ready",
+        gguf=True,
+        converted_bytes=made.bytes,
+    )
 
 
 def outline_of_gguf(path: Path, name: str, source: str) -> FoundModel:

@@ -9,7 +9,7 @@ import torch
 from edgetune.config import HEADS, GenerateConfig
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
-from edgetune.library.base_models import DEMO, ModelChoice, best, resolve, scan
+from edgetune.library.base_models import DEMO, ModelChoice, best_here, resolve
 from edgetune.library.conversions import converted_folder
 from edgetune.progress import Progress, Show, ignore
 from edgetune.runtime import ops
@@ -65,7 +65,7 @@ def choose_model(name: str | None = None) -> ModelChoice:
     current = registry.get_current()
     if name is not None or current is None:
         return resolve(name)
-    if current.model == DEMO and current.demo_alone and (found := best(scan())) is not None:
+    if current.model == DEMO and current.demo_alone and (found := best_here()) is not None:
         return replace(found, why=f"{found.why}; the current adapter is the demo's: to use it, type --model demo")
     try:
         return replace(resolve(current.model), why="the current adapter's")
