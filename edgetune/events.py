@@ -170,6 +170,24 @@ class Interrupted(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Converted(Event):
+    """A GGUF model was converted into a model folder in edgetune's own, where it is kept for the next time.
+
+    `source_bytes` is the size of the GGUF file, `bytes` that of the folder's weights, whose number format is `form`. Each
+    notice is a sentence for the user about what was not taken over.
+    """
+
+    kind: ClassVar[str] = "converted"
+    model: str
+    quantisation: str
+    source_bytes: int
+    form: str
+    bytes: int
+    seconds: float
+    notices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Working(Event):
     """The progress of one stage of a long piece of work: `done` of `total` parts. `seconds` count from the stage's start.
 
@@ -184,6 +202,9 @@ class Working(Event):
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine
     quantising  `edgetune quantize` writes a model in 4 bits
+    inspecting  `edgetune models` looks at what is here
+    converting  a GGUF model becomes a model folder in edgetune's own
+    waiting     another process converts a GGUF model
 
     Training has `sampling` too. An export goes through some of these, in this order:
     sampling    the model writes texts: before and after training, and for an export that measures its rounding without texts
@@ -203,7 +224,7 @@ class Working(Event):
 
 KINDS: dict[str, type[Event]] = {
     event.kind: event
-    for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted, Working)
+    for event in (Started, Resumed, Evaluated, Stepped, Skipped, Sampled, Saved, Finished, Interrupted, Converted, Working)
 }
 
 

@@ -108,7 +108,7 @@ def export_adapter(
         raise SettingError(f"memory is {memory!r}; expected a number of bytes, at least 1.")
     spec = load_target(target)
     weights = _check_options(spec, weights, adapter_as, texts, check)
-    choice, base = open_base(model)
+    choice, base = open_base(model, show)
     base.refuse_inf_and_nan(base.long_floats(linears=False))
     adapter_name, loaded = registry.adapter_for(adapter, base)
     if loaded is not None:

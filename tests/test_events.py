@@ -12,6 +12,7 @@ import pytest
 
 from edgetune import events
 from edgetune.events import (
+    Converted,
     Evaluated,
     EventLog,
     Finished,
@@ -54,6 +55,7 @@ EVERY_KIND = [
     Saved(step=2, path="adapters/notes-1", bits_per_byte=1.6),
     FINISHED,
     Interrupted(step=2, steps=3, tokens=800, seconds=41.5),
+    Converted("tiny:1b", "Q4_1", 98_362_432, "bf16", 269_030_016, 3.2, ("Its system prompt is ignored.",)),
     Working(stage="writing", done=3, total=57, seconds=0.4),
 ]
 

@@ -189,13 +189,11 @@ def test_a_snapshot_of_links_into_blobs_is_read(home: Path) -> None:
 
 
 def test_ollama_models_are_named_as_ollama_names_them(home: Path) -> None:
-    about = {"file_type": "Q4_K_M", "model_family": "llama"}
-    ollama(home, "registry.ollama.ai/library/llama3.2/1b", **about)
+    ollama(home, "registry.ollama.ai/library/llama3.2/1b")
     found = only(scan())
-    assert (found.name, found.source, found.status) == ("llama3.2:1b", "Ollama", "no")
-    assert (found.quantisation, found.architecture, found.template) == ("Q4_K_M", "llama", True)
-    assert found.bytes == 1_321_082_688
-    assert "GGUF" in found.reason
+    assert (found.name, found.source, found.status, found.gguf) == ("llama3.2:1b", "Ollama", "no", True)
+    assert found.bytes == 104  # of the file, whatever the manifest says
+    assert "is not a usable GGUF model" in found.reason
 
 
 def test_ollama_names_other_people_and_places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,10 +219,11 @@ def test_lm_studio_holds_gguf_and_mlx(home: Path) -> None:
     mlx = make_model(home / ".lmstudio" / "models" / "mlx-community" / "Llama-4bit")
     (mlx / "config.json").write_text(json.dumps({**CONFIG, "quantization": {"bits": 4, "group_size": 64}}))
     finds = {found.name: found for found in scan()}
-    assert set(finds) == {"bartowski/Llama-3.2-1B-GGUF", "x/split", "mlx-community/Llama-4bit"}
+    gguf = "bartowski/Llama-3.2-1B-GGUF/Llama-3.2-1B-Q4_K_M"
+    assert set(finds) == {gguf, "x/split/m", "mlx-community/Llama-4bit"}
     assert {found.status for found in finds.values()} == {"no"}
     assert {found.source for found in finds.values()} == {"LM Studio"}
-    assert finds["bartowski/Llama-3.2-1B-GGUF"].quantisation == "Q4_K_M"
+    assert finds[gguf].quantisation == "Q4_K_M"
     assert finds["mlx-community/Llama-4bit"].quantisation == "MLX 4-bit"
     assert "MLX" in finds["mlx-community/Llama-4bit"].reason
 
@@ -491,7 +490,7 @@ def test_a_cache_entry_named_by_its_folder_is_its_snapshot(home: Path) -> None:
     assert resolve(str(snapshot.parent.parent)).path == snapshot.resolve()
 
 
-def test_gguf_and_mlx_are_refused_by_name_and_by_path(home: Path) -> None:
+def test_broken_gguf_and_mlx_are_refused_by_name_and_by_path(home: Path) -> None:
     ollama(home, "registry.ollama.ai/library/llama3.2/latest", file_type="Q4_K_M")
     gguf = home / "x" / "model-Q8_0.gguf"
     gguf.parent.mkdir()
@@ -509,5 +508,5 @@ def test_a_name_that_is_not_here_says_where_it_looked(home: Path) -> None:
     (home / "file.txt").write_text("")
     with pytest.raises(ModelError, match=r"no model 'nobody/nothing'.*edgetune models.*never downloads"):
         resolve("nobody/nothing")
-    with pytest.raises(ModelError, match="is no folder"):
+    with pytest.raises(ModelError, match=r"is neither a model folder nor a \.gguf file"):
         resolve(str(home / "file.txt"))

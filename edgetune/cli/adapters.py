@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import json_option, model_option, print_json, say
+from edgetune.cli.options import json_option, model_option, print_json, progress_shown, say
 from edgetune.reports.text import human_bytes, one_line
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
     from edgetune.library.own_tokenizer import RECORD, difference_notice
     from edgetune.runtime import peft_folder
 
-    choice, base = open_base(model)
+    with progress_shown() as show:
+        choice, base = open_base(model, show)
     folder = registry.import_adapter(expand(str(source)), base, choice.public_name, name)
     notices = difference_notice(peft_folder.load_config(folder).about.get(RECORD, []))
     if as_json:
@@ -121,7 +122,8 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     from edgetune.library.loading import open_base
     from edgetune.runtime.errors import AdapterError
 
-    choice, base = open_base(model)
+    with progress_shown() as show:
+        choice, base = open_base(model, show)
     folder = registry.kept_folder(name, base.digest)
     if folder is None:
         raise AdapterError(

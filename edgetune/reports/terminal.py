@@ -12,7 +12,19 @@ import sys
 import threading
 from typing import TYPE_CHECKING, TextIO
 
-from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Skipped, Started, Stepped, Working, line
+from edgetune.events import (
+    Converted,
+    Evaluated,
+    Event,
+    Finished,
+    Interrupted,
+    Resumed,
+    Skipped,
+    Started,
+    Stepped,
+    Working,
+    line,
+)
 from edgetune.reports.repair import learning_lines
 from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
 
@@ -101,6 +113,20 @@ def started_line(event: Started) -> str:
         f"{event.tokens:,} tokens per epoch{cut}; the adapter has {event.trainable_parameters:,} parameters, "
         f"the base model {event.parameters:,}"
     )
+
+
+_FORMS = {"bf16": "bfloat16", "fp32": "float32", "nf4": "NF4 (4 bits)"}
+"""Words for the number formats that a GGUF model is converted to."""
+
+
+def converted_lines(event: Converted) -> list[str]:
+    """Return the lines for a GGUF model that was converted: time and sizes, and what was not taken over."""
+    return [
+        f"Converted {one_line(event.model)} (GGUF {one_line(event.quantisation)}, {human_bytes(event.source_bytes)}) to "
+        f"{_FORMS.get(event.form, one_line(event.form))} in {human_time(event.seconds)}: {human_bytes(event.bytes)}, kept for "
+        "next time",
+        *(one_line(notice) for notice in event.notices),
+    ]
 
 
 def evaluated_line(event: Evaluated, first: bool) -> str:
@@ -200,6 +226,9 @@ class Plain(Renderer):
         elif isinstance(event, Resumed):
             for text in resumed_lines(event):
                 self._write(text)
+        elif isinstance(event, Converted):
+            for text in converted_lines(event):
+                self._write(text)
         elif isinstance(event, Interrupted):
             self._write(interrupted_line(event))
         elif isinstance(event, Evaluated):
@@ -271,6 +300,9 @@ class Live(Renderer):
         elif isinstance(event, Resumed):
             for text in resumed_lines(event):
                 self._print_above(text, "yellow")
+        elif isinstance(event, Converted):
+            for text in converted_lines(event):
+                self._print_above(text, "")
         elif isinstance(event, Skipped):
             self._print_above(f"step {event.step} skipped: {one_line(event.reason)}", "yellow")
         elif isinstance(event, Evaluated):

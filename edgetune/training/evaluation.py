@@ -121,7 +121,7 @@ def evaluate(
     """
     stages, notices = Stages(show), ChatNotices()
     reading = read_notes(texts, progress=stages.of("reading"))
-    base = open_base(model)
+    base = open_base(model, show)
     name, found = registry.adapter_for(adapter, base[1])
     form = form_for_writing(weights, base[1], None if found is None else found.about)
     loaded = load_base(base, device, progress=stages.of("loading"), form=form)

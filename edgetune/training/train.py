@@ -55,7 +55,7 @@ def train(
     if config.out is not None:
         peft_folder.refuse_foreign(expand(config.out))
         check_place(expand(config.out))
-    base = open_base(config.model)
+    base = open_base(config.model, show)
     device = pick_device(config.device)
     with explain_card_memory("type --memory {less:.2f}GB"), join_processes(device, private_link) as world:
         if world.rank > 0:
