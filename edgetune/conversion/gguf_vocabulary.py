@@ -13,7 +13,7 @@ from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.untrusted_file import LONGEST_PIECE, LONGEST_TOKEN, MAX_IDS, MOST_ADDED_TOKENS
 
 _PREFIX = "tokenizer.ggml."
-_NAMED = "bos eos eot eom unknown padding fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep".split()
+_NAMED = ["bos", "eos", "eot", "eom", "unknown", "padding", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"]
 """GGUF's keys tokenizer.ggml.…_token_id that are read."""
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """The ids that a sentencepiece vocabulary has where its file lacks the keys, as in llama.cpp."""
@@ -60,10 +60,10 @@ class GgufVocabulary:
             )
         pre = None if kind == "llama" else _pre_tokenizer(metadata)
         tokens = _tokens(metadata)
-        types = _types(metadata, len(tokens))
         ids = {token: id for id, token in enumerate(tokens)}
         if len(ids) != len(tokens):
             raise refusal(f"has {len(tokens) - len(ids):,} tokens twice")
+        types = _types(metadata, len(tokens))
         named = _named_ids(metadata, len(tokens), {} if pre is not None else _LLAMA_IDS)
         ends = end_ids(ids, named)
         control = control_ids(ids, (id for id, type in enumerate(types) if type in (CONTROL, UNKNOWN)), ends)
