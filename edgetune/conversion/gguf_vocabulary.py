@@ -60,10 +60,10 @@ class GgufVocabulary:
             )
         pre = None if kind == "llama" else _pre_tokenizer(metadata)
         tokens = _tokens(metadata)
-        types = _types(metadata, len(tokens))
         ids = {token: id for id, token in enumerate(tokens)}
         if len(ids) != len(tokens):
             raise refusal(f"has {len(tokens) - len(ids):,} tokens twice")
+        types = _types(metadata, len(tokens))
         named = _named_ids(metadata, len(tokens), {} if pre is not None else _LLAMA_IDS)
         ends = end_ids(ids, named)
         control = control_ids(ids, (id for id, type in enumerate(types) if type in (CONTROL, UNKNOWN)), ends)

@@ -1,7 +1,8 @@
 """Turn the tokenizer of a GGUF file into the files of a Hugging Face folder.
 
 The ids of a text are those that llama.cpp gives it, with and without control tokens; tests compare them. One difference is on
-purpose: text that merely spells a control token stays text, even where llama.cpp's merges make a token of it.
+purpose: text that merely spells a control token stays text, even where llama.cpp's merges make a token of it. transformers reads
+the same ids from the files, except that its class for qwen2 composes accents first (NFC), which llama.cpp does not.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ _DEEPSEEK_LETTERS = "".join(
 )
 """The letters with case that DeepSeek's first tokenizer lists, as ranges of code points in hexadecimal."""
 _CJK = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+"
-_DEEPSEEK_CJK = r"[\x{4E00}-\x{9FA5}\x{0800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
+_DEEPSEEK_CJK = r"(?:(?!\s)[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}])+"
 _DEEPSEEK3 = rf"{_ASCII_SIGN_WORD}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_AFTER_WORDS}"
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -141,7 +141,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-llm": (
         r"[\r\n]",
         rf"\s?[{_DEEPSEEK_LETTERS}]+",
-        r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
+        r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3001}-\x{3002}]+",
         r"\s+\z",
         _DEEPSEEK_CJK,
         r"\p{N}+",
