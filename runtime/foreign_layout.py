@@ -1,4 +1,4 @@
-"""Recognise a whole model folder that was saved in another layout than a LlamaForCausalLM's, by its tensors' names and dtypes."""
+"""Recognise, by its tensors, a whole model folder that was saved in another layout than a LlamaForCausalLM's."""
 
 from __future__ import annotations
 
