@@ -210,6 +210,12 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
         ("gemma3", {"use_bidirectional_attention": True}, "sets use_bidirectional_attention"),
         ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu', .*expected gelu_pytorch_tanh"),
         ("gemma3", {"rope_local_base_freq": 5.0}, "contradicts itself: rope_parameters has other numbers"),
+        ("gemma3", {"rope_parameters": {"full_attention": 5}}, "expected objects named full_attention and sliding_attention"),
+        (
+            "qwen3-yarn",
+            {"rope_parameters": {**tiny.YARN_ROPE, "rope_theta": 1.0}},
+            "rope_theta is 1.0, .*more than 1 with YaRN",
+        ),
         ("gemma3", {"layer_types": ["chunked_attention"] * 4}, "layer_types is"),
     ],
 )
