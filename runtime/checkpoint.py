@@ -11,8 +11,7 @@ import functools
 import hashlib
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.config import ATTENTION_LINEARS, MLP_LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.fused import fused_weights, split
+from edgetune.runtime.foreign_layout import cut, foreign_layout
+from edgetune.runtime.fused import split_fused
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.names import (
     ATTENTION_NORM,
@@ -39,7 +39,7 @@ from edgetune.runtime.names import (
     layer_tensor,
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
-from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor, TensorSpec
+from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
 from edgetune.runtime.untrusted_file import (
     MAX_SHARDS,
     MODEL_CONFIG,
@@ -58,7 +58,6 @@ _IGNORED = re.compile(
     rf"|model\.layers\.\d{{1,4}}\.self_attn\.(masked_bias|attn_mask|causal_mask)|{re.escape(HEAD)}"
 )
 _SHOWN = 12  # most faults named in one message (chosen by hand)
-_LONGEST_FAULT = 600  # most characters of one of them: names of tensors can be of any length (chosen by hand)
 _SAMPLES, _SAMPLE_BYTES = 4, 1024  # parts of each tensor that its digest covers, and the bytes of a part
 
 
@@ -202,35 +201,6 @@ class Checkpoint:
             faults += bnb_layout.check_parts(name, state, stored)
         return faults
 
-    def _split_fused(self) -> list[str]:
-        """Replace matrices that hold several linears by the linears; return the faults found."""
-        faults, shapes = [], {name: rows for name, (rows, _) in self.config.linear_shapes().items()}
-        for whole, linears in fused_weights(self.config).items():
-            if whole not in self.stored:
-                continue  # each linear is missing, or is stored by itself
-            state, rows = self._states.pop(whole, None), [shapes[linear.split(".")[-2]] for linear in linears]
-            try:
-                found = split(whole, linears, rows, self.stored, state)
-            except ValueError as error:
-                faults.append(str(error))
-                continue
-            files = {suffix: self._where.pop(whole + suffix) for suffix in self._suffixes(whole)}
-            for suffix in files:
-                del self.stored[whole + suffix]
-            for linear, count in zip(linears, rows, strict=True):
-                if state is not None:
-                    self._states[linear] = replace(state, shape=(count, state.shape[1]))
-                for suffix, file in files.items():
-                    part = linear + suffix
-                    file.tensors[part] = self.stored[part] = found[part]
-                    self._where[part] = file
-        return faults
-
-    def _suffixes(self, name: str) -> list[str]:
-        """Return what follows the name of a weight in the names of the tensors that it is stored as; "" for its codes."""
-        suffixes = ("", *bnb_layout.PARTS, f"{bnb_layout.STATE_PREFIX}nf4")
-        return [suffix for suffix in suffixes if name + suffix in self.stored]
-
     def _tensor_faults(self) -> list[str]:
         """Return the faults of the tensors: missing, unknown, or of another shape or dtype than config.json says."""
         wanted, stored, faults = model_shapes(self.config), self.stored, []
@@ -327,7 +297,7 @@ def open_model(folder: Path | str) -> Checkpoint:
         faults = _index_faults(files, promised)
         checkpoint = Checkpoint(folder, hf_config, files)
         faults += checkpoint._find_states()
-        faults += checkpoint._split_fused() if not faults else []
+        faults += [] if faults else split_fused(checkpoint.config, checkpoint.stored, checkpoint._where, checkpoint._states)
         faults += checkpoint._tensor_faults()
         if not faults:
             checkpoint._refuse_inf_and_nan()
@@ -336,32 +306,9 @@ def open_model(folder: Path | str) -> Checkpoint:
             raise ModelError(f"{folder} cannot be used: {cause}.")
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     raise ModelError(
-        f"{folder} is not the model that its config.json describes: {'; '.join(map(_cut, faults[:_SHOWN]))}{more}. "
+        f"{folder} is not the model that its config.json describes: {'; '.join(map(cut, faults[:_SHOWN]))}{more}. "
         "Copy or download the folder again, or use another: `edgetune models`."
     )
-
-
-def foreign_layout(stored: Mapping[str, TensorSpec]) -> str | None:
-    """Return why a whole folder does not hold what a LlamaForCausalLM's does; None where its layout is not known either."""
-    small = [name for name, tensor in stored.items() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
-    if small:
-        name = _cut(small[0])
-        return f"its weights are stored in 8-bit floats ({name}), which edgetune does not read; use its bf16 or fp16 folder"
-    layer = re.compile(r"(?:(.*)\.)?layers\.0\.self_attn\.q_proj\..*")
-    prefixes = {match[1] or "" for name in stored if (match := layer.fullmatch(name))}
-    if len(prefixes) == 1 and prefixes != {"model"}:
-        found = f"layers.0 of {_cut(prefixes.pop())}" if "" not in prefixes else "layers.0"
-        return (
-            f"its tensors are those of {found}, where a LlamaForCausalLM has model.layers.0: it was saved without its head, or "
-            "as a part of another model; use the folder of the whole model, or save it again as AutoModelForCausalLM"
-        )
-    return None
-
-
-def _cut(text: str) -> str:
-    """Return a text without its middle if it is too long for an error message."""
-    half = _LONGEST_FAULT // 2
-    return text if len(text) <= _LONGEST_FAULT else f"{text[:half]}...{text[-half:]}"
 
 
 def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:

@@ -165,8 +165,8 @@ def _ropes_of_gemma(config: Config) -> tuple[RopeConfig, RopeConfig]:
     nested = config.get("rope_parameters")
     if nested is None:
         return flat, local
-    if not isinstance(nested, dict) or not set(nested) <= {_FULL, _SLIDING}:
-        raise unsupported("rope_parameters", reprlib.repr(nested), f"an object with {_FULL} and {_SLIDING}")
+    if not (isinstance(nested, dict) and set(nested) <= {_FULL, _SLIDING} and _are_objects(nested)):
+        raise unsupported("rope_parameters", reprlib.repr(nested), f"objects named {_FULL} and {_SLIDING}")
     own = [
         RopeConfig.from_hf({"rope_parameters": {"rope_theta": theta, **(nested.get(kind) or {})}})
         for kind, theta in ((_FULL, flat.theta), (_SLIDING, local.theta))
@@ -178,6 +178,10 @@ def _ropes_of_gemma(config: Config) -> tuple[RopeConfig, RopeConfig]:
             "rope_local_base_freq beside it; copy the model folder again from its publisher."
         )
     return own[0], own[1]
+
+
+def _are_objects(found: dict[str, Any]) -> bool:
+    return all(value is None or isinstance(value, dict) for value in found.values())
 
 
 _LLAMA_VALUES: Mapping[str, tuple[Any, ...] | None] = {

@@ -14,7 +14,7 @@ from edgetune.runtime.bnb_layout import PARTS, STATE_PREFIX, StoredState
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.families import FAMILIES
 from edgetune.runtime.names import layer_tensor
-from edgetune.runtime.safetensors_file import StoredTensor
+from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
 
 
 def fused_weights(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
@@ -35,6 +35,38 @@ def fused_shapes(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
         whole = home.get(name, name)
         joined[whole] = shape if whole not in joined else (joined[whole][0] + shape[0], *shape[1:])
     return joined
+
+
+def split_fused(
+    config: LlamaConfig,
+    stored: dict[str, StoredTensor],
+    where: dict[str, SafetensorsFile],
+    states: dict[str, StoredState],
+) -> list[str]:
+    """Replace matrices that hold several linears by the linears, in all arguments and in the files; return the faults found.
+
+    stored, where: each tensor of an opened folder, and its file. states: of the weights in 4 bits.
+    """
+    faults, shapes = [], {name: rows for name, (rows, _) in config.linear_shapes().items()}
+    for whole, linears in fused_weights(config).items():
+        if whole not in stored:
+            continue  # each linear is missing, or is stored by itself
+        state, rows = states.pop(whole, None), [shapes[linear.split(".")[-2]] for linear in linears]
+        try:
+            found = split(whole, linears, rows, stored, state)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if state is not None:
+            states |= {linear: replace(state, shape=(n, state.shape[1])) for linear, n in zip(linears, rows, strict=True)}
+        for part in ("", *PARTS, f"{STATE_PREFIX}nf4"):
+            if stored.pop(whole + part, None) is None:
+                continue
+            file = where.pop(whole + part)
+            for name in (linear + part for linear in linears):
+                stored[name] = file.tensors[name] = found[name]
+                where[name] = file
+    return faults
 
 
 def split(

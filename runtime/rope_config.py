@@ -124,6 +124,8 @@ def _yarn(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     fast, slow = real(fields, "beta_fast", 0.0, 1e6, 32.0), real(fields, "beta_slow", 0.0, 1e6, 1.0)
     if fast < slow:
         raise unsupported("rope_scaling", "a beta_fast below its beta_slow", "one that is not")
+    if real(fields, "rope_theta", 0.0, 1e15, 10000.0) <= 1:
+        raise unsupported("rope_theta", reprlib.repr(fields["rope_theta"]), "more than 1 with YaRN")
 
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(fields["factor"]) + 1.0

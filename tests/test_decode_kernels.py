@@ -12,8 +12,9 @@ from edgetune.runtime import int8, nf4, ops
 from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.linear import LoraLinear
 from edgetune.runtime.model import Block, KVCache, Llama
-from edgetune.runtime.names import hf_linear_name
+from edgetune.runtime.names import ATTENTION_NORM, MLP_NORM, POST_MLP_NORM, PRE_MLP_NORM, hf_linear_name
 from edgetune.runtime.ops_types import Segment
+from edgetune.runtime.rope_config import RopeConfig
 from edgetune.runtime.runner import Runner
 
 cpu = pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError)
@@ -170,7 +171,8 @@ def make_model(config: LlamaConfig, quantized: bool = True, rank: int = 0, head:
     outs = dict(zip(LINEARS, [(q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f)], strict=True))
     blocks = []
     for layer in range(config.num_layers):
-        tensors = {f"{name}.weight": 1 + 0.1 * torch.randn(d) for name in ("input_layernorm", "post_attention_layernorm")}
+        norms = (ATTENTION_NORM, MLP_NORM, PRE_MLP_NORM, POST_MLP_NORM)
+        tensors = {name: 1 + 0.1 * torch.randn(d) for name in norms}
         tensors |= {f"self_attn.{name}.weight": 1 + 0.1 * torch.randn(hd) for name in ("q_norm", "k_norm")}
         for name, shape in outs.items():
             weight = torch.randn(shape) * shape[1] ** -0.5
@@ -203,6 +205,11 @@ CASES = {
     "window": {"windows": (5, None)},
     "qk_norm": {"qk_norm": True, "model_type": "qwen3"},
     "bias": {"qkv_bias": True, "model_type": "qwen2"},
+    "multipliers": {"residual_scale": 0.3, "attention_scale": 0.1, "embedding_scale": 3.0},
+    "four norms and GeGLU": {"post_norms": True, "activation": "gelu_tanh", "qk_norm": True},
+    "a part of each head rotated": {"rope": RopeConfig(rotary_share=0.75)},
+    "a layer without rotation": {"layer_ropes": (RopeConfig(), None)},
+    "scaled queries": {"rope": RopeConfig(query_beta=0.5, original_max_positions=4, attention_factor=1.2)},
     "odd sizes": {"hidden_size": 90, "intermediate_size": 101, "head_dim": 10, "num_heads": 6, "num_kv_heads": 3},
 }
 

@@ -18,6 +18,7 @@ from edgetune.export.gguf import model as gguf_model
 from edgetune.export.gguf import target as gguf
 from edgetune.export.gguf.reader import LlamaCppReader
 from edgetune.export.job import Job
+from edgetune.export.peft import TransformersReader, open_transformers
 from edgetune.export.targets import load_target
 from edgetune.export.verify import Agreement
 from edgetune.runtime import adapter as adapters
@@ -210,6 +211,12 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
         ("gemma3", {"use_bidirectional_attention": True}, "sets use_bidirectional_attention"),
         ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu', .*expected gelu_pytorch_tanh"),
         ("gemma3", {"rope_local_base_freq": 5.0}, "contradicts itself: rope_parameters has other numbers"),
+        ("gemma3", {"rope_parameters": {"full_attention": 5}}, "expected objects named full_attention and sliding_attention"),
+        (
+            "qwen3-yarn",
+            {"rope_parameters": {**tiny.YARN_ROPE, "rope_theta": 1.0}},
+            "rope_theta is 1.0, .*more than 1 with YaRN",
+        ),
         ("gemma3", {"layer_types": ["chunked_attention"] * 4}, "layer_types is"),
     ],
 )
@@ -392,3 +399,16 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert verify.compare(expected, gguf.read(job, tmp_path / "a"), verify.EXACT).max_logit_difference < limit
     back = gguf_adapter.read_adapter(tmp_path / "a" / gguf_adapter.ADAPTER_FILE, base.config)
     assert all(torch.equal(back.tensors[key], tensor) for key, tensor in job.needed_adapter().tensors.items())
+
+
+@pytest.mark.parametrize("family", ["smollm3", "granite-3", "granite-4", "ministral3", "phi3", "gemma3"])
+def test_bitsandbytes_reads_the_4_bit_folder_as_edgetune_does(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+    tiny.save_model(tmp_path / "dense", family, **sizes, **({"shared_intermediate_size": 128} if family == "granite-4" else {}))
+    quantize_folder(tmp_path / "dense", tmp_path / "nf4")
+    ids = list(range(1, 40))
+    ours = load_llama(open_model(tmp_path / "nf4"), torch.float32)
+    with torch.no_grad():
+        found = ours.logits(Runner(ours).read(ids))
+    torch.testing.assert_close(found, TransformersReader(open_transformers(tmp_path / "nf4")).logits(ids), atol=2e-4, rtol=0)

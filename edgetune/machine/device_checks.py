@@ -183,6 +183,7 @@ def _elementwise(device: torch.device) -> str:
     h_, weight_, gate_up_, dx_, dact_, angles_, logits_, targets_ = there
     gate, up = gate_up.chunk(2, dim=1)
     reference.swiglu_backward(dact, gate, up, *(gradients := torch.empty_like(gate_up)).chunk(2, dim=1))
+    reference.geglu_backward(dact, gate, up, *(of_gelu := torch.empty_like(gate_up)).chunk(2, dim=1))
     rotated = reference.rope_(heads.clone(), angles.cos(), angles.sin())
     losses = reference.cross_entropy_(given := logits.clone(), targets, torch.ones(100))
     pairs = {
@@ -190,6 +191,8 @@ def _elementwise(device: torch.device) -> str:
         "its backward": (ops.rms_norm_backward(dx_, h_, weight_, 1e-5), reference.rms_norm_backward(dx, h, weight, 1e-5)),
         "swiglu": (ops.swiglu(gate_up_), reference.swiglu(gate, up)),
         "swiglu's backward": (ops.swiglu_backward(dact_, gate_up_), gradients),
+        "geglu": (ops.geglu(gate_up_), reference.geglu(gate, up)),
+        "geglu's backward": (ops.geglu_backward(dact_, gate_up_), of_gelu),
         "rope": (ops.rope_(heads.to(device, copy=True), angles_.cos(), angles_.sin()), rotated),
         "cross entropy": (ops.cross_entropy_(logits_, targets_, torch.ones(100, device=device)), losses),
         "its gradient": (logits_, given),

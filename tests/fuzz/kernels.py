@@ -160,6 +160,15 @@ def try_swiglu(call: Call) -> None:
     near(found, expected, finite_rows(gate_up, dact), TOLERANCE[dtype])
 
 
+def try_geglu(call: Call) -> None:
+    rows, width, dtype = call.size(40), call.size(500), call.dtype()
+    gate_up, dact = call.numbers(rows, 2 * width, dtype=dtype), call.numbers(rows, width, dtype=dtype)
+    found, expected = both(lambda: ops.geglu(gate_up))
+    near(found, expected, finite_rows(gate_up), TOLERANCE[dtype])
+    found, expected = both(lambda: ops.geglu_backward(dact, gate_up))
+    near(found, expected, finite_rows(gate_up, dact), TOLERANCE[dtype])
+
+
 def try_rope(call: Call) -> None:
     rows, heads, size, dtype = call.size(60), call.size(6), 2 * call.size(70), call.dtype()
     x = call.numbers(rows, heads, size, dtype=dtype, strided=False)
@@ -247,8 +256,8 @@ def try_project(call: Call) -> None:
 
 
 TRIES: tuple[Callable[[Call], None], ...] = (
-    try_dequantize, try_matvec, try_int8, try_rms_norm, try_swiglu, try_rope, try_dropout, try_cross_entropy, try_attention,
-    try_project,
+    try_dequantize, try_matvec, try_int8, try_rms_norm, try_swiglu, try_geglu, try_rope, try_dropout, try_cross_entropy,
+    try_attention, try_project,
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ struct DecodeBlock {
     DecodeLinear q, k, v, o, gate, up, down;
     const float *attn_norm, *mlp_norm;  // (D,)
     const float *q_norm, *k_norm;       // (hd,) or null
-    const float *post_attn_norm, *post_mlp_norm;                    // (D,) or null: of what is added to h
+    const float *post_attn_norm, *post_mlp_norm;             // (D,) or null: of what is added to h
     const float *q_cosines, *q_sines, *k_cosines, *k_sines;  // (max_length, rotated / 2), or null: no rotation
     void *keys, *values;                // (KV, max_length, hd), bf16 or fp32
     int64_t window;                     // keys a query sees, itself included; 0: all before it
