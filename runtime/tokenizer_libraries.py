@@ -208,23 +208,17 @@ class JsonTokenizer:
         """
         from tokenizers import normalizers, pre_tokenizers
 
-        normalizer = self._state(self._tokenizer.normalizer)
-        pre_tokenizer = self._state(self._tokenizer.pre_tokenizer)
+        normalizer, pre_tokenizer = map(self._state, (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer))
         if (self._prepends and not pre_tokenizer) or (not normalizer and pre_tokenizer.get("type") == "Metaspace"):
             self._tokenizer.normalizer = normalizers.Sequence([])
             self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, space_prefix, split=False)
 
     @property
     def _prepends(self) -> bool:
-        """Return True if the normalizer puts a space before every text and then writes spaces as ▁, and does nothing else."""
+        """Return True if the normalizer puts a space before every text and writes spaces as ▁, as LLaMA's older files say."""
         normalizer = self._state(self._tokenizer.normalizer)
         steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
-        replace = {"pattern": {"String": " "}, "content": SPACE}
-        return (
-            [step.get("type") for step in steps] == ["Prepend", "Replace"]
-            and steps[0].get("prepend") == SPACE
-            and steps[1].items() >= replace.items()
-        )
+        return [step.get("type") for step in steps] == ["Prepend", "Replace"] and steps[0].get("prepend") == SPACE
 
     @staticmethod
     def _state(part: Any) -> dict[str, Any]:
@@ -268,10 +262,7 @@ class JsonTokenizer:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _continuation_tokenizer(self, inside: bool) -> Any:
-        """Return the tokenizer for text that follows a control token, or that is `inside` a text.
-
-        Metaspace's scheme "first" puts no space before either, its scheme "always" and the normalizer Prepend none inside a text.
-        """
+        """Return the tokenizer for text after a control token or, if `inside`, in the middle of a text: it may put no space."""
         pre_tokenizer = self._state(self._tokenizer.pre_tokenizer)
         metaspace = pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme")
         if not (metaspace == "first" or (inside and (metaspace == "always" or self._prepends))):
@@ -285,7 +276,7 @@ class JsonTokenizer:
                 self._without_prefix.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
                     pre_tokenizer["replacement"], "never", split=bool(pre_tokenizer["split"])
                 )
-            elif self._prepends:
+            else:
                 self._without_prefix.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
         return self._without_prefix
 
@@ -300,10 +291,8 @@ class JsonTokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         token = self.piece_of(id)
-        if token is None:
-            return b""
-        if not self._byte_level:
-            return piece_bytes(token)
+        if token is None or not self._byte_level:
+            return piece_bytes(token or "")
         # An added token is plain text: its "ü" is not GPT-2's spelling of a byte.
         return token.encode() if id in self._added_ids else byte_level_bytes(token)
 

@@ -43,7 +43,7 @@ PROBES = [
     "-" * 37 + "=" * 21 + "x" * 30,
     "| a | 10 |\n|---|---:|\n| b  |  2 |\n",
 ]
-"""Texts that must become the same ids everywhere. None begins with a space, where a sentencepiece tokenizer's readers differ."""
+"""Texts that must become the same ids everywhere. None begins with a space, where readers of sentencepiece differ."""
 SPACED = [" ", "  ", " leading", "  leading two", "\n", "\r\n", " \n ", "\t", " ▁ ▁▁"]
 """Texts that begin with white space."""
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -400,7 +400,9 @@ def test_a_damaged_tokenizer_is_one_sentence(merged: tuple[list[str], list[str]]
         tokenizer_files(byte_level(merged, "qwen2", **changes))
     message = str(caught.value)
     assert found in message
-    assert "\n" not in message and len(message) < 400 and message.endswith(".")
+    assert "\n" not in message
+    assert len(message) < 400
+    assert message.endswith(".")
 
 
 def test_a_token_type_that_is_none_is_refused(merged: tuple[list[str], list[str]]) -> None:
@@ -422,8 +424,8 @@ def test_a_sentencepiece_vocabulary_is_checked() -> None:
         with pytest.raises(TokenizerError, match=found):
             tokenizer_files(metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
     types = metadata["tokenizer.ggml.token_type"]
+    many = {"tokens": tokens + [f"<{n}>" for n in range(20_000)], "token_type": types + [4] * 20_000}
     with pytest.raises(TokenizerError, match="control and user-defined tokens, expected at most 16,384"):
-        many = {"tokens": tokens + [f"<{n}>" for n in range(20_000)], "token_type": types + [4] * 20_000}
         tokenizer_files(metadata | {f"tokenizer.ggml.{key}": value for key, value in many.items()})
 
 

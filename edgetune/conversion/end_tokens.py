@@ -1,4 +1,4 @@
-"""Find a GGUF vocabulary's control tokens and the ones that end generation, as llama.cpp does: by type, by key and by spelling."""
+"""Find the control tokens of a GGUF vocabulary and those that end generation, as llama.cpp does: by type, key and spelling."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def _named_ids(metadata: Mapping[str, Any], size: int, defaults: Mapping[str, in
 
 
 def _check_added(tokens: Sequence[str], added: Sequence[int]) -> None:
-    """Raise TokenizerError if more tokens than MOST_ADDED_TOKENS, or longer ones than LONGEST_TOKEN, are looked for in texts."""
+    """Raise TokenizerError if too many tokens, or too long ones, are looked for in texts."""
     longest = max((len(tokens[id]) for id in added), default=0)
     if len(added) > MOST_ADDED_TOKENS:
         raise refusal(f"has {len(added):,} control and user-defined tokens, expected at most {MOST_ADDED_TOKENS:,}")
@@ -203,7 +203,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     pre = PreTokenizer.named(name or "default")
     if pre is None:
         raise TokenizerError(
-            f"The GGUF file's tokenizer splits texts in the way {_shown(name)}, which edgetune cannot reproduce; choose another "
-            "model, or its original folder from Hugging Face."
+            f"The GGUF file's tokenizer splits texts in the way {_shown(name)}, which edgetune cannot reproduce; choose "
+            "another model, or its original folder from Hugging Face."
         )
     return pre

@@ -3,7 +3,7 @@
 Each split is a list of regular expressions, applied one after the other: every match becomes a word of its own, and so does the
 text between two matches. The expressions say what llama.cpp does (src/llama-vocab.cpp, llm_tokenizer_bpe), written for the
 library `tokenizers`; for some families that is simpler than what the model's publisher wrote: "tekken" and "gpt-4o" take every
-letter outside a to z and A to Z as upper and lower case at once. A text then has the ids that the reader of the GGUF file gives it.
+letter outside a to z and A to Z as upper and lower case at once. A text then has the ids that readers of the GGUF file give it.
 
 llama.cpp's character table knows slightly newer characters than the library does, so rare signs may be split differently.
 """
@@ -128,7 +128,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "qwen35": (
-        rf"(?:{_SHORT_FORM})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_AFTER_WORDS}",
+        rf"(?:{_SHORT_FORM})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_AFTER_WORDS}",
     ),
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
