@@ -45,6 +45,7 @@ def main() -> None:
     flags.add_argument("--only", help=f"run only these pieces, separated by commas: {', '.join(PIECES)}")
     flags.add_argument("--notes", type=Path, default=common.ROOT / "examples" / "notes", help="notes to train on")
     flags.add_argument("--steps", type=int, help="steps of training (default: edgetune's own)")
+    flags.add_argument("--lr", type=float, help="peak learning rate (default: edgetune's own)")
     flags.add_argument("--adapter", type=Path, help="a trained adapter, instead of training one")
     flags.add_argument("--general", type=Path, nargs="+", default=[common.ROOT / "docs", common.ROOT / "README.md"],
                        help="texts that have nothing to do with the notes (default: edgetune's own documentation)")  # fmt: skip
@@ -101,6 +102,7 @@ def trained(arguments: argparse.Namespace) -> Path:
 def train_command(arguments: argparse.Namespace, out: Path, steps: int | None, *more: str) -> list[str]:
     """Return a command that trains on --notes and prints JSON lines."""
     limit = [] if steps is None else ["--steps", str(steps)]
+    limit += [] if arguments.lr is None else ["--lr", str(arguments.lr)]
     command = [sys.executable, "-m", "edgetune", "train", str(arguments.notes.resolve()), "--model", str(arguments.base)]
     return [*command, "--out", str(out), "--fresh", "--json", *limit, *more]
 
