@@ -72,7 +72,9 @@ class WeightForm(StrEnum):
     @property
     def quant(self) -> LinearForm:
         """Return the form as `load_llama` takes it for a model that is stored dense."""
-        return {WeightForm.NF4: QuantConfig(), WeightForm.INT8: torch.int8, WeightForm.BF16: torch.bfloat16}[self]
+        if self is WeightForm.NF4:
+            return QuantConfig()
+        return torch.int8 if self is WeightForm.INT8 else torch.bfloat16
 
     def layer_bytes(self, config: LlamaConfig) -> int:
         """Return the bytes of one layer's linears in this form, as edgetune makes them."""

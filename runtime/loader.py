@@ -172,6 +172,7 @@ def _paged_weight(checkpoint: Checkpoint, name: str, linear: Linear, device: tor
         dtype, shape = weight.dtype, weight.shape
         no_bytes = torch.empty(0, dtype=dtype, device=device)
         return PagedWeight(linear, (checkpoint.located(name),), lambda raw: raw.view(dtype).view(shape), no_bytes)
+    assert isinstance(weight, QuantizedTensor)  # no file holds rows of 8 bits
     nested = weight.state.nested
     if nested is not None:  # the second level is short: it stays in memory
         nested = replace(nested, absmax=nested.absmax.to(device, copy=True), table=nested.table.to(device, copy=True))

@@ -372,7 +372,7 @@ def test_plan_and_eval_take_and_tell_the_form(notes: Path, folders: dict[str, Pa
     assert parts["auto"] == parts["bf16"] > parts["int8"] > parts["nf4"]
     assert "weights of the layers, int8" in CliRunner().invoke(cli, ["plan", *model, "--weights", "int8"]).stdout
     shown = CliRunner().invoke(cli, ["eval", str(notes), *model, "--adapter", "none", "--weights", "int8"]).stdout
-    assert shown.startswith(f"Model {folders['bf16']} in int8, adapter none.")
+    assert shown.startswith(f"Model {folders['bf16']}, adapter none, weights in int8.")
 
 
 def test_every_command_refuses_a_form_that_cannot_be_had(notes: Path) -> None:

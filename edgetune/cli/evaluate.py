@@ -42,7 +42,7 @@ def eval_command(
     if as_json:
         print_json(dataclasses.asdict(result))
         return
-    click.echo(f"Model {model_words(choice)} in {result.weights}, adapter {one_line(result.adapter)}.")
+    click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}, weights in {result.weights}.")
     click.echo(
         f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "
         f"over {result.documents} documents, {result.tokens:,} tokens, {human_bytes(result.bytes)}."

@@ -22,7 +22,6 @@ from edgetune.runtime import nf4
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.nf4 import QuantizedTensor
-from edgetune.runtime.ops_types import Weight
 
 INT4_BLOCK = 32
 """Inputs that share a scale in int4: the block size that Apple's 4-bit linear kernels are made for."""
@@ -83,7 +82,7 @@ def checked_half(name: str, values: Tensor) -> Array:
     return values.half().contiguous().numpy()
 
 
-def store(name: str, weight: Weight, form: str) -> StoredWeight:
+def store(name: str, weight: Tensor | QuantizedTensor, form: str) -> StoredWeight:
     """Convert `weight` (out, in) to a form. For NF4, a dense weight is quantised as `edgetune train` does; a 4-bit weight keeps
     its codes.
 
@@ -136,7 +135,7 @@ def constexpr(stored: StoredWeight, name: str, table: Any) -> Any:
     return mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, name=name)
 
 
-def _dense(weight: Weight) -> Tensor:
+def _dense(weight: Tensor | QuantizedTensor) -> Tensor:
     return nf4.dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.float()
 
 
