@@ -390,9 +390,11 @@ def test_the_list_says_what_conversion_takes(file: Path, tmp_path: Path) -> None
     weights = open_base(str(path))[1]
     assert takes == weights.nbytes
     assert found["fits"] == scan(tmp_path)[0].fits is True
-    after = json.loads(run("models", str(tmp_path), "--json").stdout)
-    assert (after["models"][0]["status"], after["models"][0]["conversion_seconds"]) == ("ready", None)
-    assert after["converted_bytes"] == after["models"][0]["converted_bytes"] >= weights.nbytes
+    (after,) = json.loads(run("models", str(tmp_path), "--json").stdout)["models"]
+    assert (after["status"], after["conversion_seconds"], after["bytes"]) == ("ready", None, file.stat().st_size)
+    kept = sum(path.stat().st_size for path in weights.folder.iterdir())
+    assert after["converted_bytes"] == kept >= weights.nbytes
+    assert f"Converted GGUF models take {human_bytes(kept)}; edgetune models --forget NAME" in run("models").stdout
 
 
 def test_a_file_that_is_none_says_why_in_the_list_and_by_name(tmp_path: Path) -> None:

@@ -46,10 +46,8 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
 
     with progress_shown() as show:
         found = scan(folder, Stages(show).of("inspecting"))
-    kept = sum(made.bytes for made in conversions())
     if as_json:
-        listed = [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]
-        print_json({"models": listed, "converted_bytes": kept})
+        print_json({"models": [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]})
         return
     for model in found:
         click.echo(f"{model.status:<8} {one_line(model.name)}")
@@ -58,7 +56,7 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
     if not any(model.status != "no" for model in found):
         click.echo(NOTHING_FOUND)
     click.echo(f"{'ready':<8} {DEMO}\n         {DEMO_NOTICE}")
-    if kept:
+    if kept := sum(made.bytes for made in conversions()):
         click.echo(f"Converted GGUF models take {human_bytes(kept)}; edgetune models --forget NAME deletes one.")
 
 
