@@ -341,6 +341,31 @@ def test_a_damaged_record_is_as_no_conversion(file: Path, tmp_path: Path, counte
     assert counted == [folder] * 4
 
 
+def test_a_damaged_conversion_says_how_it_is_made_again(file: Path, place: Path) -> None:
+    path = put(file, place / ".lmstudio" / "models" / "someone" / "Tiny" / "tiny.gguf")
+    folder = open_base(str(path))[0].path
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError) as caught:
+        resolve("someone/Tiny/tiny")
+    assert str(caught.value).endswith(
+        "; type `edgetune models --forget someone/Tiny/tiny`, and it is converted again when it is used."
+    )
+    assert run("models", "--forget", "someone/Tiny/tiny").exit_code == 0
+    assert resolve("someone/Tiny/tiny").path == path
+
+
+def test_a_killed_deletion_leaves_nothing_that_counts(file: Path, tmp_path: Path) -> None:
+    path = put(file, tmp_path / "tiny.gguf")
+    folder = open_base(str(path))[0].path
+    hidden = folder.with_name(f".deleted-{folder.name}")
+    folder.rename(hidden)
+    assert only(scan(tmp_path)).status == "convert"
+    assert open_base(str(path))[0].path == folder
+    hidden.mkdir()
+    forget(str(path))
+    assert list(folder.parent.iterdir()) == []
+
+
 def test_a_conversion_is_private(file: Path, tmp_path: Path, private_home: Path) -> None:
     folder = open_base(str(put(file, tmp_path / "tiny.gguf")))[0].path
     assert folder.parent == private_home / "models"

@@ -66,9 +66,8 @@ def _about(model: FoundModel) -> list[str]:
     kind = "GGUF " if model.gguf else ""
     template = "chat template" if model.template else "no chat template"
     fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
-    lines = [
-        f"{_SOURCES.get(model.source, model.source)}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"
-    ]
+    source = _SOURCES.get(model.source, model.source)
+    lines = [f"{source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"]
     if model.converted_bytes is not None and model.conversion_seconds is not None:
         takes = f"about {human_time(model.conversion_seconds)} and {human_bytes(model.converted_bytes)} on disk"
         lines.append(f"Converted once, when it is first used: {takes}.")

@@ -163,11 +163,8 @@ def forget(name: str) -> int:
 
     Raises ModelError where nothing was converted under that name.
     """
-    try:
-        path = resolve(name).path
-    except ModelError:  # its GGUF file may be gone
-        path = None
-    return delete_conversions(name, path)
+    named = [candidate.path for candidate in candidates() if candidate.gguf and _is_named(candidate, name)]
+    return delete_conversions(name, [expand(name), *named])
 
 
 def _only_usable(finds: list[FoundModel], asked: str) -> ModelChoice:
