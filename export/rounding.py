@@ -24,12 +24,13 @@ from edgetune.export.job import Job
 from edgetune.export.memory import StageMemory, reference_memory
 from edgetune.export.merge import COPIES, Merged
 from edgetune.runtime import vocabulary
-from edgetune.runtime.config import LINEARS
+from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.model import Block, Context, rope_frequencies
+from edgetune.runtime.model import Block, Context, norm_weight
 from edgetune.runtime.names import EMBEDDING, is_linear, linear_weight
 from edgetune.runtime.ops_types import Weight
-from edgetune.runtime.project import Identity, Norm, Panel, ProjectPlan, SwiGlu, project
+from edgetune.runtime.project import Identity, Norm, Panel, ProjectPlan, project
+from edgetune.runtime.rope import rotations
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DAMPING = (0.01, 0.1, 1.0)
@@ -137,10 +138,9 @@ def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> It
     """Run the documents through the model a block at a time, and round each linear for the inputs it then gets."""
     config = merged.base.config
     ids, positions, segments = packed(documents)
-    angles = positions.double().unsqueeze(1) * rope_frequencies(config.rope, config.head_dim)
     plan = ProjectPlan(Panel())
-    ctx = Context(angles.cos().float(), angles.sin().float(), segments, plan)
-    h = vocabulary.rows(merged.base.dense(EMBEDDING), ids, torch.float32)
+    ctx = Context(rotations(config, positions, torch.device("cpu")), segments, plan)
+    h = vocabulary.rows(merged.base.dense(EMBEDDING), ids, torch.float32) * config.embedding_scale
     for layer in range(config.num_layers):
         block = _block(merged, layer)
 
@@ -160,21 +160,27 @@ def _calibrated(merged: Merged, make_grid: MakeGrid, documents: Documents) -> It
         yield from code(("q_proj", "k_proj", "v_proj"), norm.forward(h))
         attended = block.attend(project(h, norm, (block.q_proj, block.k_proj, block.v_proj), plan), ctx)
         yield from code(("o_proj",), attended)
-        h = h + project(attended, Identity(), (block.o_proj,), plan)
+        h = block.add(h, project(attended, Identity(), (block.o_proj,), plan), block.post_attn_norm)
         norm = Norm(block.mlp_norm, config.rms_norm_eps)
         yield from code(("gate_proj", "up_proj"), norm.forward(h))
         gate_up = project(h, norm, (block.gate_proj, block.up_proj), plan)
-        yield from code(("down_proj",), SwiGlu().forward(gate_up))
-        h = h + project(gate_up, SwiGlu(), (block.down_proj,), plan)
+        yield from code(("down_proj",), block.gated.forward(gate_up))
+        h = block.add(h, project(gate_up, block.gated, (block.down_proj,), plan), block.post_mlp_norm)
 
 
 def _block(merged: Merged, layer: int) -> Block:
     """Return a block with fp32 norms and biases; its linears are the base's until rounded ones replace them."""
     tensors: dict[str, Weight] = {
-        name: weight.float() if isinstance(weight, Tensor) and not is_linear(name) else weight
-        for name, weight in merged.base.block_tensors(layer).items()
+        name: _in_fp32(name, weight, merged.base.config) for name, weight in merged.base.block_tensors(layer).items()
     }
     return Block(merged.base.config, layer, tensors)
+
+
+def _in_fp32(name: str, weight: Weight, config: LlamaConfig) -> Weight:
+    """Return a norm or a bias in fp32, a linear as it is."""
+    if not isinstance(weight, Tensor) or is_linear(name):
+        return weight
+    return norm_weight(weight, config) if name.endswith("norm.weight") else weight.float()
 
 
 def rounding_memory(job: Job, beside: int = 0) -> StageMemory:

@@ -12,6 +12,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from edgetune.runtime import bnb_layout, nf4
 from edgetune.runtime.config import ATTENTION_LINEARS, MLP_LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
+from edgetune.runtime.fused import fused_weights, split
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.names import (
     ATTENTION_NORM,
@@ -29,6 +31,8 @@ from edgetune.runtime.names import (
     HEAD,
     K_NORM,
     MLP_NORM,
+    POST_MLP_NORM,
+    PRE_MLP_NORM,
     Q_NORM,
     hf_linear_name,
     is_linear,
@@ -69,7 +73,10 @@ def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if config.qk_norm:
         shapes |= {Q_NORM: (hd,), K_NORM: (hd,)}
     shapes[MLP_NORM] = (d,)
-    return shapes | {f"{hf_linear_name(name)}.weight": linears[name] for name in MLP_LINEARS}
+    if config.post_norms:
+        shapes[PRE_MLP_NORM] = (d,)
+    shapes |= {f"{hf_linear_name(name)}.weight": linears[name] for name in MLP_LINEARS}
+    return shapes | ({POST_MLP_NORM: (d,)} if config.post_norms else {})
 
 
 def model_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -164,6 +171,8 @@ class Checkpoint:
         rope = config.rope
         scaling = (rope.theta, rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor)
         digest.update(repr((config.model_type, *numbers, *scaling, rope.original_max_positions)).encode())
+        if unusual := config.unlike_llama():
+            digest.update(repr(unusual).encode())
         wanted = model_shapes(config)
         for name in sorted(self._where):
             if not _IGNORED.fullmatch(name) or name in wanted:
@@ -192,6 +201,35 @@ class Checkpoint:
             self._states[name] = state
             faults += bnb_layout.check_parts(name, state, stored)
         return faults
+
+    def _split_fused(self) -> list[str]:
+        """Replace matrices that hold several linears by the linears; return the faults found."""
+        faults, shapes = [], {name: rows for name, (rows, _) in self.config.linear_shapes().items()}
+        for whole, linears in fused_weights(self.config).items():
+            if whole not in self.stored:
+                continue  # each linear is missing, or is stored by itself
+            state, rows = self._states.pop(whole, None), [shapes[linear.split(".")[-2]] for linear in linears]
+            try:
+                found = split(whole, linears, rows, self.stored, state)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            files = {suffix: self._where.pop(whole + suffix) for suffix in self._suffixes(whole)}
+            for suffix in files:
+                del self.stored[whole + suffix]
+            for linear, count in zip(linears, rows, strict=True):
+                if state is not None:
+                    self._states[linear] = replace(state, shape=(count, state.shape[1]))
+                for suffix, file in files.items():
+                    part = linear + suffix
+                    file.tensors[part] = self.stored[part] = found[part]
+                    self._where[part] = file
+        return faults
+
+    def _suffixes(self, name: str) -> list[str]:
+        """Return what follows the name of a weight in the names of the tensors that it is stored as; "" for its codes."""
+        suffixes = ("", *bnb_layout.PARTS, f"{bnb_layout.STATE_PREFIX}nf4")
+        return [suffix for suffix in suffixes if name + suffix in self.stored]
 
     def _tensor_faults(self) -> list[str]:
         """Return the faults of the tensors: missing, unknown, or of another shape or dtype than config.json says."""
@@ -288,7 +326,9 @@ def open_model(folder: Path | str) -> Checkpoint:
     if not faults:
         faults = _index_faults(files, promised)
         checkpoint = Checkpoint(folder, hf_config, files)
-        faults += checkpoint._find_states() + checkpoint._tensor_faults()
+        faults += checkpoint._find_states()
+        faults += checkpoint._split_fused() if not faults else []
+        faults += checkpoint._tensor_faults()
         if not faults:
             checkpoint._refuse_inf_and_nan()
             return checkpoint

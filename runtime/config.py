@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from edgetune.runtime.config_keys import flag, real, refuse_unknown, token_ids, unsupported, whole
+from edgetune.runtime.config_keys import flag, real, refuse_unknown, token_ids, whole
 from edgetune.runtime.errors import ModelError, SettingError
+from edgetune.runtime.families import FAMILIES, refuse_multimodal
+from edgetune.runtime.rope_config import RopeConfig
 from edgetune.runtime.untrusted_file import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH
 
 # The linears of a layer, in the order of their use.
@@ -26,108 +28,6 @@ LEAST_ALPHA, MOST_ALPHA = 1e-9, 1e9
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Names of the devices; auto prefers an NVIDIA card, then an Apple GPU, then the CPU."""
-
-ARCHITECTURES = {  # model_type in config.json -> the class name in its "architectures"
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-_MISTRAL_WINDOW = 4096
-"""Sliding window of a Mistral config that has no such key: transformers' MistralConfig."""
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""The kinds of RoPE that the engine computes, and the numbers that each needs beside theta."""
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """A rotary position embedding. `kind`: default, linear (positions divided by factor) or llama3 (Llama 3.1's scaling)."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 0
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
-        """Read `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them.
-
-        A config may hold both forms, for readers of either version, but they must agree. Raises ModelError.
-        """
-        fields, kind = _rope_fields(config)
-        theta = real(fields, "rope_theta", 0.0, 1e15, 10000.0)
-        needed = _ROPE_KEYS[kind]
-        unread = {"rope_theta"} if kind == "llama3" else {"rope_theta", "original_max_position_embeddings"}
-        if kind == "default" and fields.get("factor") == 1:
-            unread.add("factor")
-        unknown = sorted(name[:80] for name in set(fields) - set(needed) - unread)
-        missing = sorted(set(needed) - set(fields))
-        if unknown or missing:
-            raise ModelError(
-                f"config.json's rope_scaling of type {kind!r} has unknown keys {unknown[:8]} and lacks {missing}; "
-                f"expected exactly {sorted(needed)}."
-            )
-        for name in needed:
-            if name == "original_max_position_embeddings":
-                whole(fields, name, 2**31 - 1)
-            else:
-                real(fields, name, 0.0, 1e6)
-        if "factor" in needed and fields["factor"] < 1:
-            raise unsupported(
-                "rope_scaling.factor", reprlib.repr(fields["factor"]), "at least 1, as scaling lengthens a context"
-            )
-        if kind == "llama3" and not fields["low_freq_factor"] < fields["high_freq_factor"]:
-            raise unsupported("rope_scaling", "a low_freq_factor that is not below its high_freq_factor", "one that is")
-        # As the file has them, whole numbers included: the digest of a base model covers how these numbers are written.
-        values = {name.replace("max_position_embeddings", "max_positions"): fields[name] for name in needed}
-        return cls(theta=theta, kind=kind, **values)
-
-
-def _rope_fields(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the fields of all RoPE entries of config.json as one, and the kind. Raises ModelError if they contradict."""
-    fields: dict[str, Any] = {}
-    for entry in ("rope_parameters", "rope_scaling"):
-        found = config.get(entry)
-        if found is None:
-            continue
-        if not isinstance(found, dict):
-            raise unsupported(entry, reprlib.repr(found), "an object or null")
-        values = {"type" if key == "rope_type" else key: value for key, value in found.items() if value is not None}
-        if found.get("type") not in (None, values.get("type")):
-            raise _contradiction(f"{entry}.type", found["type"], "its rope_type", values["type"])
-        values.setdefault("type", "default")
-        for key in sorted(fields.keys() & values.keys()):
-            if fields[key] != values[key]:
-                raise _contradiction(f"{entry}.{key}", values[key], f"rope_parameters.{key}", fields[key])
-        if fields and (fields.keys() ^ values.keys()) - {"rope_theta", "partial_rotary_factor"}:
-            raise _contradiction(entry, values, "rope_parameters", fields)
-        fields |= values
-    theta = config.get("rope_theta")
-    if theta is not None and "rope_theta" in fields and fields["rope_theta"] != theta:
-        raise _contradiction("rope_theta", theta, "the one beside its scaling", fields["rope_theta"])
-    if theta is not None:
-        fields["rope_theta"] = theta
-    kind = fields.pop("type", "default")
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        raise unsupported("rope_scaling", reprlib.repr(kind), "default, linear or llama3")
-    if fields.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise unsupported("rope_parameters.partial_rotary_factor", "not 1.0", "rotation of whole heads")
-    return fields, kind
-
-
-def _contradiction(one: str, value: Any, other: str, second: Any) -> ModelError:
-    return ModelError(
-        f"config.json contradicts itself: {one} is {reprlib.repr(value)} and {other} is {reprlib.repr(second)}; "
-        "copy the model folder again from its publisher."
-    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +53,21 @@ class LlamaConfig:
     """Sliding window of each layer in tokens: a token sees itself and the window - 1 tokens before it. None: it sees all."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    # What follows differs from Llama in some families (families.py); the defaults are Llama's.
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
+    """RoPE of each layer, None for a layer that rotates nothing; empty where all layers have `rope`."""
+    activation: str = "silu"
+    """What the MLP's gate goes through: silu or gelu_tanh."""
+    norm_offset: float = 0.0
+    """Number added to the weights of all norms when they are loaded."""
+    post_norms: bool = False
+    """Norm also what attention and the MLP give, before it is added to the residual."""
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """Factor of attention's scores; None for 1 / sqrt(head_dim)."""
+    residual_scale: float = 1.0
+    """Factor of what attention and the MLP add to the residual."""
+    logit_divisor: float = 1.0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
@@ -160,32 +75,34 @@ class LlamaConfig:
 
         Raises ModelError, naming it, for an architecture or an option that this engine does not support.
         """
+        refuse_multimodal(config)
         model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise _unknown_architecture(config)
-        _refuse_unsupported(config)
+        family = FAMILIES[model_type]
+        refuse_unknown(config, "/".join(FAMILIES), family.all_keys)
+        config = family.complete(config)
+        family.check_options(config)
         hidden, heads = whole(config, "hidden_size", MAX_WIDTH), whole(config, "num_attention_heads", MAX_WIDTH)
         layers, bias = whole(config, "num_hidden_layers", MAX_LAYERS), flag(config, "attention_bias")
-        result = cls(
-            model_type=model_type,
-            hidden_size=hidden,
-            intermediate_size=whole(config, "intermediate_size", 8 * MAX_WIDTH),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=whole(config, "num_key_value_heads", MAX_WIDTH, heads),
-            head_dim=whole(config, "head_dim", MAX_WIDTH, 128 if model_type == "qwen3" else max(1, hidden // heads)),
-            vocab_size=whole(config, "vocab_size", MAX_VOCABULARY),
-            max_positions=whole(config, "max_position_embeddings", 2**31 - 1, 2048),
-            rms_norm_eps=real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
-            rope=RopeConfig.from_hf(config),
-            tie_embeddings=flag(config, "tie_word_embeddings"),
-            qkv_bias=model_type == "qwen2" or bias,
-            o_bias=model_type != "qwen2" and bias,
-            qk_norm=model_type == "qwen3",
-            windows=_windows(config, model_type, layers),
-            bos_token_id=next(iter(token_ids(config, "bos_token_id")), None),
-            eos_token_ids=token_ids(config, "eos_token_id"),
-        )
+        read: dict[str, Any] = {
+            "model_type": model_type,
+            "hidden_size": hidden,
+            "intermediate_size": whole(config, "intermediate_size", 8 * MAX_WIDTH),
+            "num_layers": layers,
+            "num_heads": heads,
+            "num_kv_heads": whole(config, "num_key_value_heads", MAX_WIDTH, heads),
+            "head_dim": whole(config, "head_dim", MAX_WIDTH, max(1, hidden // heads)),
+            "vocab_size": whole(config, "vocab_size", MAX_VOCABULARY),
+            "max_positions": whole(config, "max_position_embeddings", 2**31 - 1, 2048),
+            "rms_norm_eps": real(config, "rms_norm_eps", 0.0, 1.0, 1e-6),
+            "tie_embeddings": flag(config, "tie_word_embeddings"),
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "bos_token_id": next(iter(token_ids(config, "bos_token_id")), None),
+            "eos_token_ids": token_ids(config, "eos_token_id"),
+        }
+        result = cls(**{**read, **family.read(config, layers)})
         result._check()
         return result
 
@@ -195,6 +112,40 @@ class LlamaConfig:
                 f"config.json contradicts itself: {self.num_heads} attention heads over {self.num_kv_heads} key/value heads "
                 f"of {self.head_dim}; expected a multiple of the key/value heads and an even head size."
             )
+        rotated, factors = self.rope.rotated(self.head_dim), len(self.rope.short_factors)
+        if rotated % 2 or rotated < 2 or factors not in (0, rotated // 2):
+            raise ModelError(
+                f"config.json contradicts itself: {rotated} of {self.head_dim} numbers of a head are rotated, with {factors} "
+                "factors; expected an even number, and a factor for each pair."
+            )
+
+    @property
+    def ropes(self) -> tuple[RopeConfig | None, ...]:
+        """Return the RoPE of each layer; None for a layer that rotates nothing."""
+        return self.layer_ropes or (self.rope,) * self.num_layers
+
+    def unlike_llama(self) -> tuple[tuple[str, Any], ...]:
+        """Return the fields, and those of its RoPE, that no Llama, Mistral or Qwen had when digests were first written.
+
+        Only those that differ from their defaults: a digest of an older family stays as it was.
+        """
+        unusual: list[tuple[str, Any]] = []
+        for of, first in ((self, "layer_ropes"), (self.rope, "rotary_share")):
+            each = [(one.name, getattr(of, one.name), one.default) for one in fields(of)]
+            later = each[[name for name, *_ in each].index(first) :]
+            unusual += [(name, value) for name, value, usual in later if value != usual]
+        return tuple(unusual)
+
+    @property
+    def score_scale(self) -> float:
+        """Return the factor of attention's scores."""
+        return 1.0 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
+
+    @property
+    def has_llama_layers(self) -> bool:
+        """Return True if each layer computes what one of Llama's or Qwen's does, with its own window."""
+        unusual = self.layer_ropes or self.post_norms or self.activation != "silu" or self.residual_scale != 1.0
+        return not (unusual or self.rope.rotary_share != 1.0 or self.rope.query_beta)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out_features, in_features) of each linear of a layer, by its name."""
@@ -216,8 +167,16 @@ class LlamaConfig:
 
     @property
     def longest_row(self) -> int:
-        """Return the most tokens of a row. Linear RoPE scaling is counted in: most configs give the positions before it."""
-        return int(self.max_positions * self.rope.factor) if self.rope.kind == "linear" else self.max_positions
+        """Return the most tokens of a row.
+
+        Linear scaling is counted in, since most configs give the positions before it, and so is YaRN's. Longrope's other
+        factors, for rows beyond the original context, are not used.
+        """
+        if self.rope.kind == "linear":
+            return int(self.max_positions * self.rope.factor)
+        if self.rope.kind == "yarn":
+            return max(self.max_positions, int(self.rope.original_max_positions * self.rope.factor))
+        return min(self.max_positions, self.rope.original_max_positions) if self.rope.kind == "longrope" else self.max_positions
 
     @property
     def parameters(self) -> int:
@@ -228,45 +187,16 @@ class LlamaConfig:
 def _unknown_architecture(config: dict[str, Any]) -> ModelError:
     if config.get("model_type") is None:
         return ModelError(
-            f"config.json has no model_type, so its architecture is unknown; expected one of {', '.join(ARCHITECTURES)}. Copy "
+            f"config.json has no model_type, so its architecture is unknown; expected one of {', '.join(FAMILIES)}. Copy "
             "the model folder again."
         )
     named = config.get("architectures")
     found = named[0] if isinstance(named, list) and named else config.get("model_type")
+    known = ", ".join(sorted(family.architecture for family in FAMILIES.values()))
     return ModelError(
-        f"Unsupported architecture {reprlib.repr(found)}; edgetune runs {', '.join(sorted(ARCHITECTURES.values()))}. "
+        f"Unsupported architecture {reprlib.repr(found)}; edgetune runs {known}. "
         "Type `edgetune models` to see what on this machine it can use."
     )
-
-
-def _refuse_unsupported(config: dict[str, Any]) -> None:
-    refuse_unknown(config, "/".join(ARCHITECTURES))
-    for option, plain, expected in (
-        ("hidden_act", ("silu", "swish"), "silu"),
-        ("mlp_bias", (False,), "false"),
-        ("attention_dropout", (0,), "0"),
-        ("rope_interleaved", (False,), "false"),
-        ("partial_rotary_factor", (1,), "1.0"),
-    ):
-        found = config.get(option)
-        if found is not None and (isinstance(found, list | dict) or found not in plain):
-            raise unsupported(option, reprlib.repr(found), expected)
-
-
-def _windows(config: dict[str, Any], model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Return each layer's sliding window, which the four architectures spell differently."""
-    qwen, used = model_type in ("qwen2", "qwen3"), flag(config, "use_sliding_window")
-    found = config.get("sliding_window", _MISTRAL_WINDOW if model_type == "mistral" else None)
-    if found is None or model_type == "llama" or (qwen and not used):
-        return (None,) * layers
-    window = whole({"sliding_window": found}, "sliding_window", 2**31 - 1)
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = whole(config, "max_window_layers", 2**31 - 1, 28, least=0) if qwen else 0
-        return tuple(window if layer >= first else None for layer in range(layers))
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= _LAYER_TYPES:
-        raise unsupported("layer_types", reprlib.repr(kinds), f"{layers} of {', '.join(sorted(_LAYER_TYPES))}")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Read config.json's keys safely: pass over those that change no logit, refuse the others by name, check every value.
 
-transformers' classes of the four architectures read the keys in SUPPORTED and no others when they compute logits. A key that
-they do not read is harmless there, but it can say that the model needs code of its own ("logit_scale", "use_qk_norm"). So an
-unknown key is refused unless it is known to be bookkeeping, is named like bookkeeping, or has a value that switches it off.
+transformers' classes of Llama, Mistral and Qwen read the keys in SUPPORTED and no others when they compute logits; the other
+families have keys of their own beside them (families.py). A key that they do not read is harmless there, but it can say that
+the model needs code of its own ("logit_scale", "use_qk_norm"). So an unknown key is refused unless it is known to be
+bookkeeping, is named like bookkeeping, or has a value that switches it off.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from edgetune.runtime.errors import ModelError
@@ -70,9 +72,12 @@ _HARMLESS_NAMES = re.compile(
 _NEUTRAL: tuple[Any, ...] = (None, False, "", [], {})
 
 
-def refuse_unknown(config: dict[str, Any], families: str) -> None:
-    """Raise ModelError, which names them, for keys that could change a logit and that edgetune does not know."""
-    known = _BOOKKEEPING | _GENERATION | SUPPORTED
+def refuse_unknown(config: Mapping[str, Any], families: str, own: frozenset[str]) -> None:
+    """Raise ModelError, which names them, for keys that could change a logit and that edgetune does not know.
+
+    own: keys of the model's family that Llama has not.
+    """
+    known = _BOOKKEEPING | _GENERATION | SUPPORTED | own
     unknown = sorted(
         key[:80]
         for key, value in config.items()
@@ -95,7 +100,7 @@ def unsupported(option: str, found: str, expected: str) -> ModelError:
     return ModelError(f"config.json's {option} is {found}, which edgetune does not support; expected {expected}.")
 
 
-def whole(config: dict[str, Any], key: str, most: int, default: int | None = None, least: int = 1) -> int:
+def whole(config: Mapping[str, Any], key: str, most: int, default: int | None = None, least: int = 1) -> int:
     """Return a whole number of config.json, `least` to `most`; `default` where the key is absent or null.
 
     Raises ModelError for any other value, and for a missing one without a default.
@@ -106,7 +111,7 @@ def whole(config: dict[str, Any], key: str, most: int, default: int | None = Non
     return value
 
 
-def real(config: dict[str, Any], key: str, least: float, most: float, default: float | None = None) -> float:
+def real(config: Mapping[str, Any], key: str, least: float, most: float, default: float | None = None) -> float:
     """Return a number of config.json that is more than `least` and at most `most`. Raises ModelError as `whole` does."""
     value = _present(config, key, default)
     if type(value) not in (int, float) or not (least < value <= most and math.isfinite(float(value))):
@@ -114,7 +119,7 @@ def real(config: dict[str, Any], key: str, least: float, most: float, default: f
     return float(value)
 
 
-def flag(config: dict[str, Any], key: str) -> bool:
+def flag(config: Mapping[str, Any], key: str) -> bool:
     """Return a yes or no of config.json, no where the key is absent or null. Raises ModelError for any other value."""
     value = _present(config, key, False)
     if type(value) is not bool:
@@ -122,7 +127,7 @@ def flag(config: dict[str, Any], key: str) -> bool:
     return value
 
 
-def token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
+def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     """Return the token ids under a key: a number, a list of numbers, or none (null or -1). Raises ModelError for others."""
     value = config.get(key)
     found = value if isinstance(value, list) else [] if value is None else [value]
@@ -131,7 +136,7 @@ def token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
     return tuple(item for item in found if item >= 0)
 
 
-def _present(config: dict[str, Any], key: str, default: Any) -> Any:
+def _present(config: Mapping[str, Any], key: str, default: Any) -> Any:
     value = config.get(key)
     if value is None:
         value = default

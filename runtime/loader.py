@@ -10,10 +10,10 @@ from torch import Tensor
 
 from edgetune.runtime import nf4, vocabulary
 from edgetune.runtime.checkpoint import Checkpoint
-from edgetune.runtime.config import LINEARS, QuantConfig
+from edgetune.runtime.config import LINEARS, LlamaConfig, QuantConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.linear import Linear
-from edgetune.runtime.model import Block, Llama
+from edgetune.runtime.model import Block, Llama, final_norm_weight, norm_weight
 from edgetune.runtime.names import (
     EMBEDDING,
     FINAL_NORM,
@@ -67,7 +67,9 @@ def load_llama(
     for layer in range(config.num_layers):
         progress(layer, config.num_layers)
         tensors = {
-            name: weight if streams and is_linear(name) else _placed(layer_tensor(layer, name), weight, dtype, device, quant)
+            name: weight
+            if streams and is_linear(name)
+            else _placed(layer_tensor(layer, name), weight, config, dtype, device, quant)
             for name, weight in checkpoint.block_tensors(layer).items()
         }
         blocks.append(Block(config, layer, tensors))
@@ -84,7 +86,7 @@ def load_llama(
     if isinstance(head, Tensor) and head.dtype != dtype:
         head = head.to(dtype)
         checkpoint.release(head_name)
-    norm = checkpoint.dense(FINAL_NORM).to(device, torch.float32)
+    norm = final_norm_weight(checkpoint.dense(FINAL_NORM), config).to(device)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)
 
 
@@ -161,12 +163,16 @@ def _paged_weight(checkpoint: Checkpoint, name: str, linear: Linear, device: tor
     return PagedWeight(linear, tuple(parts), make, placeholder)
 
 
-def _placed(name: str, weight: Weight, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None) -> Weight:
+def _placed(
+    name: str, weight: Weight, config: LlamaConfig, dtype: torch.dtype, device: torch.device, quant: QuantConfig | None
+) -> Weight:
     """Return a layer's tensor on `device`: a linear dense or as NF4, a norm in fp32, a bias in the compute dtype."""
     if not isinstance(weight, Tensor):
         return weight if device.type == "cpu" else weight.to(device)
+    if name.endswith("norm.weight"):
+        return norm_weight(weight, config).to(device)
     if not is_linear(name):
-        return weight.to(device, torch.float32 if name.endswith("norm.weight") else dtype)
+        return weight.to(device, dtype)
     if quant is None:
         return weight.to(device, dtype)
     try:

@@ -1,4 +1,4 @@
-"""Define Llama: one decoder for LLaMA 1-3.2, TinyLlama, SmolLM2, Mistral, Qwen2/2.5 and Qwen3.
+"""Define Llama: one decoder for every family of models. families.py says how each differs from Llama, as fields of LlamaConfig.
 
 The shape legend of the whole engine:
 
@@ -12,7 +12,6 @@ but the adapters' are frozen. A block is forward(h, ctx) -> h; only runner.py lo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.runtime import ops, vocabulary
-from edgetune.runtime.config import LINEARS, LlamaConfig, RopeConfig
+from edgetune.runtime.config import LINEARS, LlamaConfig
 from edgetune.runtime.linear import AnyLinear, Linear
-from edgetune.runtime.names import ATTENTION_NORM, K_NORM, MLP_NORM, Q_NORM, hf_linear_name
-from edgetune.runtime.ops_types import AttentionGradients, AttentionInputs, Segment, Weight
+from edgetune.runtime.names import (
+    ATTENTION_NORM,
+    K_NORM,
+    MLP_NORM,
+    POST_ATTENTION_NORM,
+    POST_MLP_NORM,
+    PRE_MLP_NORM,
+    Q_NORM,
+    hf_linear_name,
+)
+from edgetune.runtime.ops_types import AttentionGradients, AttentionInputs, Rotation, Segment, Weight
 from edgetune.runtime.pager import Pager, Resident
-from edgetune.runtime.project import Identity, Norm, ProjectPlan, SwiGlu, project
+from edgetune.runtime.project import GATED, Identity, Norm, ProjectPlan, project
+from edgetune.runtime.rope import rotations
 from edgetune.runtime.vocabulary import Embedding, Head, StoredRows
 
 
@@ -54,34 +63,32 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Context:
-    """The inputs of a block beside its hidden state; cos and sin (N, hd/2) are f32."""
+    """The inputs of a block beside its hidden state."""
 
-    cos: Tensor
-    sin: Tensor
+    rotations: Sequence[Rotation | None]
+    """Of each layer; None for one that rotates nothing."""
     segments: Sequence[Segment]
     plan: ProjectPlan
     cache: KVCache | None = None
 
 
-def rope_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Return RoPE's angle per position, f64 (hd/2,). RoFormer (arXiv 2104.09864); llama3 scaling as released with Llama 3.1."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    frequencies = 1.0 / (torch.tensor(config.theta, dtype=torch.float64) ** exponents)
-    if config.kind == "linear":
-        return frequencies / config.factor
-    if config.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        low, high = config.low_freq_factor, config.high_freq_factor
-        smooth = ((config.original_max_positions / wavelengths - low) / (high - low)).clamp(0, 1)
-        return (1 - smooth) * frequencies / config.factor + smooth * frequencies
-    return frequencies
+def norm_weight(weight: Tensor, config: LlamaConfig) -> Tensor:
+    """Return a norm's weight as it is multiplied, in f32: as it is stored, plus the number that some families add."""
+    return weight.float() + config.norm_offset if config.norm_offset else weight.float()
+
+
+def final_norm_weight(weight: Tensor, config: LlamaConfig) -> Tensor:
+    """Return the last norm's weight in f32, over the number that divides logits: a head of the quotient gives the same."""
+    return norm_weight(weight, config) / config.logit_divisor
 
 
 class Block(nn.Module):
-    """One transformer layer: attention and SwiGLU, each after an RMSNorm and inside a residual."""
+    """One transformer layer: attention and a gated MLP, each after an RMSNorm and inside a residual."""
 
     attn_norm: Tensor
     mlp_norm: Tensor
+    post_attn_norm: Tensor | None
+    post_mlp_norm: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
     q_proj: AnyLinear
@@ -97,12 +104,15 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         dense = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        self.attn_norm, self.mlp_norm = dense[ATTENTION_NORM], dense[MLP_NORM]
+        four = config.post_norms
+        self.attn_norm, self.mlp_norm = dense[ATTENTION_NORM], dense[PRE_MLP_NORM if four else MLP_NORM]
+        self.post_attn_norm = dense[POST_ATTENTION_NORM] if four else None
+        self.post_mlp_norm = dense[POST_MLP_NORM] if four else None
         self.q_norm, self.k_norm = dense.get(Q_NORM), dense.get(K_NORM)
         for name in LINEARS:
             path = hf_linear_name(name)
             self.add_module(name, Linear(tensors[f"{path}.weight"], dense.get(f"{path}.bias")))
-        self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.scale, self.gated = config.score_scale, GATED[config.activation]
 
     def linears(self) -> dict[str, AnyLinear]:
         """Return the seven linears by name."""
@@ -111,12 +121,22 @@ class Block(nn.Module):
     def forward(self, h: Tensor, ctx: Context) -> Tensor:
         """Run the layer on h (N, D); return (N, D)."""
         plan, eps = ctx.plan, self.config.rms_norm_eps
-        # In a recomputation (values=False) the backward needs the values of every product but the last.
+        # In a recomputation (values=False) the backward needs the values of every product but the last, and of that one too
+        # where a norm follows it.
         inner = replace(plan, values=True)
+        last = plan if self.post_mlp_norm is None else inner
         qkv = project(h, Norm(self.attn_norm, eps), (self.q_proj, self.k_proj, self.v_proj), inner)
-        h = h + project(self.attend(qkv, ctx), Identity(), (self.o_proj,), inner.numbered(3))
+        attended = project(self.attend(qkv, ctx), Identity(), (self.o_proj,), inner.numbered(3))
+        h = self.add(h, attended, self.post_attn_norm)
         gate_up = project(h, Norm(self.mlp_norm, eps), (self.gate_proj, self.up_proj), inner.numbered(4))
-        return h + project(gate_up, SwiGlu(), (self.down_proj,), plan.numbered(6))
+        return self.add(h, project(gate_up, self.gated, (self.down_proj,), last.numbered(6)), self.post_mlp_norm)
+
+    def add(self, h: Tensor, part: Tensor, norm: Tensor | None) -> Tensor:
+        """Return the residual h plus `part`, both (N, D), which the model may norm and scale first."""
+        if norm is not None:
+            part = _RmsNorm.apply(part, norm, self.config.rms_norm_eps)
+        scale = self.config.residual_scale
+        return h + part if scale == 1.0 else h + part * scale
 
     def attend(self, qkv: Tensor, ctx: Context) -> Tensor:
         """Run attention on qkv (N, (H + 2 KV) hd), which is rotated in place; return (N, H hd)."""
@@ -139,10 +159,22 @@ class Block(nn.Module):
         return qkv.view(qkv.shape[0], heads + 2 * kv, self.config.head_dim).split((heads, kv, kv), dim=1)
 
     def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Apply the per-head norm where the model has one, then RoPE; without a norm q and k are changed in place."""
+        """Apply the per-head norm where the model has one, then RoPE; without a norm q and k are changed in place.
+
+        RoPE may rotate only the first numbers of each head, or nothing.
+        """
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._head_norm(q, self.q_norm), self._head_norm(k, self.k_norm)
-        return ops.rope_(q, ctx.cos, ctx.sin), ops.rope_(k, ctx.cos, ctx.sin)
+        self.rope_(q, k, ctx)
+        return q, k
+
+    def rope_(self, q: Tensor, k: Tensor, ctx: Context, inverse: bool = False) -> None:
+        """Rotate q (N, H, hd) and k (N, KV, hd) in place; inverse: the gradients of that."""
+        rotation = ctx.rotations[self.layer]
+        if rotation is not None:
+            size = 2 * rotation.k_cos.shape[1]
+            ops.rope_(q[..., :size], rotation.q_cos, rotation.q_sin, inverse)
+            ops.rope_(k[..., :size], rotation.k_cos, rotation.k_sin, inverse)
 
     def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return ops.rms_norm(x.reshape(-1, x.shape[2]), weight, self.config.rms_norm_eps).view(x.shape)
@@ -151,6 +183,21 @@ class Block(nn.Module):
         """Return the gradient of the per-head norm's input x, given dx of its output; all (N, heads, hd)."""
         flat = dx.reshape(-1, x.shape[2]), x.reshape(-1, x.shape[2])
         return ops.rms_norm_backward(*flat, weight, self.config.rms_norm_eps).view(x.shape)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """A norm that no product follows, as a node of autograd; the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return ops.rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return ops.rms_norm_backward(dy, x, weight, ctx.eps), None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -175,8 +222,7 @@ class _Attend(torch.autograd.Function):
         dq, dk, dv = block.split_heads(gradient)
         inputs = AttentionInputs(q, k, v, context.segments, block.window, block.scale)
         ops.attention_backward(inputs, o, lse, do.view(q.shape), AttentionGradients(dq, dk, dv))
-        ops.rope_(dq, context.cos, context.sin, inverse=True)
-        ops.rope_(dk, context.cos, context.sin, inverse=True)
+        block.rope_(dq, dk, context, inverse=True)
         if raw:
             dq.copy_(block.head_norm_backward(dq, raw[0], block.q_norm))
             dk.copy_(block.head_norm_backward(dk, raw[1], block.k_norm))
@@ -203,7 +249,6 @@ class Llama(nn.Module):
         self.embedding, self.norm, self.head = embedding, norm, head
         self.pager = pager or Resident()
         self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
-        self.frequencies = rope_frequencies(config.rope, config.head_dim)
 
     @property
     def device(self) -> torch.device:
@@ -221,14 +266,13 @@ class Llama(nn.Module):
             self.head = self.head.to(dtype)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Look up input_ids (N,); return h (N, D) in the compute dtype."""
-        return vocabulary.rows(self.embedding, input_ids, self.dtype)
+        """Look up input_ids (N,); return h (N, D) in the compute dtype, scaled where the model says so."""
+        h, scale = vocabulary.rows(self.embedding, input_ids, self.dtype), self.config.embedding_scale
+        return h if scale == 1.0 else h * torch.tensor(scale, dtype=self.dtype, device=h.device)
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (N, hd/2) f32 of positions (N,)."""
-        # In f64, since the angles of far positions are large, and on the CPU, since MPS has no f64.
-        angles = positions.cpu().double().unsqueeze(1) * self.frequencies
-        return angles.cos().float().to(self.device), angles.sin().float().to(self.device)
+    def rotations(self, positions: Tensor) -> tuple[Rotation | None, ...]:
+        """Return each layer's rotation of positions (N,); None for a layer that rotates nothing."""
+        return rotations(self.config, positions, self.device)
 
     def logits(self, h: Tensor) -> Tensor:
         """Apply the final norm and the head to the last block's output h (N, D); return logits (N, V) in the compute dtype."""

@@ -9,14 +9,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from edgetune.runtime.checkpoint import INDEX, WEIGHTS
+from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import atomic_write, explain_full_disk
+from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
 from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
 from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
@@ -57,6 +60,35 @@ class Recipe(Protocol):
 
     def release(self, name: str) -> None:
         """Free what the tensor was made from: it is not needed again."""
+
+
+@dataclass(frozen=True)
+class FusedRecipe:
+    """The Recipe (model_folder.py) of a dense model whose family joins linears; `recipe` makes the linears."""
+
+    recipe: Recipe
+    parts: Mapping[str, tuple[str, ...]]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: LlamaConfig) -> FusedRecipe:
+        """Return the recipe that joins what `recipe` makes where the family does so."""
+        return cls(recipe, fused_weights(config), fused_shapes(config, recipe.shapes))
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        if name not in self.parts:
+            return self.recipe.specs(name)
+        return [TensorSpec(name, self.recipe.specs(self.parts[name][0])[0].dtype, self.shapes[name])]
+
+    def tensors(self, name: str) -> Mapping[str, Tensor | Iterable[Tensor]]:
+        if name not in self.parts:
+            return self.recipe.tensors(name)
+        made = [self.recipe.tensors(part)[part] for part in self.parts[name]]
+        return {name: [piece for linear in made for piece in ([linear] if isinstance(linear, Tensor) else linear)]}
+
+    def release(self, name: str) -> None:
+        for part in self.parts.get(name, (name,)):
+            self.recipe.release(part)
 
 
 def shard_specs(recipe: Recipe, names: Sequence[str]) -> list[TensorSpec]:

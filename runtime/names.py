@@ -11,8 +11,11 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 """The three tensors outside the layers. A model with tied embeddings has no HEAD: it uses EMBEDDING."""
 ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 """The norms before attention and before the MLP, by their names inside a layer."""
+POST_ATTENTION_NORM = MLP_NORM
+PRE_MLP_NORM, POST_MLP_NORM = "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"
+"""The other three of a model with four norms a layer (Gemma 3), where the second name stands for another norm."""
 Q_NORM, K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
-"""The norms of each head's queries and keys (Qwen3 alone), by their names inside a layer."""
+"""The norms of each head's queries and keys (Qwen3 and Gemma 3), by their names inside a layer."""
 LINEAR_WEIGHT = "_proj.weight"
 """Ends the name of every linear's weight, and stands in the names of all parts of a 4-bit one."""
 

@@ -234,7 +234,7 @@ def project_backward(
     return backend_for(dy.device).project_backward(dy, x, reduced, linears, gradients, int8)
 
 
-# ---- norms, SwiGLU, RoPE, dropout, loss ----
+# ---- norms, SwiGLU and GeGLU, RoPE, dropout, loss ----
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -267,8 +267,28 @@ def swiglu_backward(dact: Tensor, gate_up: Tensor) -> Tensor:
     return out
 
 
+def geglu(gate_up: Tensor) -> Tensor:
+    """Return gelu(gate) * up (N, F), gelu approximated with tanh, where gate_up (N, 2F) has gate in its left half."""
+    _check_matrix(gate_up, "gate_up")
+    gate, up = gate_up.chunk(2, dim=1)
+    return backend_for(gate_up.device).geglu(gate, up)
+
+
+def geglu_backward(dact: Tensor, gate_up: Tensor) -> Tensor:
+    """Return the gradient (N, 2F) of geglu's input, given the gradient dact (N, F) of its output."""
+    _check(dact.shape[1] * 2 == gate_up.shape[1], "dact is {}; gate_up {}", tuple(dact.shape), tuple(gate_up.shape))
+    gate, up = gate_up.chunk(2, dim=1)
+    out = torch.empty_like(gate_up)
+    dgate, dup = out.chunk(2, dim=1)
+    backend_for(gate_up.device).geglu_backward(dact, gate, up, dgate, dup)
+    return out
+
+
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate x (N, heads, hd) in place by cos and sin (N, hd/2) f32; inverse: rotate back, which is the gradient."""
+    """Rotate x (N, heads, hd) in place by cos and sin (N, hd/2) f32; x may be a part of wider heads.
+
+    inverse: turn the gradient of the result into that of x.
+    """
     _check(cos.shape == sin.shape == (x.shape[0], x.shape[2] // 2), "cos is {}; x {}", tuple(cos.shape), tuple(x.shape))
     return backend_for(x.device).rope_(x, cos, sin, inverse)
 

@@ -47,6 +47,19 @@ class Segment(NamedTuple):
         return cls(start, end, start, end)
 
 
+class Rotation(NamedTuple):
+    """The cosines and sines (N, rotated/2) f32 by which RoPE rotates queries and keys.
+
+    Factors of cosines and sines are multiplied in, also those that only queries have. `rotated` is hd, or less where a part of
+    each head is left as it is.
+    """
+
+    q_cos: Tensor
+    q_sin: Tensor
+    k_cos: Tensor
+    k_sin: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
     """The inputs of causal attention over packed documents.
@@ -117,6 +130,10 @@ class DecoderBlock(Protocol):
     @property
     def k_norm(self) -> Tensor | None: ...
     @property
+    def post_attn_norm(self) -> Tensor | None: ...
+    @property
+    def post_mlp_norm(self) -> Tensor | None: ...
+    @property
     def q_proj(self) -> DecoderLinear: ...
     @property
     def k_proj(self) -> DecoderLinear: ...
@@ -155,8 +172,8 @@ class DecoderModel(Protocol):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look up input_ids (N,); return (N, D) in the compute dtype."""
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (N, hd/2) f32 of positions (N,)."""
+    def rotations(self, positions: Tensor) -> Sequence[Rotation | None]:
+        """Return each layer's rotation of positions (N,); None for a layer that rotates nothing."""
 
     def logits(self, h: Tensor) -> Tensor:
         """Apply the final norm and the head to h (N, D); return (N, V)."""
@@ -216,6 +233,8 @@ class Backend(Protocol):
     def rms_norm_backward(self, dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tensor: ...
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
     def swiglu_backward(self, dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None: ...
+    def geglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
+    def geglu_backward(self, dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None: ...
     def rope_(self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor: ...
     def dropout(self, x: Tensor, p: float, key: int) -> Tensor: ...
     def cross_entropy_(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor: ...

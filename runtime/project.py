@@ -71,6 +71,20 @@ class SwiGlu:
         return ops.swiglu_backward(dx, h)
 
 
+class GeGlu:
+    """x = gelu(gate) * up, where h = (gate | up) and gelu is approximated with tanh."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ops.geglu(h)
+
+    def backward(self, dx: Tensor, h: Tensor) -> Tensor:
+        return ops.geglu_backward(dx, h)
+
+
+GATED: dict[str, Prologue] = {"silu": SwiGlu(), "gelu_tanh": GeGlu()}
+"""The gates of the MLP by the name of their activation in LlamaConfig."""
+
+
 class Panel:
     """One buffer that 4-bit weights are dequantised into, layer after layer: (out, in) in the compute dtype."""
 

@@ -27,6 +27,7 @@ from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import one_thread
 from edgetune.runtime.errors import ModelError, SettingError, UsageError
 from edgetune.runtime.files import explain_full_disk, is_ours, sync_folder
+from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
     check_space,
@@ -69,9 +70,11 @@ class _Recipe:
     shapes: dict[str, tuple[int, ...]]
     double_quant: bool
     head: str
+    fused: dict[str, tuple[str, ...]]
+    """The linears that lie in each matrix which the family stores as one: it is quantised as one, as its readers expect."""
 
     def becomes_nf4(self, name: str) -> bool:
-        return is_linear(name) or (name == HEAD and self.head == "nf4")
+        return is_linear(name) or name in self.fused or (name == HEAD and self.head == "nf4")
 
     def specs(self, name: str) -> list[TensorSpec]:
         if self.becomes_nf4(name):
@@ -79,7 +82,10 @@ class _Recipe:
         return [TensorSpec(name, torch.bfloat16, self.shapes[name])]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        weight = self.checkpoint.dense(name)
+        parts = self.fused.get(name, (name,))
+        weight = (
+            self.checkpoint.dense(parts[0]) if len(parts) == 1 else torch.cat([self.checkpoint.dense(part) for part in parts])
+        )
         if not self.becomes_nf4(name):
             return {name: weight}
         try:
@@ -88,7 +94,8 @@ class _Recipe:
             raise ModelError(f"{name} of {self.checkpoint.folder} cannot be quantised: {error}.") from error
 
     def release(self, name: str) -> None:
-        self.checkpoint.release(name)
+        for part in self.fused.get(name, (name,)):
+            self.checkpoint.release(part)
 
 
 def nf4_specs(name: str, shape: tuple[int, ...], double_quant: bool = True) -> list[TensorSpec]:
@@ -139,15 +146,16 @@ def quantize_folder(
     checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
     if has_tokenizer(src):
         Tokenizer.load(src)  # a tokenizer that does not fit the model is refused before the hours of work
-    recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
+    config = checkpoint.config
+    recipe = _Recipe(checkpoint, fused_shapes(config, model_shapes(config)), double_quant, head, fused_weights(config))
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
         partial = _partial_folder(checkpoint, dest, [double_quant, shard_bytes, head])
         _check_space(partial, dest, recipe, shards)
         _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
-        config = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
-        config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
-        write_companions(src, partial, config, recipe, shards)
+        settings = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
+        settings |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
+        write_companions(src, partial, settings, recipe, shards)
         _publish(partial, dest)
     parameters = sum(map(math.prod, recipe.shapes.values()))
     size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))

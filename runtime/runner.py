@@ -188,9 +188,9 @@ class Runner:
         return h
 
     def _context(self, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Context:
-        cos, sin = self.model.rope(positions)
+        rotations = self.model.rotations(positions)
         plan = ProjectPlan(self.panel, save_input=self.recompute is Recompute.NONE)
-        return Context(cos, sin, segments, plan, cache)
+        return Context(rotations, segments, plan, cache)
 
     @staticmethod
     def _layer_context(ctx: Context, block: Block, dropout_key: int | None) -> Context:

@@ -134,7 +134,7 @@ def exported(base: Checkpoint, path: Path, kind: str) -> None:
     write_model(Job(base, "model", None, kind), path, kind, lambda writer: writer.add_tokenizer_model("no_vocab"))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in tiny.UNLIKE_LLAMA])
 def test_a_model_that_edgetune_exports_comes_back_with_the_same_numbers_and_config(family: str, tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "model", family, max_position_embeddings=16)  # within the window of those that have one
     base = open_model(tmp_path / "model")

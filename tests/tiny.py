@@ -33,6 +33,19 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 16, "beta_fast": 4.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    "num_hidden_layers": 3,
+}  # fmt: skip
+DENSE_GRANITE_4 = {
+    "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 80, "layer_types": ["full_attention"] * 3,
+    "mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_state": 8,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-1": ("Llama", {"num_key_value_heads": 4}),
     "llama-2-grouped": ("Llama", {"rms_norm_eps": 1e-5}),
@@ -46,7 +59,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2.5-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-}
+    "qwen3-yarn": ("Qwen3", {"head_dim": 32, "rope_parameters": YARN_ROPE}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 16,
+            "tie_word_embeddings": False, "pad_token_id": 0,
+        },
+    ),
+    "granite-3": ("Granite", GRANITE),
+    "granite-4": ("GraniteMoeHybrid", {**GRANITE, **DENSE_GRANITE_4, "position_embedding_type": "rope"}),
+    "granite-4-nope": ("GraniteMoeHybrid", {**GRANITE, **DENSE_GRANITE_4}),
+    "ministral3": ("Ministral3", {"head_dim": 24, "rope_parameters": MINISTRAL_ROPE}),
+    "phi3": ("Phi3", {"sliding_window": 16, "pad_token_id": 0}),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "num_hidden_layers": 3, "tie_word_embeddings": True, "pad_token_id": 0, "head_dim": 16,
+            "original_max_position_embeddings": 128, "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.25, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            },
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 16,
+            "sliding_window_pattern": 3, "tie_word_embeddings": True, "pad_token_id": 0,
+        },
+    ),
+    "gemma3-scaled": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True, "pad_token_id": 0,
+            "layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+}  # fmt: skip
+UNLIKE_LLAMA = list(FAMILIES)[list(FAMILIES).index("qwen3-yarn") :]
+"""The families whose layers or whose RoPE are not Llama's or Qwen's."""
 
 
 def transformers_model(family: str, **changes: Any) -> Any:
@@ -56,7 +112,7 @@ def transformers_model(family: str, **changes: Any) -> Any:
     name, own = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **own, **changes}, attn_implementation="eager")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for tensor_name, tensor in model.named_parameters():
             if "norm" in tensor_name or tensor_name.endswith("bias"):

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from edgetune.conversion.families import FAMILIES
 from edgetune.export.gguf.names import is_rotated, tensor_name, to_llama_rows
 
 gguf = pytest.importorskip("gguf")
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "ministral3": "mistral3"}
+"""llama.cpp's names of architectures where they are not those of config.json."""
 SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 """Sizes of a tiny model that fill whole blocks of every type."""
 _SCALES = {
@@ -50,9 +53,10 @@ def write_gguf(
     extra: more tensors, by their names in GGUF. keys: numbers, truth values and texts under the architecture's name.
     """
     config = model.config
-    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    arch = _ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_a_part)
     writer.add_type("model")
+    writer.add_tokenizer_model("no_vocab")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -60,22 +64,25 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     for name, value in keys.items():
         writer.add_key_value(f"{arch}.{name}", value, _type_of(value))
+    modules = FAMILIES[arch].modules
     for number, (name, tensor) in enumerate(model.state_dict().items()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         rows = to_llama_rows(tensor, head_dim) if is_rotated(arch, name) else tensor
         if rows.dim() == 1:
-            writer.add_tensor(tensor_name(name), rows.numpy())
+            offset = 1.0 if arch == "gemma3" else 0.0
+            writer.add_tensor(tensor_name(name, modules), (rows + offset).numpy())
         else:
             raw = encoded(rows.contiguous(), kind, number)
-            writer.add_tensor(tensor_name(name), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(tensor_name(name, modules), raw, raw_dtype=gguf.GGMLQuantizationType[kind])
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()

@@ -30,7 +30,6 @@ from edgetune.runtime.model_folder import (
     write_index,
     write_shard,
 )
-from edgetune.runtime.names import is_linear
 from edgetune.runtime.quantize import nf4_specs, nf4_tensors
 from edgetune.runtime.safetensors_file import TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
@@ -77,13 +76,14 @@ class Recipe:
         return stored_bytes(self, list(self.shapes))
 
     def specs(self, name: str) -> list[TensorSpec]:
-        if self.form == "nf4" and is_linear(name):
+        if self.form == "nf4" and name in self.model.linears:
             return nf4_specs(name, self.shapes[name])
         return [TensorSpec(name, _DTYPES[self.form], self.shapes[name])]
 
     def tensors(self, name: str) -> Mapping[str, Tensor | Iterable[Tensor]]:
-        pieces = self.model.pieces(name)
-        return nf4_tensors(name, torch.cat(list(pieces))) if self.form == "nf4" and is_linear(name) else {name: pieces}
+        if self.form == "nf4" and name in self.model.linears:
+            return nf4_tensors(name, self.model.tensor(name))
+        return {name: self.model.pieces(name)}
 
     def release(self, name: str) -> None:
         """Do nothing: the file's pages are dropped as its tensors are read."""

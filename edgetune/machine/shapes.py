@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgetune.runtime.config import LlamaConfig, RopeConfig
+from edgetune.runtime.config import LlamaConfig
+from edgetune.runtime.rope_config import RopeConfig
 
 
 def _llama(

@@ -12,8 +12,8 @@ from torch import Tensor
 from edgetune.export.coreml.package import Array
 from edgetune.export.coreml.stored_weight import StoredWeight, checked_half
 from edgetune.runtime.config import LlamaConfig
-from edgetune.runtime.model import rope_frequencies
 from edgetune.runtime.names import ATTENTION_NORM, FINAL_NORM, K_NORM, MLP_NORM, Q_NORM, hf_linear_name, layer_tensor
+from edgetune.runtime.rope import rope_frequencies
 
 
 @dataclass(frozen=True)

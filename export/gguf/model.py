@@ -19,10 +19,11 @@ from edgetune.export.job import Job
 from edgetune.export.memory import PROCESS_BYTES, StageMemory
 from edgetune.export.merge import COPIES, merged
 from edgetune.runtime.checkpoint import model_shapes
-from edgetune.runtime.config import LlamaConfig, RopeConfig
+from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import PRIVATE_FILE
-from edgetune.runtime.model import rope_frequencies
+from edgetune.runtime.rope import rope_frequencies
+from edgetune.runtime.rope_config import RopeConfig
 
 KINDS = ("f32", "f16", "bf16", "q8_0")
 """Forms in which a model's matrices can be written."""

@@ -7,6 +7,7 @@ rows of q and k, and of the lora_B that adds to them, are in another order there
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from edgetune.runtime.names import EMBEDDING, FINAL_NORM, HEAD
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architecture for each model_type of Hugging Face."""
+_REORDERED = frozenset(["llama", "granite", "smollm3", "mistral3"])
+"""The architectures that have the rows of q and k in llama.cpp's order: those of LLAMA_ROPE_TYPE_NORM in llama-model.cpp."""
 LINEARS = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
@@ -49,19 +52,23 @@ def architecture(config: LlamaConfig) -> str:
     return name
 
 
-def tensor_name(name: str) -> str:
-    """Return the name of a tensor in GGUF, given its full Hugging Face name."""
+def tensor_name(name: str, modules: Mapping[str, str] | None = None) -> str:
+    """Return the name of a tensor in GGUF, given its full Hugging Face name.
+
+    modules: the names in GGUF of those modules of a layer that a family calls otherwise than LLaMA, or that LLaMA has not.
+    """
     if name in _OUTSIDE_LAYERS:
         return _OUTSIDE_LAYERS[name]
     found = _IN_LAYER.fullmatch(name)
     if found is None:
         raise ValueError(f"no tensor of a LLaMA is called {name}")
-    return f"blk.{found[1]}.{_MODULES[found[2]]}.{found[3]}"
+    module = {**_MODULES, **(modules or {})}[found[2]]
+    return f"blk.{found[1]}.{module}.{found[3]}"
 
 
 def is_rotated(arch: str, name: str) -> bool:
     """Return True if llama.cpp has the rows of this tensor or linear (by its Hugging Face name) in its own order."""
-    return arch == "llama" and ("q_proj" in name or "k_proj" in name)
+    return arch in _REORDERED and ("q_proj" in name or "k_proj" in name)
 
 
 def to_llama_rows(rows: Tensor, head_dim: int) -> Tensor:

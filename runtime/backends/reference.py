@@ -6,6 +6,7 @@ fp32 and rounded once, to nearest even, when they are stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,8 @@ __all__ = [
     "dequantize",
     "dropout",
     "fuses",
+    "geglu",
+    "geglu_backward",
     "int8_matvec",
     "int8_rows",
     "load",
@@ -45,6 +48,9 @@ __all__ = [
 
 NAME = "reference"
 MASK32 = 0xFFFFFFFF
+GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = GELU_LINEAR * 0.044715
+"""The two numbers of GELU's approximation with tanh (arXiv 1606.08415), doubled for a sigmoid."""
 
 
 def load() -> None:
@@ -134,8 +140,27 @@ def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: 
     dup.copy_((d * g * sigmoid).to(gate.dtype))
 
 
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) * up, all (N, F), with tanh's approximation: x sigmoid(z) (Hendrycks & Gimpel, arXiv 1606.08415)."""
+    g = gate.float()
+    return (g * torch.sigmoid(_gelu_slope(g)) * up.float()).to(gate.dtype)
+
+
+def geglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of gate and up (N, F) into dgate and dup."""
+    d, g, u = dact.float(), gate.float(), up.float()
+    sigmoid, rise = torch.sigmoid(_gelu_slope(g)), GELU_LINEAR + 3 * GELU_CUBIC * g.square()
+    dgate.copy_((d * u * sigmoid * (1 + g * rise * (1 - sigmoid))).to(gate.dtype))
+    dup.copy_((d * g * sigmoid).to(gate.dtype))
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    """Return z such that gelu(x) = x sigmoid(z), since (1 + tanh y) / 2 is sigmoid(2 y)."""
+    return x * (GELU_LINEAR + GELU_CUBIC * x.square())
+
+
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate x (N, heads, hd) in place by cos, sin (N, hd/2), pairing i with i + hd/2; `inverse` rotates back."""
+    """Rotate x (N, heads, hd) in place by cos, sin (N, hd/2), pairing i with i + hd/2; `inverse`: its gradient."""
     half = x.shape[-1] // 2
     a, b = x[..., :half].float(), x[..., half:].float()
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)

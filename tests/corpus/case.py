@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from tiny import save_trainable
 
 from edgetune.cli.main import cli, plain_failures
+from edgetune.conversion.convert import convert
 from edgetune.documents.reading import read_notes
 from edgetune.runtime import peft_folder
 from edgetune.runtime.checkpoint import open_model
@@ -109,14 +110,18 @@ class Place:
 
     def run(self, *arguments: str | Path, input: str | None = None) -> Outcome:
         """Run a command line in this process, with the same handling of failures as `main`."""
+        words = [str(argument) for argument in arguments]
+        return self.answer_of(lambda: cli.main(words, prog_name="edgetune"), input)
 
-        @click.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
-        @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-        def whole(words: tuple[str, ...]) -> None:
+    def answer_of(self, work: Callable[[], object], input: str | None = None) -> Outcome:
+        """Do some work in this process, with the same handling of failures as `main`."""
+
+        @click.command()
+        def whole() -> None:
             with plain_failures():
-                cli.main(list(words), prog_name="edgetune")
+                work()
 
-        result = CliRunner().invoke(whole, [str(argument) for argument in arguments], input=input)
+        result = CliRunner().invoke(whole, [], input=input)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Outcome(result.exit_code, result.stdout, result.stderr, self.answers)
@@ -129,6 +134,15 @@ class Place:
     def opens_as_plain(self, model: Path) -> None:
         """Check that a model opens and writes what the tiny LLaMA without the change writes."""
         assert self.opened(model).taken().json["text"] == text_of()
+
+    def converted(self, gguf: Path) -> Outcome:
+        """Convert a GGUF model to the folder `converted`."""
+        return self.answer_of(lambda: convert(gguf, self.folder / "converted", gguf.name, "fp32"))
+
+    def writes_as(self, gguf: Path, text: str) -> None:
+        """Check that a GGUF model can be converted, and then writes a text."""
+        self.converted(gguf).taken()
+        assert self.opened(self.folder / "converted").taken().json["text"] == text
 
     def opened_adapter(self, adapter: Path) -> str:
         """Check that an adapter opens, and return what the tiny LLaMA writes with it."""

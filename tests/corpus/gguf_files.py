@@ -1,4 +1,4 @@
-"""GGUF files: LoRA adapters whose headers lie or whose tensors do not fit, odd ones that are right, and GGUF models."""
+"""GGUF files: LoRA adapters whose headers lie or whose tensors do not fit, and odd ones that are right."""
 
 from __future__ import annotations
 
@@ -38,9 +38,14 @@ def text(value: str | bytes) -> bytes:
 
 
 def value(item: Any) -> bytes:
-    """Return a typed value as GGUF writes it; a Raw pair as it is."""
+    """Return a typed value as GGUF writes it: a list as an array of texts, i32 or f32; a Raw pair as it is."""
     if isinstance(item, tuple):
         return struct.pack("<I", item[0]) + item[1]
+    if isinstance(item, list) and item and isinstance(item[0], str):
+        return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(text, item))
+    if isinstance(item, list):
+        kind, form = (5, "i") if item and isinstance(item[0], int) else (6, "f")
+        return struct.pack(f"<IIQ{len(item)}{form}", 9, kind, len(item), *item)
     if isinstance(item, bool):
         return struct.pack("<I?", 7, item)
     if isinstance(item, int):
@@ -68,6 +73,7 @@ def packed(
     counts: tuple[int, int] | None = None,
     entry: Callable[[str, list[int], int, int], tuple[list[int], int, int]] = lambda name, dims, kind, at: (dims, kind, at),
     twice: bool = False,
+    alignment: int = 32,
 ) -> bytes:
     """Return a GGUF file. `entry` changes what the header says of a tensor: its dimensions, type and offset."""
     pairs = list(keys.items() if isinstance(keys, dict) else keys)
@@ -77,11 +83,11 @@ def packed(
         raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         dims, kind, at = entry(name, list(tensor.shape[::-1]), _CODES[tensor.dtype], len(data))
         infos.append(text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, at))
-        data += raw + b"\0" * (-len(raw) % 32)
+        data += raw + b"\0" * (-len(raw) % alignment)
     infos += infos[:1] if twice else []
     head = magic + struct.pack("<IQQ", version, *(counts or (len(infos), len(pairs))))
     head += b"".join(text(key) + value(item) for key, item in pairs) + b"".join(infos)
-    return head + b"\0" * (-len(head) % 32) + data
+    return head + b"\0" * (-len(head) % alignment) + data
 
 
 def with_value(number: float) -> dict[str, Tensor]:

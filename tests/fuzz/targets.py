@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from adapters import random_adapter
 from corpus.gguf_files import packed as gguf
+from corpus.gguf_models import keys
 from corpus.tokenizers import byte_level
 from tiny import save_trainable
 
 import edgetune
 from edgetune.config import parse_bytes, seconds_until, train_config
+from edgetune.conversion.convert import convert
 from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.chats import encoding_of_chats, read_chats
 from edgetune.documents.document import Document
@@ -195,6 +197,24 @@ def _(data: bytes, folder: Path) -> None:
 )
 def _(data: bytes, folder: Path) -> None:
     bnb_layout.parse_state(data)
+
+
+def small_gguf(dtype: torch.dtype) -> bytes:
+    """Return a LLaMA of one layer with a vocabulary of 300 pieces as a GGUF file, its matrices in a dtype."""
+    sizes = {"block_count": 1, "embedding_length": 16, "feed_forward_length": 32, "attention__head_count_kv": 4}
+    content = keys(**sizes)
+    content |= {name: value[:300] for name, value in content.items() if isinstance(value, list)}
+    shapes = {"token_embd": (300, 16), "output_norm": (16,), "blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,)}
+    shapes |= {f"blk.0.attn_{name}": (16, 16) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (32, 16), "blk.0.ffn_up": (32, 16), "blk.0.ffn_down": (16, 32)}
+    ones = {f"{name}.weight": torch.ones(shape, dtype=dtype if len(shape) == 2 else None) for name, shape in shapes.items()}
+    return gguf(content, ones)
+
+
+@target("GGUF models", lambda: [small_gguf(torch.float32), small_gguf(torch.bfloat16)])
+def _(data: bytes, folder: Path) -> None:
+    (folder / "x.gguf").write_bytes(data)
+    convert(folder / "x.gguf", folder / "converted", "x", "nf4")
 
 
 # --- tokenizers and templates -----------------------------------------------------------------------------------------------

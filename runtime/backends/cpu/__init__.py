@@ -16,6 +16,8 @@ from edgetune.runtime.backends.cpu.decode import decoder
 from edgetune.runtime.backends.cpu.elementwise import (
     cross_entropy_,
     dropout,
+    geglu,
+    geglu_backward,
     rms_norm,
     rms_norm_backward,
     rope_,
@@ -37,6 +39,8 @@ __all__ = [
     "dropout",
     "force_isa",
     "fuses",
+    "geglu",
+    "geglu_backward",
     "int8_matvec",
     "int8_rows",
     "isas",

@@ -26,7 +26,7 @@ struct Shared {
     float* qkv;         // (n, (H + 2 KV) * hd)
     float* attended;    // (n, H * hd)
     float* gate_up;     // (n, 2 F)
-    float* active;      // (n, F): silu(gate) * up
+    float* active;      // (n, F): activation(gate) * up
     float* out;         // (n, D): a product before it is added to h
     float* reduced[3];  // (n, rank): x A^T of up to three linears
     int64_t used;
@@ -191,10 +191,10 @@ struct Worker {
         }
     }
 
-    // y[rows] += x[rows]
-    static void add(const float* x, float* y, Range rows) {
+    // y[rows] += scale * x[rows]
+    static void add(const float* x, float* y, Range rows, float scale = 1.0f) {
         each(rows.end - rows.begin, [&](int64_t i, auto part) {
-            put(y + rows.begin + i, get(y + rows.begin + i, part) + get(x + rows.begin + i, part), part);
+            put(y + rows.begin + i, get(y + rows.begin + i, part) + get(x + rows.begin + i, part) * scale, part);
         });
     }
 
@@ -212,13 +212,20 @@ struct Worker {
         }
     }
 
-    // h += x W^T for this thread's rows. x (n, w.cols): written by the whole team before the last meeting.
-    void add_product(const DecodeLinear& w, const float* x) {
+    // h += residual * x W^T for this thread's rows; norm (D,): of the product first, if not null. x (n, w.cols): written by the
+    // whole team before the last meeting.
+    void add_product(const DecodeLinear& w, const float* x, const float* norm) {
         lay_out(s.compute, x, n(), w.cols, own.activations, tokens);
         const DecodeLinear* linear = &w;
         project(&linear, 1, &shared.out, s.hidden);
+        const float* out = shared.out;
+        if (norm) {
+            meet();
+            rms_norm(shared.out, s.hidden, norm, s.eps, job.n, s.hidden, own.normed, s.hidden, 1);
+            out = own.normed;
+        }
         Range rows = mine(s.hidden, LORA_PANEL);
-        for (int64_t t = 0; t < n(); t++) add(shared.out + t * s.hidden, job.h + t * s.hidden, rows);
+        for (int64_t t = 0; t < n(); t++) add(out + t * s.hidden, job.h + t * s.hidden, rows, s.residual);
         meet();
     }
 
@@ -238,7 +245,7 @@ struct Worker {
     // Norm and rotate q and k in place, and store k and v in the cache.
     template <class T>
     void rotate_and_store(const DecodeBlock& block) {
-        const int64_t heads = s.heads + 2 * s.kv_heads, hd = s.head_dim, half = hd / 2;
+        const int64_t heads = s.heads + 2 * s.kv_heads, hd = s.head_dim, half = s.rotated / 2;
         Range items = mine(job.n * heads, 1);
         for (int64_t item = items.begin; item < items.end; item++) {
             const int64_t head = item % heads, position = job.position + item / heads;
@@ -247,7 +254,8 @@ struct Worker {
             if (query || key) {
                 const float* weight = query ? block.q_norm : block.k_norm;
                 if (weight) rms_norm(x, hd, weight, s.eps, 1, hd, x, hd, 1);
-                rope(x, hd, hd, s.cosines + position * half, s.sines + position * half, 0, 1, 1, half, 1);
+                const float *c = query ? block.q_cosines : block.k_cosines, *sines = query ? block.q_sines : block.k_sines;
+                if (c) rope(x, hd, hd, c + position * half, sines + position * half, 0, 1, 1, half, 1);
             }
             if (query) continue;
             T* cache = key ? cached<T>(block.keys, head - s.heads, position)
@@ -322,16 +330,17 @@ struct Worker {
             rotate_and_store<float>(block);
             attend_all<float>(block);
         }
-        add_product(block.o, shared.attended);
+        add_product(block.o, shared.attended, block.post_attn_norm);
         normalise(block.mlp_norm, s.hidden);
         const DecodeLinear* gate_up[2] = {&block.gate, &block.up};
         float* halves[2] = {shared.gate_up, shared.gate_up + s.ffn};
         project(gate_up, 2, halves, 2 * s.ffn);
         Range mine_of_ffn = mine(s.ffn, LORA_PANEL);
-        swiglu(shared.gate_up + mine_of_ffn.begin, 2 * s.ffn, shared.gate_up + s.ffn + mine_of_ffn.begin, 2 * s.ffn, job.n,
-               mine_of_ffn.end - mine_of_ffn.begin, shared.active + mine_of_ffn.begin, s.ffn, 1);
+        auto activate = s.gelu ? gated<true, float> : gated<false, float>;
+        activate(shared.gate_up + mine_of_ffn.begin, 2 * s.ffn, shared.gate_up + s.ffn + mine_of_ffn.begin, 2 * s.ffn, job.n,
+                 mine_of_ffn.end - mine_of_ffn.begin, shared.active + mine_of_ffn.begin, s.ffn, 1);
         meet();
-        add_product(block.down, shared.active);
+        add_product(block.down, shared.active, block.post_mlp_norm);
     }
 
     void run_head() {

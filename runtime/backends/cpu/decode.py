@@ -25,6 +25,7 @@ from edgetune.runtime.ops_types import (
     DecoderLinear,
     DecoderModel,
     DecodeStep,
+    Rotation,
     Weight,
 )
 
@@ -56,16 +57,19 @@ class Decoder:
         compute = COMPUTE["f32" if self._dtype == torch.float32 else "int8"]
         self._kept: list[object] = [model, cache]
         """The objects that the structures point into: they must live as long as the decoder."""
-        cos, sin = model.rope(torch.arange(cache.max_length))
-        table_shape = (cache.max_length, config.head_dim // 2)
         cache_dtype = cache.k[0].dtype
         require(cache_dtype in DENSE_KIND, "the KV cache is {}; expected bf16 or f32", cache_dtype)
         self._shape = DecodeShape(
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            cache.max_length, int(cache_dtype == torch.bfloat16), compute, config.rms_norm_eps,
-            config.head_dim**-0.5, self._keep(cos, "cos", table_shape), self._keep(sin, "sin", table_shape),
+            cache.max_length, int(cache_dtype == torch.bfloat16), compute, config.rope.rotated(config.head_dim),
+            int(config.activation == "gelu_tanh"), config.rms_norm_eps, config.score_scale, config.residual_scale,
         )  # fmt: skip
-        blocks = [self._block(block, layer) for layer, block in enumerate(model.blocks)]
+        self._tables: dict[int, dict[str, int]] = {}
+        """The addresses of the tables of each Rotation, by its id: layers share them."""
+        rotations = model.rotations(torch.arange(cache.max_length))
+        self._kept.append(rotations)
+        layers = zip(model.blocks, rotations, strict=True)
+        blocks = [self._block(block, layer, rotation) for layer, (block, rotation) in enumerate(layers)]
         self._blocks = (DecodeBlock * config.num_layers)(*blocks)
         self._norm = self._keep(model.norm.float(), "norm", (config.hidden_size,))
         head = model.head
@@ -104,15 +108,31 @@ class Decoder:
         struct.lora_B = self._keep(_panels(b), f"{name}'s lora_B", (-(-rows // _PANEL), rank, _PANEL), self._dtype)
         return struct
 
-    def _block(self, block: DecoderBlock, layer: int) -> DecodeBlock:
+    def _rotation(self, rotation: Rotation | None) -> dict[str, int]:
+        """Return the fields of a block that point to its rotation; none where it rotates nothing."""
+        if rotation is None:
+            return {}
+        if id(rotation) not in self._tables:
+            shape, names = (self.cache.max_length, self._shape.rotated // 2), ("q_cosines", "q_sines", "k_cosines", "k_sines")
+            self._tables[id(rotation)] = {
+                name: self._keep(table, name, shape) for name, table in zip(names, rotation, strict=True)
+            }
+        return self._tables[id(rotation)]
+
+    def _block(self, block: DecoderBlock, layer: int, rotation: Rotation | None) -> DecodeBlock:
         """Return the structure of a layer and its share of the cache."""
         c = self.model.config
         d, f, name = c.hidden_size, c.intermediate_size, f"layer {layer}'s "
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         cache_shape, cache_dtype = (c.num_kv_heads, self.cache.max_length, c.head_dim), self.cache.k[0].dtype
-        head_norms = {
-            key: self._keep(weight.float(), name + key, (c.head_dim,))
-            for key, weight in (("q_norm", block.q_norm), ("k_norm", block.k_norm))
+        optional = {
+            key: self._keep(weight.float(), name + key, (size,))
+            for key, weight, size in (
+                ("q_norm", block.q_norm, c.head_dim),
+                ("k_norm", block.k_norm, c.head_dim),
+                ("post_attn_norm", block.post_attn_norm, d),
+                ("post_mlp_norm", block.post_mlp_norm, d),
+            )
             if weight is not None
         }
         return DecodeBlock(
@@ -128,7 +148,8 @@ class Decoder:
             keys=address(self.cache.k[layer], name + "keys", cache_shape, cache_dtype),
             values=address(self.cache.v[layer], name + "values", cache_shape, cache_dtype),
             window=block.window or 0,
-            **head_norms,
+            **optional,
+            **self._rotation(rotation),
         )
 
     # ---- running ----

@@ -1,4 +1,4 @@
-// Kernels that work row by row or element by element: RMS norm, SwiGLU, rotary positions, dropout and cross-entropy, with their
+// Kernels that work row by row or element by element: RMS norm, SwiGLU and GeGLU, rotary positions, dropout and cross-entropy, with their
 // backward passes.
 //
 // bf16 is read as fp32, computed in fp32, and rounded once. Threads share rows, and no sum crosses a row, so results do not
@@ -51,36 +51,52 @@ void rms_norm_backward(const T* dx, int64_t dx_stride, const T* h, int64_t h_str
     });
 }
 
-// ---- SwiGLU ----
+// ---- SwiGLU and GeGLU ----
 
-// silu(gate) * up -> out, all (N, F)
+// Both multiply x by sigmoid(slope(x)): SiLU has slope x, and GELU approximated with tanh has 2 sqrt(2 / pi) (x + 0.044715 x^3),
+// since (1 + tanh(y)) / 2 is sigmoid(2 y).
 
-template <class T>
-void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows, int64_t width, T* out,
-            int64_t out_stride, int threads) {
+constexpr float GELU_LINEAR = 1.5957691216057308f, GELU_CUBIC = 0.07135481282553537f;
+
+template <bool GELU>
+ET_INLINE Floats slope(Floats x) {
+    return GELU ? x * (GELU_LINEAR + GELU_CUBIC * x * x) : x;
+}
+
+// The derivative of slope.
+template <bool GELU>
+ET_INLINE Floats rise(Floats x) {
+    return GELU ? GELU_LINEAR + 3.0f * GELU_CUBIC * x * x : all(1.0f);
+}
+
+// activation(gate) * up -> out, all (N, F)
+
+template <bool GELU, class T>
+void gated(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows, int64_t width, T* out,
+           int64_t out_stride, int threads) {
     parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T *g = gate + row * gate_stride, *u = up + row * up_stride;
             T* y = out + row * out_stride;
             each(width, [&](int64_t i, auto part) {
                 Floats x = get(g + i, part);
-                put(y + i, x * sigmoid(x) * get(u + i, part), part);
+                put(y + i, x * sigmoid(slope<GELU>(x)) * get(u + i, part), part);
             });
         }
     });
 }
 
-// dact, the gradient of swiglu's output, -> dgate and dup, all (N, F)
-template <class T>
-void swiglu_backward(const T* dact, int64_t dact_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
-                     int64_t rows, int64_t width, T* dgate, int64_t dgate_stride, T* dup, int64_t dup_stride, int threads) {
+// dact, the gradient of gated's output, -> dgate and dup, all (N, F)
+template <bool GELU, class T>
+void gated_backward(const T* dact, int64_t dact_stride, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride,
+                    int64_t rows, int64_t width, T* dgate, int64_t dgate_stride, T* dup, int64_t dup_stride, int threads) {
     parallel_for(threads, rows, 1, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             const T *d = dact + row * dact_stride, *g = gate + row * gate_stride, *u = up + row * up_stride;
             T *dg = dgate + row * dgate_stride, *du = dup + row * dup_stride;
             each(width, [&](int64_t i, auto part) {
-                Floats x = get(g + i, part), upper = get(u + i, part), grad = get(d + i, part), s = sigmoid(x);
-                put(dg + i, grad * upper * s * (1.0f + x * (1.0f - s)), part);
+                Floats x = get(g + i, part), upper = get(u + i, part), grad = get(d + i, part), s = sigmoid(slope<GELU>(x));
+                put(dg + i, grad * upper * s * (1.0f + x * rise<GELU>(x) * (1.0f - s)), part);
                 put(du + i, grad * x * s, part);
             });
         }
@@ -172,11 +188,18 @@ void cross_entropy(T* logits, int64_t stride, const int64_t* targets, const floa
 
 #define ET_FOR_TYPE(suffix, T)                                                                                                 \
     void swiglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {      \
-        swiglu(g, gs, u, us, n, f, o, os, t);                                                                                  \
+        gated<false>(g, gs, u, us, n, f, o, os, t);                                                                            \
     }                                                                                                                          \
     void swiglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,           \
                                   int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                  \
-        swiglu_backward(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                       \
+        gated_backward<false>(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                 \
+    }                                                                                                                          \
+    void geglu_##suffix(const T* g, int64_t gs, const T* u, int64_t us, int64_t n, int64_t f, T* o, int64_t os, int t) {       \
+        gated<true>(g, gs, u, us, n, f, o, os, t);                                                                             \
+    }                                                                                                                          \
+    void geglu_backward_##suffix(const T* d, int64_t ds, const T* g, int64_t gs, const T* u, int64_t us, int64_t n,            \
+                                 int64_t f, T* dg, int64_t dgs, T* du, int64_t dus, int t) {                                   \
+        gated_backward<true>(d, ds, g, gs, u, us, n, f, dg, dgs, du, dus, t);                                                  \
     }                                                                                                                          \
     void rope_##suffix(T* x, int64_t rs, int64_t hs, const float* c, const float* s, int inverse, int64_t n, int64_t heads,    \
                        int64_t half, int t) {                                                                                  \
@@ -207,7 +230,8 @@ ET_FOR_TYPES(f32_f32, float, float)
 
 // clang-format off
 #define ET_ELEMENTWISE_KERNELS(X)                                                                                              \
-    X(swiglu_bf16) X(swiglu_f32) X(swiglu_backward_bf16) X(swiglu_backward_f32) X(rope_bf16) X(rope_f32) X(dropout_bf16)       \
+    X(swiglu_bf16) X(swiglu_f32) X(swiglu_backward_bf16) X(swiglu_backward_f32) X(geglu_bf16) X(geglu_f32)                     \
+    X(geglu_backward_bf16) X(geglu_backward_f32) X(rope_bf16) X(rope_f32) X(dropout_bf16)       \
     X(dropout_f32) X(cross_entropy_bf16) X(cross_entropy_f32) X(rms_norm_bf16_bf16) X(rms_norm_bf16_f32) X(rms_norm_f32_bf16)  \
     X(rms_norm_f32_f32) X(rms_norm_backward_bf16_bf16) X(rms_norm_backward_bf16_f32) X(rms_norm_backward_f32_bf16)             \
     X(rms_norm_backward_f32_f32)

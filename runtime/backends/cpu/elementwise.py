@@ -1,4 +1,4 @@
-"""Norms, SwiGLU, RoPE, dropout and the loss by C++ kernels: reference.py's functions, one call of the library each.
+"""Norms, SwiGLU and GeGLU, RoPE, dropout and the loss by C++ kernels: reference.py's functions, one call of the library each.
 
 bf16 and f32 are computed in fp32 and rounded once, to nearest even; threads are torch's.
 """
@@ -47,9 +47,28 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, all (N, F); gate and up may be halves of one (N, 2F)."""
+    return _gated("swiglu", gate, up)
+
+
+def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of gate and up (N, F) into dgate and dup."""
+    _gated_backward("swiglu_backward", dact, gate, up, dgate, dup)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) * up with tanh's approximation, all (N, F); gate and up may be halves of one (N, 2F)."""
+    return _gated("geglu", gate, up)
+
+
+def geglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of gate and up (N, F) into dgate and dup."""
+    _gated_backward("geglu_backward", dact, gate, up, dgate, dup)
+
+
+def _gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
     shape, dtype, suffix = _matrix(gate, "gate")
     out = torch.empty(shape, dtype=dtype)
-    kernel(f"swiglu_{suffix}", "plplllpli")(
+    kernel(f"{name}_{suffix}", "plplllpli")(
         address_of_rows(gate, "gate", shape, dtype), gate.stride(0),
         address_of_rows(up, "up", shape, dtype), up.stride(0), *shape,
         out.data_ptr(), out.stride(0), torch.get_num_threads(),
@@ -57,10 +76,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    """Write the gradients of gate and up (N, F) into dgate and dup."""
+def _gated_backward(name: str, dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     shape, dtype, suffix = _matrix(gate, "gate")
-    kernel(f"swiglu_backward_{suffix}", "plplplllplpli")(
+    kernel(f"{name}_{suffix}", "plplplllplpli")(
         address_of_rows(dact, "dact", shape, dtype), dact.stride(0),
         address_of_rows(gate, "gate", shape, dtype), gate.stride(0),
         address_of_rows(up, "up", shape, dtype), up.stride(0), *shape,
@@ -70,7 +88,7 @@ def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: 
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate x (N, heads, hd) in place by cos, sin f32 (N, hd/2), pairing i with i + hd/2; `inverse` rotates back."""
+    """Rotate x (N, heads, hd) in place by cos, sin f32 (N, hd/2), pairing i with i + hd/2; `inverse`: its gradient."""
     require(x.dim() == 3 and x.dtype in COMPUTE_DTYPES, "x is {} {}; expected (N, heads, hd)", tuple(x.shape), x.dtype)
     rows, heads, size = x.shape
     strides = (x.stride(0), x.stride(1))

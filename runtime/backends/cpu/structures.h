@@ -51,8 +51,9 @@ struct DecodeShape {
     int64_t hidden, ffn, heads, kv_heads, head_dim, max_length;
     int64_t cache_bf16;            // 1: the KV cache is bf16; 0: fp32
     int64_t compute;               // a Compute of matvec.inl
+    int64_t rotated, gelu;         // numbers of a head that are rotated; 1: GeGLU, 0: SwiGLU
     float eps, scale;              // added to a norm's mean square; factor of attention's scores
-    const float *cosines, *sines;  // (max_length, hd / 2)
+    float residual;                // factor of what attention and MLP add to h
 };
 
 // One transformer block and its part of the KV cache.
@@ -60,6 +61,8 @@ struct DecodeBlock {
     DecodeLinear q, k, v, o, gate, up, down;
     const float *attn_norm, *mlp_norm;  // (D,)
     const float *q_norm, *k_norm;       // (hd,) or null
+    const float *post_attn_norm, *post_mlp_norm;                    // (D,) or null: of what is added to h
+    const float *q_cosines, *q_sines, *k_cosines, *k_sines;  // (max_length, rotated / 2), or null: no rotation
     void *keys, *values;                // (KV, max_length, hd), bf16 or fp32
     int64_t window;                     // keys a query sees, itself included; 0: all before it
 };

@@ -51,21 +51,22 @@ class DecodeLinear(ctypes.Structure):
 
 
 class DecodeShape(ctypes.Structure):
-    """The sizes that all blocks of a model share, and the RoPE tables."""
+    """The sizes and factors that all blocks of a model share."""
 
     _fields_ = (
         *((name, INT) for name in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "max_length", "cache_bf16", "compute")),
-        *((name, FLOAT) for name in ("eps", "scale")),
-        *((name, POINTER) for name in ("cosines", "sines")),
+        *((name, INT) for name in ("rotated", "gelu")),
+        *((name, FLOAT) for name in ("eps", "scale", "residual")),
     )
 
 
 class DecodeBlock(ctypes.Structure):
-    """One transformer layer: its linears, norms and share of the KV cache."""
+    """One transformer layer: its linears, norms, RoPE tables and share of the KV cache."""
 
     _fields_ = (
         *((name, DecodeLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, POINTER) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        *((name, POINTER) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "post_attn_norm", "post_mlp_norm")),
+        *((name, POINTER) for name in ("q_cosines", "q_sines", "k_cosines", "k_sines", "keys", "values")),
         ("window", INT),
     )
 

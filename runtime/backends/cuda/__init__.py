@@ -22,6 +22,8 @@ from edgetune.runtime.backends.cuda.decode import decoder
 from edgetune.runtime.backends.cuda.elementwise import (
     cross_entropy_,
     dropout,
+    geglu,
+    geglu_backward,
     rms_norm,
     rms_norm_backward,
     rope_,
@@ -48,6 +50,8 @@ __all__ = [
     "dequantize",
     "dropout",
     "fuses",
+    "geglu",
+    "geglu_backward",
     "int8_matvec",
     "int8_rows",
     "load",

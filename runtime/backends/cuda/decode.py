@@ -93,14 +93,18 @@ class _Layer:
 class Decoder:
     """The decoding of one sequence: `decoder(token)` returns the logits (V,) of the next token and extends the cache.
 
-    Raises ValueError for linears that are not in 4 bits or whose rows are not whole blocks.
+    Raises ValueError for linears that are not in 4 bits or whose rows are not whole blocks, and for layers that are not Llama's.
     """
 
     def __init__(self, model: DecoderModel, cache: DecoderCache) -> None:
+        if not model.config.has_llama_layers:
+            raise ValueError(f"layers of {model.config.model_type}; expected Llama's")
         self.model, self.cache = model, cache
         layers = zip(model.blocks, cache.k, cache.v, strict=True)
         self.layers = [_Layer(block, keys, values, model.dtype) for block, keys, values in layers]
-        self.cos, self.sin = model.rope(torch.arange(cache.max_length))
+        rotation = model.rotations(torch.arange(cache.max_length))[0]
+        assert rotation is not None
+        self.cos, self.sin = rotation.k_cos, rotation.k_sin
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros(1, dtype=torch.int32, device=model.device)
         self.splits = min(triton.cdiv(cache.max_length, SPLIT_KEYS), MAX_SPLITS)

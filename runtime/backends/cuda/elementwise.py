@@ -1,4 +1,4 @@
-"""Norms, SwiGLU, RoPE, dropout and the loss on a card: reference.py's functions, one launch each.
+"""Norms, SwiGLU and GeGLU, RoPE, dropout and the loss on a card: reference.py's functions, one launch each.
 
 ops.py has checked the arguments; this module checks only what these kernels need in addition.
 """
@@ -53,27 +53,45 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, all (N, F); gate and up may be halves of one (N, 2F)."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
-    if gate.numel():
-        kernels.swiglu[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
-            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), out.stride(0), TILE=COLUMNS
-        )
-    return out
+    return _gated(gate, up, gelu=False)
 
 
 def swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Write the gradients of gate and up (N, F) into dgate and dup, whose rows are contiguous."""
+    _gated_backward(dact, gate, up, dgate, dup, gelu=False)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return gelu(gate) * up with tanh's approximation, all (N, F); gate and up may be halves of one (N, 2F)."""
+    return _gated(gate, up, gelu=True)
+
+
+def geglu_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Write the gradients of gate and up (N, F) into dgate and dup, whose rows are contiguous."""
+    _gated_backward(dact, gate, up, dgate, dup, gelu=True)
+
+
+def _gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
+    if gate.numel():
+        kernels.gated[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
+            gate, up, out, gate.shape[1], gate.stride(0), up.stride(0), out.stride(0), GELU=gelu, TILE=COLUMNS
+        )
+    return out
+
+
+def _gated_backward(dact: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool) -> None:
     dact, gate, up = _rows(dact, gate.shape, "dact"), _rows(gate, gate.shape, "gate"), _rows(up, gate.shape, "up")
     if gate.numel():
-        kernels.swiglu_backward[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
+        kernels.gated_backward[(len(gate), triton.cdiv(gate.shape[1], COLUMNS))](
             dact, gate, up, dgate, dup, gate.shape[1], dact.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
-            dup.stride(0), TILE=COLUMNS,
+            dup.stride(0), GELU=gelu, TILE=COLUMNS,
         )  # fmt: skip
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate x (N, heads, hd) in place by cos, sin f32 (N, hd/2), pairing i with i + hd/2; `inverse` rotates back."""
+    """Rotate x (N, heads, hd) in place by cos, sin f32 (N, hd/2), pairing i with i + hd/2; `inverse`: its gradient."""
     if x.stride(2) != 1:
         raise ValueError("x is not contiguous along its last dimension")
     rows, heads, size = x.shape

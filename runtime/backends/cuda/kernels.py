@@ -171,28 +171,39 @@ def rms_norm_backward(dx, h, weight, out, width, eps, dx_stride, h_stride, TILE:
 
 
 @triton.jit
-def swiglu(gate, up, out, width, gate_stride, up_stride, out_stride, TILE: tl.constexpr):
-    """Write silu(gate) * up to out (N, width)."""
+def _slope(x, GELU: tl.constexpr):
+    """Return z such that the activation is x sigmoid(z): x for SiLU; GELU with tanh's approximation as in reference.py."""
+    if GELU:
+        x = x * (1.5957691216057308 + 0.07135481282553537 * x * x)
+    return x
+
+
+@triton.jit
+def gated(gate, up, out, width, gate_stride, up_stride, out_stride, GELU: tl.constexpr, TILE: tl.constexpr):
+    """Write activation(gate) * up to out (N, width)."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, _as(g / (1.0 + tl.exp(-g)) * u, out), inside)
+    tl.store(out + row * out_stride + column, _as(g / (1.0 + tl.exp(-_slope(g, GELU))) * u, out), inside)
 
 
 @triton.jit
-def swiglu_backward(
-    dact, gate, up, dgate, dup, width, dact_stride, gate_stride, up_stride, dgate_stride, dup_stride, TILE: tl.constexpr
-):
-    """Write the gradients of silu(gate) * up to dgate and dup (N, width)."""
+def gated_backward(
+    dact, gate, up, dgate, dup, width, dact_stride, gate_stride, up_stride, dgate_stride, dup_stride,
+    GELU: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of activation(gate) * up to dgate and dup (N, width)."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < width
     d = tl.load(dact + row * dact_stride + column, inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + column, inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, inside, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    gate_gradient = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
-    tl.store(dgate + row * dgate_stride + column, _as(gate_gradient, dgate), inside)
+    sigmoid = 1.0 / (1.0 + tl.exp(-_slope(g, GELU)))
+    rise = g
+    if GELU:  # the slope's derivative times g
+        rise = g * (1.5957691216057308 + 3.0 * 0.07135481282553537 * g * g)
+    tl.store(dgate + row * dgate_stride + column, _as(d * u * sigmoid * (1.0 + rise * (1.0 - sigmoid)), dgate), inside)
     tl.store(dup + row * dup_stride + column, _as(d * g * sigmoid, dup), inside)
 
 
