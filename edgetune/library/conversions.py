@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,14 +87,14 @@ def converted_folder(path: Path, name: str, show: Show, notices: tuple[str, ...]
     return found.folder
 
 
-def delete_conversions(name: str, path: Path | None = None) -> int:
-    """Delete what the GGUF model of this name, or the file at `path`, was converted to; return how many bytes that frees.
+def delete_conversions(name: str, paths: Sequence[Path]) -> int:
+    """Delete what the GGUF model of this name, or any file of `paths`, was converted to; return how many bytes that frees.
 
     Raises ModelError where nothing was converted under that name.
     """
     with _alone(lambda event: None):
         kept = conversions()
-        made = [found for found in kept if name == found.origin.name or (path is not None and found.is_of(path))]
+        made = [found for found in kept if name == found.origin.name or any(map(found.is_of, paths))]
         if not made:
             names = ", ".join(sorted(found.origin.name for found in kept)) or "none"
             raise ModelError(f"No converted model is called {name[:NAME_SHOWN]!r}; those that are kept: {names}.")
@@ -138,6 +138,7 @@ def _convert(path: Path, name: str, show: Show, notices: tuple[str, ...]) -> Pat
 def _delete(folder: Path) -> None:
     """Delete a conversion. It is hidden first, so that a killed deletion leaves nothing behind that looks whole."""
     hidden = folder.with_name(f".deleted-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
