@@ -105,7 +105,7 @@ def test_what_an_adapter_changes_is_compared_where_the_reader_rounds_the_base_ot
     found = verify.compare(beside, Fixed(expected.bare + share * effect + other_noise), bound)
     assert found.applied == pytest.approx(share, abs=0.02)
     centred = effect - effect.mean(1, keepdim=True)  # no softmax sees what is added to a whole row
-    assert found.applied_within == pytest.approx(0.05 + 0.15 * float(noise.norm() / centred.norm()), rel=0.02)
+    assert found.applied_within == pytest.approx(0.05 + 0.75 * float(noise.norm() / centred.norm()) ** 2, rel=0.02)
     assert found.adapter_lost is None
     assert found.holds(bound) is (said is None)
     assert said is None or any(said in fault for fault in found.faults(bound))

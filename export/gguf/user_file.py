@@ -81,7 +81,7 @@ def measure_on_user_file(job: Job, file: UserFile, lora: Path) -> tuple[tuple[st
     facts.append(("adapter_gain_kept", share))
     kept = f"Your file keeps {share:.0%} of the adapter's gain."
     if share < LEAST_KEPT:
-        kept += " A file of the same model with more bits per weight, such as Q8_0, keeps more."
+        kept += " The rest mended what rounding had cost edgetune's own copy, or is lost to your file's rounding."
     return (f"{said} {kept}",), tuple(facts)
 
 
