@@ -205,7 +205,7 @@ def _generation(vocabulary: GgufVocabulary, metadata: Mapping[str, Any]) -> dict
         content["eos_token_id"] = list(vocabulary.ends)
     for key, name in _SAMPLING.items():
         value = metadata.get(f"general.sampling.{key}")
-        if type(value) in (int, float) and math.isfinite(value):
+        if isinstance(value, int | float) and type(value) is not bool and math.isfinite(value):
             content[name] = value
     if "temperature" in content:
         content["do_sample"] = content["temperature"] > 0
