@@ -48,8 +48,7 @@ CPU with AMX, else bf16 where the hardware multiplies it, else fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
 WEIGHTS = ("auto", "nf4", "int8", "bf16")
-"""Forms in which the frozen base's linears are held in memory. auto: as they are stored where that is 4 bits; else bf16 where
-the model is small and that fits in memory, and NF4 where it is not."""
+"""Forms in which the frozen base's linears are held in memory; weight_forms.py decides which one auto stands for."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."
@@ -215,8 +214,7 @@ class TrainConfig:
     weights: str = setting(  # a small model loses more to 4 bits than it gains: see weight_forms.py
         "auto",
         Choice(WEIGHTS),
-        "Form of the base model's weights in memory. {default}: as stored where that is 4 bits, else bf16 for a small model "
-        "where that fits, else nf4 (4 bits).",
+        "Form of the base model's weights in memory. {default}: bf16 for a small model where that fits, else nf4 (4 bits).",
     )
     evaluations: int = setting(  # enough to catch where overfitting begins, in less than a tenth of the run's time
         5, Whole(1, 1000), "Evaluations of the held-out notes in a run.", flag=""
@@ -235,12 +233,6 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise SettingError(
                 f"--steps {self.steps} and --epochs {self.epochs:g} both say how long to train; leave one of them out."
-            )
-
-        if self.compute == "int8" and self.weights not in ("auto", "nf4"):
-            raise SettingError(
-                f"--compute int8 multiplies weights in 4 bits, and --weights {self.weights} keeps them in another form; leave "
-                "one of them out."
             )
 
     def lora(self) -> LoraConfig:
@@ -277,8 +269,7 @@ class GenerateConfig:
     weights: str = setting(
         "auto",
         Choice(WEIGHTS),
-        "Form of the base model's weights in memory. {default}: as the adapter was trained, else as `edgetune train` would "
-        "choose.",
+        "Form of the base model's weights in memory. {default}, the one that the adapter was trained over.",
     )
     max_tokens: int = setting(256, Whole(1, MOST_NEW_TOKENS), "Maximum number of tokens to write.")  # chosen by hand
     temperature: float = setting(  # chosen by hand

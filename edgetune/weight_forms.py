@@ -38,7 +38,12 @@ def forms_for_training(weights: str, compute: str, checkpoint: Checkpoint) -> tu
 
 
 def forms_of_shape(weights: str, compute: str, config: LlamaConfig) -> tuple[WeightForm, ...]:
-    """Return the same for a dense checkpoint of this shape."""
+    """Return the same for a dense checkpoint of this shape. Raises SettingError for two settings that exclude each other."""
+    if compute == "int8" and weights not in ("auto", "nf4"):
+        raise SettingError(
+            f"--compute int8 multiplies weights in 4 bits, and --weights {weights} keeps them in another form; leave one of "
+            "them out."
+        )
     if weights != "auto":
         return (WeightForm(weights),)
     if is_small(config) and compute != "int8":

@@ -45,11 +45,7 @@ from edgetune.weight_forms import KEEP_BF16_BYTES, form_for_writing, forms_for_t
 BF16, INT8, NF4 = WeightForm.BF16, WeightForm.INT8, WeightForm.NF4
 LORA = LoraConfig(rank=4, alpha=8.0)
 NOTES = Path(__file__).parent.parent / "examples" / "notes"
-MAKE = {
-    BF16: lambda weight: weight.bfloat16(),
-    INT8: int8.quantize,
-    NF4: nf4.quantize,
-}
+MAKE = {BF16: lambda weight: weight.bfloat16(), INT8: int8.quantize, NF4: nf4.quantize}
 """Makes a weight of each form from a dense one."""
 
 
@@ -267,11 +263,11 @@ def test_a_model_in_4_bits_stays_so_and_any_other_form_is_refused_in_a_sentence(
 
 
 def test_products_in_8_bits_go_with_4_bit_weights_alone(folders: dict[str, Path]) -> None:
-    assert forms_for_training("auto", "int8", open_model(folders["fp32"])) == (NF4,)
-    assert TrainConfig(compute="int8", weights="nf4").weights == "nf4"
+    base = open_model(folders["fp32"])
+    assert forms_for_training("auto", "int8", base) == forms_for_training("nf4", "int8", base) == (NF4,)
     for weights in ("bf16", "int8"):
         with pytest.raises(SettingError, match=f"--compute int8 multiplies weights in 4 bits, and --weights {weights} keeps"):
-            TrainConfig(compute="int8", weights=weights)
+            forms_for_training(weights, "int8", base)
 
 
 def test_writing_takes_the_form_that_the_adapter_was_trained_over(folders: dict[str, Path]) -> None:
@@ -396,8 +392,7 @@ def test_a_run_keeps_to_what_was_predicted_for_its_form(tmp_path: Path, weights:
 
     (planned,) = run("plan")
     # bf16 that is stored so is streamed with the least memory; what was converted stays in memory as a whole.
-    limits = [planned["peak_memory_bytes"], planned["least_memory_bytes"]]
-    for number, limit in enumerate(limits):
+    for number, limit in enumerate((planned["peak_memory_bytes"], planned["least_memory_bytes"])):
         events = run("train", "--steps", "2", "--memory", str(limit + 15_000_000), "--out", str(tmp_path / str(number)))
         plan, measured = events[0]["plan"], events[-1]["peak_memory_bytes"]
         assert measured <= plan["predicted_peak_bytes"] <= limit + 15_000_000
