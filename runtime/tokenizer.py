@@ -208,7 +208,7 @@ class Tokenizer:
 
     def _encode_parts(self, parts: Iterable[str], first: bool) -> list[int]:
         """Return the ids of parts of one text, each encoded by itself."""
-        return [id for n, part in enumerate(parts) for id in self._library.encode(part, first and n == 0)]
+        return [id for n, part in enumerate(parts) for id in self._library.encode(part, first and n == 0, inside=n > 0)]
 
     # --- ids -> text --------------------------------------------------------------------------------------------------
 

@@ -52,8 +52,11 @@ class TokenizerLibrary(Protocol):
     def is_used(self, id: int) -> bool:
         """Return True if the vocabulary has a token or piece with this id."""
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        """Return the ids of `text`; special tokens that it spells stay text. `first`: no other text comes before it."""
+    def encode(self, text: str, first: bool, inside: bool = False) -> list[int]:
+        """Return the ids of `text`; special tokens that it spells stay text.
+
+        first: no other text comes before it. inside: it is the rest of a text that was cut, so no space is put before it.
+        """
 
     def id_of(self, token: str) -> int | None:
         """Return the id of the token or piece with this spelling, or None if the vocabulary has none."""
@@ -126,6 +129,7 @@ class JsonTokenizer:
             # True means that the spelling of a special token in a text is encoded as plain text, not as the token.
             self._tokenizer.encode_special_tokens = True
             self.added = self._added_tokens()
+            self._added_ids = frozenset(token.id for token in self.added)
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
             self._ids = frozenset(vocabulary.values())
             self.size = 1 + max(self._ids, default=-1)
@@ -204,13 +208,17 @@ class JsonTokenizer:
         """
         from tokenizers import normalizers, pre_tokenizers
 
-        normalizer = self._state(self._tokenizer.normalizer)
-        steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
-        prepends = [step.get("type") for step in steps] == ["Prepend", "Replace"] and steps[0].get("prepend") == SPACE
-        pre_tokenizer = self._state(self._tokenizer.pre_tokenizer)
-        if (prepends and not pre_tokenizer) or (not normalizer and pre_tokenizer.get("type") == "Metaspace"):
+        normalizer, pre_tokenizer = map(self._state, (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer))
+        if (self._prepends and not pre_tokenizer) or (not normalizer and pre_tokenizer.get("type") == "Metaspace"):
             self._tokenizer.normalizer = normalizers.Sequence([])
             self._tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, space_prefix, split=False)
+
+    @property
+    def _prepends(self) -> bool:
+        """Return True if the normalizer puts a space before every text and writes spaces as ▁, as LLaMA's older files say."""
+        normalizer = self._state(self._tokenizer.normalizer)
+        steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+        return [step.get("type") for step in steps] == ["Prepend", "Replace"] and steps[0].get("prepend") == SPACE
 
     @staticmethod
     def _state(part: Any) -> dict[str, Any]:
@@ -242,8 +250,10 @@ class JsonTokenizer:
             "byte-level and sentencepiece-like tokenizers: choose a LLaMA, Mistral, SmolLM2 or Qwen model."
         )
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        tokenizer = self._tokenizer if first else self._continuation_tokenizer()
+    def encode(self, text: str, first: bool, inside: bool = False) -> list[int]:
+        if inside and text.startswith(" ") and len(text) > 1 and self._prepends:
+            text, inside = text[1:], False  # the normalizer puts that space back
+        tokenizer = self._tokenizer if first else self._continuation_tokenizer(inside)
         sentence = (
             f"{self._where} has no ids for part of a text, because its vocabulary lacks an unknown token or its regular "
             "expressions fail; copy it again from its publisher."
@@ -251,19 +261,23 @@ class JsonTokenizer:
         with _one_sentence(sentence):
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _continuation_tokenizer(self) -> Any:
-        """Return the tokenizer for text that follows a control token, where Metaspace's scheme "first" puts no space."""
-        state = self._state(self._tokenizer.pre_tokenizer)
-        if state.get("type") != "Metaspace" or state.get("prepend_scheme") != "first":
+    def _continuation_tokenizer(self, inside: bool) -> Any:
+        """Return the tokenizer for text after a control token or, if `inside`, in the middle of a text: it may put no space."""
+        pre_tokenizer = self._state(self._tokenizer.pre_tokenizer)
+        metaspace = pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme")
+        if not (metaspace == "first" or (inside and (metaspace == "always" or self._prepends))):
             return self._tokenizer
         if self._without_prefix is None:
             import tokenizers
 
             self._without_prefix = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
             self._without_prefix.encode_special_tokens = True
-            self._without_prefix.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-                state["replacement"], "never", split=bool(state["split"])
-            )
+            if metaspace:
+                self._without_prefix.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+                    pre_tokenizer["replacement"], "never", split=bool(pre_tokenizer["split"])
+                )
+            else:
+                self._without_prefix.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
         return self._without_prefix
 
     def id_of(self, token: str) -> int | None:
@@ -277,9 +291,10 @@ class JsonTokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         token = self.piece_of(id)
-        if token is None:
-            return b""
-        return byte_level_bytes(token) if self._byte_level else piece_bytes(token)
+        if token is None or not self._byte_level:
+            return piece_bytes(token or "")
+        # An added token is plain text: its "ü" is not GPT-2's spelling of a byte.
+        return token.encode() if id in self._added_ids else byte_level_bytes(token)
 
 
 class SentencePieceTokenizer:
@@ -354,18 +369,18 @@ class SentencePieceTokenizer:
         id = int(self._processor.piece_to_id(piece))
         return id if self._processor.id_to_piece(id) == piece else None
 
-    def encode(self, text: str, first: bool) -> list[int]:
+    def encode(self, text: str, first: bool, inside: bool = False) -> list[int]:
         ids: list[int] = []
         for part in self._plain.split(text):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._encode_plain(part, first and not ids)
+                ids += self._encode_plain(part, first and not ids, inside and not ids)
         return ids
 
-    def _encode_plain(self, text: str, first: bool) -> list[int]:
+    def _encode_plain(self, text: str, first: bool, inside: bool) -> list[int]:
         """Return the ids of a text in which no added token is looked for."""
-        wants_space = self._space_prefix == "always" or (first and self._space_prefix == "first")
+        wants_space = (self._space_prefix == "always" and not inside) or (first and self._space_prefix == "first")
         if self._adds_space and wants_space and text[:1] not in ("", " ", SPACE):
             text = " " + text
         return list(self._processor.encode(text))

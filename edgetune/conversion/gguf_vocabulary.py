@@ -13,7 +13,7 @@ from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.untrusted_file import LONGEST_PIECE, LONGEST_TOKEN, MAX_IDS, MOST_ADDED_TOKENS
 
 _PREFIX = "tokenizer.ggml."
-_NAMED = "bos eos eot eom unknown padding fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep".split()
+_NAMED = ["bos", "eos", "eot", "eom", "unknown", "padding", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"]
 """GGUF's keys tokenizer.ggml.…_token_id that are read."""
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """The ids that a sentencepiece vocabulary has where its file lacks the keys, as in llama.cpp."""
@@ -60,10 +60,10 @@ class GgufVocabulary:
             )
         pre = None if kind == "llama" else _pre_tokenizer(metadata)
         tokens = _tokens(metadata)
-        types = _types(metadata, len(tokens))
         ids = {token: id for id, token in enumerate(tokens)}
         if len(ids) != len(tokens):
             raise refusal(f"has {len(tokens) - len(ids):,} tokens twice")
+        types = _types(metadata, len(tokens))
         named = _named_ids(metadata, len(tokens), {} if pre is not None else _LLAMA_IDS)
         ends = end_ids(ids, named)
         control = control_ids(ids, (id for id, type in enumerate(types) if type in (CONTROL, UNKNOWN)), ends)
@@ -189,7 +189,7 @@ def _named_ids(metadata: Mapping[str, Any], size: int, defaults: Mapping[str, in
 
 
 def _check_added(tokens: Sequence[str], added: Sequence[int]) -> None:
-    """Raise TokenizerError if more tokens than MOST_ADDED_TOKENS, or longer ones than LONGEST_TOKEN, are looked for in texts."""
+    """Raise TokenizerError if too many tokens, or too long ones, are looked for in texts."""
     longest = max((len(tokens[id]) for id in added), default=0)
     if len(added) > MOST_ADDED_TOKENS:
         raise refusal(f"has {len(added):,} control and user-defined tokens, expected at most {MOST_ADDED_TOKENS:,}")
@@ -203,7 +203,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     pre = PreTokenizer.named(name or "default")
     if pre is None:
         raise TokenizerError(
-            f"The GGUF file's tokenizer splits texts in the way {_shown(name)}, which edgetune cannot reproduce; choose another "
-            "model, or its original folder from Hugging Face."
+            f"The GGUF file's tokenizer splits texts in the way {_shown(name)}, which edgetune cannot reproduce; choose "
+            "another model, or its original folder from Hugging Face."
         )
     return pre

@@ -1,7 +1,8 @@
 """Turn the tokenizer of a GGUF file into the files of a Hugging Face folder.
 
-The ids of a text are those that llama.cpp gives it, with and without control tokens; tests compare them. One difference is on
-purpose: text that merely spells a control token stays text, even where llama.cpp's merges make a token of it.
+The ids of a text are those that llama.cpp gives it, with and without control tokens; tests compare them. One difference is
+intended: text that merely spells a control token stays text, even where llama.cpp's merges make a token of it. transformers
+reads the same ids from the files, except that its class for qwen2 composes accents first (NFC), which llama.cpp does not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SAMPLING = {
 }
 """Names in generation_config.json for GGUF's keys general.sampling.…"""
 _KEEP_SPACE_AFTER = ("<unk>", "<s>", "<|endoftext|>")
-"""Phi-3's tokens that do not take the white space after them, while its other control tokens do (llama.cpp, src/llama-vocab.cpp)."""
+"""Phi-3's tokens that leave the white space after them alone, unlike its other control tokens (llama.cpp's llama-vocab.cpp)."""
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -59,8 +60,8 @@ def tokenizer_notices(metadata: Mapping[str, Any]) -> list[str]:
         notices.append(f"The GGUF file has {len(others)} more chat template{'s' * (len(others) > 1)}; {used}.")
     if metadata.get("tokenizer.ggml.model") == "gpt2" and not metadata.get("tokenizer.ggml.pre"):
         notices.append(
-            "The GGUF file does not say how its tokenizer splits texts, so llama.cpp's default is used; a newer file of the same "
-            "model would read texts better."
+            "The GGUF file does not say how its tokenizer splits texts, so llama.cpp's default is used; a newer file of the "
+            "same model would read texts better."
         )
     return notices
 
@@ -101,7 +102,7 @@ def _byte_level(vocabulary: GgufVocabulary) -> dict[str, Any]:
 
 
 def _sentencepiece(vocabulary: GgufVocabulary) -> dict[str, Any]:
-    """Return the parts of tokenizer.json for sentencepiece's BPE, which puts a space before each text between control tokens."""
+    """Return the parts of tokenizer.json for sentencepiece's BPE, which puts a space before each text between two tokens."""
     if not all(byte in vocabulary.ids for byte in _BYTES):
         raise refusal("lacks some of the 256 byte tokens <0x00> to <0xFF>")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgetune.export.gguf.pre_tokenizers import split_of
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.json_file import read_object, read_object_if_there
@@ -36,7 +37,7 @@ _TEKKEN = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
-"""llama.cpp's name of each split of a text, by the regular expression in tokenizer.json."""
+"""llama.cpp's name of each split of a text, by the regular expression that the model's publisher wrote in tokenizer.json."""
 
 
 @dataclass
@@ -184,6 +185,9 @@ def _byte_level(source: dict[str, Any], folder: Path) -> Vocabulary:
 def _split(source: dict[str, Any], folder: Path) -> str:
     """Return llama.cpp's name for the way tokenizer.json splits a text before merging. Raises TokenizerError if it has none."""
     part = source.get("pre_tokenizer") or {}
+    name = split_of(part)
+    if name is not None:
+        return name
     steps = part.get("pretokenizers", []) if part.get("type") == "Sequence" else [part]
     kinds = [step.get("type") for step in steps]
     byte_level = steps[-1] if kinds and kinds[-1] == "ByteLevel" else {}
