@@ -80,6 +80,17 @@ def explain_card_memory(advice: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run the block on one thread of torch, whose sums over many numbers have other last bits at another number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def end_command_buffer(device: torch.device) -> None:
     """Wait until an Apple GPU has finished the work that is queued; do nothing on other devices.
 

@@ -17,7 +17,7 @@ from edgetune.runtime.checkpoint import INDEX, WEIGHTS
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
-from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
+from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec, aligned_order
 from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
 
 SHARD_BYTES = 512 << 20
@@ -100,6 +100,17 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
                 writer.write(spec.name, waiting.pop(spec.name))
             recipe.release(name)
             done(name)
+
+
+def is_whole(path: Path, specs: list[TensorSpec]) -> bool:
+    """Return True if an earlier run finished this file. Its header is checked, since a user may have replaced the file."""
+    if not path.exists():
+        return False
+    try:
+        tensors = SafetensorsFile.open(path).tensors.values()
+    except ModelError:
+        return False
+    return [(t.name, t.dtype, t.shape) for t in tensors] == [(s.name, s.dtype, s.shape) for s in specs]
 
 
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:

@@ -1,5 +1,7 @@
 """Quantise a Hugging Face folder: NF4 linears in bitsandbytes' layout, everything else in bf16 (the head in NF4 on request).
 
+Weights are rounded to nearest or, given a Calibration, with error feedback (calibrated_layers.py).
+
 Shards are written one by one to a hidden folder beside the destination. Each appears there only when it is complete, and the
 folder takes the destination's name once all are. The same call resumes an interrupted run, and the result is byte for byte
 that of an uninterrupted one, at any number of threads.
@@ -13,7 +15,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,16 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
+from edgetune.runtime.calibrated_layers import CalibratedLayers, Calibration
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
+from edgetune.runtime.device import one_thread
 from edgetune.runtime.errors import ModelError, ResourceError, SettingError, UsageError
 from edgetune.runtime.files import explain_full_disk, is_ours, sync_folder
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
     companions,
+    is_whole,
     plan_shards,
     quantization_config,
     shard_specs,
@@ -37,7 +42,7 @@ from edgetune.runtime.model_folder import (
     write_shard,
 )
 from edgetune.runtime.names import HEAD, is_linear
-from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
+from edgetune.runtime.safetensors_file import TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
 
 HEADS = ("bf16", "nf4")
@@ -68,6 +73,7 @@ class _Recipe:
     shapes: dict[str, tuple[int, ...]]
     double_quant: bool
     head: str
+    calibrated: CalibratedLayers | None = None
 
     def becomes_nf4(self, name: str) -> bool:
         return is_linear(name) or (name == HEAD and self.head == "nf4")
@@ -81,10 +87,12 @@ class _Recipe:
         weight = self.checkpoint.dense(name)
         if not self.becomes_nf4(name):
             return {name: weight}
+        if self.calibrated is not None and is_linear(name):
+            return self.calibrated.tensors(name)
         try:
             quantized = nf4.quantize(weight, "nf4", _BLOCK_SIZE, double_quant=False)
             if self.double_quant:
-                with _one_thread():
+                with one_thread():
                     quantized = nf4.double_quantize(quantized)
         except ValueError as error:
             raise ModelError(f"{name} of {self.checkpoint.folder} cannot be quantised: {error}.") from error
@@ -95,29 +103,20 @@ class _Recipe:
         self.checkpoint.release(name)
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run the block on one thread: torch's mean over absmax has other last bits at another number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def quantize_folder(
     src: Path | str,
     dest: Path | str,
     *,
     double_quant: bool = True,
     head: str = "bf16",
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizeResult:
     """Quantise the linears of the model in `src` to NF4 (QLoRA §3), into a folder that transformers opens too.
 
-    head: one of HEADS; "nf4" quantises it like a linear.
+    head: one of HEADS; "nf4" quantises it, to nearest. calibration: text on which to keep the linears' outputs; None rounds to
+    nearest.
     Raises ModelError for a source that is unreadable, already quantised or holds inf or NaN; UsageError if `dest` exists, or
     if the head is to be quantised but is the embedding too; ResourceError when the disk is or becomes full. The next call
     resumes after the last shard that was finished.
@@ -139,8 +138,13 @@ def quantize_folder(
     recipe = _Recipe(checkpoint, model_shapes(checkpoint.config), double_quant, head)
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
-        partial = _partial_folder(checkpoint, dest, [double_quant, shard_bytes, head])
-        _check_space(partial, dest, recipe, shards)
+        settings = [double_quant, shard_bytes, head, *([calibration.digest] if calibration else [])]
+        partial = _partial_folder(checkpoint, dest, settings)
+        _check_space(partial, dest, recipe, shards, copies=2 if calibration else 1)
+        if calibration is not None:
+            layers = CalibratedLayers(checkpoint, partial, replace(QuantConfig(), double_quant=double_quant))
+            layers.make(calibration)
+            recipe = replace(recipe, calibrated=layers)
         _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
         config = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
         config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
@@ -173,10 +177,13 @@ def _refuse_foreign(partial: Path) -> None:
         raise UsageError(f"{partial} is not a folder of yours; delete it, or name a DEST in a folder that only you can write.")
 
 
-def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
-    """Raise ResourceError if the disk has too little space, before an hour of work is lost to it."""
+def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]], copies: int) -> None:
+    """Raise ResourceError if the disk has too little space, before an hour of work is lost to it.
+
+    copies: 2 where each layer is kept in a file of its own until all are done.
+    """
     missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
-    needed = stored_bytes(recipe, missing) + _SPARE_BYTES
+    needed = copies * stored_bytes(recipe, missing) + _SPARE_BYTES
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise ResourceError(
@@ -195,22 +202,11 @@ def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], 
         progress(done, total)
 
     for file, names in shards.items():
-        if _is_whole(partial / file, shard_specs(recipe, names)):
+        if is_whole(partial / file, shard_specs(recipe, names)):
             done += sum(math.prod(recipe.shapes[name]) for name in names)
             progress(done, total)
             continue
         write_shard(partial / file, recipe, names, made)
-
-
-def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
-    """Return True if an earlier run finished this shard. Its header is checked, since a user may have replaced the file."""
-    if not path.exists():
-        return False
-    try:
-        tensors = SafetensorsFile.open(path).tensors.values()
-    except ModelError:
-        return False
-    return [(t.name, t.dtype, t.shape) for t in tensors] == [(s.name, s.dtype, s.shape) for s in specs]
 
 
 def _publish(partial: Path, dest: Path) -> None:
