@@ -171,7 +171,8 @@ class Working(Event):
     first step  the first step of a run or of its continuation: each block of the model, forward and backward
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine
-    quantising  `edgetune quantize` writes a model in 4 bits
+    calibrating `edgetune quantize --calibrate` rounds linear after linear so that outputs are kept
+    quantising  `edgetune quantize` writes a model in 4 bits; `measuring` then says what that costs
 
     Training has `sampling` too. An export goes through some of these, in this order:
     sampling    the model writes texts: before and after training, and for an export that measures its rounding without texts

@@ -9,7 +9,6 @@ is quantised twice, into --workdir: to nearest, and calibrated on --texts, by de
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -45,9 +44,7 @@ def main() -> None:
 def sample(path: Path, most: int) -> list[str]:
     """Return texts of at most `most` bytes in all, in the order of their digests, so that every folder is represented."""
     texts, size = [], 0
-    for document in sorted(
-        read_notes([str(path)]).documents, key=lambda document: hashlib.sha256(document.digest.encode()).digest()
-    ):
+    for document in sorted(read_notes([str(path)]).documents, key=lambda document: document.digest):
         text = document.text
         if size + len(text.encode()) <= most:
             texts.append(text)
