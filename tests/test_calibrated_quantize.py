@@ -221,3 +221,19 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(source: Path, tmp_path: 
     monkeypatch.setattr(Checkpoint, "dense", broken)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight of .* cannot be quantised"):
         quantize_folder(source, tmp_path / "four", calibration=Calibration(documents(4, 0)))
+
+
+# ---- a real model
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_calibration_regains_at_least_half_of_what_nearest_loses_on_a_real_model(smollm2_folder: Path, tmp_path: Path) -> None:
+    """The text that is measured is another one than that which is calibrated on."""
+    near = quantising.quantise(str(smollm2_folder), tmp_path / "near").cost
+    fed = quantising.quantise(str(smollm2_folder), tmp_path / "fed", calibrate=True).cost
+    assert near is not None
+    assert fed is not None
+    assert near.before == fed.before
+    assert near.after > 1.05 * near.before
+    assert near.after - fed.after > 0.5 * (near.after - near.before)

@@ -45,6 +45,8 @@ class Cost:
     @classmethod
     def read(cls, folder: Path) -> Cost | None:
         """Return the record of a model folder, or None for one without a record, or with one that cannot be read."""
+        if not folder.is_dir():  # a GGUF file
+            return None
         try:
             content = read_object_if_there(folder / FILE, MODEL_CONFIG)
         except ModelError:
