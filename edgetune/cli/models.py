@@ -82,7 +82,7 @@ def quantize_command(
 
     calibrate = calibrate or bool(texts)
     if calibrate and (needed := memory_to_calibrate(src)) is not None:
-        say(f"Calibrating takes up to {human_bytes(needed)} of memory.")
+        say(f"Calibrating takes up to {human_bytes(needed)} of memory beyond the program itself and the model's mapped file.")
     with work_goes_on(), progress_shown() as show:
         made = quantise(
             src,
