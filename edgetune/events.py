@@ -201,7 +201,8 @@ class Working(Event):
     first step  the first step of a run or of its continuation: each block of the model, forward and backward
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine
-    quantising  `edgetune quantize` writes a model in 4 bits
+    calibrating `edgetune quantize --calibrate` rounds linear after linear so that outputs are kept
+    quantising  `edgetune quantize` writes a model in 4 bits; `measuring` then says what that costs
     inspecting  `edgetune models` looks at what is here
     converting  a GGUF model becomes a model folder in edgetune's own
     waiting     another process converts a GGUF model

@@ -18,13 +18,11 @@ from edgetune.export.job import Job
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.device import compute_dtype
+from edgetune.runtime.error_feedback import Documents
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.model import Llama
-from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.runner import Runner
-
-Documents = list[list[int]]
 
 DOCUMENT_TOKENS = 256
 """Length in tokens of a document that the model writes, and of the pieces that a text is cut into. Chosen by hand."""
@@ -108,16 +106,6 @@ def _pieces(texts: Documents) -> Documents:
     pieces = [text[i : i + DOCUMENT_TOKENS] for text in texts for i in range(0, len(text), DOCUMENT_TOKENS)]
     pieces = [piece for piece in pieces if len(piece) > 1]
     return pieces[: max(1, TOKENS // DOCUMENT_TOKENS)]
-
-
-def packed(documents: Documents) -> tuple[Tensor, Tensor, list[Segment]]:
-    """Put documents side by side; return token ids (N,), positions (N,) and each document's segment."""
-    segments, end = [], 0
-    for document in documents:
-        segments.append(Segment.packed(end, end + len(document)))
-        end += len(document)
-    ids = torch.tensor([token for document in documents for token in document])
-    return ids, torch.cat([torch.arange(segment.q_end - segment.q_start) for segment in segments]), segments
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ what `export peft` writes.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersRea
 from edgetune.export.probes import check_transformers
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.targets import MeasuredForm, TargetSpec
-from edgetune.runtime import bnb_layout, nf4
+from edgetune.runtime import bnb_layout
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.errors import ModelError, UsageError
@@ -31,7 +30,7 @@ from edgetune.runtime.fused import fused_weights
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.model import Llama
 from edgetune.runtime.model_folder import FusedRecipe, quantization_config, write_model
-from edgetune.runtime.nf4 import QuantizedTensor
+from edgetune.runtime.nf4_grid import Nf4Grid
 from edgetune.runtime.safetensors_file import TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,7 +74,7 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
         )
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)
-    linears = rounded(merged, Nf4Grid.of, calibration if job.weights == NF4 else None)
+    linears = rounded(merged, _grid, calibration if job.weights == NF4 else None)
     config |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(QUANT.double_quant)}
     recipe = RoundedRecipe(merged, _linear_specs, linears)
     write_model(job.base.folder, folder, config, recipe, done=job.counter("writing", len(recipe.shapes)))
@@ -87,38 +86,12 @@ def _linear_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
     return bnb_layout.weight_specs(name, shape, QUANT.block_size, QUANT.double_quant)
 
 
-class Nf4Grid:
-    """The Grid (rounding.py) of NF4: its table times each block's absmax, doubly quantised as the reader will see it."""
-
-    def __init__(self, quantized: QuantizedTensor) -> None:
-        self._state = replace(quantized.state, dtype=torch.bfloat16)
-        rows, columns = quantized.shape
-        absmax = nf4.expand_absmax(self._state).repeat_interleave(self._state.block_size)[: rows * columns]
-        self._scale = absmax.view(rows, columns).T.contiguous()
-        self._bounds = (nf4.NF4_TABLE[:-1] + nf4.NF4_TABLE[1:]) / 2
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Nf4Grid:
-        """Make the grid of a dense weight (out, in). Raises ModelError if it cannot be quantised."""
-        try:
-            return cls(nf4.quantize(weight, QUANT.quant_type, QUANT.block_size, QUANT.double_quant))
-        except ValueError as error:
-            raise ModelError(f"The merged model cannot be quantised: {error}; train the adapter again.") from error
-
-    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Round values (out,) f32 of one input's column; return codes (out,) and the values they stand for, f32 (out,)."""
-        scale = self._scale[column]
-        codes = torch.bucketize(values / scale.clamp(min=nf4.SMALLEST_ABSMAX), self._bounds)
-        return codes, nf4.NF4_TABLE[codes] * scale
-
-    def weight(self, codes: Tensor) -> QuantizedTensor:
-        """Return codes u8 (out, in) as an NF4 weight with this grid's scales."""
-        flat = torch.nn.functional.pad(codes.reshape(-1), (0, codes.numel() % 2))
-        return QuantizedTensor(((flat[::2] << 4) | flat[1::2]).view(-1, 1), self._state)
-
-    def tensors(self, name: str, codes: Tensor) -> dict[str, Tensor]:
-        """Return codes u8 (out, in) as the tensors of bitsandbytes' layout, by name."""
-        return bnb_layout.weight_tensors(name, self.weight(codes))
+def _grid(weight: Tensor) -> Nf4Grid:
+    """Make the grid of a merged weight (out, in). Raises ModelError if it cannot be quantised."""
+    try:
+        return Nf4Grid.of(weight, QUANT)
+    except ValueError as error:
+        raise ModelError(f"The merged model cannot be quantised: {error}; train the adapter again.") from error
 
 
 def reference_model(job: Job, folder: Path) -> Llama:

@@ -21,7 +21,7 @@ from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
-from edgetune.runtime.safetensors_file import SafetensorsWriter, TensorSpec, aligned_order
+from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec, aligned_order
 from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
 
 SHARD_BYTES = 512 << 20
@@ -145,6 +145,17 @@ def check_space(folder: Path, dest: Path, nbytes: int) -> None:
             f"The disk has {free / 1e9:.2f} GB free and {dest} takes {needed / 1e9:.2f} GB more; free some space and "
             "run the same command again."
         )
+
+
+def is_whole(path: Path, specs: list[TensorSpec]) -> bool:
+    """Return True if an earlier run finished this file. Its header is checked, since a user may have replaced the file."""
+    if not path.exists():
+        return False
+    try:
+        tensors = SafetensorsFile.open(path).tensors.values()
+    except ModelError:
+        return False
+    return [(t.name, t.dtype, t.shape) for t in tensors] == [(s.name, s.dtype, s.shape) for s in specs]
 
 
 def write_companions(source: Path, folder: Path, config: dict[str, Any], recipe: Recipe, shards: dict[str, list[str]]) -> None:

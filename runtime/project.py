@@ -12,7 +12,7 @@ y = x W^T + scale * dropout(x) A^T B^T.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -107,6 +107,10 @@ class Panel:
         return int8.dequantize(weight, dtype, out) if isinstance(weight, Int8Rows) else ops.dequantize(weight, dtype, out)
 
 
+Watch = Callable[[Sequence[AnyLinear], Tensor], None]
+"""Receives linears and their common input x (N, in)."""
+
+
 @dataclass(frozen=True)
 class ProjectPlan:
     """The settings of a pass over the blocks that decide how its products are computed."""
@@ -120,6 +124,8 @@ class ProjectPlan:
     """Compute large products in 8 bits where ops.project can. Only in training: an evaluation measures the model as stored."""
     values: bool = True
     """False in a recomputation whose result nobody reads: compute only the tensors that the backward needs."""
+    watch: Watch | None = None
+    """Called before each product of a pass without gradients; it may replace the linears' weights."""
 
     def numbered(self, first: int) -> ProjectPlan:
         """Return the plan with the dropout keys of the layer's linears from number `first` on."""
@@ -134,7 +140,10 @@ def project(h: Tensor, prologue: Prologue, linears: Sequence[AnyLinear], plan: P
     """
     if torch.is_grad_enabled():
         return _Project.apply(h, prologue, tuple(linears), plan)
-    return _forward(prologue.forward(h), linears, plan)[0]
+    x = prologue.forward(h)
+    if plan.watch is not None:
+        plan.watch(linears, x)
+    return _forward(x, linears, plan)[0]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Quantise a Hugging Face folder: NF4 linears in bitsandbytes' layout, everything else in bf16 (the head in NF4 on request).
 
+Weights are rounded to nearest or, given a Calibration, with error feedback (calibrated_layers.py).
+
 Shards are written one by one to a hidden folder beside the destination. Each appears there only when it is complete, and the
 folder takes the destination's name once all are. The same call resumes an interrupted run, and the result is byte for byte
 that of an uninterrupted one, at any number of threads.
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import bnb_layout, nf4
+from edgetune.runtime.calibrated_layers import CalibratedLayers, Calibration
 from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import one_thread
@@ -32,6 +35,7 @@ from edgetune.runtime.model_folder import (
     SHARD_BYTES,
     check_space,
     companions,
+    is_whole,
     plan_shards,
     quantization_config,
     shard_specs,
@@ -41,7 +45,7 @@ from edgetune.runtime.model_folder import (
 )
 from edgetune.runtime.names import HEAD, is_linear
 from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
-from edgetune.runtime.safetensors_file import SafetensorsFile, TensorSpec
+from edgetune.runtime.safetensors_file import TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
 
 HEADS = ("bf16", "nf4")
@@ -73,6 +77,7 @@ class _Recipe:
     head: str
     fused: dict[str, tuple[str, ...]]
     """The linears that lie in each matrix which the family stores as one: it is quantised as one, as its readers expect."""
+    calibrated: CalibratedLayers | None = None
 
     def becomes_nf4(self, name: str) -> bool:
         return is_linear(name) or name in self.fused or (name == HEAD and self.head == "nf4")
@@ -89,6 +94,8 @@ class _Recipe:
         )
         if not self.becomes_nf4(name):
             return {name: weight}
+        if self.calibrated is not None and is_linear(name):
+            return self.calibrated.tensors(name)
         try:
             return nf4_tensors(name, weight, self.double_quant)
         except ValueError as error:
@@ -123,12 +130,14 @@ def quantize_folder(
     *,
     double_quant: bool = True,
     head: str = "bf16",
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizeResult:
     """Quantise the linears of the model in `src` to NF4 (QLoRA §3), into a folder that transformers opens too.
 
-    head: one of HEADS; "nf4" quantises it like a linear.
+    head: one of HEADS; "nf4" quantises it, to nearest. calibration: text on which to keep the linears' outputs; None rounds to
+    nearest.
     Raises ModelError for a source that is unreadable, already quantised or holds inf or NaN; UsageError if `dest` exists, or
     if the head is to be quantised but is the embedding too; ResourceError when the disk is or becomes full. The next call
     resumes after the last shard that was finished.
@@ -144,6 +153,10 @@ def quantize_folder(
     if head != "bf16" and checkpoint.config.tie_embeddings:
         raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
     _refuse_unsplittable(checkpoint, double_quant)
+    if calibration is not None and fused_weights(checkpoint.config):
+        raise UsageError(
+            f"{src} stores several linears of a layer as one matrix, which calibration does not round; leave --calibrate out."
+        )
     companions(src)  # raises before any work is done
     checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
     if has_tokenizer(src):
@@ -152,8 +165,13 @@ def quantize_folder(
     recipe = _Recipe(checkpoint, fused_shapes(config, model_shapes(config)), double_quant, head, fused_weights(config))
     shards = plan_shards(recipe, shard_bytes)
     with explain_full_disk(dest):
-        partial = _partial_folder(checkpoint, dest, [double_quant, shard_bytes, head])
-        _check_space(partial, dest, recipe, shards)
+        choices = [double_quant, shard_bytes, head, *([calibration.digest] if calibration else [])]
+        partial = _partial_folder(checkpoint, dest, choices)
+        _check_space(partial, dest, recipe, shards, copies=2 if calibration else 1)
+        if calibration is not None:
+            layers = CalibratedLayers(checkpoint, partial, replace(QuantConfig(), double_quant=double_quant))
+            layers.make(calibration)
+            recipe = replace(recipe, calibrated=layers)
         _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
         settings = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
         settings |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
@@ -198,10 +216,13 @@ def _refuse_foreign(partial: Path) -> None:
         raise UsageError(f"{partial} is not a folder of yours; delete it, or name a DEST in a folder that only you can write.")
 
 
-def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]]) -> None:
-    """Raise ResourceError if the disk has too little space, before an hour of work is lost to it."""
+def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, list[str]], copies: int) -> None:
+    """Raise ResourceError if the disk has too little space, before an hour of work is lost to it.
+
+    copies: 2 where each layer is kept in a file of its own until all are done.
+    """
     missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
-    check_space(partial, dest, stored_bytes(recipe, missing))
+    check_space(partial, dest, copies * stored_bytes(recipe, missing))
 
 
 def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], progress: Progress) -> None:
@@ -214,22 +235,11 @@ def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], 
         progress(done, total)
 
     for file, names in shards.items():
-        if _is_whole(partial / file, shard_specs(recipe, names)):
+        if is_whole(partial / file, shard_specs(recipe, names)):
             done += sum(math.prod(recipe.shapes[name]) for name in names)
             progress(done, total)
             continue
         write_shard(partial / file, recipe, names, made)
-
-
-def _is_whole(path: Path, specs: list[TensorSpec]) -> bool:
-    """Return True if an earlier run finished this shard. Its header is checked, since a user may have replaced the file."""
-    if not path.exists():
-        return False
-    try:
-        tensors = SafetensorsFile.open(path).tensors.values()
-    except ModelError:
-        return False
-    return [(t.name, t.dtype, t.shape) for t in tensors] == [(s.name, s.dtype, s.shape) for s in specs]
 
 
 def _publish(partial: Path, dest: Path) -> None:

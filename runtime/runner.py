@@ -6,7 +6,7 @@ a small autograd graph of its own, so that the tensors it saved are freed as soo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +21,7 @@ from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, wri
 from edgetune.runtime.loss import chunked_cross_entropy, token_nats
 from edgetune.runtime.model import Block, Context, KVCache, Llama
 from edgetune.runtime.ops_types import FEW_ROWS, Segment
-from edgetune.runtime.project import Panel, ProjectPlan
+from edgetune.runtime.project import Panel, ProjectPlan, Watch
 
 
 class Recompute(StrEnum):
@@ -199,7 +199,26 @@ class Runner:
 
         Keys and values are appended to `cache` where one is given.
         """
+        h = torch.empty(0)
+        for _, h in self.layers(input_ids, positions, segments, cache):  # noqa: B007
+            pass
+        return h
+
+    @torch.no_grad()
+    def layers(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        segments: Sequence[Segment],
+        cache: KVCache | None = None,
+        watch: Watch | None = None,
+    ) -> Iterator[tuple[Block, Tensor]]:
+        """Run tokens (N,) through the blocks; yield each one with its output (N, D).
+
+        watch: receives the linears and the input of each product before it is computed, and may replace their weights.
+        """
         ctx = self._context(positions, segments, cache)
+        ctx = replace(ctx, plan=replace(ctx.plan, watch=watch))
         self.model.pager.expect(range(len(self.model.blocks)))
         h = self.model.embed(input_ids)
         for block in self.model.blocks:
@@ -208,9 +227,9 @@ class Runner:
                 h = block(h, ctx)
             if len(h) > FEW_ROWS:  # a few tokens fit one command buffer for all blocks
                 end_command_buffer(h.device)
+            yield block, h
         if cache is not None:
             cache.length += len(input_ids)
-        return h
 
     def _context(self, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Context:
         rotations = self.model.rotations(positions)

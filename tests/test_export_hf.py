@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_model
 
 import edgetune
-from edgetune.export import effect, rounding, verify
+from edgetune.export import effect, verify
 from edgetune.export import hf as target
 from edgetune.export.memory import check_memory
 from edgetune.export.merge import DenseRecipe, Merged
@@ -116,33 +116,6 @@ def test_golden_tokens_of_a_streamed_model_are_those_of_a_whole_one(tmp_path: Pa
 
 
 # ---- 4 bits
-
-
-def test_feedback_keeps_products_where_the_nearest_does_not() -> None:
-    """With correlated inputs, as in a model, GPTQ's output error is a fraction of that of rounding to nearest."""
-    torch.manual_seed(1)
-    x = torch.randn(2048, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(2048, 128)
-    weight = torch.randn(96, 128) * 0.05
-    grid = target.Nf4Grid.of(weight)
-    plain = grid.weight(rounding.nearest(weight, grid))
-    fed = grid.weight(rounding.with_feedback(weight, grid, rounding.Feedback.of(x)))
-
-    def error(rounded: nf4.QuantizedTensor) -> float:
-        return float((x @ (nf4.dequantize(rounded, torch.float32) - weight).T).square().mean())
-
-    assert error(fed) < 0.3 * error(plain)
-
-
-@pytest.mark.parametrize("shape", [(64, 128), (48, 96), (3, 7)])
-def test_the_nearest_codes_are_the_quantisers_own(shape: tuple[int, int]) -> None:
-    """Few codes differ: ours are nearest for the doubly quantised scales, which nf4.quantize does not know yet."""
-    weight = torch.randn(shape)
-    grid, quantized = target.Nf4Grid.of(weight), nf4.quantize(weight)
-    ours = grid.weight(rounding.nearest(weight, grid))
-    assert torch.equal(ours.state.absmax, quantized.state.absmax)
-    expected, found = (nf4.dequantize(each, torch.float32) for each in (quantized, ours))
-    assert (found - weight).abs().sum() <= (expected - weight).abs().sum() + 1e-4
-    assert (found != expected).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("family", ["llama-2-grouped", "qwen2", "qwen3"])

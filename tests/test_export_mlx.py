@@ -25,12 +25,12 @@ from edgetune.export.mlx import affine, reader, target
 from edgetune.export.mlx.adapter import ADAPTER_FILE, CONFIG_FILE, is_adapter, read_adapter, write_adapter
 from edgetune.export.mlx.model import mlx_config
 from edgetune.export.mlx.reader import MlxReader, open_mlx
-from edgetune.export.rounding import nearest
 from edgetune.exporting import export_adapter
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LoraConfig
+from edgetune.runtime.error_feedback import nearest
 from edgetune.runtime.errors import AdapterError, ModelError, UsageError
 from edgetune.runtime.model_folder import write_model
 

@@ -55,11 +55,11 @@ PRODUCT = (
     {"__main__"},
     {"cli"},
     {"machine"},
-    {"training", "session", "chat", "exporting"},
+    {"training", "session", "chat", "exporting", "quantising"},
     {"library", "dataset"},
     {"conversion"},
     {"documents", "reports", "memory_settings", "weight_forms"},
-    {"config", "settings", "events", "progress", "home", "lock", "scratch", "demo", "_version"},
+    {"config", "settings", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""
 

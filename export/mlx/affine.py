@@ -38,7 +38,7 @@ def affine_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
 
 
 class AffineGrid:
-    """A Grid of rounding.py with the values scale * code + bias, where GROUP weights in a row share scale and bias.
+    """A Grid of error_feedback.py with the values scale * code + bias, where GROUP weights in a row share scale and bias.
 
     scale, bias: f32 (out, in / GROUP). They are rounded to bf16, as they are stored, before any code is chosen.
     """

@@ -1,0 +1,174 @@
+"""Quantise a base model to 4 bits: find it, calibrate on text where that is asked for, and measure what 4 bits cost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edgetune._version import __version__
+from edgetune.conversion.cost import Cost
+from edgetune.conversion.origin import Origin
+from edgetune.documents.reading import read_notes
+from edgetune.library.base_models import resolve
+from edgetune.progress import Progress, Show, Stages
+from edgetune.runtime.batch import Batch
+from edgetune.runtime.calibrated_layers import Calibration, calibration_bytes
+from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.config import LlamaConfig
+from edgetune.runtime.device import compute_dtype
+from edgetune.runtime.error_feedback import Documents
+from edgetune.runtime.errors import DataError, ModelError
+from edgetune.runtime.loader import load_llama
+from edgetune.runtime.ops_types import Segment
+from edgetune.runtime.pager import SLOTS
+from edgetune.runtime.quantize import QuantizeResult, quantize_folder
+from edgetune.runtime.runner import Runner
+from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
+from edgetune.scratch import scratch_folder
+from edgetune.texts import calibration_text, measuring_text
+
+PIECE_TOKENS = 512
+"""Length in tokens of the pieces that a text is cut into, and read in. Chosen by hand."""
+CALIBRATION_TOKENS = 8192
+"""Upper bound on the tokens to calibrate on. Chosen on SmolLM2-135M (LOG.md, "calibrated NF4")."""
+MEASURE_BYTES = 1 << 30
+"""Bytes of layers that stay in memory while bits per byte are measured; those of larger models are streamed. Chosen by hand."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A model that was quantised. cost: None for a model without a tokenizer, which cannot read a text."""
+
+    result: QuantizeResult
+    cost: Cost | None
+    seconds: float
+
+
+def quantise(
+    src: str,
+    dest: Path | str,
+    *,
+    double_quant: bool = True,
+    head: str = "bf16",
+    calibrate: bool = False,
+    texts: Sequence[str] = (),
+    show: Show = lambda event: None,
+) -> Quantised:
+    """Write the model that `src` names as a 4-bit folder `dest`, and measure what 4 bits cost on the built-in text.
+
+    src: a folder, a GGUF file, or any other name of a model. calibrate: keep the outputs of the layers on a text, which is the
+    built-in one unless `texts` names files and folders. Raises subclasses of EdgetuneError, as quantize_folder does.
+    """
+    start, stages = time.monotonic(), Stages(show)
+    with _dense_folder(src, stages) as source:
+        calibration = _calibration(source, texts, stages) if calibrate or texts else None
+        result = quantize_folder(
+            source,
+            dest,
+            double_quant=double_quant,
+            head=head,
+            calibration=calibration,
+            progress=stages.of("quantising"),
+        )
+        if (origin := Origin.read(source)) is not None:
+            origin.write(result.folder)
+        cost = _measured(source, result.folder, calibration.tokens if calibration else 0, stages.of("measuring"))
+    return Quantised(result, cost, time.monotonic() - start)
+
+
+def memory_to_calibrate(src: str) -> int | None:
+    """Forecast the memory in bytes that calibrating a model takes; None for a GGUF model, which has to be converted first."""
+    path = resolve(src).path
+    return calibration_bytes(open_model(path).config, CALIBRATION_TOKENS) if path.is_dir() else None
+
+
+@contextlib.contextmanager
+def _dense_folder(src: str, stages: Stages) -> Iterator[Path]:
+    """Yield the folder of the model that `src` names; of a GGUF model a copy in bf16, which is deleted at the end."""
+    choice = resolve(src)
+    if choice.path.is_dir():
+        yield choice.path
+        return
+    from edgetune.conversion.convert import convert
+
+    with scratch_folder() as scratch:
+        progress = stages.of("converting")
+        yield convert(choice.path, scratch / "model", choice.name, form="bf16", progress=progress).path
+
+
+def _calibration(source: Path, texts: Sequence[str], stages: Stages) -> Calibration:
+    """Return what to calibrate the model in `source` on. Raises ModelError for a model without a tokenizer, DataError for
+    texts that hold nothing."""
+    if not has_tokenizer(source):
+        raise ModelError(
+            f"{source} has no tokenizer, and calibration reads text; copy its tokenizer.json there, or leave --calibrate out."
+        )
+    tokenizer = Tokenizer.load(source)
+    found: Iterable[str] = calibration_text()
+    if texts:
+        documents = read_notes(texts, progress=stages.of("reading")).documents
+        # In the order of their digests: the same text whatever the files are called, and a mixture of all folders.
+        found = (document.text for document in sorted(documents, key=lambda document: document.digest))
+    pieces = _pieces(tokenizer, found, open_model(source).config, CALIBRATION_TOKENS)
+    if not pieces:
+        raise DataError("The texts to calibrate on hold no words; name others with --texts, or leave it out.")
+    return Calibration(pieces, stages.of("calibrating"))
+
+
+def _pieces(tokenizer: Tokenizer, texts: Iterable[str], config: LlamaConfig, most: float = math.inf) -> Documents:
+    """Return texts as pieces of token ids, each as a text begins, until `most` tokens are reached."""
+    pieces: Documents = []
+    count, size = 0, min(PIECE_TOKENS, config.max_positions) - len(tokenizer.start_ids)
+    for text in texts:
+        ids = tokenizer.encode(text)
+        for start in range(0, len(ids), size):
+            piece = [*tokenizer.start_ids, *ids[start : start + size]]
+            if count + len(piece) > most:
+                return pieces
+            if len(piece) > 1:
+                pieces.append(piece)
+                count += len(piece)
+    return pieces
+
+
+def _measured(source: Path, quantised: Path, calibration_tokens: int, progress: Progress) -> Cost | None:
+    """Measure what 4 bits cost and write it into the quantised folder; return None for a model without a tokenizer."""
+    if not has_tokenizer(source):
+        return None
+    before, after = (
+        bits_per_byte(folder, lambda done, total, first=first: progress(first * total + done, 2 * total))  # type: ignore[misc]
+        for first, folder in enumerate((source, quantised))
+    )
+    if not (math.isfinite(before) and math.isfinite(after)):
+        raise ModelError(
+            f"{source} predicts NaN on the built-in text, since numbers in it are too large; copy the model again."
+        )
+    cost = Cost(before, after, calibration_tokens, __version__)
+    cost.write(quantised)
+    return cost
+
+
+def bits_per_byte(folder: Path, progress: Progress = lambda done, total: None, texts: Sequence[str] = ()) -> float:
+    """Return the bits per byte of a model on `texts`, by default the built-in text, with its weights as they are stored.
+
+    Layers beyond MEASURE_BYTES are streamed. progress: receives the pieces of text read and all pieces.
+    """
+    checkpoint, tokenizer = open_model(folder), Tokenizer.load(folder)
+    config, texts = checkpoint.config, texts or measuring_text()
+    ring = SLOTS * 4 * config.linear_parameters // config.num_layers
+    model = load_llama(checkpoint, compute_dtype(torch.device("cpu")), layer_memory=max(MEASURE_BYTES, ring))
+    runner, pieces = Runner(model), _pieces(tokenizer, texts, config)
+    nats = []
+    for number, piece in enumerate(pieces):
+        progress(number, len(pieces))
+        ids, count = torch.tensor(piece), len(piece) - 1
+        batch = Batch(ids[:-1], ids[1:], torch.ones(count), torch.arange(count), (Segment.packed(0, count),))
+        nats.append(float(runner.score(batch).double().sum()))
+    progress(len(pieces), len(pieces))
+    return math.fsum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
