@@ -10,6 +10,7 @@ import click
 
 from edgetune.cli.options import json_option, print_json, progress_shown, say
 from edgetune.conversion.cost import Cost
+from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on
 from edgetune.reports.text import human_bytes, human_time, one_line
 from edgetune.runtime.quantize import HEADS
