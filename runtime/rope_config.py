@@ -176,7 +176,9 @@ def _fields(
         for key in sorted(fields.keys() & values.keys()):
             if fields[key] != values[key]:
                 raise _contradiction(f"{entry}.{key}", values[key], f"rope_parameters.{key}", fields[key])
-        elsewhere = {"rope_theta", "partial_rotary_factor", *([_ORIGINAL] if partial else [])}  # in older configs
+        # Older configs have these elsewhere; those of Phi, which accept its two lists alone, have the last three nowhere.
+        elsewhere = {"rope_theta", "partial_rotary_factor"}
+        elsewhere |= {_ORIGINAL, "attention_factor", "factor"} if partial else set()
         if fields and (fields.keys() ^ values.keys()) - elsewhere:
             raise _contradiction(entry, values, "rope_parameters", fields)
         fields |= values

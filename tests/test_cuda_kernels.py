@@ -581,7 +581,7 @@ def test_every_kernel_compiles_for_real_cards(capability: str, tmp_path: Path) -
     done = subprocess.run([sys.executable, str(script), capability], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 19
+    assert len(lines) == 21
     assert all(int(size) > 0 for *_, size in lines)
     loads = [int(loads) for name, _, loads, _ in lines if name == "matvec"]
     assert 0 < max(loads) < 100  # it would be 64 more if each weight took a load of its own

@@ -211,7 +211,7 @@ def test_a_deadline_cuts_the_first_evaluation_and_the_last_scores_the_same_text(
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(Runner, "score", slow)
     monkeypatch.setattr(TrainStep, "run", long_step)
-    events = list(train(dataclasses.replace(small, steps=4000, minutes=10.0)))
+    events = list(train(dataclasses.replace(small, steps=4000, minutes=10.0, weights="nf4")))
     evaluated = [event for event in events if isinstance(event, Evaluated)]
     # Four scores share a tenth of ten minutes, these two and two of the base as published: for each, 15 seconds are two rows of
     # ten seconds. The plan's evaluations have many more.

@@ -293,8 +293,8 @@ def test_rows_in_another_bases_order_are_refused(tmp_path: Path) -> None:
 def test_a_lora_for_a_family_without_gguf_is_refused(tmp_path: Path) -> None:
     config = opened(tmp_path / "m").config
     gguf_adapter.write_adapter(an_adapter(config), config, tmp_path / "a.gguf")
-    with pytest.raises(AdapterError, match="edgetune opens none for gemma3_text models; name a PEFT folder"):
-        gguf_adapter.read_adapter(tmp_path / "a.gguf", replace(config, model_type="gemma3_text"))
+    with pytest.raises(AdapterError, match="edgetune opens none for ministral3 models; name a PEFT folder"):
+        gguf_adapter.read_adapter(tmp_path / "a.gguf", replace(config, model_type="ministral3"))
 
 
 @given(st.integers(1, 4), st.sampled_from([2, 4, 16, 64]), st.integers(1, 3))

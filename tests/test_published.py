@@ -49,7 +49,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
         text = "".join(f"Day {number * line}: the beans by the tarred shed want water, said Marra.\n" for line in range(9))
         (folder / f"{number:02}.md").write_text(text)
     data = DataConfig(notes=(str(folder),), seq_len=64, batch_tokens=256)
-    return TrainConfig(data=data, model=str(tmp_path / "model"), steps=3, rank=2, evaluation_share=1.0)
+    return TrainConfig(data=data, model=str(tmp_path / "model"), weights="nf4", steps=3, rank=2, evaluation_share=1.0)
 
 
 def end_of(events: list[Event]) -> Finished:
@@ -151,7 +151,7 @@ def test_memory_decides_how_many_scores_there_are(small: TrainConfig, tmp_path: 
     from edgetune.runtime.budget import Stored
 
     config, tokens = run.loaded.model.config, 100_000
-    chosen = choose_or_refuse(config, run.lora, Stored.of(run.loaded.checkpoint), small, run.loaded.model.dtype, "cpu")
+    chosen = choose_or_refuse(config, run.lora, [Stored.of(run.loaded.checkpoint)], small, run.loaded.model.dtype, "cpu")
     parts, rows = chosen.parts, chosen.setting.row_tokens
 
     def needed(scores: int) -> int:

@@ -68,8 +68,8 @@ def written(source: Path, folder: Path) -> dict[str, Any]:
 
 
 def job(source: Path) -> Job:
-    """Return a Job with nothing but the folder of its base, which is all that the check of ids uses."""
-    base: Any = type("Base", (), {"folder": source})
+    """Return a Job with nothing but its base's folder and shape, which are all that the check of ids and `export peft` use."""
+    base: Any = type("Base", (), {"folder": source, "config": open_model(DEMO).config})
     return Job(base, "m", None, force=False)
 
 

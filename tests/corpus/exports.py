@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from corpus.case import Place, change_json, of_kind, plain_adapter, plain_model, text_of
+from corpus.case import PROMPT, Place, change_json, of_kind, plain_adapter, plain_model
 from corpus.tokenizers import byte_level
 from edgetune.export.gguf.header import Header
 
@@ -162,4 +162,6 @@ def _(place: Place) -> None:
 @case("a 4-bit folder opened after it was written")
 def _(place: Place) -> None:
     place.run("quantize", plain_model(), place.folder / "small").taken()
-    assert place.opened(place.folder / "small").taken().json["text"] == text_of()
+    common = ("--max-tokens", "12", "--temperature", "0", "--json")
+    same = place.run("generate", "--model", plain_model(), "--weights", "nf4", "--adapter", "none", *common, PROMPT)
+    assert place.opened(place.folder / "small").taken().json["text"] == same.taken().json["text"]
