@@ -19,8 +19,7 @@ from edgetune.conversion.tokenizer import tokenizer_files
 from edgetune.lock import lock_output
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.errors import UsageError
-from edgetune.runtime.files import atomic_folder, atomic_write, mend
+from edgetune.runtime.files import atomic_folder, atomic_write, mend, refuse_occupied
 from edgetune.runtime.model_folder import (
     check_space,
     plan_shards,
@@ -99,8 +98,7 @@ def convert(
     process is writing it, and ResourceError when the disk is or becomes full. What a killed conversion left is deleted.
     """
     begin, dest = time.monotonic(), Path(dest)
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
+    refuse_occupied(dest)
     file = GgufFile.open(source)
     recipe = Recipe.of(Model(file), form)
     tokenizer = tokenizer_files(file.metadata)

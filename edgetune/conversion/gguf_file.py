@@ -60,14 +60,14 @@ class GgufFile:
     """An opened GGUF model.
 
     path: the file, or its first part. metadata: the value of every key: a number, a truth value, a text, a list of texts or a
-    numpy array. tensors: all tensors by their names in GGUF. modified: the time of the file's last change in nanoseconds.
+    numpy array. tensors: all tensors by their names in GGUF. modified: the time of the last change of any part, in nanoseconds.
     """
 
     def __init__(self, path: Path, parts: list[_Part]) -> None:
         self.path = path
         self.metadata: Mapping[str, Any] = parts[0].header.keys
         self.tensors: dict[str, GgufTensor] = {}
-        self.modified = parts[0].modified
+        self.modified = max(part.modified for part in parts)
         self._parts = {part.path: part for part in parts}
         for part in parts:
             self._add_tensors(part)

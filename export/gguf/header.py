@@ -141,29 +141,32 @@ class Header:
         self._at = stop
         return taken
 
-    def _text(self) -> str:
-        """Read a text: its length, then its bytes."""
+    def _text(self, errors: str = "strict") -> str:
+        """Read a text: its length, then its bytes. `errors`: what becomes of bytes that are not UTF-8, as for `str`."""
         length = int.from_bytes(self._bytes(8), "little")
         if length > MAX_GGUF_TEXT:
             raise ValueError(f"it holds a text of {length} bytes")
-        return str(self._bytes(length), "utf-8")
+        return str(self._bytes(length), "utf-8", errors)
 
     def _texts(self, count: int) -> list[str]:
-        """Read many texts, at twice the speed of `_text`: a vocabulary has hundreds of thousands."""
+        """Read many texts, at twice the speed of `_text`: a vocabulary has hundreds of thousands.
+
+        Here and in other values, bytes that are not UTF-8 become lone surrogates: they matter only to whoever uses that text.
+        """
         data, at, texts = self._data, self._at, []
         for _ in range(count):
             start = at + 8
             at = start + int.from_bytes(data[at:start], "little")
             if at > self._end or at - start > MAX_GGUF_TEXT:
                 raise ValueError("it holds an array of texts that are cut off or too long")
-            texts.append(str(data[start:at], "utf-8"))
+            texts.append(str(data[start:at], "utf-8", "surrogateescape"))
         self._at = at
         return texts
 
     def _value(self, kind: int) -> Any:
         """Read a value of a type of the specification."""
         if kind == _STRING:
-            return self._text()
+            return self._text("surrogateescape")
         if kind == _ARRAY:
             return self._array(*self._take("IQ"))
         return self._take(self._form(kind))[0]
