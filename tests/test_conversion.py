@@ -386,3 +386,21 @@ def test_a_list_where_one_value_belongs_is_one_sentence(name: str, tmp_path: Pat
     file.metadata = {**file.metadata, f"llama.{name}": np.array([4, 4], np.uint32)}
     with pytest.raises(ModelError, match=rf"its llama.{name} is an array of 2 items, expected a "):
         Model(file)
+
+
+@pytest.mark.parametrize("change", ["cut off", "written again"])
+def test_a_file_that_changes_while_it_is_converted_is_one_sentence_and_leaves_nothing(change: str, tmp_path: Path) -> None:
+    file, dest = a_file(tmp_path), tmp_path / "converted"
+    content = file.read_bytes()
+
+    def spoil(done: int, total: int) -> None:
+        if done and change == "cut off":
+            os.truncate(file, len(content) // 2)
+        elif done == total:
+            file.write_bytes(content)
+            os.utime(file, ns=(5, 5))
+
+    said = "cannot be read" if change == "cut off" else "has changed while it was read; run the same command again"
+    with pytest.raises(ModelError, match=said):
+        convert(file, dest, "x", "fp32", spoil)
+    assert [path.name for path in tmp_path.iterdir() if "converted" in path.name and not path.name.endswith(".lock")] == []

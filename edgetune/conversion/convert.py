@@ -85,7 +85,7 @@ class Recipe:
         return {name: self.model.pieces(name)}
 
     def release(self, name: str) -> None:
-        """Do nothing: the file's pages are dropped as its tensors are read."""
+        """Do nothing: a GGUF file is not mapped."""
 
 
 def convert(
@@ -111,6 +111,7 @@ def convert(
             if has_tokenizer(folder):
                 Tokenizer.load(folder)  # one that does not fit is refused before the minutes of work
             _write_weights(folder, recipe, progress)
+            file.refuse_changes()
             _origin(file, name).write(folder)
             open_model(folder)
     return Converted(dest, recipe.nbytes, time.monotonic() - begin, recipe.form)

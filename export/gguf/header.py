@@ -83,7 +83,7 @@ class Header:
     """A parsed header.
 
     keys: the value of every key: a number, a truth value, a text, a list of texts, or a numpy array of numbers. tensors: the
-    entry of each tensor by name.
+    entry of each tensor by name. digest: the SHA-256 over all of this, which the tensors' numbers do not change.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -103,11 +103,7 @@ class Header:
                 raise ValueError(f"its key {key[:80]!r} is given twice")
             self.keys[key] = self._value(*self._take("I"))
         self.tensors = self._tensors(tensors)
-
-    @property
-    def digest(self) -> str:
-        """Return the SHA-256 over the header: keys, names, shapes, types and offsets, but not the tensors' numbers."""
-        return hashlib.sha256(memoryview(self._data)[: self._at]).hexdigest()
+        self.digest = hashlib.sha256(self._data[: self._at]).hexdigest()
 
     def _tensors(self, count: int) -> dict[str, TensorInfo]:
         """Read the entries of the tensors."""
