@@ -4,7 +4,7 @@ Weights are rounded to nearest or, given a Calibration, with error feedback (cal
 
 Shards are written one by one to a hidden folder beside the destination. Each appears there only when it is complete, and the
 folder takes the destination's name once all are. The same call resumes an interrupted run, and the result is byte for byte
-that of an uninterrupted one, at any number of threads.
+that of an uninterrupted one: at any number of threads if rounded to nearest, with a Calibration at the same number of them.
 """
 
 from __future__ import annotations

@@ -175,6 +175,14 @@ def test_an_ollama_name_is_its_blob(file: Path, place: Path) -> None:
     assert resolve("tiny:1b") == ModelChoice(blob, "tiny:1b", gguf=True)
 
 
+def test_the_models_of_ollamas_system_service_are_found(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = pulled(file, place / "service")
+    monkeypatch.setattr(places, "OLLAMA_SERVICE", place / "service" / ".ollama" / "models")
+    assert [(found.name, found.path) for found in scan()] == [("tiny:1b", blob)]
+    monkeypatch.setenv("OLLAMA_MODELS", str(place / "elsewhere"))
+    assert scan() == []
+
+
 def test_what_ollama_alone_uses_is_ignored_and_said(file: Path, place: Path) -> None:
     pulled(file, place, system="You are Mario.", params="{}", license="Apache")
     said = "Of tiny:1b, edgetune ignores what Ollama alone uses: system prompt, sampling parameters."
