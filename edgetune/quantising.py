@@ -24,6 +24,7 @@ from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.error_feedback import Documents
 from edgetune.runtime.errors import DataError, ModelError
+from edgetune.runtime.files import refuse_occupied
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.pager import SLOTS
@@ -66,6 +67,7 @@ def quantise(
     built-in one unless `texts` names files and folders. Raises subclasses of EdgetuneError, as quantize_folder does.
     """
     start, stages = time.monotonic(), Stages(show)
+    refuse_occupied(Path(dest))  # before a GGUF model is converted for minutes
     with _dense_folder(src, stages) as source:
         calibration = _calibration(source, texts, stages) if calibrate or texts else None
         result = quantize_folder(

@@ -21,6 +21,8 @@ Fields = dict[str, Any]
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _MISTRAL_WINDOW = 4096
 """Sliding window of a Mistral config that has no such key: transformers' MistralConfig."""
+_THETA_OF_SMOLLM3 = 2e6
+"""Base of RoPE of a SmolLM3 config that has none: transformers' SmolLM3Config."""
 _YARN_OF_MINISTRAL = {
     "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
@@ -92,7 +94,7 @@ def _smollm3(config: Config, layers: int) -> Fields:
         rotated = [int((layer + 1) % interval != 0) for layer in range(layers)]
     if not isinstance(rotated, list) or len(rotated) < layers or not all(type(item) in (int, bool) for item in rotated):
         raise unsupported("no_rope_layers", reprlib.repr(rotated), f"{layers} times 0 or 1")
-    rope = RopeConfig.from_hf(config)
+    rope = RopeConfig.from_hf(config, usual_theta=_THETA_OF_SMOLLM3)
     ropes = tuple(rope if rotated[layer] else None for layer in range(layers))
     return {"rope": rope, "layer_ropes": ropes, **_windows(config, layers, _used_window(config), lambda i: not rotated[i])}
 
@@ -250,7 +252,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         _smollm3,
-        {"tie_word_embeddings": True, "rope_theta": 2000000.0, "max_position_embeddings": 32768},
+        {"tie_word_embeddings": True, "max_position_embeddings": 32768},
         frozenset(["no_rope_layers", "no_rope_layer_interval"]),
     ),
     "granite": Family("GraniteForCausalLM", _granite, keys=_GRANITE_KEYS, values={"attention_dropout": None}),

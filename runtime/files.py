@@ -115,6 +115,12 @@ def check_place(path: Path) -> None:
         raise UsageError(f"{path} cannot be created ({error.strerror}); name another folder.") from error
 
 
+def refuse_occupied(path: Path) -> None:
+    """Raise UsageError unless a new folder can take this name: nothing is there, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} already exists; name a new folder, or delete it first.")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a private temporary folder that becomes `path` when the block ends, and is deleted when the block raises.

@@ -4,7 +4,7 @@ Weights are rounded to nearest or, given a Calibration, with error feedback (cal
 
 Shards are written one by one to a hidden folder beside the destination. Each appears there only when it is complete, and the
 folder takes the destination's name once all are. The same call resumes an interrupted run, and the result is byte for byte
-that of an uninterrupted one, at any number of threads.
+that of an uninterrupted one: at any number of threads if rounded to nearest, with a Calibration at the same number of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import one_thread
 from edgetune.runtime.errors import ModelError, SettingError, UsageError
-from edgetune.runtime.files import explain_full_disk, is_ours, sync_folder
+from edgetune.runtime.files import explain_full_disk, is_ours, refuse_occupied, sync_folder
 from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
@@ -145,8 +145,7 @@ def quantize_folder(
     src, dest = Path(src), Path(dest)
     if head not in HEADS:
         raise SettingError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
+    refuse_occupied(dest)
     checkpoint = open_model(src)
     if checkpoint.quant is not None:
         raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")

@@ -69,15 +69,17 @@ class RopeConfig:
         partial: bool = False,
         renamed: Mapping[str, str] | None = None,
         query_beta: str = "",
+        usual_theta: float = 10000.0,
     ) -> RopeConfig:
         """Read `rope_theta` and `rope_scaling`, or `rope_parameters` as transformers 5 writes them.
 
         A config may hold both forms, for readers of either version, but they must agree. kinds: those that the family
         computes. partial: a share of each head may be rotated. renamed: older names of kinds. query_beta: the key of that
-        number, where the family has it. Raises ModelError.
+        number, where the family has it. usual_theta: the base where no entry has one. Raises ModelError.
         """
         fields, kind = _fields(config, kinds, partial, renamed or {})
-        theta, share = real(fields, "rope_theta", 0.0, 1e15, 10000.0), real(fields, "partial_rotary_factor", 0.0, 1.0, 1.0)
+        fields.setdefault("rope_theta", usual_theta)
+        theta, share = real(fields, "rope_theta", 0.0, 1e15), real(fields, "partial_rotary_factor", 0.0, 1.0, 1.0)
         needed = _KEYS[kind]
         unread = {"rope_theta", "partial_rotary_factor", *_OPTIONAL.get(kind, ())}
         if query_beta:
@@ -124,7 +126,7 @@ def _yarn(fields: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     fast, slow = real(fields, "beta_fast", 0.0, 1e6, 32.0), real(fields, "beta_slow", 0.0, 1e6, 1.0)
     if fast < slow:
         raise unsupported("rope_scaling", "a beta_fast below its beta_slow", "one that is not")
-    if real(fields, "rope_theta", 0.0, 1e15, 10000.0) <= 1:
+    if real(fields, "rope_theta", 0.0, 1e15) <= 1:
         raise unsupported("rope_theta", reprlib.repr(fields["rope_theta"]), "more than 1 with YaRN")
 
     def magnitude(weight: float) -> float:

@@ -368,3 +368,39 @@ def test_a_type_that_is_not_read_is_named_with_what_to_fetch(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="stores weights as IQ2_XS, which edgetune cannot read; fetch the model's Q4_K_M"):
         convert(file, tmp_path / "folder", "it")
     assert GgufFile.open(file).quantisation == "IQ2_XS"
+
+
+def test_a_text_that_is_not_utf_8_is_no_fault_of_the_weights(tmp_path: Path) -> None:
+    file = a_file(tmp_path)
+    plain = weights(converted(file))
+    file.write_bytes(file.read_bytes().replace(b"no_vocab", b"no_\xff\xfecab"))
+    assert GgufFile.open(file).metadata["tokenizer.ggml.model"] == "no_\udcff\udcfecab"
+    again = weights(convert(file, tmp_path / "again", "again", "fp32").path)
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("name", ["expert_count", "rope.scaling.type", "attention.head_count", "rope.freq_base"])
+def test_a_list_where_one_value_belongs_is_one_sentence(name: str, tmp_path: Path) -> None:
+    file = GgufFile.open(a_file(tmp_path))
+    file.metadata = {**file.metadata, f"llama.{name}": np.array([4, 4], np.uint32)}
+    with pytest.raises(ModelError, match=rf"its llama.{name} is an array of 2 items, expected a "):
+        Model(file)
+
+
+@pytest.mark.parametrize("change", ["cut off", "written again"])
+def test_a_file_that_changes_while_it_is_converted_is_one_sentence_and_leaves_nothing(change: str, tmp_path: Path) -> None:
+    file, dest = a_file(tmp_path), tmp_path / "converted"
+    content = file.read_bytes()
+
+    def spoil(done: int, total: int) -> None:
+        if done and change == "cut off":
+            os.truncate(file, len(content) // 2)
+        elif done == total:
+            file.write_bytes(content)
+            os.utime(file, ns=(5, 5))
+
+    said = "cannot be read" if change == "cut off" else "has changed while it was read; run the same command again"
+    with pytest.raises(ModelError, match=said):
+        convert(file, dest, "x", "fp32", spoil)
+    assert [path.name for path in tmp_path.iterdir() if "converted" in path.name and not path.name.endswith(".lock")] == []

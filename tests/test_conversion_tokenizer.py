@@ -387,8 +387,8 @@ def test_an_export_names_the_split_of_a_converted_folder(merged: tuple[list[str]
         ({"merges": None}, "no list under tokenizer.ggml.merges"),
         ({"merges": ["ab"]}, "merges under tokenizer.ggml.merges that are no pair of its tokens"),
         ({"merges": ["a ☃"]}, "merges under tokenizer.ggml.merges that are no pair of its tokens"),
-        ({"eos_token_id": 1 << 20}, "1048576 under tokenizer.ggml.eos_token_id, expected an id from 0 to"),
-        ({"bos_token_id": -1}, "-1 under tokenizer.ggml.bos_token_id"),
+        ({"eos_token_id": 2.0}, "2.0 under tokenizer.ggml.eos_token_id, expected an id from 0 to"),
+        ({"bos_token_id": -1, "add_bos_token": True}, "lacks the key tokenizer.ggml.bos_token_id"),
         ({"bos_token_id": True}, "True under tokenizer.ggml.bos_token_id"),
         ({"bos_token_id": None, "add_bos_token": True}, "lacks the key tokenizer.ggml.bos_token_id"),
         ({"add_bos_token": "yes"}, "str under tokenizer.ggml.add_bos_token, expected bool"),
@@ -403,6 +403,21 @@ def test_a_damaged_tokenizer_is_one_sentence(merged: tuple[list[str], list[str]]
     assert "\n" not in message
     assert len(message) < 400
     assert message.endswith(".")
+
+
+@pytest.mark.parametrize("beyond", [2**32 - 1, -1, 1 << 20])
+def test_an_id_beyond_the_tokens_counts_as_missing_as_in_llama_cpp(
+    merged: tuple[list[str], list[str]], tmp_path: Path, beyond: int
+) -> None:
+    byte_files = tokenizer_files(byte_level(merged, "qwen2", padding_token_id=beyond, eot_token_id=beyond))
+    plain = byte_level(merged, "qwen2")
+    for key in "padding", "eot":
+        plain.pop(f"tokenizer.ggml.{key}_token_id", None)
+    assert byte_files == tokenizer_files(plain)
+    assert "pad_token" not in json.loads(byte_files["tokenizer_config.json"])
+    named = {f"tokenizer.ggml.{key}_token_id": beyond for key in ("bos", "eos", "unknown")}
+    generation = json.loads(tokenizer_files(sentencepiece(DEMO) | named)["generation_config.json"])
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, [2])
 
 
 def test_a_token_type_that_is_none_is_refused(merged: tuple[list[str], list[str]]) -> None:

@@ -274,6 +274,15 @@ def test_released_configs_are_read() -> None:
     assert (phi.rope.rotated(16), phi.longest_row) == (12, 4096)
 
 
+def test_smollm3s_base_of_rope_is_read_in_both_spellings() -> None:
+    shape = {**tiny.COMMON, "model_type": "smollm3", "num_hidden_layers": 4}
+    older = LlamaConfig.from_hf({**shape, "rope_theta": 5e6, "rope_scaling": None})
+    newer = LlamaConfig.from_hf({**shape, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}})
+    assert older == newer
+    assert newer.rope.theta == 5e6
+    assert LlamaConfig.from_hf(shape).rope.theta == LlamaConfig.from_hf({**shape, "rope_parameters": {}}).rope.theta == 2e6
+
+
 def test_yarn_lengthens_a_qwen_as_its_publishers_say() -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     qwen = {"model_type": "qwen3", **tiny.COMMON, "max_position_embeddings": 40960, "rope_scaling": scaling}

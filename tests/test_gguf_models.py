@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 
 from edgetune import events, export_adapter
 from edgetune.cli.main import cli
+from edgetune.conversion.gguf_file import GgufFile
 from edgetune.events import Event
 from edgetune.library import adapter_registry as registry
 from edgetune.library import base_models, conversions, places
@@ -28,8 +29,9 @@ from edgetune.library.conversions import conversion_of, converted_folder
 from edgetune.library.inspect_model import FoundModel
 from edgetune.library.loading import choose_model, open_base
 from edgetune.lock import Lock
+from edgetune.quantising import quantise
 from edgetune.reports.text import human_bytes
-from edgetune.runtime.errors import ModelError
+from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import Session
 
@@ -171,6 +173,14 @@ def test_an_ollama_name_is_its_blob(file: Path, place: Path) -> None:
     assert (found.quantisation, found.architecture, found.template) == ("F16", "llama", True)
     assert (found.bytes, found.ignored, found.reason) == (file.stat().st_size, (), "")
     assert resolve("tiny:1b") == ModelChoice(blob, "tiny:1b", gguf=True)
+
+
+def test_the_models_of_ollamas_system_service_are_found(file: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = pulled(file, place / "service")
+    monkeypatch.setattr(places, "OLLAMA_SERVICE", place / "service" / ".ollama" / "models")
+    assert [(found.name, found.path) for found in scan()] == [("tiny:1b", blob)]
+    monkeypatch.setenv("OLLAMA_MODELS", str(place / "elsewhere"))
+    assert scan() == []
 
 
 def test_what_ollama_alone_uses_is_ignored_and_said(file: Path, place: Path) -> None:
@@ -399,6 +409,41 @@ def test_a_converted_model_outlives_its_file(file: Path, tmp_path: Path) -> None
     assert (found.name, found.source, found.status) == (str(path), "converted", "ready")
     forget(str(path))
     assert scan() == []
+
+
+def test_quantising_to_a_place_that_is_taken_is_refused_before_the_conversion(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GgufFile, "open", None)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter.txt").write_text("mine")
+    with pytest.raises(UsageError, match="taken already exists; name a new folder, or delete it first"):
+        quantise(str(file), tmp_path / "taken")
+
+
+def test_a_split_model_is_converted_again_when_any_part_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [tmp_path / f"tiny-{number:05}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"x")
+        os.utime(part, ns=(5, 5))
+    before = conversions._stamp(parts[0])
+    os.utime(parts[1], ns=(9, 9))
+    assert (before, conversions._stamp(parts[0])) == ((2, 5), (2, 9))
+
+
+def test_a_file_named_as_one_of_no_parts_does_not_end_the_list(file: Path, tmp_path: Path) -> None:
+    path = put(file, tmp_path / "tiny-00001-of-00000.gguf")
+    assert [found.path for found in scan(tmp_path)] == [path]
+
+
+@pytest.mark.parametrize("stem", ["CON.x", "a\nb\x1b[31m", "\U00020000" * 60, "..", "a b;rm -rf $(x)"])
+def test_any_name_of_a_file_gives_a_folder_that_every_system_can_have(file: Path, stem: str, tmp_path: Path) -> None:
+    path = put(file, tmp_path / f"{stem}.gguf")
+    choice, base = open_base(str(path))
+    assert re.fullmatch(r"[\w-]+-[0-9a-f]{12}", choice.path.name)
+    assert len(os.fsencode(choice.path.name)) < 220  # leaves room for what temporary names add
+    assert open_base(choice.name)[1].digest == base.digest  # the name leads back to the model
+    assert forget(str(path)) > 0
 
 
 # --- what every command does with it ----------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ from edgetune.conversion.tokenizer import tokenizer_files
 from edgetune.lock import lock_output
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.errors import UsageError
-from edgetune.runtime.files import atomic_folder, atomic_write, mend
+from edgetune.runtime.files import atomic_folder, atomic_write, mend, refuse_occupied
 from edgetune.runtime.model_folder import (
     check_space,
     plan_shards,
@@ -86,7 +85,7 @@ class Recipe:
         return {name: self.model.pieces(name)}
 
     def release(self, name: str) -> None:
-        """Do nothing: the file's pages are dropped as its tensors are read."""
+        """Do nothing: a GGUF file is not mapped."""
 
 
 def convert(
@@ -99,8 +98,7 @@ def convert(
     process is writing it, and ResourceError when the disk is or becomes full. What a killed conversion left is deleted.
     """
     begin, dest = time.monotonic(), Path(dest)
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UsageError(f"{dest} already exists; name a new folder, or delete it first.")
+    refuse_occupied(dest)
     file = GgufFile.open(source)
     recipe = Recipe.of(Model(file), form)
     tokenizer = tokenizer_files(file.metadata)
@@ -113,6 +111,7 @@ def convert(
             if has_tokenizer(folder):
                 Tokenizer.load(folder)  # one that does not fit is refused before the minutes of work
             _write_weights(folder, recipe, progress)
+            file.refuse_changes()
             _origin(file, name).write(folder)
             open_model(folder)
     return Converted(dest, recipe.nbytes, time.monotonic() - begin, recipe.form)

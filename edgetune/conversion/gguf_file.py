@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from edgetune.conversion.dequantize import dequantize
 from edgetune.export.gguf.header import TENSOR_TYPES, Header, overlap
 from edgetune.runtime.errors import ModelError
-from edgetune.runtime.files import drop_pages
+from edgetune.runtime.files import read_at
 from edgetune.runtime.untrusted_file import MAX_SHARDS, MODEL_WEIGHTS, open_untrusted
 
 _SLICE_NUMBERS = 1 << 20
@@ -48,33 +49,52 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """A file, mapped and its header parsed."""
+    """A file and its parsed header, with its size and the time of its last change when it was opened."""
 
     path: Path
     header: Header
-    mapping: mmap.mmap
+    file: FileIO
+    size: int
     modified: int
+
+    def read(self, start: int, nbytes: int) -> bytearray:
+        """Return bytes of the file, which is not mapped: to touch a page that another program has cut off ends a process.
+
+        Raises ModelError where they are not there any more, or cannot be read.
+        """
+        content = bytearray(nbytes)
+        try:
+            read_at(self.file, memoryview(content), start)
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be read ({error.strerror}); copy it again.") from error
+        return content
+
+    def refuse_changes(self) -> None:
+        """Raise ModelError if the file has changed since it was opened."""
+        about = os.fstat(self.file.fileno())
+        if (about.st_size, about.st_mtime_ns) != (self.size, self.modified):
+            raise ModelError(f"{self.path} has changed while it was read; run the same command again when it is complete.")
 
 
 class GgufFile:
     """An opened GGUF model.
 
     path: the file, or its first part. metadata: the value of every key: a number, a truth value, a text, a list of texts or a
-    numpy array. tensors: all tensors by their names in GGUF. modified: the time of the file's last change in nanoseconds.
+    numpy array. tensors: all tensors by their names in GGUF. modified: the time of the last change of any part, in nanoseconds.
     """
 
     def __init__(self, path: Path, parts: list[_Part]) -> None:
         self.path = path
         self.metadata: Mapping[str, Any] = parts[0].header.keys
         self.tensors: dict[str, GgufTensor] = {}
-        self.modified = parts[0].modified
+        self.modified = max(part.modified for part in parts)
         self._parts = {part.path: part for part in parts}
         for part in parts:
             self._add_tensors(part)
 
     @classmethod
     def open(cls, path: Path | str) -> GgufFile:
-        """Check the header of a file, or the headers of all parts of a split file of which `path` is the first; map them.
+        """Check the header of a file, or the headers of all parts of a split file of which `path` is the first.
 
         Raises ModelError, which names the file and the fault, for what is missing, damaged or no GGUF file.
         """
@@ -98,7 +118,7 @@ class GgufFile:
     @property
     def bytes(self) -> int:
         """Return the size of the file, all parts together."""
-        return sum(len(part.mapping) for part in self._parts.values())
+        return sum(part.size for part in self._parts.values())
 
     @property
     def digest(self) -> str:
@@ -129,19 +149,23 @@ class GgufFile:
         Raises ModelError for a type that edgetune cannot read.
         """
         tensor = self.tensors[name]
-        mapping, width = self._parts[tensor.file].mapping, tensor.shape[-1]
+        part, width = self._parts[tensor.file], tensor.shape[-1]
         rows = math.prod(tensor.shape[:-1])
         row_bytes, at_once = tensor.nbytes // rows, max(1, _SLICE_NUMBERS // width)
         for first in range(0, rows, at_once):
             count = min(at_once, rows - first)
             start = tensor.start + first * row_bytes
-            raw = torch.frombuffer(bytearray(mapping[start : start + count * row_bytes]), dtype=torch.uint8)
+            raw = torch.frombuffer(part.read(start, count * row_bytes), dtype=torch.uint8)
             try:
                 piece = dequantize(raw, tensor.kind)
             except ValueError as error:
                 raise ModelError(f"{name} of {tensor.file} {error}.") from error
             yield piece.view(count, width)
-            drop_pages(mapping, start, count * row_bytes)
+
+    def refuse_changes(self) -> None:
+        """Raise ModelError if the file has changed since it was opened: what was read may be of two models."""
+        for part in self._parts.values():
+            part.refuse_changes()
 
     def _add_tensors(self, part: _Part) -> None:
         """Add a part's tensors, after checking that each lies within the file and that no two share a byte."""
@@ -156,9 +180,9 @@ class GgufFile:
                 nbytes = info.nbytes
             except ValueError as error:
                 raise _unusable(part.path, f"{shown} {error}") from error
-            if info.start + nbytes > len(part.mapping):
-                more = info.start + nbytes - len(part.mapping)
-                raise _unusable(part.path, f"it is cut off: {shown} ends {more:,} bytes after the file's {len(part.mapping):,}")
+            if info.start + nbytes > part.size:
+                more = info.start + nbytes - part.size
+                raise _unusable(part.path, f"it is cut off: {shown} ends {more:,} bytes after the file's {part.size:,}")
             spans.append((info.start, info.start + nbytes))
             self.tensors[name] = GgufTensor(info.shape, TENSOR_TYPES[info.kind].name, part.path, info.start, nbytes)
         if overlap(spans):
@@ -166,20 +190,20 @@ class GgufFile:
 
 
 def _open_part(path: Path, count: int = 1) -> _Part:
-    """Map a file and parse its header. `count`: how many parts it is one of. Raises ModelError."""
+    """Open a file and parse its header. `count`: how many parts it is one of. Raises ModelError."""
     if count > 1 and not path.exists():
         raise ModelError(f"{path} is missing: the model is split into {count} parts; download or copy that part too.")
-    with open_untrusted(path, MODEL_WEIGHTS) as file:
-        about = os.fstat(file.fileno())
-        if about.st_size < _LEAST_BYTES:
-            raise _unusable(path, f"its {about.st_size} bytes are too few")
-        try:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return _Part(path, Header(mapping), mapping, about.st_mtime_ns)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again.") from error
-        except ValueError as error:
-            raise _unusable(path, str(error)) from error
+    file = open_untrusted(path, MODEL_WEIGHTS)
+    about = os.fstat(file.fileno())
+    if about.st_size < _LEAST_BYTES:
+        raise _unusable(path, f"its {about.st_size} bytes are too few")
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+            return _Part(path, Header(mapping), file, about.st_size, about.st_mtime_ns)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again.") from error
+    except ValueError as error:
+        raise _unusable(path, str(error)) from error
 
 
 def _split_number(part: _Part, key: str, default: int) -> int:

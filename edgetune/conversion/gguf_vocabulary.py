@@ -176,15 +176,19 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
 
 
 def _named_ids(metadata: Mapping[str, Any], size: int, defaults: Mapping[str, int]) -> dict[str, int]:
-    """Return the ids that the keys …_token_id give, with `defaults` for missing ones."""
+    """Return the ids that the keys …_token_id give, with `defaults` for missing ones.
+
+    An id beyond the tokens counts as missing, as in llama.cpp: for no padding, files have 4294967295, which is -1.
+    """
     named = {name: id for name, id in defaults.items() if id < size}
     for name in _NAMED:
         key = f"{_PREFIX}{name}_token_id"
         if key in metadata:
             id = metadata[key]
-            if type(id) is not int or not 0 <= id < size:
+            if type(id) is not int:
                 raise refusal(f"has {_shown(id)} under {key}, expected an id from 0 to {size - 1:,}")
-            named[name] = id
+            if 0 <= id < size:
+                named[name] = id
     return named
 
 

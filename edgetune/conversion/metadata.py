@@ -36,6 +36,13 @@ class Keys:
 
         return float(str(np.float32(self._number(name, default, in_range, "a number"))))
 
+    def text(self, name: str, default: str) -> str:
+        """Return the text under a key of the architecture. Raises ModelError for anything else."""
+        value = self.metadata.get(f"{self.arch}.{name}", default)
+        if not isinstance(value, str):
+            raise self.fault(f"its {self.arch}.{name} is {shown(value)}, expected a text that a model can have")
+        return value
+
     def _number(self, name: str, default: Any, valid: Callable[[Any], bool], kind: str) -> Any:
         value = self.metadata.get(f"{self.arch}.{name}", default)
         if value is None:

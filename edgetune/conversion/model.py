@@ -95,7 +95,7 @@ def _family(keys: Keys) -> Family:
     known = ", ".join(sorted(FAMILIES))
     if arch not in FAMILIES:
         raise keys.unsupported(f"its architecture is {shown(arch)}, and edgetune converts GGUF files of {known}")
-    if keys.metadata.get(f"{arch}.expert_count", 0) != 0:
+    if keys.whole("expert_count", 2**31 - 1, 0, least=0):
         raise keys.unsupported("it is a mixture of experts, which edgetune does not run")
     return FAMILIES[arch]
 

@@ -29,7 +29,7 @@ class Origin:
     bytes: int
     """The size of the file, all parts together."""
     modified: int
-    """The time of the file's last change, in nanoseconds since 1970; of the first part where it is split."""
+    """The time of the file's last change, in nanoseconds since 1970; the latest of its parts where it is split."""
     digest: str
     """SHA-256 over the header: metadata, names, shapes, types and offsets of the tensors."""
 

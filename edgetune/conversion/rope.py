@@ -29,7 +29,7 @@ length changes some factor by more than 1e-2."""
 def plain_rope(keys: Keys, head_dim: int, usual_theta: float = 10000.0) -> dict[str, Any]:
     """Return config.json's rope_parameters. Raises ModelError for a kind of RoPE that edgetune does not compute."""
     theta = keys.real("rope.freq_base", 0.0, 1e15, usual_theta)
-    kind = keys.metadata.get(f"{keys.arch}.rope.scaling.type", "linear")
+    kind = keys.text("rope.scaling.type", "linear")
     old = keys.real("rope.scale_linear", 0.0, 1e6, 1.0)
     factor = keys.real("rope.scaling.factor", -1.0, 1e6, old) or 1.0  # llama.cpp reads 0 as no scaling
     if kind == "yarn" and ROPE_FACTORS not in keys.tensors:

@@ -199,7 +199,8 @@ def _resolve_path(path: Path) -> ModelChoice:
     if len(found) > 1:
         raise ModelError(f"{path} holds {len(found)} models; name one of them: {_listed([model.name for model in found])}.")
     if found and (found[0].gguf or is_mlx(config_of(path))):
-        return _only_usable([found[0].inspect()], str(path))
+        # The name as it is: one that was made fit for a terminal would not lead back here.
+        return replace(_only_usable([found[0].inspect()], str(path)), name=found[0].name)
     if not os.path.isdir(path):
         raise ModelError(f"{path} is neither a model folder nor a {GGUF} file. Type `edgetune models` to see what is here.")
     path = path.resolve()

@@ -31,8 +31,9 @@ from edgetune.runtime.files import is_ours
 GGUF = ".gguf"
 """Suffix of a GGUF file."""
 _FOLDER = "models"
-_NAME_KEPT = 60
-"""Characters of a model's name that its folder's name keeps. Chosen by hand."""
+_NAME_KEPT = 48
+"""Characters of a model's name that its folder's name keeps: most file systems allow 255 bytes, and a character takes up to 4.
+Chosen by hand."""
 _WAIT_SECONDS = 0.2
 """Seconds between two looks at a lock that another process holds. Chosen by hand."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -107,7 +108,7 @@ def delete_conversions(name: str, paths: Sequence[Path]) -> int:
 def parts_of(path: Path) -> list[Path]:
     """Return the files of a GGUF model of which `path` is a part, first part first: itself alone unless it is split."""
     split = _PART.search(path.name)
-    if split is None:
+    if split is None or int(split[2]) == 0:
         return [path]
     stem = path.name[: split.start()]
     return [path.with_name(f"{stem}-{part:05}-of-{split[2]}.gguf") for part in range(1, int(split[2]) + 1)]
@@ -144,19 +145,22 @@ def _delete(folder: Path) -> None:
 
 
 def _folder_name(path: Path, name: str, digest: str) -> str:
-    """Return the name of a conversion's folder, in which equal headers of different files have different names."""
-    plain = re.sub(r"[^\w.-]+", "-", stem_of(Path(name)) if os.path.isabs(name) else name).strip("-.")[-_NAME_KEPT:]
+    """Return the name of a conversion's folder; equal headers of different files have different ones.
+
+    It has no dot: Windows takes CON.x for the console.
+    """
+    plain = re.sub(r"[^\w-]+", "-", stem_of(Path(name)) if os.path.isabs(name) else name).strip("-")[-_NAME_KEPT:]
     identity = f"{os.path.realpath(path)}\n{_stamp(path)}\n{digest}"
     return f"{plain or 'model'}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}"
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return the size of all parts and the time of the first one's last change in nanoseconds; None if one is not there."""
+    """Return the size of all parts and the time of the last change of any in nanoseconds; None if one is not there."""
     try:
         files = [part.stat() for part in parts_of(path)]
     except OSError:
         return None
-    return sum(file.st_size for file in files), files[0].st_mtime_ns
+    return sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)
 
 
 def _delete_leftovers(folder: Path) -> None:

