@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,10 +85,15 @@ def quantise(
     return Quantised(result, cost, time.monotonic() - start)
 
 
-def memory_to_calibrate(src: str) -> int | None:
-    """Forecast the memory in bytes that calibrating a model takes; None for a GGUF model, which has to be converted first."""
+def memory_to_calibrate(src: str) -> int:
+    """Forecast the memory in bytes that calibrating the model which `src` names takes."""
     path = resolve(src).path
-    return calibration_bytes(open_model(path).config, CALIBRATION_TOKENS) if path.is_dir() else None
+    if path.is_dir():
+        return calibration_bytes(open_model(path).config, CALIBRATION_TOKENS)
+    from edgetune.conversion.gguf_file import GgufFile
+    from edgetune.conversion.model import Model
+
+    return calibration_bytes(Model(GgufFile.open(path)).config, CALIBRATION_TOKENS)
 
 
 @contextlib.contextmanager
@@ -101,7 +107,12 @@ def _dense_folder(src: str, stages: Stages) -> Iterator[Path]:
 
     with scratch_folder() as scratch:
         progress = stages.of("converting")
-        yield convert(choice.path, scratch / "model", choice.name, form="bf16", progress=progress).path
+        folder = convert(choice.path, scratch / "model", choice.name, form="bf16", progress=progress).path
+        # An interrupted quantisation recognises its source by the times of its files too, and this copy is new each time.
+        times = choice.path.stat().st_atime_ns, choice.path.stat().st_mtime_ns
+        for file in folder.glob("*.safetensors"):
+            os.utime(file, ns=times)
+        yield folder
 
 
 def _calibration(source: Path, texts: Sequence[str], stages: Stages) -> Calibration:

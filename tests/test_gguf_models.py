@@ -24,13 +24,14 @@ from edgetune.conversion.gguf_file import GgufFile
 from edgetune.events import Event
 from edgetune.library import adapter_registry as registry
 from edgetune.library import base_models, conversions, places
-from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, ModelChoice, forget, resolve, scan
+from edgetune.library.base_models import DEMO, DEMO_IS, DEMO_NOTICE, NOTHING_FOUND, ModelChoice, forget, resolve, scan
 from edgetune.library.conversions import conversion_of, converted_folder
 from edgetune.library.inspect_model import FoundModel
 from edgetune.library.loading import choose_model, open_base
 from edgetune.lock import Lock
-from edgetune.quantising import quantise
+from edgetune.quantising import memory_to_calibrate, quantise
 from edgetune.reports.text import human_bytes
+from edgetune.runtime.calibrated_layers import CalibratedLayers
 from edgetune.runtime.errors import ModelError, UsageError
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.session import Session
@@ -593,3 +594,53 @@ def test_the_package_s_model_is_listed_converted_and_opened(
     assert choose_model() == resolve("smollm2") == ModelChoice(path, "smollm2", gguf=True)
     chat = Tokenizer.load(choice.path).chat_ids([{"role": "user", "content": "Hello"}])
     assert len(chat) == 31
+
+
+# ---- quantised
+
+
+def test_an_interrupted_calibration_of_a_gguf_model_continues_and_says_so(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded, made = CalibratedLayers._rounded, list[str]()
+
+    def interrupted(self: CalibratedLayers, name: str, feedback: Callable[[], Any]) -> Any:
+        made.append(name)
+        if len(made) == 8:  # the first linear of the second layer
+            raise KeyboardInterrupt
+        return rounded(self, name, feedback)
+
+    monkeypatch.setattr(CalibratedLayers, "_rounded", interrupted)
+    command = ("quantize", str(file), str(tmp_path / "four"), "--calibrate")
+    first = run(*command)
+    needed = human_bytes(memory_to_calibrate(str(file)))
+    assert first.stderr.startswith(f"Calibrating takes up to {needed} of memory beyond the program itself")
+    assert "Nothing is lost: run the same command again to continue." in first.stderr
+    second = run(*command)
+    assert second.exit_code == 0, second.stderr
+    assert len(made) == 8 + 7  # two layers of seven linears: those of the first were kept
+
+
+# ---- what is said
+
+
+def test_a_mistyped_name_is_answered_with_those_like_it(file: Path, place: Path) -> None:
+    for tag in ("1b", "3b"):
+        pulled(file, place, f"registry.ollama.ai/library/llama3.2/{tag}")
+    for mistyped in ("llama3.2", "lama3.2:1b"):
+        with pytest.raises(ModelError) as caught:
+            resolve(mistyped)
+        assert str(caught.value) == (
+            f"There is no model {mistyped!r} on this machine; did you mean llama3.2:1b, llama3.2:3b? Type `edgetune models` to "
+            "see what is here."
+        )
+    with pytest.raises(ModelError, match=r"There is no model 'mistral' on this machine; expected a folder, a GGUF file"):
+        resolve("mistral")
+
+
+def test_models_advises_to_fetch_one_only_where_none_but_the_demo_fits(
+    file: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("models").stdout.endswith(f"ready    demo\n         {DEMO_NOTICE}\n")
+    installed(file, place, monkeypatch)
+    assert run("models").stdout.endswith(f"ready    demo\n         {DEMO_IS}\n")

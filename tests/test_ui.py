@@ -133,6 +133,14 @@ def test_plain_lines_tell_the_whole_run() -> None:
     assert "\x1b" not in text
 
 
+def test_a_held_out_figure_from_few_tokens_is_called_rough() -> None:
+    first = Evaluated(step=0, bits_per_byte=1.366, tokens=10, seconds=0.1)
+    expected = "lower is better; measured on notes the model has not seen; a rough figure, from 10 tokens"
+    assert ui.evaluated_line(first, first=True) == f"step 0: held-out 1.366 bits/byte ({expected})"
+    enough = Evaluated(step=0, bits_per_byte=1.366, tokens=ui.ROUGH_TOKENS, seconds=0.1)
+    assert "rough" not in ui.evaluated_line(enough, first=True)
+
+
 def test_without_held_out_notes_no_improvement_is_claimed() -> None:
     text = "\n".join(plain(run_of(3, heldout=False)))
     assert "Nothing was held out" in text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +44,7 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
     if forget is not None:
         _forget(forget, as_json)
         return
-    from edgetune.library.base_models import DEMO, DEMO_NOTICE, NOTHING_FOUND, scan
+    from edgetune.library.base_models import DEMO, DEMO_IS, DEMO_NOTICE, NOTHING_FOUND, scan
     from edgetune.library.conversions import conversions
 
     with progress_shown() as show:
@@ -56,7 +58,8 @@ def models_command(folder: str | None, forget: str | None, as_json: bool) -> Non
             click.echo(f"         {one_line(text)}")
     if not any(model.status != "no" for model in found):
         click.echo(NOTHING_FOUND)
-    click.echo(f"{'ready':<8} {DEMO}\n         {DEMO_NOTICE}")
+    real = any(model.status != "no" and model.fits for model in found)
+    click.echo(f"{'ready':<8} {DEMO}\n         {DEMO_IS if real else DEMO_NOTICE}")
     if kept := sum(made.bytes for made in conversions()):
         click.echo(f"Converted GGUF models take {human_bytes(kept)}; edgetune models --forget NAME deletes one.")
 
@@ -88,6 +91,16 @@ def _forget(name: str, as_json: bool) -> None:
         print_json({"forgotten": name, "bytes": freed})
     else:
         click.echo(f"Deleted the converted form of {one_line(name)}: {human_bytes(freed)} are free again. Its GGUF file stays.")
+
+
+@contextlib.contextmanager
+def _told_to_continue() -> Iterator[None]:
+    """Say on Ctrl-C that the same command continues the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("Nothing is lost: run the same command again to continue.")
+        raise
 
 
 @click.command("quantize")
@@ -127,9 +140,10 @@ def quantize_command(
     from edgetune.quantising import memory_to_calibrate, quantise
 
     calibrate = calibrate or bool(texts)
-    if calibrate and (needed := memory_to_calibrate(src)) is not None:
-        say(f"Calibrating takes up to {human_bytes(needed)} of memory beyond the program itself and the model's mapped file.")
-    with work_goes_on(), progress_shown() as show:
+    if calibrate:
+        needed = human_bytes(memory_to_calibrate(src))
+        say(f"Calibrating takes up to {needed} of memory beyond the program itself and the model's mapped file.")
+    with _told_to_continue(), work_goes_on(), progress_shown() as show:
         made = quantise(
             src,
             Path(dest).expanduser(),

