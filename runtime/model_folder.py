@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from edgetune.runtime.checkpoint import INDEX, WEIGHTS
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import atomic_write, explain_full_disk
@@ -23,6 +22,7 @@ from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec, aligned_order
 from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
+from edgetune.runtime.weight_files import INDEX, WEIGHTS
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""

@@ -16,9 +16,10 @@ from typing import Any
 from edgetune.runtime.config_keys import LOADING
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object, read_object_if_there
+from edgetune.runtime.json_tokenizer import JsonTokenizer
+from edgetune.runtime.sentencepiece_tokenizer import SentencePieceTokenizer
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer, read_template
-from edgetune.runtime.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer
 from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 _REACHES_OUTSIDE = re.compile(r"\w+_file|\w*implementation|custom_\w+|\w*name_or_path")

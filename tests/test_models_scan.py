@@ -22,7 +22,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from edgetune.cli.main import cli
-from edgetune.config import TrainConfig, train_config
+from edgetune.config import TrainConfig
+from edgetune.config_file import train_config
 from edgetune.library import base_models as models
 from edgetune.library import inspect_model
 from edgetune.library.base_models import DEMO, ModelChoice, resolve, scan

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgetune.config import train_config
+from edgetune.config_file import train_config
 from edgetune.home import expand
 from edgetune.library.conversions import GGUF, conversion_of, delete_conversions, parts_of
 from edgetune.library.inspect_model import SUGGESTED, Candidate, FoundModel, Room, config_of, file_size, is_mlx, printable

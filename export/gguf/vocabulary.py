@@ -16,14 +16,12 @@ from edgetune.export.gguf.pre_tokenizers import split_of
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.json_file import read_object, read_object_if_there
+from edgetune.runtime.json_tokenizer import JsonTokenizer
 from edgetune.runtime.reader_files import agrees_with_sentencepiece
+from edgetune.runtime.sentencepiece_tokenizer import SentencePieceTokenizer
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
-from edgetune.runtime.tokenizer_libraries import (
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    TokenizerLibrary,
-)
+from edgetune.runtime.tokenizer_libraries import TokenizerLibrary
 from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, TOKENIZER_JSON, read_untrusted
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
