@@ -6,6 +6,7 @@ A Recipe decides what the weights are: the one in quantize.py makes 4-bit weight
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,6 +136,26 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
                 writer.write(spec.name, waiting.pop(spec.name))
             recipe.release(name)
             done(name)
+
+
+def write_shards(
+    folder: Path, recipe: Recipe, shards: Mapping[str, Sequence[str]], progress: Callable[[int, int], None]
+) -> None:
+    """Write all files of weights, but those that are there and whole. progress: receives the parameters done, and all."""
+    done, total = 0, sum(map(math.prod, recipe.shapes.values()))
+    progress(done, total)
+
+    def made(name: str) -> None:
+        nonlocal done
+        done += math.prod(recipe.shapes[name])
+        progress(done, total)
+
+    for file, names in shards.items():
+        if is_whole(folder / file, shard_specs(recipe, names)):
+            done += sum(math.prod(recipe.shapes[name]) for name in names)
+            progress(done, total)
+            continue
+        write_shard(folder / file, recipe, names, made)
 
 
 def check_space(folder: Path, dest: Path, nbytes: int) -> None:

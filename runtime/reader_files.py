@@ -29,7 +29,7 @@ FAST_CLASS = "PreTrainedTokenizerFast"
 """The tokenizer class with which every version of transformers uses tokenizer.json as it is."""
 _ORIGINAL = "original_max_position_embeddings"
 _AS_IT_IS = (FAST_CLASS, "TokenizersBackend")
-"""That class, and its name in transformers 5."""
+"""FAST_CLASS, and its name in transformers 5."""
 
 
 def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:
