@@ -135,7 +135,7 @@ def export_adapter(
         peak_memory_bytes=peak,
         notices=(
             *file_notices,
-            *_notices(spec, job, outcome),
+            *_notices(spec, outcome),
             *_start_notice(tokenizer),
             *adapter_notices(adapter, loaded, base, tokenizer),
             *((WARNING,) if loaded is not None else ()),
@@ -196,7 +196,7 @@ def _figures(agreement: verify.Agreement | None) -> dict[str, Any]:
     return {name: None if agreement is None else getattr(agreement, name) for name in names}
 
 
-def _notices(spec: TargetSpec, job: Job, outcome: _Outcome) -> tuple[str, ...]:
+def _notices(spec: TargetSpec, outcome: _Outcome) -> tuple[str, ...]:
     """Return the sentences for the user about the export itself: a failed proof first, then the target's own."""
     failed = outcome.agreement is not None and not outcome.proved
     return (

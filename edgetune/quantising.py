@@ -15,6 +15,7 @@ import torch
 from edgetune._version import __version__
 from edgetune.conversion.cost import Cost
 from edgetune.conversion.origin import Origin
+from edgetune.dataset.evaluation_set import Score
 from edgetune.documents.reading import read_notes
 from edgetune.library.base_models import resolve
 from edgetune.progress import Progress, Show, Stages
@@ -184,4 +185,5 @@ def bits_per_byte(folder: Path, progress: Progress = lambda done, total: None, t
         batch = Batch(ids[:-1], ids[1:], torch.ones(count), torch.arange(count), (Segment.packed(0, count),))
         nats.append(float(runner.score(batch).double().sum()))
     progress(len(pieces), len(pieces))
-    return math.fsum(nats) / math.log(2) / sum(len(text.encode()) for text in texts)
+    tokens, text_bytes = tuple(len(piece) - 1 for piece in pieces), tuple(float(len(text.encode())) for text in texts)
+    return Score(tuple(nats), tokens, text_bytes).bits_per_byte

@@ -38,7 +38,7 @@ class UserFile:
     path: Path
     """The file, or the first part of a split one."""
     name: str
-    """What to call it: an Ollama or LM Studio name, or the file's own name, without the folders above it."""
+    """Its name in messages: an Ollama or LM Studio name, or the file's own name, without the folders above it."""
     quantisation: str
     """The GGUF type of most weights, such as Q4_1."""
     bytes: int

@@ -48,7 +48,7 @@ OTHER_BASE = (MARGIN, 2.0, 3.0)
 from edgetune's: the adapted models may differ by as much more. Measured on SmolLM2-135M in Q4_1, with an adapter of 60 steps
 and with 0.3 to 0.003 of its scale: 2.2, 1.2 and 1.3."""
 LEAST_APPLIED, NOISE_SHARE = 0.05, 0.75
-"""How far the share of the adapter's effect that a reader applies may be from 1, and what is added for a noise of 1.
+"""Bound on the distance from 1 of the share of the adapter's effect that a reader applies, and its increase for a noise of 1.
 
 The noise is the energy (the sum of squares) of the two bases' difference in logits, as a share of that of the adapter's effect.
 Measured on the same file: 0.006 for the adapter of 60 steps on a copy in bf16, whose share was 0.996; 0.44 for that adapter at

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from edgetune.runtime.config import ATTENTION_LINEARS, MLP_LINEARS, LlamaConfig,
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.foreign_layout import cut, foreign_layout
 from edgetune.runtime.fused import split_fused
-from edgetune.runtime.json_file import read_object
 from edgetune.runtime.names import (
     ATTENTION_NORM,
     EMBEDDING,
@@ -40,24 +38,15 @@ from edgetune.runtime.names import (
 )
 from edgetune.runtime.nf4 import FLOATS, QuantizedTensor
 from edgetune.runtime.safetensors_file import SafetensorsFile, StoredTensor
-from edgetune.runtime.untrusted_file import (
-    MAX_SHARDS,
-    MODEL_CONFIG,
-    MODEL_WEIGHTS,
-    WEIGHT_INDEX,
-    FileKind,
-)
+from edgetune.runtime.untrusted_file import MODEL_WEIGHTS, WEIGHT_INDEX, FileKind
+from edgetune.runtime.weight_files import INDEX, MOST_SHOWN, WEIGHTS, find_weights, index_faults, read_config
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 # Tensors that a folder may hold and that are not used: rotary angles and masks that older libraries stored although config.json
 # gives them, and the head of a tied model.
 _IGNORED = re.compile(
     r"model\.(layers\.\d{1,4}\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached|cos|sin)"
     rf"|model\.layers\.\d{{1,4}}\.self_attn\.(masked_bias|attn_mask|causal_mask)|{re.escape(HEAD)}"
 )
-_SHOWN = 12  # most faults named in one message (chosen by hand)
 _SAMPLES, _SAMPLE_BYTES = 4, 1024  # parts of each tensor that its digest covers, and the bytes of a part
 
 
@@ -261,9 +250,9 @@ class Checkpoint:
                 broken.append(name)
             self._where[name].release(name)
         if broken:
-            more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+            more = f" and {len(broken) - MOST_SHOWN} more" if len(broken) > MOST_SHOWN else ""
             raise ModelError(
-                f"{self.folder} holds inf or NaN in {', '.join(broken[:_SHOWN])}{more}, so it can compute nothing; "
+                f"{self.folder} holds inf or NaN in {', '.join(broken[:MOST_SHOWN])}{more}, so it can compute nothing; "
                 "copy or download the folder again."
             )
 
@@ -286,7 +275,7 @@ def open_model(folder: Path | str) -> Checkpoint:
     if not folder.is_dir():
         raise ModelError(f"There is no model folder {folder}; type `edgetune models` to see what is on this machine.")
     hf_config = read_config(folder)
-    paths, promised = _weight_files(folder)
+    paths, promised = find_weights(folder)
     files, faults = [], []
     for path in paths:
         try:
@@ -294,7 +283,7 @@ def open_model(folder: Path | str) -> Checkpoint:
         except ModelError as error:
             faults.append(str(error).rstrip(".").removesuffix("; copy it again"))
     if not faults:
-        faults = _index_faults(files, promised)
+        faults = index_faults(files, promised)
         checkpoint = Checkpoint(folder, hf_config, files)
         faults += checkpoint._find_states()
         faults += [] if faults else split_fused(checkpoint.config, checkpoint.stored, checkpoint._where, checkpoint._states)
@@ -304,84 +293,8 @@ def open_model(folder: Path | str) -> Checkpoint:
             return checkpoint
         if cause := foreign_layout(checkpoint.stored):
             raise ModelError(f"{folder} cannot be used: {cause}.")
-    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    more = f"; and {len(faults) - MOST_SHOWN} more" if len(faults) > MOST_SHOWN else ""
     raise ModelError(
-        f"{folder} is not the model that its config.json describes: {'; '.join(map(cut, faults[:_SHOWN]))}{more}. "
+        f"{folder} is not the model that its config.json describes: {'; '.join(map(cut, faults[:MOST_SHOWN]))}{more}. "
         "Copy or download the folder again, or use another: `edgetune models`."
-    )
-
-
-def _index_faults(files: list[SafetensorsFile], promised: dict[str, str]) -> list[str]:
-    """Return the faults of the index: tensors that it names and its files lack, or that stand in two files."""
-    holders: dict[str, list[str]] = {}
-    for file in files:
-        for name in file.tensors:
-            holders.setdefault(name, []).append(file.path.name)
-    faults = [f"{name} is stored in several files: {', '.join(found[:3])}" for name, found in holders.items() if len(found) > 1]
-    lost = [f"{name} is not in {file}" for name, file in promised.items() if file not in holders.get(name, [])]
-    return faults + lost
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json. Raises ModelError if there is none, or if it says that edgetune cannot read the weights."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{folder} is an adapter, not a model; type `--adapter {folder}` and name its base model with `--model`."
-            )
-        raise ModelError(f"{folder} has no config.json; expected a Hugging Face model folder (`edgetune models` lists them).")
-    config = read_object(folder / "config.json", MODEL_CONFIG)
-    quantization = config.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise ModelError(
-            f"{folder} has quantization_config {reprlib.repr(quantization)}, expected an object; copy the model folder again."
-        )
-    if quantization:
-        method = quantization.get("quant_method", "bitsandbytes")
-        if method != "bitsandbytes" or quantization.get("load_in_8bit"):
-            kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else str(method)[:40]
-            raise ModelError(
-                f"{folder} is quantised with {kind}; edgetune reads bitsandbytes 4-bit, bf16, fp16 and fp32: "
-                "use the model's unquantised folder."
-            )
-        if quantization.get("bnb_4bit_quant_type", "nf4") == "fp4":
-            raise ModelError(
-                f"{folder} is quantised to FP4 and edgetune runs NF4; type `edgetune quantize SRC DEST` on its "
-                "unquantised folder."
-            )
-    return config
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the safetensors files of a folder, and its index: {tensor: file name}, or {} for a single file."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS], {}
-    if not (folder / INDEX).is_file():
-        raise _no_weights(folder)
-    promised = read_object(folder / INDEX, WEIGHT_INDEX).get("weight_map")
-    if not isinstance(promised, dict) or not promised or not all(isinstance(file, str) for file in promised.values()):
-        raise ModelError(f"{folder / INDEX} has no weight_map; copy it again.")
-    names = sorted(set(promised.values()))
-    outside = [name for name in names if not re.fullmatch(r"(?!\.)[\w.,+-]{1,200}\.safetensors", name, re.ASCII)]
-    if outside:
-        raise ModelError(f"{folder / INDEX} names {outside[0][:200]!r}; expected safetensors files of its own folder.")
-    if len(names) > MAX_SHARDS:
-        raise ModelError(f"{folder / INDEX} names {len(names):,} files of weights; expected at most {MAX_SHARDS}.")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of {len(names)} weight files ({', '.join(missing[:_SHOWN])}); "
-            "copy or download them again."
-        )
-    return [folder / name for name in names], promised
-
-
-def _no_weights(folder: Path) -> ModelError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        return ModelError(f"{folder} has a config.json but no {WEIGHTS}; copy or download the folder again.")
-    return ModelError(
-        f"{folder} holds pickled weights ({pickles[0]}), which can run code when opened; if you trust them, convert "
-        'once: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained({str(folder) + '-safetensors'!r})\""
     )

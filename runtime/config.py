@@ -57,7 +57,7 @@ class LlamaConfig:
     layer_ropes: tuple[RopeConfig | None, ...] = ()
     """RoPE of each layer, None for a layer that rotates nothing; empty where all layers have `rope`."""
     activation: str = "silu"
-    """What the MLP's gate goes through: silu or gelu_tanh."""
+    """Activation of the MLP's gate: silu or gelu_tanh."""
     norm_offset: float = 0.0
     """Number added to the weights of all norms when they are loaded."""
     post_norms: bool = False

@@ -298,7 +298,7 @@ _TEXT_MODELS = {
     "gemma3": "the text models gemma-3-270m and gemma-3-1b (Gemma3ForCausalLM)",
     "mistral3": "a folder of its text model alone (Ministral3ForCausalLM)",
 }
-"""What to use instead of models that read pictures too, by their model_type."""
+"""Text models to use instead of models that read pictures too, by the model_type of these."""
 
 
 def refuse_multimodal(config: Config) -> None:

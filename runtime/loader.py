@@ -70,17 +70,7 @@ def load_llama(
     blocks = []
     for layer in range(config.num_layers):
         progress(layer, config.num_layers)
-        stored = checkpoint.block_tensors(layer)
-        tensors = {
-            name: weight
-            if streams and is_linear(name)
-            else _placed(layer_tensor(layer, name), weight, config, dtype, device, quant)
-            for name, weight in stored.items()
-        }
-        blocks.append(Block(config, layer, tensors))
-        for name, weight in tensors.items():
-            if weight is not stored[name]:  # the copy is used from now on: free the file's pages
-                checkpoint.release(layer_tensor(layer, name))
+        blocks.append(_block(checkpoint, layer, dtype, device, quant, streams))
     pager: Pager = Resident()
     if streams and layer_memory is not None:
         pager = Streamer([_paged(checkpoint, block, device) for block in blocks], layer_memory, device)
@@ -93,6 +83,24 @@ def load_llama(
         checkpoint.release(head_name)
     norm = final_norm_weight(checkpoint.dense(FINAL_NORM), config).to(device)
     return Llama(config, embedding, blocks, norm, head, dtype, pager)
+
+
+def _block(
+    checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: torch.device, quant: LinearForm, streams: bool
+) -> Block:
+    """Return a layer with its tensors on `device`; with `streams`, its linears are still those of the files."""
+    stored = checkpoint.block_tensors(layer)
+    tensors = {
+        name: weight
+        if streams and is_linear(name)
+        else _placed(layer_tensor(layer, name), weight, checkpoint.config, dtype, device, quant)
+        for name, weight in stored.items()
+    }
+    block = Block(checkpoint.config, layer, tensors)
+    for name, weight in tensors.items():
+        if weight is not stored[name]:  # the copy is used from now on: free the file's pages
+            checkpoint.release(layer_tensor(layer, name))
+    return block
 
 
 def dense_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: torch.device) -> dict[str, Weight]:

@@ -66,7 +66,7 @@ class Context:
     """The inputs of a block beside its hidden state."""
 
     rotations: Sequence[Rotation | None]
-    """Of each layer; None for one that rotates nothing."""
+    """Rotation of each layer; None for one that rotates nothing."""
     segments: Sequence[Segment]
     plan: ProjectPlan
     cache: KVCache | None = None

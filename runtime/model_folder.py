@@ -6,6 +6,7 @@ A Recipe decides what the weights are: the one in quantize.py makes 4-bit weight
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from edgetune.runtime.checkpoint import INDEX, WEIGHTS
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import ModelError, ResourceError
 from edgetune.runtime.files import atomic_write, explain_full_disk
@@ -23,6 +23,7 @@ from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.reader_files import config_for_readers, tokenizer_files_for_readers
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec, aligned_order
 from edgetune.runtime.untrusted_file import COMPANION, MAX_TEXT_FILES, copy_untrusted, open_untrusted
+from edgetune.runtime.weight_files import INDEX, WEIGHTS
 
 SHARD_BYTES = 512 << 20
 """Largest shard in bytes, unless one layer is larger. A killed run repeats at most one shard (chosen by hand)."""
@@ -135,6 +136,26 @@ def write_shard(path: Path, recipe: Recipe, names: Sequence[str], done: Callable
                 writer.write(spec.name, waiting.pop(spec.name))
             recipe.release(name)
             done(name)
+
+
+def write_shards(
+    folder: Path, recipe: Recipe, shards: Mapping[str, Sequence[str]], progress: Callable[[int, int], None]
+) -> None:
+    """Write all files of weights, but those that are there and whole. progress: receives the parameters done, and all."""
+    done, total = 0, sum(map(math.prod, recipe.shapes.values()))
+    progress(done, total)
+
+    def made(name: str) -> None:
+        nonlocal done
+        done += math.prod(recipe.shapes[name])
+        progress(done, total)
+
+    for file, names in shards.items():
+        if is_whole(folder / file, shard_specs(recipe, names)):
+            done += sum(math.prod(recipe.shapes[name]) for name in names)
+            progress(done, total)
+            continue
+        write_shard(folder / file, recipe, names, made)
 
 
 def check_space(folder: Path, dest: Path, nbytes: int) -> None:

@@ -35,13 +35,11 @@ from edgetune.runtime.model_folder import (
     SHARD_BYTES,
     check_space,
     companions,
-    is_whole,
     plan_shards,
     quantization_config,
-    shard_specs,
     stored_bytes,
     write_companions,
-    write_shard,
+    write_shards,
 )
 from edgetune.runtime.names import HEAD, is_linear
 from edgetune.runtime.nf4 import NESTED_BLOCK_SIZE
@@ -146,20 +144,7 @@ def quantize_folder(
     if head not in HEADS:
         raise SettingError(f"The head's form is {head!r}; expected one of {', '.join(HEADS)}.")
     refuse_occupied(dest)
-    checkpoint = open_model(src)
-    if checkpoint.quant is not None:
-        raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")
-    if head != "bf16" and checkpoint.config.tie_embeddings:
-        raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
-    _refuse_unsplittable(checkpoint, double_quant)
-    if calibration is not None and fused_weights(checkpoint.config):
-        raise UsageError(
-            f"{src} stores several linears of a layer as one matrix, which calibration does not round; leave --calibrate out."
-        )
-    companions(src)  # raises before any work is done
-    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
-    if has_tokenizer(src):
-        Tokenizer.load(src)  # a tokenizer that does not fit the model is refused before the hours of work
+    checkpoint = _checked_source(src, double_quant, head, calibrated=calibration is not None)
     config = checkpoint.config
     recipe = _Recipe(checkpoint, fused_shapes(config, model_shapes(config)), double_quant, head, fused_weights(config))
     shards = plan_shards(recipe, shard_bytes)
@@ -171,7 +156,7 @@ def quantize_folder(
             layers = CalibratedLayers(checkpoint, partial, replace(QuantConfig(), double_quant=double_quant))
             layers.make(calibration)
             recipe = replace(recipe, calibrated=layers)
-        _write_shards(partial, recipe, shards, progress or (lambda done, total: None))
+        write_shards(partial, recipe, shards, progress or (lambda done, total: None))
         settings = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
         settings |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
         write_companions(src, partial, settings, recipe, shards)
@@ -179,6 +164,25 @@ def quantize_folder(
     parameters = sum(map(math.prod, recipe.shapes.values()))
     size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
     return QuantizeResult(dest, parameters, checkpoint.nbytes, size)
+
+
+def _checked_source(src: Path, double_quant: bool, head: str, calibrated: bool) -> Checkpoint:
+    """Open the model in `src`. Raises as `quantize_folder` does for one that cannot be quantised so, before hours of work."""
+    checkpoint = open_model(src)
+    if checkpoint.quant is not None:
+        raise ModelError(f"{src} is already 4-bit; use it as it is (`--model {src}`), or quantise its 16-bit original.")
+    if head != "bf16" and checkpoint.config.tie_embeddings:
+        raise UsageError(f"{src} has one tensor for embedding and head, and the embedding stays dense: leave --head out.")
+    _refuse_unsplittable(checkpoint, double_quant)
+    if calibrated and fused_weights(checkpoint.config):
+        raise UsageError(
+            f"{src} stores several linears of a layer as one matrix, which calibration does not round; leave --calibrate out."
+        )
+    companions(src)
+    checkpoint.refuse_inf_and_nan(checkpoint.long_floats(linears=False))
+    if has_tokenizer(src):
+        Tokenizer.load(src)
+    return checkpoint
 
 
 def _refuse_unsplittable(checkpoint: Checkpoint, double_quant: bool) -> None:
@@ -222,23 +226,6 @@ def _check_space(partial: Path, dest: Path, recipe: _Recipe, shards: dict[str, l
     """
     missing = [name for file, names in shards.items() if not (partial / file).exists() for name in names]
     check_space(partial, dest, copies * stored_bytes(recipe, missing))
-
-
-def _write_shards(partial: Path, recipe: _Recipe, shards: dict[str, list[str]], progress: Progress) -> None:
-    done, total = 0, sum(map(math.prod, recipe.shapes.values()))
-    progress(done, total)
-
-    def made(name: str) -> None:
-        nonlocal done
-        done += math.prod(recipe.shapes[name])
-        progress(done, total)
-
-    for file, names in shards.items():
-        if is_whole(partial / file, shard_specs(recipe, names)):
-            done += sum(math.prod(recipe.shapes[name]) for name in names)
-            progress(done, total)
-            continue
-        write_shard(partial / file, recipe, names, made)
 
 
 def _publish(partial: Path, dest: Path) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 from edgetune.runtime.config_keys import LOADING
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object, read_object_if_there
+from edgetune.runtime.json_tokenizer import JsonTokenizer
+from edgetune.runtime.sentencepiece_tokenizer import SentencePieceTokenizer
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer, read_template
-from edgetune.runtime.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer
 from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, TOKENIZER_JSON
 
 _REACHES_OUTSIDE = re.compile(r"\w+_file|\w*implementation|custom_\w+|\w*name_or_path")
@@ -28,7 +29,7 @@ FAST_CLASS = "PreTrainedTokenizerFast"
 """The tokenizer class with which every version of transformers uses tokenizer.json as it is."""
 _ORIGINAL = "original_max_position_embeddings"
 _AS_IT_IS = (FAST_CLASS, "TokenizersBackend")
-"""That class, and its name in transformers 5."""
+"""FAST_CLASS, and its name in transformers 5."""
 
 
 def config_for_readers(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,15 +18,12 @@ from edgetune.runtime.answer_spans import RenderedChat, common_prefix
 from edgetune.runtime.control_marks import Marker, new_nonce
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.json_file import read_object_if_there
+from edgetune.runtime.json_tokenizer import JsonTokenizer
+from edgetune.runtime.sentencepiece_tokenizer import SentencePieceTokenizer
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.start_tokens import TEXT_ENDS, start_tokens
 from edgetune.runtime.token_bytes import StreamDecoder
-from edgetune.runtime.tokenizer_libraries import (
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    TokenFinder,
-    TokenizerLibrary,
-)
+from edgetune.runtime.tokenizer_libraries import TokenFinder, TokenizerLibrary
 from edgetune.runtime.untrusted_file import TOKENIZER_CONFIG, read_untrusted
 
 if TYPE_CHECKING:

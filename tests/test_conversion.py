@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from write_gguf import SIZES, gguf, write_gguf
 
+from edgetune import weight_forms
 from edgetune.conversion import convert as conversion
 from edgetune.conversion import gguf_file
 from edgetune.conversion.convert import Converted, Form, convert
@@ -203,9 +204,9 @@ def test_the_form_is_nf4_for_large_models_alone(tmp_path: Path, monkeypatch: pyt
     small = convert(file, tmp_path / "small", "it")
     linears = 2 * open_model(small.path).config.linear_parameters
     assert (small.form, weights(small.path)[EMBEDDING].dtype) == ("bf16", torch.bfloat16)
-    monkeypatch.setattr(conversion, "KEEP_BF16_BYTES", linears)
+    monkeypatch.setattr(weight_forms, "KEEP_BF16_BYTES", linears)
     assert convert(file, tmp_path / "still small", "it").form == "bf16"
-    monkeypatch.setattr(conversion, "KEEP_BF16_BYTES", linears - 1)
+    monkeypatch.setattr(weight_forms, "KEEP_BF16_BYTES", linears - 1)
     large = convert(file, tmp_path / "large", "it")
     assert large.form == "nf4"
     assert open_model(large.path).quant is not None
@@ -309,6 +310,7 @@ def test_a_killed_conversion_leaves_no_model_and_the_next_one_cleans_up(tmp_path
     program = f"""
 import os, signal
 from pathlib import Path
+from edgetune import weight_forms
 from edgetune.conversion import convert as conversion
 conversion.tokenizer_files = lambda metadata: {{}}
 def kill(done, total):

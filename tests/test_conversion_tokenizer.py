@@ -12,8 +12,7 @@ import pytest
 
 from edgetune.conversion.tokenizer import tokenizer_files, tokenizer_notices
 from edgetune.export.gguf.pre_tokenizers import SPLIT_OF, SPLITS, PreTokenizer, split_of
-from edgetune.export.gguf.vocabulary import SPLITS as PUBLISHED
-from edgetune.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from edgetune.export.gguf.vocabulary import PUBLISHED_SPLITS, Vocabulary, read_vocabulary
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -218,7 +217,7 @@ def test_the_ids_are_those_of_the_publishers_tokenizer(merged: tuple[list[str], 
     ours = converted(tmp_path, byte_level(merged, name))
     original = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     byte_level_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt-2", "smollm"))
-    regex = next((regex for regex, split in PUBLISHED.items() if split == name), None)
+    regex = next((regex for regex, split in PUBLISHED_SPLITS.items() if split == name), None)
     first = [tokenizers.pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
     if regex is not None:
         first = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")]

@@ -33,7 +33,7 @@ from edgetune.export.gguf import model as gguf_model
 from edgetune.export.gguf import target as gguf
 from edgetune.export.gguf.names import from_llama_rows, to_llama_rows
 from edgetune.export.gguf.reader import PROBES, LlamaCppReader
-from edgetune.export.gguf.vocabulary import SPLITS, read_vocabulary
+from edgetune.export.gguf.vocabulary import PUBLISHED_SPLITS, read_vocabulary
 from edgetune.export.job import Job, UserFile
 from edgetune.export.memory import check_memory
 from edgetune.export.merge import merged
@@ -453,7 +453,7 @@ def splits() -> dict[str, Callable[[], Any]]:
 
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return {
-        **{name: (lambda regex=regex: split(regex)) for regex, name in SPLITS.items()},
+        **{name: (lambda regex=regex: split(regex)) for regex, name in PUBLISHED_SPLITS.items()},
         "gpt-2": lambda: plain,
         "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
     }

@@ -25,9 +25,10 @@ from edgetune.export.targets import TARGETS, load_target
 from edgetune.exporting import export_adapter
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
-from edgetune.runtime.checkpoint import INDEX, open_model
+from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.errors import AdapterError, ModelError, ResourceError, UsageError
 from edgetune.runtime.quantize import quantize_folder
+from edgetune.runtime.weight_files import INDEX
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")

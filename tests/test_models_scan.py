@@ -22,7 +22,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from edgetune.cli.main import cli
-from edgetune.config import TrainConfig, train_config
+from edgetune.config import TrainConfig
+from edgetune.config_file import train_config
 from edgetune.library import base_models as models
 from edgetune.library import inspect_model
 from edgetune.library.base_models import DEMO, ModelChoice, resolve, scan
@@ -216,11 +217,12 @@ def test_lm_studio_holds_gguf_and_mlx(home: Path) -> None:
     old.mkdir(parents=True)
     for part in (1, 2):
         (old / f"m-0000{part}-of-00002.gguf").write_bytes(bytes(10))
+    (old / "odd-00001-of-00000.gguf").write_bytes(bytes(10))
     mlx = make_model(home / ".lmstudio" / "models" / "mlx-community" / "Llama-4bit")
     (mlx / "config.json").write_text(json.dumps({**CONFIG, "quantization": {"bits": 4, "group_size": 64}}))
     finds = {found.name: found for found in scan()}
     gguf = "bartowski/Llama-3.2-1B-GGUF/Llama-3.2-1B-Q4_K_M"
-    assert set(finds) == {gguf, "x/split/m", "mlx-community/Llama-4bit"}
+    assert set(finds) == {gguf, "x/split/m", "x/split/odd-00001-of-00000", "mlx-community/Llama-4bit"}
     assert {found.status for found in finds.values()} == {"no"}
     assert {found.source for found in finds.values()} == {"LM Studio"}
     assert finds[gguf].quantisation == "Q4_K_M"

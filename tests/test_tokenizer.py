@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgetune.runtime import tokenizer, tokenizer_libraries
+from edgetune.runtime import json_tokenizer, sentencepiece_tokenizer, tokenizer
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
 
@@ -557,10 +557,10 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_is_not_parsed(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_libraries, "TOKENIZER_JSON", replace(tokenizer_libraries.TOKENIZER_JSON, limit=1000))
+    monkeypatch.setattr(json_tokenizer, "TOKENIZER_JSON", replace(json_tokenizer.TOKENIZER_JSON, limit=1000))
     assert "larger than" in refused(shutil.copytree(folders["llama2.json"], tmp_path / "m"))
     monkeypatch.setattr(
-        tokenizer_libraries, "SENTENCEPIECE_MODEL", replace(tokenizer_libraries.SENTENCEPIECE_MODEL, limit=1000)
+        sentencepiece_tokenizer, "SENTENCEPIECE_MODEL", replace(sentencepiece_tokenizer.SENTENCEPIECE_MODEL, limit=1000)
     )
     assert "larger than" in refused(shutil.copytree(folders["llama2.model"], tmp_path / "n"))
 

@@ -165,7 +165,7 @@ def test_a_panic_inside_the_library_is_one_sentence(tmp_path: Path, monkeypatch:
 
 
 def test_an_interrupt_inside_the_library_stays_one(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), tokenizer_libraries._one_sentence("no"):
+    with pytest.raises(KeyboardInterrupt), tokenizer_libraries.one_sentence("no"):
         raise KeyboardInterrupt
 
 

@@ -9,7 +9,7 @@ import click
 
 from edgetune.cli.options import json_option, print_json, progress_shown, say_model
 from edgetune.cli.train import training_options
-from edgetune.config import train_config
+from edgetune.config_file import train_config
 from edgetune.machine.shapes import PLANNED
 from edgetune.reports.text import human_bytes, human_time
 

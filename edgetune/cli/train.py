@@ -13,7 +13,8 @@ import click
 
 from edgetune.cli.options import configuration_options, json_option, print_json, progress_shown, say_model
 from edgetune.cli.signals import stop_on_signals
-from edgetune.config import DataConfig, TrainConfig, train_config
+from edgetune.config import DataConfig, TrainConfig
+from edgetune.config_file import train_config
 from edgetune.events import Event, Interrupted, Started
 from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on

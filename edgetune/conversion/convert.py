@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,15 +26,14 @@ from edgetune.runtime.model_folder import (
     stored_bytes,
     write_config,
     write_index,
-    write_shard,
+    write_shards,
 )
 from edgetune.runtime.quantize import nf4_specs, nf4_tensors
 from edgetune.runtime.safetensors_file import TensorSpec
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
+from edgetune.weight_forms import is_small
 
 Form = Literal["fp32", "bf16", "nf4"]
-KEEP_BF16_BYTES = 2_000_000_000
-"""Most bytes of a model's linears in bf16 with which "auto" keeps them in it; larger models become NF4. Chosen by hand."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.bfloat16}
 """The dtype of the tensors that each form keeps dense."""
 
@@ -59,11 +57,10 @@ class Recipe:
 
     @classmethod
     def of(cls, model: Model, form: Form | Literal["auto"]) -> Recipe:
-        """Return the recipe of a form; "auto" is NF4 for models whose linears in bf16 take more than KEEP_BF16_BYTES."""
+        """Return the recipe of a form; "auto" is bf16 for a small model (weight_forms.py) and NF4 for a larger one."""
         if form != "auto":
             return cls(model, form)
-        large = model.config.linear_parameters * torch.bfloat16.itemsize > KEEP_BF16_BYTES
-        return cls(model, "nf4" if large else "bf16")
+        return cls(model, "bf16" if is_small(model.config) else "nf4")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,21 +116,12 @@ def convert(
 
 def _write_weights(folder: Path, recipe: Recipe, progress: Progress) -> None:
     """Write config.json, the weights and their index."""
-    done, total = 0, sum(map(math.prod, recipe.shapes.values()))
-    progress(done, total)
-
-    def made(name: str) -> None:
-        nonlocal done
-        done += math.prod(recipe.shapes[name])
-        progress(done, total)
-
     config = recipe.model.hf_config | {"torch_dtype": str(_DTYPES[recipe.form]).removeprefix("torch.")}
     if recipe.form == "nf4":
         config["quantization_config"] = quantization_config(double_quant=True)
     write_config(folder, config)
     shards = plan_shards(recipe)
-    for shard, names in shards.items():
-        write_shard(folder / shard, recipe, names, made)
+    write_shards(folder, recipe, shards, progress)
     write_index(folder, recipe, shards)
 
 

@@ -27,7 +27,9 @@ _SLICE_NUMBERS = 1 << 20
 """Numbers of a tensor that are dequantised at a time, at least one row. Chosen by hand."""
 _LEAST_BYTES = 24
 """Bytes of the shortest GGUF file: its mark, version and two counts."""
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+GGUF = ".gguf"
+"""Suffix of a GGUF file."""
+_PART = re.compile(r"(.*)-[0-9]{5}-of-(?!00000)([0-9]{5})\.gguf", re.DOTALL)
 """The name of a part of a split file, as llama.cpp's gguf-split writes it and its loader expects it."""
 
 
@@ -103,9 +105,10 @@ class GgufFile:
         count = _split_number(first, "count", 1)
         if count <= 1:
             return cls(path, [first])
+        paths = _paths_of_parts(path, count)
         if _split_number(first, "no", 0) != 0:
-            raise ModelError(f"{path} is not the first part of its model; name {_part_path(path, 1, count).name} instead.")
-        parts = [first, *(_open_part(_part_path(path, number, count), count) for number in range(2, count + 1))]
+            raise ModelError(f"{path} is not the first part of its model; name {paths[0].name} instead.")
+        parts = [first, *(_open_part(part, count) for part in paths[1:])]
         for number, part in enumerate(parts):
             found = _split_number(part, "no", -1), _split_number(part, "count", -1)
             if found != (number, count):
@@ -189,6 +192,20 @@ class GgufFile:
             raise _unusable(part.path, "its tensors overlap")
 
 
+def parts_of(path: Path) -> list[Path]:
+    """Return the files of a GGUF model of which `path` is a part, first part first: itself alone unless it is split."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    return [path.with_name(f"{match[1]}-{part:05}-of-{match[2]}{GGUF}") for part in range(1, int(match[2]) + 1)]
+
+
+def stem_of(name: str) -> str:
+    """Return a GGUF file's name without its suffix and, for a split one, without the number of its part."""
+    match = _PART.fullmatch(name)
+    return match[1] if match else name.removesuffix(GGUF)
+
+
 def _open_part(path: Path, count: int = 1) -> _Part:
     """Open a file and parse its header. `count`: how many parts it is one of. Raises ModelError."""
     if count > 1 and not path.exists():
@@ -214,15 +231,15 @@ def _split_number(part: _Part, key: str, default: int) -> int:
     return number
 
 
-def _part_path(path: Path, number: int, count: int) -> Path:
-    """Return the path of a part, given another part's. Raises ModelError for a file that is not named as a part."""
-    match = _PART.fullmatch(path.name)
-    if match is None or int(match[3]) != count:
+def _paths_of_parts(path: Path, count: int) -> list[Path]:
+    """Return the paths of all parts, given one part's. Raises ModelError for a file that is not named as one of `count`."""
+    paths = parts_of(path)
+    if _PART.fullmatch(path.name) is None or len(paths) != count:
         raise ModelError(
             f"{path} is part of a model that is split into {count} files, and its name does not end in "
             f"-0000N-of-{count:05}.gguf, so the others cannot be found; give the files their published names."
         )
-    return path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf")
+    return paths
 
 
 def _unusable(path: Path, reason: str) -> ModelError:

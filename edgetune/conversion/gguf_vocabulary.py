@@ -9,6 +9,7 @@ from typing import Any
 
 from edgetune.conversion.end_tokens import control_ids, end_ids
 from edgetune.export.gguf.pre_tokenizers import PreTokenizer
+from edgetune.export.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.untrusted_file import LONGEST_PIECE, LONGEST_TOKEN, MAX_IDS, MOST_ADDED_TOKENS
 
@@ -17,8 +18,8 @@ _NAMED = ["bos", "eos", "eot", "eom", "unknown", "padding", "fim_pre", "fim_suf"
 """GGUF's keys tokenizer.ggml.…_token_id that are read."""
 _LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """The ids that a sentencepiece vocabulary has where its file lacks the keys, as in llama.cpp."""
-UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
-"""The types of tokens: llama.h's llama_token_type."""
+_UNDEFINED = 0
+"""The type of tokens without one: llama.h's llama_token_type."""
 _ADVICE = "download the GGUF file again, or choose another one of the same model"
 
 
@@ -151,7 +152,7 @@ def _types(metadata: Mapping[str, Any], size: int) -> list[int]:
     if _PREFIX + "token_type" not in metadata:
         return [NORMAL] * size
     types = _array(metadata, "token_type", size)
-    if not all(type(item) is int and UNDEFINED <= item <= BYTE for item in types):
+    if not all(type(item) is int and _UNDEFINED <= item <= BYTE for item in types):
         raise refusal(f"has values under {_PREFIX}token_type that are no types, expected whole numbers from 1 to {BYTE}")
     return list(types)
 

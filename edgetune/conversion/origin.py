@@ -35,8 +35,8 @@ class Origin:
 
     @property
     def public_name(self) -> str:
-        """Return the name without the folders above it, which may tell whose machine this is."""
-        return Path(self.name).name if Path(self.name).is_absolute() else self.name
+        """Return the name for exports, which may leave this machine."""
+        return public_name(self.name)
 
     @property
     def in_ollama(self) -> bool:
@@ -70,3 +70,8 @@ class Origin:
         if content.keys() != kinds.keys() or any(type(content[name]) is not kind for name, kind in kinds.items()):
             raise ModelError(f"{folder / FILE} is damaged; delete {folder}, and the model is converted again when it is used.")
         return cls(**content)
+
+
+def public_name(name: str) -> str:
+    """Return a model's name without the folders above it, which may tell whose machine this is."""
+    return Path(name).name if Path(name).is_absolute() else name

@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune.conversion.gguf_vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED, GgufVocabulary, refusal
+from edgetune.conversion.gguf_vocabulary import GgufVocabulary, refusal
+from edgetune.export.gguf.vocabulary import BYTE, CONTROL, UNKNOWN, USER_DEFINED
 from edgetune.runtime.untrusted_file import MOST_SPLIT_WORK, TOKENIZER_CONFIG, TOKENIZER_JSON
 
 _SPACE = "▁"

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edgetune.config import train_config
+from edgetune.config_file import train_config
+from edgetune.conversion.gguf_file import GGUF, parts_of
+from edgetune.conversion.origin import public_name
 from edgetune.home import expand
-from edgetune.library.conversions import GGUF, conversion_of, delete_conversions, parts_of
+from edgetune.library.conversions import conversion_of, delete_conversions
 from edgetune.library.inspect_model import SUGGESTED, Candidate, FoundModel, Room, config_of, file_size, is_mlx, printable
 from edgetune.library.places import PACKAGE_MODEL, candidates, candidates_in, newest_snapshot
 from edgetune.memory_settings import memory_allowed
@@ -69,8 +71,8 @@ class ModelChoice:
 
     @property
     def public_name(self) -> str:
-        """Return the name without the folders above it, which may tell whose machine this is: for adapters and exports."""
-        return Path(self.name).name if Path(self.name).is_absolute() else self.name
+        """Return the name for adapters and exports, which may leave this machine."""
+        return public_name(self.name)
 
 
 def scan(folder: Path | str | None = None, progress: Progress = ignore) -> list[FoundModel]:

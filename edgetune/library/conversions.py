@@ -18,7 +18,7 @@ from pathlib import Path
 
 from edgetune import events
 from edgetune.conversion.convert import convert
-from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.gguf_file import GgufFile, parts_of, stem_of
 from edgetune.conversion.origin import Origin
 from edgetune.conversion.tokenizer import tokenizer_notices
 from edgetune.home import home, private_folder, unfinished_folder
@@ -28,15 +28,12 @@ from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.errors import BusyError, ModelError
 from edgetune.runtime.files import is_ours
 
-GGUF = ".gguf"
-"""Suffix of a GGUF file."""
 _FOLDER = "models"
 _NAME_KEPT = 48
 """Characters of a model's name that its folder's name keeps: most file systems allow 255 bytes, and a character takes up to 4.
 Chosen by hand."""
 _WAIT_SECONDS = 0.2
 """Seconds between two looks at a lock that another process holds. Chosen by hand."""
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,6 @@ def delete_conversions(name: str, paths: Sequence[Path]) -> int:
     return freed
 
 
-def parts_of(path: Path) -> list[Path]:
-    """Return the files of a GGUF model of which `path` is a part, first part first: itself alone unless it is split."""
-    split = _PART.search(path.name)
-    if split is None or int(split[2]) == 0:
-        return [path]
-    stem = path.name[: split.start()]
-    return [path.with_name(f"{stem}-{part:05}-of-{split[2]}.gguf") for part in range(1, int(split[2]) + 1)]
-
-
-def stem_of(path: Path) -> str:
-    """Return a GGUF file's name without its suffix and, for a split one, without the number of its part."""
-    return _PART.sub("", path.name).removesuffix(GGUF)
-
-
 def _convert(path: Path, name: str, show: Show, notices: tuple[str, ...]) -> Path:
     """Convert the GGUF file at `path`, and delete the conversion of what it was before."""
     gguf = GgufFile.open(path)
@@ -149,7 +132,7 @@ def _folder_name(path: Path, name: str, digest: str) -> str:
 
     It has no dot: Windows takes CON.x for the console.
     """
-    plain = re.sub(r"[^\w-]+", "-", stem_of(Path(name)) if os.path.isabs(name) else name).strip("-")[-_NAME_KEPT:]
+    plain = re.sub(r"[^\w-]+", "-", stem_of(Path(name).name) if os.path.isabs(name) else name).strip("-")[-_NAME_KEPT:]
     identity = f"{os.path.realpath(path)}\n{_stamp(path)}\n{digest}"
     return f"{plain or 'model'}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}"
 

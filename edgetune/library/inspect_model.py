@@ -18,10 +18,10 @@ import torch
 
 from edgetune.config import TrainConfig
 from edgetune.conversion.convert import Recipe
-from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.gguf_file import GgufFile, parts_of
 from edgetune.conversion.gguf_vocabulary import GgufVocabulary
 from edgetune.conversion.model import Model
-from edgetune.library.conversions import Conversion, conversion_of, parts_of
+from edgetune.library.conversions import Conversion, conversion_of
 from edgetune.memory_settings import least, least_memory_to_train, number_format, process_bytes
 from edgetune.runtime.budget import Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgetune.conversion.gguf_file import GGUF, parts_of, stem_of
 from edgetune.home import expand
-from edgetune.library.conversions import GGUF, conversions, parts_of, stem_of
+from edgetune.library.conversions import conversions
 from edgetune.library.inspect_model import Candidate, is_weights, list_folder, modified
 from edgetune.library.ollama import ollama_models
 from edgetune.runtime.errors import ModelError
@@ -86,7 +87,7 @@ def candidates_in(folder: Path, source: str, depth: int, name: str = "") -> Iter
     # A model split into several GGUF files is one model: only its first part is listed.
     for path in files:
         if parts_of(path)[0] == path:
-            inner = os.path.abspath(path) if named else f"{name}/{stem_of(path)}".lstrip("/")
+            inner = os.path.abspath(path) if named else f"{name}/{stem_of(path.name)}".lstrip("/")
             yield Candidate(inner, path, source, gguf=True)
     if depth > 0:
         for path in entries:

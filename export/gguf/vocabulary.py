@@ -16,14 +16,12 @@ from edgetune.export.gguf.pre_tokenizers import split_of
 from edgetune.runtime.errors import TokenizerError
 from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.json_file import read_object, read_object_if_there
+from edgetune.runtime.json_tokenizer import JsonTokenizer
 from edgetune.runtime.reader_files import agrees_with_sentencepiece
+from edgetune.runtime.sentencepiece_tokenizer import SentencePieceTokenizer
 from edgetune.runtime.special_tokens import SpecialTokens
 from edgetune.runtime.tokenizer import TURN_ENDS, Tokenizer, read_template
-from edgetune.runtime.tokenizer_libraries import (
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    TokenizerLibrary,
-)
+from edgetune.runtime.tokenizer_libraries import TokenizerLibrary
 from edgetune.runtime.untrusted_file import SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, TOKENIZER_JSON, read_untrusted
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -36,7 +34,7 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
+PUBLISHED_SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2", _TEKKEN: "tekken"}
 """llama.cpp's name of each split of a text, by the regular expression that the model's publisher wrote in tokenizer.json."""
 
 
@@ -194,8 +192,8 @@ def _split(source: dict[str, Any], folder: Path) -> str:
     prefix = byte_level.get("add_prefix_space")
     if kinds == ["Split", "ByteLevel"] and not prefix and byte_level.get("use_regex") is False:
         regex = (steps[0].get("pattern") or {}).get("Regex")
-        if regex in SPLITS and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
-            return SPLITS[regex]
+        if regex in PUBLISHED_SPLITS and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+            return PUBLISHED_SPLITS[regex]
     if not prefix and byte_level.get("use_regex", True) is True:
         if kinds == ["ByteLevel"]:
             return "gpt-2"

@@ -24,7 +24,8 @@ from corpus.tokenizers import byte_level
 from tiny import save_trainable
 
 import edgetune
-from edgetune.config import parse_bytes, seconds_until, train_config
+from edgetune.config import parse_bytes, seconds_until
+from edgetune.config_file import train_config
 from edgetune.conversion.convert import convert
 from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.chats import encoding_of_chats, read_chats
