@@ -33,7 +33,7 @@ QUESTIONS = (
 )
 """Questions that the chat must still answer after training."""
 FORMS = ("published", "nf4")
-"""Forms of the base: bf16 as published, and NF4 as training holds it."""
+"""Forms of the base: bf16 as published, which training takes by default, and NF4."""
 OUTLIER_LIMIT = 0.06
 """Largest relative error of rounding x to 8 bits for which the kernels use them (INT8_ERROR_LIMIT in constants.h)."""
 LOSS_LIMIT = 0.002
@@ -47,6 +47,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, help="steps of training (default: edgetune's own)")
     flags.add_argument("--lr", type=float, help="peak learning rate (default: edgetune's own)")
     flags.add_argument("--adapter", type=Path, help="a trained adapter, instead of training one")
+    flags.add_argument("--forms", default=",".join(FORMS), help="forms of the base that are read (default: %(default)s)")
     flags.add_argument("--general", type=Path, nargs="+", default=[common.ROOT / "docs", common.ROOT / "README.md"],
                        help="texts that have nothing to do with the notes (default: edgetune's own documentation)")  # fmt: skip
     flags.add_argument("--prompts", type=Path, help="a .jsonl of questions, each under `text` or `prompt`")
@@ -58,6 +59,8 @@ def main() -> None:
     wanted = list(PIECES) if arguments.only is None else arguments.only.split(",")
     if unknown := sorted(set(wanted) - set(PIECES)):
         sys.exit(f"--only has unknown pieces: {', '.join(unknown)}. The pieces are {', '.join(PIECES)}.")
+    if unknown := sorted(set(arguments.forms.split(",")) - set(FORMS)):
+        sys.exit(f"--forms has unknown forms: {', '.join(unknown)}. The forms are {', '.join(FORMS)}.")
     arguments.base = real_model.folder(arguments.model, arguments.workdir).resolve()
     about = {"machine": common.machine(arguments.threads), "versions": common.versions(), "lacking": common.lacking()}
     everything: Result = {"benchmark": "smollm2", **about}
@@ -155,7 +158,7 @@ def versions(arguments: argparse.Namespace) -> Any:
     from edgetune.runtime import peft_folder
 
     adapter = peft_folder.load(trained(arguments))
-    for form in FORMS:
+    for form in arguments.forms.split(","):
         loaded = opened(arguments, form)
         yield f"{form}, base", loaded
         adapters.attach(loaded.model, adapter)
@@ -266,7 +269,8 @@ def merge(arguments: argparse.Namespace) -> tuple[Result, str]:
     for target, weights in (("hf", "nf4"), ("gguf", "q8_0"), ("mlx", "int4")):
         out = arguments.workdir / f"merged-{target}-{weights}"
         shutil.rmtree(out, ignore_errors=True)
-        texts = (str(arguments.notes),) if weights in load_target(target).measured else ()
+        measured = any(form.covers(weights, None) for form in load_target(target).measured)
+        texts = (str(arguments.notes),) if measured else ()
         try:
             exported = export_adapter(target, str(arguments.base), str(trained(arguments)), out, weights, texts=texts)
             figures[f"{target} {weights}"] = {**exported.facts, "proved_by": exported.proved_by, "kl": exported.kl}
