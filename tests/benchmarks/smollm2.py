@@ -32,6 +32,23 @@ QUESTIONS = (
     "What is the opposite of hot?",
 )
 """Questions that the chat must still answer after training."""
+FACTS = {
+    "What is the capital of France?": "Paris",
+    "What is the capital of Italy?": "Rome",
+    "What is the capital of Japan?": "Tokyo",
+    "How many days are there in a week?": "7|seven",
+    "What is the opposite of hot?": "cold",
+    "What is 2 plus 2?": "4|four",
+    "Which planet is the largest in the solar system?": "Jupiter",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
+    "What is the chemical formula of water?": "H2O",
+    "At how many degrees Celsius does water boil?": "100",
+    "What colour is the sky on a clear day?": "blue",
+    "What animal says meow?": "cat",
+}
+"""Questions that have one right answer, and the words of which it holds one."""
+FACT_TOKENS = 14
+"""Tokens of an answer to one of FACTS."""
 FORMS = ("published", "nf4")
 """Forms of the base: bf16 as published, which training takes by default, and NF4."""
 OUTLIER_LIMIT = 0.06
@@ -200,10 +217,23 @@ def forget(arguments: argparse.Namespace) -> tuple[Result, str]:
 
 
 def chat(arguments: argparse.Namespace) -> tuple[Result, str]:
-    """Ask the same questions before and after training, greedily."""
-    figures = {label: answers(loaded, QUESTIONS, 40) for label, loaded in versions(arguments)}
-    rows = [[label, *(answer.replace("\n", " ") for answer in said)] for label, said in figures.items()]
-    return figures, common.table(["", *QUESTIONS], rows)
+    """Ask the same questions before and after training, greedily, and count the right answers to FACTS."""
+    figures: Result = {}
+    for label, loaded in versions(arguments):
+        short = answers(loaded, list(FACTS), FACT_TOKENS)
+        right = sum(is_right(said, words) for said, words in zip(short, FACTS.values(), strict=True))
+        figures[label] = {"right": right, "facts": short, "answers": answers(loaded, QUESTIONS, 40)}
+        common.say(f"    {label}: {right} of {len(FACTS)} right")
+    rows = [
+        [label, f"{row['right']} of {len(FACTS)}", *(answer.replace("\n", " ") for answer in row["answers"])]
+        for label, row in figures.items()
+    ]
+    return figures, common.table(["", "right", *QUESTIONS], rows)
+
+
+def is_right(answer: str, words: str) -> bool:
+    """Return True if the answer holds one of the `words`, which | separates."""
+    return any(word.lower() in answer.lower() for word in words.split("|"))
 
 
 def int8(arguments: argparse.Namespace) -> tuple[Result, str]:
