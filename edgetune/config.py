@@ -46,12 +46,14 @@ MODEL_HELP = (
 """Help of --model, wherever it is an option."""
 
 REFERENCE_LEARNING_RATE = 2e-4
-"""Peak learning rate of a model REFERENCE_WIDTH wide or wider: the QLoRA paper's for 7B."""
-REFERENCE_WIDTH = 2048
-"""Hidden size below which the learning rate grows."""
-RATE_EXPONENT = 1.5
-"""The learning rate grows with (REFERENCE_WIDTH / hidden size) to this power, since the weights of narrower models are larger:
-2.5e-3 for the built-in model, 384 wide, where 1.07e-3 learnt a ninth less."""
+"""Peak learning rate of a model CHAT_WIDTH wide or wider: the QLoRA paper's for 7B. Higher rates learn more from notes, but
+unlearn more of the chat (LOG.md, "learning rate of a chat model")."""
+CHAT_WIDTH = 512
+"""Hidden size below which a model is too small to answer questions, so that training has no chat to unlearn. Chosen by hand:
+the narrowest model known here that answers them is SmolLM2-135M, 576 wide; the built-in model is 384 wide."""
+REFERENCE_WIDTH, RATE_EXPONENT = 2048, 1.5
+"""Below CHAT_WIDTH the learning rate grows with (REFERENCE_WIDTH / hidden size) to the power RATE_EXPONENT, since the weights
+of narrower models are larger: 2.5e-3 for the built-in model, where 1.07e-3 learnt a ninth less."""
 EPOCHS, MOST_EPOCHS = 3.0, 8.0
 """Passes over the notes by default, and the most where the notes are few: the best adapter is kept, not the last."""
 FEWEST_STEPS = 100
@@ -174,7 +176,7 @@ class TrainConfig:
     lr: float | None = setting(  # see `learning_rate`
         None,
         Number(0, 1, above=True),
-        f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, or more for small models.",
+        f"Peak learning rate. Default: {REFERENCE_LEARNING_RATE:g}, or more for models too small to answer questions.",
         example=REFERENCE_LEARNING_RATE,
     )
     warmup_steps: int = setting(  # Adam's second moment is unreliable in the first steps, and small models have high rates
@@ -232,7 +234,8 @@ class TrainConfig:
         """Return the peak learning rate: --lr, or the default for a model of this hidden size."""
         if self.lr is not None:
             return self.lr
-        return REFERENCE_LEARNING_RATE * max(1.0, (REFERENCE_WIDTH / hidden_size) ** RATE_EXPONENT)
+        growth = (REFERENCE_WIDTH / hidden_size) ** RATE_EXPONENT if hidden_size < CHAT_WIDTH else 1.0
+        return REFERENCE_LEARNING_RATE * growth
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings, JSON-ready, without the paths of notes."""

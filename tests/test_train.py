@@ -336,6 +336,17 @@ def test_everything_in_the_home_is_private(notes: Path, private_home: Path) -> N
     assert open_to_others == []
 
 
+@pytest.mark.parametrize(("hidden_size", "rate"), [(384, 2.463e-3), (511, 1.605e-3), (512, 2e-4), (576, 2e-4), (4096, 2e-4)])
+def test_a_model_that_may_answer_questions_has_a_low_learning_rate_and_a_smaller_one_a_high_rate(
+    hidden_size: int, rate: float
+) -> None:
+    assert TrainConfig().learning_rate(hidden_size) == pytest.approx(rate, rel=1e-3)
+
+
+def test_lr_overrides_the_default_learning_rate() -> None:
+    assert [TrainConfig(lr=1e-3).learning_rate(hidden_size) for hidden_size in (384, 576)] == [1e-3, 1e-3]
+
+
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path: Path) -> None:
     plan = prepare_new(config(notes, steps=100, lr=1e-3), open_base("demo"), tmp_path / "run").plan
     rates = [learning_rate(plan, step, 0.1) for step in range(100)]

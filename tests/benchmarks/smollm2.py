@@ -32,8 +32,25 @@ QUESTIONS = (
     "What is the opposite of hot?",
 )
 """Questions that the chat must still answer after training."""
+FACTS = {
+    "What is the capital of France?": "Paris",
+    "What is the capital of Italy?": "Rome",
+    "What is the capital of Japan?": "Tokyo",
+    "How many days are there in a week?": "7|seven",
+    "What is the opposite of hot?": "cold",
+    "What is 2 plus 2?": "4|four",
+    "Which planet is the largest in the solar system?": "Jupiter",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
+    "What is the chemical formula of water?": "H2O",
+    "At how many degrees Celsius does water boil?": "100",
+    "What colour is the sky on a clear day?": "blue",
+    "What animal says meow?": "cat",
+}
+"""Questions that have one right answer, and the words of which it holds one."""
+FACT_TOKENS = 14
+"""Tokens of an answer to one of FACTS."""
 FORMS = ("published", "nf4")
-"""Forms of the base: bf16 as published, and NF4 as training holds it."""
+"""Forms of the base: bf16 as published, which training takes by default, and NF4."""
 OUTLIER_LIMIT = 0.06
 """Largest relative error of rounding x to 8 bits for which the kernels use them (INT8_ERROR_LIMIT in constants.h)."""
 LOSS_LIMIT = 0.002
@@ -47,6 +64,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, help="steps of training (default: edgetune's own)")
     flags.add_argument("--lr", type=float, help="peak learning rate (default: edgetune's own)")
     flags.add_argument("--adapter", type=Path, help="a trained adapter, instead of training one")
+    flags.add_argument("--forms", default=",".join(FORMS), help="forms of the base that are read (default: %(default)s)")
     flags.add_argument("--general", type=Path, nargs="+", default=[common.ROOT / "docs", common.ROOT / "README.md"],
                        help="texts that have nothing to do with the notes (default: edgetune's own documentation)")  # fmt: skip
     flags.add_argument("--prompts", type=Path, help="a .jsonl of questions, each under `text` or `prompt`")
@@ -58,6 +76,8 @@ def main() -> None:
     wanted = list(PIECES) if arguments.only is None else arguments.only.split(",")
     if unknown := sorted(set(wanted) - set(PIECES)):
         sys.exit(f"--only has unknown pieces: {', '.join(unknown)}. The pieces are {', '.join(PIECES)}.")
+    if unknown := sorted(set(arguments.forms.split(",")) - set(FORMS)):
+        sys.exit(f"--forms has unknown forms: {', '.join(unknown)}. The forms are {', '.join(FORMS)}.")
     arguments.base = real_model.folder(arguments.model, arguments.workdir).resolve()
     about = {"machine": common.machine(arguments.threads), "versions": common.versions(), "lacking": common.lacking()}
     everything: Result = {"benchmark": "smollm2", **about}
@@ -155,7 +175,7 @@ def versions(arguments: argparse.Namespace) -> Any:
     from edgetune.runtime import peft_folder
 
     adapter = peft_folder.load(trained(arguments))
-    for form in FORMS:
+    for form in arguments.forms.split(","):
         loaded = opened(arguments, form)
         yield f"{form}, base", loaded
         adapters.attach(loaded.model, adapter)
@@ -197,10 +217,23 @@ def forget(arguments: argparse.Namespace) -> tuple[Result, str]:
 
 
 def chat(arguments: argparse.Namespace) -> tuple[Result, str]:
-    """Ask the same questions before and after training, greedily."""
-    figures = {label: answers(loaded, QUESTIONS, 40) for label, loaded in versions(arguments)}
-    rows = [[label, *(answer.replace("\n", " ") for answer in said)] for label, said in figures.items()]
-    return figures, common.table(["", *QUESTIONS], rows)
+    """Ask the same questions before and after training, greedily, and count the right answers to FACTS."""
+    figures: Result = {}
+    for label, loaded in versions(arguments):
+        short = answers(loaded, list(FACTS), FACT_TOKENS)
+        right = sum(is_right(said, words) for said, words in zip(short, FACTS.values(), strict=True))
+        figures[label] = {"right": right, "facts": short, "answers": answers(loaded, QUESTIONS, 40)}
+        common.say(f"    {label}: {right} of {len(FACTS)} right")
+    rows = [
+        [label, f"{row['right']} of {len(FACTS)}", *(answer.replace("\n", " ") for answer in row["answers"])]
+        for label, row in figures.items()
+    ]
+    return figures, common.table(["", "right", *QUESTIONS], rows)
+
+
+def is_right(answer: str, words: str) -> bool:
+    """Return True if the answer holds one of the `words`, which | separates."""
+    return any(word.lower() in answer.lower() for word in words.split("|"))
 
 
 def int8(arguments: argparse.Namespace) -> tuple[Result, str]:
@@ -266,7 +299,8 @@ def merge(arguments: argparse.Namespace) -> tuple[Result, str]:
     for target, weights in (("hf", "nf4"), ("gguf", "q8_0"), ("mlx", "int4")):
         out = arguments.workdir / f"merged-{target}-{weights}"
         shutil.rmtree(out, ignore_errors=True)
-        texts = (str(arguments.notes),) if weights in load_target(target).measured else ()
+        measured = any(form.covers(weights, None) for form in load_target(target).measured)
+        texts = (str(arguments.notes),) if measured else ()
         try:
             exported = export_adapter(target, str(arguments.base), str(trained(arguments)), out, weights, texts=texts)
             figures[f"{target} {weights}"] = {**exported.facts, "proved_by": exported.proved_by, "kl": exported.kl}
