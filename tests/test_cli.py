@@ -273,6 +273,7 @@ def test_a_state_folder_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypat
     assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_bench_keys() -> None:
     measured = run("bench", "--shape", "demo", "--tokens", "64", "--repeats", "1", "--json").json
     assert set(measured) >= BENCH_KEYS

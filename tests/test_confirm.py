@@ -83,6 +83,7 @@ def test_this_machines_cpu_confirms_everything(scaled_down: None) -> None:
     assert found[0].ok == (missing is None)
 
 
+@pytest.mark.slow
 @metal_shim.needs_a_compiler
 def test_a_faithful_apple_gpu_confirms_everything(mac: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     lent: list[int] = []

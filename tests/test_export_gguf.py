@@ -911,6 +911,7 @@ def trained(base: Checkpoint, ids: list[int], steps: int) -> Adapter:
     return adapters.snapshot(model, config)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.usefixtures("llama")
 def test_an_adapter_keeps_its_gain_on_smollm2s_own_file(tmp_path: Path, smollm2: Path, smollm2_folder: Path) -> None:

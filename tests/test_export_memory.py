@@ -44,6 +44,7 @@ def peak_memory(made: tuple[str, str], out: Path, target: str, *options: str) ->
     return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["peft", "hf"])
 def test_an_export_holds_no_more_than_the_least_that_it_asks_for(made: tuple[str, str], target: str, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"type --memory \d+MB or more") as raised:

@@ -276,6 +276,7 @@ print(MlxReader(open_mlx(Path(sys.argv[1]))).logits([1, 5, 9]).sum().item())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
 def test_mlx_loads_no_library_from_the_temporary_folder(tmp_path: Path) -> None:
     """With MLX's compiler on, the last run shows, it keeps libraries in a place that another user can predict and fill."""

@@ -192,7 +192,7 @@ REFUSED: tuple[tuple[str, Callable[[], bytes], tuple[str, ...]], ...] = (
     ("RoPE scaled by longrope", lambda: model(keys(rope__scaling__type="longrope", rope__scaling__factor=4.0)), ("longrope",)),
     ("RoPE scaled by YaRN from an unknown context", lambda: model(keys(rope__scaling__type="yarn", rope__scaling__factor=4.0)),
         ("original_context_length",)),
-    ("RoPE scaled by a number", lambda: model(keys(rope__scaling__type=4)), ("scaled by the method 4",)),
+    ("RoPE scaled by a number", lambda: model(keys(rope__scaling__type=4)), (r"rope\.scaling\.type is 4",)),
     ("RoPE that shortens the context", lambda: model(keys(rope__scaling__factor=0.5)), ("factor", "at least 1")),
     ("RoPE over half of each head", lambda: model(keys(rope__dimension_count=8)), ("dimension_count is not 16",)),
     ("values that are shorter than keys", lambda: model(keys(attention__value_length=8)), ("value_length is not 16",)),
