@@ -253,34 +253,30 @@ def rms_norm_backward(dx: Tensor, h: Tensor, weight: Tensor, eps: float) -> Tens
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up (N, F), where gate_up (N, 2F) has gate in its left half."""
     _check_matrix(gate_up, "gate_up")
-    gate, up = gate_up.chunk(2, dim=1)
-    return backend_for(gate_up.device).swiglu(gate, up)
+    return backend_for(gate_up.device).swiglu(*gate_up.chunk(2, dim=1))
 
 
 def swiglu_backward(dact: Tensor, gate_up: Tensor) -> Tensor:
     """Return the gradient (N, 2F) of swiglu's input, given the gradient dact (N, F) of its output."""
-    _check(dact.shape[1] * 2 == gate_up.shape[1], "dact is {}; gate_up {}", tuple(dact.shape), tuple(gate_up.shape))
-    gate, up = gate_up.chunk(2, dim=1)
-    out = torch.empty_like(gate_up)
-    dgate, dup = out.chunk(2, dim=1)
-    backend_for(gate_up.device).swiglu_backward(dact, gate, up, dgate, dup)
-    return out
+    return _gated_backward(backend_for(gate_up.device).swiglu_backward, dact, gate_up)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
     """Return gelu(gate) * up (N, F), gelu approximated with tanh, where gate_up (N, 2F) has gate in its left half."""
     _check_matrix(gate_up, "gate_up")
-    gate, up = gate_up.chunk(2, dim=1)
-    return backend_for(gate_up.device).geglu(gate, up)
+    return backend_for(gate_up.device).geglu(*gate_up.chunk(2, dim=1))
 
 
 def geglu_backward(dact: Tensor, gate_up: Tensor) -> Tensor:
     """Return the gradient (N, 2F) of geglu's input, given the gradient dact (N, F) of its output."""
+    return _gated_backward(backend_for(gate_up.device).geglu_backward, dact, gate_up)
+
+
+def _gated_backward(backward: Callable[..., None], dact: Tensor, gate_up: Tensor) -> Tensor:
+    """Return the gradient (N, 2F) of a gated product's input, which `backward` writes half by half."""
     _check(dact.shape[1] * 2 == gate_up.shape[1], "dact is {}; gate_up {}", tuple(dact.shape), tuple(gate_up.shape))
-    gate, up = gate_up.chunk(2, dim=1)
     out = torch.empty_like(gate_up)
-    dgate, dup = out.chunk(2, dim=1)
-    backend_for(gate_up.device).geglu_backward(dact, gate, up, dgate, dup)
+    backward(dact, *gate_up.chunk(2, dim=1), *out.chunk(2, dim=1))
     return out
 
 

@@ -238,7 +238,7 @@ def finished(before: float, after: float, base: float | None, adapted: float | N
         (
             (1.123, 0.956, 1.060, 0.960),
             "The base as published reads these notes at 1.060: 9.8% is learning, the rest mends what 4 bits broke|"
-            "Over the base as published the adapter reads them at 0.960, no better than over 4 bits: use it over those",
+            "Over the base as published the adapter reads them at 0.960, no better than over 4 bits, which take less memory",
         ),
         (
             (1.1, 1.0, 1.1, None),

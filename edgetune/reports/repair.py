@@ -48,4 +48,4 @@ def _best_base(event: Finished, after: float, bits: int | None) -> list[str]:
     over = f"Over the base as published the adapter reads them at {adapted:.3f}"
     if adapted < after:
         return [f"{over}, better than over {bits} bits: where memory allows, write with --weights bf16"]
-    return [f"{over}, no better than over {bits} bits: use it over those"]
+    return [f"{over}, no better than over {bits} bits, which take less memory"]

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,28 +120,7 @@ def prepare_new(
     steps = planned_steps(config, packer.steps_per_epoch)
     memory = memory_allowed(config, device.type, local_processes)
     schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory)
-    plan = Plan(
-        steps=steps,
-        steps_per_epoch=packer.steps_per_epoch,
-        batch_tokens=data.batch_tokens,
-        setting=chosen.setting,
-        weights=form,
-        base_bytes=chosen.parts.weights + chosen.parts.embeddings,
-        seq_len=data.seq_len,
-        learning_rate=config.learning_rate(loaded.model.config.hidden_size),
-        warmup_steps=min(config.warmup_steps, steps // 4),
-        evaluate_every=schedule.every,
-        evaluate_tokens=schedule.tokens,
-        published_scores=schedule.published_scores,
-        compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
-        int8=int8,
-        backend=ops.backend_name(loaded.model.device),
-        threads=torch.get_num_threads(),
-        predicted_peak_bytes=chosen.parts.total,
-        data_digest=_documents_digest(notes.split.train),
-        base=checkpoint.digest,
-        settings=settings,
-    )
+    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, _documents_digest(notes.split.train))
     record = RunRecord(
         run=run,
         plan=plan,
@@ -158,6 +138,42 @@ def prepare_new(
         files=_token_files(folder),
     )
     return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
+
+
+def _plan(
+    config: TrainConfig,
+    settings: dict[str, Any],
+    loaded: Loaded,
+    chosen: Choice,
+    packer: Packer,
+    schedule: _Schedule,
+    int8: bool,
+    data_digest: str,
+) -> Plan:
+    """Write down the plan of a run. settings: those of `config` as they were asked for, JSON-ready."""
+    data, steps = config.data, planned_steps(config, packer.steps_per_epoch)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=packer.steps_per_epoch,
+        batch_tokens=data.batch_tokens,
+        setting=chosen.setting,
+        weights=chosen.stored.form,
+        base_bytes=chosen.parts.weights + chosen.parts.embeddings,
+        seq_len=data.seq_len,
+        learning_rate=config.learning_rate(loaded.model.config.hidden_size),
+        warmup_steps=min(config.warmup_steps, steps // 4),
+        evaluate_every=schedule.every,
+        evaluate_tokens=schedule.tokens,
+        published_scores=schedule.published_scores,
+        compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
+        int8=int8,
+        backend=ops.backend_name(loaded.model.device),
+        threads=torch.get_num_threads(),
+        predicted_peak_bytes=chosen.parts.total,
+        data_digest=data_digest,
+        base=loaded.checkpoint.digest,
+        settings=settings,
+    )
 
 
 def _attach(loaded: Loaded, adapter: Adapter | None, lora: LoraConfig, seed: int) -> None:

@@ -174,7 +174,7 @@ _LLAMA3_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a value of tokenizer.ggml.pre says: the split, and two habits of the tokenizer.
+    """The way to split texts that a value of tokenizer.ggml.pre stands for, and two habits of its tokenizer.
 
     ignore_merges: a word that the vocabulary has becomes its token at once, whatever the merges would make of it.
     adds_bos: texts begin with the beginning-of-text token unless the file says otherwise.
