@@ -135,6 +135,10 @@ class Finished(Event):
     learnt and mended before; "memory" or "time" if those allowed did not suffice. Its score alone is
     `heldout_bits_per_byte_published`, with the adapter `heldout_bits_per_byte_on_published`, and `base_bits` are those of each
     number of the base in the run, None if it is not quantised.
+
+    `decision` says whether the adapter became the current one: the `verdict` (library/gate.py), the `reason` as a sentence, and
+    the figures behind both. Its bits per byte are those of the adapter in use until then (`first`: of the bare base) and of the
+    new one, on the documents that both read.
     """
 
     kind: ClassVar[str] = "finished"
@@ -150,12 +154,13 @@ class Finished(Event):
     best_step: int = 0
     skipped_steps: int = 0
     report: str | None = None
-    promoted: bool = True  # True if the adapter became the current one (library/promotion.py decides)
+    promoted: bool = True  # True if the adapter became the current one (library/gate.py decides)
     cut: str | None = None  # "deadline" if the run ended before its plan
     published: str | None = None
     base_bits: int | None = None
     heldout_bits_per_byte_published: float | None = None
     heldout_bits_per_byte_on_published: float | None = None
+    decision: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +203,7 @@ class Working(Event):
     loading     the model's layers are loaded, and quantised where they are not yet
     evaluating  held-out notes, or those of `edgetune eval`, are scored
     published base  held-out notes are scored by the base as it was published, layer by layer
+    judging     the new adapter is compared with yesterday's: on the held-out notes and on general text
     first step  the first step of a run or of its continuation: each block of the model, forward and backward
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine

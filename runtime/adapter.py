@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -161,6 +162,25 @@ def detach(model: Llama) -> None:
     for block in model.blocks:
         for name, linear in block.linears().items():
             setattr(block, name, _base_linear(linear))
+
+
+@contextlib.contextmanager
+def replaced(model: Llama, adapter: Adapter | None) -> Iterator[None]:
+    """Put a stored adapter, or none, in the place of the model's own for a `with` block; then the same modules come back.
+
+    Raises AdapterError, and leaves the model unchanged, where the stored one does not fit.
+    """
+    own = [block.linears() for block in model.blocks]
+    try:
+        if adapter is None:
+            detach(model)
+        else:
+            attach(model, adapter)
+        yield
+    finally:
+        for block, linears in zip(model.blocks, own, strict=True):
+            for name, linear in linears.items():
+                setattr(block, name, linear)
 
 
 def live_tensors(model: Llama) -> dict[tuple[int, str, str], Tensor]:

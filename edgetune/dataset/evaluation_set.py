@@ -7,6 +7,7 @@ short, over the batches that both have.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,18 +23,30 @@ from edgetune.runtime.batch import Batch
 
 @dataclass(frozen=True)
 class Score:
-    """The result of an evaluation, batch by batch: the losses in nats, and the tokens and bytes of text that were scored."""
+    """The result of an evaluation, batch by batch: the losses in nats, and the tokens and bytes of text that were scored.
+
+    windows: for each batch, (number of the document, bytes, nats) of each of its windows; empty where nobody counted them.
+    """
 
     nats: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     bytes: tuple[float, ...] = ()
+    windows: tuple[tuple[tuple[int, float, float], ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.nats)
 
     def first(self, batches: int) -> Score:
         """Return the score of the first batches alone."""
-        return Score(self.nats[:batches], self.tokens[:batches], self.bytes[:batches])
+        return Score(self.nats[:batches], self.tokens[:batches], self.bytes[:batches], self.windows[:batches])
+
+    def by_document(self) -> dict[int, tuple[float, float]]:
+        """Return the bytes and the bits of each document that was scored, by its number in the store."""
+        found: dict[int, tuple[float, float]] = {}
+        for document, size, nats in itertools.chain.from_iterable(self.windows):
+            size_before, bits_before = found.get(document, (0.0, 0.0))
+            found[document] = size_before + size, bits_before + nats / math.log(2)
+        return found
 
     @property
     def bits_per_byte(self) -> float:
@@ -55,6 +68,8 @@ class EvaluationSet:
     """Numbers of the windows to score."""
     bytes: npt.NDArray[np.float64]
     """For each window, the bytes of text that it scores. A document's bytes are shared out by its scored tokens."""
+    owner: Int
+    """For each window, the number of its document in the store."""
 
     @classmethod
     def of(cls, store: TokenStore, seq_len: int) -> EvaluationSet:
@@ -69,7 +84,7 @@ class EvaluationSet:
         share = scored / np.maximum(whole[owner], 1)
         useful = np.flatnonzero(scored)
         shuffled = np.argsort(random_words(0, 0, 0, len(useful)), kind="stable")
-        return cls(store, windows, useful[shuffled], bytes_[owner] * share)
+        return cls(store, windows, useful[shuffled], bytes_[owner] * share, owner)
 
     @property
     def tokens(self) -> int:
@@ -87,19 +102,25 @@ class EvaluationSet:
 
         Short documents are scored side by side in one batch; attention stays within each.
         """
+        for chosen in self.groups(row_tokens):
+            yield self.batch(chosen)
+
+    def groups(self, row_tokens: int) -> Iterator[list[int]]:
+        """Yield the numbers of the windows in each batch of `batches`, in the order of its segments."""
         chosen: list[int] = []
         tokens = 0
         for window in self.order.tolist():
             length = int(self.windows.length[window])
             if chosen and tokens + length > row_tokens:
-                yield self._batch(chosen)
+                yield chosen
                 chosen, tokens = [], 0
             chosen.append(window)
             tokens += length
         if chosen:
-            yield self._batch(chosen)
+            yield chosen
 
-    def _batch(self, chosen: list[int]) -> tuple[Batch, float]:
+    def batch(self, chosen: list[int]) -> tuple[Batch, float]:
+        """Return the batch of the windows with these numbers, and its bytes of text."""
         return make_batch(self.store, self.windows, chosen, text_only=True), float(self.bytes[chosen].sum())
 
 

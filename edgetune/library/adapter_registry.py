@@ -1,7 +1,9 @@
 """Keeps the adapters on this machine: finds, reads, imports and deletes them, and remembers which one is current.
 
-Each adapter is a PEFT folder at `adapters/<first 12 digits of the base's digest>/<name>/`. `current.json` names the current
-adapter and the model it was trained on. Training names an adapter by the time at which it began, so that names sort by age.
+Each adapter is a PEFT folder at `adapters/<first 12 digits of the base's digest>/<name>/`. `current.json` beside those folders
+names the base's current adapter, and the ones that were current before it. `current.json` in edgetune's home names the base
+whose adapter was made current last: the model of every command that is not given one. Training names an adapter by the time at
+which it began, so that names sort by age.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import dataclasses
 import itertools
 import json
 import re
-import shutil
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from edgetune.export import mps as bundle
 from edgetune.export.gguf import adapter as gguf_adapter
@@ -31,25 +33,30 @@ from edgetune.runtime.files import atomic_write, explain_full_disk
 from edgetune.runtime.json_file import parse
 
 CURRENT = "current.json"
-"""File in edgetune's home that names the current adapter."""
+"""File that names the current adapter of a base model, and in edgetune's home the base model that is used by default."""
+MOST_EARLIER = 100
+"""Adapters that a base model remembers to have been current before the present one. Chosen by hand: a season of nights."""
 NONE = "none"
 """Name that stands for no adapter: the bare base model."""
 GGUF = ".gguf"
 """Suffix of a GGUF file."""
 _NAME = re.compile(r"\w[\w.-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 
 @dataclass(frozen=True)
 class Current:
-    """The current adapter: its folder, its base model (as `--model` names it) and that model's digest.
+    """The current adapter of a base model: its folder, the model (as `--model` names it) and that model's digest.
 
-    `demo_alone` is True if no other model than the demo was ready when this adapter became the current one.
+    `demo_alone` is True if no other model than the demo was ready when this adapter became the current one. `earlier` are the
+    folders of the adapters that were current before it, the last one at the end.
     """
 
     adapter: Path
     model: str
     base: str
     demo_alone: bool = True
+    earlier: tuple[Path, ...] = ()
 
 
 def adapters_folder(base: str) -> Path:
@@ -75,20 +82,70 @@ def run_folder(name: str) -> Path:
 
 
 def set_current(current: Current) -> None:
-    """Make an adapter the current one, for every command that is given no --adapter."""
-    record = {**dataclasses.asdict(current), "adapter": str(current.adapter)}
-    atomic_write(private_folder(home()) / CURRENT, json.dumps(record, indent=2) + "\n")
+    """Make an adapter the current one of its base, and its base the model of every command that is not given one.
+
+    Each of the two files is replaced in one step. A crash between them leaves the adapter current for its base, and the default
+    model as it was.
+    """
+    earlier = [str(path) for path in current.earlier[-MOST_EARLIER:]]
+    record = {**dataclasses.asdict(current), "adapter": str(current.adapter), "earlier": earlier}
+    atomic_write(adapters_folder(current.base) / CURRENT, json.dumps(record, indent=2) + "\n")
+    default = {name: record[name] for name in ("model", "base", "demo_alone")}
+    atomic_write(private_folder(home()) / CURRENT, json.dumps(default, indent=2) + "\n")
 
 
-def get_current() -> Current | None:
-    """Return the current adapter, or None if none was made current or its folder is gone."""
-    try:
-        record = parse((home() / CURRENT).read_bytes())
-        alone = record.get("demo_alone") is not False
-        current = Current(Path(record["adapter"]), str(record["model"]), str(record["base"]), alone)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+def forget_current(base: str) -> None:
+    """Leave a base model without a current adapter."""
+    (adapters_folder(base) / CURRENT).unlink(missing_ok=True)
+
+
+def get_current(base: str | None = None) -> Current | None:
+    """Return the current adapter of the base model with this digest; None if it has none, or that one's folder is gone.
+
+    base: None stands for the base model whose adapter was made current last.
+    """
+    if base is None:
+        base = default_base()
+    if base is None or not _DIGEST.fullmatch(base):
         return None
-    return current if (current.adapter / peft_folder.CONFIG_FILE).is_file() else None
+    current = current_in(home() / "adapters" / base[:12])
+    return current if current is not None and current.base == base else None
+
+
+def current_in(folder: Path) -> Current | None:
+    """Return the current adapter of the base model whose adapters are in `folder`; None as in `get_current`."""
+    record = _read_record(folder / CURRENT)
+    try:
+        current = Current(
+            Path(record["adapter"]),
+            str(record["model"]),
+            str(record["base"]),
+            record.get("demo_alone") is not False,
+            tuple(Path(path) for path in record.get("earlier", ())),
+        )
+    except (KeyError, TypeError):
+        return None
+    return current if is_adapter(current.adapter) else None
+
+
+def default_base() -> str | None:
+    """Return the digest of the base model whose adapter was made current last; None if there never was one."""
+    base = _read_record(home() / CURRENT).get("base")
+    return base if isinstance(base, str) else None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Return one of the records that `set_current` writes; empty where it is missing or damaged."""
+    try:
+        record = parse(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return True if a folder that was an adapter's is there still."""
+    return (folder / peft_folder.CONFIG_FILE).is_file()
 
 
 def find(name: str | None, base: str) -> Path | None:
@@ -100,8 +157,8 @@ def find(name: str | None, base: str) -> Path | None:
     if name == NONE:
         return None
     if name is None:
-        current = get_current()
-        return current.adapter if current is not None and current.base == base else None
+        current = get_current(base)
+        return None if current is None else current.adapter
     path = expand(name)
     with contextlib.suppress(OSError):  # a name too long for a file
         if path.is_dir() or (path.is_file() and path.suffix == GGUF):
@@ -167,58 +224,6 @@ def load_for(path: Path, base: Checkpoint) -> Adapter:
     return adapter
 
 
-@dataclass(frozen=True)
-class KeptAdapter:
-    """An adapter kept on this machine. Figures that its training did not record are None."""
-
-    name: str
-    path: str
-    base: str
-    current: bool
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    bytes: int
-    heldout_bits_per_byte_before: float | None
-    heldout_bits_per_byte_after: float | None
-
-
-def list_adapters() -> list[KeptAdapter]:
-    """Return all adapters on this machine, by base model, oldest name first. Folders that are no adapters are left out."""
-    found = []
-    for folder in (adapter for parent in sorted((home() / "adapters").glob("*")) for adapter in sorted(parent.glob("[!.]*"))):
-        with contextlib.suppress(AdapterError):
-            found.append(describe(folder))
-    return found
-
-
-def describe(folder: Path) -> KeptAdapter:
-    """Return what an adapter's own files say about it, without reading its tensors. Raises AdapterError for other folders."""
-    adapter, current = peft_folder.load_config(folder), get_current()
-    config, about = adapter.config, adapter.about
-    scores = [about.get(f"heldout_bits_per_byte_{when}") for when in ("before", "after")]
-    before, after = (_score(score) for score in scores)
-    return KeptAdapter(
-        name=folder.name,
-        path=str(folder),
-        base=folder.parent.name,
-        current=current is not None and current.adapter == folder.resolve(),
-        rank=config.rank,
-        alpha=config.alpha,
-        targets=config.targets,
-        layers=adapter.layers,
-        bytes=sum(file.stat().st_size for file in folder.iterdir()),
-        heldout_bits_per_byte_before=before,
-        heldout_bits_per_byte_after=after,
-    )
-
-
-def _score(found: object) -> float | None:
-    """Return a figure measured by training, from edgetune.json; None for anything that cannot be a measurement."""
-    return float(found) if isinstance(found, int | float) and abs(found) < 1e9 else None
-
-
 def import_adapter(source: Path, base: Checkpoint, base_name: str, name: str | None = None) -> Path:
     """Store a copy of an adapter, in any form that `read` takes, as a PEFT folder called `name`; return that folder.
 
@@ -228,7 +233,7 @@ def import_adapter(source: Path, base: Checkpoint, base_name: str, name: str | N
     adapter = load_for(source, base)
     check_fits(adapter, base.config)
     name = re.sub(r"[^\w.-]+", "-", source.stem if source.suffix == GGUF else source.name).strip(".-") if name is None else name
-    if not _NAME.fullmatch(name) or name == NONE:
+    if not _NAME.fullmatch(name) or name in (NONE, CURRENT):
         raise AdapterError(
             f"{name!r} cannot be the name of an adapter; expected letters, digits, dots and dashes, and not {NONE!r}. Type for "
             "example --name my-adapter."
@@ -241,16 +246,3 @@ def import_adapter(source: Path, base: Checkpoint, base_name: str, name: str | N
         about[RECORD] = differences
     peft_folder.save(replace(adapter, about=about), folder, base_name)
     return folder
-
-
-def delete(folder: Path) -> None:
-    """Delete an adapter. Raises AdapterError for the current one, unless its base has no other that could be promoted."""
-    current = get_current()
-    if current is not None and current.adapter == folder.resolve():
-        if any(other.base == folder.parent.name and other.name != folder.name for other in list_adapters()):
-            raise AdapterError(
-                f"The adapter {folder.name} is the current one; first make another one current with "
-                "`edgetune adapters promote NAME`."
-            )
-        (home() / CURRENT).unlink(missing_ok=True)
-    shutil.rmtree(folder)

@@ -1,23 +1,40 @@
-"""Decides whether a newly trained adapter becomes the current one, and makes it so."""
+"""Makes an adapter the current one of its base model, or the one that was current before it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_registry import Current
 from edgetune.library.base_models import DEMO, best_here
-
-
-def should_promote(before: float | None, after: float | None) -> bool:
-    """Return True unless the held-out notes say that the new adapter made the model worse, or no better.
-
-    before, after: held-out bits per byte (lower is better) without and with the new adapter. None means not measured:
-    with fewer than ten notes none is held out, and an adapter that cannot be judged is promoted.
-    """
-    return after is None or before is None or after < before
+from edgetune.runtime.errors import AdapterError
 
 
 def promote(adapter: Path, model: str, base: str) -> None:
     """Make the adapter folder `adapter` the current one, for the model of this name and base digest."""
-    registry.set_current(Current(adapter.resolve(), model, base, demo_alone=model == DEMO and best_here() is None))
+    adapter, current = adapter.resolve(), registry.get_current(base)
+    earlier = () if current is None else current.earlier
+    if current is not None and current.adapter != adapter:
+        earlier = (*earlier, current.adapter)
+    registry.set_current(Current(adapter, model, base, model == DEMO and best_here() is None, earlier))
+
+
+def rollback(base: str) -> tuple[Current, Current | None]:
+    """Make the adapter current again that was current before; return the one until now, and the one from now on.
+
+    base: digest of the base model. The latter is None, for the bare base, where no earlier adapter is there any more: that is
+    how a first adapter is undone. Raises AdapterError where the base has no current adapter.
+    """
+    current = registry.get_current(base)
+    if current is None:
+        raise AdapterError(
+            "No adapter is in use, so there is nothing to go back from. `edgetune adapters list` shows all adapters; "
+            "`edgetune adapters promote NAME` makes one current."
+        )
+    kept = [path for path in current.earlier if registry.is_adapter(path) and path != current.adapter]
+    if not kept:
+        registry.forget_current(base)
+        return current, None
+    registry.set_current(replace(current, adapter=kept[-1], earlier=tuple(kept[:-1])))
+    return current, registry.get_current(base)

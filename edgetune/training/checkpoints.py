@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -67,8 +68,13 @@ class TrainingState:
         state = cls(**{fields.get(name, name): value for name, value in json.loads(text).items()})
         for name in ("score_before", "best_score"):
             if (stored := getattr(state, name)) is not None:
-                setattr(state, name, Score(**{part: tuple(values) for part, values in stored.items()}))
+                setattr(state, name, Score(**{part: _tuples(values) for part, values in stored.items()}))
         return state
+
+
+def _tuples(values: Any) -> Any:
+    """Return lists as tuples, and the lists in them too: JSON has lists alone."""
+    return tuple(map(_tuples, values)) if isinstance(values, list) else values
 
 
 @dataclass

@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from edgetune.config import DataConfig, GenerateConfig, TrainConfig
 from edgetune.dataset.chat_notices import ChatNotices
@@ -22,6 +24,7 @@ from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import load_base, open_base
 from edgetune.progress import Progress, Show, Stages, ignore
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.runner import Runner
 from edgetune.scratch import scratch_folder
@@ -92,18 +95,40 @@ def score(
     nats: list[float] = []
     tokens: list[int] = []
     text_bytes: list[float] = []
+    windows: list[tuple[tuple[int, float, float], ...]] = []
     start, done, total = time.monotonic(), 0, scored.tokens
     progress(0, total)
-    for batch, size in itertools.islice(scored.batches(row_tokens), most_batches):
+    for chosen in itertools.islice(scored.groups(row_tokens), most_batches):
         if nats and time.monotonic() - start >= seconds:
             break
-        losses = runner.score(batch).cpu()
-        nats.append(float((losses.double() * batch.loss_mask.double()).sum()))
+        batch, size = scored.batch(chosen)
+        losses = runner.score(batch).cpu().double() * batch.loss_mask.double()
+        nats.append(float(losses.sum()))
+        windows.append(tuple(_windows(scored, chosen, losses)))
         tokens.append(batch.trained)
         text_bytes.append(size)
         done += len(batch.input_ids)
         progress(done, total)
-    return Score(tuple(nats), tuple(tokens), tuple(text_bytes))
+    return Score(tuple(nats), tuple(tokens), tuple(text_bytes), tuple(windows))
+
+
+def score_batches(runner: Runner, batches: Sequence[tuple[Batch, float]], seconds: float) -> Score:
+    """Score batches, each with its bytes of text, with the adapter that is on the model; none is begun after `seconds`."""
+    nats: list[float] = []
+    start = time.monotonic()
+    for batch, _ in batches:
+        if nats and time.monotonic() - start >= seconds:
+            break
+        nats.append(float((runner.score(batch).cpu().double() * batch.loss_mask.double()).sum()))
+    done = batches[: len(nats)]
+    return Score(tuple(nats), tuple(batch.trained for batch, _ in done), tuple(size for _, size in done))
+
+
+def _windows(scored: EvaluationSet, chosen: list[int], losses: Tensor) -> Iterator[tuple[int, float, float]]:
+    """Yield the document, bytes and nats of each window of a batch, whose losses (N,) stand one window after another."""
+    lengths = [int(scored.windows.length[window]) for window in chosen]
+    for window, own in zip(chosen, losses.split(lengths), strict=True):
+        yield int(scored.owner[window]), float(scored.bytes[window]), float(own.sum())
 
 
 def evaluate(

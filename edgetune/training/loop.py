@@ -14,14 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-import edgetune
 from edgetune.dataset.evaluation_set import Score
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
-from edgetune.library.promotion import promote, should_promote
+from edgetune.library.gate import decide
+from edgetune.library.promotion import promote
 from edgetune.progress import Show, Stages
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
@@ -31,14 +29,15 @@ from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
 from edgetune.training import evaluation, published
+from edgetune.training.adapter_record import adapter_record
 from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint
 from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
+from edgetune.training.gate_evidence import GateEvidence, decision_record
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
 from edgetune.training.step import StepResult, TrainStep
-from edgetune.weight_forms import RECORDED
 
 REPORT_FILE = "report.html"
 MOST_SKIPPED = 5
@@ -144,7 +143,7 @@ class TrainingLoop:
         if self.writer.is_due(self.evaluation_seconds):
             yield self._save_checkpoint()
         # A deadline may come long before the end of the plan, which this evaluation is made for.
-        share = self.config.evaluation_share / (2 + self.plan.published_scores)
+        share = self.config.evaluation_share / (2 + self.plan.published_scores + self.plan.gate_scores)
         score = self._score(share * self.deadline.seconds_left() if step == 0 else math.inf)
         self.state.evaluated_step = step
         if step == 0:
@@ -312,7 +311,7 @@ class TrainingLoop:
             if self.run.held_out is not None and state.evaluated_step != state.step:
                 allowed = self.config.evaluation_share * (time.monotonic() - self.began)
                 comparable = None if state.score_before is None else len(state.score_before)
-                left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores)
+                left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores + self.plan.gate_scores)
                 last = self._score(left, comparable)
                 yield self._evaluated(last)
                 if self._is_better(last, score):
@@ -330,13 +329,17 @@ class TrainingLoop:
         batches, progress = _common(state.score_before, score), self.stages.of("published base")
         compared = published.compare(self.run.loaded, self.runner, self.run.held_out, self.plan, batches, in_time, progress)
         self._trim()
+        gate = GateEvidence(self.run, math.inf if cut is None else self.evaluation_seconds, self.stages.of("judging"))
+        evidence = gate.measure(state.score_before, score)
+        decision = decide(evidence)
+        self._trim()
         yield from self._samples("after")
         before, after = _compared(state.score_before, score)
-        best = Adapter(self.run.lora, adapters.live_tensors(self.model), self._adapter_record(before, after, best_step))
+        about = adapter_record(self.run, before, after, best_step, decision, gate.rival)
+        best = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
         folder = adapter_folder(self.run)
         peft_folder.save(best, folder, self.run.loaded.choice.public_name)
-        promoted = should_promote(before, after)
-        if promoted:
+        if decision.promote:
             promote(folder, self.run.loaded.choice.name, self.plan.base)
         yield Saved(best_step, str(folder), after)
         peak = max(state.peak_memory_bytes, self.meter.peak())
@@ -355,30 +358,10 @@ class TrainingLoop:
             skipped_steps=state.skipped,
             report=str(registry.run_folder(self.run.record.run) / REPORT_FILE),
             cut=cut,
-            promoted=promoted,
+            promoted=decision.promote,
+            decision=decision_record(decision, evidence, gate.rival),
             **compared,
         )
-
-    def _adapter_record(self, before: float | None, after: float | None, best_step: int) -> dict[str, object]:
-        """Return the contents of edgetune.json: how this adapter was made, without paths, host names or text."""
-        settings = {name: value for name, value in self.plan.settings.items() if name not in ("out", "model", "from_adapter")}
-        settings["data"] = {name: value for name, value in settings["data"].items() if name != "exclude"}
-        return {
-            "edgetune": edgetune.__version__,
-            "torch": torch.__version__,
-            "base": self.plan.base,
-            "data": self.plan.data_digest,
-            "heldout_bits_per_byte_before": before,
-            "heldout_bits_per_byte_after": after,
-            "best_step": best_step,
-            "start_ids": self.run.loaded.tokenizer.start_ids,
-            "steps": self.plan.steps,
-            "compute_dtype": self.plan.compute_dtype,
-            "int8": self.plan.int8,
-            RECORDED: self.plan.weights,
-            "optimizer_bits": self.plan.setting.optimizer_bits,
-            "settings": settings,
-        }
 
 
 def _common(before: Score | None, after: Score | None) -> int:

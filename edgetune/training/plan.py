@@ -37,6 +37,8 @@ class Plan:
     published_scores: int
     """Scores of the base as it was published at the end of the run (training/published.py): 2, fewer where memory is short, and
     0 where there is none to compare with."""
+    gate_scores: int
+    """Scores that the gate takes at the end of the run (training/gate_evidence.py)."""
     compute_dtype: str
     int8: bool
     """True if training multiplies the frozen weights in 8 bits."""

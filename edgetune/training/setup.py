@@ -40,6 +40,7 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training import published
 from edgetune.training.evaluation import plan_evaluations
+from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.samples import sample_prompts
 from edgetune.weight_forms import forms_for_training
@@ -165,6 +166,7 @@ def _plan(
         evaluate_every=schedule.every,
         evaluate_tokens=schedule.tokens,
         published_scores=schedule.published_scores,
+        gate_scores=schedule.gate_scores,
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
         int8=int8,
         backend=ops.backend_name(loaded.model.device),
@@ -191,6 +193,7 @@ class _Schedule:
     every: int
     tokens: int
     published_scores: int
+    gate_scores: int
 
 
 def _evaluation_schedule(
@@ -208,12 +211,13 @@ def _evaluation_schedule(
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
     rows = chosen.setting.row_tokens
     # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
+    gate = planned_scores(config, loaded.checkpoint.digest)
     compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
     for scores in range(published.SCORES if compares else 0, 0, -1):
-        every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores)
+        every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores + gate)
         if published.fits(loaded, scores, min(tokens, set_tokens), rows, chosen.parts, memory):
-            return _Schedule(every, tokens, scores)
-    return _Schedule(*plan_evaluations(config, steps, trained_tokens, set_tokens, int8), 0)
+            return _Schedule(every, tokens, scores, gate)
+    return _Schedule(*plan_evaluations(config, steps, trained_tokens, set_tokens, int8, gate), 0, gate)
 
 
 def prepare_resumed(

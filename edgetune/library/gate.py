@@ -1,0 +1,193 @@
+"""Decides whether a newly trained adapter becomes the current one: the gate that every night passes through.
+
+The rule, in the order in which it is applied:
+1. An adapter that fails the leak audit, or whose figures are no numbers, stays aside.
+2. So does one that writes general text, or the base's own chat replies, worse than the bare base by more than a bound.
+3. With fewer than ten held-out notes, or hardly any text in them, nothing can be judged: the new adapter is kept beside the old
+   one. Only a first adapter, which replaces nothing, is used then, unless it reads those few notes no better than the base.
+4. Otherwise the held-out notes decide: they must take fewer bits per byte than with yesterday's adapter, beyond noise.
+
+Noise is measured by leaving out one note at a time (the jackknife): the gain must be so much larger than its standard error
+that chance alone would produce it in one night of a hundred. Both adapters read the same tokens, so that the difficulty of a
+note cancels out, and bits are summed before they are divided, so that a note weighs as much as it has bytes. A bootstrap would
+need random numbers, and with ten notes it is too sure of itself; a sign test would count a shopping list as much as an essay.
+One long note cannot decide alone: the gain changes when it is left out, so the standard error grows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import NormalDist
+
+FEWEST_NOTES = 10
+"""Held-out notes with fewer of which nothing is judged. Chosen by hand: with fewer the standard error is itself a guess."""
+FEWEST_BYTES = 800
+"""Bytes of held-out text with fewer of which nothing is judged, about 200 tokens of four bytes. Chosen by hand."""
+CHANCE = 0.01
+"""Largest probability that an adapter which is no better passes for a better one. Chosen by hand."""
+LEAST_GAIN = 0.0005
+"""Smallest gain in bits per byte that counts, as a share of the score before. Chosen by hand: products in bfloat16 alone move a
+score by about a tenth of it."""
+GENERAL_BOUND = 0.10
+"""Largest loss on general text that is accepted, as a share of the bare base's bits per byte. Chosen by hand: what an adapter
+loses that no longer writes the language, not one for notes, which loses nothing (LOG.md, "learning rate of a chat model")."""
+REPLIES_BOUND = 0.20
+"""Largest loss on the base's own chat replies that is accepted, as a share of the bare base's bits per byte. Chosen by hand
+between adapters that lost 17% and still answered 9 of 12 questions, and one that lost 53% and answered 6 (LOG.md, "learning
+rate of a chat model")."""
+
+
+class Verdict(StrEnum):
+    """The outcomes of the gate. BETTER and FIRST make the new adapter the current one."""
+
+    BETTER = "better"
+    FIRST = "first"
+    TOO_FEW = "too few"
+    NOT_BETTER = "not better"
+    FORGETS = "forgets"
+    REPLIES_WORSE = "replies worse"
+    LEAKS = "leaks"
+
+
+@dataclass(frozen=True)
+class PairedDocument:
+    """A held-out document, scored over the same tokens with yesterday's adapter and with the new one: its bytes, and bits."""
+
+    bytes: float
+    bits_before: float
+    bits_after: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """The bits per byte of a text with the bare base model, and with the new adapter."""
+
+    before: float
+    after: float
+
+    @property
+    def loss(self) -> float:
+        """Return the loss as a share of the score before; negative for a gain, nan or infinite where it cannot be told."""
+        return self.after / self.before - 1 if self.before > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that was measured of a new adapter. None stands for what was not measured, which speaks against nobody.
+
+    heldout: the held-out documents, read with yesterday's adapter and the new one; where the base has no adapter yet, with the
+    bare base and the new one. general, replies: general text, and the base's own chat replies, compared with the bare base, so
+    that small losses do not add up over the nights. first: True if the base has no current adapter.
+    """
+
+    heldout: tuple[PairedDocument, ...]
+    general: Change | None = None
+    replies: Change | None = None
+    leak_free: bool | None = None
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a new adapter: the verdict, and the reason for it as one plain sentence."""
+
+    promote: bool
+    verdict: Verdict
+    reason: str
+
+
+def decide(evidence: Evidence) -> Decision:
+    """Decide whether a new adapter becomes the current one. Pure: the same evidence gives the same decision."""
+    if evidence.leak_free is False:
+        return Decision(False, Verdict.LEAKS, "The new adapter gives away more of your notes than you allow.")
+    if not _is_sound(evidence):
+        return Decision(False, Verdict.NOT_BETTER, "The new adapter predicts values that are not numbers.")
+    return _harm(evidence) or (_first_or_none(evidence) if _too_few(evidence.heldout) else _judged(evidence))
+
+
+def _is_sound(evidence: Evidence) -> bool:
+    """Return True if every figure is a number that can be measured."""
+    changes = [change for change in (evidence.general, evidence.replies) if change is not None]
+    figures = [figure for document in evidence.heldout for figure in (document.bits_before, document.bits_after)]
+    return all(math.isfinite(change.loss) for change in changes) and all(map(math.isfinite, figures))
+
+
+def _harm(evidence: Evidence) -> Decision | None:
+    """Return the decision about an adapter that does harm outside the notes; None where nothing was measured to be worse."""
+    general, replies = evidence.general, evidence.replies
+    if general is not None and general.loss > GENERAL_BOUND:
+        reason = (
+            f"The new adapter reads general text {general.loss:.1%} worse than the bare base; {GENERAL_BOUND:.0%} is allowed."
+        )
+        return Decision(False, Verdict.FORGETS, reason)
+    if replies is not None and replies.loss > REPLIES_BOUND:
+        reason = f"The new adapter unlearns the base's chat replies by {replies.loss:.1%}; {REPLIES_BOUND:.0%} is allowed."
+        return Decision(False, Verdict.REPLIES_WORSE, reason)
+    return None
+
+
+def _too_few(heldout: tuple[PairedDocument, ...]) -> bool:
+    scored = [document for document in heldout if document.bytes > 0]
+    return len(scored) < FEWEST_NOTES or math.fsum(document.bytes for document in scored) < FEWEST_BYTES
+
+
+def _first_or_none(evidence: Evidence) -> Decision:
+    """Decide where too little is held out to judge by: a first adapter is used unless it was measured to be no better."""
+    count = sum(document.bytes > 0 for document in evidence.heldout)
+    few = f"{count or 'no'} held-out {'note' if count == 1 else 'notes'}"
+    if not evidence.first:
+        reason = f"With {few} there is too little to judge by; {FEWEST_NOTES} notes and {FEWEST_BYTES} bytes are needed."
+        return Decision(False, Verdict.TOO_FEW, reason)
+    if count and _bits(evidence.heldout, after=True) >= _bits(evidence.heldout, after=False):
+        return Decision(False, Verdict.NOT_BETTER, f"The new adapter reads {few} no better than the bare base.")
+    return Decision(True, Verdict.FIRST, f"With {few} there is too little to judge by, and no adapter was in use before.")
+
+
+def _judged(evidence: Evidence) -> Decision:
+    """Decide by the held-out notes."""
+    scored = [document for document in evidence.heldout if document.bytes > 0]
+    gain, noise = gain_and_noise(scored)
+    before = _bits(scored, after=False) / math.fsum(document.bytes for document in scored)
+    rival = "the bare base" if evidence.first else "your current adapter"
+    share, over = gain / before if before > 0 else 0.0, f"over {len(scored)} held-out notes"
+    if share < LEAST_GAIN:
+        return Decision(False, Verdict.NOT_BETTER, f"The new adapter is no better than {rival} {over} ({-share:+.2%} bits).")
+    if gain <= noise:
+        reason = f"The new adapter is {share:.2%} better than {rival} {over}, which may be chance (up to {noise / before:.2%})."
+        return Decision(False, Verdict.NOT_BETTER, reason)
+    return Decision(True, Verdict.BETTER, f"The new adapter is {share:.1%} better than {rival} {over}, beyond chance.")
+
+
+def gain_and_noise(scored: list[PairedDocument]) -> tuple[float, float]:
+    """Return the gain over two or more documents in bits per byte, and the largest gain that chance would explain.
+
+    The latter is the jackknife's standard error (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11) times
+    the (1 - CHANCE) quantile of Student's t. Its degrees of freedom are one less than the notes would be if they were equally
+    long and weighed as much together (Kish, Survey Sampling, 1965): a few long notes among short ones count as few.
+    """
+    count = len(scored)
+    gains = [document.bits_before - document.bits_after for document in scored]
+    bits, size = math.fsum(gains), math.fsum(document.bytes for document in scored)
+    without = [(bits - gain) / (size - document.bytes) for gain, document in zip(gains, scored, strict=True)]
+    middle = math.fsum(without) / count
+    variance = (count - 1) / count * math.fsum((left - middle) ** 2 for left in without)
+    equally_long = size**2 / math.fsum(document.bytes**2 for document in scored)
+    return bits / size, t_quantile(1 - CHANCE, max(equally_long - 1, 1.0)) * math.sqrt(variance)
+
+
+def t_quantile(probability: float, freedom: float) -> float:
+    """Return a quantile of Student's t with `freedom` degrees of freedom, to three digits from nine of them on.
+
+    An expansion in 1 / freedom around the normal quantile (Abramowitz and Stegun, 26.7.5).
+    """
+    z = NormalDist().inv_cdf(probability)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def _bits(documents: tuple[PairedDocument, ...] | list[PairedDocument], after: bool) -> float:
+    return math.fsum(document.bits_after if after else document.bits_before for document in documents)

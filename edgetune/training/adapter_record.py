@@ -1,0 +1,68 @@
+"""The record that training writes beside an adapter's weights, edgetune.json: how it was made, and what became of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edgetune
+from edgetune.library import adapter_registry as registry
+from edgetune.library.gate import Decision
+from edgetune.runtime.errors import AdapterError
+from edgetune.training.setup import PreparedRun
+from edgetune.weight_forms import RECORDED
+
+OUTSIDE = "(outside)"
+"""Stands for an adapter outside edgetune's own folder, since the name of its folder might tell whose it is."""
+
+
+def adapter_record(
+    run: PreparedRun, before: float | None, after: float | None, best_step: int, decision: Decision, rival: Path | None
+) -> dict[str, Any]:
+    """Return the contents of edgetune.json, without paths, host names or text.
+
+    before, after: held-out bits per byte of the run's step 0 and of the adapter. rival: the current adapter until now.
+    """
+    plan = run.plan
+    settings = {name: value for name, value in plan.settings.items() if name not in ("out", "model", "from_adapter")}
+    settings["data"] = {name: value for name, value in settings["data"].items() if name != "exclude"}
+    return {
+        "edgetune": edgetune.__version__,
+        "torch": torch.__version__,
+        "base": plan.base,
+        "data": plan.data_digest,
+        "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "parent": _parent(run),
+        "compared_with": None if rival is None else _name_of(rival, plan.base),
+        "verdict": str(decision.verdict),
+        "reason": decision.reason,
+        "heldout_bits_per_byte_before": before,
+        "heldout_bits_per_byte_after": after,
+        "best_step": best_step,
+        "start_ids": run.loaded.tokenizer.start_ids,
+        "steps": plan.steps,
+        "compute_dtype": plan.compute_dtype,
+        "int8": plan.int8,
+        RECORDED: plan.weights,
+        "optimizer_bits": plan.setting.optimizer_bits,
+        "settings": settings,
+    }
+
+
+def _parent(run: PreparedRun) -> str | None:
+    """Return the name of the adapter that training started from; None for a fresh one."""
+    if run.config.from_adapter is None:
+        return None
+    try:
+        parent = registry.find(run.config.from_adapter, run.plan.base)
+    except AdapterError:  # it was there when the run began
+        return OUTSIDE
+    return None if parent is None else _name_of(parent, run.plan.base)
+
+
+def _name_of(adapter: Path, base: str) -> str:
+    return adapter.name if adapter.resolve().parent == registry.adapters_folder(base).resolve() else OUTSIDE

@@ -1,0 +1,150 @@
+"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, and general text.
+
+Both come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
+Yesterday's adapter is put in its place for a moment. It takes the memory of the gradients, which a step alone has.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgetune.config import TrainConfig
+from edgetune.dataset.evaluation_set import Score
+from edgetune.library import adapter_registry as registry
+from edgetune.library.gate import Change, Decision, Evidence, PairedDocument
+from edgetune.progress import Progress
+from edgetune.runtime import adapter as adapters
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.batch import Batch
+from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.ops_types import Segment
+from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.texts import measuring_text
+from edgetune.training import evaluation
+
+if TYPE_CHECKING:
+    from edgetune.training.setup import PreparedRun
+
+FEWEST_GENERAL_TOKENS = 500
+"""Tokens of general text below which it is not measured: fewer say nothing about a few per cent. Chosen by hand."""
+NO_NUMBER = (PairedDocument(0.0, 0.0, math.nan),)
+"""Evidence about an adapter that never gave the held-out notes a finite score."""
+
+
+class GateEvidence:
+    """The measurements of one finished run, whose best adapter is on the model. Scores hold the held-out notes' figures."""
+
+    def __init__(self, run: PreparedRun, seconds: float, progress: Progress) -> None:
+        """Find yesterday's adapter. seconds: those that each score may take; progress: receives the scores done and all."""
+        self.run, self.seconds, self.progress = run, seconds, progress
+        self.rival, self.adapter = _yesterdays(run)
+
+    def measure(self, before: Score | None, after: Score | None) -> Evidence:
+        """Return the evidence. before: the score of the run's step 0; after: that of the best adapter; None: nothing scored."""
+        self.progress(0, 2)
+        heldout = self._heldout(before, after)
+        self.progress(1, 2)
+        general = self._general()
+        self.progress(2, 2)
+        return Evidence(heldout, general, first=self.rival is None)
+
+    def _heldout(self, before: Score | None, after: Score | None) -> tuple[PairedDocument, ...]:
+        """Return the held-out documents that both adapters read, over the same batches."""
+        if self.run.held_out is None or before is None:
+            return ()
+        if after is None:
+            return NO_NUMBER
+        if not starts_from(self.run.config, self.rival, self.run.plan.base):
+            before = self._score_of_rival(len(after))
+        common = min(len(before), len(after))
+        old, new = before.first(common).by_document(), after.first(common).by_document()
+        return tuple(PairedDocument(size, old[number][1], bits) for number, (size, bits) in sorted(new.items()))
+
+    def _score_of_rival(self, batches: int) -> Score:
+        """Score the first batches of the held-out notes with yesterday's adapter, or with the bare base if there is none."""
+        run = self.run
+        assert run.held_out is not None
+        with adapters.replaced(run.loaded.model, self.adapter):
+            return evaluation.score(
+                run.runner, run.held_out, run.plan.setting.row_tokens, seconds=self.seconds, most_batches=batches
+            )
+
+    def _general(self) -> Change | None:
+        """Score general text with the bare base and with the new adapter; None where the run is too short for that."""
+        run, most = self.run, self.run.plan.evaluate_tokens
+        batches = general_batches(run.loaded.tokenizer, min(run.plan.seq_len, run.plan.setting.row_tokens), most)
+        if sum(batch.trained for batch, _ in batches) < FEWEST_GENERAL_TOKENS:
+            return None
+        with adapters.replaced(run.loaded.model, None):
+            bare = evaluation.score_batches(run.runner, batches, self.seconds)
+        adapted = evaluation.score_batches(run.runner, batches[: len(bare)], math.inf)
+        return Change(bare.bits_per_byte, adapted.bits_per_byte)
+
+
+def starts_from(config: TrainConfig, rival: Path | None, base: str) -> bool:
+    """Return True if the first evaluation of a run is one with yesterday's adapter, or with the bare base if there is none."""
+    if config.from_adapter is None:
+        return rival is None
+    try:
+        start = registry.find(config.from_adapter, base)
+    except AdapterError:  # it was there when the run began
+        return False
+    return start is rival if start is None or rival is None else start.resolve() == rival.resolve()
+
+
+def planned_scores(config: TrainConfig, base: str) -> int:
+    """Return how many scores the gate will take at the end of a run: general text twice, and yesterday's adapter if need be."""
+    current = registry.get_current(base)
+    return 2 + (not starts_from(config, None if current is None else current.adapter, base))
+
+
+def general_batches(tokenizer: Tokenizer, row_tokens: int, most: int) -> list[tuple[Batch, float]]:
+    """Return the built-in text in batches of up to `row_tokens` tokens, each with its bytes, and `most` tokens in all."""
+    batches: list[tuple[Batch, float]] = []
+    left, start = most, tokenizer.start_ids
+    for text in measuring_text():
+        ids = tokenizer.encode(text)
+        size = len(text.encode()) / max(len(ids), 1)
+        for first in range(0, len(ids), row_tokens):
+            piece = torch.tensor([*start, *ids[first : first + row_tokens]][: row_tokens + 1])
+            count = len(piece) - 1
+            if count < 1 or count > left:
+                return batches
+            batch = Batch(piece[:-1], piece[1:], torch.ones(count), torch.arange(count), (Segment.packed(0, count),))
+            batches.append((batch, size * count))
+            left -= count
+    return batches
+
+
+def decision_record(decision: Decision, evidence: Evidence, rival: Path | None) -> dict[str, Any]:
+    """Return the decision and the figures behind it, JSON-ready, for events.Finished."""
+    size = math.fsum(document.bytes for document in evidence.heldout)
+    before = math.fsum(document.bits_before for document in evidence.heldout)
+    after = math.fsum(document.bits_after for document in evidence.heldout)
+    return {
+        "verdict": str(decision.verdict),
+        "reason": decision.reason,
+        "first": rival is None,
+        "heldout_documents": len(evidence.heldout),
+        "current_bits_per_byte": before / size if size else None,
+        "new_bits_per_byte": after / size if size else None,
+        "general_bits_per_byte_base": None if evidence.general is None else evidence.general.before,
+        "general_bits_per_byte_new": None if evidence.general is None else evidence.general.after,
+    }
+
+
+def _yesterdays(run: PreparedRun) -> tuple[Path | None, Adapter | None]:
+    """Return the folder and the values of the base's current adapter; None for one that there is not or that is unreadable."""
+    current = registry.get_current(run.plan.base)
+    if current is None:
+        return None, None
+    try:
+        adapter = registry.load_for(current.adapter, run.loaded.checkpoint)
+        adapters.check_fits(adapter, run.loaded.model.config)
+    except AdapterError:
+        return None, None
+    return current.adapter, adapter
