@@ -23,6 +23,7 @@ from edgetune.export.targets import TargetSpec, check_adapter_as, check_reader, 
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
+from edgetune.library.exports_made import remember_export
 from edgetune.library.loading import open_base
 from edgetune.lock import lock_output
 from edgetune.progress import Stages
@@ -227,6 +228,7 @@ def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> tup
     """Write and prove the export in a temporary folder, then move it to `folder`; return size and peak memory in bytes too."""
     with lock_output(folder), MemoryMeter(job.base.files) as meter:
         mend(folder)
+        remember_export(folder)
         with atomic_folder(folder) as temporary:
             outcome = _write_and_prove(spec, job, temporary, prompt)
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())

@@ -1,7 +1,8 @@
 """The private folder of a user's data: EDGETUNE_HOME, or the platform's data directory.
 
 config.toml               the user's own settings
-current.json, adapters/   the current adapter, and all adapters
+current.json, adapters/   the model that is used by default · all adapters, and the current one of each model
+exports.json              where exports were written, so that `edgetune purge` can name them
 models/                   GGUF models, converted to the form that edgetune works with
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
 scratch/                  files of the command that is running; the next one deletes what a killed one left
@@ -26,9 +27,10 @@ from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
-_CONTENTS = ("config.toml", "current.json", "adapters", "models", "runs", "unfinished", "scratch", "secret")
+CONTENTS = ("config.toml", "current.json", "exports.json", "adapters", "models", "runs", "unfinished", "scratch", "secret")
 """Names of the entries that edgetune makes in the folder. Anything else there is the user's own."""
-_SECRET_BYTES = 32
+SECRET_BYTES = 32
+"""Size of the key of `keyed_digest`."""
 
 
 def home() -> Path:
@@ -65,7 +67,7 @@ def _refuse_others(path: Path, about: os.stat_result) -> None:
 @functools.cache
 def _make_private(folder: Path) -> None:
     """Take every right of others from what edgetune keeps in `folder`: a copy or a backup may have been made without care."""
-    for name in _CONTENTS:
+    for name in CONTENTS:
         for place, folders, files in os.walk(folder / name):
             for path in [Path(place), *(Path(place, inner) for inner in [*folders, *files])]:
                 _take_rights(path)
@@ -95,10 +97,10 @@ def _secret() -> bytes:
             _make_secret(path)
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(path, flags), "rb") as file:
-            found = file.read(_SECRET_BYTES + 1)
+            found = file.read(SECRET_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}). Delete it: edgetune makes a new one.") from error
-    if len(found) != _SECRET_BYTES:
+    if len(found) != SECRET_BYTES:
         raise UsageError(f"{path} is damaged. Delete it: edgetune makes a new one.")
     mend(path)  # a process may have been killed while it made the key; one that is making another takes this one
     return found
@@ -110,7 +112,7 @@ def _make_secret(path: Path) -> None:
         file, temporary = new_file(path)
         try:
             with file:
-                file.write(secrets.token_bytes(_SECRET_BYTES))
+                file.write(secrets.token_bytes(SECRET_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
             try:

@@ -18,8 +18,8 @@ from edgetune.cli.main import cli
 from edgetune.export.gguf import target as gguf
 from edgetune.export.job import Job
 from edgetune.export.mlx import adapter as mlx_adapter
-from edgetune.home import home
 from edgetune.library import adapter_registry as registry
+from edgetune.library.kept_adapters import list_adapters
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
@@ -91,15 +91,19 @@ def test_promote_show_and_delete(from_mlx: Path) -> None:
     assert (current.adapter.name, current.model) == ("one", "demo")
     shown = run_json("adapters", "show", "one")
     assert (shown["current"], shown["alpha"], shown["layers"]) == (True, 8.0, None)
-    assert "* one: base" in run("adapters", "list").output
+    assert re.search(
+        r"^\* one: \d{4}-\d\d-\d\d \d\d:\d\d, base demo \([0-9a-f]{12}\), rank 4", run("adapters", "list").output, re.M
+    )
     refused = run("adapters", "delete", "one")
     assert isinstance(refused.exception, AdapterError)
-    assert "is the current one; first make another one current with `edgetune adapters promote NAME`" in str(refused.exception)
+    assert "is the current one. Go back to the one before it with `edgetune adapters rollback`" in str(refused.exception)
     assert run_json("adapters", "delete", "two") == {"deleted": "two"}
-    assert [each.name for each in registry.list_adapters()] == ["one"]
-    assert run_json("adapters", "delete", "one") == {"deleted": "one"}  # it was the last adapter, so no other is promoted
-    assert registry.list_adapters() == []
-    assert not (home() / registry.CURRENT).exists()
+    assert [each.name for each in list_adapters()] == ["one"]
+    assert isinstance(run("adapters", "delete", "one").exception, AdapterError)  # even though it is the last adapter
+    assert run_json("adapters", "rollback")["adapter"] is None
+    assert run_json("adapters", "delete", "one") == {"deleted": "one"}
+    assert list_adapters() == []
+    assert registry.get_current() is None
 
 
 @pytest.mark.parametrize("name", ["../../etc", "none", "", "a/b", ".hidden", "x" * 101])
@@ -119,7 +123,7 @@ def test_what_does_not_fit_is_refused_with_every_mismatch_and_nothing_is_kept(fr
     for nothing in ("nope", "nope.gguf"):
         with pytest.raises(AdapterError, match=r"There is nothing at .*mlx-lm folder or a \.gguf file"):
             registry.import_adapter(tmp_path / nothing, open_model(DEMO), "demo")
-    assert registry.list_adapters() == []
+    assert list_adapters() == []
     registry.import_adapter(from_mlx, open_model(DEMO), "demo", "here")
     with pytest.raises(AdapterError, match="This base model already has an adapter here"):
         registry.import_adapter(from_mlx, open_model(DEMO), "demo", "here")
@@ -292,7 +296,7 @@ def test_a_score_beyond_any_float_hides_no_adapter(from_mlx: Path) -> None:
     kept = Path(str(run_json("adapters", "import", str(from_mlx), "--model", "demo")["adapter"]))
     about = {"heldout_bits_per_byte_before": 10**390, "heldout_bits_per_byte_after": 2.5}
     (kept / peft_folder.EDGETUNE_FILE).write_text(json.dumps(about))
-    (found,) = registry.list_adapters()
+    (found,) = list_adapters()
     assert (found.heldout_bits_per_byte_before, found.heldout_bits_per_byte_after) == (None, 2.5)
 
 

@@ -106,8 +106,10 @@ class Place:
         found = self.out if self.world.exchanges or self.out.exists() else next(asides)
         assert (found / WEIGHTS_FILE).read_bytes() in (self.world.earlier, self.world.reference)
         assert json.loads((found / peft_folder.CONFIG_FILE).read_text())["r"] == 2
+        for current in self.home.glob(f"adapters/*/{registry.CURRENT}"):
+            assert json.loads(current.read_text())["adapter"] == str(self.out)
         if (self.home / registry.CURRENT).exists():
-            assert json.loads((self.home / registry.CURRENT).read_text())["adapter"] == str(self.out)
+            assert len(json.loads((self.home / registry.CURRENT).read_text())["base"]) == 64
 
     def check_finished(self) -> None:
         """Check that the adapter is the uninterrupted run's and that no temporary files of the run are left."""

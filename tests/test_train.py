@@ -235,8 +235,9 @@ def test_the_best_adapter_is_kept_not_the_last(notes: Path, monkeypatch: pytest.
 
 
 def score_of(bits_per_byte: float) -> Score:
-    """Return the score of one batch that holds one byte of text."""
-    return Score((bits_per_byte * math.log(2),), (1,), (1.0,))
+    """Return the score of one batch that holds one byte of text, of document 0."""
+    nats = bits_per_byte * math.log(2)
+    return Score((nats,), (1,), (1.0,), (((0, 1.0, nats),),))
 
 
 def test_an_adapter_that_reads_worse_is_saved_but_not_made_current(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

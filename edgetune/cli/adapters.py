@@ -1,4 +1,4 @@
-"""Implements `edgetune adapters`: list, show, import, promote and delete."""
+"""Implements `edgetune adapters`: list, show, import, promote, rollback and delete."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from edgetune.cli.options import json_option, model_option, print_json, progress
 from edgetune.reports.text import human_bytes, one_line
 
 if TYPE_CHECKING:
-    from edgetune.library.adapter_registry import KeptAdapter
+    from edgetune.library.kept_adapters import KeptAdapter
     from edgetune.runtime.checkpoint import Checkpoint
 
 
 @click.group("adapters")
 def adapters_command() -> None:
-    """List, show, import, promote and delete adapters.
+    """List, show, import, promote and delete adapters, and go back to the one before.
 
     An adapter is what training makes: a small file that is used together with its base model.
     """
@@ -27,10 +27,10 @@ def adapters_command() -> None:
 @adapters_command.command("list")
 @json_option
 def list_command(as_json: bool) -> None:
-    """List the adapters of every base model, oldest first. * marks the current one."""
-    from edgetune.library import adapter_registry as registry
+    """List the adapters of every base model, oldest first. * marks the current one of its base."""
+    from edgetune.library.kept_adapters import list_adapters
 
-    found = registry.list_adapters()
+    found = list_adapters()
     if as_json:
         print_json({"adapters": [dataclasses.asdict(adapter) for adapter in found]})
         return
@@ -45,16 +45,26 @@ def list_command(as_json: bool) -> None:
 @model_option
 @json_option
 def show_command(name: str, model: str | None, as_json: bool) -> None:
-    """Show the adapter NAME: its base model, size, targets and folder."""
-    from edgetune.library import adapter_registry as registry
+    """Show the adapter NAME: its base model, how it was judged, and the adapters that it was trained from."""
+    from edgetune.library.kept_adapters import ancestors, describe
 
-    adapter = registry.describe(_kept(name, model)[0])
+    adapter = describe(_kept(name, model)[0])
+    chain = ancestors(adapter)
     if as_json:
-        print_json(dataclasses.asdict(adapter))
+        print_json({**dataclasses.asdict(adapter), "ancestors": [dataclasses.asdict(each) for each in chain]})
         return
     click.echo(_line(adapter))
+    if adapter.verdict is not None and adapter.reason is not None:
+        click.echo(f"  judged: {one_line(adapter.verdict)}. {one_line(adapter.reason)}")
     click.echo(f"  targets: {', '.join(adapter.targets)}" + (f"; layers {list(adapter.layers)}" if adapter.layers else ""))
+    if adapter.data is not None and adapter.configuration is not None:
+        click.echo(f"  notes {one_line(adapter.data[:12])}, settings {one_line(adapter.configuration[:12])} (digests)")
     click.echo(f"  folder: {one_line(adapter.path)}")
+    for parent in chain:
+        click.echo(f"  trained from {_line(parent).strip()}")
+    last = chain[-1].parent if chain else adapter.parent
+    if last is not None:
+        click.echo(f"  trained from {one_line(last)}, which is not among the adapters here")
 
 
 @adapters_command.command("import")
@@ -100,16 +110,42 @@ def promote_command(name: str, model: str | None, as_json: bool) -> None:
     click.echo(f"{name} is now the current adapter; its base model is {one_line(choice)}.")
 
 
+@adapters_command.command("rollback")
+@model_option
+@json_option
+def rollback_command(model: str | None, as_json: bool) -> None:
+    """Go back to the adapter that was current before, at once. The one in use until now is kept.
+
+    Without an earlier adapter, the bare base model is used.
+    """
+    from edgetune.library import adapter_registry as registry
+    from edgetune.library.promotion import rollback
+
+    base = registry.default_base() if model is None else None
+    if base is None:
+        from edgetune.library.loading import open_base
+
+        with progress_shown() as show:
+            base = open_base(model, show)[1].digest
+    left, current = rollback(base)
+    name = None if current is None else current.adapter.name
+    if as_json:
+        path = None if current is None else str(current.adapter)
+        print_json({"adapter": path, "name": name, "model": left.model, "was": left.adapter.name})
+        return
+    found = "The bare base model is used again" if name is None else f"{one_line(name)} is the current adapter again"
+    click.echo(f"{found}; base model {one_line(left.model)}. The adapter {one_line(left.adapter.name)} is kept.")
+
+
 @adapters_command.command("delete")
 @click.argument("name")
 @model_option
 @json_option
 def delete_command(name: str, model: str | None, as_json: bool) -> None:
-    """Delete the adapter NAME for good. The current one can be deleted only if its base model has no other."""
-    from edgetune.library import adapter_registry as registry
+    """Delete the adapter NAME for good. The current one is refused: go back to another first."""
+    from edgetune.library.kept_adapters import delete
 
-    folder, _, _ = _kept(name, model)
-    registry.delete(folder)
+    delete(_kept(name, model)[0])
     if as_json:
         print_json({"deleted": name})
     else:
@@ -136,7 +172,8 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
 def _line(adapter: KeptAdapter) -> str:
     before, after = adapter.heldout_bits_per_byte_before, adapter.heldout_bits_per_byte_after
     learned = "" if before is None or after is None else f", held-out {before:.3f} to {after:.3f} bits/byte"
+    base = f"{one_line(adapter.base_name)} ({adapter.base})" if adapter.base_name else adapter.base
     return (
-        f"{'*' if adapter.current else ' '} {adapter.name}: base {adapter.base}, rank {adapter.rank}, alpha "
+        f"{'*' if adapter.current else ' '} {adapter.name}: {adapter.created}, base {base}, rank {adapter.rank}, alpha "
         f"{adapter.alpha:g}, {human_bytes(adapter.bytes)}{learned}"
     )

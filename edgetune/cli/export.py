@@ -72,10 +72,11 @@ def export_command(
     from edgetune.library.loading import choose_model
 
     limit = None if memory is None else parse_bytes(memory)
+    say_model(choice := choose_model(model))
     with work_goes_on(), renderer(as_json, None if as_json else sys.stderr) as shown:
         result = export_adapter(
             target,
-            model=model,
+            model=choice.name,
             adapter=adapter,
             out=out,
             weights=weights,
@@ -86,7 +87,8 @@ def export_command(
             force=force,
             show=shown.show,
         )
-    say_model(choose_model(model), result.adapter)
+    used = f"adapter {one_line(result.adapter)}"
+    say(f"With {used}." if choice.why else f"Model {one_line(choice.name)}, {used}.")
     for notice in result.notices:
         say(notice)
     if as_json:

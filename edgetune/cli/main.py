@@ -30,6 +30,8 @@ COMMANDS = {
     "quantize": "edgetune.cli.models",
     "export": "edgetune.cli.export",
     "adapters": "edgetune.cli.adapters",
+    "report": "edgetune.cli.report",
+    "purge": "edgetune.cli.purge",
     "plan": "edgetune.cli.plan",
     "bench": "edgetune.cli.bench",
     "doctor": "edgetune.cli.doctor",

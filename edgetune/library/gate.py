@@ -163,7 +163,7 @@ def _judged(evidence: Evidence) -> Decision:
 def gain_and_noise(scored: list[PairedDocument]) -> tuple[float, float]:
     """Return the gain over two or more documents in bits per byte, and the largest gain that chance would explain.
 
-    The latter is the jackknife's standard error (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11) times
+    The latter is the jackknife's standard error (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 11) times
     the (1 - CHANCE) quantile of Student's t. Its degrees of freedom are one less than the notes would be if they were equally
     long and weighed as much together (Kish, Survey Sampling, 1965): a few long notes among short ones count as few.
     """

@@ -19,6 +19,7 @@ from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
 from edgetune.reports.repair import learning_lines
 from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, sanitize
+from edgetune.reports.verdicts import first_sentence
 from edgetune.runtime.files import atomic_write
 
 UNFOLDED = 12
@@ -90,7 +91,7 @@ def render(events: Iterable[Event]) -> str:
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     sections = [_head(run), _tiles(run), _plots(run), _samples(run), _facts(run), _evaluations(run), _heldout(run)]
-    sections.append(_plan(run))
+    sections += [_notices(run), _plan(run)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -107,7 +108,10 @@ def render(events: Iterable[Event]) -> str:
 
 def _head(run: Run) -> str:
     started, finished = run.started, run.finished
-    if run.before is None or run.after is None:
+    sentence = first_sentence(started.documents if started else None, finished) if finished else None
+    if sentence is not None:
+        title = sentence
+    elif run.before is None or run.after is None:
         title = "Nothing was held out, so learning cannot be shown" if finished else "Training"
     elif run.after < run.before:
         title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits per byte on notes the model has not seen"
@@ -118,6 +122,8 @@ def _head(run: Run) -> str:
         about = f"The base model {started.model} learned from {_count(started.documents, 'document')} on {started.device}"
         held_out = _count(started.heldout_documents, "document")
         about += f", and was tested on {held_out} that it never trained on." if started.heldout_documents else "."
+        reason = ((finished.decision or {}) if finished else {}).get("reason")
+        about += f" {reason}" if isinstance(reason, str) else ""
         about += " The result is an adapter: a small file that is used together with the base model, which stays unchanged."
     marks = "".join(f'<span class="badge">{_escaped(badge)}</span>' for badge in _badges(run))
     name = f"<span>{_escaped(started.run)}</span>" if started else ""
@@ -349,6 +355,19 @@ def _heldout(run: Run) -> str:
         '<p class="lead">Never trained on. The digest of a note decides whether it is held out, so the choice is the same in '
         "every run.</p>"
         f"{_folded(_count(len(paths), 'note'), names, len(paths))}</section>"
+    )
+
+
+def _notices(run: Run) -> str:
+    """Return what was not read, or not as it is, and why."""
+    notices = run.started.notices if run.started else ()
+    if not notices:
+        return ""
+    items = "".join(f"<li>{_escaped(notice)}</li>" for notice in notices)
+    return (
+        "<section><h2>Skipped, and why</h2>"
+        '<p class="lead">What was not read, or not as it is. <code>edgetune train --dry-run</code> names every file.</p>'
+        f'<ul class="names">{items}</ul></section>'
     )
 
 

@@ -27,6 +27,7 @@ from edgetune.events import (
 )
 from edgetune.reports.repair import learning_lines
 from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
+from edgetune.reports.verdicts import first_sentence
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -46,6 +47,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.documents: int | None = None
         self.before: float | None = None
         self.heldout: float | None = None
         self.last: Stepped | None = None
@@ -59,6 +61,7 @@ class Progress:
         if isinstance(event, Started):
             steps = event.plan.get("steps")
             self.steps = steps if isinstance(steps, int) else 0
+            self.documents = event.documents
             self._pace.clear()
         elif isinstance(event, Evaluated):
             self.before = event.bits_per_byte if self.before is None else self.before
@@ -152,10 +155,14 @@ def interrupted_line(event: Interrupted) -> str:
     )
 
 
-def finished_lines(event: Finished) -> list[str]:
-    """Return the last lines of a run: whether it learned, what it took, and where the result is."""
+def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
+    """Return the last lines of a run: what it learned, what became of the adapter and why, what it took, and where all is.
+
+    documents: the number of notes that it learned from, if that is known.
+    """
     before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
-    lines = []
+    sentence = first_sentence(documents, event)
+    lines = [] if sentence is None else [sentence, *_reason(event)]
     if before is not None and after is not None:
         change = f"{abs(1 - after / before):.1%} {'lower' if after <= before else 'higher'}" if before > 0 else "no change"
         lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}")
@@ -170,11 +177,16 @@ def finished_lines(event: Finished) -> list[str]:
         lines.append(f"Steps skipped because their loss or gradient was not finite: {event.skipped_steps:,}")
     if event.cut:
         lines.append(f"Stopped early: {one_line(event.cut)}. Run the same command again to continue.")
-    not_current = "" if event.promoted else " (not made current: on the held-out notes it is no better than before)"
+    not_current = "" if event.promoted else " (not made current; --adapter and this folder use it all the same)"
     lines.append(f"Adapter: {one_line(event.adapter)}{not_current}")
     if event.report:
         lines.append(f"Report: {one_line(event.report)}")
     return lines
+
+
+def _reason(event: Finished) -> list[str]:
+    reason = (event.decision or {}).get("reason")
+    return [one_line(reason)] if isinstance(reason, str) else []
 
 
 class Renderer(abc.ABC):
@@ -244,7 +256,7 @@ class Plain(Renderer):
         elif isinstance(event, Working):
             self._work(event)
         elif isinstance(event, Finished):
-            for text in finished_lines(event):
+            for text in finished_lines(event, self.progress.documents):
                 self._write(text)
 
     def _work(self, event: Working) -> None:
@@ -316,7 +328,7 @@ class Live(Renderer):
             return
         elif isinstance(event, Finished):
             self._live.stop()
-            first, *rest = finished_lines(event)
+            first, *rest = finished_lines(event, self.progress.documents)
             self._print_above(first, "bold green" if _learned(event) else "bold yellow")
             for text in rest:
                 self._print_above(text, "")

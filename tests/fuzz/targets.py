@@ -35,7 +35,7 @@ from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.reading import read_notes
 from edgetune.export import go_template, mps
 from edgetune.export.mlx import adapter as mlx_adapter
-from edgetune.library import adapter_registry
+from edgetune.library import adapter_registry, kept_adapters
 from edgetune.runtime import bnb_layout, json_file, peft_folder
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -298,7 +298,7 @@ def _(data: bytes, folder: Path) -> None:
 
 @target("edgetune.json", texts('{"base": null, "heldout_bits_per_byte_before": 2.5, "documents": ["00"]}'))
 def _(data: bytes, folder: Path) -> None:
-    adapter_registry.describe(copy(saved() / "peft", folder, edgetune__json=data))
+    kept_adapters.describe(copy(saved() / "peft", folder, edgetune__json=data))
 
 
 @target("mlx-lm's adapter_config.json", files("mlx/adapter_config.json"))

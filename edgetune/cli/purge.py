@@ -1,0 +1,50 @@
+"""Implements `edgetune purge`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from edgetune.cli.options import json_option, print_json
+from edgetune.reports.text import human_bytes, one_line
+
+
+@click.command("purge")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@json_option
+def purge_command(yes: bool, as_json: bool) -> None:
+    """Delete everything that edgetune keeps: adapters, runs and reports, converted models, settings.
+
+    Your notes are not touched. What it cannot reach is named.
+    """
+    from edgetune.library.purge import UNREACHABLE, planned_purge, purge
+    from edgetune.runtime.errors import UsageError
+
+    planned = planned_purge()
+    if as_json:
+        if not yes:
+            raise UsageError("--json asks nothing, and purge deletes everything for good; type --yes as well.")
+        print_json({**dataclasses.asdict(purge()), "unreachable": list(UNREACHABLE)})
+        return
+    if planned.deleted and not yes:
+        click.echo(f"This deletes {len(planned.deleted):,} entries in {one_line(planned.home)}, {human_bytes(planned.bytes)}:")
+        for path in planned.deleted:
+            click.echo(f"  {one_line(path)}")
+        if not click.confirm("Delete all of it for good?", default=False):
+            click.echo("Nothing was deleted.")
+            raise click.exceptions.Exit(1)
+    done = purge()
+    click.echo(f"Deleted {len(done.deleted):,} entries, {human_bytes(done.bytes)}." if done.deleted else "Nothing to delete.")
+    _list("Links that were removed, and whose targets were left", done.links)
+    _list("Left, since edgetune did not make it", done.left)
+    _list("Not deleted, since it lies outside edgetune's own folder; delete it yourself", done.outside)
+    _list("Out of reach", UNREACHABLE)
+
+
+def _list(title: str, lines: tuple[str, ...]) -> None:
+    """Print a title and the lines below it, if there are any."""
+    if lines:
+        click.echo(f"{title}:")
+    for line in lines:
+        click.echo(f"  {one_line(line)}")
