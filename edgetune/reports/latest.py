@@ -9,7 +9,7 @@ from typing import Any
 
 from edgetune.events import Finished, Started, read_events
 from edgetune.home import home
-from edgetune.reports.html import Run
+from edgetune.reports.run import Run
 from edgetune.reports.verdicts import first_sentence
 from edgetune.runtime.errors import DataError
 
