@@ -90,11 +90,13 @@ def is_current(folder: Path) -> bool:
 def ancestors(adapter: KeptAdapter) -> list[KeptAdapter]:
     """Return the adapters that one was trained from, its parent first, as far back as they are on this machine."""
     chain: list[KeptAdapter] = []
-    while adapter.parent is not None and adapter.parent not in {other.name for other in [adapter, *chain]}:
+    seen = {adapter.name}
+    while adapter.parent is not None and adapter.parent not in seen:
         folder = registry.kept_folder(adapter.parent, adapter.base)
         if folder is None or not registry.is_adapter(folder):
             break
         adapter = describe(folder)
+        seen.add(adapter.name)
         chain.append(adapter)
     return chain
 
