@@ -85,6 +85,38 @@ def test_a_real_model_that_arrives_replaces_yesterdays_demo_in_every_command(hub
     assert scored.stdout.startswith(f"Model {real.name} (the current adapter's), adapter ")
 
 
+def test_of_two_bases_with_an_adapter_each_every_command_chooses_the_one_that_was_made_current_last(
+    hub: Path, tmp_path: Path
+) -> None:
+    real = arrive(hub)
+    make_current(real.name)
+    make_current(DEMO)
+    assert choose_model().name == DEMO
+    promote(registry.adapters_folder(open_base(real.name)[1].digest) / "night", real.name, open_base(real.name)[1].digest)
+    assert choose_model().name == open_base(None)[0].name == Session.load(adapter="none").model_name == real.name
+    assert forecast(TrainConfig()).model == real.name
+    assert registry.find(None, open_base(DEMO)[1].digest) is not None  # the demo's own adapter is still its current one
+
+
+def test_every_command_says_in_its_first_line_which_model_it_uses(hub: Path, tmp_path: Path) -> None:
+    real = arrive(hub)
+    note, size = tmp_path / "note.md", ("--seq-len", "64", "--batch-tokens", "64")
+    note.write_text("Marra watered the beans at the harbour allotment. " * 20)
+    commands = {
+        "train": ("train", str(note), "--steps", "1", *size, "--out", str(tmp_path / "out")),
+        "plan": ("plan", str(note), "--steps", "1", *size),
+        "generate": ("generate", "The", "--max-tokens", "1"),
+        "eval": ("eval", str(note)),
+        "export": ("export", "peft", "--adapter", str(tmp_path / "out"), "--out", str(tmp_path / "export"), "--no-verify"),
+    }
+    for name, words in commands.items():
+        done = run(*words)
+        assert done.exit_code == 0, (name, done.output)
+        lines = (done.stdout if name == "eval" else done.stderr).splitlines()
+        first = next(line for line in lines if not re.match(r"[\w ]+: \d+ % after", line))  # a busy machine's progress
+        assert re.match(rf"Model:? {re.escape(real.name)} \(", first), name
+
+
 def test_a_demo_that_was_chosen_beside_a_real_model_stays(hub: Path) -> None:
     arrive(hub)
     make_current(DEMO)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from edgetune.config import DataConfig, GenerateConfig, TrainConfig
@@ -127,7 +128,7 @@ def score_batches(runner: Runner, batches: Sequence[tuple[Batch, float]], second
 def _windows(scored: EvaluationSet, chosen: list[int], losses: Tensor) -> Iterator[tuple[int, float, float]]:
     """Yield the document, bytes and nats of each window of a batch, whose losses (N,) stand one window after another."""
     lengths = [int(scored.windows.length[window]) for window in chosen]
-    for window, own in zip(chosen, losses.split(lengths), strict=True):
+    for window, own in zip(chosen, torch.split(losses, lengths), strict=True):
         yield int(scored.owner[window]), float(scored.bytes[window]), float(own.sum())
 
 
