@@ -1,7 +1,7 @@
 """Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, and general text.
 
 Both come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
-Yesterday's adapter is put in its place for a moment. It takes the memory of the gradients, which a step alone has.
+Yesterday's adapter is put in its place for a moment, in the memory of the gradients: no step follows, so they are dropped.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class GateEvidence:
     def __init__(self, run: PreparedRun, seconds: float, progress: Progress) -> None:
         """Find yesterday's adapter. seconds: those that each score may take; progress: receives the scores done and all."""
         self.run, self.seconds, self.progress = run, seconds, progress
+        for parameter in adapters.parameters(run.loaded.model):
+            parameter.grad = None
         self.rival, self.adapter = _yesterdays(run)
 
     def measure(self, before: Score | None, after: Score | None) -> Evidence:
