@@ -42,6 +42,8 @@ WEIGHTS = ("auto", "nf4", "int8", "bf16")
 SCHEDULERS = ("auto", "launchd", "systemd", "cron", "task-scheduler")
 """Programs of operating systems that can start a night; auto is launchd on macOS, Task Scheduler on Windows, and elsewhere
 systemd's user manager where there is one, else cron."""
+MANUAL_MINUTES = 90.0
+"""Longest time of a night that the user begins with `edgetune nightly run`, in minutes; chosen by hand."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."

@@ -151,7 +151,8 @@ class SimulatedTrainer:
             if stop.is_set():
                 yield Interrupted(done, steps, done, 0.0)
                 return
-            self.system.advance(self.step_seconds)
+            if not self._works(self.step_seconds, stop, show):
+                continue
             self.before_anything("step")
             done += 1
             self.runs[key] = done
@@ -164,6 +165,14 @@ class SimulatedTrainer:
                 yield Interrupted(done, steps, done, 0.0)
                 return
         yield self._finished(config, key, done, cut=done < steps)
+
+    def _works(self, seconds: float, stop: threading.Event, show: Show) -> bool:
+        """Let a step take its time; return False if it was broken off, as the real one is between two blocks."""
+        while seconds > 0 and not stop.is_set():
+            self.system.advance(min(seconds, 10.0))
+            seconds -= 10.0
+            show(Working("step", 0, 1, 0.0))
+        return not stop.is_set()
 
     def _finished(self, config: TrainConfig, key: str, done: int, cut: bool) -> Finished:
         before = None if config.from_adapter is None else self.scores[config.from_adapter]

@@ -202,6 +202,7 @@ ALLOWED = {
     "edgetune/events.py::read_events": OUR_OWN,
     "edgetune/library/adapter_registry.py::get_current": OUR_OWN,
     "edgetune/lock.py::Lock.__enter__": "creates the file",
+    "edgetune/nights/this_system.py::_stalls_of_linux": SYSTEM,
     "edgetune/training/setup.py::_token_files": OUR_OWN,
     "edgetune/training/unfinished_run.py::_read_sealed_json": OUR_OWN,
 }

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
+from edgetune.config import MANUAL_MINUTES
 from edgetune.lock import Lock
 from edgetune.nights.conditions import Rules
 from edgetune.nights.job import Job, nights_folder
@@ -21,8 +22,6 @@ from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.untrusted_file import NIGHT_RECORD
 
-MANUAL_MINUTES = 90.0
-"""Longest time of a night that the user begins, in minutes, unless another is named; chosen by hand."""
 TRIAL_MINUTES = 10.0
 """Longest time of an installation's trial, in minutes; chosen by hand."""
 _TRIAL_FILE = "trial.json"

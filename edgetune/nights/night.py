@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgetune.events import Event, Finished, Started, Stepped
 from edgetune.nights.conditions import Obstacle, Rules, System
-from edgetune.nights.job import Job, load_job
+from edgetune.nights.job import Job, load_job, path_of_job
 from edgetune.nights.record import Kind, NightRecord, Outcome, Stage, tidy
 from edgetune.nights.this_system import unknown_conditions
 from edgetune.nights.tonight import Tonight, forget_tonight, load_tonight
@@ -75,6 +75,7 @@ class Night:
         found = load_tonight()
         self.tonight = found if found is not None and found.night == record.night else None
         self.was_killed = self.tonight is not None
+        self._job_now, self._job_written = job, 0
         self._waits_for_day = record.kind is Kind.CATCH_UP
 
     def run(self) -> NightRecord:
@@ -155,11 +156,16 @@ class Night:
             raise _Ended(outcome, "" if longest is None else f"It waited because {longest}.")
 
     def _is_paused(self) -> bool:
-        """Return True if the user has paused nights, perhaps since this one began."""
+        """Return True if the user has paused or uninstalled nights, perhaps since this one began."""
+        if self.record.kind not in (Kind.NIGHT, Kind.CATCH_UP):
+            return False
         try:
-            return self.record.kind in (Kind.NIGHT, Kind.CATCH_UP) and load_job().is_paused(self.system.now())
-        except UsageError:  # uninstalled since
+            written = path_of_job().stat().st_mtime_ns
+            if written != self._job_written:
+                self._job_written, self._job_now = written, load_job()
+        except (OSError, UsageError):
             return True
+        return self._job_now.is_paused(self.system.now())
 
     def _seconds_to_train(self) -> float:
         """Return the seconds left for steps and evaluations: what is left but for the time that finishing takes."""
