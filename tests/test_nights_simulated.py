@@ -241,7 +241,8 @@ def play(seeds: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_random_weeks_keep_every_promise(tmp_path: Path, own_zone: pytest.MonkeyPatch) -> None:
     outcomes = play(range(50), tmp_path, own_zone)
     # The weeks are worth playing: nights ended in nearly every way there is.
-    assert {Outcome.BETTER, Outcome.NOT_BETTER, Outcome.NOT_STARTED, Outcome.CRASHED, Outcome.FAILED} <= set(outcomes)
+    unusual = {Outcome.NOT_STARTED, Outcome.CRASHED, Outcome.OUT_OF_TIME, Outcome.NOTES_MISSING, Outcome.NOTHING_NEW}
+    assert {Outcome.BETTER, Outcome.NOT_BETTER} | unusual <= set(outcomes)
     assert outcomes.count(Outcome.BETTER) > 50
 
 

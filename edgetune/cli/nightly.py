@@ -138,6 +138,7 @@ def run_command(minutes: float | None, fewer_notes: bool, scheduled: bool, varia
     """
     _set_variables(variables)
     from edgetune.nights.begin import due_night, manual_night, run_due
+    from edgetune.nights.record import Kind
 
     allowed = Number(0, MOST_MINUTES, above=True)
     try:
@@ -150,7 +151,7 @@ def run_command(minutes: float | None, fewer_notes: bool, scheduled: bool, varia
         _print_nothing("No night is due.", as_json)
         return
     try:
-        record, caught = _run(job, lambda means: run_due(job, due, means, fewer_notes))
+        record, caught = _run(lambda means: run_due(job, due, means, fewer_notes), due.kind in (Kind.MANUAL, Kind.TRIAL))
     except BusyError:
         if not scheduled:
             raise
@@ -214,14 +215,16 @@ def uninstall_command(as_json: bool) -> None:
         click.echo(f"Uninstalled: {job.scheduler} starts no more nights. Your adapters are where they were.")
 
 
-def _run(job: Job, play: Callable[..., NightRecord]) -> tuple[NightRecord, list[int]]:
-    """Play a night in the foreground; return its record and the numbers of the signals that stopped it."""
+def _run(play: Callable[..., NightRecord], is_waited_for: bool) -> tuple[NightRecord, list[int]]:
+    """Play a night, with the lowest priority unless somebody waits for its end; return its record and the numbers of the
+    signals that stopped it."""
     from edgetune.nights.night import Means
     from edgetune.nights.this_system import ThisSystem, lowest_priority
     from edgetune.nights.trainer import EdgetuneTrainer
     from edgetune.training.keep_awake import awake
 
-    lowest_priority()
+    if not is_waited_for:
+        lowest_priority()
     stop, caught = threading.Event(), list[int]()
     previous = stop_on_signals(stop, caught)
     try:

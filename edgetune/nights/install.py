@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import site
@@ -87,7 +88,8 @@ def install(job: Job, scheduler: Scheduler) -> None:
         scheduler.install(plan_of(job))
     except UsageError:
         if not earlier:
-            scheduler.uninstall()
+            with contextlib.suppress(UsageError):  # it may refuse that too
+                scheduler.uninstall()
             path.unlink(missing_ok=True)
         raise
     job.save()
