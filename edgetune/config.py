@@ -39,6 +39,11 @@ HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
 WEIGHTS = ("auto", "nf4", "int8", "bf16")
 """Forms in which the frozen base's linears are held in memory; weight_forms.py decides which one auto stands for."""
+SCHEDULERS = ("auto", "launchd", "systemd", "cron", "task-scheduler")
+"""Programs of operating systems that can start a night; auto is launchd on macOS, Task Scheduler on Windows, and elsewhere
+systemd's user manager where there is one, else cron."""
+MANUAL_MINUTES = 90.0
+"""Longest time of a night that the user begins with `edgetune nightly run`, in minutes; chosen by hand."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."
@@ -283,6 +288,42 @@ class GenerateConfig:
         check(self)
 
 
+@dataclass(frozen=True)
+class NightlyConfig:
+    """The settings of `edgetune nightly install`: when a night may work. Raises SettingError for an impossible value."""
+
+    at: str = setting(  # chosen by hand: most people sleep then, and no country changes its clocks between 03:30 and 07:00
+        "01:00",
+        Parsed(lambda text: seconds_until(text), "a time of day such as 01:00"),
+        "Local time at which a night begins.",
+        metavar="HH:MM",
+    )
+    until: str = setting(  # chosen by hand
+        "07:00",
+        Parsed(lambda text: seconds_until(text), "a time of day such as 07:00"),
+        "Local time by which a night has ended.",
+        metavar="HH:MM",
+    )
+    battery: int | None = setting(
+        None,
+        Whole(1, 100),
+        "Also work on battery while its charge is at or above this percentage. Default: on mains power alone.",
+        metavar="PERCENT",
+        example=60,
+    )
+    wake: bool = setting(
+        False, Switch(), "Let the machine wake from sleep for a night (Windows alone offers this to users).", example=True
+    )
+    scheduler: str = setting(
+        "auto", Choice(SCHEDULERS), "Program of this system that starts the nights. {default}, the one that this system has."
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.at.rjust(5, "0") == self.until.rjust(5, "0"):
+            raise SettingError(f"--at and --until are both {self.at}, so a night would have no time; type a later --until.")
+
+
 def default_epochs(steps_per_epoch: int) -> float:
     """Return the passes over the notes where neither --steps nor --epochs is given: 3, or up to 8 to reach 100 steps."""
     return min(MOST_EPOCHS, max(EPOCHS, FEWEST_STEPS / steps_per_epoch))
@@ -321,10 +362,10 @@ def seconds_until(clock: str, now: datetime | None = None) -> float:
     start = now.timestamp()
     today = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
     days = (today, today + timedelta(days=1))
-    return min(moment for day in days for moment in _moments(day) if moment > start) - start
+    return min(moment for day in days for moment in moments(day) if moment > start) - start
 
 
-def _moments(local: datetime) -> list[float]:
+def moments(local: datetime) -> list[float]:
     """Return the times, in seconds since 1970, at which the local clock shows `local`: one, or two where it is set back."""
     moments = [local.replace(fold=fold).timestamp() for fold in (0, 1)]
     return [moment for moment in moments if datetime.fromtimestamp(moment) == local.replace(fold=0)] or moments[:1]

@@ -5,6 +5,7 @@ current.json, adapters/   the model that is used by default · all adapters, and
 exports.json              where exports were written, so that `edgetune purge` can name them
 models/                   GGUF models, converted to the form that edgetune works with
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
+nightly.json, nights/     what `edgetune nightly` does · a record of each night, and what is known of last night's notes
 scratch/                  files of the command that is running; the next one deletes what a killed one left
 secret                    a key for digests of notes, so that an adapter given away tells nobody which notes they are
 """
@@ -27,7 +28,19 @@ from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
-CONTENTS = ("config.toml", "current.json", "exports.json", "adapters", "models", "runs", "unfinished", "scratch", "secret")
+CONTENTS = (
+    "config.toml",
+    "current.json",
+    "exports.json",
+    "adapters",
+    "models",
+    "runs",
+    "unfinished",
+    "nightly.json",
+    "nights",
+    "scratch",
+    "secret",
+)
 """Names of the entries that edgetune makes in the folder. Anything else there is the user's own."""
 SECRET_BYTES = 32
 """Size of the key of `keyed_digest`."""

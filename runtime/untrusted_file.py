@@ -62,6 +62,8 @@ BUNDLE_MANIFEST = FileKind(1 << 20, AdapterError, _EXPORT_AGAIN)
 """manifest.json of an export to MPS."""
 SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_anywhere=True)
 """config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
+NIGHT_RECORD = FileKind(64 << 20, UsageError, "delete it")
+"""nightly.json, the records of nights, and what is known of last night's notes: about 50 bytes for each of them."""
 
 MAX_DIGITS = 400
 """Most digits of a number in JSON: a double has 309 before its point. Longer ones take quadratic time to parse."""

@@ -203,6 +203,7 @@ ALLOWED = {
     "edgetune/library/adapter_registry.py::_read_record": OUR_OWN,
     "edgetune/library/exports_made.py::exports_made": OUR_OWN,
     "edgetune/lock.py::Lock.__enter__": "creates the file",
+    "edgetune/nights/this_system.py::_stalls_of_linux": SYSTEM,
     "edgetune/training/setup.py::_token_files": OUR_OWN,
     "edgetune/training/unfinished_run.py::_read_sealed_json": OUR_OWN,
 }

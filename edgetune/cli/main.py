@@ -22,6 +22,7 @@ from edgetune.runtime.files import explain_full_disk
 
 COMMANDS = {
     "train": "edgetune.cli.train",
+    "nightly": "edgetune.cli.nightly",
     "generate": "edgetune.cli.generate",
     "ask": "edgetune.cli.generate",
     "chat": "edgetune.cli.chat",

@@ -1,0 +1,1 @@
+"""Nights: what trains by itself while nobody uses the machine."""

@@ -1,0 +1,177 @@
+"""Keeps a record of each night: counts, scores and the decision, but no text of a note and no name of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from edgetune.nights.job import nights_folder
+from edgetune.runtime.errors import UsageError
+from edgetune.runtime.files import atomic_write, mend
+from edgetune.runtime.json_file import read_object
+from edgetune.runtime.untrusted_file import NIGHT_RECORD
+
+KEPT = 30
+"""Nights whose records are kept; chosen by hand."""
+_PREFIX, _SUFFIX = "night-", ".json"
+
+
+class Stage(StrEnum):
+    """The stages of a night, in their order."""
+
+    WAITING = "waiting"
+    READING = "reading"
+    TRAINING = "training"
+    REPORTING = "reporting"
+    ENDED = "ended"
+
+
+class Kind(StrEnum):
+    """What made a night begin."""
+
+    NIGHT = "night"
+    CATCH_UP = "catch-up"
+    MANUAL = "manual"
+    TRIAL = "trial"
+
+
+class Outcome(StrEnum):
+    """What a night came to. But for BETTER, the current adapter is what it was before."""
+
+    BETTER = "better"
+    NOT_BETTER = "not better"
+    NOTHING_NEW = "nothing new"
+    NOT_STARTED = "not started"
+    OUT_OF_TIME = "out of time"
+    NOTES_MISSING = "notes missing"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    CRASHED = "crashed"
+
+
+@dataclass
+class NightRecord:
+    """One night. Times are seconds since 1970, durations seconds, scores held-out bits per byte (lower is better)."""
+
+    night: str
+    """Name of the night: the date on which it began, and for others than scheduled nights the time too."""
+    kind: Kind
+    began: float
+    ends_by: float
+    stage: Stage = Stage.WAITING
+    outcome: Outcome | None = None
+    reason: str = ""
+    """One sentence for a stranger, where the outcome alone says too little."""
+    ended: float | None = None
+    parent: str | None = None
+    """Name of the adapter that the night began with."""
+    adapter: str | None = None
+    """Name of the adapter that the night trained."""
+    steps_planned: int | None = None
+    """Steps that fit into the time allowed, where that was less than the whole plan."""
+    steps: int = 0
+    notes: int = 0
+    new_notes: int = 0
+    changed_notes: int = 0
+    gone_notes: int = 0
+    deferred_notes: int = 0
+    conflict_copies: int = 0
+    not_downloaded: int = 0
+    before: float | None = None
+    after: float | None = None
+    working_seconds: float = 0.0
+    pauses: dict[str, float] = field(default_factory=dict)
+    """Seconds that the night waited, by the reason."""
+    resumed: int = 0
+    """Times that the night was begun again after its process had ended early."""
+    unknown: list[str] = field(default_factory=list)
+    """Conditions that this machine does not tell."""
+
+    @property
+    def path(self) -> Path:
+        """Return the path of the record's file."""
+        return nights_folder() / f"{_PREFIX}{self.night}{_SUFFIX}"
+
+    def save(self) -> None:
+        """Write the record, readable by its owner alone. Raises ResourceError when the disk is full."""
+        atomic_write(self.path, json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record, JSON-ready."""
+        return dataclasses.asdict(self)
+
+    @property
+    def sentence(self) -> str:
+        """Return what happened in one plain sentence, which begins with the night's name."""
+        return f"{_NAMES[self.kind]} {self.night}: {self._happened()}"
+
+    def _happened(self) -> str:
+        if self.outcome is None:
+            return f"under way ({self.stage})."
+        learned = f"{_counted(self.new_notes, 'new')} and {_counted(self.changed_notes, 'changed')}"
+        scores = "" if self.before is None or self.after is None else f", {self.before:.3f} to {self.after:.3f} bits per byte"
+        sentences = {
+            Outcome.BETTER: f"learned from {learned}; better on notes it had not seen{scores}; now in use.",
+            Outcome.NOT_BETTER: f"learned from {learned}, but is not better on notes it had not seen{scores}; nothing changed.",
+            Outcome.NOTHING_NEW: "there was nothing new to learn; nothing changed.",
+        }
+        return sentences.get(self.outcome, f"{self.outcome}; nothing changed.") + (f" {self.reason}" if self.reason else "")
+
+
+_NAMES = {Kind.NIGHT: "Night", Kind.CATCH_UP: "Night", Kind.MANUAL: "Run", Kind.TRIAL: "Trial"}
+
+
+def load_record(path: Path) -> NightRecord | None:
+    """Return a night's record, or None for a file that is damaged or of another version."""
+    try:
+        found = read_object(path, NIGHT_RECORD)
+        record = NightRecord(**found)
+        record.kind, record.stage = Kind(record.kind), Stage(record.stage)
+        record.outcome = None if record.outcome is None else Outcome(record.outcome)
+        _check_types(record)
+    except (UsageError, TypeError, ValueError):
+        return None
+    return record
+
+
+def _check_types(record: NightRecord) -> None:
+    """Raise TypeError for a record whose values have other types than those that `save` writes."""
+    like = NightRecord("", Kind.NIGHT, 0.0, 0.0)
+    for item in dataclasses.fields(record):
+        value, example = getattr(record, item.name), getattr(like, item.name)
+        if item.name in ("before", "after", "ended"):
+            example = 0.0
+        if isinstance(example, bool | int | float | str | dict | list) and value is not None:
+            numeric = isinstance(example, int | float) and isinstance(value, int | float)
+            if not numeric and not isinstance(value, type(example)):
+                raise TypeError(item.name)
+
+
+def record_of(night: str) -> NightRecord | None:
+    """Return the record of the night of this name, or None if there is none that can be read."""
+    path = nights_folder() / f"{_PREFIX}{night}{_SUFFIX}"
+    return load_record(path) if path.exists() else None
+
+
+def all_records() -> list[NightRecord]:
+    """Return the records that are kept, oldest first."""
+    found = (load_record(path) for path in nights_folder().glob(f"{_PREFIX}*{_SUFFIX}"))
+    return sorted((record for record in found if record is not None), key=lambda record: record.began)
+
+
+def tidy() -> None:
+    """Delete the records of all but the last KEPT nights, and what a crash left of a record that was being written."""
+    paths = sorted(nights_folder().glob(f"{_PREFIX}*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    for path in paths[:-KEPT]:
+        path.unlink(missing_ok=True)
+    for path in paths[-KEPT:]:
+        mend(path)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what} {'note' if count == 1 else 'notes'}"
