@@ -149,11 +149,9 @@ def read_people(
     Where neither the export nor --me says who the user is, nothing is kept, and that is the one reason returned.
     """
     people = People(Me(me))
-    try:
-        for reason, count in conversations(messages, people, path, keep).items():
-            dropped[reason] += count
-    except Unread as problem:  # the rest cannot be read; what came before is kept
-        dropped[problem.reason] += 1
+    dropped.update(conversations(messages, people, path, keep))
+    if people.broken is not None:
+        dropped[people.broken] += 1
     if people.names and not people.has_me:
         return [_unknown_me(people, path)]
     return account(path, dropped)

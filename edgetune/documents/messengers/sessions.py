@@ -27,14 +27,19 @@ class People:
     names: dict[str, None] = field(default_factory=dict)
     """The writers in the order of their first messages, MOST_PEOPLE at most."""
     has_me: bool = False
+    broken: Reason | None = None
+    """The reason why the rest of the export cannot be read."""
 
     def pass_on(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Yield the messages and note who wrote them."""
-        for message in messages:
-            self.has_me = self.has_me or self.me.wrote(message)
-            if len(self.names) < MOST_PEOPLE:
-                self.names[message.writer] = None
-            yield message
+        """Yield the messages, up to a damaged place, and note who wrote them."""
+        try:
+            for message in messages:
+                self.has_me = self.has_me or self.me.wrote(message)
+                if len(self.names) < MOST_PEOPLE:
+                    self.names[message.writer] = None
+                yield message
+        except Unread as problem:
+            self.broken = problem.reason
 
 
 def sessions(messages: Iterable[Message]) -> Iterator[list[Message]]:
