@@ -31,7 +31,7 @@ def reasons(reading: Reading) -> dict[Reason, int]:
 
 
 def test_json_that_is_nested_too_deep_is_named(tmp_path: Path) -> None:
-    deep = '[{"mapping": {"a": ' + "[" * 200_000 + "]" * 200_000 + "}}]"
+    deep = '[{"mapping": {"r": {"message": null, "parent": null}, "a": ' + "[" * 200_000 + "]" * 200_000 + "}}]"
     reading = read(tmp_path, "conversations.json", deep)
     assert [document.path for document in reading.documents] == ["note.md"]
     assert reasons(reading) == {Reason.BAD_EXPORT: 1}

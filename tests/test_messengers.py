@@ -150,10 +150,11 @@ def test_a_note_that_quotes_messages_and_a_log_stay_notes(tmp_path: Path) -> Non
     put(tmp_path, "quotes.txt", quotes)
     put(tmp_path, "later.txt", "What they wrote:\n" + ANDROID)
     put(tmp_path, "log.txt", "".join(f"2024-03-0{day} 10:00 - INFO: started {day}\n" for day in range(1, 9)))
+    put(tmp_path, "journal.txt", "".join(f"Dec {day}, 2023 10:00:00 PM\nFired {day} bowls.\n\n" for day in range(10, 20)))
     put(tmp_path, "signal.md", "# Signal\n[2024-03-05, 10:15] Me: hello\n")
     reading = read(tmp_path, "Ben")
     assert [(document.path, document.is_chat) for document in reading.documents] == [
-        ("later.txt", False), ("log.txt", False), ("quotes.txt", False), ("signal.md", False)
+        ("journal.txt", False), ("later.txt", False), ("log.txt", False), ("quotes.txt", False), ("signal.md", False)
     ]  # fmt: skip
 
 
@@ -534,11 +535,12 @@ def test_claudes_conversations_are_read_without_tools(tmp_path: Path) -> None:
 
 def test_a_json_file_that_is_no_export_is_left_alone_in_a_folder(tmp_path: Path) -> None:
     put(tmp_path, "package.json", {"name": "x", "messages": ["from_id"]})
+    put(tmp_path, "index.json", {"mapping": {"a": 1}})
     put(tmp_path, "quoting.json", {"text": '"mapping": {"chat_messages": ['})
     put(tmp_path, "note.md", "x")
     reading = read(tmp_path)
     assert [document.path for document in reading.documents] == ["note.md"]
-    assert [skip.reason for skip in reading.skipped] == [Reason.UNKNOWN_KIND] * 2
+    assert [skip.reason for skip in reading.skipped] == [Reason.UNKNOWN_KIND] * 3
 
 
 @pytest.mark.parametrize("name", ["chats.json", "chats.jsonl"])

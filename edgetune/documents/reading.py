@@ -20,12 +20,12 @@ from edgetune.documents.encoding import NotText, decoded, find_encoding
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES
 from edgetune.documents.messengers.exports import read_slack
-from edgetune.documents.messengers.files import LISTED_SUFFIXES, blocks, read_file
+from edgetune.documents.messengers.files import blocks, read_file
 from edgetune.documents.messengers.slack import exports
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.spool import Spool
-from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, walk
+from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
 
@@ -73,7 +73,7 @@ class Reader:
                     pass
                 elif os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
                     raise NotText(Reason.TOO_LARGE)
-                elif not found.named and found.file.name.lower().endswith(LISTED_SUFFIXES):
+                elif not (found.named or is_note_name(found.file.name)):
                     raise NotText(Reason.UNKNOWN_KIND)
                 elif found.file.suffix.lower() in CHAT_SUFFIXES + CHAT_SUFFIXES_WHEN_NAMED:
                     self._read_chats(found, file)

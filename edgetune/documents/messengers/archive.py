@@ -20,7 +20,7 @@ from edgetune.documents.limits import (
     MAX_UNPACKED_BYTES,
 )
 from edgetune.documents.messengers import slack
-from edgetune.documents.messengers.exports import SUFFIXES, App, Keep, read_export, read_slack, recognise
+from edgetune.documents.messengers.exports import HEAD_BYTES, SUFFIXES, App, Keep, read_export, read_slack, recognise
 
 _BROKEN = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error,
@@ -88,9 +88,11 @@ class Archive:
 
     def first(self, name: str) -> bytes:
         """Return the beginning of a member, or b"" if it cannot be read."""
+        self._told()
         try:
-            return next(self.blocks(name), b"")
-        except NotAnArchive:
+            with self._zip.open(self.members[name]) as member:
+                return member.read(HEAD_BYTES)
+        except _BROKEN:
             return b""
 
 

@@ -11,7 +11,6 @@ from edgetune.documents.chat_forms import Unread, guanaco_text
 from edgetune.documents.chats import Window, encoding_of_chats
 from edgetune.documents.document import Document, Reason, Skipped
 from edgetune.documents.encoding import Encoding
-from edgetune.documents.limits import BLOCK_BYTES
 from edgetune.documents.messengers import assistants, discord, imessage, signal, slack, telegram, whatsapp
 from edgetune.documents.messengers.lines import lines, texts
 from edgetune.documents.messengers.messages import MOST_PEOPLE, Me, Message
@@ -19,6 +18,9 @@ from edgetune.documents.messengers.sessions import People, conversations
 
 SUFFIXES = (".txt", ".md", ".json", ".html", ".htm")
 """Suffixes of files that may be an export."""
+
+HEAD_BYTES = 1 << 16
+"""Bytes at the beginning of a file by which it is recognised. Chosen by hand."""
 
 Blocks = Callable[[], Iterator[bytes]]
 """Reads a file from its beginning, block by block."""
@@ -46,10 +48,10 @@ _NUMBERS = ("nobody", "one person", "two people", "three people", "four people",
 
 
 def recognise(name: str, first: bytes) -> App | None:
-    """Return the app whose export a file is, by its name and its first bytes (BLOCK_BYTES of them), or None for any other."""
+    """Return the app whose export a file is, by its name and its first HEAD_BYTES, or None for any other."""
     encoding = encoding_of_chats(first)
     try:
-        head = "".join(texts([first[:BLOCK_BYTES]], Encoding(encoding.name, encoding.codec, "replace"))).lstrip("\ufeff")
+        head = "".join(texts([first[:HEAD_BYTES]], Encoding(encoding.name, encoding.codec, "replace"))).lstrip("\ufeff")
     except UnicodeError:
         return None
     suffix = f".{name.lower().rpartition('.')[2]}"
@@ -71,7 +73,7 @@ def _recognise_json(head: str) -> App | None:
     def has(name: str, value: str = "") -> bool:
         return re.search(rf'(?<!\\)"{name}"\s*:\s*{value}', head) is not None
 
-    if has("mapping", r"\{") or has("chat_messages", r"\["):
+    if (has("mapping", r"\{") and has("parent") and has("message")) or has("chat_messages", r"\["):
         return App.ASSISTANT
     if begin == "{" and has("messages", r"\[") and has("channel", r"\{") and has("guild", r"\{"):
         return App.DISCORD

@@ -9,13 +9,11 @@ from io import FileIO
 from edgetune.documents.document import Reason, Skipped
 from edgetune.documents.limits import BLOCK_BYTES, MAX_ARCHIVE_BYTES, MAX_EXPORT_BYTES
 from edgetune.documents.messengers.archive import NotAnArchive, read_archive
-from edgetune.documents.messengers.exports import SUFFIXES, Keep, read_export, recognise
+from edgetune.documents.messengers.exports import HEAD_BYTES, SUFFIXES, Keep, read_export, recognise
 
 ARCHIVE_SUFFIX = ".zip"
 LISTED_SUFFIXES = (".json", ".html", ".htm", ARCHIVE_SUFFIX)
 """Suffixes of files that a walk lists although they are no notes: a look at their beginning tells if they are exports."""
-HEAD_BYTES = 1 << 16
-"""Bytes of a file by which it is recognised. Chosen by hand."""
 
 Told = Callable[[int], None]
 """Takes the number of bytes of a file that are done, and may raise to end the work."""

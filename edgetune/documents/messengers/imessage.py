@@ -32,7 +32,8 @@ _ATTACHED = re.compile(r"(?:/|~/|attachments/|[A-Z]:\\)[^\n]{0,500}\.\w{2,5}")
 _TAPBACKS = ("Tapbacks:", "Reactions:")
 _UNSENT = re.compile(r"(?:You|[^\n]{1,100}) unsent (?:this|a) message(?: part)?[^\n]{0,80}")
 _SENT_WITH = re.compile(r"Sent with [A-Z][\w ]{2,30}")
-_LINES_JUDGED = 60
+_LINES_JUDGED, _FEWEST = 200, 4
+"""Lines at the beginning by which a text is recognised, and messages in them of people who are not Me. Chosen by hand."""
 
 
 def seconds_in(text: str) -> float | None:
@@ -46,11 +47,15 @@ def seconds_in(text: str) -> float | None:
 
 
 def looks_like_text(lines: Iterable[str]) -> bool:
-    """Return True if a text is imessage-exporter's by its first lines: one of them is a header alone, and a writer follows."""
+    """Return True if a text is imessage-exporter's by its first lines: the line after a time alone is Me, or often the same.
+
+    A journal whose entries begin with a time is none.
+    """
     head = [line for line, _ in zip(lines, range(_LINES_JUDGED), strict=False)]
     if not head or _TIME.match(head[0]) is None:
         return False
-    return any(_is_header(line) and after.strip() and not after[0].isspace() for line, after in itertools.pairwise(head))
+    writers = [after.strip() for line, after in itertools.pairwise(head) if _is_header(line)]
+    return _ME in writers or (len(writers) >= _FEWEST and len(set(writers)) * 2 <= len(writers))
 
 
 def _is_header(line: str) -> bool:
