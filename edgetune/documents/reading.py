@@ -130,9 +130,11 @@ class Reader:
     def read_slack(self, folder: str, files: dict[str, FoundFile]) -> None:
         """Read the files of a Slack export in a folder, given by their paths in it."""
         documents: list[Document] = []
+        before = self.done
         sources = {name: partial(self._listed_blocks, found) for name, found in files.items()}
         self.skipped += read_slack(sources, folder, self.me, self._keep(documents))
         self.documents += documents
+        self.done = before + sum(found.size for found in files.values())
 
     def _listed_blocks(self, found: FoundFile) -> Iterator[bytes]:
         """Yield the bytes of a file of a Slack export; none, and a skip, if it cannot be read."""

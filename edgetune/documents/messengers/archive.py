@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from edgetune.documents.document import Reason, Skipped
 from edgetune.documents.limits import (
@@ -72,11 +72,10 @@ class Archive:
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a member. Raises NotAnArchive for a damaged one, and beyond the limits."""
-        info = self.members[name]
-        if info.file_size > MAX_EXPORT_BYTES:
+        if self.members[name].file_size > MAX_EXPORT_BYTES:
             raise NotAnArchive(Reason.LARGE_EXPORT)
         try:
-            with self._zip.open(info) as member:
+            with self._opened(name) as member:
                 while block := member.read(BLOCK_BYTES):
                     self._told()
                     self._left -= len(block)
@@ -86,11 +85,14 @@ class Archive:
         except _BROKEN as error:
             raise NotAnArchive(Reason.BAD_ARCHIVE) from error
 
+    def _opened(self, name: str) -> IO[bytes]:
+        return self._zip.open(self.members[name])
+
     def first(self, name: str) -> bytes:
         """Return the beginning of a member, or b"" if it cannot be read."""
         self._told()
         try:
-            with self._zip.open(self.members[name]) as member:
+            with self._opened(name) as member:
                 return member.read(HEAD_BYTES)
         except _BROKEN:
             return b""

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 
 from edgetune.documents.chat_forms import Unread, guanaco_text
 from edgetune.documents.chats import Window, encoding_of_chats
@@ -102,7 +103,10 @@ def read_export(app: App, blocks: Blocks, path: str, me: Sequence[str], keep: Ke
 
 
 def read_slack(files: Mapping[str, Blocks], path: str, me: Sequence[str], keep: Keep) -> list[Skipped]:
-    """Do the same for Slack's export, whose files are given by their path in it, in the order of `slack.exports`."""
+    """Pass each conversation of a Slack export to `keep`, and return what was left out.
+
+    files: the export's files by their path in it, in the order of `slack.exports`.
+    """
     dropped: Counter[Reason] = Counter()
 
     def window(blocks: Blocks) -> Window:
@@ -113,7 +117,7 @@ def read_slack(files: Mapping[str, Blocks], path: str, me: Sequence[str], keep: 
         names = slack.people(window(files[slack.USERS])) if slack.USERS in files else {}
     except Unread as problem:
         dropped[problem.reason] += 1
-    days = [(name, lambda blocks=blocks: window(blocks)) for name, blocks in files.items() if slack.is_day(name)]
+    days = [(name, partial(window, blocks)) for name, blocks in files.items() if slack.is_day(name)]
     return read_people(slack.messages(days, names, dropped), path, me, keep, dropped)
 
 
