@@ -142,7 +142,7 @@ def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path: Path, monkeypa
     assert len(bomb) < 50_000
     assert reasons(read(tmp_path, "chat.zip", bomb, "Ben"))[Reason.LARGE_ARCHIVE] == 1
     monkeypatch.setattr(archive, "MAX_EXPORT_BYTES", 1 << 20)
-    assert reasons(read(tmp_path, "chat.zip", bomb, "Ben")) == {Reason.UNKNOWN_KIND: 1}
+    assert reasons(read(tmp_path, "chat.zip", bomb, "Ben")) == {Reason.LARGE_EXPORT: 1}
 
 
 def test_the_list_of_members_is_limited_before_it_is_read() -> None:
