@@ -97,6 +97,13 @@ class DataConfig:
         metavar="NAME",
         example="windows-1250",
     )
+    me: tuple[str, ...] = setting(
+        (),
+        Texts(),
+        "Your name, number or id in the exports of chat apps, as they write it; may be repeated. What you wrote is learnt.",
+        metavar="NAME",
+        example=("Anna Example",),
+    )
     seq_len: int = setting(  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
         512, Whole(16, 131072), "Longest sequence in tokens; longer notes are split.", metavar="T"
     )
@@ -243,9 +250,10 @@ class TrainConfig:
         return REFERENCE_LEARNING_RATE * growth
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings, JSON-ready, without the paths of notes."""
+        """Return the settings, JSON-ready, without the paths of notes and the user's names."""
         values = dataclasses.asdict(self)
-        values["data"].pop("notes")
+        for personal in ("notes", "me"):
+            values["data"].pop(personal)
         return values
 
 

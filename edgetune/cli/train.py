@@ -15,6 +15,7 @@ from edgetune.cli.options import configuration_options, json_option, print_json,
 from edgetune.cli.signals import stop_on_signals
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.config_file import train_config
+from edgetune.documents.document import Skipped
 from edgetune.events import Event, Interrupted, Started
 from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on
@@ -47,7 +48,8 @@ def training_options(command: Callable[..., None]) -> Callable[..., Any]:
 def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool, **flags: Any) -> None:
     """Train an adapter (a small addition to a base model) on NOTES.
 
-    NOTES are folders and files of Markdown, plain text, rst, org, or chats in JSON. They are never changed.
+    NOTES are folders and files of Markdown, plain text, rst, org, chats in JSON, or exports of chat apps. They are never
+    changed.
 
     Ctrl-C stops training and loses nothing: run the same command again to continue. The same goes for a crash or a deadline.
     """
@@ -120,11 +122,16 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
     click.echo(
         "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
     )
-    _list([f"{one_line(skip.path)}: {one_line(skip.explanation)}" for skip in reading.skipped])
+    _list([f"{one_line(skip.path)}: {one_line(_explanation(skip))}" for skip in reading.skipped])
     for sentence in sentences(dataclasses.replace(reading, skipped=[])):
         click.echo(one_line(sentence))
     _list([f"{one_line(path)}: {count} damaged" for path, count in reading.damaged.items()])
     _list([f"{one_line(path)}: {human_bytes(count)} left out" for path, count in reading.embedded.items()])
+
+
+def _explanation(skip: Skipped) -> str:
+    """Return why something is skipped; for chats in which nobody is known to be the user, with the names to choose from."""
+    return f"{skip.explanation} ({', '.join(skip.people)})" if skip.people else skip.explanation
 
 
 def _list(lines: list[str]) -> None:

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES, MAX_RECORD_CHARS
+from edgetune.documents.limits import (
+    BLOCK_BYTES,
+    MAX_EXPORT_BYTES,
+    MAX_FILE_BYTES,
+    MAX_MESSAGE_CHARS,
+    MAX_RECORD_CHARS,
+)
 from edgetune.documents.spool import Spool
 
 _CAUSES_SHOWN = 8
@@ -55,6 +61,21 @@ class Reason(StrEnum):
     OLD_TOOLS = "chats with function calls in an old form"
     NO_ANSWER = "chats without an answer"
     NOT_TRAINED = "chats whose answers are all marked as not to be trained"
+    WHO_IS_ME = "chat exports in which --me does not say who you are"
+    NO_ANSWER_OF_MINE = "stretches of chats in which you answer nobody"
+    MEDIA = "pictures, voice messages and other files in chats"
+    NOTICE = "notices of chat apps"
+    DELETED_MESSAGE = "deleted messages"
+    FORWARDED = "forwarded messages"
+    BOT = "messages of bots"
+    TOOL_MESSAGE = "hidden messages and those to and from tools"
+    LONG_MESSAGE = f"messages over {MAX_MESSAGE_CHARS >> 10} KiB"
+    LONG_VALUE = f"chat exports with a value over {MAX_RECORD_CHARS >> 20} MiB, unread from there"
+    BAD_EXPORT = "damaged places of chat exports, unread from there"
+    NOT_A_CONVERSATION = "entries of chat exports that are no conversation"
+    LARGE_EXPORT = f"chat exports over {MAX_EXPORT_BYTES >> 20} MiB"
+    LARGE_ARCHIVE = "archives that are too large, or hold too much"
+    BAD_ARCHIVE = "damaged or encrypted archives"
 
 
 EXPECTED = {
@@ -215,19 +236,28 @@ class Draft:
 @dataclass(frozen=True)
 class Skipped:
     """Something that was not read. In a file of chats, `count` records share the reason; `lines` numbers the first of them, by
-    line or, in a JSON array, by their place in it; `detail` names what was found."""
+    line or, in a JSON array, by their place in it; `detail` names what was found. `people` are the writers of an export in
+    which nobody is known to be the user: only a person at a terminal is shown them."""
 
     path: str
     reason: Reason
     count: int = 1
     lines: tuple[int, ...] = ()
     detail: str = ""
+    people: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def has_sentence(self) -> bool:
+        """Return True if `Reading.unread_chats` explains this in a sentence of its own."""
+        return bool(self.lines) or self.reason is Reason.WHO_IS_ME
 
     @property
     def explanation(self) -> str:
         """Return why this was not read and, for records of a file of chats, which they are and what was expected."""
+        if self.reason is Reason.WHO_IS_ME:
+            return self.detail
         if not self.lines:
-            return self.reason.value
+            return self.reason.value if self.count == 1 else f"{self.count:,} {self.reason.value}"
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
         expected = f"; expected {EXPECTED[self.reason]}" if self.reason in EXPECTED else ""
@@ -271,7 +301,7 @@ class Reading:
 
     def unread_chats(self) -> tuple[str, ...]:
         """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
-        sentences = [f"{skip.path}: {skip.explanation}." for skip in self.skipped if skip.lines]
+        sentences = [f"{skip.path}: {skip.explanation}." for skip in self.skipped if skip.has_sentence]
         more = len(sentences) - _CAUSES_SHOWN
         left = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."] if more > 0 else []
         return (*sentences[:_CAUSES_SHOWN], *left)

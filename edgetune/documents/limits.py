@@ -7,6 +7,18 @@ MAX_RECORD_CHARS = 4 << 20
 MAX_BROKEN_VALUES = 1000
 """Most broken values over several lines before the rest of a file of chats is left unread."""
 
+MAX_EXPORT_BYTES = 1 << 30
+"""Largest export of a chat app that is read, in bytes, also as a member of an archive. It is read value by value."""
+MAX_ARCHIVE_BYTES, MAX_UNPACKED_BYTES = (1 << 32) - 1, 2 << 30
+"""Largest .zip that is looked into, and most bytes of its members that are unpacked in all. An archive may hold pictures, which
+are never unpacked."""
+MAX_ARCHIVE_MEMBERS, MAX_ARCHIVE_DIRECTORY_BYTES = (1 << 16) - 2, 32 << 20
+"""Most members of an archive, and largest list of them in bytes. Python holds about 500 bytes for each."""
+MAX_MESSAGE_CHARS = 1 << 18
+"""Longest message of a text export, in characters. WhatsApp allows 65,536."""
+MAX_SESSION_MESSAGES, MAX_SESSION_CHARS = 512, 1 << 16
+"""Messages and characters after which a conversation goes on as another document, however short its silences are."""
+
 MAX_FRONT_MATTER_CHARS = 1 << 15
 """Longest front matter that is parsed, in characters."""
 MAX_YAML_NODES, MAX_YAML_DEPTH = 5000, 30

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
 
 from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, encoding_of_chats, read_chats
@@ -18,10 +19,13 @@ from edgetune.documents.embedded import without_embedded_files
 from edgetune.documents.encoding import NotText, decoded, find_encoding
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES
+from edgetune.documents.messengers.exports import read_slack
+from edgetune.documents.messengers.files import blocks, read_file
+from edgetune.documents.messengers.slack import exports
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.spool import Spool
-from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, walk
+from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
 
@@ -45,14 +49,33 @@ class Reader:
     encodings: Counter[str] = field(default_factory=Counter)
     damaged: dict[str, int] = field(default_factory=dict)
     embedded: dict[str, int] = field(default_factory=dict)
+    me: Sequence[str] = ()
+
+    def read_all(self, files: Iterable[FoundFile]) -> None:
+        """Read every file. Those of a Slack export are read together, where the first of them is reached."""
+        listed = list(files)
+        by_path = {found.path: found for found in listed}
+        slack = exports(by_path)
+        root_of = {path: root for root, paths in slack.items() for path in paths}
+        for found in listed:
+            root = root_of.get(found.path)
+            if root is None:
+                self.read(found)
+            elif root in slack:
+                paths = slack.pop(root)
+                self.read_slack(root.rstrip("/") or "slack", {path.removeprefix(root): by_path[path] for path in paths})
 
     def read(self, found: FoundFile) -> None:
         """Read one file: add its documents, or the reason why there are none."""
         try:
             with open_listed(found.file, found.listed) as file:
-                if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                if self._read_export(found, file):
+                    pass
+                elif os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
                     raise NotText(Reason.TOO_LARGE)
-                if found.file.suffix.lower() in CHAT_SUFFIXES + CHAT_SUFFIXES_WHEN_NAMED:
+                elif not (found.named or is_note_name(found.file.name)):
+                    raise NotText(Reason.UNKNOWN_KIND)
+                elif found.file.suffix.lower() in CHAT_SUFFIXES + CHAT_SUFFIXES_WHEN_NAMED:
                     self._read_chats(found, file)
                 else:
                     self._read_note(found, file)
@@ -68,6 +91,17 @@ class Reader:
         if is_own_log(first):
             raise NotText(Reason.OWN_FILE)
         documents: list[Document] = []
+        encoding = encoding_of_chats(first)
+        skipped = read_chats(self._blocks(file, found.size), encoding, found.path, self._keep(documents))
+        if not documents and not skipped:
+            raise NotText(Reason.EMPTY)
+        self.documents += documents
+        self.skipped += skipped
+        if documents:
+            self.encodings[encoding.name] += 1
+
+    def _keep(self, documents: list[Document]) -> Callable[[Document], None]:
+        """Return a function that adds a chat to `documents`, with its text in the spool."""
 
         def keep(document: Document) -> None:
             damaged = document.text.count("\ufffd")
@@ -75,14 +109,43 @@ class Reader:
                 self.damaged[document.path] = damaged
             documents.append(document.kept_in(self.spool))
 
-        encoding = encoding_of_chats(first)
-        skipped = read_chats(self._blocks(file, found.size), encoding, found.path, keep)
+        return keep
+
+    def _told(self, size: int) -> Callable[[int], None]:
+        """Return a function that reports the bytes done of a file of `size` bytes."""
+        return lambda done: self.progress(self.done + min(done, size), self.total)
+
+    def _read_export(self, found: FoundFile, file: FileIO) -> bool:
+        """Read a file as a chat app's export; return False if it is none."""
+        documents: list[Document] = []
+        skipped = read_file(file, found.path, self.me, self._keep(documents), self._told(found.size))
+        if skipped is None or (found.named and not documents and [skip.reason for skip in skipped] == [Reason.BAD_ARCHIVE]):
+            return False
         if not documents and not skipped:
             raise NotText(Reason.EMPTY)
         self.documents += documents
         self.skipped += skipped
-        if documents:
-            self.encodings[encoding.name] += 1
+        return True
+
+    def read_slack(self, folder: str, files: dict[str, FoundFile]) -> None:
+        """Read the files of a Slack export in a folder, given by their paths in it."""
+        documents: list[Document] = []
+        before = self.done
+        sources = {name: partial(self._listed_blocks, found) for name, found in files.items()}
+        self.skipped += read_slack(sources, folder, self.me, self._keep(documents))
+        self.documents += documents
+        self.done = before + sum(found.size for found in files.values())
+
+    def _listed_blocks(self, found: FoundFile) -> Iterator[bytes]:
+        """Yield the bytes of a file of a Slack export; none, and a skip, if it cannot be read."""
+        try:
+            with open_listed(found.file, found.listed) as file:
+                yield from blocks(file, self._told(found.size))
+        except NotReadable as problem:
+            self.skipped.append(Skipped(found.path, problem.reason))
+        except OSError:
+            self.skipped.append(Skipped(found.path, Reason.UNREADABLE))
+        self.done += found.size
 
     def _read_note(self, found: FoundFile, file: FileIO) -> None:
         encoding = find_encoding(lambda: self._blocks(file), self.encoding)
@@ -130,18 +193,19 @@ def read_notes(
     keep_front_matter: bool = False,
     encoding: str | None = None,
     progress: Progress = ignore,
+    me: Sequence[str] = (),
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
     keep_front_matter: leave front matter as it is, instead of reducing it to title and tags.
     encoding: Python's name for the encoding of notes that are not UTF-8 and have no byte-order mark.
+    me: the user's names in chat apps' exports.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
     found = walk(paths, exclude, lambda: progress(0, 0))
-    reader = Reader(keep_front_matter, encoding, progress, found.bytes)
-    for file in found.found.values():
-        reader.read(file)
+    reader = Reader(keep_front_matter, encoding, progress, found.bytes, me=me)
+    reader.read_all(found.found.values())
     documents, twins = without_duplicates(reader.documents)
     reading = Reading(
         documents=documents,

@@ -12,7 +12,7 @@ def sentences(reading: Reading) -> tuple[str, ...]:
     """Return a sentence each for files that were not read, damaged notes, embedded files, unused --exclude patterns, and each
     cause for which records of a file of chats were not read."""
     said = []
-    files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.lines])
+    files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.has_sentence])
     if files.skipped:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in files.skipped_counts().items())
         said.append(f"Not read: {counts}. Type edgetune train --dry-run to see which.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edgetune.documents import not_notes
 from edgetune.documents.document import Reason, Skipped
+from edgetune.documents.messengers.files import LISTED_SUFFIXES
 from edgetune.documents.note_file import Identity, NotReadable, identity, open_folder
 from edgetune.home import expand, home
 from edgetune.reports.text import NAME_SHOWN
@@ -19,7 +20,7 @@ from edgetune.runtime.errors import DataError, UsageError
 
 NOTE_SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".org")
 CHAT_SUFFIXES = (".jsonl",)
-KINDS = f"notes ({', '.join(NOTE_SUFFIXES)}) or chats ({', '.join(CHAT_SUFFIXES)})"
+KINDS = f"notes ({', '.join(NOTE_SUFFIXES)}) or chats ({', '.join(CHAT_SUFFIXES)}, or a chat app's export)"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class FoundFile:
     path: str
     listed: Identity | None
     size: int
+    named: bool = False
+    """True for a file that the user named, which is read whatever its suffix is."""
 
 
 @dataclass
@@ -96,7 +99,7 @@ def walk(
             state.entries += 1
             # The file that a link leads to is read: naming the link was a decision.
             real = root.resolve()
-            state.found[root] = FoundFile(real, state.report_path(root), identity(real.stat()), real.stat().st_size)
+            state.found[root] = FoundFile(real, state.report_path(root), identity(real.stat()), real.stat().st_size, True)
     state.found = dict(sorted(state.found.items(), key=lambda item: order_key(item[1].path)))
     state.skipped.sort(key=lambda skip: order_key(skip.path))
     return state
@@ -178,7 +181,7 @@ def look_at(entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, st
         return about
     elif not stat.S_ISREG(about.st_mode):
         state.skip(path, Reason.NOT_A_FILE)
-    elif not is_note_name(entry.name):
+    elif not (is_note_name(entry.name) or entry.name.lower().endswith(LISTED_SUFFIXES)):
         state.skip(path, Reason.UNKNOWN_KIND)
     elif not_notes.is_drawing_name(entry.name):
         state.skip(path, Reason.DRAWING)

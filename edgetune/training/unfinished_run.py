@@ -104,7 +104,7 @@ def run_key(config: TrainConfig, base: str) -> str:
     settings = {name: value for name, value in config.as_dict().items() if name not in ("model", "out", "minutes", "until")}
     notes = sorted(os.path.abspath(expand(path)) for path in config.data.notes)
     out = None if config.out is None else str(expand(config.out).resolve())
-    return _digest(json.dumps([settings, base, notes, out], sort_keys=True))[:16]
+    return _digest(json.dumps([settings, base, notes, out, config.data.me], sort_keys=True))[:16]
 
 
 def _delete_abandoned(folder: Path) -> None:
