@@ -54,8 +54,8 @@ FORMS = ("published", "nf4")
 """Forms of the base: bf16 as published, which training takes by default, and NF4."""
 EPOCH_BATCH = 2112
 """Tokens of edgetune's batches in `learn`: packed without cutting into notes, they make as many steps as the peers' 2,048."""
-RESUME_STEPS = 10
-"""Steps of the run that is killed; with edgetune's five evaluations, it saves a checkpoint after every second one."""
+RESUME_STEPS, STOP_AFTER = 10, 3
+"""Steps of the run that is broken off twice, and the steps that it takes each time before that."""
 OUTLIER_LIMIT = 0.06
 """Largest relative error of rounding x to 8 bits for which the kernels use them (INT8_ERROR_LIMIT in constants.h)."""
 LOSS_LIMIT = 0.002
@@ -325,31 +325,35 @@ def merge(arguments: argparse.Namespace) -> tuple[Result, str]:
 
 
 def resume(arguments: argparse.Namespace) -> tuple[Result, str]:
-    """Kill a run with SIGKILL one step after a checkpoint, resume it, and compare the adapter with an uninterrupted run's."""
-    whole, killed = arguments.workdir / "resume-whole", arguments.workdir / "resume-killed"
-    for folder in (whole, killed):
+    """Stop a run, resume it and kill it, resume it again, and compare the adapter with an uninterrupted run's."""
+    whole, broken = arguments.workdir / "resume-whole", arguments.workdir / "resume-broken"
+    for folder in (whole, broken):
         shutil.rmtree(folder, ignore_errors=True)
     short = ("--batch-tokens", "512")
     events_of(train_command(arguments, whole, RESUME_STEPS, *short))
-    process = subprocess.Popen(train_command(arguments, killed, RESUME_STEPS, *short), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    steps = saved = 0
-    for line in process.stdout:
-        event = json.loads(line)
-        steps += event["event"] == "stepped"
-        saved = event["step"] if event["event"] == "saved" else saved
-        if 0 < saved < steps:  # there is a checkpoint to continue from, and a step after it that is lost
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stdout.close()
-    process.wait()
-    again = [word for word in train_command(arguments, killed, RESUME_STEPS, *short) if word != "--fresh"]
-    resumed = next(event for event in events_of(again) if event["event"] == "resumed")
-    same = (whole / "adapter_model.safetensors").read_bytes() == (killed / "adapter_model.safetensors").read_bytes()
-    figures = {"killed_after": steps, "saved_at": saved, "resumed_at": resumed["step"], "same_bytes": same}
-    if not 0 < saved <= resumed["step"] < RESUME_STEPS:
-        raise SystemExit(f"The killed run was not resumed from its checkpoint: {figures}.")
+    first = train_command(arguments, broken, RESUME_STEPS, *short)
+    again = [word for word in first if word != "--fresh"]
+    ended(first, STOP_AFTER, signal.SIGTERM)  # which leaves a checkpoint of the last whole step
+    ended(again, STOP_AFTER, signal.SIGKILL)  # which loses every step since
+    resumed = next(event["step"] for event in events_of(again) if event["event"] == "resumed")
+    same = (whole / "adapter_model.safetensors").read_bytes() == (broken / "adapter_model.safetensors").read_bytes()
+    figures = {"steps": RESUME_STEPS, "resumed_at": resumed, "same_bytes": same}
+    if not 0 < resumed < 2 * STOP_AFTER:
+        raise SystemExit(
+            f"The killed run went on at step {resumed}; its checkpoint was written at step {STOP_AFTER} or soon after."
+        )
     return figures, common.table(list(figures), [[str(value) for value in figures.values()]])
+
+
+def ended(command: Sequence[str], steps: int, by: signal.Signals) -> None:
+    """Run a training command, and send it a signal after so many steps."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line)["event"] == "stepped":
+                steps -= 1
+                if steps == 0:
+                    process.send_signal(by)
 
 
 def memory(arguments: argparse.Namespace) -> tuple[Result, str]:
