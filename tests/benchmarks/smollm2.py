@@ -56,7 +56,7 @@ EPOCH_BATCH = 2112
 """Tokens of edgetune's batches in `learn`: packed without cutting into notes, they make as many steps as the peers' 2,048."""
 RESUME_STEPS, STOP_AFTER = 10, 3
 """Steps of the run that is broken off twice, and the steps that it takes each time before that."""
-OUTLIER_LIMIT = 0.06
+OUTLIER_LIMIT = 0.03
 """Largest relative error of rounding x to 8 bits for which the kernels use them (INT8_ERROR_LIMIT in constants.h)."""
 LOSS_LIMIT = 0.002
 """Largest relative change of the loss that 8-bit products may cause: the 0.2% that is promised."""
