@@ -100,9 +100,10 @@ EXACT = Bound(5e-3, 5e-4, 1e-7, rounds=False)
 """For forms that change no number, only the order of additions."""
 FP16 = Bound(2e-2, 3e-3, 1e-6)
 """For weights rounded to 11 bits. Measured with llama.cpp, which also rounds activations to fp16: 0.004, 6e-4 and 2e-7."""
-BF16 = Bound(0.2, 3e-2, 1.5e-5)
+BF16 = Bound(0.2, 3e-2, 8e-5)
 """For weights rounded to 8 bits, with arithmetic in fp32. Measured on a 16M model: 0.015, 0.0018 and 2e-6; on random weights in
-the shape of a 1.1B model: largest difference 0.064, KL 3e-6."""
+the shape of a 1.1B model: largest difference 0.064, KL 3e-6; on SmolLM2-135M with the adapter of a whole run, KL 9.5e-4, which
+is 3.9e-5 in proportion (LOG.md, "exports of SmolLM2")."""
 BF16_PRODUCTS = Bound(0.2, 2.5e-2, 4.5e-5)
 """For llama.cpp's bf16, which also rounds activations to 8 bits. Measured: 0.045, 0.005 and 9e-6."""
 Q8_0 = Bound(0.6, 9e-2, 9e-4, lost=0.5)

@@ -51,6 +51,9 @@ HEAP_FRAGMENTATION = {
 
 Fitted to measured peaks: predictions were 0.3 to 5.0% above them in 27 runs (LOG.md, "planned peak against measured").
 """
+BF16_FRAGMENTATION = Fragmentation(0.1, 0.3)
+"""Fragmentation of the heap with no recomputation, where torch makes the products in bf16: HEAP_FRAGMENTATION's was fitted to
+fp32. From runs on an AMD Zen 4 (LOG.md, "planned peak of bf16 without AMX")."""
 STREAMED_FRAGMENTATION = Fragmentation(0.55, 0.6)
 """Fragmentation of the heap with full recomputation, fused products and streamed layers. From the same measurements."""
 DEVICE_FRAGMENTATION = Fragmentation(0.9, 0.05)
@@ -256,7 +259,7 @@ def parts(
     vocabulary, logits = _vocabulary_bytes(config, stored, setting, tokens, dtype)
     logits += 3 * tokens * d * size
 
-    loss = _fragmentation(setting, fused, device)
+    loss = _fragmentation(setting, fused, dtype, device)
     fragmented = loss.of_temporaries * (temporaries + logits) + loss.of_kept * activations
     if setting.recompute is Recompute.SELECTIVE and device == "cpu":
         recomputed = kept_bytes(config, lora, size, Recompute.NONE) - kept
@@ -317,12 +320,14 @@ def _vocabulary_bytes(
     return vocabulary, logits
 
 
-def _fragmentation(setting: Setting, fused: bool, device: str) -> Fragmentation:
+def _fragmentation(setting: Setting, fused: bool, dtype: torch.dtype, device: str) -> Fragmentation:
     """Return the fractions for a setting on a device."""
     if device != "cpu":
         return DEVICE_FRAGMENTATION
     if fused and setting.recompute is Recompute.FULL and setting.layer_memory is not None:
         return STREAMED_FRAGMENTATION
+    if not fused and setting.recompute is Recompute.NONE and dtype == torch.bfloat16:
+        return BF16_FRAGMENTATION
     return HEAP_FRAGMENTATION[setting.recompute, fused]
 
 

@@ -59,7 +59,9 @@ def parser(description: str | None, contenders: bool = True) -> argparse.Argumen
         "in train_1b and til_epoch, `smollm2` is the real model",
     )
     flags.add_argument(
-        "--model", type=Path, help="SmolLM2 as a folder or GGUF file, for --shape smollm2 (default: EDGETUNE_TEST_SMOLLM2)"
+        "--model",
+        type=Path,
+        help="a model's folder or GGUF file: SmolLM2's for --shape smollm2 (default: EDGETUNE_TEST_SMOLLM2), or another's",
     )
     flags.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads (default: one for each core)")
     flags.add_argument(

@@ -66,8 +66,7 @@ def forms() -> list[Form]:
 
 def main() -> None:
     flags = common.parser(__doc__, contenders=False)
-    flags.add_argument("--model", help="a model's folder or name (default: random weights of --shape)")
-    flags.add_argument("--adapter", help="the adapter (default: a random one)")
+    flags.add_argument("--adapter", help="a trained adapter for --model; without both, random ones of --shape are exported")
     flags.add_argument("--only", help="run only these rows, separated by commas, such as peft,gguf-f16,coreml-nf4-functions")
     flags.add_argument("--no-verify", action="store_true", help="write the exports without proving them")
     flags.add_argument("--least", action="store_true", help="give each export the least memory that it says it needs")
@@ -80,11 +79,11 @@ def main() -> None:
         if unknown := sorted(set(wanted) - set(keys)):
             flags.error(f"--only has unknown rows: {', '.join(unknown)}; the rows are {', '.join(keys)}.")
         chosen = [form for form in chosen if form.key in wanted]
-    model, adapter = (arguments.model, arguments.adapter) if arguments.model else random_pair(arguments)
+    pair = (str(arguments.model), arguments.adapter) if arguments.model else random_pair(arguments)
     host, results, run = common.machine(arguments.threads), {}, least if arguments.least else export
     for form in chosen:
         common.say(form.key)
-        results[form.key] = run(arguments, form, model, adapter)
+        results[form.key] = run(arguments, form, *pair)
         common.say(f"    {common.brief(results[form.key])}")
     publish(arguments, host, results)
 
@@ -138,7 +137,7 @@ def least(arguments: argparse.Namespace, form: Form, model: str, adapter: str) -
 
 def publish(arguments: argparse.Namespace, host: Result, results: dict[str, Result]) -> None:
     """Print the table, with a row for each form."""
-    named = arguments.model or f"{arguments.shape} of random weights"
+    named = str(arguments.model or f"{arguments.shape} of random weights")
     everything = {
         "benchmark": "exports",
         "machine": host,

@@ -29,10 +29,11 @@ FORMS = {"as published": None, "4 bits, to nearest": False, "4 bits, calibrated"
 def main() -> None:
     flags = common.parser(__doc__, contenders=False)
     flags.add_argument("notes", type=Path, nargs="+", help="files or folders of held-out text")
-    flags.add_argument("--model", required=True, help="the folder of a model in bf16, fp16 or fp32")
     flags.add_argument("--texts", action="append", default=[], help="files or folders to calibrate on (default: built-in text)")
     flags.add_argument("--bytes", type=int, default=60_000, help="most bytes of each held-out text")
     arguments = flags.parse_args()
+    if arguments.model is None:
+        flags.error("--model is missing; name the folder of a model in bf16, fp16 or fp32.")
     torch.set_num_threads(arguments.threads)
     held_out = {path.name: sample(path, arguments.bytes) for path in arguments.notes}
     found = [measure(label, calibrate, arguments, held_out) for label, calibrate in FORMS.items()]
@@ -57,14 +58,14 @@ def measure(
 ) -> dict[str, Any]:
     """Make one form of the model; return its figures: bits per byte of each text, seconds and peak memory of making it."""
     found: dict[str, Any] = {"form": label, "bits_per_byte": {}}
-    folder = Path(arguments.model)
+    folder = arguments.model
     if calibrate is not None:
         folder = arguments.workdir / ("calibrated" if calibrate else "nearest")
         shutil.rmtree(folder, ignore_errors=True)
         arguments.workdir.mkdir(parents=True, exist_ok=True)
         with MemoryMeter(open_model(arguments.model).files) as meter:
             texts = arguments.texts if calibrate else []
-            made = quantise(arguments.model, folder, calibrate=calibrate, texts=texts)
+            made = quantise(str(arguments.model), folder, calibrate=calibrate, texts=texts)
             found |= {"seconds": made.seconds, "peak": meter.peak(), "cost": None if made.cost is None else asdict(made.cost)}
     common.say(f"{label}: {found.get('seconds', 0):.0f} s")
     found["bits_per_byte"]["built-in"] = bits_per_byte(folder)

@@ -4,61 +4,22 @@
     python tests/benchmarks/til_epoch.py --shape smollm2 --limit 100                 with a real model of 135M
     python tests/benchmarks/til_epoch.py --limit 60                                  to try the script out
 
-All train the same documents (read and split by edgetune from --notes) with rank 16, alpha 16, dropout 0.05, AdamW at
-1e-3 with 10 warm-up steps and linear decay to a tenth, and clipping at 1.0. One scorer judges all of them: transformers in
+All train the same documents (read and split by edgetune from --notes) with rank 16, alpha 16, dropout 0.05, AdamW at --lr
+with 10 warm-up steps and linear decay to a tenth, and clipping at 1.0. One scorer judges all of them: transformers in
 fp32, with the weights that each was trained on (bf16, or NF4 dequantised) and its adapter, attached by peft.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import random
-import shutil
-import statistics
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import real_model
 from common import Contender, Result
-
-RANK, ALPHA, DROPOUT = 16, 16, 0.05
-RATE, WARMUP, FINAL, CLIP = 1e-3, 10, 0.1, 1.0
-ROW, ROWS = 512, 4  # the yardstick's batches
-CUT, DOCUMENTS = 1024, 4  # trl's max_length; documents a padded batch
-SCORED = 1024  # the base's context
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Peer(NamedTuple):
-    """The way a peer trains. `base` ("bf16" or "nf4") selects the model folder; the weights are loaded in `dtype`."""
-
-    label: str
-    base: str = "bf16"
-    dtype: str = "bfloat16"
-    autocast: bool = True
-    bf16_adapters: bool = False
-    padded: bool = False
-    recompute: bool = False
-
-
-PEERS = {
-    "peft-fp32": Peer("peft, fp32 base, bf16 autocast, packed 4×512 (the yardstick)", dtype="float32"),
-    "peft-bf16": Peer("peft, bf16 base, bf16 autocast, packed 4×512"),
-    "peft-bf16-adapters": Peer("peft, bf16 base and adapters, packed 4×512", autocast=False, bf16_adapters=True),
-    "peft-nf4": Peer("peft+bitsandbytes NF4, bf16 autocast, packed 4×512", "nf4"),
-    "peft-nf4-adapters": Peer("peft+bitsandbytes NF4, bf16 adapters, packed 4×512", "nf4", autocast=False, bf16_adapters=True),
-    "peft-defaults": Peer("peft as trl's defaults: 4 padded notes, cut at 1,024, recompute", padded=True, recompute=True),
-    "peft-defaults-nf4": Peer(
-        "peft+bitsandbytes NF4 as trl's defaults: 4 padded notes, cut at 1,024, recompute", "nf4", padded=True, recompute=True
-    ),
-}
-OURS = {"ours": "edgetune NF4, packed, documents isolated"}
+from epoch_contenders import ALPHA, DROPOUT, OURS, PEERS, RANK, RATE, REAL_RATE, base_of, contend
 
 
 def main() -> None:
@@ -67,9 +28,13 @@ def main() -> None:
     flags.add_argument("--data", type=Path, default=common.ROOT.parent / "shared" / "data", help="folder with base-16m and til")
     flags.add_argument("--base", type=Path, help="the base model's folder (DATA/base-16m, or SmolLM2's)")
     flags.add_argument("--notes", type=Path, help="the notes' folder (DATA/til)")
-    flags.add_argument("--limit", type=int, help="use only this many notes, to try the script out")
+    flags.add_argument("--limit", type=int, help="use only this many of the notes, spread evenly over all")
+    flags.add_argument("--batch-tokens", type=int, default=2048,
+                       help="edgetune's batches, filled with whole documents (default: %(default)s, the peers')")  # fmt: skip
+    flags.add_argument("--lr", type=float, help=f"peak learning rate (default: {RATE:g}; of SmolLM2, {REAL_RATE:g})")
     arguments = flags.parse_args()
     real = arguments.shape == real_model.SHAPE
+    arguments.lr = arguments.lr or (REAL_RATE if real else RATE)
     if arguments.base is None:
         arguments.base = real_model.folder(arguments.model, arguments.workdir) if real else arguments.data / "base-16m"
     arguments.notes = arguments.notes or arguments.data / "til"
@@ -86,7 +51,8 @@ def compare(arguments: argparse.Namespace) -> None:
     script = Path(__file__).resolve()
     work = arguments.workdir / "-".join([arguments.notes.name, arguments.base.name, str(arguments.limit or "all")])
     passed = ["--threads", str(arguments.threads), "--workdir", str(work), "--base", str(arguments.base.resolve()),
-              "--notes", str(arguments.notes.resolve())]  # fmt: skip
+              "--notes", str(arguments.notes.resolve()), "--lr", str(arguments.lr),
+              "--batch-tokens", str(arguments.batch_tokens)]  # fmt: skip
     if arguments.limit is not None:
         passed += ["--limit", str(arguments.limit)]
     host = common.machine(arguments.threads)
@@ -99,7 +65,7 @@ def compare(arguments: argparse.Namespace) -> None:
     results = common.run_rounds(script, contenders, passed, arguments.repeats)
     scores = {base: score(script, passed, base, None) for base in ("bf16", "nf4")}
     for contender in contenders:
-        base = PEERS[contender.key].base if contender.key in PEERS else "nf4"
+        base = base_of(contender.key)
         if "error" not in results[contender.key][-1]:
             scores[contender.key] = score(script, passed, base, contender.key)
     everything = {
@@ -107,7 +73,14 @@ def compare(arguments: argparse.Namespace) -> None:
         "machine": host,
         "versions": common.versions(),
         "lacking": [*common.lacking(), "trl, whose defaults are reproduced by hand, without its logging and saving"],
-        "settings": {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "rate": RATE, "rounds": arguments.repeats, **texts},
+        "settings": {
+            "rank": RANK,
+            "alpha": ALPHA,
+            "dropout": DROPOUT,
+            "rate": arguments.lr,
+            "rounds": arguments.repeats,
+            **texts,
+        },
         "results": results,
         "scores": scores,
     }
@@ -122,7 +95,8 @@ def score(script: Path, passed: list[str], base: str, adapter: str | None) -> Re
 
 
 def summarise(results: dict[str, list[Result]], scores: dict[str, Result]) -> dict[str, Any]:
-    ours, time_key = results.get("ours", []), "epoch_seconds"
+    nf4, bf16, time_key = results.get("ours", []), results.get("ours-bf16", []), "epoch_seconds"
+    ours = nf4 or bf16
 
     def fastest(keys: list[str]) -> str | None:
         present = [key for key in keys if common.median(results.get(key, []), time_key)]
@@ -130,14 +104,16 @@ def summarise(results: dict[str, list[Result]], scores: dict[str, Result]) -> di
 
     best, defaults = fastest(list(PEERS)), fastest([key for key in PEERS if key.startswith("peft-defaults")])
 
-    def faster(peer: str | None, key: str) -> float | None:
-        return common.median_ratio(results.get(peer or "", []), ours, key)
+    def faster(peer: str | None, key: str, mine: list[Result] = ours) -> float | None:
+        return common.median_ratio(results.get(peer or "", []), mine, key)
 
     yardstick, mine = (scores.get(key, {}).get("bits_per_byte") for key in ("peft-fp32", "ours"))
+    dense = fastest([key for key in PEERS if base_of(key) == "bf16" and not PEERS[key].padded])
     return {
         "peer_fastest": best,
         "times_faster_than_fastest_peer": faster(best, time_key),
         "times_faster_than_fastest_nf4_peer": faster(fastest(["peft-nf4", "peft-nf4-adapters"]), time_key),
+        "times_faster_bf16_than_fastest_bf16_peer": faster(dense, time_key, bf16),
         "times_faster_than_yardstick": faster("peft-fp32", time_key),
         "times_faster_than_defaults": faster(defaults, time_key),
         "times_faster_whole_run_than_fastest_peer": faster(best, "whole_seconds"),
@@ -147,13 +123,13 @@ def summarise(results: dict[str, list[Result]], scores: dict[str, Result]) -> di
 
 def render(everything: Result, contenders: list[Contender], summary: dict[str, Any]) -> str:
     results, scores, settings = everything["results"], everything["scores"], everything["settings"]
-    rows = []
+    rows, ours = [], results.get("ours") or results.get("ours-bf16", [])
     for contender in contenders:
-        mine, base = results[contender.key], PEERS[contender.key].base if contender.key in PEERS else "nf4"
+        mine, base = results[contender.key], base_of(contender.key)
         rows.append([
             contender.label,
             common.number(common.median(mine, "epoch_seconds")),
-            common.number(common.median_ratio(mine, results.get("ours", []), "epoch_seconds"), "{:.2f}×"),
+            common.number(common.median_ratio(mine, ours, "epoch_seconds"), "{:.2f}×"),
             common.number(common.median(mine, "whole_seconds")),
             common.number(common.median(mine, "tokens_per_second"), "{:,.0f}"),
             common.number(common.median(mine, "steps"), "{:.0f}"),
@@ -172,222 +148,6 @@ def render(everything: Result, contenders: list[Contender], summary: dict[str, A
         "evaluations, the samples and the report). text tokens/s: tokens of the notes a second of epoch, padding not counted.\n"
     )
     return "\n".join([common.heading(everything), about, common.table(heads, rows), "", common.listed(summary)])
-
-
-# --- the contenders -------------------------------------------------------------------------------------------------
-
-
-def contend(arguments: argparse.Namespace) -> Result:
-    key = arguments.contender
-    if key == "prepare":
-        return prepare(arguments)
-    if key.startswith("score-"):
-        _, base, *adapter = key.split("-", 2)
-        common.bare_torch(arguments.threads)
-        return scored(arguments, base, adapter[0] if adapter else None)
-    bare = common.bare_torch(arguments.threads)
-    return ours(arguments, bare) if key in OURS else peer(arguments, key, bare)
-
-
-def notes_folder(arguments: argparse.Namespace) -> Path:
-    return arguments.notes if arguments.limit is None else arguments.workdir / "notes"
-
-
-def prepare(arguments: argparse.Namespace) -> Result:
-    """Write the training and held-out texts as texts.json, and the base in NF4 and dequantised from NF4."""
-    from edgetune.config import DataConfig, TrainConfig
-    from edgetune.runtime.quantize import quantize_folder
-    from edgetune.runtime.tokenizer import Tokenizer
-    from edgetune.training.setup import read_and_split
-
-    arguments.workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if arguments.limit is not None and not notes_folder(arguments).exists():
-        for path in sorted(arguments.notes.rglob("*.md"))[:: max(1, 1800 // arguments.limit)][: arguments.limit]:
-            copied = notes_folder(arguments) / path.relative_to(arguments.notes)
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copied)
-    _, parted = read_and_split(TrainConfig(data=DataConfig(notes=(str(notes_folder(arguments)),))))
-    tokenizer = Tokenizer.load(arguments.base)
-    sides = {"train": [document.text for document in parted.train], "held_out": [document.text for document in parted.held_out]}
-    ends = {"start": list(tokenizer.start_ids), "end": list(tokenizer.eos_ids[:1])}
-    (arguments.workdir / "texts.json").write_text(json.dumps({**sides, **ends}))
-    nf4, dense = arguments.workdir / "base-nf4", arguments.workdir / "base-nf4-dense"
-    if not nf4.exists():
-        quantize_folder(arguments.base, nf4)
-    if not (dense / "config.json").exists():
-        dense.mkdir(exist_ok=True)
-        common.write_dense(nf4, dense / "model.safetensors")
-        shutil.copyfile(arguments.base / "config.json", dense / "config.json")
-    return {
-        "documents": len(parted.train),
-        "held_out": len(parted.held_out),
-        "tokens": sum(len(tokenizer.encode(text)) + len(ends["start"]) + 1 for text in sides["train"]),
-        "held_out_bytes": sum(len(text.encode()) for text in sides["held_out"]),
-    }
-
-
-def texts(arguments: argparse.Namespace, side: str) -> list[Any]:
-    """Return the texts of one side ("train", "held_out"), or the ids with which every text begins and ends ("start", "end")."""
-    return json.loads((arguments.workdir / "texts.json").read_text())[side]
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Return the learning rate: linear warm-up, then linear decay to a tenth, as `edgetune train` and the yardstick have it."""
-    warmup = min(WARMUP, steps // 4)
-    if step < warmup:
-        return RATE * (step + 1) / warmup
-    return RATE * (1 - (1 - FINAL) * (step - warmup) / max(steps - warmup, 1))
-
-
-def packed(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield (ids, labels, attention mask) of 4 rows of 512 from all documents end to end, not isolated; pad the last batch."""
-    import torch
-
-    stream = [token for document in documents for token in document]
-    for start in range(0, len(stream), ROW * ROWS):
-        piece = stream[start : start + ROW * ROWS]
-        rows = -(-len(piece) // ROW)
-        ids = torch.tensor(piece + [0] * (rows * ROW - len(piece))).view(rows, ROW)
-        labels = torch.tensor(piece + [-100] * (rows * ROW - len(piece))).view(rows, ROW)
-        yield ids, labels, None
-
-
-def padded(documents: list[list[int]]) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield batches of 4 documents, each cut at 1,024 tokens and padded to the longest; nobody trains on what is cut off."""
-    import torch
-
-    for start in range(0, len(documents), DOCUMENTS):
-        cut = [document[:CUT] for document in documents[start : start + DOCUMENTS]]
-        longest = max(map(len, cut))
-        ids = torch.tensor([document + [0] * (longest - len(document)) for document in cut])
-        labels = torch.tensor([document + [-100] * (longest - len(document)) for document in cut])
-        mask = torch.tensor([[1] * len(document) + [0] * (longest - len(document)) for document in cut])
-        yield ids, labels, mask
-
-
-def peer(arguments: argparse.Namespace, key: str, bare: int) -> Result:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    how = PEERS[key]
-    torch.manual_seed(0)
-    beginning = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    start, end = texts(arguments, "start"), texts(arguments, "end")
-    documents = [start + tokenizer.encode(text, add_special_tokens=False) + end for text in texts(arguments, "train")]
-    random.Random(0).shuffle(documents)
-    folder = arguments.base if how.base == "bf16" else arguments.workdir / "base-nf4"
-    options: dict[str, Any] = {"dtype": getattr(torch, how.dtype), "attn_implementation": "sdpa", "device_map": {"": "cpu"}}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    model.config.use_cache = False
-    if how.recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=LINEARS, task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora, autocast_adapter_dtype=not how.bf16_adapters)
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    batches = list((padded if how.padded else packed)(documents))
-    losses = []
-    with common.measured(common.weight_files(folder), bare) as peaks:
-        began = time.perf_counter()
-        for step, (ids, labels, mask) in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, len(batches))
-            with torch.autocast("cpu", torch.bfloat16, enabled=how.autocast):
-                loss = model(input_ids=ids, labels=labels, attention_mask=mask, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-        epoch = time.perf_counter() - began
-    model.save_pretrained(arguments.workdir / "adapters" / key)
-    tokens = sum(int((labels != -100).sum()) for _, labels, _ in batches)
-    return {
-        "epoch_seconds": epoch,
-        "whole_seconds": time.perf_counter() - beginning,
-        "tokens_per_second": tokens / epoch,
-        "tokens": tokens,
-        "steps": len(batches),
-        "last_loss": statistics.mean(losses[-20:]),
-        **peaks,
-    }
-
-
-def ours(arguments: argparse.Namespace, bare: int) -> Result:
-    """Train as `edgetune train` does, but for one epoch, at the yardstick's rate, with one evaluation at the end."""
-    os.environ["EDGETUNE_HOME"] = str(arguments.workdir / "home")
-    from edgetune.config import DataConfig, TrainConfig
-    from edgetune.events import Evaluated, Finished, Started
-    from edgetune.runtime.memory_meter import MemoryMeter
-    from edgetune.training.train import train
-
-    adapter = arguments.workdir / "adapters" / "ours"
-    config = TrainConfig(
-        data=DataConfig(notes=(str(notes_folder(arguments)),)), model=str(arguments.workdir / "base-nf4"), out=str(adapter),
-        epochs=1, rank=RANK, alpha=ALPHA, dropout=DROPOUT, lr=RATE, warmup_steps=WARMUP, final_lr=FINAL, clip=CLIP,
-        evaluations=1,
-    )  # fmt: skip
-    beginning, plan, evaluated = time.perf_counter(), {}, 0.0
-    with MemoryMeter() as anonymous:
-        for event in train(config):
-            if isinstance(event, Started):
-                plan = event.plan
-            if isinstance(event, Evaluated):
-                evaluated += event.seconds
-            if isinstance(event, Finished):
-                last = event
-        peak = anonymous.peak()
-    return {
-        "epoch_seconds": last.tokens / last.tokens_per_second,
-        "whole_seconds": time.perf_counter() - beginning,
-        "evaluation_seconds": evaluated,
-        "tokens_per_second": last.tokens_per_second,
-        "tokens": last.tokens,
-        "steps": last.steps,
-        "own_bits_per_byte": last.heldout_bits_per_byte_after,
-        "own_bits_per_byte_before": last.heldout_bits_per_byte_before,
-        "peak_memory_bytes": last.peak_memory_bytes,
-        "anonymous_bytes": peak,
-        "anonymous_beyond_torch": peak - bare,
-        "backend": plan.get("backend"),
-        "recompute": plan.get("setting", {}).get("recompute"),
-    }
-
-
-def scored(arguments: argparse.Namespace, base: str, adapter: str | None) -> Result:
-    """Return the bits per byte of the held-out notes: every token counts once, after the start ids, without the end.
-
-    A note longer than the context is read in windows; each but the first begins with half a window of context.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = arguments.base if base == "bf16" else arguments.workdir / "base-nf4-dense"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, arguments.workdir / "adapters" / adapter)
-    model.eval()
-    nats, size, tokens = 0.0, 0, 0
-    for text in texts(arguments, "held_out"):
-        ids = torch.tensor([*texts(arguments, "start"), *tokenizer.encode(text, add_special_tokens=False)])
-        size += len(text.encode())
-        done = 0  # targets ids[1 : done + 1] have been scored
-        while done < len(ids) - 1:
-            start = max(0, done - SCORED // 2) if done else 0
-            window = ids[start : start + SCORED + 1]
-            with torch.no_grad():
-                logits = model(input_ids=window[:-1].unsqueeze(0), use_cache=False).logits[0]
-            losses = torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="none")
-            nats += float(losses[done - start :].double().sum())
-            tokens += len(losses) - (done - start)
-            done = start + len(losses)
-    return {"bits_per_byte": nats / math.log(2) / size, "tokens": tokens, "bytes": size}
 
 
 if __name__ == "__main__":

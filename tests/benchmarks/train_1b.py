@@ -42,6 +42,7 @@ PEERS = {
 OURS = {
     "ours-none": "edgetune NF4, recompute none",
     "ours-none-bf16": "edgetune NF4, recompute none, products in bf16",
+    "ours-dense": "edgetune bf16 weights, recompute none",
     "ours-selective": "edgetune NF4, recompute selective",
     "ours-full": "edgetune NF4, recompute full",
     "ours-smallest": "edgetune NF4, smallest: recompute, states and activations in files",
@@ -144,12 +145,14 @@ def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
         return common.median_ratio(results.get(key or "", []), results.get(peer or "", []), of)
 
     ours, peer = fastest(["ours-none", "ours-selective", "ours-full"]), fastest(["peft-nf4", "peft-nf4-recompute"])
+    dense = fastest(["peft-bf16", "peft-bf16-recompute"])
     return {
         "ours_fastest": ours,
         "peer_nf4_fastest": peer,
         "fastest_speed_ratio": ratio(ours, peer, speed),
         "fastest_memory_ratio": ratio(ours, peer, "peak_memory_bytes"),
-        "fastest_speed_ratio_to_bf16_peer": ratio(ours, fastest(["peft-bf16", "peft-bf16-recompute"]), speed),
+        "fastest_speed_ratio_to_bf16_peer": ratio(ours, dense, speed),
+        "dense_speed_ratio_to_bf16_peer": ratio("ours-dense", dense, speed),
         "recompute_speed_ratio": ratio("ours-full", "peft-nf4-recompute", speed),
         "recompute_memory_ratio": ratio("ours-full", "peft-nf4-recompute", "peak_memory_bytes"),
         "gemm_share_fastest": common.median(results.get(ours or "", []), "gemm_share"),
@@ -163,7 +166,14 @@ def summarise(results: dict[str, list[Result]]) -> dict[str, Any]:
 def render(everything: Result, contenders: list[Contender], summary: dict[str, Any]) -> str:
     results, settings = everything["results"], everything["settings"]
     off, on = "peft-nf4", "peft-nf4-recompute"
-    peer_of = {"ours-none": off, "ours-selective": off, "ours-full": on, "ours-smallest": on, "ours-compact": on}
+    peer_of = {
+        "ours-none": off,
+        "ours-selective": off,
+        "ours-full": on,
+        "ours-smallest": on,
+        "ours-compact": on,
+        "ours-dense": "peft-bf16",
+    }
     rows = []
     for contender in contenders:
         if contender.key == "gemm":
@@ -179,13 +189,13 @@ def render(everything: Result, contenders: list[Contender], summary: dict[str, A
             common.number(common.median_ratio(mine, theirs, "anonymous_beyond_torch"), "{:.2f}×"),
             common.number(common.median(mine, "first_loss"), "{:.4f}"),
         ])  # fmt: skip
-    heads = ["trained", "tokens/s", "to the NF4 peer", "of GEMM peak", "peak memory MB", "anonymous beyond torch MB",
-             "to the peer", "first loss"]  # fmt: skip
+    heads = ["trained", "tokens/s", "to the peer", "of GEMM peak", "peak memory MB", "anonymous beyond torch MB",
+             "of the peer's", "first loss"]  # fmt: skip
     peak = common.number(common.median(results.get("gemm", []), "gemm_gflops"), "{:,.0f}")
     about = (
         f"{settings['shape']}, one row of {settings['tokens']} tokens, r{RANK} on all linears, AdamW; medians of "
         f"{settings['rounds']} rounds of {settings['steps']} steps. GEMM peak {peak} GFLOP/s. "
-        "Ratios are to the NF4 peer with the same recomputation.\n"
+        "Ratios are to the peer with weights in the same form and the same recomputation.\n"
     )
     return "\n".join([common.heading(everything), about, common.table(heads, rows), "", common.listed(summary)])
 
@@ -252,10 +262,11 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     small = setting in SMALL
     if setting == "compact":
         compact_heap()
-    checkpoint = open_model(arguments.workdir / f"{arguments.shape}-nf4")
+    dense = setting == "dense"
+    checkpoint = open_model(arguments.workdir / f"{arguments.shape}-{'bf16' if dense else 'nf4'}")
     model = load_llama(checkpoint, compute_dtype(torch.device("cpu")))
     adapters.attach_new(model, bench.LORA, 0)
-    recompute = Recompute.FULL if small else Recompute(setting.removesuffix("-bf16"))
+    recompute = Recompute.FULL if small else Recompute.NONE if dense else Recompute(setting.removesuffix("-bf16"))
     int8 = fuses(model.device, model.dtype) and not setting.endswith("-bf16")  # as `edgetune train` does
     runner = Runner(model, recompute, arguments.loss_rows, arguments.workdir if small else None, int8)
     parameters = adapters.parameters(model)

@@ -54,7 +54,7 @@ def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool 
     only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. Raises ValueError for
     arguments that do not fit together. W has dequantize's bits; y may be a slice of columns.
 
-    int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 6% (constants.h's
+    int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 3% (constants.h's
     INT8_ERROR_LIMIT) and the shapes allow it.
     """
     address_of_rows(x, "x", (x.shape[0], linears[0].weight.shape[1]), x.dtype)
