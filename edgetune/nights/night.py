@@ -187,8 +187,10 @@ class Night:
         if not looked.new + looked.changed and record.kind is not Kind.TRIAL:
             raise _Ended(Outcome.NOTHING_NEW)
         parent = self.trainer.current(self.job.train_config(), show)
-        steps = TRIAL_STEPS if record.kind is Kind.TRIAL else None
-        tonight = Tonight(record.night, parent, looked.deferred + looked.conflicts, steps)
+        if record.kind is Kind.TRIAL:  # somebody waits, perhaps with notes that were written just now
+            tonight = Tonight(record.night, parent, looked.conflicts, TRIAL_STEPS)
+        else:
+            tonight = Tonight(record.night, parent, looked.deferred + looked.conflicts)
         record.parent = None if parent is None else Path(parent).name
         looked.known.save(PENDING)
         tonight.save()

@@ -40,7 +40,8 @@ class Tonight:
         config = job.train_config()
         # An absolute path with its wildcards escaped is a pattern that leaves out this one file.
         exclude = (*config.data.exclude, *(glob.escape(path) for path in self.left_out))
-        length = {} if self.steps is None else {"steps": self.steps, "epochs": None}
+        if self.steps is not None:
+            config = dataclasses.replace(config, steps=self.steps, epochs=None)
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, exclude=exclude),
@@ -48,7 +49,6 @@ class Tonight:
             minutes=minutes,
             until=None,
             from_adapter=self.parent,
-            **length,
         )
 
 

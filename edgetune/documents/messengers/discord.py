@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from edgetune.documents.chats import Window
 from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_of
-from edgetune.documents.messengers.json_items import items, text_at
+from edgetune.documents.messengers.json_items import Path, items, text_at
 from edgetune.documents.messengers.messages import Message
 
-OPENED_PATHS = frozenset([(), ("messages",)])
+OPENED_PATHS: frozenset[Path] = frozenset([(), ("messages",)])
 """Containers of an export that are read value by value."""
 _WRITTEN = ("Default", "Reply", "0", "19")
 """Types of messages that a person wrote; old exports number them. All others are notices."""

@@ -15,12 +15,12 @@ from typing import Any
 from edgetune.documents.chats import Window
 from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_of
-from edgetune.documents.messengers.json_items import OPENED, items, text_at
+from edgetune.documents.messengers.json_items import OPENED, Path, items, text_at
 from edgetune.documents.messengers.messages import Message
 
 _LISTS = (("chats", "list"), ("left_chats", "list"))
-_CHATS = ((), *((*path, "*") for path in _LISTS))
-OPENED_PATHS = frozenset(
+_CHATS: tuple[Path, ...] = ((), *((*path, "*") for path in _LISTS))
+OPENED_PATHS: frozenset[Path] = frozenset(
     [
         *_CHATS,
         *((*chat, "messages") for chat in _CHATS),
