@@ -135,6 +135,9 @@ class Finished(Event):
     learnt and mended before; "memory" or "time" if those allowed did not suffice. Its score alone is
     `heldout_bits_per_byte_published`, with the adapter `heldout_bits_per_byte_on_published`, and `base_bits` are those of each
     number of the base in the run, None if it is not quantised.
+
+    All scores rest on `heldout_tokens` tokens. `judged` is False if those are too few to say which score is better
+    (dataset/evaluation_set.py); `published` is "few" then where it would be "measured".
     """
 
     kind: ClassVar[str] = "finished"
@@ -156,6 +159,8 @@ class Finished(Event):
     base_bits: int | None = None
     heldout_bits_per_byte_published: float | None = None
     heldout_bits_per_byte_on_published: float | None = None
+    heldout_tokens: int | None = None
+    judged: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,10 @@ def convert(
                 atomic_write(folder / companion, content)
             if has_tokenizer(folder):
                 Tokenizer.load(folder)  # one that does not fit is refused before the minutes of work
-            _write_weights(folder, recipe, progress)
+            # Numbers are read and written faster than threads share them out: on a busy machine, threads that wait for each
+            # other made seconds minutes. Only rounding to 4 bits is worth them.
+            with contextlib.nullcontext() if recipe.form == "nf4" else one_thread():
+                _write_weights(folder, recipe, progress)
             file.refuse_changes()
             _origin(file, name).write(folder)
             open_model(folder)

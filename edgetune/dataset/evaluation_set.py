@@ -19,6 +19,10 @@ from edgetune.dataset.pieces import TEXT
 from edgetune.dataset.token_store import TokenStore
 from edgetune.runtime.batch import Batch
 
+FEWEST_JUDGED = 200
+"""Fewest tokens that must have been scored for two scores to say which is better: of fewer, a single odd sentence decides.
+Chosen by hand."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,6 +38,11 @@ class Score:
     def first(self, batches: int) -> Score:
         """Return the score of the first batches alone."""
         return Score(self.nats[:batches], self.tokens[:batches], self.bytes[:batches])
+
+    @property
+    def judges(self) -> bool:
+        """Return True if enough tokens were scored to say that one score is better than another."""
+        return sum(self.tokens) >= FEWEST_JUDGED
 
     @property
     def bits_per_byte(self) -> float:

@@ -25,8 +25,8 @@ from edgetune.events import (
     Working,
     line,
 )
-from edgetune.reports.repair import learning_lines
-from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
+from edgetune.reports.repair import learning_lines, too_few
+from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -152,25 +152,32 @@ def interrupted_line(event: Interrupted) -> str:
     )
 
 
+NO_BETTER = "on the held-out notes it is no better than before"
+"""Reason why an adapter was not made the current one."""
+
+
 def finished_lines(event: Finished) -> list[str]:
     """Return the last lines of a run: whether it learned, what it took, and where the result is."""
     before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
     lines = []
     if before is not None and after is not None:
         change = f"{abs(1 - after / before):.1%} {'lower' if after <= before else 'higher'}" if before > 0 else "no change"
-        lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}")
-        lines += learning_lines(event, unknown=False)
+        rough = too_few(event)
+        shown = f" ({change}), best at step {event.best_step}" if rough is None else ""
+        lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte{shown}")
+        lines += learning_lines(event, unknown=False) if rough is None else [rough]
     else:
         lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
     lines.append(
-        f"{event.steps:,} {'step' if event.steps == 1 else 'steps'}, {event.tokens:,} tokens in {human_time(event.seconds)} "
+        f"{counted(event.steps, 'step')}, {counted(event.tokens, 'token')} in {human_time(event.seconds)} "
         f"({event.tokens_per_second:,.0f} tokens/s), peak memory {human_bytes(event.peak_memory_bytes)}"
     )
     if event.skipped_steps:
         lines.append(f"Steps skipped because their loss or gradient was not finite: {event.skipped_steps:,}")
     if event.cut:
         lines.append(f"Stopped early: {one_line(event.cut)}. Run the same command again to continue.")
-    not_current = "" if event.promoted else " (not made current: on the held-out notes it is no better than before)"
+    why = "too few held-out notes were read to judge it by" if too_few(event) else NO_BETTER
+    not_current = "" if event.promoted else f" (not made current: {why})"
     lines.append(f"Adapter: {one_line(event.adapter)}{not_current}")
     if event.report:
         lines.append(f"Report: {one_line(event.report)}")
