@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from edgetune.conversion.tokenizer import tokenizer_files
 from edgetune.lock import lock_output
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.device import one_thread
 from edgetune.runtime.files import atomic_folder, atomic_write, mend, refuse_occupied
 from edgetune.runtime.model_folder import (
     check_space,

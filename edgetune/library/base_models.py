@@ -172,9 +172,8 @@ def forget(name: str) -> int:
     name: as for `resolve`, or a part of the name that `models` lists. Raises ModelError where nothing was converted under it.
     """
     files = [candidate for candidate in candidates() if candidate.gguf]
-    named = [candidate.path for candidate in files if _is_named(candidate, name)]
-    named = named or [candidate.path for candidate in files if _is_short_for(candidate, name)]
-    return delete_conversions(name, [expand(name), *named])
+    named, short = ([each.path for each in files if matches(each, name)] for matches in (_is_named, _is_short_for))
+    return delete_conversions(name, [expand(name), *named], short)
 
 
 def _no_model(name: str) -> str:

@@ -86,23 +86,24 @@ def converted_folder(path: Path, name: str, show: Show, notices: tuple[str, ...]
     return found.folder
 
 
-def delete_conversions(name: str, paths: Sequence[Path]) -> int:
+def delete_conversions(name: str, paths: Sequence[Path], short_for: Sequence[Path] = ()) -> int:
     """Delete what the GGUF model of this name, or any file of `paths`, was converted to; return how many bytes that frees.
 
-    name: the whole name or, where one model alone has it, a part. Raises ModelError where nothing was converted under it.
+    Where there is none, `name` may be short for the one converted model that is among `short_for`, or whose name contains it.
+    Raises ModelError for a name that no converted model has, or several have in short.
     """
     with _alone(lambda event: None):
         kept = conversions()
         made = [found for found in kept if name == found.origin.name or any(map(found.is_of, paths))]
         if not made and name:
-            made = [found for found in kept if name.lower() in found.origin.name.lower()]
-        names = sorted({found.origin.name for found in made or kept})
+            part = name.lower()
+            made = [found for found in kept if part in found.origin.name.lower() or any(map(found.is_of, short_for))]
+            names = sorted({found.origin.name for found in made})
+            if len(names) > 1:
+                raise ModelError(f"{name[:NAME_SHOWN]!r} may be any of {', '.join(names)}; type the whole name of one.")
         if not made:
-            raise ModelError(
-                f"No converted model is called {name[:NAME_SHOWN]!r}; those that are kept: {', '.join(names) or 'none'}."
-            )
-        if len({os.path.realpath(found.origin.path) for found in made}) > 1:
-            raise ModelError(f"{name[:NAME_SHOWN]!r} may be any of {', '.join(names)}; type the whole name of one.")
+            names = sorted({found.origin.name for found in kept}) or ["none"]
+            raise ModelError(f"No converted model is called {name[:NAME_SHOWN]!r}; those that are kept: {', '.join(names)}.")
         freed = sum(found.bytes for found in made)
         for found in made:
             _delete(found.folder)
