@@ -20,6 +20,15 @@ from typing import Any, ClassVar
 from edgetune.runtime.errors import DataError
 from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
+FEWEST_JUDGED = 200
+"""Fewest held-out tokens that must have been scored for a figure to say anything, and for one adapter to be called better than
+another: of fewer, which a run of few steps reads, a single odd sentence decides. Chosen by hand."""
+
+
+def judges(tokens: int) -> bool:
+    """Return True if a score on so many tokens is enough to judge by."""
+    return tokens >= FEWEST_JUDGED
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -136,8 +145,8 @@ class Finished(Event):
     `heldout_bits_per_byte_published`, with the adapter `heldout_bits_per_byte_on_published`, and `base_bits` are those of each
     number of the base in the run, None if it is not quantised.
 
-    All scores rest on `heldout_tokens` tokens. `judged` is False if those are too few to say which score is better
-    (dataset/evaluation_set.py); `published` is "few" then where it would be "measured".
+    All scores rest on `heldout_tokens` tokens. `published` is "few" if those are too few to judge by, where it would be
+    "measured".
     """
 
     kind: ClassVar[str] = "finished"
@@ -160,7 +169,11 @@ class Finished(Event):
     heldout_bits_per_byte_published: float | None = None
     heldout_bits_per_byte_on_published: float | None = None
     heldout_tokens: int | None = None
-    judged: bool = True
+
+    @property
+    def judged(self) -> bool:
+        """Return True unless the scores rest on too few tokens to say which of them is better."""
+        return self.heldout_tokens is None or judges(self.heldout_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -256,7 +256,8 @@ def test_a_record_that_is_not_read_names_its_cause(tmp_path: Path, record: Any, 
     (skip,) = reading.skipped
     assert (skip.reason, skip.lines) == (reason, (3,))
     (sentence,) = reading.unread_chats()
-    assert sentence.startswith(f"c.jsonl: 1 {reason}")
+    assert sentence.startswith(f"c.jsonl: {reason.counted(1)}")
+    assert re.match(r"c.jsonl: 1 (line|record|chat) ", sentence)
     assert "no. 3; expected " in sentence
     assert "dear" not in sentence
 

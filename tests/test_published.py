@@ -42,7 +42,7 @@ FIGURES = ("heldout_bits_per_byte_published", "heldout_bits_per_byte_on_publishe
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """Return a run on a tiny model, stored dense, so that training quantises it."""
     monkeypatch.setattr("edgetune.training.loop._SAMPLE_TOKENS", 1)
-    monkeypatch.setattr("edgetune.dataset.evaluation_set.FEWEST_JUDGED", 1)
+    monkeypatch.setattr("edgetune.events.FEWEST_JUDGED", 1)
     tiny.save_trainable(tmp_path / "model", dtype=torch.bfloat16)
     folder = tmp_path / "notes"
     folder.mkdir()
@@ -277,7 +277,7 @@ def test_a_deadline_that_leaves_no_time_says_so() -> None:
 
 
 def test_too_few_tokens_are_not_judged_by(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.dataset.evaluation_set.FEWEST_JUDGED", 10_000)
+    monkeypatch.setattr("edgetune.events.FEWEST_JUDGED", 10_000)
     end = end_of(list(train(small)))
     assert (end.judged, end.published, end.base_bits, figures(end)) == (False, "few", 4, [None, None])
     assert end.heldout_tokens is not None

@@ -17,11 +17,8 @@ import numpy.typing as npt
 from edgetune.dataset.packing import Int, Windows, check_settings, cut_windows, make_batch, random_words
 from edgetune.dataset.pieces import TEXT
 from edgetune.dataset.token_store import TokenStore
+from edgetune.events import judges
 from edgetune.runtime.batch import Batch
-
-FEWEST_JUDGED = 200
-"""Fewest tokens that must have been scored for two scores to say which is better: of fewer, a single odd sentence decides.
-Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Score:
     @property
     def judges(self) -> bool:
         """Return True if enough tokens were scored to say that one score is better than another."""
-        return sum(self.tokens) >= FEWEST_JUDGED
+        return judges(sum(self.tokens))
 
     @property
     def bits_per_byte(self) -> float:

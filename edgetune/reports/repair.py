@@ -17,7 +17,7 @@ NOT_MEASURED = {
 
 def too_few(event: Finished) -> str | None:
     """Return, without a full stop, that the held-out figures of a finished run rest on too few tokens; None if they do not."""
-    if event.judged or event.heldout_tokens is None:
+    if event.heldout_tokens is None or event.judged:
         return None
     read = counted(event.heldout_tokens, "token")
     return f"These figures are rough: only {read} of held-out notes were read, too few to judge the adapter by"

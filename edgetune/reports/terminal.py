@@ -23,6 +23,7 @@ from edgetune.events import (
     Started,
     Stepped,
     Working,
+    judges,
     line,
 )
 from edgetune.reports.repair import learning_lines, too_few
@@ -35,8 +36,6 @@ LINE_EVERY_SECONDS = 5.0
 """Shortest time between two plain progress lines, in seconds, unless a tenth of the steps is done. Chosen by hand."""
 TOLD_AFTER_SECONDS = 2.0
 """Seconds that a stage of long work may take without a plain line. Chosen by hand."""
-ROUGH_TOKENS = 200
-"""Tokens below which an evaluation is called rough: few held-out notes, or a run too short to read more. Chosen by hand."""
 PACE_STEPS = 40
 """Number of last steps from which the time left is estimated. Chosen by hand."""
 
@@ -133,7 +132,7 @@ def converted_lines(event: Converted) -> list[str]:
 
 def evaluated_line(event: Evaluated, first: bool) -> str:
     """Return the line for an evaluation on the held-out notes; the first one explains its figure, and says if it is rough."""
-    few = f"; a rough figure, from {event.tokens:,} tokens" if event.tokens < ROUGH_TOKENS else ""
+    few = "" if judges(event.tokens) else f"; a rough figure, from {counted(event.tokens, 'token')}"
     meaning = f" ({BITS_PER_BYTE}{few})" if first else ""
     return f"step {event.step}: held-out {event.bits_per_byte:.3f} bits/byte{meaning}"
 

@@ -361,7 +361,6 @@ class TrainingLoop:
             cut=cut,
             promoted=promoted,
             heldout_tokens=None if rests_on is None else sum(rests_on.tokens),
-            judged=judged,
             **compared,
         )
 

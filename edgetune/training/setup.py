@@ -111,8 +111,7 @@ def prepare_new(
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
     about = None if adapter is None else adapter.about
-    allowed = forms_for_training(config.weights, config.compute, checkpoint, about)
-    forms = [Stored.of(checkpoint, form) for form in allowed]
+    forms = [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint, about)]
     chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
     form = chosen.stored.form
     int8 = multiplies_int8 and form is WeightForm.NF4
