@@ -20,6 +20,15 @@ from typing import Any, ClassVar
 from edgetune.runtime.errors import DataError
 from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
 
+FEWEST_JUDGED = 200
+"""Fewest held-out tokens that must have been scored for a figure to say anything, and for one adapter to be called better than
+another: of fewer, which a run of few steps reads, a single odd sentence decides. Chosen by hand."""
+
+
+def judges(tokens: int) -> bool:
+    """Return True if a score on so many tokens is enough to judge by."""
+    return tokens >= FEWEST_JUDGED
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -139,6 +148,9 @@ class Finished(Event):
     `decision` says whether the adapter became the current one: the `verdict` (library/gate.py), the `reason` as a sentence, and
     the figures behind both. Its bits per byte are those of the adapter in use until then (`first`: of the bare base) and of the
     new one, on the documents that both read.
+
+    All scores rest on `heldout_tokens` tokens. `published` is "few" if those are too few to judge by, where it would be
+    "measured".
     """
 
     kind: ClassVar[str] = "finished"
@@ -161,6 +173,12 @@ class Finished(Event):
     heldout_bits_per_byte_published: float | None = None
     heldout_bits_per_byte_on_published: float | None = None
     decision: dict[str, Any] | None = None
+    heldout_tokens: int | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Return True unless the scores rest on too few tokens to say which of them is better."""
+        return self.heldout_tokens is None or judges(self.heldout_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

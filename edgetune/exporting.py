@@ -24,7 +24,7 @@ from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.exports_made import remember_export
-from edgetune.library.loading import open_base
+from edgetune.library.loading import load_tokenizer, open_base
 from edgetune.lock import lock_output
 from edgetune.progress import Stages
 from edgetune.runtime.adapter import check_fits
@@ -116,7 +116,7 @@ def export_adapter(
         check_fits(loaded, base.config)
     user_file, file_notices = _user_file(spec, weights, choice.path)
     folder = _output_folder(expand(f"{adapter_name}-{target}" if out is None else str(out)), target)
-    tokenizer, started = Tokenizer.load(choice.path), time.monotonic()
+    tokenizer, started = load_tokenizer(choice), time.monotonic()
     documents = _documents(tokenizer, texts) if texts else []
     progress = Stages(show, quiet=0.0, pause=0.0)
     name = choice.public_name

@@ -52,8 +52,7 @@ def home() -> Path:
     Raises UsageError where it cannot be created, belongs to another user, or can be written by others: they could put notes,
     adapters and settings of theirs there.
     """
-    named = os.environ.get("EDGETUNE_HOME")
-    path = expand(named) if named else Path(platformdirs.user_data_dir("edgetune", appauthor=False))
+    path = _place()
     try:
         private_folder(path)
         about = path.stat()
@@ -65,6 +64,17 @@ def home() -> Path:
         _refuse_others(path, about)
         _make_private(path)
     return path
+
+
+def _place() -> Path:
+    """Return the path of the data folder, which may not exist yet."""
+    named = os.environ.get("EDGETUNE_HOME")
+    return expand(named) if named else Path(platformdirs.user_data_dir("edgetune", appauthor=False))
+
+
+def is_in_home(path: Path) -> bool:
+    """Return True for a path in edgetune's data folder, or for the folder itself."""
+    return path.absolute().is_relative_to(_place().absolute())
 
 
 def _refuse_others(path: Path, about: os.stat_result) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import os
 import time
@@ -13,7 +15,8 @@ from pathlib import Path
 import torch
 
 from edgetune._version import __version__
-from edgetune.conversion.cost import Cost
+from edgetune.conversion import cost, origin
+from edgetune.conversion.cost import Cost, Unmeasured
 from edgetune.conversion.origin import Origin
 from edgetune.dataset.evaluation_set import Score
 from edgetune.documents.reading import read_notes
@@ -30,7 +33,7 @@ from edgetune.runtime.files import refuse_occupied
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.pager import SLOTS
-from edgetune.runtime.quantize import QuantizeResult, quantize_folder
+from edgetune.runtime.quantize import QuantizeResult, quantize_folder, quantized
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer, has_tokenizer
 from edgetune.scratch import scratch_folder
@@ -69,21 +72,41 @@ def quantise(
     built-in one unless `texts` names files and folders. Raises subclasses of EdgetuneError, as quantize_folder does.
     """
     start, stages = time.monotonic(), Stages(show)
-    refuse_occupied(Path(dest))  # before a GGUF model is converted for minutes
+    begun = Unmeasured.read(Path(dest))
+    if begun is None:
+        refuse_occupied(Path(dest))  # before a GGUF model is converted for minutes
     with _dense_folder(src, stages) as source:
         calibration = _calibration(source, texts, stages) if calibrate or texts else None
-        result = quantize_folder(
-            source,
-            dest,
-            double_quant=double_quant,
-            head=head,
-            calibration=calibration,
-            progress=stages.of("quantising"),
-        )
-        if (origin := Origin.read(source)) is not None:
-            origin.write(result.folder)
-        cost = _measured(source, result.folder, calibration.tokens if calibration else 0, stages.of("measuring"))
-    return Quantised(result, cost, time.monotonic() - start)
+        work = Unmeasured(_work(source, double_quant, head, calibration))
+        if work == begun:  # an earlier command ended while it measured
+            result = quantized(open_model(source), Path(dest))
+        else:
+            result = quantize_folder(
+                source,
+                dest,
+                double_quant=double_quant,
+                head=head,
+                calibration=calibration,
+                records=_records(source, work),
+                progress=stages.of("quantising"),
+            )
+        measured = _measured(source, result.folder, calibration.tokens if calibration else 0, stages.of("measuring"))
+    return Quantised(result, measured, time.monotonic() - start)
+
+
+def _work(source: Path, double_quant: bool, head: str, calibration: Calibration | None) -> str:
+    """Return a digest of the model in `source` and of the settings of its quantisation."""
+    checkpoint = open_model(source)
+    text = None if calibration is None else calibration.digest
+    work = [checkpoint.digest, checkpoint.hf_config, double_quant, head, text]
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+def _records(source: Path, work: Unmeasured) -> dict[str, str]:
+    """Return the records of a quantised folder: the GGUF file that `source` came from, and that its cost is to be measured."""
+    made_from = Origin.read(source)
+    found = {} if made_from is None else {origin.FILE: made_from.text()}
+    return {**found, **({cost.FILE: work.text()} if has_tokenizer(source) else {})}
 
 
 def memory_to_calibrate(src: str) -> int:
@@ -163,9 +186,9 @@ def _measured(source: Path, quantised: Path, calibration_tokens: int, progress: 
         raise ModelError(
             f"{source} predicts NaN on the built-in text, since numbers in it are too large; copy the model again."
         )
-    cost = Cost(before, after, calibration_tokens, __version__)
-    cost.write(quantised)
-    return cost
+    found = Cost(before, after, calibration_tokens, __version__)
+    found.write(quantised)
+    return found
 
 
 def bits_per_byte(folder: Path, progress: Progress = lambda done, total: None, texts: Sequence[str] = ()) -> float:

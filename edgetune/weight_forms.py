@@ -20,20 +20,28 @@ KEEP_BF16_BYTES = 1_000_000_000
 RECORDED = "weights"
 """Key of an adapter's edgetune.json that says over which form of its base it was trained."""
 
+_LARGEST_FIRST = (WeightForm.BF16, WeightForm.INT8, WeightForm.NF4)
+
 
 def is_small(config: LlamaConfig) -> bool:
     """Return True if a model of this shape is kept in bf16 where that fits in memory."""
     return 2 * config.linear_parameters <= KEEP_BF16_BYTES
 
 
-def forms_for_training(weights: str, compute: str, checkpoint: Checkpoint) -> tuple[WeightForm, ...]:
+def forms_for_training(
+    weights: str, compute: str, checkpoint: Checkpoint, about: Mapping[str, Any] | None = None
+) -> tuple[WeightForm, ...]:
     """Return the forms that training may give the linears of a checkpoint, the best first; the memory chooses among them.
 
-    weights, compute: values of these settings of TrainConfig; products in 8 bits are made of 4-bit weights alone. Raises
-    UsageError for a form that the checkpoint cannot take.
+    weights, compute: values of these settings of TrainConfig; products in 8 bits are made of 4-bit weights alone. about: the
+    edgetune.json of the adapter to start from: with "auto" it goes on over the form that it was trained over, or a smaller one
+    if that does not fit. Raises UsageError for a form that the checkpoint cannot take.
     """
     if checkpoint.quant is not None:
         return (_stored_form(weights, checkpoint),)
+    recorded = _recorded(about)
+    if weights == "auto" and compute != "int8" and recorded is not None:
+        return _LARGEST_FIRST[_LARGEST_FIRST.index(recorded) :]
     return forms_of_shape(weights, compute, checkpoint.config)
 
 
@@ -47,7 +55,7 @@ def forms_of_shape(weights: str, compute: str, config: LlamaConfig) -> tuple[Wei
     if weights != "auto":
         return (WeightForm(weights),)
     if is_small(config) and compute != "int8":
-        return (WeightForm.BF16, WeightForm.INT8, WeightForm.NF4)
+        return _LARGEST_FIRST
     return (WeightForm.NF4,)
 
 
@@ -63,10 +71,15 @@ def form_for_writing(weights: str, checkpoint: Checkpoint, about: Mapping[str, A
         return _stored_form(weights, checkpoint)
     if weights != "auto":
         return WeightForm(weights)
-    recorded = (about or {}).get(RECORDED)
-    if isinstance(recorded, str) and recorded in list(WeightForm):
-        return WeightForm(recorded)
+    if (recorded := _recorded(about)) is not None:
+        return recorded
     return WeightForm.BF16 if is_small(checkpoint.config) else WeightForm.NF4
+
+
+def _recorded(about: Mapping[str, Any] | None) -> WeightForm | None:
+    """Return the form of the base that an adapter's edgetune.json names; None if it names none."""
+    found = (about or {}).get(RECORDED)
+    return WeightForm(found) if isinstance(found, str) and found in list(WeightForm) else None
 
 
 def _stored_form(weights: str, checkpoint: Checkpoint) -> WeightForm:

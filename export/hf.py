@@ -18,7 +18,7 @@ from torch import Tensor
 from edgetune.export import effect, merge
 from edgetune.export.job import Job, Written
 from edgetune.export.memory import ExportMemory, fp32_reader_memory, reference_memory
-from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers, quiet
+from edgetune.export.peft import PEFT_BYTES, TRANSFORMERS_BYTES, TransformersReader, open_transformers, quiet, refuse_misread
 from edgetune.export.probes import check_transformers
 from edgetune.export.rounding import RoundedRecipe, rounded, rounding_memory
 from edgetune.export.targets import MeasuredForm, TargetSpec
@@ -72,6 +72,9 @@ def _write_nf4(job: Job, folder: Path, config: dict[str, Any]) -> Written:
             f"export hf does not round the linears that {job.base.config.model_type} stores as one matrix; type --weights bf16 "
             "instead."
         )
+    if job.check:  # the reader would refuse them too, but only after all the work
+        for _, inputs in job.base.config.linear_shapes().values():
+            refuse_misread(inputs, QUANT.block_size)
     calibration, held_out = effect.texts_for(job)
     merged = merge.Merged(job.base, job.adapter)
     linears = rounded(merged, _grid, calibration if job.weights == NF4 else None)

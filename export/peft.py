@@ -98,7 +98,7 @@ def open_transformers(folder: Path) -> Any:
             tensor.data = tensor.data.float()
     for linear in model.modules():
         if hasattr(linear, "compute_dtype"):
-            _refuse_misread(linear.in_features, linear.weight.quant_state.blocksize)
+            refuse_misread(linear.in_features, linear.weight.quant_state.blocksize)
             linear.compute_dtype, linear.compute_type_is_set = torch.float32, True
             linear.support_avx512bf16_for_cpu = False
     return model
@@ -123,7 +123,7 @@ def plain_base(base: Checkpoint, folder: Path) -> Iterator[Path]:
         yield place
 
 
-def _refuse_misread(inputs: int, block_size: int) -> None:
+def refuse_misread(inputs: int, block_size: int) -> None:
     """Raise ModelError for linears that bitsandbytes computes wrongly on this CPU.
 
     Its AVX-512 code assumes that every row begins a block of the quantisation (seen in 0.50).

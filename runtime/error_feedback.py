@@ -40,9 +40,12 @@ MOMENTS = 3
 """Number of (in, in) matrices in memory while the Feedback of a linear's inputs is computed."""
 COLUMNS = 128
 """Number of columns that are rounded before their errors are added to the rest of the weight. 128 is GPTQ's block size."""
-_PIECE = 1024
+_PIECE = 512
 """Rows or columns of an (in, in) matrix that are worked on at a time, so that Ctrl-C never waits for a whole matrix. Chosen by
 hand."""
+_PIECE_FLOPS = 4e9
+"""Floating-point operations after which a product of the inputs is interrupted, for the same reason: 0.05 s on one Zen 4 core.
+Chosen by hand."""
 
 
 class Grid(Protocol):
@@ -94,9 +97,10 @@ class Feedback:
 def _moment(x: Tensor) -> Tensor:
     """Return X^T X (in, in) of x (N, in)."""
     columns = x.shape[1]
-    moment = torch.empty(columns, columns)
-    for start in range(0, columns, _PIECE):
-        torch.mm(x[:, start : start + _PIECE].T, x, out=moment[start : start + _PIECE])
+    moment = torch.zeros(columns, columns)
+    for part in x.split(max(int(_PIECE_FLOPS / (2 * _PIECE * columns)), _PIECE)):
+        for start in range(0, columns, _PIECE):
+            moment[start : start + _PIECE].addmm_(part[:, start : start + _PIECE].T, part)
     return moment
 
 
@@ -118,13 +122,22 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
             lower[stop:, start:stop] = below
             for row in range(stop, count, _PIECE):
                 lower[row : row + _PIECE, stop:].addmm_(below[row - stop : row - stop + _PIECE], below.T, alpha=-1)
-    upper = lower.flip(0, 1)  # below the diagonal lies what is left of M, which solve_triangular does not read
-    for start in range(0, count, _PIECE):
-        stop = min(start + _PIECE, count)
-        columns = torch.zeros(count, stop - start)
-        columns[start:stop].fill_diagonal_(1.0)
-        matrix[:, start:stop] = torch.linalg.solve_triangular(upper, columns, upper=True)
+    _invert_upper(lower.flip(0, 1), matrix)
     return matrix if torch.isfinite(matrix).all() else None
+
+
+def _invert_upper(upper: Tensor, inverse: Tensor) -> None:
+    """Write the inverse of R (n, n), upper triangular, into `inverse` (n, n); what lies below R's diagonal is not read."""
+    inverse.zero_()
+    for start in range(0, len(upper), _PIECE):
+        columns = slice(start, start + _PIECE)
+        for row in range(start, -1, -_PIECE):  # from the diagonal upwards: each piece needs those below it
+            rows, below = slice(row, row + _PIECE), slice(row + _PIECE, start + _PIECE)
+            right = upper[rows, below] @ inverse[below, columns]
+            right.neg_()
+            if row == start:
+                right.fill_diagonal_(1.0)
+            inverse[rows, columns] = torch.linalg.solve_triangular(upper[rows, rows], right, upper=True)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:

@@ -39,13 +39,14 @@ def _no_windows(config: Config, layers: int) -> Fields:
 
 def _windows(config: Config, layers: int, window: int | None, slides: Callable[[int], bool]) -> Fields:
     """Return the windows that `layer_types` gives, or `slides` where the config has no such key."""
+    kinds = config.get("layer_types")
+    known = kinds is None or (isinstance(kinds, list) and set(map(str, kinds)) <= {_FULL, _SLIDING})
+    if not known or (window is not None and kinds is not None and len(kinds) != layers):
+        raise unsupported("layer_types", reprlib.repr(kinds), f"{layers} of {_FULL}, {_SLIDING}")
     if window is None:
         return _no_windows(config, layers)
-    kinds = config.get("layer_types")
     if kinds is None:
         return {"windows": tuple(window if slides(layer) else None for layer in range(layers))}
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= {_FULL, _SLIDING}:
-        raise unsupported("layer_types", reprlib.repr(kinds), f"{layers} of {_FULL}, {_SLIDING}")
     return {"windows": tuple(window if kind == _SLIDING else None for kind in kinds)}
 
 

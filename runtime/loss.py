@@ -9,7 +9,7 @@ sum of a step's losses is their mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,16 +17,21 @@ from torch import Tensor
 from edgetune.runtime import ops, vocabulary
 from edgetune.runtime.model import Llama
 
+Check = Callable[[], None]
+"""Called before each chunk: a vocabulary is so large that all chunks together take seconds. It may raise to end the work."""
+
 
 @torch.no_grad()
-def chunked_cross_entropy(model: Llama, h: Tensor, targets: Tensor, loss_weights: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(
+    model: Llama, h: Tensor, targets: Tensor, loss_weights: Tensor, chunk: int, check: Check = lambda: None
+) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the losses in nats, () f32, and its gradient (N, D) for the last block's output h (N, D).
 
     targets (N,) int64; loss_weights (N,) f32, 0 for tokens that are context only.
     """
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     dx = torch.zeros_like(h)
-    for rows, count, logits in _chunks(model, h, loss_weights, chunk):
+    for rows, count, logits in _chunks(model, h, loss_weights, chunk, check):
         weight = loss_weights[rows]
         weight[count:] = 0
         loss += (ops.cross_entropy_(logits, targets[rows], weight) * weight).sum()
@@ -47,21 +52,22 @@ def warm_up_head(model: Llama, chunk: int) -> None:
 
 
 @torch.no_grad()
-def token_nats(model: Llama, h: Tensor, targets: Tensor, loss_mask: Tensor, chunk: int) -> Tensor:
+def token_nats(model: Llama, h: Tensor, targets: Tensor, loss_mask: Tensor, chunk: int, check: Check = lambda: None) -> Tensor:
     """Return the loss in nats, (N,) f32, of each target whose loss_mask is not 0, and 0 elsewhere.
 
     h (N, D) is the last block's output; targets (N,) int64; loss_mask (N,) f32.
     """
     nats = torch.zeros(len(h), dtype=torch.float32, device=h.device)
-    for rows, count, logits in _chunks(model, h, loss_mask, chunk):
+    for rows, count, logits in _chunks(model, h, loss_mask, chunk, check):
         nats[rows[:count]] = ops.cross_entropy_(logits, targets[rows], torch.ones_like(loss_mask[rows]))[:count]
     return nats
 
 
-def _chunks(model: Llama, h: Tensor, loss_weights: Tensor, chunk: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+def _chunks(model: Llama, h: Tensor, loss_weights: Tensor, chunk: int, check: Check) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Yield (rows (chunk,), count, logits (chunk, V)) over the rows whose weight is not 0; rows after `count` are padding."""
     trained = loss_weights.nonzero().squeeze(1)
     for rows in trained.split(chunk):
+        check()
         count = len(rows)
         rows = torch.nn.functional.pad(rows, (0, chunk - count))
         yield rows, count, model.logits(h[rows])

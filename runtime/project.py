@@ -126,6 +126,8 @@ class ProjectPlan:
     """False in a recomputation whose result nobody reads: compute only the tensors that the backward needs."""
     watch: Watch | None = None
     """Called before each product of a pass without gradients; it may replace the linears' weights."""
+    check: Callable[[], None] = lambda: None
+    """Called before each product, forward and backward. It may raise to end the pass."""
 
     def numbered(self, first: int) -> ProjectPlan:
         """Return the plan with the dropout keys of the layer's linears from number `first` on."""
@@ -140,6 +142,7 @@ def project(h: Tensor, prologue: Prologue, linears: Sequence[AnyLinear], plan: P
     """
     if torch.is_grad_enabled():
         return _Project.apply(h, prologue, tuple(linears), plan)
+    plan.check()
     x = prologue.forward(h)
     if plan.watch is not None:
         plan.watch(linears, x)
@@ -271,6 +274,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, prologue: Prologue, linears: tuple[AnyLinear, ...], plan: ProjectPlan) -> Tensor:
+        plan.check()
         x = prologue.forward(h)
         y, reduced = _forward(x, linears, plan)
         ctx.prologue, ctx.linears, ctx.plan, ctx.fused = prologue, linears, plan, reduced.fused
@@ -279,6 +283,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.plan.check()
         h, *rest = ctx.saved_tensors
         x = rest.pop(0) if ctx.plan.save_input else ctx.prologue.forward(h)
         dx = _backward(dy, x, _Reduced(rest, ctx.fused), ctx.linears, ctx.plan)

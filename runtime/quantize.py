@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from edgetune.runtime.checkpoint import Checkpoint, model_shapes, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import one_thread
 from edgetune.runtime.errors import ModelError, SettingError, UsageError
-from edgetune.runtime.files import explain_full_disk, is_ours, refuse_occupied, sync_folder
+from edgetune.runtime.files import atomic_write, explain_full_disk, is_ours, refuse_occupied, sync_folder
 from edgetune.runtime.fused import fused_shapes, fused_weights
 from edgetune.runtime.model_folder import (
     SHARD_BYTES,
@@ -129,13 +129,14 @@ def quantize_folder(
     double_quant: bool = True,
     head: str = "bf16",
     calibration: Calibration | None = None,
+    records: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizeResult:
     """Quantise the linears of the model in `src` to NF4 (QLoRA §3), into a folder that transformers opens too.
 
     head: one of HEADS; "nf4" quantises it, to nearest. calibration: text on which to keep the linears' outputs; None rounds to
-    nearest.
+    nearest. records: further files of the folder, from name to contents.
     Raises ModelError for a source that is unreadable, already quantised or holds inf or NaN; UsageError if `dest` exists, or
     if the head is to be quantised but is the embedding too; ResourceError when the disk is or becomes full. The next call
     resumes after the last shard that was finished.
@@ -160,8 +161,15 @@ def quantize_folder(
         settings = {key: value for key, value in checkpoint.hf_config.items() if key != "dtype"}
         settings |= {"torch_dtype": "bfloat16", "quantization_config": quantization_config(double_quant, head != "bf16")}
         write_companions(src, partial, settings, recipe, shards)
+        for name, content in (records or {}).items():
+            atomic_write(partial / name, content)
         _publish(partial, dest)
-    parameters = sum(map(math.prod, recipe.shapes.values()))
+    return quantized(checkpoint, dest)
+
+
+def quantized(checkpoint: Checkpoint, dest: Path) -> QuantizeResult:
+    """Return the sizes of a checkpoint and of the finished folder that it was quantised to."""
+    parameters = sum(map(math.prod, model_shapes(checkpoint.config).values()))
     size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
     return QuantizeResult(dest, parameters, checkpoint.nbytes, size)
 

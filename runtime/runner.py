@@ -123,7 +123,9 @@ class Runner:
         self.model, self.recompute, self.loss_rows, self.int8 = model, recompute, loss_rows, int8
         self.panel = Panel()
         self.between_blocks: Callable[[], None] = lambda: None
-        """Called before each block, forward and backward. It may raise to end the pass: a block can take a second."""
+        """Called before each block, forward and backward. It may raise to end the pass."""
+        self.check: Callable[[], None] = lambda: None
+        """Called before each product of a block and each chunk of the loss. It may raise to end the pass."""
         self.offload = None if offload is None else Offload(offload)
 
     def train(self, batch: Batch, dropout_key: int | None = None, divisor: float = 1.0) -> Tensor:
@@ -146,7 +148,7 @@ class Runner:
             end_command_buffer(h.device)
         # Nothing but `passes` may hold a block's tensors from here on, or they would outlive its backward.
         del done
-        loss, dh = chunked_cross_entropy(self.model, h, batch.targets, batch.loss_mask / divisor, self.loss_rows)
+        loss, dh = chunked_cross_entropy(self.model, h, batch.targets, batch.loss_mask / divisor, self.loss_rows, self.check)
         del h
         while passes:
             self.between_blocks()
@@ -161,7 +163,7 @@ class Runner:
         """Return the loss in nats, (N,) f32, of each target that carries loss; 0 elsewhere."""
         n, batch = len(batch.input_ids), batch.padded(ROW_MULTIPLE).to(self.model.device)
         h = self.infer(batch.input_ids, batch.positions, batch.segments, None)
-        return token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[:n]
+        return token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows, self.check)[:n]
 
     @torch.no_grad()
     def score_versions(self, batches: Sequence[Batch], layers: Iterable[Sequence[Block]], versions: int) -> list[list[Tensor]]:
@@ -182,7 +184,7 @@ class Runner:
             del block, blocks  # or this layer would be in memory while the next one is read
         return [
             [
-                token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows)[: len(original.input_ids)]
+                token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows, self.check)[: len(original.input_ids)]
                 for h, batch, original in zip(states_of_version, padded, batches, strict=True)
             ]
             for states_of_version in states
@@ -233,7 +235,7 @@ class Runner:
 
     def _context(self, positions: Tensor, segments: Sequence[Segment], cache: KVCache | None) -> Context:
         rotations = self.model.rotations(positions)
-        plan = ProjectPlan(self.panel, save_input=self.recompute is Recompute.NONE)
+        plan = ProjectPlan(self.panel, save_input=self.recompute is Recompute.NONE, check=self.check)
         return Context(rotations, segments, plan, cache)
 
     @staticmethod

@@ -18,7 +18,7 @@ from edgetune.runtime import nf4
 from edgetune.runtime.calibrated_layers import CalibratedLayers, Calibration, calibration_bytes
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
-from edgetune.runtime.errors import ModelError, ResourceError
+from edgetune.runtime.errors import ModelError, ResourceError, UsageError
 from edgetune.runtime.loader import load_llama
 from edgetune.runtime.names import is_linear
 from edgetune.runtime.quantize import quantize_folder
@@ -176,6 +176,38 @@ def test_a_model_without_a_tokenizer_is_not_calibrated_and_its_cost_is_not_told(
     code, out, _ = run("quantize", str(source), str(tmp_path / "four"))
     assert (code, "cost" in out) == (0, False)
     assert Cost.read(tmp_path / "four") is None
+
+
+def test_a_command_that_ended_while_it_measured_is_continued(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = Origin("/models/a.gguf", "a", "Q4_1", 123, 456, "0" * 64)
+    origin.write(source)
+    whole = quantising.quantise(str(source), tmp_path / "whole", calibrate=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantising, "bits_per_byte", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantising.quantise(str(source), tmp_path / "four", calibrate=True)
+    assert Cost.read(tmp_path / "four") is None
+    assert (
+        "What 4 bits cost was not measured: type the same `edgetune quantize` command again."
+        in run("models", str(tmp_path / "four"))[1]
+    )
+    with pytest.raises(UsageError, match="four already exists"):
+        quantising.quantise(str(source), tmp_path / "four")  # without --calibrate it would be another model
+    monkeypatch.setattr(CalibratedLayers, "make", None)  # nothing is quantised again
+    made = quantising.quantise(str(source), tmp_path / "four", calibrate=True)
+    assert (made.cost, made.result.bytes, made.result.parameters) == (
+        whole.cost, whole.result.bytes, whole.result.parameters,
+    )  # fmt: skip
+    assert content(tmp_path / "four") == content(tmp_path / "whole")
+    with pytest.raises(UsageError, match="four already exists"):
+        quantising.quantise(str(source), tmp_path / "four", calibrate=True)
+
+
+def interrupted(*arguments: object) -> float:
+    """Stand for a measurement during which the user types Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def test_a_quantised_folder_remembers_the_gguf_file_that_its_source_was_converted_from(source: Path, tmp_path: Path) -> None:

@@ -256,7 +256,8 @@ def test_a_record_that_is_not_read_names_its_cause(tmp_path: Path, record: Any, 
     (skip,) = reading.skipped
     assert (skip.reason, skip.lines) == (reason, (3,))
     (sentence,) = reading.unread_chats()
-    assert sentence.startswith(f"c.jsonl: 1 {reason}")
+    assert sentence.startswith(f"c.jsonl: {reason.counted(1)}")
+    assert re.match(r"c.jsonl: 1 (line|record|chat) ", sentence)
     assert "no. 3; expected " in sentence
     assert "dear" not in sentence
 
@@ -270,7 +271,7 @@ def test_the_keys_of_an_unknown_form_are_named(tmp_path: Path) -> None:
 
 def test_a_json_file_without_chats_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"package.json: 1 records that are neither a text nor a chat \(keys found: name, version\)"
+        DataError, match=r"package.json: 1 record that is neither a text nor a chat \(keys found: name, version\)"
     ):
         read_notes([put(tmp_path, json.dumps({"name": "x", "version": 1}, indent=2), name="package.json")])
 
@@ -444,7 +445,7 @@ def test_a_run_tells_what_it_left_out_before_its_first_step(tmp_path: Path, run:
     started = run(tmp_path / "notes")[0]
     assert isinstance(started, Started)
     assert started.documents == 2
-    assert started.notices[0].startswith("d.jsonl: 1 lines that are not JSON, no. 2; expected one JSON object a line")
+    assert started.notices[0].startswith("d.jsonl: 1 line that is not JSON, no. 2; expected one JSON object a line")
     assert started.notices[1].startswith("Left out 1 chat (d.jsonl#1), because the chat template")
 
 

@@ -111,6 +111,17 @@ def test_a_file_that_is_not_ours_to_use_is_a_sentence(capsys: pytest.CaptureFixt
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+def test_a_data_folder_that_cannot_be_written_names_its_variable(
+    capsys: pytest.CaptureFixture[str], private_home: Path
+) -> None:
+    place = str(private_home / "adapters")
+    with pytest.raises(SystemExit), plain_failures():
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), place)
+    assert capsys.readouterr().err == (
+        f"edgetune: No permission to use {place} (Read-only file system). Set EDGETUNE_HOME to a folder that you can write.\n"
+    )
+
+
 def test_every_command_has_help_and_json() -> None:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)

@@ -235,7 +235,7 @@ def test_eval_says_what_it_did_not_read(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "over 1 documents" in result.stdout
     assert result.stderr.count("Not read: 1 encoding not recognised") == 1
-    assert "c.jsonl: 1 lines that are not JSON, no. 1; expected one JSON object a line" in result.stderr
+    assert "c.jsonl: 1 line that is not JSON, no. 1; expected one JSON object a line" in result.stderr
 
 
 def model_of(folder: Path, **changes: object) -> str:

@@ -216,3 +216,13 @@ def test_transformers_begins_a_text_of_the_demo_as_edgetune_does() -> None:
 
     ours = Tokenizer.load(DEMO)
     assert AutoTokenizer.from_pretrained(DEMO)("The Duchess")["input_ids"] == [*ours.start_ids, *ours.encode("The Duchess")]
+
+
+def test_widths_that_the_reader_misreads_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "base", intermediate_size=96)
+    base = open_model(tmp_path / "base")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(effect, "texts_for", None)
+    for weights in ("nf4", "nf4-nearest"):
+        with pytest.raises(ModelError, match=r"number of inputs \(96\) .*type --no-verify to write it unproved"):
+            target.write(job_for(base, random_adapter(base.config), weights), tmp_path)

@@ -218,6 +218,7 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
             "rope_theta is 1.0, .*more than 1 with YaRN",
         ),
         ("gemma3", {"layer_types": ["chunked_attention"] * 4}, "layer_types is"),
+        ("smollm3", {"layer_types": ["chunked_attention"] * 5}, "layer_types is .*chunked_attention"),
     ],
 )
 def test_what_a_family_does_not_have_is_one_sentence(family: str, change: dict[str, Any], said: str) -> None:

@@ -16,18 +16,21 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner, Result
 
 from edgetune import events, export_adapter
 from edgetune.cli.main import cli
+from edgetune.conversion import convert
 from edgetune.conversion.gguf_file import GgufFile
+from edgetune.conversion.origin import CONVERTER
 from edgetune.events import Event
 from edgetune.library import adapter_registry as registry
 from edgetune.library import base_models, conversions, places
 from edgetune.library.base_models import DEMO, DEMO_IS, DEMO_NOTICE, NOTHING_FOUND, ModelChoice, forget, resolve, scan
 from edgetune.library.conversions import conversion_of, converted_folder
 from edgetune.library.inspect_model import FoundModel
-from edgetune.library.loading import choose_model, open_base
+from edgetune.library.loading import choose_model, load_base, open_base
 from edgetune.lock import Lock
 from edgetune.quantising import memory_to_calibrate, quantise
 from edgetune.reports.text import human_bytes
@@ -363,6 +366,79 @@ def test_a_damaged_conversion_says_how_it_is_made_again(file: Path, place: Path)
     )
     assert run("models", "--forget", "someone/Tiny/tiny").exit_code == 0
     assert resolve("someone/Tiny/tiny").path == path
+
+
+def test_a_tokenizer_damaged_in_a_conversion_says_so_too(file: Path, place: Path) -> None:
+    put(file, place / ".lmstudio" / "models" / "someone" / "Tiny" / "tiny.gguf")
+    folder = open_base("someone/Tiny/tiny")[0].path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            (folder / name).write_bytes(b"{")
+    with pytest.raises(ModelError) as caught:
+        load_base(open_base("someone/Tiny/tiny"), "cpu")
+    assert str(caught.value).endswith(
+        "; type `edgetune models --forget someone/Tiny/tiny`, and it is converted again when it is used."
+    )
+
+
+def test_a_conversion_by_an_earlier_version_is_made_again(file: Path, tmp_path: Path, counted: list[Path]) -> None:
+    path = put(file, tmp_path / "tiny.gguf")
+    folder = open_base(str(path))[0].path
+    record = json.loads((folder / "origin.json").read_text())
+    assert record.pop("converter") == CONVERTER
+    (folder / "origin.json").write_text(json.dumps(record))  # as the first version wrote it
+    assert only(scan(tmp_path)).status == "convert"
+    assert open_base(str(path))[0].path == folder
+    assert json.loads((folder / "origin.json").read_text())["converter"] == CONVERTER
+    assert counted == [folder] * 2
+    path.unlink()
+    (folder / "origin.json").write_text(json.dumps(record))
+    assert only(scan()).source == "converted"  # without its file it is all that there is
+
+
+def test_a_conversion_is_deleted_by_a_short_name_too(file: Path, place: Path, tmp_path: Path) -> None:
+    put(file, place / ".lmstudio" / "models" / "someone" / "Tiny" / "tiny-f16.gguf")
+    blob = pulled(file, place, "registry.ollama.ai/library/other/latest")
+    blob.write_bytes(blob.read_bytes() + bytes(32))  # so that it is another file
+    own = put(file, tmp_path / "deep" / "Own-Model.gguf")
+    for name, short in (("someone/Tiny/tiny-f16", "tiny"), ("other:latest", "other"), (str(own), "own-model")):
+        folder = open_base(name)[0].path
+        assert forget(short) > 0
+        assert not folder.exists()
+    for name in ("someone/Tiny/tiny-f16", "other:latest"):
+        open_base(name)
+    with pytest.raises(ModelError, match="'t' may be any of other:latest, someone/Tiny/tiny-f16; type the whole name of one"):
+        forget("t")
+    with pytest.raises(ModelError, match="No converted model is called ''"):
+        forget("")
+
+
+def test_all_names_that_ollama_has_for_a_file_are_listed(file: Path, place: Path) -> None:
+    for tag in ("1b", "latest", "mine"):
+        pulled(file, place, f"registry.ollama.ai/library/tiny/{tag}")
+    found = only(scan())
+    assert {found.name, *found.also_called} == {"tiny:1b", "tiny:latest", "tiny:mine"}
+    assert f"Also called {', '.join(found.also_called)}." in run("models").stdout
+
+
+def test_numbers_are_converted_on_one_thread_and_rounded_to_4_bits_on_all(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, original = [], convert._write_weights
+
+    def noted(*arguments: Any) -> None:
+        threads.append(torch.get_num_threads())
+        original(*arguments)
+
+    monkeypatch.setattr(convert, "_write_weights", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for form in ("bf16", "nf4"):
+            convert.convert(file, tmp_path / form, "tiny", form)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 2]
 
 
 def test_a_killed_deletion_leaves_nothing_that_counts(file: Path, tmp_path: Path) -> None:

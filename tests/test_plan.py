@@ -12,27 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import save_trainable
+from tiny import COMMON, save_trainable
 
 from edgetune import memory_settings as planner
 from edgetune.cli.main import cli
 from edgetune.cli.plan import described
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.library.base_models import resolve
-from edgetune.machine.forecast import forecast
+from edgetune.machine.forecast import _seconds_on_layers, forecast, seconds_a_step
 from edgetune.machine.shapes import SHAPES
 from edgetune.reports.text import human_bytes
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import budget, peft_folder
-from edgetune.runtime.budget import Setting, Stored, Vocabulary
+from edgetune.runtime.budget import Setting, Stored, Vocabulary, WeightForm
 from edgetune.runtime.checkpoint import open_model
-from edgetune.runtime.config import LINEARS, LoraConfig, QuantConfig
+from edgetune.runtime.config import LINEARS, LlamaConfig, LoraConfig, QuantConfig
 from edgetune.runtime.errors import AdapterError, UsageError
 from edgetune.runtime.loader import load_llama
+from edgetune.runtime.model import Llama
 from edgetune.runtime.runner import Recompute
 
 BF16, PROCESS, DATA = torch.bfloat16, 200_000_000, DataConfig(seq_len=512, batch_tokens=2048)
 LORA = LoraConfig(16, 16.0)
+TINY_SHAPE = {**COMMON, "model_type": "llama", "max_position_embeddings": 1024}
 NOTES = Path(__file__).parent.parent / "examples" / "notes"
 # Total memory in bytes, from figure 6 of arXiv 2305.14314 (QLoRA).
 PAPER = {"llama-7b": 6.9e9, "llama-13b": 11.3e9, "llama-33b": 24.7e9, "llama-65b": 45.0e9}
@@ -217,3 +219,25 @@ def test_what_a_model_needs_to_be_trained_is_the_least_that_plan_names() -> None
     needed = planner.least_memory_to_train(open_model(resolve("demo").path), train)
     # This process counts too, and may have grown between the two calls.
     assert needed == pytest.approx(forecast(train).least_memory_bytes, abs=20_000_000)
+
+
+def test_the_time_of_a_step_is_put_together_from_layers_and_chunks_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer with one chunk takes 1 s and two take 1.5 s; of each other chunk, 0.25 s."""
+    monkeypatch.setattr("edgetune.machine.forecast._seconds_on_layers", lambda *arguments: ((0.5 + arguments[6] / 2), 0.25))
+    config = LlamaConfig.from_hf({**TINY_SHAPE, "num_hidden_layers": 10})
+    setting = Setting(1000, Recompute.FULL, loss_rows=256)
+    stored = Stored.shaped(config, WeightForm.BF16, mapped=False)
+    found = seconds_a_step(config, LoraConfig(2, 4.0), stored, setting, 3000, torch.float32, False)
+    assert found == pytest.approx(3 * (1.0 + 9 * 0.5 + 3 * 0.25))
+
+
+def test_a_layer_is_measured_with_one_chunk_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Llama.logits
+    monkeypatch.setattr(Llama, "logits", lambda self, h: (seen.append(len(h)), original(self, h))[1])
+    config = LlamaConfig.from_hf(TINY_SHAPE)
+    setting = Setting(512, Recompute.FULL, loss_rows=64)
+    shape = (config, LoraConfig(2, 4.0), WeightForm.BF16, setting, torch.float32, False, 2, lambda *done: None)
+    row, chunk = _seconds_on_layers(*shape)
+    assert min(row, chunk) > 0
+    assert seen == [64] * 5  # three steps, and two chunks alone

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.dataset.evaluation_set import EvaluationSet
+from edgetune.dataset.evaluation_set import EvaluationSet, Score
 from edgetune.dataset.token_store import TokenStore
 from edgetune.events import Event, Finished, Interrupted, Started, Working
 from edgetune.library.loading import open_base
@@ -42,6 +42,7 @@ FIGURES = ("heldout_bits_per_byte_published", "heldout_bits_per_byte_on_publishe
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """Return a run on a tiny model, stored dense, so that training quantises it."""
     monkeypatch.setattr("edgetune.training.loop._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("edgetune.events.FEWEST_JUDGED", 1)
     tiny.save_trainable(tmp_path / "model", dtype=torch.bfloat16)
     folder = tmp_path / "notes"
     folder.mkdir()
@@ -273,3 +274,29 @@ def test_the_last_lines_and_the_report_have_both_gains() -> None:
 def test_a_deadline_that_leaves_no_time_says_so() -> None:
     (line,) = learning_lines(finished(1.1, 1.0, None, None, published="time"), unknown=False)
     assert line.endswith("was not measured: the deadline left no time to read the base as published")
+
+
+def test_too_few_tokens_are_not_judged_by(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.events.FEWEST_JUDGED", 10_000)
+    end = end_of(list(train(small)))
+    assert (end.judged, end.published, end.base_bits, figures(end)) == (False, "few", 4, [None, None])
+    assert end.heldout_tokens is not None
+    assert 0 < end.heldout_tokens < 10_000
+    printed = io.StringIO()
+    Plain(printed).show(end)
+    first, second, *others = printed.getvalue().splitlines()
+    before, after = end.heldout_bits_per_byte_before, end.heldout_bits_per_byte_after
+    assert first == f"Held-out notes: {before:.3f} to {after:.3f} bits per byte"
+    read = f"only {end.heldout_tokens:,} tokens of held-out notes were read"
+    rough = f"These figures are rough: {read}, too few to judge the adapter by"
+    assert second == rough
+    page = render([end])
+    assert "<h1>Too few held-out notes were read to judge what was learned</h1>" in page
+    assert f"<p>{rough}.</p>" in page
+    for said in ("lower", "higher", "fewer bits", "No better", "no better", "only mends", "% is learning"):
+        assert said not in page.replace("lower is better", "") + "".join([first, second, *others]), said
+
+
+@pytest.mark.parametrize(("tokens", "judges"), [((150, 49), False), ((150, 50), True)])
+def test_two_hundred_tokens_are_enough_to_judge_by(tokens: tuple[int, ...], judges: bool) -> None:
+    assert Score((1.0, 1.0), tokens, (9.0, 9.0)).judges is judges

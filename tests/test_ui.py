@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from edgetune import progress
-from edgetune.events import Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped, Working, from_dict
+from edgetune.events import FEWEST_JUDGED, Evaluated, Event, Finished, Sampled, Skipped, Started, Stepped, Working, from_dict
 from edgetune.reports import terminal as ui
 from edgetune.reports.text import human_bytes, human_time, sanitize
 
@@ -137,7 +137,7 @@ def test_a_held_out_figure_from_few_tokens_is_called_rough() -> None:
     first = Evaluated(step=0, bits_per_byte=1.366, tokens=10, seconds=0.1)
     expected = "lower is better; measured on notes the model has not seen; a rough figure, from 10 tokens"
     assert ui.evaluated_line(first, first=True) == f"step 0: held-out 1.366 bits/byte ({expected})"
-    enough = Evaluated(step=0, bits_per_byte=1.366, tokens=ui.ROUGH_TOKENS, seconds=0.1)
+    enough = Evaluated(step=0, bits_per_byte=1.366, tokens=FEWEST_JUDGED, seconds=0.1)
     assert "rough" not in ui.evaluated_line(enough, first=True)
 
 

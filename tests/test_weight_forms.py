@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from edgetune.cli.main import cli
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.events import Finished, Interrupted, Started, Stepped
 from edgetune.library.loading import load_base, open_base
+from edgetune.machine.forecast import forecast
 from edgetune.machine.shapes import SHAPES
 from edgetune.memory_settings import choose_form, choose_or_refuse, least_of
 from edgetune.runtime import adapter as adapters
@@ -352,6 +354,22 @@ def test_forms_learn_differently_and_are_remembered_for_writing(notes: Path, tmp
 def test_a_base_loads_in_the_form_for_writing_by_default(folders: dict[str, Path]) -> None:
     for name, form in (("fp32", BF16), ("nf4", NF4)):
         assert load_base(open_base(str(folders[name])), "cpu").form is form
+
+
+def test_training_goes_on_over_the_form_that_the_adapter_knows(
+    notes: Path, tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", lambda *arguments: 1.0)
+    list(train(config(notes, folders["fp32"], tmp_path / "a", weights="int8")))
+    on = config(notes, folders["fp32"], tmp_path / "b", from_adapter=str(tmp_path / "a"))
+    assert forecast(on).weights == "int8"
+    list(train(on))
+    assert json.loads((tmp_path / "b" / "edgetune.json").read_text())["weights"] == "int8"
+    assert forecast(dataclasses.replace(on, weights="nf4")).weights == "nf4"
+    checkpoint = open_base(str(folders["fp32"]))[1]
+    assert forms_for_training("auto", "auto", checkpoint, {"weights": "int8"}) == (INT8, NF4)  # the smaller one if need be
+    assert forms_for_training("auto", "int8", checkpoint, {"weights": "int8"}) == (NF4,)
+    assert forms_for_training("auto", "auto", checkpoint, {"weights": ["?"]}) == (BF16, INT8, NF4)
 
 
 # ---- the command line ----

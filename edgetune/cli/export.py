@@ -97,6 +97,8 @@ def export_command(
     took = f"written in {human_time(result.seconds)}, peak memory {human_bytes(result.peak_memory_bytes)}"
     click.echo(f"{one_line(result.path)}: {human_bytes(result.bytes)}, {took}.")
     for name, value in result.facts.items():
+        if name in _TOLD:
+            continue
         click.echo(f"{name.replace('_', ' ')}: {_figure(name, value)}")
     if result.greedy_match is None:
         click.echo("Not verified.")
@@ -108,6 +110,16 @@ def export_command(
         )
     for number, command in enumerate(result.commands):
         click.echo(f"{'then' if number else 'To run it, type'} {one_line(command)}")
+
+
+_TOLD = (
+    "bits_per_byte_before",
+    "bits_per_byte_after",
+    "edgetune_bits_per_byte_before",
+    "edgetune_bits_per_byte_after",
+    "adapter_gain_kept",
+)
+"""Facts that a notice tells in a sentence too: they are listed in the JSON alone."""
 
 
 def _figure(name: str, value: float) -> str:

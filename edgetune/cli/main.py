@@ -9,12 +9,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 import edgetune
 from edgetune.cli.signals import exit_on_signals
-from edgetune.home import home
+from edgetune.home import home, is_in_home
 from edgetune.reports.streams import standard_streams
 from edgetune.reports.text import NAME_SHOWN, sanitize
 from edgetune.runtime.errors import EdgetuneError, SettingError, out_of_memory
@@ -111,6 +112,8 @@ def _place_sentence(error: OSError) -> str | None:
         return None
     place = os.fsdecode(error.filename)[:NAME_SHOWN]
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if is_in_home(Path(place)):
+            return f"No permission to use {place} ({error.strerror}). Set EDGETUNE_HOME to a folder that you can write."
         return f"No permission to use {place} ({error.strerror}). Check who owns it, or name another place."
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL):
         return f"{place} cannot be used ({error.strerror}). Name another place."

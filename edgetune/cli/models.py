@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.options import json_option, print_json, progress_shown, say
-from edgetune.conversion.cost import Cost
+from edgetune.conversion.cost import Cost, Unmeasured
 from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on
 from edgetune.reports.text import human_bytes, human_time, one_line
@@ -30,8 +30,8 @@ _SOURCES = {"package": "Python package", "folder": "your folder", "converted": "
 @click.option(
     "--forget",
     metavar="NAME",
-    help="Delete the folder that the GGUF model NAME was converted to. The GGUF file itself stays, and the model is converted "
-    "again when it is next used.",
+    help="Delete the folder that the GGUF model NAME was converted to; a part of its name will do. The GGUF file itself stays, "
+    "and the model is converted again when it is next used.",
 )
 @json_option
 def models_command(folder: str | None, forget: str | None, as_json: bool) -> None:
@@ -71,7 +71,8 @@ def _about(model: FoundModel) -> list[str]:
     template = "chat template" if model.template else "no chat template"
     fits = {True: ", fits in memory", False: ", does not fit in memory", None: ""}[model.fits]
     source = _SOURCES.get(model.source, model.source)
-    lines = [f"{source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}"]
+    also = [f"Also called {', '.join(model.also_called)}."] if model.also_called else []
+    lines = [f"{source}, {size}{human_bytes(model.bytes)}, {kind}{model.quantisation}, {template}{fits}", *also]
     if model.converted_bytes is not None and model.conversion_seconds is not None:
         takes = f"about {human_time(model.conversion_seconds)} and {human_bytes(model.converted_bytes)} on disk"
         lines.append(f"Converted once, when it is first used: {takes}.")
@@ -79,6 +80,8 @@ def _about(model: FoundModel) -> list[str]:
         lines.append(f"Converted: {human_bytes(model.converted_bytes)} on disk.")
     if (cost := Cost.read(model.path)) is not None:
         lines.append(cost.sentence())
+    elif Unmeasured.read(model.path) is not None:
+        lines.append("What 4 bits cost was not measured: type the same `edgetune quantize` command again.")
     return [*lines, *([model.reason] if model.reason else []), *model.ignored]
 
 

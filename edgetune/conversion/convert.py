@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from edgetune.conversion.tokenizer import tokenizer_files
 from edgetune.lock import lock_output
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.checkpoint import open_model
+from edgetune.runtime.device import one_thread
 from edgetune.runtime.files import atomic_folder, atomic_write, mend, refuse_occupied
 from edgetune.runtime.model_folder import (
     check_space,
@@ -107,7 +109,10 @@ def convert(
                 atomic_write(folder / companion, content)
             if has_tokenizer(folder):
                 Tokenizer.load(folder)  # one that does not fit is refused before the minutes of work
-            _write_weights(folder, recipe, progress)
+            # Numbers are read and written faster than threads share them out: on a busy machine, threads that wait for each
+            # other made seconds minutes. Only rounding to 4 bits is worth them.
+            with contextlib.nullcontext() if recipe.form == "nf4" else one_thread():
+                _write_weights(folder, recipe, progress)
             file.refuse_changes()
             _origin(file, name).write(folder)
             open_model(folder)

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgetune.runtime.errors import ModelError
 from edgetune.runtime.files import atomic_write
@@ -14,7 +15,7 @@ from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.untrusted_file import MODEL_CONFIG
 
 FILE = "quantisation.json"
-"""Name of the record in a quantised folder."""
+"""Name of the record in a quantised folder: a Cost or, until that is measured, an Unmeasured."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,36 @@ class Cost:
     @classmethod
     def read(cls, folder: Path) -> Cost | None:
         """Return the record of a model folder, or None for one without a record, or with one that cannot be read."""
-        if not folder.is_dir():  # a GGUF file
-            return None
-        try:
-            content = read_object_if_there(folder / FILE, MODEL_CONFIG)
-        except ModelError:
-            return None
-        kinds = {"before": float, "after": float, "calibration_tokens": int, "edgetune": str}
-        if content.keys() != kinds.keys() or any(type(content[name]) is not kind for name, kind in kinds.items()):
-            return None
-        cost = cls(**content)
-        return cost if 0 < cost.before < math.inf and 0 < cost.after < math.inf else None
+        content = _read(folder, {"before": float, "after": float, "calibration_tokens": int, "edgetune": str})
+        cost = None if content is None else cls(**content)
+        return cost if cost is not None and 0 < cost.before < math.inf and 0 < cost.after < math.inf else None
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """The record of a quantised folder whose cost is still to be measured, so that an interrupted command can do that alone."""
+
+    work: str
+    """SHA-256 over the source and the settings of the quantisation."""
+
+    def text(self) -> str:
+        """Return the record as the contents of FILE."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Unmeasured | None:
+        """Return the record of a model folder, or None for one without such a record, or with one that cannot be read."""
+        content = _read(folder, {"work": str})
+        return None if content is None else cls(**content)
+
+
+def _read(folder: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
+    """Return the record in a model folder if it has exactly these keys and types; None for any other, or none."""
+    if not folder.is_dir():  # a GGUF file
+        return None
+    try:
+        content = read_object_if_there(folder / FILE, MODEL_CONFIG)
+    except ModelError:
+        return None
+    fits = content.keys() == kinds.keys() and all(type(content[name]) is kind for name, kind in kinds.items())
+    return content if fits else None

@@ -14,6 +14,9 @@ from edgetune.runtime.untrusted_file import MODEL_CONFIG
 
 FILE = "origin.json"
 """Name of the record in a converted folder."""
+CONVERTER = 2
+"""Number of the converter's version. It grows with each change of what a GGUF file is converted to, so that models which an
+earlier version converted are converted again."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Origin:
     """The time of the file's last change, in nanoseconds since 1970; the latest of its parts where it is split."""
     digest: str
     """SHA-256 over the header: metadata, names, shapes, types and offsets of the tensors."""
+    converter: int = CONVERTER
+    """The version of the converter that made the folder; 1 for records that do not say."""
 
     @property
     def public_name(self) -> str:
@@ -58,7 +63,11 @@ class Origin:
 
     def write(self, folder: Path) -> None:
         """Write the record into a converted folder."""
-        atomic_write(folder / FILE, json.dumps(dataclasses.asdict(self), indent=1))
+        atomic_write(folder / FILE, self.text())
+
+    def text(self) -> str:
+        """Return the record as the contents of FILE."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Origin | None:
@@ -67,6 +76,7 @@ class Origin:
         kinds = {field.name: int if field.type == "int" else str for field in dataclasses.fields(cls)}
         if not content:
             return None
+        content.setdefault("converter", 1)
         if content.keys() != kinds.keys() or any(type(content[name]) is not kind for name, kind in kinds.items()):
             raise ModelError(f"{folder / FILE} is damaged; delete {folder}, and the model is converted again when it is used.")
         return cls(**content)

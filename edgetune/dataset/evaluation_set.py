@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edgetune.dataset.packing import Int, Windows, check_settings, cut_windows, make_batch, random_words
 from edgetune.dataset.pieces import TEXT
 from edgetune.dataset.token_store import TokenStore
+from edgetune.events import judges
 from edgetune.runtime.batch import Batch
 
 
@@ -47,6 +48,11 @@ class Score:
             size_before, bits_before = found.get(document, (0.0, 0.0))
             found[document] = size_before + size, bits_before + nats / math.log(2)
         return found
+
+    @property
+    def judges(self) -> bool:
+        """Return True if enough tokens were scored to say that one score is better than another."""
+        return judges(sum(self.tokens))
 
     @property
     def bits_per_byte(self) -> float:

@@ -27,7 +27,10 @@ _CAUSES_SHOWN = 8
 
 
 class Reason(StrEnum):
-    """A reason why something was not read. Its value is what --dry-run shows, and a key in its JSON."""
+    """A reason why something was not read. Its value is what --dry-run shows, and a key in its JSON.
+
+    That of a reason for records begins with their plural, of which `counted` makes the singular.
+    """
 
     HIDDEN = "hidden"
     EXCLUDED = "excluded by --exclude"
@@ -76,6 +79,13 @@ class Reason(StrEnum):
     LARGE_EXPORT = f"chat exports over {MAX_EXPORT_BYTES >> 20} MiB"
     LARGE_ARCHIVE = "archives that are too large, or hold too much"
     BAD_ARCHIVE = "damaged or encrypted archives"
+
+    def counted(self, count: int) -> str:
+        """Return a number of records with this reason: 1 line that is not JSON, 2 lines that are not JSON."""
+        noun, rest = self.value.split(" ", 1)
+        if count == 1:
+            return f"1 {noun.removesuffix('s')} {rest.replace('that are ', 'that is ', 1)}"
+        return f"{count:,} {self.value}"
 
 
 EXPECTED = {
@@ -261,7 +271,7 @@ class Skipped:
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
         expected = f"; expected {EXPECTED[self.reason]}" if self.reason in EXPECTED else ""
-        return f"{self.count:,} {self.reason.value}{found}, no. {', '.join(map(str, self.lines))}{more}{expected}"
+        return f"{self.reason.counted(self.count)}{found}, no. {', '.join(map(str, self.lines))}{more}{expected}"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from edgetune.documents.document import Reading
-from edgetune.reports.text import human_bytes
+from edgetune.reports.text import counted, human_bytes
 
 
 def sentences(reading: Reading) -> tuple[str, ...]:
@@ -19,17 +19,13 @@ def sentences(reading: Reading) -> tuple[str, ...]:
     if reading.damaged:
         letters = sum(reading.damaged.values())
         said.append(
-            f"Damaged: {letters:,} {'letter' if letters == 1 else 'letters'} in {_notes(len(reading.damaged))} could not be "
-            "decoded and will be learnt as \ufffd."
+            f"Damaged: {counted(letters, 'letter')} in {counted(len(reading.damaged), 'note')} could not be decoded and "
+            " will be learnt as \ufffd."
         )
     if reading.embedded:
         said.append(
-            f"Left out: pictures or other files embedded in {_notes(len(reading.embedded))}, "
+            f"Left out: pictures or other files embedded in {counted(len(reading.embedded), 'note')}, "
             f"{human_bytes(sum(reading.embedded.values()))}."
         )
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
     return (*said, *reading.unread_chats())
-
-
-def _notes(count: int) -> str:
-    return f"{count:,} {'note' if count == 1 else 'notes'}"

@@ -81,10 +81,11 @@ def scan(folder: Path | str | None = None, progress: Progress = ignore) -> list[
     progress: receives the models that were looked at, and all models.
     """
     room, order = _room(), {"ready": 0, "convert": 1, "no": 2}
-    found, listed = list[FoundModel](), list(_each_once(candidates(folder)))
+    every = list(candidates(folder))
+    found, listed = list[FoundModel](), list(_each_once(every))
     for candidate in listed:
         progress(len(found), len(listed))
-        found.append(candidate.inspect(room))
+        found.append(replace(candidate.inspect(room), also_called=_other_names(candidate, every)))
     return sorted(found, key=lambda model: (order[model.status], not model.fits, -(model.parameters or 0), model.name))
 
 
@@ -118,6 +119,13 @@ def _each_once(found: Iterable[Candidate]) -> Iterator[Candidate]:
         if path not in seen:
             seen.add(path)
             yield candidate
+
+
+def _other_names(candidate: Candidate, every: Iterable[Candidate]) -> tuple[str, ...]:
+    """Return the other names that the same program has for the same file: Ollama keeps one file for several names."""
+    path = os.path.realpath(candidate.path)
+    same = (other for other in every if other.source == candidate.source and os.path.realpath(other.path) == path)
+    return tuple(sorted({printable(other.name) for other in same} - {printable(candidate.name)}))
 
 
 def _best(found: list[FoundModel]) -> ModelChoice | None:
@@ -161,10 +169,11 @@ def resolve(name: str | None = None) -> ModelChoice:
 def forget(name: str) -> int:
     """Delete what the GGUF model `name` was converted to, and return how many bytes that frees. Its file stays.
 
-    Raises ModelError where nothing was converted under that name.
+    name: as for `resolve`, or a part of the name that `models` lists. Raises ModelError where nothing was converted under it.
     """
-    named = [candidate.path for candidate in candidates() if candidate.gguf and _is_named(candidate, name)]
-    return delete_conversions(name, [expand(name), *named])
+    files = [candidate for candidate in candidates() if candidate.gguf]
+    named, short = ([each.path for each in files if matches(each, name)] for matches in (_is_named, _is_short_for))
+    return delete_conversions(name, [expand(name), *named], short)
 
 
 def _no_model(name: str) -> str:

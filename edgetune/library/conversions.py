@@ -1,7 +1,8 @@
 """Keeps GGUF models as the model folders that edgetune works with: each is converted once, when it is first opened.
 
 A conversion lies in models/ of edgetune's own folder and remembers its file (conversion/origin.py). It is found by that file's
-path, size and time of change, so a file that has changed is converted again, and its earlier conversion deleted.
+path, size and time of change, so a file that has changed is converted again, and its earlier conversion deleted. So is one that
+an earlier version of the converter made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from edgetune import events
 from edgetune.conversion.convert import convert
 from edgetune.conversion.gguf_file import GgufFile, parts_of, stem_of
-from edgetune.conversion.origin import Origin
+from edgetune.conversion.origin import CONVERTER, Origin
 from edgetune.conversion.tokenizer import tokenizer_notices
 from edgetune.home import home, private_folder, unfinished_folder
 from edgetune.lock import Lock
@@ -65,8 +66,8 @@ def conversions() -> list[Conversion]:
 
 
 def conversion_of(path: Path) -> Conversion | None:
-    """Return the conversion of the GGUF file at `path`; None if there is none, or the file has changed since."""
-    made = [found for found in conversions() if found.is_of(path)]
+    """Return the conversion of the GGUF file at `path`; None if there is none, or file or converter changed since."""
+    made = [found for found in conversions() if found.is_of(path) and found.origin.converter == CONVERTER]
     now = _stamp(path) if made else None
     return next((found for found in made if (found.origin.bytes, found.origin.modified) == now), None)
 
@@ -85,21 +86,40 @@ def converted_folder(path: Path, name: str, show: Show, notices: tuple[str, ...]
     return found.folder
 
 
-def delete_conversions(name: str, paths: Sequence[Path]) -> int:
+def delete_conversions(name: str, paths: Sequence[Path], short_for: Sequence[Path] = ()) -> int:
     """Delete what the GGUF model of this name, or any file of `paths`, was converted to; return how many bytes that frees.
 
-    Raises ModelError where nothing was converted under that name.
+    Where there is none, `name` may be short for the one converted model that is among `short_for`, or whose name contains it.
+    Raises ModelError for a name that no converted model has, or several have in short.
     """
     with _alone(lambda event: None):
         kept = conversions()
         made = [found for found in kept if name == found.origin.name or any(map(found.is_of, paths))]
+        if not made and name:
+            part = name.lower()
+            made = [found for found in kept if part in found.origin.name.lower() or any(map(found.is_of, short_for))]
+            names = sorted({found.origin.name for found in made})
+            if len(names) > 1:
+                raise ModelError(f"{name[:NAME_SHOWN]!r} may be any of {', '.join(names)}; type the whole name of one.")
         if not made:
-            names = ", ".join(sorted(found.origin.name for found in kept)) or "none"
-            raise ModelError(f"No converted model is called {name[:NAME_SHOWN]!r}; those that are kept: {names}.")
+            names = sorted({found.origin.name for found in kept}) or ["none"]
+            raise ModelError(f"No converted model is called {name[:NAME_SHOWN]!r}; those that are kept: {', '.join(names)}.")
         freed = sum(found.bytes for found in made)
         for found in made:
             _delete(found.folder)
     return freed
+
+
+@contextlib.contextmanager
+def forgetting_named(folder: Path, name: str) -> Iterator[None]:
+    """Add to a ModelError about `folder` what mends it, if it is what the GGUF model `name` was converted to."""
+    try:
+        yield
+    except ModelError as error:
+        if folder.parent.resolve() != (home() / _FOLDER).resolve():
+            raise
+        again = f"type `edgetune models --forget {name}`, and it is converted again when it is used"
+        raise ModelError(f"{str(error).rstrip('.')}; {again}.") from error
 
 
 def _convert(path: Path, name: str, show: Show, notices: tuple[str, ...]) -> Path:
@@ -107,7 +127,7 @@ def _convert(path: Path, name: str, show: Show, notices: tuple[str, ...]) -> Pat
     gguf = GgufFile.open(path)
     folder = private_folder(home() / _FOLDER) / _folder_name(path, name, gguf.digest)
     _delete_leftovers(folder)
-    if os.path.lexists(folder):  # its record is damaged
+    if os.path.lexists(folder):  # its record is damaged, or an earlier version of the converter made it
         _delete(folder)
     made = convert(path, folder, name, progress=Stages(show).of("converting"))
     notices += tuple(tokenizer_notices(gguf.metadata))

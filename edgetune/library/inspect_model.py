@@ -21,7 +21,7 @@ from edgetune.conversion.convert import Recipe
 from edgetune.conversion.gguf_file import GgufFile, parts_of
 from edgetune.conversion.gguf_vocabulary import GgufVocabulary
 from edgetune.conversion.model import Model
-from edgetune.library.conversions import Conversion, conversion_of
+from edgetune.library.conversions import Conversion, conversion_of, forgetting_named
 from edgetune.memory_settings import least, least_memory_to_train, number_format, process_bytes
 from edgetune.runtime.budget import Stored
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -64,7 +64,7 @@ class FoundModel:
     that is not the question, because it cannot be used at all. `reason` is one sentence, or "" where nothing needs to be said.
     Of a GGUF model (`gguf`), `converted_bytes` is the size on disk of the folder that it is converted to, or was, and
     `conversion_seconds` a rough forecast of the time, None once it is converted. `ignored` are sentences about parts of an
-    Ollama model that are not taken over.
+    Ollama model that are not taken over, `also_called` the other names under which Ollama keeps the same file.
     """
 
     name: str
@@ -82,6 +82,7 @@ class FoundModel:
     converted_bytes: int | None = None
     conversion_seconds: float | None = None
     ignored: tuple[str, ...] = ()
+    also_called: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,8 @@ def _least_memory(recipe: Recipe, room: Room) -> int:
 
 def _converted(made: Conversion, path: Path, name: str, source: str, room: Room | None) -> FoundModel:
     """Return the answer for a GGUF model that is converted already. Raises ModelError if its conversion is damaged."""
-    try:
+    with forgetting_named(made.folder, name):
         found = inspect_folder(made.folder, name, source, room)
-    except ModelError as error:
-        again = f"type `edgetune models --forget {name}`, and it is converted again when it is used"
-        raise ModelError(f"{str(error).rstrip('.')}; {again}.") from error
     return replace(
         found,
         path=path,

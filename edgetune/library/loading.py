@@ -10,7 +10,7 @@ from edgetune.config import HEADS, GenerateConfig
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
 from edgetune.library.base_models import DEMO, ModelChoice, best_here, resolve
-from edgetune.library.conversions import converted_folder
+from edgetune.library.conversions import converted_folder, forgetting_named
 from edgetune.progress import Progress, Show, ignore
 from edgetune.runtime import ops
 from edgetune.runtime.budget import Vocabulary, WeightForm
@@ -87,7 +87,14 @@ def open_base(name: str | None, show: Show = lambda event: None) -> Base:
     """
     choice = in_folder(choose_model(name), show)
     bundle.check_base(choice.path)
-    return choice, open_model(choice.path)
+    with forgetting_named(choice.path, choice.name):
+        return choice, open_model(choice.path)
+
+
+def load_tokenizer(choice: ModelChoice) -> Tokenizer:
+    """Load the tokenizer of a model in a folder. Raises ModelError for one that is damaged or missing."""
+    with forgetting_named(choice.path, choice.name):
+        return Tokenizer.load(choice.path)
 
 
 def in_folder(choice: ModelChoice, show: Show = lambda event: None) -> ModelChoice:
@@ -117,7 +124,7 @@ def load_base(
     target = pick_device(device)
     choice, checkpoint = base
     # Before the weights are read: what does not fit them or is damaged is refused at once.
-    tokenizer, recommended = Tokenizer.load(choice.path), read_sampling(choice.path)
+    tokenizer, recommended = load_tokenizer(choice), read_sampling(choice.path)
     form = form or form_for_writing(GenerateConfig.weights, checkpoint)
     model = load_llama(
         checkpoint,

@@ -1,12 +1,13 @@
 """Predicts what a training run will take, for `edgetune plan`: memory by part, tokens per second, time.
 
-The time of a step is measured on one and on two layers of the model's shape with random weights.
+The time of a step is measured on one and on two layers of the model's shape with random weights, and on a part of its loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 
 from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
-from edgetune.library.loading import open_base
+from edgetune.library.base_models import ModelChoice
+from edgetune.library.loading import Base, load_tokenizer, open_base
 from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
@@ -40,15 +42,15 @@ from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import DeviceError, UsageError
+from edgetune.runtime.loss import warm_up_head
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
-from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.scratch import scratch_folder
 from edgetune.training.setup import fit_rows, named_adapter, read_and_split, tokenize_notes
 from edgetune.weight_forms import forms_for_training, forms_of_shape
 
-_ROW_RUNS = 4
-"""Times that a row is run to be timed; the first one warms up. Chosen by hand."""
+_RUNS = 3
+"""Times that each part is run to be timed; the first one warms up. Chosen by hand."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     show: receives progress as events.Working.
     Raises EdgetuneError for a model, an adapter, a device or notes that cannot be used.
     """
-    name, config, forms, checkpoint = _model(train, show)
+    name, config, forms, base = _model(train, show)
+    checkpoint = None if base is None else base[1]
     train, stages = fit_rows(train, config), Stages(show)
     here = True
     try:
@@ -99,7 +102,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     else:
         dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
-    steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder, stages)
+    steps, tokens = (train.steps, None) if base is None or not data.notes else _work(train, base[0], stages)
     memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
     smallest = least_of(config, lora, forms, data, dtype, process, device_name, train.recompute)
     choice = choose_form(config, lora, forms, data, dtype, memory, process, device_name, train.recompute)
@@ -133,10 +136,10 @@ def _head_form(stored: Stored) -> str:
     return "nf4" if stored.head_dtype is None else str(stored.head_dtype).removeprefix("torch.")
 
 
-def _model(train: TrainConfig, show: Show) -> tuple[str, LlamaConfig, list[Stored], Checkpoint | None]:
-    """Return name, config, sizes in each form and checkpoint of a model on this machine, or of a shape in SHAPES.
+def _model(train: TrainConfig, show: Show) -> tuple[str, LlamaConfig, list[Stored], Base | None]:
+    """Return name, config, sizes in each form and files of a model on this machine, or of a shape in SHAPES.
 
-    A shape has no checkpoint; it counts as stored in NF4 or in bf16, whichever is asked for.
+    A shape has no files; it counts as stored in NF4 or in bf16, whichever is asked for.
     """
     name = train.model
     if name in PLANNED and not Path(name).exists():
@@ -144,8 +147,9 @@ def _model(train: TrainConfig, show: Show) -> tuple[str, LlamaConfig, list[Store
         forms = forms_of_shape(train.weights, train.compute, shape)
         return name, shape, [Stored.shaped(shape, form, mapped=form is not WeightForm.INT8) for form in forms], None
     choice, checkpoint = open_base(name, show)
-    forms = forms_for_training(train.weights, train.compute, checkpoint)
-    return choice.name, checkpoint.config, [Stored.of(checkpoint, form) for form in forms], checkpoint
+    adapter = named_adapter(train, checkpoint)
+    forms = forms_for_training(train.weights, train.compute, checkpoint, None if adapter is None else adapter.about)
+    return choice.name, checkpoint.config, [Stored.of(checkpoint, form) for form in forms], (choice, checkpoint)
 
 
 def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
@@ -163,11 +167,11 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
     return adapter.config
 
 
-def _work(train: TrainConfig, folder: Path, stages: Stages) -> tuple[int, int]:
+def _work(train: TrainConfig, model: ModelChoice, stages: Stages) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
     _, parted = read_and_split(train, stages.of("reading"))
     with scratch_folder() as scratch:
-        store = tokenize_notes(train, parted, Tokenizer.load(folder), scratch, stages.of("tokenizing")).train
+        store = tokenize_notes(train, parted, load_tokenizer(model), scratch, stages.of("tokenizing")).train
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)
@@ -185,18 +189,21 @@ def seconds_a_step(
 ) -> float:
     """Predict the seconds of a step: one and two layers are measured, and their difference stands for each further layer.
 
+    So it is with the loss, of which one chunk is measured: a small model with a large vocabulary spends most of a step there.
     The time of reading and writing files is computed from FILE_SPEED, a nominal figure.
     """
-    one, two = (_row_seconds(config, lora, stored.form, setting, dtype, int8, layers, progress) for layers in (1, 2))
-    layer = max(two - one, 0.0)
-    row = (one + layer * (config.num_layers - 1)) * (COMPACT_SLOWDOWN if setting.compact else 1.0)
+    seconds = [_seconds_on_layers(config, lora, stored.form, setting, dtype, int8, layers, progress) for layers in (1, 2)]
+    (one, chunk), (two, again) = seconds
+    layer, chunks = max(two - one, 0.0), -(-setting.row_tokens // setting.loss_rows)
+    row = one + layer * (config.num_layers - 1) + min(chunk, again) * (chunks - 1)
+    row *= COMPACT_SLOWDOWN if setting.compact else 1.0
     rows = -(-batch_tokens // setting.row_tokens)
     read = budget.streamed_bytes(config, stored, setting) / FILE_SPEED
     files = file_bytes(config, lora, stored, setting, batch_tokens)
     return rows * (max(row, read) + UNHIDDEN_READ_SHARE * read) + files / FILE_SPEED
 
 
-def _row_seconds(
+def _seconds_on_layers(
     config: LlamaConfig,
     lora: LoraConfig,
     form: WeightForm,
@@ -205,9 +212,9 @@ def _row_seconds(
     int8: bool,
     layers: int,
     progress: Progress,
-) -> float:
-    """Return the least of three measured times of one row under this setting, on one or two layers of random weights."""
-    done, total = (layers - 1) * _ROW_RUNS, 2 * _ROW_RUNS
+) -> tuple[float, float]:
+    """Return the seconds of one row with one chunk of its loss, and of that chunk, on one or two layers of random weights."""
+    done, total = (layers - 1) * (_RUNS + 1), 2 * (_RUNS + 1)
     progress(done, total)
     few = dataclasses.replace(config, num_layers=layers, windows=(config.windows * 2)[:layers])
     model = random_llama(few, dtype, form=form)
@@ -215,12 +222,23 @@ def _row_seconds(
     runner = Runner(model, setting.recompute, setting.loss_rows, int8=int8)
     optimizer = PagedAdamW(adapters.parameters(model))
     row = random_batch(config, setting.row_tokens)
-    seconds = []
-    for run in range(_ROW_RUNS):
-        progress(done + run, total)
-        start = time.perf_counter()
+    row.loss_mask[setting.loss_rows :] = 0.0
+
+    def step() -> None:
         runner.train(row, dropout_key=1 if lora.dropout else None)
         optimizer.step(1e-4)
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+
+    seconds = []
+    for run in range(_RUNS):
+        seconds.append(_seconds(step))
+        progress(done + 1 + run, total)
+    chunk = min(_seconds(lambda: warm_up_head(model, setting.loss_rows)) for _ in range(_RUNS - 1))
+    progress(done + 1 + _RUNS, total)
+    return min(seconds[1:]), chunk
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

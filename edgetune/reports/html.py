@@ -16,9 +16,9 @@ from typing import Any
 from edgetune.events import Evaluated, Event
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
-from edgetune.reports.repair import learning_lines
+from edgetune.reports.repair import learning_lines, too_few
 from edgetune.reports.run import Run
-from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, sanitize
+from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, sanitize
 from edgetune.reports.verdicts import first_sentence
 from edgetune.runtime.files import atomic_write
 
@@ -61,14 +61,16 @@ def _head(run: Run) -> str:
         title = sentence
     elif run.before is None or run.after is None:
         title = "Nothing was held out, so learning cannot be shown" if finished else "Training"
+    elif finished and not finished.judged:
+        title = "Too few held-out notes were read to judge what was learned"
     elif run.after < run.before:
         title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits per byte on notes the model has not seen"
     else:
         title = "No better on notes the model has not seen"
     about = ""
     if started:
-        about = f"The base model {started.model} learned from {_count(started.documents, 'document')} on {started.device}"
-        held_out = _count(started.heldout_documents, "document")
+        about = f"The base model {started.model} learned from {counted(started.documents, 'document')} on {started.device}"
+        held_out = counted(started.heldout_documents, "document")
         about += f", and was tested on {held_out} that it never trained on." if started.heldout_documents else "."
         reason = ((finished.decision or {}) if finished else {}).get("reason")
         about += f" {reason}" if isinstance(reason, str) else ""
@@ -94,7 +96,7 @@ def _badges(run: Run) -> list[str]:
     if finished is not None and not finished.promoted:
         badges.append("not made the current adapter")
     if run.skipped:
-        badges.append(f"{_count(len(run.skipped), 'step')} skipped")
+        badges.append(f"{counted(len(run.skipped), 'step')} skipped")
     return badges
 
 
@@ -105,7 +107,7 @@ def _tiles(run: Run) -> str:
         tiles.append(("Held-out bits per byte", f"{run.before:.3f} → {run.after:.3f}", BITS_PER_BYTE))
     if finished:
         tiles += [
-            ("Trained on", f"{finished.tokens:,}", f"tokens in {_count(finished.steps, 'step')} (updates of the adapter)"),
+            ("Trained on", f"{finished.tokens:,}", f"tokens in {counted(finished.steps, 'step')} (updates of the adapter)"),
             ("Speed", f"{finished.tokens_per_second:,.0f}", "tokens per second"),
             ("Time", human_time(finished.seconds), "from start to adapter"),
             ("Peak memory", human_bytes(finished.peak_memory_bytes), "including the weights in use"),
@@ -261,7 +263,9 @@ def _score(run: Run) -> str:
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         body += f'<tr><th scope="row">{_escaped(name)}</th>{numbers}</tr>'
     heads = "".join(f'<th scope="col">{name}</th>' for name, _ in shown)
-    said = "".join(f"<p>{_escaped(text)}.</p>" for text in (learning_lines(finished, unknown=True) if finished else []))
+    rough = None if finished is None else too_few(finished)
+    sentences = ([rough] if rough else []) + (learning_lines(finished, unknown=True) if finished else [])
+    said = "".join(f"<p>{_escaped(text)}.</p>" for text in sentences)
     return (
         f"<table><caption>On the held-out notes; lower is better</caption><thead><tr><td></td>{heads}</tr></thead>"
         f"<tbody>{body}</tbody></table>{said}"
@@ -302,7 +306,7 @@ def _heldout(run: Run) -> str:
         "<section><h2>Held-out notes</h2>"
         '<p class="lead">Never trained on. The digest of a note decides whether it is held out, so the choice is the same in '
         "every run.</p>"
-        f"{_folded(_count(len(paths), 'note'), names, len(paths))}</section>"
+        f"{_folded(counted(len(paths), 'note'), names, len(paths))}</section>"
     )
 
 
@@ -352,10 +356,6 @@ def _setting(value: Any) -> str:
 
 def _folded(summary: str, body: str, size: int) -> str:
     return body if size <= UNFOLDED else f"<details><summary>{_escaped(summary)}</summary>{body}</details>"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _escaped(text: str) -> str:

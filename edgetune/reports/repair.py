@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from edgetune.events import Finished
+from edgetune.reports.text import counted
 
 NOT_MEASURED = {
     "memory": "reading the base as published needs more memory than this run may use",
     "time": "the deadline left no time to read the base as published",
     "unknown": "the model folder holds the base in {bits} bits alone",
     "adapter": "the run started from an adapter, which had learnt and mended before",
+    "few": "too few tokens of the held-out notes were read",
 }
 """Reasons why the base as published has no score, by the value of Finished.published."""
+
+
+def too_few(event: Finished) -> str | None:
+    """Return, without a full stop, that the held-out figures of a finished run rest on too few tokens; None if they do not."""
+    if event.heldout_tokens is None or event.judged:
+        return None
+    read = counted(event.heldout_tokens, "token")
+    return f"These figures are rough: only {read} of held-out notes were read, too few to judge the adapter by"
 
 
 def learning_lines(event: Finished, unknown: bool) -> list[str]:

@@ -23,10 +23,11 @@ from edgetune.events import (
     Started,
     Stepped,
     Working,
+    judges,
     line,
 )
-from edgetune.reports.repair import learning_lines
-from edgetune.reports.text import BITS_PER_BYTE, human_bytes, human_time, one_line
+from edgetune.reports.repair import learning_lines, too_few
+from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line
 from edgetune.reports.verdicts import first_sentence
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ LINE_EVERY_SECONDS = 5.0
 """Shortest time between two plain progress lines, in seconds, unless a tenth of the steps is done. Chosen by hand."""
 TOLD_AFTER_SECONDS = 2.0
 """Seconds that a stage of long work may take without a plain line. Chosen by hand."""
-ROUGH_TOKENS = 200
-"""Tokens below which an evaluation is called rough: few held-out notes, or a run too short to read more. Chosen by hand."""
 PACE_STEPS = 40
 """Number of last steps from which the time left is estimated. Chosen by hand."""
 
@@ -136,7 +135,7 @@ def converted_lines(event: Converted) -> list[str]:
 
 def evaluated_line(event: Evaluated, first: bool) -> str:
     """Return the line for an evaluation on the held-out notes; the first one explains its figure, and says if it is rough."""
-    few = f"; a rough figure, from {event.tokens:,} tokens" if event.tokens < ROUGH_TOKENS else ""
+    few = "" if judges(event.tokens) else f"; a rough figure, from {counted(event.tokens, 'token')}"
     meaning = f" ({BITS_PER_BYTE}{few})" if first else ""
     return f"step {event.step}: held-out {event.bits_per_byte:.3f} bits/byte{meaning}"
 
@@ -165,12 +164,14 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
     lines = [] if sentence is None else [sentence, *_reason(event)]
     if before is not None and after is not None:
         change = f"{abs(1 - after / before):.1%} {'lower' if after <= before else 'higher'}" if before > 0 else "no change"
-        lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte ({change}), best at step {event.best_step}")
-        lines += learning_lines(event, unknown=False)
+        rough = too_few(event)
+        shown = f" ({change}), best at step {event.best_step}" if rough is None else ""
+        lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte{shown}")
+        lines += learning_lines(event, unknown=False) if rough is None else [rough]
     else:
         lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
     lines.append(
-        f"{event.steps:,} {'step' if event.steps == 1 else 'steps'}, {event.tokens:,} tokens in {human_time(event.seconds)} "
+        f"{counted(event.steps, 'step')}, {counted(event.tokens, 'token')} in {human_time(event.seconds)} "
         f"({event.tokens_per_second:,.0f} tokens/s), peak memory {human_bytes(event.peak_memory_bytes)}"
     )
     if event.skipped_steps:

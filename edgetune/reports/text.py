@@ -31,6 +31,11 @@ def one_line(text: str) -> str:
     return sanitize(text).replace("\n", " ").replace("\t", " ")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an s unless there is one: 1 step, 2,000 steps."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def human_bytes(count: float) -> str:
     """Return a number of bytes in decimal units with three digits: 912 B, 31.4 MB, 1.06 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

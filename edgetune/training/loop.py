@@ -89,7 +89,7 @@ class TrainingLoop:
         self.stages = Stages(show, self._check_stop)
         # With followers, stop only between steps: in the middle of one they would wait for this process's share.
         if world.size == 1:
-            self.runner.between_blocks = self._check_stop
+            self.runner.check = self._check_stop
         self.saved_at: tuple[int, int | None] | None = None  # step and evaluated_step of the last checkpoint
 
     def events(self, resumed: Resumed | None) -> Iterator[Event]:
@@ -242,7 +242,7 @@ class TrainingLoop:
         progress, done, total = self.stages.of("first step"), itertools.count(), 2 * len(self.model.blocks) * batches
         self.runner.between_blocks = lambda: progress(next(done), total)
         result = self.train_step.run(self.state.step)
-        self.runner.between_blocks = self._check_stop
+        self.runner.between_blocks = lambda: None
         return result
 
     def _score(self, most_seconds: float = math.inf, most_batches: int | None = None) -> Score:
@@ -327,7 +327,11 @@ class TrainingLoop:
             time.monotonic() - self.began
         )
         batches, progress = _common(state.score_before, score), self.stages.of("published base")
-        compared = published.compare(self.run.loaded, self.runner, self.run.held_out, self.plan, batches, in_time, progress)
+        rests_on = None if score is None else score.first(batches)
+        judged = rests_on is None or rests_on.judges
+        compared = published.compare(
+            self.run.loaded, self.runner, self.run.held_out, self.plan, batches, judged, in_time, progress
+        )
         self._trim()
         gate = GateEvidence(self.run, math.inf if cut is None else self.evaluation_seconds, self.stages.of("judging"))
         evidence = gate.measure(state.score_before, score)
@@ -360,6 +364,7 @@ class TrainingLoop:
             cut=cut,
             promoted=decision.promote,
             decision=decision_record(decision, evidence, gate.rival),
+            heldout_tokens=None if rests_on is None else sum(rests_on.tokens),
             **compared,
         )
 

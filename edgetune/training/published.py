@@ -63,18 +63,21 @@ def compare(
     held_out: EvaluationSet | None,
     plan: Plan,
     batches: int,
+    judged: bool,
     in_time: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Return the fields of events.Finished about the base as published, scored on the first `batches` of the held-out batches.
 
-    in_time: False if the run has no time for it.
+    judged: False if those batches hold too few tokens to compare anything. in_time: False if the run has no time for it.
     """
     fields: dict[str, Any] = {"base_bits": bits_of_base(loaded)}
     if held_out is None or not batches:
         return fields
     if not plan.published_scores:
         return {**fields, "published": _reason(loaded, plan)}
+    if not judged:
+        return {**fields, "published": "few"}
     if not in_time:
         return {**fields, "published": "time"}
     rows, scores = plan.setting.row_tokens, plan.published_scores

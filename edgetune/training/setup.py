@@ -23,7 +23,7 @@ from edgetune.documents.summary import sentences
 from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
-from edgetune.library.loading import Base, Loaded, load_base
+from edgetune.library.loading import Base, Loaded, load_base, load_tokenizer
 from edgetune.memory_settings import Choice, choose_or_refuse, memory_allowed, number_format, planned_steps
 from edgetune.progress import SILENT, Progress, Stages, ignore
 from edgetune.runtime import adapter as adapters
@@ -105,14 +105,15 @@ def prepare_new(
     settings, config = config.as_dict(), fit_rows(config, checkpoint.config)
     reading, split = read_and_split(config, stages.of("reading"))
     device = pick_device(config.device)
-    tokenizer = Tokenizer.load(choice.path)
+    tokenizer = load_tokenizer(choice)
     notes = tokenize_notes(config, split, tokenizer, folder, stages.of("tokenizing"))
     store, held_out = notes.train, notes.held_out
     data, (dtype, multiplies_int8) = config.data, number_format(config.compute, device)
     adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
-    forms = [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint)]
+    about = None if adapter is None else adapter.about
+    forms = [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint, about)]
     chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
     form = chosen.stored.form
     int8 = multiplies_int8 and form is WeightForm.NF4
@@ -259,7 +260,7 @@ def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunR
             "--compute bf16, the same for all processes."
         )
     _, split = read_and_split(config)
-    tokenize_notes(config, split, Tokenizer.load(choice.path), folder)
+    tokenize_notes(config, split, load_tokenizer(choice), folder)
     shutil.rmtree(folder / HELD_OUT, ignore_errors=True)  # process 0 alone evaluates
     if _token_files(folder) != record.files:
         raise DataError(
