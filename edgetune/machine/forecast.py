@@ -42,9 +42,10 @@ from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import DeviceError, UsageError
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
-from edgetune.runtime.tokenizer import Tokenizer
+from edgetune.runtime.tokenizer import Tokenizer, read_template
 from edgetune.scratch import scratch_folder
-from edgetune.training.setup import fit_rows, named_adapter, read_and_split, tokenize_notes
+from edgetune.training.run_notes import choose_notes
+from edgetune.training.setup import fit_rows, named_adapter, tokenize_notes
 from edgetune.weight_forms import forms_for_training, forms_of_shape
 
 _ROW_RUNS = 4
@@ -99,7 +100,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     else:
         dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
-    steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint.folder, stages)
+    steps, tokens = (train.steps, None) if checkpoint is None or not data.notes else _work(train, checkpoint, stages)
     memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
     smallest = least_of(config, lora, forms, data, dtype, process, device_name, train.recompute)
     choice = choose_form(config, lora, forms, data, dtype, memory, process, device_name, train.recompute)
@@ -108,6 +109,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     speed = seconds = None
     if choice is not None and here and device_name == "cpu":
         step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"))
+        step /= 1 - train.anchor_share(config.hidden_size, checkpoint is None or read_template(checkpoint.folder) is not None)
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
     return Forecast(
@@ -163,11 +165,12 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
     return adapter.config
 
 
-def _work(train: TrainConfig, folder: Path, stages: Stages) -> tuple[int, int]:
+def _work(train: TrainConfig, checkpoint: Checkpoint, stages: Stages) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
-    _, parted = read_and_split(train, stages.of("reading"))
+    split = choose_notes(train, named_adapter(train, checkpoint), progress=stages.of("reading")).split
     with scratch_folder() as scratch:
-        store = tokenize_notes(train, parted, Tokenizer.load(folder), scratch, stages.of("tokenizing")).train
+        tokenizer = Tokenizer.load(checkpoint.folder)
+        store = tokenize_notes(train, split, tokenizer, scratch, stages.of("tokenizing")).train
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)

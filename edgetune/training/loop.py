@@ -18,6 +18,7 @@ import torch
 
 import edgetune
 from edgetune.dataset.evaluation_set import Score
+from edgetune.documents.lineage import KEY as LINEAGE
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
@@ -239,7 +240,7 @@ class TrainingLoop:
 
     def _first_step(self) -> StepResult:
         """Run a step and report its progress, block by block: it can take minutes, and none has shown yet how many."""
-        batches = len(self.run.packer.micro_batches(self.state.step, self.plan.setting.row_tokens))
+        batches = len(self.train_step.micro_batches(self.state.step))
         progress, done, total = self.stages.of("first step"), itertools.count(), 2 * len(self.model.blocks) * batches
         self.runner.between_blocks = lambda: progress(next(done), total)
         result = self.train_step.run(self.state.step)
@@ -368,6 +369,7 @@ class TrainingLoop:
             "torch": torch.__version__,
             "base": self.plan.base,
             "data": self.plan.data_digest,
+            LINEAGE: self.run.record.lineage,
             "heldout_bits_per_byte_before": before,
             "heldout_bits_per_byte_after": after,
             "best_step": best_step,

@@ -3,6 +3,7 @@
 unfinished/<key>.lock                 held while a process works on the run
 unfinished/<key>/run.json             the plan and everything else that was settled before step 1; without it there is no run
 unfinished/<key>/tokens, held-out     the notes as tokens
+unfinished/<key>/anchor               the base's own answers as tokens, and its predictions (training/anchor.py)
 unfinished/<key>/checkpoint-<n>.safetensors   the last two checkpoints (training/checkpoints.py)
 unfinished/<key>/best.safetensors     the best adapter so far (training/best_adapter.py)
 
@@ -30,7 +31,7 @@ from edgetune.runtime.files import atomic_write
 from edgetune.scratch import delete_leftovers
 from edgetune.training.sealed_files import DamagedError
 
-FORMAT = 6
+FORMAT = 7
 """Version of run.json and of everything beside it. A run of another version is started over."""
 ABANDONED_AFTER_DAYS = 30
 """Days without a change after which an interrupted run is deleted; chosen by hand."""
