@@ -222,9 +222,10 @@ def drift(share: float, base: Path, tmp_path: Path) -> float:
     return float(divergence_(logits, soft, torch.ones(len(ids))).mean())
 
 
-def test_with_an_anchor_a_model_answers_more_as_it_did(base: Path, tmp_path: Path) -> None:
-    without, with_anchor = drift(0.0, base, tmp_path), drift(0.25, base, tmp_path)
-    assert 0 < with_anchor < 0.5 * without
+def test_with_an_anchor_a_model_answers_more_as_it_did(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making, "REPLY_TOKENS", 24)
+    without, with_anchor = drift(0.0, base, tmp_path), drift(0.5, base, tmp_path)
+    assert 0 < with_anchor < 0.6 * without
 
 
 def adapter_bytes(events: list[Event]) -> bytes:
