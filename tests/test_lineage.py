@@ -72,9 +72,11 @@ def test_a_chat_is_known_by_its_text_alone() -> None:
     def chat(line: int, answer: str) -> Document:
         return Document.of(f"c.jsonl#{line}", f"q {answer}", (Turn("user", "q"), Turn("assistant", answer)))
 
-    _, lineage = night([*notes(20), chat(1, "one"), chat(2, "two")], Lineage())
-    known = Known.among([chat(1, "new"), chat(2, "one")], lineage)
-    assert known.unchanged == {chat(2, "one").digest} == known.trained
+    learnt = [chat(line, f"answer {line}") for line in range(1, 20)]
+    lineage = Lineage.of_adapter({KEY: Lineage.after(learnt, {}, Lineage()).as_dict()})
+    assert len(lineage.trained) == 19
+    moved = [chat(1, "new"), *(chat(line + 1, f"answer {line}") for line in range(1, 20))]
+    assert Known.among(moved, lineage).unchanged == {document.digest for document in learnt}
 
 
 def test_all_new_and_changed_notes_are_trained_and_a_share_of_the_others() -> None:
@@ -161,7 +163,7 @@ def test_a_second_run_from_the_first_adapter_learns_the_new_notes_and_replays_so
     tiny.save_trainable(tmp_path / "model")
     (tmp_path / "notes").mkdir()
     for number in range(40):
-        (tmp_path / "notes" / f"{number}.md").write_text(f"# Tide {number}\n\nThe tide turned at {number * 7} and we left.\n")
+        (tmp_path / "notes" / f"{number}.md").write_text(f"# Tide {number}\n\n" + f"The tide turned at {number * 7}, we left. " * 5)
     first, about = run(tmp_path, "first")
     marks = about[KEY]
     assert isinstance(marks, dict)
@@ -173,7 +175,7 @@ def test_a_second_run_from_the_first_adapter_learns_the_new_notes_and_replays_so
     assert all(len(mark) == MARK_DIGITS for mark in marks["trained"].split())
     assert "tide" not in json.dumps(about).lower()
     for number in range(40, 46):
-        (tmp_path / "notes" / f"{number}.md").write_text(f"# Wind {number}\n\nThe wind rose at {number * 7} and we came.\n")
+        (tmp_path / "notes" / f"{number}.md").write_text(f"# Wind {number}\n\n" + f"The wind rose at {number * 7}, we came. " * 5)
     second, about = run(tmp_path, "second", str(tmp_path / "first"))
     assert isinstance(second[0], Started)
     assert set(held) <= set(second[0].heldout_paths)
