@@ -163,7 +163,9 @@ def test_a_second_run_from_the_first_adapter_learns_the_new_notes_and_replays_so
     tiny.save_trainable(tmp_path / "model")
     (tmp_path / "notes").mkdir()
     for number in range(40):
-        (tmp_path / "notes" / f"{number}.md").write_text(f"# Tide {number}\n\n" + f"The tide turned at {number * 7}, we left. " * 5)
+        (tmp_path / "notes" / f"{number}.md").write_text(
+            f"# Tide {number}\n\n" + f"The tide turned at {number * 7}, we left. " * 5
+        )
     first, about = run(tmp_path, "first")
     marks = about[KEY]
     assert isinstance(marks, dict)
@@ -175,7 +177,9 @@ def test_a_second_run_from_the_first_adapter_learns_the_new_notes_and_replays_so
     assert all(len(mark) == MARK_DIGITS for mark in marks["trained"].split())
     assert "tide" not in json.dumps(about).lower()
     for number in range(40, 46):
-        (tmp_path / "notes" / f"{number}.md").write_text(f"# Wind {number}\n\n" + f"The wind rose at {number * 7}, we came. " * 5)
+        (tmp_path / "notes" / f"{number}.md").write_text(
+            f"# Wind {number}\n\n" + f"The wind rose at {number * 7}, we came. " * 5
+        )
     second, about = run(tmp_path, "second", str(tmp_path / "first"))
     assert isinstance(second[0], Started)
     assert set(held) <= set(second[0].heldout_paths)

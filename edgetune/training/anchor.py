@@ -52,9 +52,9 @@ REPLY_TOKENS = 32
 """Most tokens of an answer; chosen by hand. More answers cover more kinds of questions than longer ones."""
 FEWEST_REPLIES = 12
 """Answers that even a short run makes; chosen by hand."""
-WRITING_COST = {"cpu": 6, "cuda": 100, "mps": 30}
-"""Time that writing a token takes on each device, relative to training one. CPU: measured with SmolLM2 (LOG.md, "keeping the
-chat"). The others are guesses, not measured."""
+WRITING_COST = {"cpu": 12, "cuda": 100, "mps": 30}
+"""Time that writing a token takes on each device, relative to training one. CPU: SmolLM2 on one Zen 4 core of a busy machine
+wrote one in 71 ms and trained one in 6.1. The others are guesses, not measured."""
 PREDICTING_COST = 0.5
 """Time that reading a token takes to note the base's predictions, relative to training one; chosen by hand: a forward pass
 alone, and a sort of its predictions."""
