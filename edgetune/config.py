@@ -59,6 +59,8 @@ the narrowest model known here that answers them is SmolLM2-135M, 576 wide; the 
 REFERENCE_WIDTH, RATE_EXPONENT = 2048, 1.5
 """Below CHAT_WIDTH the learning rate grows with (REFERENCE_WIDTH / hidden size) to the power RATE_EXPONENT, since the weights
 of narrower models are larger: 2.5e-3 for the built-in model, where 1.07e-3 learnt a ninth less."""
+ANCHOR_SHARE = 0.12
+"""Share of a step's tokens that come from the anchor of a chat model (0 to 1); LOG.md, "keeping the chat"."""
 EPOCHS, MOST_EPOCHS = 3.0, 8.0
 """Passes over the notes by default, and the most where the notes are few: the best adapter is kept, not the last."""
 FEWEST_STEPS = 100
@@ -228,6 +230,20 @@ class TrainConfig:
     from_adapter: str | None = setting(
         None, Text(), "Start from this adapter instead of a new one.", flag="--from", metavar="A", example="my-adapter"
     )
+    anchor: float | None = setting(  # see `anchor_share`
+        None,
+        Number(0, 0.5),
+        "Share of each step's tokens on which the model must keep predicting as it does untrained: its own answers to "
+        f"built-in questions. 0: none. Default: {ANCHOR_SHARE:g} for models that answer questions, else 0.",
+        metavar="S",
+        example=ANCHOR_SHARE,
+    )
+    replay: float = setting(  # chosen by hand
+        0.25,
+        Number(0, 0.9),
+        "With --from: share of the text that comes from notes which that adapter has learnt already, beside new ones.",
+        metavar="S",
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -248,6 +264,12 @@ class TrainConfig:
             return self.lr
         growth = (REFERENCE_WIDTH / hidden_size) ** RATE_EXPONENT if hidden_size < CHAT_WIDTH else 1.0
         return REFERENCE_LEARNING_RATE * growth
+
+    def anchor_share(self, hidden_size: int, has_template: bool) -> float:
+        """Return the share of a step's tokens that come from the anchor: --anchor, or the default for such a model."""
+        if self.anchor is not None:
+            return self.anchor
+        return ANCHOR_SHARE if has_template and hidden_size >= CHAT_WIDTH else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings, JSON-ready, without the paths of notes and the user's names."""

@@ -219,6 +219,7 @@ class Working(Event):
     reading     notes are read
     tokenizing  notes become tokens
     loading     the model's layers are loaded, and quantised where they are not yet
+    answering   the untrained base answers built-in questions; `predicting` then notes how likely it found each word
     evaluating  held-out notes, or those of `edgetune eval`, are scored
     published base  held-out notes are scored by the base as it was published, layer by layer
     judging     the new adapter is compared with yesterday's: on the held-out notes and on general text

@@ -19,6 +19,7 @@ import hmac
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import platformdirs
@@ -109,7 +110,13 @@ def keyed_digest(text: str) -> str:
 
     Whoever is given it cannot test whether it is that of a text which they know. Raises UsageError for an unusable key.
     """
-    return hmac.new(_secret(), text.encode(), hashlib.sha256).hexdigest()
+    return keyed_digests([text])[0]
+
+
+def keyed_digests(texts: Iterable[str]) -> list[str]:
+    """Return the keyed digest of each text, with one look at the key."""
+    key = _secret()
+    return [hmac.new(key, text.encode(), hashlib.sha256).hexdigest() for text in texts]
 
 
 def _secret() -> bytes:

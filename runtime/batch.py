@@ -12,11 +12,36 @@ from edgetune.runtime.ops_types import Segment
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """What another model predicts for each of N targets: its K likeliest tokens and their probabilities.
+
+    ids is (N, K) int64, the likeliest first; probabilities is (N, K) float32. All other tokens together have the rest.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+
+    def rows(self, rows: Tensor) -> SoftTargets:
+        """Return the predictions for the targets numbered `rows`, (R,) int64."""
+        return SoftTargets(self.ids[rows], self.probabilities[rows])
+
+    def to(self, device: torch.device) -> SoftTargets:
+        """Return the predictions with their tensors on `device`."""
+        return SoftTargets(self.ids.to(device), self.probabilities.to(device))
+
+    def padded(self, count: int) -> SoftTargets:
+        """Return the predictions with `count` more rows of zeros."""
+        pad = torch.nn.functional.pad
+        return SoftTargets(pad(self.ids, (0, 0, 0, count)), pad(self.probabilities, (0, 0, 0, count)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Documents packed side by side without padding between them, N tokens in all.
 
     input_ids, targets and positions are (N,) int64; loss_mask is (N,) float32, 1 where the target carries loss and 0 where it
-    is context only. Attention stays within each of `segments`.
+    is context only. Attention stays within each of `segments`. With `soft`, the loss of each target is the divergence from
+    those predictions.
     """
 
     input_ids: Tensor
@@ -24,6 +49,7 @@ class Batch:
     loss_mask: Tensor
     positions: Tensor
     segments: tuple[Segment, ...]
+    soft: SoftTargets | None = None
 
     @property
     def trained(self) -> int:
@@ -33,7 +59,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`."""
         ids, targets, mask, positions = self._map(lambda tensor: tensor.to(device))
-        return replace(self, input_ids=ids, targets=targets, loss_mask=mask, positions=positions)
+        soft = None if self.soft is None else self.soft.to(device)
+        return replace(self, input_ids=ids, targets=targets, loss_mask=mask, positions=positions, soft=soft)
 
     def padded(self, multiple: int) -> Batch:
         """Return the batch padded to a multiple of `multiple` tokens; padding carries no loss and is its own segment."""
@@ -42,7 +69,8 @@ class Batch:
             return self
         ids, targets, mask, positions = self._map(lambda tensor: torch.nn.functional.pad(tensor, (0, pad)))
         positions[n:] = torch.arange(pad, device=positions.device)
-        return Batch(ids, targets, mask, positions, (*self.segments, Segment.packed(n, n + pad)))
+        soft = None if self.soft is None else self.soft.padded(pad)
+        return Batch(ids, targets, mask, positions, (*self.segments, Segment.packed(n, n + pad)), soft)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return change(self.input_ids), change(self.targets), change(self.loss_mask), change(self.positions)

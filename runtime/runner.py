@@ -18,7 +18,7 @@ from torch import Tensor
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.device import end_command_buffer
 from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
-from edgetune.runtime.loss import chunked_cross_entropy, token_nats
+from edgetune.runtime.loss import chunked_loss, token_nats
 from edgetune.runtime.model import Block, Context, KVCache, Llama
 from edgetune.runtime.ops_types import FEW_ROWS, Segment
 from edgetune.runtime.project import Panel, ProjectPlan, Watch
@@ -148,7 +148,8 @@ class Runner:
             end_command_buffer(h.device)
         # Nothing but `passes` may hold a block's tensors from here on, or they would outlive its backward.
         del done
-        loss, dh = chunked_cross_entropy(self.model, h, batch.targets, batch.loss_mask / divisor, self.loss_rows, self.check)
+        weights = batch.loss_mask / divisor
+        loss, dh = chunked_loss(self.model, h, batch.targets, weights, self.loss_rows, batch.soft, self.check)
         del h
         while passes:
             self.between_blocks()

@@ -29,7 +29,8 @@ from edgetune.runtime.files import atomic_folder, is_ours, mend
 from edgetune.runtime.quantize import quantize_folder
 from edgetune.runtime.safetensors_file import write_tensors
 from edgetune.scratch import delete_leftovers, scratch_folder
-from edgetune.training.setup import prepare_new, read_and_split
+from edgetune.training.run_notes import read_and_split
+from edgetune.training.setup import prepare_new
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="owners and modes are POSIX's")
 NOBODY = 65534

@@ -33,7 +33,8 @@ from edgetune.runtime.linear import LoraLinear
 from edgetune.session import Session
 from edgetune.training.evaluation import evaluate
 from edgetune.training.loop import TrainingLoop
-from edgetune.training.setup import prepare_new, read_and_split
+from edgetune.training.run_notes import read_and_split
+from edgetune.training.setup import prepare_new
 from edgetune.training.step import learning_rate
 from edgetune.training.train import train
 

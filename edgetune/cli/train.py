@@ -98,7 +98,7 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
     """Print which notes a run would read, hold out and skip."""
     from edgetune.documents.heldout import END
     from edgetune.documents.summary import sentences
-    from edgetune.training.setup import read_and_split
+    from edgetune.training.run_notes import read_and_split
 
     with progress_shown() as show:
         reading, split = read_and_split(config, Stages(show).of("reading"))

@@ -141,15 +141,8 @@ class Packer:
         """
         epoch, number = divmod(step, self.steps_per_epoch)
         chosen = np.asarray(self.plan(epoch)[number])
-        lengths = self.windows.length[chosen]
-        longest_first = np.argsort(-lengths, kind="stable")
-        capacity = max(micro_tokens, int(lengths.max()))
-        # Begin with the fewest micro-batches that could hold all tokens, and add one until the windows fit.
-        for count in range(-(-int(lengths.sum()) // capacity), len(chosen) + 1):
-            bins = deal(lengths, longest_first, count, capacity)
-            if bins is not None:
-                return [make_batch(self.store, self.windows, chosen[members].tolist()) for members in bins if members]
-        raise AssertionError("one window per micro-batch always fits")
+        bins = split(self.windows.length[chosen], micro_tokens)
+        return [make_batch(self.store, self.windows, chosen[members].tolist()) for members in bins]
 
     def _fewest_batches(self) -> int:
         """Return the number of batches per epoch: the fewest that could hold all tokens, raised until packing succeeds."""
@@ -177,6 +170,21 @@ class Packer:
             if batches is not None:
                 return batches
         return None
+
+
+def split(lengths: Int, micro_tokens: int) -> list[list[int]]:
+    """Deal the windows of a step, whose `lengths` are given, into the fewest micro-batches of at most `micro_tokens` tokens.
+
+    Each micro-batch is a list of places in `lengths`. A window longer than that is a micro-batch of its own.
+    """
+    longest_first = np.argsort(-lengths, kind="stable")
+    capacity = max(micro_tokens, int(lengths.max(initial=1)))
+    # Begin with the fewest micro-batches that could hold all tokens, and add one until the windows fit.
+    for count in range(-(-int(lengths.sum()) // capacity), len(lengths) + 1):
+        bins = deal(lengths, longest_first, count, capacity) if count else []
+        if bins is not None:
+            return [members for members in bins if members]
+    raise AssertionError("one window per micro-batch always fits")
 
 
 def deal(lengths: Int, order: Int, bins: int, capacity: int) -> list[list[int]] | None:

@@ -1,17 +1,22 @@
 """Chooses what is held out by digests and sizes alone, so that a note stays on the same side night after night.
 
 One note in twenty is held out, and of every long note its last twentieth, so that one diary does not decide alone. The choice
-for a note does not depend on the other notes, unless that would hold out far too little text or too much.
+for a note does not depend on the other notes, unless that would hold out far too little text or too much. A run that starts
+from an adapter leaves every note on the side on which that adapter had it (lineage.py), whatever notes came or went since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 
 from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document
+from edgetune.documents.lineage import Known
 
+NOTHING_KNOWN = Known()
+"""The knowledge of a run that starts from no adapter."""
 ONE_IN = 20
 """One short document in this many is held out, and this fraction of each long note; chosen by hand."""
 LARGEST_SHARE = 0.1
@@ -38,15 +43,17 @@ class HeldOutSplit:
 
     train: list[Document]
     held_out: list[Document]
+    cuts: dict[str, int] = field(default_factory=dict)
+    """The first held-out byte of each document that has one, by its digest (0: all of it is held out)."""
 
 
-def split_held_out(documents: Iterable[Document]) -> HeldOutSplit:
+def split_held_out(documents: Iterable[Document], known: Known = NOTHING_KNOWN) -> HeldOutSplit:
     """Split `documents` into those to train on and those held out, each in the order given.
 
-    A long note is in both, cut in two: its end is held out.
+    A long note is in both, cut in two: its end is held out. known: the side of documents that earlier runs had.
     """
     documents = list(documents)
-    cuts = Choice(documents).made()
+    cuts = Choice(documents, known).made()
     train, held_out = [], []
     for document in documents:
         cut = cuts.get(document.digest)
@@ -57,14 +64,14 @@ def split_held_out(documents: Iterable[Document]) -> HeldOutSplit:
         else:
             train.append(document.part(0, cut, document.path))
             held_out.append(document.part(cut, document.size, f"{document.path}{END}"))
-    return HeldOutSplit(train, held_out)
+    return HeldOutSplit(train, held_out, cuts)
 
 
 class Choice:
     """Chooses what to hold out of some documents: for each digest, the first byte that is held out (0: the whole document)."""
 
-    def __init__(self, documents: list[Document]) -> None:
-        self.documents = documents
+    def __init__(self, documents: list[Document], known: Known) -> None:
+        self.documents, self.known = documents, known
         self.cuts: dict[str, int] = {}
         self.bytes = 0
         self.total = sum(document.size for document in documents)
@@ -72,10 +79,16 @@ class Choice:
     def made(self) -> dict[str, int]:
         """Return the choice."""
         groups = groups_of_copies(self.documents)
-        long = [group[0] for group in groups if can_be_cut(group, LONG_BYTES)]
-        for document in long:
+        known = self.known
+        for document in [group[0] for group in groups if can_be_cut(group, LONG_BYTES)]:
             self._hold_out_end(document)
-        short = [group for group in groups if group[0].digest not in self.cuts]
+        for document in [group[0] for group in groups if can_be_cut(group, SHORTEST_CUT_BYTES)]:
+            if document.digest in known.cut and document.digest not in self.cuts:
+                self._hold_out_end(document)
+        fixed = [group for group in groups if _any_in(group, known.held_out) and not _any_in(group, known.trained)]
+        self._hold_out_all([group for group in fixed if group[0].digest not in self.cuts])
+        settled = known.trained | known.held_out | known.cut
+        short = [group for group in groups if group[0].digest not in self.cuts and not _any_in(group, settled)]
         self._hold_out([group for group in short if int(group[0].digest, 16) % ONE_IN == 0], LARGEST_SHARE)
         if self.bytes < LEAST_SHARE * self.total:
             self._hold_out_more([group for group in short if group[0].digest not in self.cuts])
@@ -94,6 +107,11 @@ class Choice:
         self.cuts[document.digest] = cut
         self.bytes += document.size - cut
 
+    def _hold_out_all(self, groups: list[list[Document]]) -> None:
+        for group in groups:
+            self.cuts |= {document.digest: 0 for document in group}
+            self.bytes += sum(document.size for document in group)
+
     def _hold_out(self, groups: list[list[Document]], share: float) -> None:
         """Hold out whole groups in their order until `share` of all bytes is reached, but never more than LARGEST_SHARE."""
         if len(self.documents) < FEWEST_DOCUMENTS:
@@ -101,8 +119,12 @@ class Choice:
         for group in groups:
             size = sum(document.size for document in group)
             if self.bytes < share * self.total and self.bytes + size <= LARGEST_SHARE * self.total:
-                self.cuts |= {document.digest: 0 for document in group}
-                self.bytes += size
+                self._hold_out_all([group])
+
+
+def _any_in(group: list[Document], digests: AbstractSet[str]) -> bool:
+    """Return True if one of the documents in a group is among those with `digests`."""
+    return any(document.digest in digests for document in group)
 
 
 def groups_of_copies(documents: list[Document]) -> list[list[Document]]:

@@ -16,7 +16,6 @@ import torch
 
 from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
-from edgetune.library.base_models import ModelChoice
 from edgetune.library.loading import Base, load_tokenizer, open_base
 from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
@@ -45,8 +44,10 @@ from edgetune.runtime.errors import DeviceError, UsageError
 from edgetune.runtime.loss import warm_up_head
 from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
+from edgetune.runtime.tokenizer import read_template
 from edgetune.scratch import scratch_folder
-from edgetune.training.setup import fit_rows, named_adapter, read_and_split, tokenize_notes
+from edgetune.training.run_notes import choose_notes
+from edgetune.training.setup import fit_rows, named_adapter, tokenize_notes
 from edgetune.weight_forms import forms_for_training, forms_of_shape
 
 _RUNS = 3
@@ -102,7 +103,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     else:
         dtype, int8 = described_format(train.compute), False
     lora, data = _lora(train, checkpoint), train.data
-    steps, tokens = (train.steps, None) if base is None or not data.notes else _work(train, base[0], stages)
+    steps, tokens = (train.steps, None) if base is None or not data.notes else _work(train, base, stages)
     memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
     smallest = least_of(config, lora, forms, data, dtype, process, device_name, train.recompute)
     choice = choose_form(config, lora, forms, data, dtype, memory, process, device_name, train.recompute)
@@ -111,6 +112,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     speed = seconds = None
     if choice is not None and here and device_name == "cpu":
         step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"))
+        step /= 1 - train.anchor_share(config.hidden_size, checkpoint is None or read_template(checkpoint.folder) is not None)
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
     return Forecast(
@@ -167,11 +169,12 @@ def _lora(train: TrainConfig, checkpoint: Checkpoint | None) -> LoraConfig:
     return adapter.config
 
 
-def _work(train: TrainConfig, model: ModelChoice, stages: Stages) -> tuple[int, int]:
+def _work(train: TrainConfig, base: Base, stages: Stages) -> tuple[int, int]:
     """Return the number of steps in a run on these notes, and of tokens trained in it."""
-    _, parted = read_and_split(train, stages.of("reading"))
+    choice, checkpoint = base
+    split = choose_notes(train, named_adapter(train, checkpoint), progress=stages.of("reading")).split
     with scratch_folder() as scratch:
-        store = tokenize_notes(train, parted, load_tokenizer(model), scratch, stages.of("tokenizing")).train
+        store = tokenize_notes(train, split, load_tokenizer(choice), scratch, stages.of("tokenizing")).train
         packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)

@@ -115,8 +115,17 @@ def started_line(event: Started) -> str:
         f"Base model {one_line(event.model)}{base} on {one_line(event.device)}: learning from {event.documents} "
         f"{'document' if event.documents == 1 else 'documents'}{held_out}; "
         f"{event.tokens:,} tokens per epoch{cut}; the adapter has {event.trainable_parameters:,} parameters, "
-        f"the base model {event.parameters:,}"
+        f"the base model {event.parameters:,}{_anchored(event)}"
     )
+
+
+def _anchored(event: Started) -> str:
+    """Return the end of a run's first line: what keeps the model as it was; empty where nothing does."""
+    anchor = event.plan.get("anchor")
+    if not anchor:
+        return ""
+    texts = "of the base's own replies" if anchor["kind"] == "replies" else "built-in texts"
+    return f"; anchor: {anchor['share']:.0%} of tokens, {anchor['documents']} {texts}"
 
 
 _FORMS = {"bf16": "bfloat16", "fp32": "float32", "nf4": "NF4 (4 bits)"}

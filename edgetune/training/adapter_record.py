@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import edgetune
+from edgetune.documents.lineage import KEY as LINEAGE
 from edgetune.library import adapter_registry as registry
 from edgetune.library.gate import Decision
 from edgetune.runtime.errors import AdapterError
@@ -35,6 +36,7 @@ def adapter_record(
         "torch": torch.__version__,
         "base": plan.base,
         "data": plan.data_digest,
+        LINEAGE: run.record.lineage,
         "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "parent": _parent(run),
         "compared_with": None if rival is None else _name_of(rival, plan.base),

@@ -238,7 +238,7 @@ class TrainingLoop:
 
     def _first_step(self) -> StepResult:
         """Run a step and report its progress, block by block: it can take minutes, and none has shown yet how many."""
-        batches = len(self.run.packer.micro_batches(self.state.step, self.plan.setting.row_tokens))
+        batches = len(self.train_step.micro_batches(self.state.step))
         progress, done, total = self.stages.of("first step"), itertools.count(), 2 * len(self.model.blocks) * batches
         self.runner.between_blocks = lambda: progress(next(done), total)
         result = self.train_step.run(self.state.step)

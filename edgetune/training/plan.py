@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.runtime.budget import Setting, Vocabulary, WeightForm
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.runner import Recompute
+from edgetune.training.anchor import ANCHOR, AnchorPlan
 from edgetune.training.samples import Prompt
 
 TOKENS, HELD_OUT = "tokens", "held-out"
@@ -50,6 +51,7 @@ class Plan:
     """Digest of the base model."""
     settings: dict[str, Any]
     """The TrainConfig, JSON-ready."""
+    anchor: AnchorPlan | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""
@@ -73,9 +75,11 @@ class RunRecord:
     torch: str
     """Version of torch."""
     files: dict[str, str]
-    """SHA-256 of each token file, by its path in the run's folder."""
+    """SHA-256 of each file of tokens and of the anchor, by its path in the run's folder."""
     notices: tuple[str, ...] = ()
     """Sentences for the user about what was not read as it is."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Marks of the notes for the next adapter (documents/lineage.py)."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -83,9 +87,10 @@ class RunRecord:
 
     def for_followers(self) -> RunRecord:
         """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
-        files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
+        files = {name: digest for name, digest in self.files.items() if name.startswith((f"{TOKENS}/", f"{ANCHOR}/"))}
         plan = dataclasses.replace(self.plan, settings={})
-        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files, notices=())
+        private: dict[str, Any] = {"heldout_paths": (), "prompts": (), "notes": "", "notices": (), "lineage": {}}
+        return dataclasses.replace(self, run="", plan=plan, files=files, **private)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
@@ -95,5 +100,7 @@ class RunRecord:
         setting = values["plan"]["setting"]
         enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
         setting = Setting(**{**setting, **enums})
-        plan = Plan(**{**values["plan"], "setting": setting, "weights": WeightForm(values["plan"]["weights"])})
+        planned = values["plan"]
+        anchor = None if planned["anchor"] is None else AnchorPlan.from_dict(planned["anchor"])
+        plan = Plan(**{**planned, "setting": setting, "weights": WeightForm(planned["weights"]), "anchor": anchor})
         return cls(**{**values, "plan": plan, "lora": lora, **tuples})

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from edgetune.config import DataConfig, TrainConfig
+from edgetune.dataset.anchor_set import AnchorSet
 from edgetune.dataset.chat_notices import ChatNotices
 from edgetune.dataset.chat_writer import ChatFormat, TrainOn
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
 from edgetune.dataset.token_store import TokenStore, tokenize
-from edgetune.documents.document import Document, Reading
+from edgetune.documents.document import Document
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
-from edgetune.documents.reading import read_notes
+from edgetune.documents.lineage import Lineage
 from edgetune.documents.summary import sentences
-from edgetune.home import keyed_digest
 from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import Base, Loaded, load_base, load_tokenizer
@@ -39,9 +39,11 @@ from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training import published
+from edgetune.training.anchor import ANCHOR, AnchorPlan, make_anchor, open_anchor
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
+from edgetune.training.run_notes import choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
 from edgetune.weight_forms import forms_for_training
 
@@ -56,6 +58,7 @@ class PreparedRun:
     runner: Runner
     packer: Packer
     held_out: EvaluationSet | None
+    anchor: AnchorSet | None
     folder: Path
     """The unfinished run's own folder: token stores, and scratch files of what does not stay in memory."""
 
@@ -68,24 +71,6 @@ class PreparedRun:
     def lora(self) -> LoraConfig:
         """Return the shape of the run's adapter."""
         return self.record.lora
-
-
-def read_and_split(config: TrainConfig, progress: Progress = ignore) -> tuple[Reading, HeldOutSplit]:
-    """Read the notes and split off the held-out ones. This is all that --dry-run does."""
-    data = config.data
-    if not data.notes:
-        raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me)
-    if data.recipe == "chat":
-        chats = [document for document in reading.documents if document.is_chat]
-        if not chats:
-            raise DataError(
-                f"--recipe chat found {len(reading.documents)} notes and no chats; expected .jsonl files of conversations, "
-                "or exports of chat apps. "
-                "Type --recipe notes for notes."
-            )
-        reading = dataclasses.replace(reading, documents=chats)
-    return reading, split_held_out(reading.documents)
 
 
 def prepare_new(
@@ -103,13 +88,13 @@ def prepare_new(
     """
     choice, checkpoint = base
     settings, config = config.as_dict(), fit_rows(config, checkpoint.config)
-    reading, split = read_and_split(config, stages.of("reading"))
+    adapter = named_adapter(config, checkpoint)
+    read = choose_notes(config, adapter, processes, stages.of("reading"))
     device = pick_device(config.device)
     tokenizer = load_tokenizer(choice)
-    notes = tokenize_notes(config, split, tokenizer, folder, stages.of("tokenizing"))
+    notes = tokenize_notes(config, read.split, tokenizer, folder, stages.of("tokenizing"))
     store, held_out = notes.train, notes.held_out
     data, (dtype, multiplies_int8) = config.data, number_format(config.compute, device)
-    adapter = named_adapter(config, checkpoint)
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
     about = None if adapter is None else adapter.about
@@ -118,12 +103,14 @@ def prepare_new(
     form = chosen.stored.form
     int8 = multiplies_int8 and form is WeightForm.NF4
     loaded = _load(config, base, dtype, chosen.setting, form, stages)
-    _attach(loaded, adapter, lora, data.seed)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
+    # Before an adapter is attached: the anchor is what the bare base says.
+    anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, _trained_tokens(packer, steps), stages)
+    _attach(loaded, adapter, lora, data.seed)
     memory = memory_allowed(config, device.type, local_processes)
     schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory)
-    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, _documents_digest(notes.split.train))
+    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, documents_digest(notes.split.train))
     record = RunRecord(
         run=run,
         plan=plan,
@@ -132,15 +119,17 @@ def prepare_new(
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
         notices=(
-            *sentences(reading),
+            *sentences(read.reading),
+            *read.notices,
             *notes.notices,
             *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
         ),
-        notes=_documents_digest(split.train + split.held_out),
+        notes=documents_digest(read.reading.documents),
         torch=torch.__version__,
         files=_token_files(folder),
+        lineage=Lineage.after(read.reading.documents, notes.split.cuts, read.lineage).as_dict(),
     )
-    return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
+    return _prepared(config, record, loaded, packer, held_out, folder)
 
 
 def _plan(
@@ -151,6 +140,7 @@ def _plan(
     packer: Packer,
     schedule: _Schedule,
     int8: bool,
+    anchor: AnchorPlan | None,
     data_digest: str,
 ) -> Plan:
     """Write down the plan of a run. settings: those of `config` as they were asked for, JSON-ready."""
@@ -177,6 +167,7 @@ def _plan(
         data_digest=data_digest,
         base=loaded.checkpoint.digest,
         settings=settings,
+        anchor=anchor,
     )
 
 
@@ -209,7 +200,7 @@ def _evaluation_schedule(
     memory: int,
 ) -> _Schedule:
     """Return the evaluations that fit in their share of the run, those of the published base also in `memory` bytes."""
-    trained_tokens = int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
+    trained_tokens = _trained_tokens(packer, steps)
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
     rows = chosen.setting.row_tokens
     # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
@@ -241,14 +232,15 @@ def prepare_resumed(
         torch.set_num_threads(plan.threads)
     packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
     held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
-    return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
+    return _prepared(config, record, loaded, packer, held_out, folder)
 
 
 def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunRecord) -> PreparedRun:
     """Set up a follower of the run whose leader sent `record`, with this machine's own notes and model.
 
-    The notes are tokenized into `folder`; the adapter's values come from the leader later. Raises ModelError or DataError
-    where the model or the notes differ from the leader's, and UsageError where this machine cannot multiply as the leader does.
+    The notes are tokenized into `folder`, where the leader's anchor lies already; the adapter's values come from the leader
+    later. Raises ModelError or DataError where the model or the notes differ from the leader's, and UsageError where this
+    machine cannot multiply as the leader does.
     """
     choice, checkpoint = base
     config = fit_rows(config, checkpoint.config)
@@ -276,8 +268,8 @@ def changes_since_start(run: PreparedRun, progress: Progress = ignore) -> list[s
     """Return a sentence for everything that has changed since an interrupted run began: notes, torch, kernels."""
     record, model, changes = run.record, run.loaded.model, []
     try:
-        _, split = read_and_split(run.config, progress)
-        if _documents_digest(split.train + split.held_out) != record.notes:
+        reading, _ = read_and_split(run.config, progress)
+        if documents_digest(reading.documents) != record.notes:
             changes.append(
                 "The notes have changed since this run began. It continues with the notes as they were then; "
                 "type --fresh to start over with the new ones."
@@ -320,8 +312,8 @@ def _evaluation_set(held_out: TokenStore | None, plan: Plan) -> EvaluationSet | 
 
 
 def _token_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each token file, by its path in `folder`."""
-    files = sorted(path for side in (TOKENS, HELD_OUT) for path in (folder / side).glob("*"))
+    """Return the SHA-256 of each file of tokens and of the anchor, by its path in `folder`."""
+    files = sorted(path for side in (TOKENS, HELD_OUT, ANCHOR) for path in (folder / side).glob("*"))
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
@@ -338,9 +330,19 @@ def _load(config: TrainConfig, base: Base, dtype: torch.dtype, setting: Setting,
     return loaded
 
 
-def _runner(loaded: Loaded, plan: Plan, folder: Path) -> Runner:
-    setting = plan.setting
-    return Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None, plan.int8)
+def _prepared(
+    config: TrainConfig, record: RunRecord, loaded: Loaded, packer: Packer, held_out: TokenStore | None, folder: Path
+) -> PreparedRun:
+    """Put a run together from what its setup has made. Raises DataError for a damaged anchor."""
+    plan, setting = record.plan, record.plan.setting
+    runner = Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None, plan.int8)
+    anchor = open_anchor(folder, plan.anchor, plan.seq_len)
+    return PreparedRun(config, record, loaded, runner, packer, _evaluation_set(held_out, plan), anchor, folder)
+
+
+def _trained_tokens(packer: Packer, steps: int) -> float:
+    """Return the tokens of notes that a run of so many steps reads in training."""
+    return int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -409,8 +411,3 @@ def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
             "that adapts every layer alike."
         )
     return Adapter(dataclasses.replace(stored.config, dropout=config.dropout), stored.tensors, stored.about)
-
-
-def _documents_digest(documents: list[Document]) -> str:
-    """Return one digest for a set of documents, whatever their order. It is keyed, because adapters are given away with it."""
-    return keyed_digest("\n".join(sorted(document.digest for document in documents)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from edgetune.runtime import adapter as adapters
+from edgetune.runtime.batch import Batch
 from edgetune.runtime.heap import trim_memory
 from edgetune.runtime.loss import warm_up_head
 from edgetune.runtime.optim import PagedAdamW
@@ -19,6 +20,11 @@ from edgetune.training.setup import PreparedRun
 TRIM_STEPS = 16
 """Steps between two returns of free heap pages to the system; chosen by hand. Micro-batches of different lengths leave
 different holes in the heap, which would add up."""
+
+
+ANCHOR_WEIGHT = 4.0
+"""Weight of the divergence at a token of the anchor, relative to the loss at a token of the notes (LOG.md, "keeping the
+chat")."""
 
 
 def trim_after_step(step: int) -> None:
@@ -66,17 +72,22 @@ class TrainStep:
     def run(self, step: int) -> StepResult:
         """Run step `step` of the plan, counted from 0.
 
-        Every token has the same weight in the gradient, whichever micro-batch and process it is in.
+        Every token of the notes has the same weight in the gradient, whichever micro-batch and process it is in, and every
+        token of the anchor has ANCHOR_WEIGHT times that. The loss that is returned is the notes' alone.
         """
         run, world = self._run, self._world
         # Processes are brought together before anything changes: if one has died, no work of this step is lost.
         if step % run.plan.evaluate_every == 0:
             self.sync_with_leader()
-        micro_batches = run.packer.micro_batches(step, run.plan.setting.row_tokens)
-        trained = sum(batch.trained for batch in micro_batches)
+        micro_batches = self.micro_batches(step)
+        trained = sum(batch.trained for batch in micro_batches if batch.soft is None)
         loss = 0.0
         for number in range(world.rank, len(micro_batches), world.size):
-            loss += float(run.runner.train(micro_batches[number], self._dropout_key(step, number), trained))
+            batch = micro_batches[number]
+            if batch.soft is None:
+                loss += float(run.runner.train(batch, self._dropout_key(step, number), trained))
+            else:  # without dropout, as the base predicted
+                run.runner.train(batch, None, trained / ANCHOR_WEIGHT)
         loss = world.sum_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None], loss)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._config.clip))
         rate = learning_rate(run.plan, step, self._config.final_lr)
@@ -86,6 +97,14 @@ class TrainStep:
         self.optimizer.zero_grad()
         trim_after_step(step)
         return result
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Return all micro-batches of step `step`: those of the notes, and then those of the anchor, with soft targets."""
+        plan, anchor, rows = self._run.plan, self._run.anchor, self._run.plan.setting.row_tokens
+        batches = self._run.packer.micro_batches(step, rows)
+        if plan.anchor is None or anchor is None:
+            return batches
+        return batches + anchor.micro_batches(step, plan.anchor.tokens_a_step(plan.batch_tokens), rows, self._config.data.seed)
 
     def sync_with_leader(self, optimizer_state: bool = False) -> None:
         """Give every process the leader's adapter and, if asked, its optimizer state.

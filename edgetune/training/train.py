@@ -22,6 +22,7 @@ from edgetune.runtime.device import explain_card_memory, pick_device
 from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
 from edgetune.runtime.files import check_place, mend
 from edgetune.runtime.memory_meter import meter_for
+from edgetune.training.anchor import packed_files, unpack_files
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint, restore_checkpoint
 from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World, join_processes
@@ -80,7 +81,8 @@ def _lead(
     folder = private_folder(registry.run_folder(run.record.run))
     for path in (adapter_folder(run), folder / REPORT_FILE):
         mend(path)
-    world.send({"record": run.record.for_followers().as_dict(), "has_steps": restored.has_steps})
+    followed = {"record": run.record.for_followers().as_dict(), "has_steps": restored.has_steps}
+    world.send({**followed, "anchor": packed_files(run.folder) if world.size > 1 else {}})
     world.check_all_ready()
     with (
         EventLog(folder / LOG_FILE, restored.state.log_bytes) as log,
@@ -107,6 +109,7 @@ def _follow(config: TrainConfig, base: Base, world: World) -> None:
     message = world.receive()
     with follower_folder(config, base[1].digest, world.rank) as folder:
         try:
+            unpack_files(message["anchor"], folder)
             run = prepare_follower(config, base, folder, RunRecord.from_dict(message["record"]))
         except EdgetuneError as error:
             world.check_all_ready(error)

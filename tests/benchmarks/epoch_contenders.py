@@ -81,7 +81,7 @@ def prepare(arguments: argparse.Namespace) -> Result:
     from edgetune.config import DataConfig, TrainConfig
     from edgetune.runtime.quantize import quantize_folder
     from edgetune.runtime.tokenizer import Tokenizer
-    from edgetune.training.setup import read_and_split
+    from edgetune.training.run_notes import read_and_split
 
     arguments.workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if arguments.limit is not None and not notes_folder(arguments).exists():

@@ -1,0 +1,97 @@
+"""Reads a run's notes, splits off the held-out ones, and chooses those to train on.
+
+A run that starts from an adapter trains on all notes that are new or changed since, and replays a share of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from edgetune.config import TrainConfig
+from edgetune.documents.document import Document, Reading
+from edgetune.documents.heldout import HeldOutSplit, split_held_out
+from edgetune.documents.lineage import Known, Lineage, replayed
+from edgetune.documents.reading import read_notes
+from edgetune.home import keyed_digest
+from edgetune.progress import Progress, ignore
+from edgetune.runtime.adapter import Adapter
+from edgetune.runtime.errors import DataError
+
+NO_LINEAGE = Lineage()
+"""The marks of a run that starts from no adapter."""
+
+
+@dataclass(frozen=True)
+class ChosenNotes:
+    """The notes of a run."""
+
+    reading: Reading
+    split: HeldOutSplit
+    """Those to train on, and those held out."""
+    lineage: Lineage
+    """The marks of the adapter that the run starts from."""
+    notices: tuple[str, ...]
+    """Sentences for the user about what is not trained again."""
+
+
+def choose_notes(config: TrainConfig, adapter: Adapter | None, processes: int = 1, progress: Progress = ignore) -> ChosenNotes:
+    """Read the notes of a run that starts from `adapter`, if any, and choose what it trains on and what it holds out.
+
+    With several processes, the adapter's marks do not count: they are keyed with a secret of this machine, so other machines
+    could not make the same choice.
+    """
+    lineage = Lineage.of_adapter(adapter.about) if adapter is not None and processes == 1 else NO_LINEAGE
+    reading, split = read_and_split(config, progress, lineage)
+    split, notices = notes_to_train(split, reading.documents, lineage, config.replay, config.data.seed)
+    return ChosenNotes(reading, split, lineage, notices)
+
+
+def read_and_split(
+    config: TrainConfig, progress: Progress = ignore, lineage: Lineage = NO_LINEAGE
+) -> tuple[Reading, HeldOutSplit]:
+    """Read the notes and split off the held-out ones. This is all that --dry-run does.
+
+    lineage: the marks of the adapter to start from.
+    """
+    data = config.data
+    if not data.notes:
+        raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
+    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me)
+    if data.recipe == "chat":
+        chats = [document for document in reading.documents if document.is_chat]
+        if not chats:
+            raise DataError(
+                f"--recipe chat found {len(reading.documents)} notes and no chats; expected .jsonl files of conversations, "
+                "or exports of chat apps. Type --recipe notes for notes."
+            )
+        reading = dataclasses.replace(reading, documents=chats)
+    return reading, split_held_out(reading.documents, Known.among(reading.documents, lineage))
+
+
+def notes_to_train(
+    split: HeldOutSplit, documents: Sequence[Document], lineage: Lineage, share: float, seed: int
+) -> tuple[HeldOutSplit, tuple[str, ...]]:
+    """Return the split with the notes that a run trains on, and a sentence for the user where those are not all.
+
+    documents: those that were split. share: part of the text, in bytes, that comes from notes which are learnt already. All
+    notes are trained where none is new, and where none is known.
+    """
+    unchanged = Known.among(documents, lineage).unchanged
+    learnt = {document.path for document in documents if document.digest in unchanged}
+    new = [document for document in split.train if document.path not in learnt]
+    old = [document for document in split.train if document.path in learnt]
+    if not new or not old:
+        return split, ()
+    wanted = sum(document.size for document in new) * share / (1 - share)
+    again = {document.path for document in replayed(old, wanted, seed, lineage.nights)}
+    train = [document for document in split.train if document.path not in learnt or document.path in again]
+    count = f"{len(new):,} new or changed {'note' if len(new) == 1 else 'notes'}"
+    sentence = f"This run trains on {count} and on {len(again):,} of the {len(old):,} that the adapter has learnt already."
+    return dataclasses.replace(split, train=train), (sentence,)
+
+
+def documents_digest(documents: Iterable[Document]) -> str:
+    """Return one digest for a set of documents, whatever their order. It is keyed, because adapters are given away with it."""
+    return keyed_digest("\n".join(sorted(document.digest for document in documents)))
