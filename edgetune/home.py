@@ -3,6 +3,7 @@
 config.toml               the user's own settings
 current.json, adapters/   the current adapter, and all adapters
 models/                   GGUF models, converted to the form that edgetune works with
+parsed/                   the text of PDFs and the like among the notes, so that a night parses only what changed
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
 scratch/                  files of the command that is running; the next one deletes what a killed one left
 secret                    a key for digests of notes, so that an adapter given away tells nobody which notes they are
@@ -26,7 +27,7 @@ from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
-_CONTENTS = ("config.toml", "current.json", "adapters", "models", "runs", "unfinished", "scratch", "secret")
+_CONTENTS = ("config.toml", "current.json", "adapters", "models", "parsed", "runs", "unfinished", "scratch", "secret")
 """Names of the entries that edgetune makes in the folder. Anything else there is the user's own."""
 _SECRET_BYTES = 32
 

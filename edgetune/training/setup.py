@@ -74,7 +74,7 @@ def read_and_split(config: TrainConfig, progress: Progress = ignore) -> tuple[Re
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress)
+    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.code)
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:
