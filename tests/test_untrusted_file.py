@@ -194,6 +194,8 @@ ALLOWED = {
     "edgetune/dataset/token_store.py::private_file": "creates the file",
     "edgetune/documents/note_file.py::open_listed": "notes, which must be the files that were listed",
     "edgetune/documents/note_file.py::open_folder": "a folder",
+    "edgetune/documents/parser_child.py::main": "standard streams",
+    "edgetune/documents/parser_child.py::_address_space": SYSTEM,
     "edgetune/home.py::_secret": OUR_OWN,
     "edgetune/home.py::_make_secret": "creates the file",
     "edgetune/reports/streams.py::_guard": SYSTEM,

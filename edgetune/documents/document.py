@@ -233,7 +233,7 @@ class Draft:
 @dataclass(frozen=True)
 class Skipped:
     """Something that was not read. In a file of chats, `count` records share the reason; `lines` numbers the first of them, by
-    line or, in a JSON array, by their place in it; `detail` names what was found."""
+    line or, in a JSON array, by their place in it; `detail` names what was found, or the note that this one repeats."""
 
     path: str
     reason: Reason
@@ -245,7 +245,7 @@ class Skipped:
     def explanation(self) -> str:
         """Return why this was not read and, for records of a file of chats, which they are and what was expected."""
         if not self.lines:
-            return self.reason.value
+            return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
         expected = f"; expected {EXPECTED[self.reason]}" if self.reason in EXPECTED else ""

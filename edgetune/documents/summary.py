@@ -37,7 +37,7 @@ def _of_parsed(reading: Reading) -> list[str]:
     """Return the sentences about files that a parser reads, and about notes that are much alike."""
     said = []
     if reading.left_out:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in reading.left_out_counts().most_common())
+        counts = ", ".join(f"{kind} ({count:,})" for kind, count in reading.left_out_counts().most_common())
         said.append(f"Left out of {_files(len(reading.left_out))}: {counts}.")
     if reading.lacking:
         counts = " and ".join(f"{count:,} {name}" for name, count in reading.lacking.items())

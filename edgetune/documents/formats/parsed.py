@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 ATTACHMENTS = "attachments"
 OUTPUTS = "outputs of notebook cells"
-PAGES = "pages without text (scanned?)"
+PAGES = "pages without text, perhaps scanned"
 PROTECTED = "encrypted messages"
 WORDLESS = "messages without words of their sender"
 UNREADABLE = "unreadable messages"
