@@ -25,7 +25,8 @@ def read(data: bytes) -> Parsed:
     """Return the text of an Org file in UTF-8."""
     import orgparse
 
-    root = orgparse.loads(_without_drawers(data.decode()))
+    text, hidden = _without_drawers(data.decode())
+    root = orgparse.loads(text)
     blocks: list[str] = []
     for node in root:
         if node.level:
@@ -33,38 +34,47 @@ def read(data: bytes) -> Parsed:
             blocks.append("#" * min(node.level, 6) + f" {todo}{_plain(node.get_heading(format='raw'))}")
             tags = sorted(node.shallow_tags)
             blocks += [f"Tags: {', '.join(tags)}"] if tags else []
-        body = _body(node.get_body(format="raw"))
+        body = _body(node.get_body(format="raw"), hidden)
         blocks += [body] if body else []
     return Parsed(["\n\n".join(blocks)])
 
 
-def _without_drawers(text: str) -> str:
-    """Return the text without PROPERTIES and LOGBOOK drawers, except in blocks of code."""
-    lines, kept, at, block = text.split("\n"), [], 0, ""
+def _without_drawers(text: str) -> tuple[str, list[str]]:
+    """Return the text without PROPERTIES and LOGBOOK drawers, and the lines that are hidden from orgparse.
+
+    Lines of code, and drawers that are not closed, are no business of orgparse's: a NUL and their number stand for them.
+    """
+    lines, kept, hidden, at, block = text.split("\n"), list[str](), list[str](), 0, ""
     while at < len(lines):
-        line = lines[at]
+        line, was_code = lines[at], block in _CODE
         if begin := _BLOCK.fullmatch(line):
             block = block or begin[1].lower()
         elif (end := _BLOCK_END.fullmatch(line)) and end[1].lower() == block:
             block = ""
-        if block not in _CODE and _DRAWER.fullmatch(line):
+        is_code = was_code and block in _CODE
+        if not is_code and _DRAWER.fullmatch(line):
             within = range(at + 1, min(at + _LONGEST_DRAWER, len(lines)))
             close = next((number for number in within if _DRAWER_END.fullmatch(lines[number])), None)
             if close is not None:
                 at = close + 1
                 continue
+        if is_code or ":PROPERTIES:" in line:
+            hidden.append(line)
+            line = f"\0{len(hidden) - 1}"
         kept.append(line)
         at += 1
-    return "\n".join(kept)
+    return "\n".join(kept), hidden
 
 
-def _body(text: str) -> str:
+def _body(text: str, hidden: list[str]) -> str:
     """Return the text below a heading: code between fences as it stands, keywords of the export dropped."""
     lines: list[str] = []
     block = ""
     for line in text.split("\n"):
         begin, end = _BLOCK.fullmatch(line), _BLOCK_END.fullmatch(line)
-        if block:
+        if line.startswith("\0"):
+            lines.append(hidden[int(line[1:])])
+        elif block:
             closes = end is not None and end[1].lower() == block
             inside = line if block in _CODE else _plain(line)
             lines += (["```"] if block in _CODE else []) if closes else [inside]
