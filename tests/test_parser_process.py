@@ -47,7 +47,8 @@ def test_the_parser_can_neither_send_write_run_nor_read(tmp_path: Path) -> None:
     with ParserProcess() as parser:
         denied = {
             "connect 127.0.0.1", f"write {tmp_path / 'new'}", f"append {tmp_path / 'secret'}", f"read {tmp_path / 'secret'}",
-            f"list {tmp_path}", f"delete {tmp_path / 'secret'}", "run true", "fork", "read /etc/passwd", "read /proc/self/environ",
+            f"list {tmp_path}", f"delete {tmp_path / 'secret'}", "run true", "fork", "read /etc/passwd",
+            "read /proc/self/environ",
         }  # fmt: skip
         assert {words: deed(parser, words) for words in denied} == dict.fromkeys(denied, "PermissionError")
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]

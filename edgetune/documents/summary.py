@@ -49,9 +49,8 @@ def _of_parsed(reading: Reading) -> list[str]:
         said.append(f"{counts} {kind} read as plain text; to leave markup out, pip install 'edgetune[documents]'")
     if reading.near_duplicates:
         count = len(reading.near_duplicates)
-        said.append(
-            f"{_notes(count)} {'is' if count == 1 else 'are'} much like another one; edgetune train --dry-run names them."
-        )
+        alike = "is much like another one" if count == 1 else "are much like others"
+        said.append(f"{_notes(count)} {alike}; edgetune train --dry-run says which.")
     if reading.unlimited:
         said.append(
             f"On this system nothing limits the {' and '.join(reading.unlimited)} of the process that parses documents, except "
