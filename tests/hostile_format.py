@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,17 @@ def crash(argument: str) -> str:
     os.abort()
 
 
+def forge(answer: bytes) -> str:
+    """Write to the pipe of the answers, as native code that a file has taken over could."""
+    for descriptor in range(3, 64):
+        try:
+            if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                os.write(descriptor, len(answer).to_bytes(8, "little") + answer)
+        except OSError:
+            continue
+    return ""
+
+
 def through_descriptor(argument: str) -> object:
     descriptor = os.memfd_create("x")
     return os.write(descriptor, b"x")
@@ -75,5 +87,6 @@ DEEDS: dict[str, Callable[[str], str]] = {
     "delete": lambda path: refused(lambda: os.remove(path)),
     "run": lambda program: refused(lambda: os.system(program)),
     "fork": lambda _: refused(os.fork),
+    "forge": lambda answer: forge(answer.encode()),
     "environment": lambda name: os.environ.get(name, "not there"),
 }

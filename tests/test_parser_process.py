@@ -145,6 +145,14 @@ def test_a_parser_whose_parent_is_killed_ends_too() -> None:
     assert child.wait(30) is None or not child.is_running()
 
 
+@pytest.mark.parametrize(
+    "answer", ["[]", "{", '{"texts": 3, "left_out": {}}', '{"texts": [1], "left_out": {}}', '{"reason": ["x"]}']
+)
+def test_a_forged_answer_is_a_reason(answer: str) -> None:
+    with ParserProcess() as parser:
+        assert reason(parser, f"forge {answer}") is Reason.UNPARSED
+
+
 def test_xml_entities_are_refused_in_every_format() -> None:
     bomb = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;">]>'
     files = {

@@ -20,7 +20,7 @@ from typing import Any
 
 from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
-from edgetune.documents.formats.parsed import Parsed
+from edgetune.documents.formats.parsed import KINDS, Parsed
 from edgetune.documents.limits import MAX_TEXT_BYTES, PARSE_SECONDS
 from edgetune.documents.parser_child import LENGTH
 from edgetune.runtime import json_file
@@ -155,4 +155,5 @@ def _checked(found: dict[str, Any]) -> Parsed:
         raise NotText(Reason.__members__.get(reason, Reason.UNPARSED) if isinstance(reason, str) else Reason.UNPARSED)
     if not isinstance(texts, list) or not isinstance(left_out, dict) or not all(isinstance(text, str) for text in texts):
         raise NotText(Reason.UNPARSED)
-    return Parsed(texts, Counter({kind: count for kind, count in left_out.items() if isinstance(count, int)}))
+    counts = {kind: count for kind, count in left_out.items() if kind in KINDS and isinstance(count, int)}
+    return Parsed([text.replace("\0", "") for text in texts], Counter(counts))

@@ -11,6 +11,8 @@ PAGES = "pages without text, perhaps scanned"
 PROTECTED = "encrypted messages"
 WORDLESS = "messages without words of their sender"
 UNREADABLE = "unreadable messages"
+KINDS = frozenset({ATTACHMENTS, OUTPUTS, PAGES, PROTECTED, WORDLESS, UNREADABLE})
+"""Every kind of thing that a format leaves out and counts."""
 
 
 @dataclass
