@@ -151,6 +151,7 @@ def test_a_parser_whose_parent_is_killed_ends_too() -> None:
 def test_a_forged_answer_is_a_reason(answer: str) -> None:
     with ParserProcess() as parser:
         assert reason(parser, f"forge {answer}") is Reason.UNPARSED
+        assert deed(parser, "say next") == "next"
 
 
 def test_xml_entities_are_refused_in_every_format() -> None:

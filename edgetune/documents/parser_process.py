@@ -104,7 +104,9 @@ class ParserProcess:
         """
         try:
             child = self._child or self._start(waiting)
-            found = self._answer(child, [module.encode(), data], self._seconds, waiting)
+            return _checked(self._answer(child, [module.encode(), data], self._seconds, waiting))
+        except NotText:
+            raise
         except Ended:
             self.close()
             raise NotText(Reason.UNPARSED) from None
@@ -114,7 +116,6 @@ class ParserProcess:
         except BaseException:
             self.close()
             raise
-        return _checked(found)
 
     def _start(self, waiting: Callable[[], None]) -> _Child:
         """Start a child and wait until it has given up its rights. Raises Ended, or NotYet for one that takes too long."""
@@ -149,11 +150,11 @@ class ParserProcess:
 
 
 def _checked(found: dict[str, Any]) -> Parsed:
-    """Return the parsed texts of an answer, which an untrusted file may have forged. Raises NotText."""
+    """Return the parsed texts of an answer, which an untrusted file may have forged. Raises NotText, or Ended for no answer."""
     reason, texts, left_out = found.get("reason"), found.get("texts"), found.get("left_out")
-    if reason is not None:
-        raise NotText(Reason.__members__.get(reason, Reason.UNPARSED) if isinstance(reason, str) else Reason.UNPARSED)
+    if isinstance(reason, str) and reason in Reason.__members__:
+        raise NotText(Reason[reason])
     if not isinstance(texts, list) or not isinstance(left_out, dict) or not all(isinstance(text, str) for text in texts):
-        raise NotText(Reason.UNPARSED)
+        raise Ended
     counts = {kind: count for kind, count in left_out.items() if kind in KINDS and isinstance(count, int)}
     return Parsed([text.replace("\0", "") for text in texts], Counter(counts))
