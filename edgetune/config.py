@@ -92,6 +92,7 @@ class DataConfig:
         Choice(RECIPES),
         "How notes become training text. raw keeps front matter and trains on both sides of chats; chat reads chats alone.",
     )
+    code: bool = setting(False, Switch(), "Read source code among the notes too.", example=True)
     encoding: str | None = setting(
         None,
         Parsed(lambda text: check_encoding(text), "the name of an encoding, such as windows-1250, shift_jis or gb18030"),

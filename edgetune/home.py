@@ -4,6 +4,7 @@ config.toml               the user's own settings
 current.json, adapters/   the model that is used by default · all adapters, and the current one of each model
 exports.json              where exports were written, so that `edgetune purge` can name them
 models/                   GGUF models, converted to the form that edgetune works with
+parsed/                   the text of PDFs and the like among the notes, so that a night parses only what changed
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
 nightly.json, nights/     what `edgetune nightly` does · a record of each night, and what is known of last night's notes
 scratch/                  files of the command that is running; the next one deletes what a killed one left
@@ -35,6 +36,7 @@ CONTENTS = (
     "exports.json",
     "adapters",
     "models",
+    "parsed",
     "runs",
     "unfinished",
     "nightly.json",

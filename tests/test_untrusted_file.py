@@ -195,6 +195,8 @@ ALLOWED = {
     "edgetune/documents/note_file.py::open_listed": "notes, which must be the files that were listed",
     "edgetune/documents/note_file.py::open_folder": "a folder",
     "edgetune/documents/messengers/archive.py::Archive._opened": "a member of an archive that open_listed opened",
+    "edgetune/documents/parser_child.py::main": "standard streams",
+    "edgetune/documents/parser_child.py::_address_space": SYSTEM,
     "edgetune/home.py::_secret": OUR_OWN,
     "edgetune/home.py::_make_secret": "creates the file",
     "edgetune/reports/streams.py::_guard": SYSTEM,

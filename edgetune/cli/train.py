@@ -22,9 +22,6 @@ from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, one_line
 
-SHOWN = 20
-"""Files of a kind that --dry-run names; chosen by hand. --json names all."""
-
 
 def training_options(command: Callable[..., None]) -> Callable[..., Any]:
     """Add the notes and every setting of a training run to a command, named as `train_config` expects them."""
@@ -43,13 +40,17 @@ def training_options(command: Callable[..., None]) -> Callable[..., Any]:
     help="For torchrun on several machines: confirm that the link between them is private (WireGuard, SSH). "
     "Gradients travel unencrypted and reveal what was trained on.",
 )
-@click.option("--dry-run", is_flag=True, help="Show which notes would be read, which would be skipped and why; train nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="List every file that would be read or skipped, and why, with tokens and language; train nothing.",
+)
 @json_option
 def train_command(dry_run: bool, fresh: bool, private_link: bool, as_json: bool, **flags: Any) -> None:
     """Train an adapter (a small addition to a base model) on NOTES.
 
-    NOTES are folders and files of Markdown, plain text, rst, org, chats in JSON, or exports of chat apps. They are never
-    changed.
+    NOTES are folders and files of notes (Markdown, text, Org, rst, HTML, PDF, Word, EPUB, ODT, Evernote, mail, Jupyter), chats
+    in JSON, or exports of chat apps. They are never changed.
 
     Ctrl-C stops training and loses nothing: run the same command again to continue. The same goes for a crash or a deadline.
     """
@@ -95,13 +96,16 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
 
 
 def _show_notes(config: TrainConfig, as_json: bool) -> None:
-    """Print which notes a run would read, hold out and skip."""
-    from edgetune.documents.heldout import END
+    """Print the manifest: every file that a run would read, hold out or skip."""
+    from edgetune.documents.manifest import rows, table
     from edgetune.documents.summary import sentences
     from edgetune.training.run_notes import read_and_split
 
     with progress_shown() as show:
-        reading, split = read_and_split(config, Stages(show).of("reading"))
+        stages = Stages(show)
+        reading, split = read_and_split(config, stages.of("reading"))
+        count, tokenizer = _token_counter(config)
+        manifest = rows(reading, split, count, stages.of("counting tokens"))
     held_out_bytes = sum(document.size for document in split.held_out)
     if as_json:
         held_out = {
@@ -109,24 +113,27 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
             "heldout_bytes": held_out_bytes,
             "heldout_paths": [document.path for document in split.held_out],
         }
-        print_json({**reading.as_dict(), **held_out})
+        listed = {"tokenizer": tokenizer if count else None, "manifest": [row.as_dict() for row in manifest]}
+        print_json({**reading.as_dict(), **held_out, **listed})
         return
     share = f" ({human_bytes(held_out_bytes)})" if split.held_out else ""
     click.echo(
         f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them{share} would "
-        "be held out: not trained on, but used to measure whether training helps." + (" These are:" if split.held_out else "")
+        "be held out: not trained on, but used to measure whether training helps."
     )
-    for document in split.held_out:
-        end = " (the end of a long note; the rest is trained on)" if document.path.endswith(END) else ""
-        click.echo(f"  {one_line(document.path)}{end}")
     click.echo(
         "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
     )
-    _list([f"{one_line(skip.path)}: {one_line(_explanation(skip))}" for skip in reading.skipped])
+    for skip in reading.skipped:
+        if skip.people:
+            click.echo(one_line(f"{skip.path}: {_explanation(skip)}"))
     for sentence in sentences(dataclasses.replace(reading, skipped=[])):
         click.echo(one_line(sentence))
-    _list([f"{one_line(path)}: {count} damaged" for path, count in reading.damaged.items()])
-    _list([f"{one_line(path)}: {human_bytes(count)} left out" for path, count in reading.embedded.items()])
+    if not reading.compared:
+        click.echo("Near-duplicates were not looked for: pip install 'edgetune[documents]'")
+    click.echo(one_line(f"Tokens are counted with the tokenizer of {tokenizer}." if count else tokenizer))
+    for line in table(manifest):
+        click.echo(line)
 
 
 def _explanation(skip: Skipped) -> str:
@@ -134,9 +141,19 @@ def _explanation(skip: Skipped) -> str:
     return f"{skip.explanation} ({', '.join(skip.people)})" if skip.people else skip.explanation
 
 
-def _list(lines: list[str]) -> None:
-    """Print the first of `lines`, and how many more there are."""
-    for text in lines[:SHOWN]:
-        click.echo(f"  {text}")
-    if len(lines) > SHOWN:
-        click.echo(f"  and {len(lines) - SHOWN} more; --json lists all")
+def _token_counter(config: TrainConfig) -> tuple[Callable[[str], int] | None, str]:
+    """Return a function that counts a text's tokens, and the model's name; or None, and a sentence that says why."""
+    from edgetune.library.conversions import conversion_of
+    from edgetune.library.loading import choose_model
+    from edgetune.runtime.errors import EdgetuneError
+    from edgetune.runtime.tokenizer import Tokenizer
+
+    try:
+        choice = choose_model(config.model)
+        made = conversion_of(choice.path) if choice.gguf else None
+        if choice.gguf and made is None:
+            return None, f"Tokens are not counted, since {choice.name} is converted with its first run."
+        tokenizer = Tokenizer.load(made.folder if made else choice.path)
+    except EdgetuneError as error:
+        return None, f"Tokens are not counted: {error}"
+    return lambda text: len(tokenizer.encode(text)), choice.name

@@ -18,7 +18,10 @@ from edgetune.documents.limits import (
     MAX_EXPORT_BYTES,
     MAX_FILE_BYTES,
     MAX_MESSAGE_CHARS,
+    MAX_PARSED_BYTES,
     MAX_RECORD_CHARS,
+    PARSE_SECONDS,
+    PARSER_MEMORY,
 )
 from edgetune.documents.spool import Spool
 
@@ -52,8 +55,19 @@ class Reason(StrEnum):
     BINARY = "binary"
     UNKNOWN_ENCODING = "encoding not recognised (save it as UTF-8, or name it with --encoding)"
     OTHER_ENCODING = "not in the encoding that --encoding names"
+    CANVAS = "canvas (a board of Obsidian's)"
+    CODE = "source code (read with --code)"
+    UNPARSED = "could not be parsed"
+    TOO_SLOW = f"took over {PARSE_SECONDS} s to parse"
+    TOO_MUCH_MEMORY = f"needs over {PARSER_MEMORY >> 30} GiB of memory to parse"
+    TOO_LARGE_TO_PARSE = f"over {MAX_PARSED_BYTES >> 20} MiB, the limit of its format"
+    TOO_LARGE_UNPACKED = "too large when unpacked"
+    NEEDS_EXTRA = "needs the extra documents"
+    ENCRYPTED = "encrypted"
+    NO_TEXT = "no text (scanned?)"
     EMPTY = "empty"
     DUPLICATE = "same text as another note"
+    NEAR_DUPLICATE = "nearly the same text as another note"
     BAD_LINE = "lines that are not JSON"
     LONG_LINE = f"lines over {MAX_RECORD_CHARS >> 20} MiB"
     NOT_UTF8 = "lines that are not UTF-8"
@@ -246,8 +260,8 @@ class Draft:
 @dataclass(frozen=True)
 class Skipped:
     """Something that was not read. In a file of chats, `count` records share the reason; `lines` numbers the first of them, by
-    line or, in a JSON array, by their place in it; `detail` names what was found. `people` are the writers of an export in
-    which nobody is known to be the user: only a person at a terminal is shown them."""
+    line or, in a JSON array, by their place in it; `detail` names what was found, or the note that this one repeats. `people`
+    are the writers of an export in which nobody is known to be the user: only a person at a terminal is shown them."""
 
     path: str
     reason: Reason
@@ -267,7 +281,8 @@ class Skipped:
         if self.reason is Reason.WHO_IS_ME:
             return self.detail
         if not self.lines:
-            return self.reason.value if self.count == 1 else f"{self.count:,} {self.reason.value}"
+            reason = self.reason.value if self.count == 1 else f"{self.count:,} {self.reason.value}"
+            return f"{reason} ({self.detail})" if self.detail else reason
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
         expected = f"; expected {EXPECTED[self.reason]}" if self.reason in EXPECTED else ""
@@ -291,6 +306,18 @@ class Reading:
     unused_excludes: tuple[str, ...] = ()
     damaged: dict[str, int] = field(default_factory=dict)
     embedded: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What parsed files held beside text, such as attachments: a number for each kind, by path."""
+    near_duplicates: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """Notes that are read though another one is much alike: by path, the other's path and their similarity (0 to 1)."""
+    compared: bool = True
+    """False where near-duplicates were not looked for, since the package for it is not installed."""
+    lacking: dict[str, int] = field(default_factory=dict)
+    """Files that were not read because packages of the extra `documents` lack, by the name of their format."""
+    as_plain: dict[str, int] = field(default_factory=dict)
+    """Files that were read as plain text for that reason, by the name of their format."""
+    unlimited: tuple[str, ...] = ()
+    """Limits on the process that parses documents which this system does not enforce, if it was needed."""
 
     @property
     def bytes(self) -> int:
@@ -308,6 +335,13 @@ class Reading:
         for skip in self.skipped:
             counts[skip.reason.value] += skip.count
         return dict(counts.most_common())
+
+    def left_out_counts(self) -> Counter[str]:
+        """Return the number of things beside text in parsed files, by kind."""
+        counts: Counter[str] = Counter()
+        for kinds in self.left_out.values():
+            counts.update(kinds)
+        return counts
 
     def unread_chats(self) -> tuple[str, ...]:
         """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
@@ -328,11 +362,16 @@ class Reading:
             "unused_excludes": list(self.unused_excludes),
             "damaged_letters": sum(self.damaged.values()),
             "embedded_bytes": sum(self.embedded.values()),
+            "left_out": dict(self.left_out_counts()),
+            "lacking": self.lacking,
+            "read_as_plain_text": self.as_plain,
         }
         if list_paths:
             result["read_paths"] = [document.path for document in self.documents]
             result["damaged_paths"] = self.damaged
             result["embedded_paths"] = self.embedded
+            result["left_out_paths"] = self.left_out
+            result["near_duplicates"] = {path: list(pair) for path, pair in self.near_duplicates.items()}
             result["skipped_paths"] = [
                 {
                     "path": skip.path,

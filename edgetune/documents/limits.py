@@ -30,3 +30,15 @@ MAX_TITLE, MAX_TAG, MAX_TAGS = 300, 100, 50
 
 BLOCK_BYTES = 1 << 20
 """Bytes of a text that are read, decoded or hashed at a time."""
+
+MAX_PARSED_BYTES = 128 << 20
+"""Largest file that is handed to a parser, in bytes."""
+MAX_UNPACKED_BYTES, MAX_ZIP_MEMBERS = 256 << 20, 10_000
+"""Largest size of a zip file's members when unpacked, in bytes, and their largest number."""
+MAX_TEXT_BYTES = 64 << 20
+"""Most text that a parser may return for a file, in bytes of UTF-8 as JSON."""
+MAX_PDF_PAGES, MAX_MAIL_PARTS, MAX_SPACES = 10_000, 1000, 1000
+"""Most pages of a PDF, parts of a message, and spaces that one element of an ODT may stand for."""
+PARSE_SECONDS, PARSER_MEMORY, PARSER_FILES = 60, 2 << 30, 64
+"""Longest time for a file in seconds, largest address space in bytes beyond that at the start, and most open files of the
+process that parses."""

@@ -5,6 +5,7 @@ A file is read a block at a time, and its text goes to a spool, so that many not
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,15 +17,22 @@ from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, encoding_of_chats
 from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
 from edgetune.documents.embedded import without_embedded_files
-from edgetune.documents.encoding import NotText, decoded, find_encoding
+from edgetune.documents.encoding import Encoding, NotText, decoded, find_encoding
+from edgetune.documents.formats import html
 from edgetune.documents.front_matter import split_front_matter
-from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES
+from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES, MAX_PARSED_BYTES
 from edgetune.documents.messengers.exports import read_slack
-from edgetune.documents.messengers.files import blocks, read_file
+from edgetune.documents.messengers.files import LISTED_SUFFIXES, blocks, read_file
 from edgetune.documents.messengers.slack import exports
+from edgetune.documents.near_duplicates import without_near_duplicates
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
+from edgetune.documents.parsed_cache import ParsedCache
+from edgetune.documents.parsed_files import ParsedFiles
+from edgetune.documents.parser_process import ParserProcess
+from edgetune.documents.readers import Format, format_of
 from edgetune.documents.spool import Spool
+from edgetune.documents.vault import VaultText
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
@@ -42,6 +50,7 @@ class Reader:
     encoding: str | None
     progress: Progress
     total: int
+    parsed: ParsedFiles
     done: int = 0
     spool: Spool = field(default_factory=Spool.on_disk)
     documents: list[Document] = field(default_factory=list)
@@ -49,6 +58,7 @@ class Reader:
     encodings: Counter[str] = field(default_factory=Counter)
     damaged: dict[str, int] = field(default_factory=dict)
     embedded: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
     me: Sequence[str] = ()
 
     def read_all(self, files: Iterable[FoundFile]) -> None:
@@ -73,10 +83,12 @@ class Reader:
                     pass
                 elif os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
                     raise NotText(Reason.TOO_LARGE)
-                elif not (found.named or is_note_name(found.file.name)):
+                elif found.file.name.lower().endswith(LISTED_SUFFIXES) and not (found.named or is_note_name(found.file.name)):
                     raise NotText(Reason.UNKNOWN_KIND)
                 elif found.file.suffix.lower() in CHAT_SUFFIXES + CHAT_SUFFIXES_WHEN_NAMED:
                     self._read_chats(found, file)
+                elif (format := format_of(found.file.name)) is not None and self.parsed.can_read(format):
+                    self._read_parsed(found, file, format)
                 else:
                     self._read_note(found, file)
         except (NotReadable, NotText) as problem:
@@ -149,22 +161,74 @@ class Reader:
 
     def _read_note(self, found: FoundFile, file: FileIO) -> None:
         encoding = find_encoding(lambda: self._blocks(file), self.encoding)
-        draft = Draft(self.spool)
-        left_out = 0
-        for number, text in enumerate(whole_blocks(decoded(self._blocks(file, found.size), encoding))):
+        self._add_note(found.path, self._plain_text(found, decoded(self._blocks(file, found.size), encoding)))
+        self.encodings[encoding.name] += 1
+
+    def _plain_text(self, found: FoundFile, pieces: Iterable[str]) -> Iterator[str]:
+        """Yield the text of a note in blocks; of Markdown, without front matter and the marks of vaults."""
+        vault = VaultText() if found.file.suffix.lower() in _MARKDOWN else None
+        for number, text in enumerate(whole_blocks(pieces)):
             if number == 0:
                 text = self._beginning(found, text.lstrip("\ufeff"))
-            text, embedded = without_embedded_files(text)
-            left_out += embedded
+            yield text if vault is None else vault.add(text)
+        if vault is not None:
+            yield vault.finish()
+
+    def _read_parsed(self, found: FoundFile, file: FileIO, format: Format) -> None:
+        """Read a file in a format that a parser knows. One with several texts, such as a mailbox, gives several documents."""
+        if os.fstat(file.fileno()).st_size > MAX_PARSED_BYTES:
+            raise NotText(Reason.TOO_LARGE_TO_PARSE)
+        encoding = self._encoding_of(file, format) if format.is_text else None
+        if encoding is None:
+            data = b"".join(self._blocks(file, found.size))
+        else:
+            data = "".join(decoded(self._blocks(file, found.size), encoding)).lstrip("\ufeff").encode()
+        parsed = self.parsed.read(format, data, lambda: self.progress(self.done, self.total))
+        added = 0
+        for number, text in enumerate(parsed.texts, 1):
+            path = f"{found.path}#{number}" if len(parsed.texts) > 1 else found.path
+            with contextlib.suppress(NotText):  # an empty one of several
+                self._add_note(path, whole_blocks(self._slices(text)))
+                added += 1
+        if parsed.left_out:
+            self.left_out[found.path] = dict(parsed.left_out)
+        if not added:
+            raise NotText(Reason.EMPTY)
+        if encoding is not None:
+            self.encodings[encoding.name] += 1
+
+    def _encoding_of(self, file: FileIO, format: Format) -> Encoding:
+        """Return the encoding of a text to parse: the one named by the user or by the page itself comes first."""
+        named = self.encoding
+        if named is None and format.name == "HTML":
+            named = html.charset(next(self._blocks(file), b""))
+        try:
+            return find_encoding(lambda: self._blocks(file), named)
+        except NotText:
+            if named == self.encoding:
+                raise
+            return find_encoding(lambda: self._blocks(file), None)
+
+    def _add_note(self, path: str, blocks: Iterable[str]) -> None:
+        """Add a document of these blocks of text. Raises NotText if there is no text in them."""
+        draft = Draft(self.spool)
+        embedded = 0
+        for block in blocks:
+            text, count = without_embedded_files(block)
+            embedded += count
             draft.add(text)
         if draft.empty:
             raise NotText(Reason.EMPTY)
-        if left_out:
-            self.embedded[found.path] = left_out
+        if embedded:
+            self.embedded[path] = embedded
         if draft.damaged:
-            self.damaged[found.path] = draft.damaged
-        self.encodings[encoding.name] += 1
-        self.documents.append(draft.finish(found.path))
+            self.damaged[path] = draft.damaged
+        self.documents.append(draft.finish(path))
+
+    @staticmethod
+    def _slices(text: str) -> Iterator[str]:
+        for start in range(0, len(text), WHOLE_CHARS):
+            yield text[start : start + WHOLE_CHARS]
 
     def _beginning(self, found: FoundFile, text: str) -> str:
         """Return the beginning of a note with its front matter reduced. Raises NotText for a drawing."""
@@ -194,6 +258,7 @@ def read_notes(
     encoding: str | None = None,
     progress: Progress = ignore,
     me: Sequence[str] = (),
+    code: bool = False,
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
@@ -201,20 +266,31 @@ def read_notes(
     encoding: Python's name for the encoding of notes that are not UTF-8 and have no byte-order mark.
     me: the user's names in chat apps' exports.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
+    code: read source code too.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
-    found = walk(paths, exclude, lambda: progress(0, 0))
-    reader = Reader(keep_front_matter, encoding, progress, found.bytes, me=me)
-    reader.read_all(found.found.values())
+    found = walk(paths, exclude, lambda: progress(0, 0), code)
+    cache = ParsedCache(paths)
+    with ParserProcess() as parser:
+        reader = Reader(keep_front_matter, encoding, progress, found.bytes, ParsedFiles(cache, parser), me=me)
+        reader.read_all(found.found.values())
+    cache.tidy()
     documents, twins = without_duplicates(reader.documents)
+    documents, near = without_near_duplicates(documents, lambda: progress(found.bytes, found.bytes))
     reading = Reading(
         documents=documents,
-        skipped=found.skipped + reader.skipped + twins,
+        skipped=found.skipped + reader.skipped + twins + near.skipped,
         files=found.entries,
         encodings=dict(reader.encodings.most_common()),
         unused_excludes=tuple(exclude.pattern for exclude in found.excludes if not exclude.used),
         damaged=reader.damaged,
         embedded=reader.embedded,
+        left_out=reader.left_out,
+        near_duplicates=near.pairs,
+        compared=near.compared,
+        lacking=dict(reader.parsed.lacking),
+        as_plain=dict(reader.parsed.as_plain),
+        unlimited=reader.parsed.unlimited,
     )
     if not documents:
         raise DataError(nothing_found(paths, reading, found))

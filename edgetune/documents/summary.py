@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from edgetune.documents.document import Reading
+from edgetune.documents.limits import PARSE_SECONDS
 from edgetune.reports.text import counted, human_bytes
 
 
 def sentences(reading: Reading) -> tuple[str, ...]:
-    """Return a sentence each for files that were not read, damaged notes, embedded files, unused --exclude patterns, and each
-    cause for which records of a file of chats were not read."""
+    """Return a sentence each for files that were not read, damaged notes, embedded files, what parsers left out or need, unused
+    --exclude patterns, and each cause for which records of a file of chats were not read."""
     said = []
     files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.has_sentence])
     if files.skipped:
@@ -27,5 +28,32 @@ def sentences(reading: Reading) -> tuple[str, ...]:
             f"Left out: pictures or other files embedded in {counted(len(reading.embedded), 'note')}, "
             f"{human_bytes(sum(reading.embedded.values()))}."
         )
+    said += _of_parsed(reading)
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
     return (*said, *reading.unread_chats())
+
+
+def _of_parsed(reading: Reading) -> list[str]:
+    """Return the sentences about files that a parser reads, and about notes that are much alike."""
+    said = []
+    if reading.left_out:
+        counts = ", ".join(f"{kind} ({count:,})" for kind, count in reading.left_out_counts().most_common())
+        said.append(f"Left out of {counted(len(reading.left_out), 'file')}: {counts}.")
+    if reading.lacking:
+        counts = " and ".join(f"{count:,} {name}" for name, count in reading.lacking.items())
+        verb = "file needs" if sum(reading.lacking.values()) == 1 else "files need"
+        said.append(f"{counts} {verb} the extra documents: pip install 'edgetune[documents]'")
+    if reading.as_plain:
+        counts = " and ".join(f"{count:,} {name}" for name, count in reading.as_plain.items())
+        kind = "file was" if sum(reading.as_plain.values()) == 1 else "files were"
+        said.append(f"{counts} {kind} read as plain text; to leave markup out, pip install 'edgetune[documents]'")
+    if reading.near_duplicates:
+        count = len(reading.near_duplicates)
+        alike = "is much like another one" if count == 1 else "are much like others"
+        said.append(f"{counted(count, 'note')} {alike}; edgetune train --dry-run says which.")
+    if reading.unlimited:
+        said.append(
+            f"On this system nothing limits the {' and '.join(reading.unlimited)} of the process that parses documents, except "
+            f"that it is ended after {PARSE_SECONDS} s on a file."
+        )
+    return said

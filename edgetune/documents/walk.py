@@ -14,11 +14,12 @@ from edgetune.documents import not_notes
 from edgetune.documents.document import Reason, Skipped
 from edgetune.documents.messengers.files import LISTED_SUFFIXES
 from edgetune.documents.note_file import Identity, NotReadable, identity, open_folder
+from edgetune.documents.readers import CODE_SUFFIXES, READERS, format_of
 from edgetune.home import expand, home
 from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.errors import DataError, UsageError
 
-NOTE_SUFFIXES = (".md", ".markdown", ".txt", ".rst", ".org")
+NOTE_SUFFIXES = (".md", ".markdown", ".txt", *READERS)
 CHAT_SUFFIXES = (".jsonl",)
 KINDS = f"notes ({', '.join(NOTE_SUFFIXES)}) or chats ({', '.join(CHAT_SUFFIXES)}, or a chat app's export)"
 
@@ -45,6 +46,7 @@ class Walk:
     skipped: list[Skipped] = field(default_factory=list)
     folders: set[Identity] = field(default_factory=set)
     entries: int = 0
+    code: bool = False
     own: Identity | None = None
     """edgetune's own data folder, which may lie among the notes."""
 
@@ -73,12 +75,16 @@ class Walk:
 
 
 def walk(
-    paths: Sequence[str | os.PathLike[str]], exclude: Sequence[str] = (), before_each: Callable[[], None] = lambda: None
+    paths: Sequence[str | os.PathLike[str]],
+    exclude: Sequence[str] = (),
+    before_each: Callable[[], None] = lambda: None,
+    code: bool = False,
 ) -> Walk:
     """Find every note and chat under `paths` (folders or single files), sorted by path.
 
     A file that is itself named is read even if it is hidden or has another suffix: naming it was a decision. `before_each` is
-    called before each folder and may raise to end the walk. Raises DataError for a path that does not exist.
+    called before each folder and may raise to end the walk. code: find source code too. Raises DataError for a path that does
+    not exist.
     """
     roots = [Path(os.path.abspath(expand(os.fspath(path)))) for path in paths]
     if not roots:
@@ -87,7 +93,7 @@ def walk(
         if not os.path.exists(root):  # False also for a name that no file can have, where Path.exists raises
             name = os.fspath(given)[:NAME_SHOWN]
             raise DataError(f"There is no file or folder {name}: expected {KINDS}; check the path, and type it again.")
-    state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude], own=own_folder())
+    state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude], code=code, own=own_folder())
     for root in sorted(roots):
         if root.is_dir():
             walk_folder(root, state, before_each)
@@ -181,10 +187,8 @@ def look_at(entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, st
         return about
     elif not stat.S_ISREG(about.st_mode):
         state.skip(path, Reason.NOT_A_FILE)
-    elif not (is_note_name(entry.name) or entry.name.lower().endswith(LISTED_SUFFIXES)):
-        state.skip(path, Reason.UNKNOWN_KIND)
-    elif not_notes.is_drawing_name(entry.name):
-        state.skip(path, Reason.DRAWING)
+    elif (reason := other_kind(entry.name, state.code)) is not None:
+        state.skip(path, reason)
     elif not_notes.is_in_cloud(about):
         state.skip(path, Reason.NOT_DOWNLOADED)
     else:
@@ -194,7 +198,19 @@ def look_at(entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, st
 
 def is_note_name(name: str) -> bool:
     """Return True if a file of this name is read as a note or as chats."""
-    return os.path.splitext(name)[1].lower() in NOTE_SUFFIXES + CHAT_SUFFIXES
+    return os.path.splitext(name)[1].lower() in NOTE_SUFFIXES + CHAT_SUFFIXES or format_of(name) is not None
+
+
+def other_kind(name: str, code: bool) -> Reason | None:
+    """Return the reason for skipping a file of this name, or None for one that is read. code: source code is read."""
+    if not_notes.is_drawing_name(name):
+        return Reason.DRAWING
+    if is_note_name(name) or name.lower().endswith(LISTED_SUFFIXES):
+        return None
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in CODE_SUFFIXES:
+        return None if code else Reason.CODE
+    return Reason.CANVAS if suffix == ".canvas" else Reason.UNKNOWN_KIND
 
 
 def judge_link(path: Path, real_root: Path) -> Reason:

@@ -58,7 +58,7 @@ def read_and_split(
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me)
+    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me, data.code)
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:

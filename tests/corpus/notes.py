@@ -279,9 +279,16 @@ def _(place: Place) -> None:
 
 @case("only files of kinds that are not read")
 def _(place: Place) -> None:
+    place.write("notes/a.png", b"\x89PNG")
+    place.write("notes/b.xlsx", b"PK")
+    place.run("train", place.folder / "notes").refused("suffix", r"\.md")
+
+
+@case("a Word file and a PDF that are broken")
+def _(place: Place) -> None:
     place.write("notes/a.docx", b"PK")
     place.write("notes/b.pdf", b"%PDF-1.7")
-    place.run("train", place.folder / "notes").refused("suffix", r"\.md")
+    place.run("train", place.folder / "notes").refused("2 could not be parsed", r"\.md")
 
 
 @case("a folder with nothing in it")
