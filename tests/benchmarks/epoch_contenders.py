@@ -218,7 +218,7 @@ def ours(arguments: argparse.Namespace, key: str, bare: int) -> Result:
         data=DataConfig(notes=(str(notes_folder(arguments)),), batch_tokens=arguments.batch_tokens), model=str(base),
         out=str(adapter), weights=form,
         epochs=1, rank=RANK, alpha=ALPHA, dropout=DROPOUT, lr=arguments.lr, warmup_steps=WARMUP, final_lr=FINAL, clip=CLIP,
-        evaluations=1,
+        evaluations=1, anchor=0,  # the peers have none
     )  # fmt: skip
     beginning, plan, evaluated = time.perf_counter(), {}, 0.0
     with MemoryMeter() as anonymous:
