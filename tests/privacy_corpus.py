@@ -118,8 +118,22 @@ TEMPLATES: dict[str, dict[Split, list[str]]] = {
 """Lines around an item, by kind and split; in {x} the item stands, in {n} the name of a national number."""
 
 NEEDED_NAME = {
-    "tune": ["api_key={x}", "Access key: {x}", "client_secret = '{x}'", "the API token is {x}", '"secretKey": "{x}"', "AccountKey={x};"],
-    "test": ["API_SECRET={x}", "secret access key: {x}", "auth_token: \"{x}\"", "the secret key is {x}", "apikey {x}", "&api_key={x}"],
+    "tune": [
+        "api_key={x}",
+        "Access key: {x}",
+        "client_secret = '{x}'",
+        "the API token is {x}",
+        '"secretKey": "{x}"',
+        "AccountKey={x};",
+    ],
+    "test": [
+        "API_SECRET={x}",
+        "secret access key: {x}",
+        'auth_token: "{x}"',
+        "the secret key is {x}",
+        "apikey {x}",
+        "&api_key={x}",
+    ],
 }
 """Lines for keys that nothing but a name beside them tells from a hash."""
 

@@ -12,13 +12,17 @@ from edgetune.privacy.rules import Rules, seed_words
 from edgetune.privacy.spans import Span
 
 _LONG_WORD = re.compile(r"[!-~]{16,}")
-_JWT = re.compile(r"eyJ[\w-]{8,}={0,2}\.eyJ?[\w-]{4,}={0,2}\.[\w-]{8,}={0,2}|eyJ[\w-]{8,}\.[\w-]*\.[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}")
+_JWT = re.compile(
+    r"eyJ[\w-]{8,}={0,2}\.eyJ?[\w-]{4,}={0,2}\.[\w-]{8,}={0,2}"  # signed (RFC 7519)
+    r"|eyJ[\w-]{8,}\.[\w-]*\.[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"  # encrypted (RFC 7516)
+)
 _PART = re.compile(r"[A-Za-z0-9+/_-]{20,}={0,2}")
 _NAME = re.compile(r"[A-Za-z0-9+_-]{20,}")
-_DIGEST = re.compile(r"(?:sha\d{1,3}|md5|h1)[-_]", re.I)
-_BEFORE_DIGEST = re.compile(r"(?:sha(?:1|256|384|512)[-:=]|md5[-:=]|h1:|SHA256:|://\S*|AAAA\S*|/nix/store/\S*|bc1\w*|data:\S*)$", re.I)
+_DIGEST = re.compile(r"(?:sha\d{1,3}|md5|h1)[-_]|AAAA", re.I)
+_BEFORE_DIGEST = re.compile(r"(?:sha(?:1|256|384|512)[-:=]|md5[-:=]|h1:|AAAA\S*|/nix/store/\S*|data:\S*)$", re.I)
 _QUERY = re.compile(
-    r"[?&;](?:[\w.-]{0,30}(?:key|token|secret|signature|password|passwd|pwd|auth)|sig|pw|pass|code)=([^\s&#\"'<>;]{6,4096})", re.I
+    r"[?&;](?:[\w.-]{0,30}(?:key|token|secret|signature|password|passwd|pwd|auth)|sig|pw|pass|code)=([^\s&#\"'<>;]{6,4096})",
+    re.IGNORECASE,
 )
 _USER_INFO = re.compile(r"://(?:[^\s/:@\"'<>]{0,128}:([^\s/@\"'<>]{1,256})|([^\s/:@\"'<>]{16,256}))@[\w\[]")
 _BEGIN_KEY = re.compile(r"-----BEGIN ((?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?)-----")
@@ -27,13 +31,21 @@ _KEY_LINE = re.compile(r"[ \t>|]{0,16}(?:[A-Za-z0-9+/=]{1,128}|[A-Za-z-]{1,20}: 
 LONGEST_KEY = 1 << 16
 """Most characters of a block of a private key. A key of 16,384 bits takes 12,000."""
 
-_SEPARATOR = re.compile(r"[\"'`*_\])]{0,4}(?: ?\([^()\n]{1,30}\))?[ \t]{0,3}(?:=>|->|:=|[:=：|→])(?:\*\*|__|\*(?=\s))?[ \t]{0,3}(?:\n[ \t>]{0,8})?(?:\*\*)?[\"'`“„«(]{0,3}")
+_SEPARATOR = re.compile(
+    r"[\"'`*_\])]{0,4}(?: ?\([^()\n]{1,30}\))?[ \t]{0,3}(?:=>|->|:=|[:=：|→])"
+    r"(?:\*\*|__|\*(?=\s))?[ \t]{0,3}(?:\n[ \t>]{0,8})?(?:\*\*)?[\"'`“„«(]{0,3}"
+)
+"""What stands between a word such as password and its value; the value may stand on the next line."""
 _SPACE = re.compile(r"[\"'`*_]{0,3}[ \t]{1,3}(?:\*\*)?[\"'`“„«]{0,3}")
 _QUOTES = "\"'`“„«"
 _CLOSING = {"“": "”", "„": "“", "«": "»"}
 _VALUE = re.compile(r"\S{3,128}")
 _PHRASE = re.compile(r"[A-Za-z]{2,12}(?: [A-Za-z]{2,12}){2,11}(?=[\s\"'`.]*(?:\n|$))")
-_CODE = re.compile(r"[$<{%\[(@&]|[\w.:>-]+\(|(?:process|os|env|config|req|self|this|settings|secrets?|var|data|local|form|user)\.\w|!(?:vault|secret|ref)\b|\w+\[")
+_CODE = re.compile(
+    r"[$<{%\[(@&]|[\w.:>-]+\(|\w+\[|!(?:vault|secret|ref)\b"
+    r"|(?:process|os|env|config|req|self|this|settings|secrets?|var|data|local|form|user)\.\w"
+)
+"""The beginning of a value that is code: a variable, a call, a reference."""
 _MASK = re.compile(r"[*•xX.\-_?#…]+|(?:x{3,}|\*{2,}|\.{3,}).*|\[\w[\w -]*\]")
 _ENDS = ".,;:)]}>|"
 _CUT = re.compile(r"';|\",|\"\}|'\}|',|`|</|&\w+=|\*\*|\\n")
@@ -43,7 +55,9 @@ _OWNERS = ("api", "access", "secret", "client", "auth", "app")
 """Words before "key" or "token" beside which a hexadecimal number is a key even without a colon between them."""
 _WITH_PASSWORD = re.compile(r"[^\n]{0,120}?\s(?:-p|-a|--pass(?:word)?)[ =]?(['\"]?)(\S{3,128})")
 _WITH_USER = re.compile(r"\b[^\n]{0,200}?\s(?:-u|--user)[ =](?:['\"]?[^\s:'\"]{1,64}:)(['\"]?)([^\s'\"]{3,128})")
-_SEED = re.compile(r"(?<![\w'-])[a-z]{3,8}(?:(?:[ \t]{1,2}|[ \t]?,[ \t]?|[ \t]?\n[ \t>]{0,4})(?:\d{1,2}[.):][ \t]?)?[a-z]{3,8}(?![\w'])){11,}")
+_SEED = re.compile(
+    r"(?<![\w'-])[a-z]{3,8}(?:(?:[ \t]{1,2}|[ \t]?,[ \t]?|[ \t]?\n[ \t>]{0,4})(?:\d{1,2}[.):][ \t]?)?[a-z]{3,8}(?![\w'])){11,}"
+)
 _SEED_LETTERS = re.compile(r"[a-z]+")
 
 
@@ -112,21 +126,15 @@ def _in_long_words(text: str, rules: Rules, count_tokens: CountTokens) -> Iterat
 
 def _random_parts(text: str, start: int, end: int, count_tokens: CountTokens) -> Iterator[Span]:
     """Yield the random strings in a word that nothing marks."""
-    for part in _parts(text, start, end):
-        before = text[max(0, part.start() - 24) : part.start()]
-        if before.endswith(("AAAA", "@")) or part[0].startswith("AAAA") or _DIGEST.match(part[0]) or _BEFORE_DIGEST.search(before):
-            continue
-        if is_random(part[0], count_tokens):
-            yield Span(*part.span(), Kind.RANDOM)
-
-
-def _parts(text: str, start: int, end: int) -> Iterator[re.Match[str]]:
-    """Yield the strings to judge in a word. One with slashes is base64 if its length says so, and else a path."""
     for part in _PART.finditer(text, start, end):
-        if "/" in part[0] and (len(part[0]) % 4 or len(part[0]) < 40):
-            yield from _NAME.finditer(text, *part.span())
-        else:
-            yield part
+        before = text[max(0, part.start() - 24) : part.start()]
+        if before.endswith(("AAAA", "@")) or _DIGEST.match(part[0]) or _BEFORE_DIGEST.search(before):
+            continue
+        # A string with slashes is base64 if its length says so, and else a path.
+        whole = "/" not in part[0] or before.endswith("$") or (len(part[0]) % 4 == 0 and len(part[0]) >= 40)
+        for piece in [part] if whole else _NAME.finditer(text, *part.span()):
+            if is_random(piece[0], count_tokens):
+                yield Span(*piece.span(), Kind.RANDOM)
 
 
 def _beside_words(text: str, lowered: str, rules: Rules, count_tokens: CountTokens) -> Iterator[Span]:

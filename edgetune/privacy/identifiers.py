@@ -1,4 +1,4 @@
-"""Finds personal identifiers in a text: e-mail addresses, phone numbers, cards, IBANs, national ids. Each finder yields spans."""
+"""Finds personal identifiers in a text: e-mail addresses, phone numbers, cards, IBANs, national ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from edgetune.privacy.spans import Span
 
 _LOCAL = re.compile(r"[\w.%+'-]{1,64}\Z")
 _HOST = re.compile(r"(?:[^\W_](?:[\w-]{0,62}[^\W_])?\.){1,8}([^\W\d_]{2,24})(?![\w-])")
-_NO_COUNTRY = frozenset("png jpg jpeg gif svg webp js ts tsx jsx mjs py css scss html htm json xml yaml yml toml txt pdf zip exe dll so local plist service timer socket target rb lock log bak conf cfg ini sql".split())
+_NO_COUNTRY = frozenset(
+    ("png", "jpg", "jpeg", "gif", "svg", "webp", "pdf", "zip", "exe", "dll", "so", "js", "ts", "tsx", "jsx", "mjs", "py", "rb")
+    + ("css", "scss", "html", "htm", "json", "xml", "yaml", "yml", "toml", "txt", "lock", "log", "bak", "conf", "cfg", "ini")
+    + ("sql", "plist", "service", "timer", "socket", "target", "local")
+)
 """Endings of names that are no e-mail address, such as icon@2x.png."""
 _SERVICES = frozenset({"git", "hg", "svn"})
 """Users of addresses by which programs reach repositories, such as git@github.com."""
@@ -25,13 +29,19 @@ _IN_A_TABLE = re.compile(r"(?:\b[0-9a-f]{2}|\b\d{4}|\d:|\d\.)[ ]{0,2}\Z")
 """What stands before a group of digits in a dump of bytes, a list of numbers or a time."""
 _HOURS = re.compile(r"\d{1,2}[.:]\d{2} ?[–-] ?\d{1,2}[.:]\d{2}")
 _ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")
-_THOUSANDS = re.compile(r"\d{1,3}(?:([ .\u00a0])\d{3})(?:\1\d{3})*")
-_UNIT = re.compile(r"\s?(?:[%€$£°]|(?:bytes|rows|ns|ms|EUR|USD|GBP|CHF|km|kg|mm|people|inhabitants|users|tokens|lines|items|files|hits|views)\b)")
+_YEARS = re.compile(r"(?:1[5-9]|20)\d\d ?[-–/] ?(?:1[5-9]|20)\d\d")
+_UNIT = re.compile(
+    r"\s?(?:[%€$£°]|(?:bytes|rows|ns|ms|EUR|USD|GBP|CHF|km|kg|mm|people|inhabitants|users|tokens|lines|items|files|hits|views)\b)"
+)
 _SHAPES = ((3, 3, 3), (3, 2, 2, 2), (2, 3, 2, 2), (3, 3, 4))
 """Sizes of the groups of digits in which countries without a leading zero write their numbers."""
 _AREA_CODE = re.compile(r"\(\d{2,4}\) ?\d{4,5}-\d{4}")
 _GROUP = re.compile(r"\d+")
-_CARD_PREFIX = re.compile(r"(?:4\d{12}(?:\d{3})?(?:\d{3})?|5[1-5]\d{14}|2(?:2[2-9]|[3-6]\d|7[01])\d{13}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17})\Z")
+_CARD_PREFIX = re.compile(
+    r"(?:4\d{12}(?:\d{3})?(?:\d{3})?|5[1-5]\d{14}|2(?:2[2-9]|[3-6]\d|7[01])\d{13}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}"
+    r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|62\d{14,17})\Z"
+)
+"""Lengths and first digits of the cards of Visa, Mastercard, American Express, Diners, Discover, JCB and UnionPay."""
 _CARD_GROUPS = ((4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3))
 _NORTH_AMERICAN = re.compile(r"(?:\+?1[-. ])?\(?[2-9]\d{2}\)?[-. ]{1,2}[2-9]\d{2}[-. ]\d{4}")
 _IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9][A-Z])[A-Z]\d\d[A-Z0-9 ]{11,42}")
@@ -55,7 +65,8 @@ def find_identifiers(text: str, lowered: str, rules: Rules, regions: Sequence[st
     yield from _ibans(text)
     for run in _LETTERED.finditer(text):
         for found in rules.lettered.finditer(text, *run.span()):
-            if any(rule.letters and rule.form.fullmatch(found[0]) and _checked(rule.module, found[0]) for rule in rules.numbers):
+            fitting = (rule for rule in rules.numbers if rule.letters and rule.form.fullmatch(found[0]))
+            if any(_checked(rule.module, found[0]) for rule in fitting):
                 yield Span(*found.span(), Kind.NATIONAL)
     for found in _DIGITS.finditer(text):
         before = lowered[max(0, found.start() - BESIDE) : found.start()]
@@ -101,16 +112,11 @@ def kind_of_number(number: str, before: str, after: str, rules: Rules, regions: 
     if _is_book(digits, number, before) and not rules.phone_word.search(before):
         return None
     for rule in rules.numbers:
-        if not rule.letters and rule.form.fullmatch(number) and (named := _is_named(rule, before)) is not None:
-            if _checked(rule.module, number) or (named and rule.module == "us.ssn"):
-                return Kind.NATIONAL
+        if rule.letters or not rule.form.fullmatch(number):
+            continue
+        if not (rule.named and not any(name in before for name in rule.names)) and _checked(rule.module, number):
+            return Kind.NATIONAL
     return Kind.PHONE if _is_phone(number, digits, before, after, rules, regions) else None
-
-
-def _is_named(rule: NumberRule, before: str) -> bool | None:
-    """Return True beside one of the rule's names, False if it needs none, None if one is lacking."""
-    named = any(name in before for name in rule.names)
-    return True if named else None if rule.named else False
 
 
 @functools.cache
@@ -151,7 +157,7 @@ def _is_phone(number: str, digits: str, before: str, after: str, rules: Rules, r
     """Return True for a phone number: an international one, or one that is written as a country of `regions` writes it."""
     if not 7 <= len(digits) <= 15 or "  " in number or _DATE.match(number) or _ADDRESS.fullmatch(number):
         return False
-    if _HOURS.fullmatch(number) or _UNIT.match(after) or " / " in number:
+    if _HOURS.fullmatch(number) or _YEARS.fullmatch(number) or _UNIT.match(after) or " / " in number:
         return False
     if number.startswith("+"):
         return _is_valid(f"+{digits}", None)
@@ -166,18 +172,18 @@ def _is_phone(number: str, digits: str, before: str, after: str, rules: Rules, r
 def _is_written_as_phone(number: str, digits: str) -> bool:
     """Return True for digits in groups as phone numbers have them, where no word says that this is one."""
     groups = _GROUP.findall(number)
+    if _NORTH_AMERICAN.fullmatch(number) or _AREA_CODE.fullmatch(number):
+        return True
     if min(map(len, groups)) < 2 or not 9 <= len(digits) <= 12:
         return False
     if digits.startswith("0"):
         return len(groups) > 2 or "." not in number
-    if _NORTH_AMERICAN.fullmatch(number) or _AREA_CODE.fullmatch(number):
-        return True
     return tuple(map(len, groups)) in _SHAPES and "." not in number and "/" not in number
 
 
 @functools.lru_cache(1 << 14)
 def _is_valid(digits: str, region: str | None) -> bool:
-    """Return True if the digits are a phone number by the numbering plan of `region`, or of any country if they begin with +."""
+    """Return True if the digits are a phone number by the plan of `region`, or of any country if they begin with +."""
     import phonenumbers
 
     try:

@@ -77,12 +77,10 @@ def rules() -> Rules:
         ),
         no_passwords=frozenset(passwords["not_one"]),
         digest_word=re.compile(_any(named["digests"])),
-        phone_word=re.compile(_any(phone["words"])),
+        phone_word=re.compile(rf"(?<![^\W\d_])(?:{_any(phone['words'])})"),
         regions=tuple(phone["regions"]),
         numbers=numbers,
-        lettered=re.compile(
-            rf"(?<![\w-])(?:{'|'.join(rule.form.pattern for rule in numbers if rule.letters)})(?![\w-])"
-        ),
+        lettered=re.compile(rf"(?<![\w-])(?:{'|'.join(rule.form.pattern for rule in numbers if rule.letters)})(?![\w-])"),
     )
 
 
