@@ -39,6 +39,8 @@ HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
 WEIGHTS = ("auto", "nf4", "int8", "bf16")
 """Forms in which the frozen base's linears are held in memory; weight_forms.py decides which one auto stands for."""
+MASKS = ("all", "secrets", "none")
+"""What is masked in notes before they are trained on: secrets and personal identifiers, secrets alone, or nothing."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."
@@ -91,6 +93,19 @@ class DataConfig:
         "Encoding of notes that are not UTF-8. Without it, UTF-16 and Windows-1252 are recognised, and others are refused.",
         metavar="NAME",
         example="windows-1250",
+    )
+    mask: str = setting(  # a model can repeat what it was trained on
+        "all",
+        Choice(MASKS),
+        "What placeholders replace before training. all: secrets (keys, passwords) and personal identifiers (e-mail addresses, "
+        "phone and card numbers, ids, the words in private.txt).",
+    )
+    phone_regions: str | None = setting(
+        None,
+        Parsed(lambda text: parse_regions(text), "two-letter country codes separated by commas, such as US,DE"),
+        "Countries whose way of writing phone numbers is recognised without a country code. Default: twenty.",
+        metavar="LIST",
+        example="US,DE",
     )
     seq_len: int = setting(  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
         512, Whole(16, 131072), "Longest sequence in tokens; longer notes are split.", metavar="T"
@@ -294,6 +309,14 @@ def check_encoding(name: str) -> None:
         "".encode(name)
     except (LookupError, ValueError) as error:  # ValueError: a name with a NUL
         raise SettingError(f"no encoding is known here by the name {name!r}") from error
+
+
+def parse_regions(text: str) -> tuple[str, ...]:
+    """Return the country codes in a text such as "US,DE". Raises SettingError."""
+    codes = tuple(part.strip().upper() for part in text.split(","))
+    if not all(re.fullmatch("[A-Z]{2}", code) for code in codes):
+        raise SettingError(f"--phone-regions is {shown(text)}; expected country codes such as US,DE.")
+    return codes
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -1,6 +1,7 @@
 """The private folder of a user's data: EDGETUNE_HOME, or the platform's data directory.
 
 config.toml               the user's own settings
+private.txt               the user's own words that are masked in notes
 current.json, adapters/   the current adapter, and all adapters
 models/                   GGUF models, converted to the form that edgetune works with
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
@@ -26,8 +27,8 @@ from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 
 PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
-_CONTENTS = ("config.toml", "current.json", "adapters", "models", "runs", "unfinished", "scratch", "secret")
-"""Names of the entries that edgetune makes in the folder. Anything else there is the user's own."""
+_CONTENTS = ("config.toml", "private.txt", "current.json", "adapters", "models", "runs", "unfinished", "scratch", "secret")
+"""Names of the entries that edgetune makes or reads in the folder. Anything else there is the user's own."""
 _SECRET_BYTES = 32
 
 

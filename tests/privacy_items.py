@@ -17,7 +17,12 @@ from pathlib import Path
 Maker = Callable[[random.Random], str]
 
 UPPER, LOWER, DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
-ALNUM, HEX, URLSAFE, BASE64 = UPPER + LOWER + DIGITS, "0123456789abcdef", UPPER + LOWER + DIGITS + "-_", UPPER + LOWER + DIGITS + "+/"
+ALNUM, HEX, URLSAFE, BASE64 = (
+    UPPER + LOWER + DIGITS,
+    "0123456789abcdef",
+    UPPER + LOWER + DIGITS + "-_",
+    UPPER + LOWER + DIGITS + "+/",
+)
 BASE32 = UPPER + "234567"
 BECH32 = "QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L"
 
@@ -38,7 +43,11 @@ def b64url(rng: random.Random, data: bytes | int) -> str:
 
 def jwt(rng: random.Random) -> str:
     head = json.dumps({"alg": rng.choice(["HS256", "RS256", "ES256"]), "typ": "JWT"}, separators=(",", ":"))
-    body = {"sub": some(rng, DIGITS, 6, 10), "iat": rng.randint(1_500_000_000, 1_800_000_000), "role": rng.choice(["admin", "user"])}
+    body = {
+        "sub": some(rng, DIGITS, 6, 10),
+        "iat": rng.randint(1_500_000_000, 1_800_000_000),
+        "role": rng.choice(["admin", "user"]),
+    }
     signature = b64url(rng, rng.choice([32, 64, 256]))
     return f"{b64url(rng, head.encode())}.{b64url(rng, json.dumps(body).encode())}.{signature}"
 
@@ -58,7 +67,9 @@ ISSUED: dict[str, Maker] = {
     "huggingface": lambda r: "hf_" + some(r, UPPER + LOWER, 34),
     "slack bot": lambda r: f"xoxb-{some(r, DIGITS, 12)}-{some(r, DIGITS, 12)}-{some(r, ALNUM, 24)}",
     "slack user": lambda r: f"xoxp-{some(r, DIGITS, 12)}-{some(r, DIGITS, 12)}-{some(r, DIGITS, 12)}-{some(r, HEX, 32)}",
-    "slack webhook": lambda r: f"https://hooks.slack.com/services/T{some(r, UPPER + DIGITS, 8)}/B{some(r, UPPER + DIGITS, 8)}/{some(r, ALNUM, 24)}",
+    "slack webhook": lambda r: (
+        f"https://hooks.slack.com/services/T{some(r, UPPER + DIGITS, 8)}/B{some(r, UPPER + DIGITS, 8)}/{some(r, ALNUM, 24)}"
+    ),
     "discord webhook": lambda r: f"https://discord.com/api/webhooks/{some(r, DIGITS, 18)}/{some(r, URLSAFE, 68)}",
     "discord bot": lambda r: f"{b64url(r, some(r, DIGITS, 18).encode())}.{some(r, URLSAFE, 6)}.{some(r, URLSAFE, 38)}",
     "stripe": lambda r: r.choice(["sk_live_", "rk_live_", "sk_test_"]) + some(r, ALNUM, 24, 99),
@@ -96,7 +107,9 @@ ISSUED: dict[str, Maker] = {
     "replicate": lambda r: "r8_" + some(r, ALNUM, 37),
     "perplexity": lambda r: "pplx-" + some(r, ALNUM, 48),
     "dropbox": lambda r: "sl." + some(r, URLSAFE, 130, 140),
-    "mapbox": lambda r: f"sk.{b64url(r, json.dumps({'u': 'maps', 'a': some(r, LOWER + DIGITS, 25)}).encode())}.{some(r, URLSAFE, 22)}",
+    "mapbox": lambda r: (
+        f"sk.{b64url(r, json.dumps({'u': 'maps', 'a': some(r, LOWER + DIGITS, 25)}).encode())}.{some(r, URLSAFE, 22)}"
+    ),
     "age": lambda r: "AGE-SECRET-KEY-1" + some(r, BECH32, 58),
     "azure storage": lambda r: b64(r, 64),
     "aws secret": lambda r: b64(r, 30),
@@ -172,7 +185,9 @@ _HOSTS += ["firma-huber.at", "kth.se", "library.city.gov", "studio.design", "sez
 def email(rng: random.Random) -> str:
     first, last = rng.choice(_FIRST), rng.choice(_LAST)
     number = some(rng, DIGITS, 0, 2)
-    local = rng.choice([f"{first}.{last}", f"{first}{number}", f"{first[0]}{last}", f"{first}_{last}{number}", f"{first}+{last}"])
+    local = rng.choice(
+        [f"{first}.{last}", f"{first}{number}", f"{first[0]}{last}", f"{first}_{last}{number}", f"{first}+{last}"]
+    )
     return f"{local.title() if rng.random() < 0.1 else local}@{rng.choice(_HOSTS)}"
 
 
@@ -218,7 +233,9 @@ def luhn(digits: str) -> str:
 
 
 def card(rng: random.Random) -> str:
-    prefix, length = rng.choice([("4", 16), ("51", 16), ("55", 16), ("2221", 16), ("34", 15), ("37", 15), ("6011", 16), ("3530", 16)])
+    prefix, length = rng.choice(
+        [("4", 16), ("51", 16), ("55", 16), ("2221", 16), ("34", 15), ("37", 15), ("6011", 16), ("3530", 16)]
+    )
     digits = prefix + some(rng, DIGITS, length - len(prefix) - 1)
     digits += luhn(digits)
     groups = [digits[:4], digits[4:10], digits[10:]] if length == 15 else [digits[at : at + 4] for at in range(0, 16, 4)]
@@ -226,7 +243,14 @@ def card(rng: random.Random) -> str:
 
 
 _IBANS = {"DE": "nnnnnnnnnnnnnnnnnn", "AT": "nnnnnnnnnnnnnnnn", "GB": "aaaannnnnnnnnnnnnn", "NL": "aaaannnnnnnnnn"}
-_IBANS |= {"CH": "nnnnncccccccccccc", "PL": "n" * 24, "SE": "n" * 20, "IE": "aaaannnnnnnnnnnnnn", "CZ": "n" * 20, "ES": "n" * 20}
+_IBANS |= {
+    "CH": "nnnnncccccccccccc",
+    "PL": "n" * 24,
+    "SE": "n" * 20,
+    "IE": "aaaannnnnnnnnnnnnn",
+    "CZ": "n" * 20,
+    "ES": "n" * 20,
+}
 _IBANS |= {"FR": "nnnnnnnnnncccccccccccnn", "IT": "annnnnnnnnncccccccccccc", "PT": "n" * 21, "NO": "n" * 11, "DK": "n" * 14}
 
 
@@ -249,7 +273,11 @@ def _nir(rng: random.Random) -> str:
     if body[5:7] == "20":
         body = f"{body[:5]}75{body[7:]}"
     check = f"{97 - int(body) % 97:02}"
-    return f"{body[0]} {body[1:3]} {body[3:5]} {body[5:7]} {body[7:10]} {body[10:]} {check}" if rng.random() < 0.6 else body + check
+    return (
+        f"{body[0]} {body[1:3]} {body[3:5]} {body[5:7]} {body[7:10]} {body[10:]} {check}"
+        if rng.random() < 0.6
+        else body + check
+    )
 
 
 def _pesel(rng: random.Random) -> str:
@@ -354,10 +382,17 @@ NATIONAL_NAMES = {
 
 # Look-alikes that are neither
 
+
 def _isbn(rng: random.Random) -> str:
     body = rng.choice(["978", "979"]) + rng.choice(["0", "1", "3", "2"]) + some(rng, DIGITS, 8)
     check = str(-sum(int(d) * (1, 3)[at % 2] for at, d in enumerate(body)) % 10)
-    return rng.choice([body + check, f"{body[:3]}-{body[3]}-{body[4:6]}-{body[6:12]}-{check}", f"{body[:3]} {body[3]} {body[4:6]} {body[6:12]} {check}"])
+    return rng.choice(
+        [
+            body + check,
+            f"{body[:3]}-{body[3]}-{body[4:6]}-{body[6:12]}-{check}",
+            f"{body[:3]} {body[3]} {body[4:6]} {body[6:12]} {check}",
+        ]
+    )
 
 
 def _isbn10(rng: random.Random) -> str:
@@ -413,4 +448,11 @@ HARMLESS: dict[str, Maker] = {
 
 
 def rng_version(rng: random.Random) -> str:
-    return rng.choice([f"v{rng.randint(0, 9)}.{rng.randint(0, 20)}.{rng.randint(0, 99)}", f"{rng.randint(100, 130)}.0.{rng.randint(1000, 6999)}.{rng.randint(10, 250)}", "3.11.0rc1", "1.21.5-alpine3.19"])
+    return rng.choice(
+        [
+            f"v{rng.randint(0, 9)}.{rng.randint(0, 20)}.{rng.randint(0, 99)}",
+            f"{rng.randint(100, 130)}.0.{rng.randint(1000, 6999)}.{rng.randint(10, 250)}",
+            "3.11.0rc1",
+            "1.21.5-alpine3.19",
+        ]
+    )

@@ -18,8 +18,8 @@ from edgetune.documents.document import Document, Reason
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.heldout import split_held_out
+from edgetune.documents.patterns import match_parts
 from edgetune.documents.reading import read_notes
-from edgetune.documents.walk import match_parts
 from edgetune.reports.text import one_line
 from edgetune.runtime.errors import DataError
 

@@ -43,6 +43,9 @@ class Reason(StrEnum):
     BINARY = "binary"
     UNKNOWN_ENCODING = "encoding not recognised (save it as UTF-8, or name it with --encoding)"
     OTHER_ENCODING = "not in the encoding that --encoding names"
+    IGNORED = "excluded by .edgetuneignore"
+    IGNORE_UNREADABLE = "beside or below a .edgetuneignore that cannot be read"
+    PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"
     DUPLICATE = "same text as another note"
     BAD_LINE = "lines that are not JSON"
@@ -241,7 +244,7 @@ class Reading:
     `documents` are sorted by path, then by line, whatever the file system's own order is. `unused_excludes` are the --exclude
     patterns that matched nothing; they deserve a warning, because somebody meant to keep something out. `damaged` holds the
     number of letters that could not be decoded, `embedded` the bytes of pictures and other files inside notes that were left
-    out; both by path.
+    out; both by path. `masked` counts, by kind, what placeholders replaced.
     """
 
     documents: list[Document]
@@ -251,6 +254,7 @@ class Reading:
     unused_excludes: tuple[str, ...] = ()
     damaged: dict[str, int] = field(default_factory=dict)
     embedded: dict[str, int] = field(default_factory=dict)
+    masked: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -288,6 +292,7 @@ class Reading:
             "unused_excludes": list(self.unused_excludes),
             "damaged_letters": sum(self.damaged.values()),
             "embedded_bytes": sum(self.embedded.values()),
+            "masked": self.masked,
         }
         if list_paths:
             result["read_paths"] = [document.path for document in self.documents]

@@ -7,6 +7,9 @@ MAX_RECORD_CHARS = 4 << 20
 MAX_BROKEN_VALUES = 1000
 """Most broken values over several lines before the rest of a file of chats is left unread."""
 
+MAX_IGNORE_BYTES = 1 << 16
+"""Largest .edgetuneignore that is read, in bytes."""
+
 MAX_FRONT_MATTER_CHARS = 1 << 15
 """Longest front matter that is parsed, in characters."""
 MAX_YAML_NODES, MAX_YAML_DEPTH = 5000, 30

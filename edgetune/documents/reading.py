@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 
+from edgetune.config import DataConfig
+from edgetune.documents.chat_forms import Unread
 from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, encoding_of_chats, read_chats
 from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
@@ -18,10 +20,14 @@ from edgetune.documents.embedded import without_embedded_files
 from edgetune.documents.encoding import NotText, decoded, find_encoding
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES
+from edgetune.documents.masked import masked_chat
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
+from edgetune.documents.private_notes import has_private_tag, is_private
 from edgetune.documents.spool import Spool
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, walk
+from edgetune.privacy.masking import Masker
+from edgetune.privacy.own_list import new_masker
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
 
@@ -38,6 +44,7 @@ class Reader:
     encoding: str | None
     progress: Progress
     total: int
+    masker: Masker
     done: int = 0
     spool: Spool = field(default_factory=Spool.on_disk)
     documents: list[Document] = field(default_factory=list)
@@ -70,6 +77,9 @@ class Reader:
         documents: list[Document] = []
 
         def keep(document: Document) -> None:
+            if has_private_tag(document.text):
+                raise Unread(Reason.PRIVATE)
+            document = masked_chat(document, self.masker)
             damaged = document.text.count("\ufffd")
             if damaged:
                 self.damaged[document.path] = damaged
@@ -86,16 +96,25 @@ class Reader:
 
     def _read_note(self, found: FoundFile, file: FileIO) -> None:
         encoding = find_encoding(lambda: self._blocks(file), self.encoding)
-        draft = Draft(self.spool)
+        draft, masker = Draft(self.spool), self.masker.without_counting()
         left_out = 0
-        for number, text in enumerate(whole_blocks(decoded(self._blocks(file, found.size), encoding))):
-            if number == 0:
-                text = self._beginning(found, text.lstrip("\ufeff"))
-            text, embedded = without_embedded_files(text)
-            left_out += embedded
+
+        def pieces() -> Iterator[str]:
+            nonlocal left_out
+            for number, text in enumerate(whole_blocks(decoded(self._blocks(file, found.size), encoding))):
+                if has_private_tag(text):
+                    raise NotText(Reason.PRIVATE)
+                if number == 0:
+                    text = self._beginning(found, text.lstrip("\ufeff"))
+                text, embedded = without_embedded_files(text)
+                left_out += embedded
+                yield text
+
+        for text in masker.blocks(pieces()):
             draft.add(text)
         if draft.empty:
             raise NotText(Reason.EMPTY)
+        self.masker.counts.update(masker.counts)
         if left_out:
             self.embedded[found.path] = left_out
         if draft.damaged:
@@ -104,12 +123,14 @@ class Reader:
         self.documents.append(draft.finish(found.path))
 
     def _beginning(self, found: FoundFile, text: str) -> str:
-        """Return the beginning of a note with its front matter reduced. Raises NotText for a drawing."""
+        """Return the beginning of a note with its front matter reduced. Raises NotText for a drawing and for a private note."""
         front_matter = split_front_matter(text) if found.file.suffix.lower() in _MARKDOWN else None
         if front_matter is None:
             return text
         if front_matter.is_drawing:
             raise NotText(Reason.DRAWING)
+        if is_private(front_matter):
+            raise NotText(Reason.PRIVATE)
         return text if self.keep_front_matter else front_matter.reduced()
 
     def _blocks(self, file: FileIO, size: int = 0) -> Iterator[bytes]:
@@ -130,16 +151,19 @@ def read_notes(
     keep_front_matter: bool = False,
     encoding: str | None = None,
     progress: Progress = ignore,
+    masker: Masker | None = None,
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
     keep_front_matter: leave front matter as it is, instead of reducing it to title and tags.
     encoding: Python's name for the encoding of notes that are not UTF-8 and have no byte-order mark.
+    masker: replaces secrets and identifiers before a text is kept; None for the default settings of masking.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
     found = walk(paths, exclude, lambda: progress(0, 0))
-    reader = Reader(keep_front_matter, encoding, progress, found.bytes)
+    masker = new_masker(DataConfig()) if masker is None else masker
+    reader = Reader(keep_front_matter, encoding, progress, found.bytes, masker)
     for file in found.found.values():
         reader.read(file)
     documents, twins = without_duplicates(reader.documents)
@@ -151,6 +175,7 @@ def read_notes(
         unused_excludes=tuple(exclude.pattern for exclude in found.excludes if not exclude.used),
         damaged=reader.damaged,
         embedded=reader.embedded,
+        masked=dict(masker.counts),
     )
     if not documents:
         raise DataError(nothing_found(paths, reading, found))

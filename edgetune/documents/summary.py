@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from edgetune.documents.document import Reading
+from edgetune.privacy.kinds import counted
 from edgetune.reports.text import human_bytes
 
 
 def sentences(reading: Reading) -> tuple[str, ...]:
-    """Return a sentence each for files that were not read, damaged notes, embedded files, unused --exclude patterns, and each
-    cause for which records of a file of chats were not read."""
+    """Return a sentence each for files that were not read, damaged notes, embedded files, what was masked, unused --exclude
+    patterns, and each cause for which records of a file of chats were not read."""
     said = []
     files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.lines])
     if files.skipped:
@@ -27,6 +28,8 @@ def sentences(reading: Reading) -> tuple[str, ...]:
             f"Left out: pictures or other files embedded in {_notes(len(reading.embedded))}, "
             f"{human_bytes(sum(reading.embedded.values()))}."
         )
+    if reading.masked:
+        said.append(f"Masked before training: {counted(reading.masked)}. Placeholders stand in their place.")
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
     return (*said, *reading.unread_chats())
 

@@ -61,7 +61,7 @@ _SEED = re.compile(
 _SEED_LETTERS = re.compile(r"[a-z]+")
 
 
-_SEED_RUN = b"\1" * 12
+_SEED_RUN = b"\1" * 10  # marks may cling to the first word and the last
 
 
 @functools.cache

@@ -8,15 +8,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 from edgetune.privacy.kinds import Kind
-from edgetune.privacy.rules import NumberRule, Rules
+from edgetune.privacy.rules import Rules
 from edgetune.privacy.spans import Span
 
 _LOCAL = re.compile(r"[\w.%+'-]{1,64}\Z")
 _HOST = re.compile(r"(?:[^\W_](?:[\w-]{0,62}[^\W_])?\.){1,8}([^\W\d_]{2,24})(?![\w-])")
-_NO_COUNTRY = frozenset(
-    ("png", "jpg", "jpeg", "gif", "svg", "webp", "pdf", "zip", "exe", "dll", "so", "js", "ts", "tsx", "jsx", "mjs", "py", "rb")
-    + ("css", "scss", "html", "htm", "json", "xml", "yaml", "yml", "toml", "txt", "lock", "log", "bak", "conf", "cfg", "ini")
-    + ("sql", "plist", "service", "timer", "socket", "target", "local")
+_NO_COUNTRY = re.compile(
+    "png|jpe?g|gif|svg|webp|pdf|zip|exe|dll|so|js|ts|tsx|jsx|mjs|py|rb|s?css|html?|json|xml|ya?ml|toml|txt|lock|log|bak|conf|cfg"
+    "|ini|sql|plist|service|timer|socket|target|local"
 )
 """Endings of names that are no e-mail address, such as icon@2x.png."""
 _SERVICES = frozenset({"git", "hg", "svn"})
@@ -81,7 +80,7 @@ def _emails(text: str) -> Iterator[Span]:
     at = -1
     while (at := text.find("@", at + 1)) >= 0:
         host = _HOST.match(text, at + 1)
-        if host is None or host[1].lower() in _NO_COUNTRY:
+        if host is None or _NO_COUNTRY.fullmatch(host[1].lower()):
             continue
         local = _LOCAL.search(text[max(0, at - 64) : at])
         name = local[0].lstrip(".'-%+") if local else ""

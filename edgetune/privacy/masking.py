@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,19 @@ class Masker:
     def mask(self, text: str) -> str:
         """Return `text` with placeholders, and count what they stand for."""
         return self._replaced(text, self.spans(text))
+
+    def mask_named(self, name: str, value: str) -> str:
+        """Return a value that stands under a name, masked: the name may say that it is a password or a key."""
+        before = f"{name}: "
+        spans = [span for span in self.spans(before + value) if span.end > len(before)] if name else self.spans(value)
+        start = len(before) if name else 0
+        return self._replaced(value, [Span(max(span.start - start, 0), span.end - start, span.kind) for span in spans])
+
+    def without_counting(self) -> Masker:
+        """Return a masker that masks alike and counts for itself."""
+        other = copy.copy(self)
+        other.counts = Counter()
+        return other
 
     def spans(self, text: str) -> list[Span]:
         """Return what is to be masked in `text`, in its order and without overlaps."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Sampled, Skipped, Started, Stepped, final_history
+from edgetune.privacy.kinds import counted
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
 from edgetune.reports.repair import learning_lines
@@ -268,6 +269,7 @@ def _facts(run: Run) -> str:
                 "Documents",
                 f"{started.documents:,} trained on, {started.heldout_documents:,} held out",
             ),
+            *([("Masked before training", counted(started.masked))] if started.masked else []),
             ("Tokens per epoch (one pass over the notes)", f"{started.tokens:,}"),
             ("Parameters of the adapter", f"{started.trainable_parameters:,}; the base model has {started.parameters:,}"),
         ]

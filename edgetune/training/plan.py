@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.runtime.budget import Setting, Vocabulary, WeightForm
@@ -74,6 +74,8 @@ class RunRecord:
     """SHA-256 of each token file, by its path in the run's folder."""
     notices: tuple[str, ...] = ()
     """Sentences for the user about what was not read as it is."""
+    masked: dict[str, int] = field(default_factory=dict)
+    """How many secrets and identifiers of each kind were masked."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -83,7 +85,9 @@ class RunRecord:
         """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
         files = {name: digest for name, digest in self.files.items() if name.startswith(f"{TOKENS}/")}
         plan = dataclasses.replace(self.plan, settings={})
-        return dataclasses.replace(self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files, notices=())
+        return dataclasses.replace(
+            self, run="", plan=plan, heldout_paths=(), prompts=(), notes="", files=files, notices=(), masked={}
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:

@@ -25,6 +25,8 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import Base, Loaded, load_base
 from edgetune.memory_settings import Choice, choose_or_refuse, memory_allowed, number_format, planned_steps
+from edgetune.privacy.own_list import new_masker
+from edgetune.privacy.rules import rules
 from edgetune.progress import SILENT, Progress, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
@@ -74,7 +76,7 @@ def read_and_split(config: TrainConfig, progress: Progress = ignore) -> tuple[Re
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress)
+    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, new_masker(data))
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:
@@ -120,7 +122,7 @@ def prepare_new(
     steps = planned_steps(config, packer.steps_per_epoch)
     memory = memory_allowed(config, device.type, local_processes)
     schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory)
-    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, _documents_digest(notes.split.train))
+    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, _documents_digest(notes.split.train, data))
     record = RunRecord(
         run=run,
         plan=plan,
@@ -133,9 +135,10 @@ def prepare_new(
             *notes.notices,
             *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
         ),
-        notes=_documents_digest(split.train + split.held_out),
+        notes=_documents_digest(split.train + split.held_out, data),
         torch=torch.__version__,
         files=_token_files(folder),
+        masked=reading.masked,
     )
     return PreparedRun(config, record, loaded, _runner(loaded, plan, folder), packer, _evaluation_set(held_out, plan), folder)
 
@@ -271,7 +274,7 @@ def changes_since_start(run: PreparedRun, progress: Progress = ignore) -> list[s
     record, model, changes = run.record, run.loaded.model, []
     try:
         _, split = read_and_split(run.config, progress)
-        if _documents_digest(split.train + split.held_out) != record.notes:
+        if _documents_digest(split.train + split.held_out, run.config.data) != record.notes:
             changes.append(
                 "The notes have changed since this run began. It continues with the notes as they were then; "
                 "type --fresh to start over with the new ones."
@@ -405,6 +408,10 @@ def named_adapter(config: TrainConfig, base: Checkpoint) -> Adapter | None:
     return Adapter(dataclasses.replace(stored.config, dropout=config.dropout), stored.tensors, stored.about)
 
 
-def _documents_digest(documents: list[Document]) -> str:
-    """Return one digest for a set of documents, whatever their order. It is keyed, because adapters are given away with it."""
-    return keyed_digest("\n".join(sorted(document.digest for document in documents)))
+def _documents_digest(documents: list[Document], data: DataConfig) -> str:
+    """Return one digest for a set of documents, whatever their order, and for the rules by which they were masked.
+
+    It is keyed, because adapters are given away with it.
+    """
+    masking = f"mask {data.mask} {rules().version}"
+    return keyed_digest("\n".join([masking, *sorted(document.digest for document in documents)]))
