@@ -39,7 +39,7 @@ _SEPARATOR = re.compile(
 _SPACE = re.compile(r"[\"'`*_]{0,3}[ \t]{1,3}(?:\*\*)?[\"'`“„«]{0,3}")
 _QUOTES = "\"'`“„«"
 _CLOSING = {"“": "”", "„": "“", "«": "»"}
-_VALUE = re.compile(r"\S{3,128}")
+_VALUE = re.compile(r"\S{3,256}")
 _PHRASE = re.compile(r"[A-Za-z]{2,12}(?: [A-Za-z]{2,12}){2,11}(?=[\s\"'`.]*(?:\n|$))")
 _CODE = re.compile(
     r"[$<{%\[(@&]|[\w.:>-]+\(|\w+\[|!(?:vault|secret|ref)\b"
@@ -50,7 +50,10 @@ _MASK = re.compile(r"[*•xX.\-_?#…]+|(?:x{3,}|\*{2,}|\.{3,}).*|\[\w[\w -]*\]"
 _ENDS = ".,;:)]}>|"
 _CUT = re.compile(r"';|\",|\"\}|'\}|',|`|</|&\w+=|\*\*|\\n")
 _PIN = re.compile(r"\d{3,8}(?!\d)")
-_TOKEN_VALUE = re.compile(r"(?:Bearer |Basic |Token |token )?([A-Za-z0-9+/=_.~:%!@#$^&*-]{8,4096})")
+LONGEST_VALUE = 512
+"""Characters of a key beside its name that are looked at; the rest of a longer one follows it. Chosen by hand."""
+_TOKEN_VALUE = re.compile(r"(?:Bearer |Basic |Token |token )?([A-Za-z0-9+/=_.~:%!@#$^&*-]{8,%d})" % LONGEST_VALUE)
+_REST_OF_TOKEN = re.compile(r"[A-Za-z0-9+/=_-]{0,8192}")
 _OWNERS = ("api", "access", "secret", "client", "auth", "app")
 """Words before "key" or "token" beside which a hexadecimal number is a key even without a colon between them."""
 _WITH_PASSWORD = re.compile(r"[^\n]{0,120}?\s(?:-p|-a|--pass(?:word)?)[ =]?(['\"]?)(\S{3,128})")
@@ -182,6 +185,8 @@ def _named_key(text: str, word: int, at: int, strong: bool, rules: Rules, count_
         return
     bare = not strong and is_hex(value) and text[max(line, word - 8) : word].strip(" _-").lower()[-6:] not in _OWNERS
     if is_random_beside_name(value.strip("="), count_tokens) and not bare:
+        if len(found[1]) == LONGEST_VALUE:
+            end = _REST_OF_TOKEN.match(text, end).end()  # type: ignore[union-attr]
         yield Span(start, end, Kind.API_KEY)
 
 
