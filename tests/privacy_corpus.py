@@ -37,7 +37,8 @@ class Note:
 TEMPLATES: dict[str, dict[Split, list[str]]] = {
     "API key": {
         "tune": [
-            "The new key for the build server is {x} and it expires in May.", "export SERVICE_TOKEN={x}", "- {x} (rotate in spring)",
+            "The new key for the build server is {x} and it expires in May.", "export SERVICE_TOKEN={x}",
+            "- {x} (rotate in spring)",
             'api_key = "{x}"', "curl -H 'Authorization: Bearer {x}' https://api.example.com/v1/items", "Schlüssel für den Dienst: `{x}`",
             "| token | {x} | prod |", "me: here you go {x}\nher: thanks", '{{"apiKey": "{x}", "region": "eu"}}', "clé d'API : {x}",
             "const client = new Client({{ token: '{x}' }});", "<!-- key={x} -->", "API key (staging): {x}",

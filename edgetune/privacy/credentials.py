@@ -52,7 +52,7 @@ _CUT = re.compile(r"';|\",|\"\}|'\}|',|`|</|&\w+=|\*\*|\\n")
 _PIN = re.compile(r"\d{3,8}(?!\d)")
 LONGEST_VALUE = 512
 """Characters of a key beside its name that are looked at; the rest of a longer one follows it. Chosen by hand."""
-_TOKEN_VALUE = re.compile(r"(?:Bearer |Basic |Token |token )?([A-Za-z0-9+/=_.~:%!@#$^&*-]{8,%d})" % LONGEST_VALUE)
+_TOKEN_VALUE = re.compile(rf"(?:Bearer |Basic |Token |token )?([A-Za-z0-9+/=_.~:%!@#$^&*-]{{8,{LONGEST_VALUE}}})")
 _REST_OF_TOKEN = re.compile(r"[A-Za-z0-9+/=_-]{0,8192}")
 _OWNERS = ("api", "access", "secret", "client", "auth", "app")
 """Words before "key" or "token" beside which a hexadecimal number is a key even without a colon between them."""
