@@ -119,16 +119,12 @@ def test_a_private_key_without_an_end_goes_to_its_last_line() -> None:
 @pytest.mark.parametrize(
     "unit", ["key=", "password for a ", "eyJa.", "://a:b@", "1 2 3 4 5 6 7 8 9 ", "abandon ", "-----BEGIN PRIVATE KEY-----\n", "mysql -p "]
 )  # fmt: skip
-def test_no_text_takes_quadratic_time(unit: str) -> None:
-    times = []
+def test_no_text_takes_more_than_a_second_for_a_hundred_thousand_letters(unit: str) -> None:
     masker = Masker()
     masker.mask(unit * 20)
-    for size in (20_000, 80_000):
-        start = time.process_time()
-        masker.mask(unit * (size // len(unit)))
-        times.append(time.process_time() - start)
-    assert times[1] < 0.05 + 10 * times[0]
-    assert times[1] < 2
+    start = time.process_time()
+    masker.mask(unit * (100_000 // len(unit)))
+    assert time.process_time() - start < 1
 
 
 def test_a_letter_with_a_longer_lower_case_moves_nothing() -> None:
@@ -207,8 +203,8 @@ def test_the_users_own_list_is_masked(tmp_path: Path, private_home: Path) -> Non
 
 
 def test_countries_can_be_named() -> None:
-    assert new_masker(DataConfig(phone_regions="DE")).mask("0664 1234567") == "0664 1234567"
-    assert new_masker(DataConfig(phone_regions="at, de")).mask("0664 1234567") == "[phone]"
+    assert new_masker(DataConfig(phone_regions="US")).mask("0664 1234567") == "0664 1234567"
+    assert new_masker(DataConfig(phone_regions="at, us")).mask("0664 1234567") == "[phone]"
     with pytest.raises(SettingError, match="two-letter country codes"):
         DataConfig(phone_regions="Austria")
 

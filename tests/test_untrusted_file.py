@@ -196,6 +196,8 @@ ALLOWED = {
     "edgetune/documents/note_file.py::open_folder": "a folder",
     "edgetune/home.py::_secret": OUR_OWN,
     "edgetune/home.py::_make_secret": "creates the file",
+    "edgetune/privacy/rules.py::rules": "the package's own data",
+    "edgetune/privacy/rules.py::seed_words": "the package's own data",
     "edgetune/reports/streams.py::_guard": SYSTEM,
     "edgetune/reports/streams.py::_fill_closed_descriptors": SYSTEM,
     "edgetune/events.py::EventLog.__init__": OUR_OWN,

@@ -6,7 +6,7 @@ import re
 
 from edgetune.documents.front_matter import FrontMatter
 
-_TAG = re.compile(r"(?<![\w&/`#])#private(?![\w-])", re.IGNORECASE)
+_TAG = re.compile(r"(?<![\w&/`#.])#private(?![\w-])", re.IGNORECASE)
 """The tag in a text; #private/health counts, and `#private` between backquotes does not."""
 _ORG_TAG = re.compile(r"^(?:\*+ |#\+filetags:)[^\n]*:private:", re.IGNORECASE | re.MULTILINE)
 

@@ -180,7 +180,7 @@ def _named_key(text: str, word: int, at: int, strong: bool, rules: Rules, count_
     value = text[start:end]
     if not strong and len(value) < 16:
         return
-    line = text.rfind("\n", 0, word) + 1
+    line = text.rfind("\n", max(0, word - 200), word) + 1
     if rules.digest_word.search(text[max(line, word - 40) : start].lower()) or _CODE.match(value) or "://" in value:
         return
     bare = not strong and is_hex(value) and text[max(line, word - 8) : word].strip(" _-").lower()[-6:] not in _OWNERS
