@@ -4,6 +4,8 @@ A note knows where each planted item stands. Templates are split: rules may be t
 docs/privacy.md are of the notes of "test", which are written with other templates.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import random
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import privacy_items as items
+import privacy_lookalikes
 
 Split = Literal["tune", "test"]
 
@@ -177,8 +180,8 @@ def make(rng: random.Random, kind: str, split: Split) -> tuple[str, str, str]:
         form = rng.choice(list(items.PHONES))
         return items.PHONES[form](rng), form, template
     if kind == "harmless":
-        form = rng.choice(list(items.HARMLESS))
-        return items.HARMLESS[form](rng), form, template
+        form = rng.choice(list(privacy_lookalikes.HARMLESS))
+        return privacy_lookalikes.HARMLESS[form](rng), form, template
     makers = {
         "password": items.password, "private key": items.private_key, "URL password": items.url_password, "JWT": items.jwt,
         "seed phrase": items.seed_phrase, "e-mail": items.email, "card": items.card, "IBAN": items.iban,

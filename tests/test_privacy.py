@@ -10,6 +10,7 @@ from pathlib import Path
 
 import privacy_corpus
 import privacy_items
+import privacy_lookalikes
 import privacy_score
 import pytest
 from click.testing import CliRunner
@@ -40,13 +41,13 @@ def test_the_corpus_is_masked_as_well_as_promised() -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [form for form in privacy_items.HARMLESS if form not in ("imei-like", "template")]
+    "form", [form for form in privacy_lookalikes.HARMLESS if form not in ("imei-like", "template")]
 )  # one in ten 16-digit numbers passes a card's check
 def test_what_only_looks_like_a_secret_stays(form: str) -> None:
     rng = random.Random(form)
     masker = Masker()
     for _ in range(8):
-        text = f"see {privacy_items.HARMLESS[form](rng)} for details"
+        text = f"see {privacy_lookalikes.HARMLESS[form](rng)} for details"
         assert masker.mask(text) == text
     assert masker.counts == {}
 
@@ -78,12 +79,24 @@ def test_each_kind_has_its_placeholder(text: str, masked: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "password: <your password>", "password=os.environ['DB_PASSWORD']", "const password = req.body.password;", "password: string;",
-        "password: ********", "Password: required", "git clone git@github.com:org/repo.git", "icon@2x.png", "npm i lodash@4.17.21",
-        "postgres://user:password@localhost/db", "at 10:50:14 2025 -0500", "00 16 01 00 06 3c 69 6e  69 74 3e 01 00 03 28 29",
-        "ISBN 978-3-16-148410-0", "1939-1945", "4943 4951 4957 4967 4969 4973 4987 4993 4999", "git show 9fceb02d0ae598e95dc970b74767f19372d61af8",
+        "password: <your password>",
+        "password=os.environ['DB_PASSWORD']",
+        "const password = req.body.password;",
+        "password: string;",
+        "password: ********",
+        "Password: required",
+        "git clone git@github.com:org/repo.git",
+        "icon@2x.png",
+        "npm i lodash@4.17.21",
+        "postgres://user:password@localhost/db",
+        "at 10:50:14 2025 -0500",
+        "00 16 01 00 06 3c 69 6e  69 74 3e 01 00 03 28 29",
+        "ISBN 978-3-16-148410-0",
+        "1939-1945",
+        "4943 4951 4957 4967 4969 4973 4987 4993 4999",
+        "git show 9fceb02d0ae598e95dc970b74767f19372d61af8",
     ],
-)  # fmt: skip
+)
 def test_code_names_and_numbers_stay(text: str) -> None:
     assert Masker().mask(text) == text
 
@@ -117,8 +130,18 @@ def test_a_private_key_without_an_end_goes_to_its_last_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["key=", "password for a ", "eyJa.", "://a:b@", "1 2 3 4 5 6 7 8 9 ", "abandon ", "-----BEGIN PRIVATE KEY-----\n", "mysql -p "]
-)  # fmt: skip
+    "unit",
+    [
+        "key=",
+        "password for a ",
+        "eyJa.",
+        "://a:b@",
+        "1 2 3 4 5 6 7 8 9 ",
+        "abandon ",
+        "-----BEGIN PRIVATE KEY-----\n",
+        "mysql -p ",
+    ],
+)
 def test_no_text_takes_more_than_a_second_for_a_hundred_thousand_letters(unit: str) -> None:
     masker = Masker()
     masker.mask(unit * 20)
