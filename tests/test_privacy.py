@@ -278,3 +278,10 @@ def test_a_folder_whose_ignore_file_cannot_be_read_is_left_out(tmp_path: Path) -
     reading = read_notes([tmp_path])
     assert [document.path for document in reading.documents] == ["a.md"]
     assert reading.skipped_counts() == {"beside or below a .edgetuneignore that cannot be read": 1}
+
+
+def test_a_word_many_times_and_a_list_of_words_are_no_seed_phrase() -> None:
+    for text in ("word " * 100, " ".join(privacy_items.bip39_words())):
+        assert Masker().mask(text) == text
+    phrase = privacy_items.seed_phrase(random.Random(1))
+    assert Masker().mask(f"keep this: {phrase}.") == "keep this: [seed phrase]."

@@ -263,7 +263,10 @@ def _in_commands(text: str, lowered: str, rules: Rules) -> Iterator[Span]:
 
 
 def _seed_phrases(text: str) -> Iterator[Span]:
-    """Yield twelve and more words in a row of the list from which wallets make seed phrases; no sentence has that many."""
+    """Yield 12 to 48 words in a row of the list from which wallets make seed phrases, hardly any of them twice.
+
+    No sentence has that many; a longer row is a list of words.
+    """
     known = seed_words()
     if _SEED_RUN not in bytes(map(_seed_parts().__contains__, text.split())):
         return
@@ -273,6 +276,7 @@ def _seed_phrases(text: str) -> Iterator[Span]:
         for number in range(len(places) + 1):
             if number < len(places) and text[slice(*places[number])] in known:
                 continue
-            if number - first >= 12:
+            words = [text[slice(*place)] for place in places[first:number]] if 12 <= number - first <= 48 else []
+            if words and len(set(words)) >= 0.8 * len(words):
                 yield Span(places[first][0], places[number - 1][1], Kind.SEED_PHRASE)
             first = number + 1
