@@ -268,7 +268,10 @@ def _seed_phrases(text: str) -> Iterator[Span]:
     No sentence has that many; a longer row is a list of words.
     """
     known = seed_words()
-    if _SEED_RUN not in bytes(map(_seed_parts().__contains__, text.split())):
+    parts = text.split()
+    if _SEED_RUN not in bytes(map(_seed_parts().__contains__, parts)) or len(_seed_parts().intersection(parts)) < len(
+        _SEED_RUN
+    ):
         return
     for run in _SEED.finditer(text):
         places = [word.span() for word in _SEED_LETTERS.finditer(text, *run.span())]
