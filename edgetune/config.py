@@ -44,6 +44,8 @@ SCHEDULERS = ("auto", "launchd", "systemd", "cron", "task-scheduler")
 systemd's user manager where there is one, else cron."""
 MANUAL_MINUTES = 90.0
 """Longest time of a night that the user begins with `edgetune nightly run`, in minutes; chosen by hand."""
+MASKS = ("all", "secrets", "none")
+"""What is masked in notes before they are trained on: secrets and personal identifiers, secrets alone, or nothing."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."
@@ -106,6 +108,19 @@ class DataConfig:
         "Your name, number or id in the exports of chat apps, as they write it; may be repeated. What you wrote is learnt.",
         metavar="NAME",
         example=("Anna Example",),
+    )
+    mask: str = setting(  # a model can repeat what it was trained on
+        "all",
+        Choice(MASKS),
+        "What placeholders replace before training. all: secrets (keys, passwords) and personal identifiers (e-mail addresses, "
+        "phone and card numbers, ids, the words in private.txt).",
+    )
+    phone_regions: str | None = setting(
+        None,
+        Parsed(lambda text: parse_regions(text), "two-letter country codes separated by commas, such as US,DE"),
+        "Countries whose way of writing phone numbers is recognised without a country code. Default: twenty.",
+        metavar="LIST",
+        example="US,DE",
     )
     seq_len: int = setting(  # the QLoRA paper's; notes of the kind that we measured are 300 tokens long on average
         512, Whole(16, 131072), "Longest sequence in tokens; longer notes are split.", metavar="T"
@@ -366,6 +381,14 @@ def check_encoding(name: str) -> None:
         "".encode(name)
     except (LookupError, ValueError) as error:  # ValueError: a name with a NUL
         raise SettingError(f"no encoding is known here by the name {name!r}") from error
+
+
+def parse_regions(text: str) -> tuple[str, ...]:
+    """Return the country codes in a text such as "US,DE". Raises SettingError."""
+    codes = tuple(part.strip().upper() for part in text.split(","))
+    if not all(re.fullmatch("[A-Z]{2}", code) for code in codes):
+        raise SettingError(f"--phone-regions is {shown(text)}; expected country codes such as US,DE.")
+    return codes
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

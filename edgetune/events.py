@@ -48,7 +48,8 @@ class Started(Event):
     """The plan of a run, yielded before step 1, and again when the run is resumed.
 
     `documents` and `tokens` count what is trained on; held-out documents are counted apart. Each notice is a sentence for the
-    user about what was not read as it is.
+    user about what was not read as it is. `masked` counts, by kind, the secrets and personal identifiers that placeholders
+    replaced.
     """
 
     kind: ClassVar[str] = "started"
@@ -64,6 +65,7 @@ class Started(Event):
     trainable_parameters: int
     parameters: int
     notices: tuple[str, ...] = ()
+    masked: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The private folder of a user's data: EDGETUNE_HOME, or the platform's data directory.
 
 config.toml               the user's own settings
+private.txt               the user's own words that are masked in notes
 current.json, adapters/   the model that is used by default · all adapters, and the current one of each model
 exports.json              where exports were written, so that `edgetune purge` can name them
 models/                   GGUF models, converted to the form that edgetune works with
@@ -32,6 +33,7 @@ PRIVATE_FOLDER = 0o700
 """Mode of every folder below `home()`: its owner alone can read it."""
 CONTENTS = (
     "config.toml",
+    "private.txt",
     "current.json",
     "exports.json",
     "adapters",
@@ -44,7 +46,7 @@ CONTENTS = (
     "scratch",
     "secret",
 )
-"""Names of the entries that edgetune makes in the folder. Anything else there is the user's own."""
+"""Names of the entries that edgetune makes or reads in the folder. Anything else there is the user's own."""
 SECRET_BYTES = 32
 """Size of the key of `keyed_digest`."""
 

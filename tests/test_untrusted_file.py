@@ -199,6 +199,8 @@ ALLOWED = {
     "edgetune/documents/parser_child.py::_address_space": SYSTEM,
     "edgetune/home.py::_secret": OUR_OWN,
     "edgetune/home.py::_make_secret": "creates the file",
+    "edgetune/privacy/rules.py::rules": "the package's own data",
+    "edgetune/privacy/rules.py::seed_words": "the package's own data",
     "edgetune/reports/streams.py::_guard": SYSTEM,
     "edgetune/reports/streams.py::_fill_closed_descriptors": SYSTEM,
     "edgetune/events.py::EventLog.__init__": OUR_OWN,

@@ -65,6 +65,9 @@ class Reason(StrEnum):
     NEEDS_EXTRA = "needs the extra documents"
     ENCRYPTED = "encrypted"
     NO_TEXT = "no text (scanned?)"
+    IGNORED = "excluded by .edgetuneignore"
+    IGNORE_UNREADABLE = "beside or below a .edgetuneignore that cannot be read"
+    PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"
     DUPLICATE = "same text as another note"
     NEAR_DUPLICATE = "nearly the same text as another note"
@@ -296,7 +299,7 @@ class Reading:
     `documents` are sorted by path, then by line, whatever the file system's own order is. `unused_excludes` are the --exclude
     patterns that matched nothing; they deserve a warning, because somebody meant to keep something out. `damaged` holds the
     number of letters that could not be decoded, `embedded` the bytes of pictures and other files inside notes that were left
-    out; both by path.
+    out; both by path. `masked` counts, by kind, what placeholders replaced.
     """
 
     documents: list[Document]
@@ -318,6 +321,7 @@ class Reading:
     """Files that were read as plain text for that reason, by the name of their format."""
     unlimited: tuple[str, ...] = ()
     """Limits on the process that parses documents which this system does not enforce, if it was needed."""
+    masked: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -365,6 +369,7 @@ class Reading:
             "left_out": dict(self.left_out_counts()),
             "lacking": self.lacking,
             "read_as_plain_text": self.as_plain,
+            "masked": self.masked,
         }
         if list_paths:
             result["read_paths"] = [document.path for document in self.documents]

@@ -42,12 +42,15 @@ KEYS = frozenset(
         "zotero-key",
         "citekey",
         "doi",
+        "edgetune",
         "isbn",
     }
 )
 """Keys by which YAML front matter is recognised. Capitals make a difference: a diary may well begin with `Date:`."""
 DRAWING_KEYS = frozenset({"excalidraw-plugin", "tldraw-file"})
 """Keys that say that the note is a drawing, whose text is compressed data."""
+_NO = frozenset({"false", "no", "off", "0", "never"})
+"""Values of the key edgetune, in any capitals, that keep a note out of training."""
 _NULL = "tag:yaml.org,2002:null"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LINE = re.compile(r"^([^\s:#'\"\[\]{}|>*&!%@`,-][^:\n]{0,99}:[ \t]+)([^'\"\s][^\n]*)$", re.MULTILINE)
@@ -61,6 +64,8 @@ class FrontMatter:
     tags: tuple[str, ...]
     keys: frozenset[str]
     body: str
+    opted_out: bool = False
+    """True if it says `edgetune: false`."""
 
     @property
     def is_drawing(self) -> bool:
@@ -99,7 +104,8 @@ def split_front_matter(text: str) -> FrontMatter | None:
     if values is None:
         return None
     body = text[sum(len(line) + 1 for line in lines[: close + 1]) :].lstrip("\n")
-    return FrontMatter(title_of(values.get("title")), tags_of(values.get("tags")), frozenset(values), body)
+    opted_out = str(values.get("edgetune")).strip().lower() in _NO
+    return FrontMatter(title_of(values.get("title")), tags_of(values.get("tags")), frozenset(values), body, opted_out)
 
 
 def title_of(value: Any) -> str:

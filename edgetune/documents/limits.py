@@ -18,6 +18,8 @@ MAX_MESSAGE_CHARS = 1 << 18
 """Longest message of a text export, in characters. WhatsApp allows 65,536."""
 MAX_SESSION_MESSAGES, MAX_SESSION_CHARS = 512, 1 << 16
 """Messages and characters after which a conversation goes on as another document, however short its silences are."""
+MAX_IGNORE_BYTES = 1 << 16
+"""Largest .edgetuneignore that is read, in bytes."""
 
 MAX_FRONT_MATTER_CHARS = 1 << 15
 """Longest front matter that is parsed, in characters."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import FileIO
 
+from edgetune.config import DataConfig
+from edgetune.documents.chat_forms import Unread
 from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, encoding_of_chats, read_chats
 from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
@@ -21,6 +23,7 @@ from edgetune.documents.encoding import Encoding, NotText, decoded, find_encodin
 from edgetune.documents.formats import html
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES, MAX_PARSED_BYTES
+from edgetune.documents.masked import masked_chat
 from edgetune.documents.messengers.exports import read_slack
 from edgetune.documents.messengers.files import LISTED_SUFFIXES, blocks, read_file
 from edgetune.documents.messengers.slack import exports
@@ -30,10 +33,13 @@ from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.parsed_cache import ParsedCache
 from edgetune.documents.parsed_files import ParsedFiles
 from edgetune.documents.parser_process import ParserProcess
+from edgetune.documents.private_notes import has_private_tag, is_private
 from edgetune.documents.readers import Format, format_of
 from edgetune.documents.spool import Spool
 from edgetune.documents.vault import VaultText
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
+from edgetune.privacy.masking import Masker
+from edgetune.privacy.own_list import new_masker
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
 
@@ -51,6 +57,7 @@ class Reader:
     progress: Progress
     total: int
     parsed: ParsedFiles
+    masker: Masker
     done: int = 0
     spool: Spool = field(default_factory=Spool.on_disk)
     documents: list[Document] = field(default_factory=list)
@@ -116,12 +123,27 @@ class Reader:
         """Return a function that adds a chat to `documents`, with its text in the spool."""
 
         def keep(document: Document) -> None:
+            if has_private_tag(document.text):
+                raise Unread(Reason.PRIVATE)
+            document = masked_chat(document, self.masker)
             damaged = document.text.count("\ufffd")
             if damaged:
                 self.damaged[document.path] = damaged
             documents.append(document.kept_in(self.spool))
 
         return keep
+
+    def _keep_or_skip(self, documents: list[Document]) -> Callable[[Document], None]:
+        """Return `_keep`'s function for chat apps' exports: it counts a conversation that is marked private as skipped."""
+        keep = self._keep(documents)
+
+        def keep_or_skip(document: Document) -> None:
+            try:
+                keep(document)
+            except Unread as unread:
+                self.skipped.append(Skipped(document.path, unread.reason))
+
+        return keep_or_skip
 
     def _told(self, size: int) -> Callable[[int], None]:
         """Return a function that reports the bytes done of a file of `size` bytes."""
@@ -130,7 +152,7 @@ class Reader:
     def _read_export(self, found: FoundFile, file: FileIO) -> bool:
         """Read a file as a chat app's export; return False if it is none."""
         documents: list[Document] = []
-        skipped = read_file(file, found.path, self.me, self._keep(documents), self._told(found.size))
+        skipped = read_file(file, found.path, self.me, self._keep_or_skip(documents), self._told(found.size))
         if skipped is None or (found.named and not documents and [skip.reason for skip in skipped] == [Reason.BAD_ARCHIVE]):
             return False
         if not documents and not skipped:
@@ -144,7 +166,7 @@ class Reader:
         documents: list[Document] = []
         before = self.done
         sources = {name: partial(self._listed_blocks, found) for name, found in files.items()}
-        self.skipped += read_slack(sources, folder, self.me, self._keep(documents))
+        self.skipped += read_slack(sources, folder, self.me, self._keep_or_skip(documents))
         self.documents += documents
         self.done = before + sum(found.size for found in files.values())
 
@@ -168,6 +190,8 @@ class Reader:
         """Yield the text of a note in blocks; of Markdown, without front matter and the marks of vaults."""
         vault = VaultText() if found.file.suffix.lower() in _MARKDOWN else None
         for number, text in enumerate(whole_blocks(pieces)):
+            if has_private_tag(text):
+                raise NotText(Reason.PRIVATE)
             if number == 0:
                 text = self._beginning(found, text.lstrip("\ufeff"))
             yield text if vault is None else vault.add(text)
@@ -184,15 +208,20 @@ class Reader:
         else:
             data = "".join(decoded(self._blocks(file, found.size), encoding)).lstrip("\ufeff").encode()
         parsed = self.parsed.read(format, data, lambda: self.progress(self.done, self.total))
-        added = 0
+        added = private = 0
         for number, text in enumerate(parsed.texts, 1):
             path = f"{found.path}#{number}" if len(parsed.texts) > 1 else found.path
+            if has_private_tag(text):
+                private += 1
+                continue
             with contextlib.suppress(NotText):  # an empty one of several
                 self._add_note(path, whole_blocks(self._slices(text)))
                 added += 1
         if parsed.left_out:
             self.left_out[found.path] = dict(parsed.left_out)
-        if not added:
+        if private:
+            self.skipped.append(Skipped(found.path, Reason.PRIVATE, private))
+        elif not added:
             raise NotText(Reason.EMPTY)
         if encoding is not None:
             self.encodings[encoding.name] += 1
@@ -210,15 +239,22 @@ class Reader:
             return find_encoding(lambda: self._blocks(file), None)
 
     def _add_note(self, path: str, blocks: Iterable[str]) -> None:
-        """Add a document of these blocks of text. Raises NotText if there is no text in them."""
-        draft = Draft(self.spool)
+        """Add a document of these blocks of text, masked. Raises NotText if there is no text in them."""
+        draft, masker = Draft(self.spool), self.masker.without_counting()
         embedded = 0
-        for block in blocks:
-            text, count = without_embedded_files(block)
-            embedded += count
+
+        def pieces() -> Iterator[str]:
+            nonlocal embedded
+            for block in blocks:
+                text, count = without_embedded_files(block)
+                embedded += count
+                yield text
+
+        for text in masker.blocks(pieces()):
             draft.add(text)
         if draft.empty:
             raise NotText(Reason.EMPTY)
+        self.masker.counts.update(masker.counts)
         if embedded:
             self.embedded[path] = embedded
         if draft.damaged:
@@ -231,12 +267,14 @@ class Reader:
             yield text[start : start + WHOLE_CHARS]
 
     def _beginning(self, found: FoundFile, text: str) -> str:
-        """Return the beginning of a note with its front matter reduced. Raises NotText for a drawing."""
+        """Return the beginning of a note with its front matter reduced. Raises NotText for a drawing and for a private note."""
         front_matter = split_front_matter(text) if found.file.suffix.lower() in _MARKDOWN else None
         if front_matter is None:
             return text
         if front_matter.is_drawing:
             raise NotText(Reason.DRAWING)
+        if is_private(front_matter):
+            raise NotText(Reason.PRIVATE)
         return text if self.keep_front_matter else front_matter.reduced()
 
     def _blocks(self, file: FileIO, size: int = 0) -> Iterator[bytes]:
@@ -259,20 +297,22 @@ def read_notes(
     progress: Progress = ignore,
     me: Sequence[str] = (),
     code: bool = False,
+    masker: Masker | None = None,
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
     keep_front_matter: leave front matter as it is, instead of reducing it to title and tags.
     encoding: Python's name for the encoding of notes that are not UTF-8 and have no byte-order mark.
     me: the user's names in chat apps' exports.
+    masker: replaces secrets and identifiers before a text is kept; None for the default settings of masking.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
     code: read source code too.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
     found = walk(paths, exclude, lambda: progress(0, 0), code)
-    cache = ParsedCache(paths)
+    cache, masker = ParsedCache(paths), new_masker(DataConfig()) if masker is None else masker
     with ParserProcess() as parser:
-        reader = Reader(keep_front_matter, encoding, progress, found.bytes, ParsedFiles(cache, parser), me=me)
+        reader = Reader(keep_front_matter, encoding, progress, found.bytes, ParsedFiles(cache, parser), masker, me=me)
         reader.read_all(found.found.values())
     cache.tidy()
     documents, twins = without_duplicates(reader.documents)
@@ -291,6 +331,7 @@ def read_notes(
         lacking=dict(reader.parsed.lacking),
         as_plain=dict(reader.parsed.as_plain),
         unlimited=reader.parsed.unlimited,
+        masked=dict(masker.counts),
     )
     if not documents:
         raise DataError(nothing_found(paths, reading, found))

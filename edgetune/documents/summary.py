@@ -6,12 +6,13 @@ import dataclasses
 
 from edgetune.documents.document import Reading
 from edgetune.documents.limits import PARSE_SECONDS
+from edgetune.privacy import kinds
 from edgetune.reports.text import counted, human_bytes
 
 
 def sentences(reading: Reading) -> tuple[str, ...]:
-    """Return a sentence each for files that were not read, damaged notes, embedded files, what parsers left out or need, unused
-    --exclude patterns, and each cause for which records of a file of chats were not read."""
+    """Return a sentence each for files that were not read, damaged notes, embedded files, what parsers left out or need, what
+    was masked, unused --exclude patterns, and each cause for which records of a file of chats were not read."""
     said = []
     files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.has_sentence])
     if files.skipped:
@@ -29,6 +30,8 @@ def sentences(reading: Reading) -> tuple[str, ...]:
             f"{human_bytes(sum(reading.embedded.values()))}."
         )
     said += _of_parsed(reading)
+    if reading.masked:
+        said.append(f"Masked before training: {kinds.counted(reading.masked)}. Placeholders stand in their place.")
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
     return (*said, *reading.unread_chats())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import stat
 import unicodedata
@@ -12,8 +11,10 @@ from pathlib import Path
 
 from edgetune.documents import not_notes
 from edgetune.documents.document import Reason, Skipped
+from edgetune.documents.ignore_file import IGNORE_FILE, IgnoreFile, is_ignored, read_ignore_file, read_ignore_files_above
 from edgetune.documents.messengers.files import LISTED_SUFFIXES
 from edgetune.documents.note_file import Identity, NotReadable, identity, open_folder
+from edgetune.documents.patterns import Exclude
 from edgetune.documents.readers import CODE_SUFFIXES, READERS, format_of
 from edgetune.home import expand, home
 from edgetune.reports.text import NAME_SHOWN
@@ -95,8 +96,15 @@ def walk(
             raise DataError(f"There is no file or folder {name}: expected {KINDS}; check the path, and type it again.")
     state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude], code=code, own=own_folder())
     for root in sorted(roots):
-        if root.is_dir():
-            walk_folder(root, state, before_each)
+        try:
+            above = read_ignore_files_above(root)
+        except NotReadable as problem:
+            state.skip(root, problem.reason)
+            continue
+        if is_ignored_with_parents(root, above):
+            state.skip(root, Reason.IGNORED)
+        elif root.is_dir():
+            walk_folder(root, state, before_each, above)
         elif state.excluded(root, root):
             state.skip(root, Reason.EXCLUDED)
         elif not root.is_file():
@@ -128,13 +136,21 @@ def common_folder(roots: list[Path]) -> Path:
         return folders[0]
 
 
-def walk_folder(root: Path, state: Walk, before_each: Callable[[], None]) -> None:
-    """Add everything under `root` to `state`, depth first and without recursion."""
+def is_ignored_with_parents(root: Path, above: tuple[IgnoreFile, ...]) -> bool:
+    """Return True if a named path, or a folder above it, is excluded by the .edgetuneignore files of the folders above."""
+    return any(
+        is_ignored(path, [file for file in above if path.is_relative_to(file.folder) and path != file.folder])
+        for path in [root, *root.parents]
+    )
+
+
+def walk_folder(root: Path, state: Walk, before_each: Callable[[], None], above: tuple[IgnoreFile, ...] = ()) -> None:
+    """Add everything under `root` to `state`, depth first and without recursion. above: .edgetuneignore files above `root`."""
     real_root = root.resolve()
-    pending: list[tuple[Path, Identity | None]] = [(root, None)]
+    pending: list[tuple[Path, Identity | None, tuple[IgnoreFile, ...]]] = [(root, None, above)]
     while pending:
         before_each()
-        folder, listed = pending.pop()
+        folder, listed, ignores = pending.pop()
         try:
             with open_folder(folder, listed) as (found, entries):
                 if found in state.folders:
@@ -145,10 +161,12 @@ def walk_folder(root: Path, state: Walk, before_each: Callable[[], None]) -> Non
                     state.entries += 1
                     state.skip(folder, reason)
                     continue
+                if any(entry.name == IGNORE_FILE for entry in entries):
+                    ignores = (*ignores, read_ignore_file(folder))
                 for entry in entries:
-                    about = look_at(entry, folder / entry.name, root, real_root, state)
+                    about = look_at(entry, folder / entry.name, root, real_root, state, ignores)
                     if about is not None:
-                        pending.append((folder / entry.name, identity(about)))
+                        pending.append((folder / entry.name, identity(about), ignores))
         except OSError:
             state.skip(folder, Reason.UNREADABLE)
         except NotReadable as problem:
@@ -162,7 +180,9 @@ def no_folder_of_notes(folder: Identity | None, entries: list[os.DirEntry[str]],
     return Reason.MODEL_FOLDER if not_notes.is_model_folder({entry.name for entry in entries}) else None
 
 
-def look_at(entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, state: Walk) -> os.stat_result | None:
+def look_at(
+    entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, state: Walk, ignores: tuple[IgnoreFile, ...]
+) -> os.stat_result | None:
     """Add or skip one directory entry, which lies at `path`; return its status if it is a folder to descend into."""
     state.entries += 1
     try:
@@ -180,6 +200,8 @@ def look_at(entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, st
         state.skip(path, Reason.HIDDEN)
     elif excluded:
         state.skip(path, Reason.EXCLUDED)
+    elif is_ignored(path, ignores):
+        state.skip(path, Reason.IGNORED)
     elif entry.is_symlink() or getattr(entry, "is_junction", bool)():
         state.skip(path, judge_link(path, real_root))
     elif is_folder:
@@ -223,52 +245,6 @@ def judge_link(path: Path, real_root: Path) -> Reason:
     except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
         return Reason.LINK_BROKEN
     return Reason.LINK_INSIDE if target.is_relative_to(real_root) else Reason.LINK_OUTSIDE
-
-
-class Exclude:
-    """One --exclude pattern.
-
-    A pattern without a slash is matched against the name of each file and folder; one with a slash against the end of the
-    path, which starts with the named folder's own name (`drafts/*`, `notes/drafts/`, `**/private/**`); an absolute one against
-    the whole path. A folder that matches is skipped with everything in it. Upper and lower case differ on every system.
-    """
-
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
-        self.used = False
-        self.absolute = os.path.isabs(pattern) or pattern.startswith("/")
-        slashed = pattern.replace(os.sep, "/")
-        self.folders_only = slashed.endswith("/")
-        self.parts = tuple(part for part in slashed.split("/") if part not in ("", "."))
-
-    def matches(self, root: Path, path: Path) -> bool:
-        """Return True if the pattern matches `path`, which lies under `root`; remember that it was used."""
-        matched = self._matches(root, path)
-        self.used |= matched
-        return matched
-
-    def _matches(self, root: Path, path: Path) -> bool:
-        if not self.parts or (self.folders_only and not path.is_dir()):
-            return False
-        if self.absolute:
-            whole = tuple(part for part in path.as_posix().split("/") if part)
-            if match_parts(whole, self.parts):
-                return True
-        below = (root.name, *path.relative_to(root).parts)
-        if self.absolute:  # as in .gitignore, a leading slash also means: from the given folder
-            return match_parts(below[1:], self.parts)
-        return any(match_parts(below[start:], self.parts) for start in range(len(below)))
-
-
-def match_parts(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Return True if a split path matches a split pattern. `**` stands for any number of folders; at the end, for everything
-    in them."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        least = 1 if len(pattern) == 1 else 0
-        return any(match_parts(parts[start:], pattern[1:]) for start in range(least, len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and match_parts(parts[1:], pattern[1:])
 
 
 def order_key(path: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.events import Evaluated, Event
+from edgetune.privacy import kinds
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
 from edgetune.reports.repair import learning_lines, too_few
@@ -224,6 +225,7 @@ def _facts(run: Run) -> str:
                 "Documents",
                 f"{started.documents:,} trained on, {started.heldout_documents:,} held out",
             ),
+            *([("Masked before training", kinds.counted(started.masked))] if started.masked else []),
             ("Tokens per epoch (one pass over the notes)", f"{started.tokens:,}"),
             ("Parameters of the adapter", f"{started.trainable_parameters:,}; the base model has {started.parameters:,}"),
         ]

@@ -170,6 +170,7 @@ class TrainingLoop:
             trainable_parameters=budget.adapter_parameters(self.model.config, run.lora),
             parameters=self.model.config.parameters,
             notices=record.notices,
+            masked=record.masked,
         )
 
     def _is_late(self) -> bool:

@@ -80,6 +80,8 @@ class RunRecord:
     """Sentences for the user about what was not read as it is."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """Marks of the notes for the next adapter (documents/lineage.py)."""
+    masked: dict[str, int] = field(default_factory=dict)
+    """How many secrets and identifiers of each kind were masked."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -89,7 +91,7 @@ class RunRecord:
         """Return the part that other processes of the run need: no path, no text, nothing about the held-out notes."""
         files = {name: digest for name, digest in self.files.items() if name.startswith((f"{TOKENS}/", f"{ANCHOR}/"))}
         plan = dataclasses.replace(self.plan, settings={})
-        private: dict[str, Any] = {"heldout_paths": (), "prompts": (), "notes": "", "notices": (), "lineage": {}}
+        private: dict[str, Any] = {"heldout_paths": (), "prompts": (), "notes": "", "notices": (), "lineage": {}, "masked": {}}
         return dataclasses.replace(self, run="", plan=plan, files=files, **private)
 
     @classmethod

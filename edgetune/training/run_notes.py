@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgetune.config import TrainConfig
+from edgetune.config import DataConfig, TrainConfig
 from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.lineage import Known, Lineage, replayed
 from edgetune.documents.reading import read_notes
 from edgetune.home import keyed_digest
+from edgetune.privacy.own_list import new_masker
+from edgetune.privacy.rules import rules
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import DataError
@@ -58,7 +60,9 @@ def read_and_split(
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me, data.code)
+    reading = read_notes(
+        data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me, data.code, new_masker(data)
+    )
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:
@@ -92,6 +96,10 @@ def notes_to_train(
     return dataclasses.replace(split, train=train), (sentence,)
 
 
-def documents_digest(documents: Iterable[Document]) -> str:
-    """Return one digest for a set of documents, whatever their order. It is keyed, because adapters are given away with it."""
-    return keyed_digest("\n".join(sorted(document.digest for document in documents)))
+def documents_digest(documents: Iterable[Document], data: DataConfig) -> str:
+    """Return one digest for a set of documents, whatever their order, and for the rules by which they were masked.
+
+    It is keyed, because adapters are given away with it.
+    """
+    masking = f"mask {data.mask} {rules().version}"
+    return keyed_digest("\n".join([masking, *sorted(document.digest for document in documents)]))

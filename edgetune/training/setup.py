@@ -110,7 +110,8 @@ def prepare_new(
     _attach(loaded, adapter, lora, data.seed)
     memory = memory_allowed(config, device.type, local_processes)
     schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory)
-    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, documents_digest(notes.split.train))
+    digest = documents_digest(notes.split.train, data)
+    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, digest)
     record = RunRecord(
         run=run,
         plan=plan,
@@ -124,10 +125,11 @@ def prepare_new(
             *notes.notices,
             *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
         ),
-        notes=documents_digest(read.reading.documents),
+        notes=documents_digest(read.reading.documents, data),
         torch=torch.__version__,
         files=_token_files(folder),
         lineage=Lineage.after(read.reading.documents, notes.split.cuts, read.lineage).as_dict(),
+        masked=read.reading.masked,
     )
     return _prepared(config, record, loaded, packer, held_out, folder)
 
@@ -269,7 +271,7 @@ def changes_since_start(run: PreparedRun, progress: Progress = ignore) -> list[s
     record, model, changes = run.record, run.loaded.model, []
     try:
         reading, _ = read_and_split(run.config, progress)
-        if documents_digest(reading.documents) != record.notes:
+        if documents_digest(reading.documents, run.config.data) != record.notes:
             changes.append(
                 "The notes have changed since this run began. It continues with the notes as they were then; "
                 "type --fresh to start over with the new ones."
