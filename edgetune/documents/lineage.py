@@ -46,8 +46,8 @@ class Lineage:
         nights = stored.get("nights")
         if not all(isinstance(side, str) for side in sides) or isinstance(nights, bool) or not isinstance(nights, int):
             return cls()
-        marks = [frozenset(str(side).split(maxsplit=MOST_MARKS)[:MOST_MARKS]) for side in sides]
-        return cls(*marks, nights=max(nights, 0))
+        trained, held_out, cut = (frozenset(str(side).split(maxsplit=MOST_MARKS)[:MOST_MARKS]) for side in sides)
+        return cls(trained, held_out, cut, max(nights, 0))
 
     @classmethod
     def after(cls, documents: Sequence[Document], cuts: Mapping[str, int], before: Lineage) -> Lineage:

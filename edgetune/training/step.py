@@ -22,7 +22,7 @@ TRIM_STEPS = 16
 different holes in the heap, which would add up."""
 
 
-ANCHOR_WEIGHT = 4.0
+ANCHOR_WEIGHT = 20.0
 """Weight of the divergence at a token of the anchor, relative to the loss at a token of the notes (LOG.md, "keeping the
 chat")."""
 
