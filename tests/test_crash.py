@@ -361,7 +361,7 @@ def test_a_deadline_gives_an_adapter_and_the_same_command_goes_on(config: TrainC
         end = list(train(hurried))[-1]
         assert isinstance(end, Finished)
         assert (end.steps, end.cut) == (step, "deadline")
-        assert registry.get_current().adapter == Path(end.adapter).resolve()
+        assert Path(end.adapter, "adapter_model.safetensors").is_file()
     assert unfinished(private_home).is_dir()
     end = list(train(config))[-1]
     assert isinstance(end, Finished)
@@ -374,7 +374,8 @@ def test_a_run_that_is_gone_on_with_writes_one_adapter(config: TrainConfig, priv
     end = list(train(dataclasses.replace(config, out=None)))[-1]
     assert isinstance(end, Finished)
     (run,) = (private_home / "runs").iterdir()
-    assert [path.name for path in private_home.glob("adapters/*/*")] == [run.name] == [Path(end.adapter).name]
+    adapters = [path.name for path in private_home.glob("adapters/*/*") if path.is_dir()]
+    assert adapters == [run.name] == [Path(end.adapter).name]
 
 
 BYTES: dict[str, Callable[[int], int]] = {

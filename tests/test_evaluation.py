@@ -211,11 +211,11 @@ def test_a_deadline_cuts_the_first_evaluation_and_the_last_scores_the_same_text(
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(Runner, "score", slow)
     monkeypatch.setattr(TrainStep, "run", long_step)
-    events = list(train(dataclasses.replace(small, steps=4000, minutes=10.0, weights="nf4")))
+    events = list(train(dataclasses.replace(small, steps=4000, minutes=20.0, weights="nf4")))
     evaluated = [event for event in events if isinstance(event, Evaluated)]
-    # Four scores share a tenth of ten minutes, these two and two of the base as published: for each, 15 seconds are two rows of
-    # ten seconds. The plan's evaluations have many more.
-    assert [(event.step, event.seconds) for event in evaluated] == [(0, 20.0), (10, 20.0)]
+    # Seven scores share a tenth of twenty minutes, these two, two of the base as published and three of the gate: for each, 17
+    # seconds are two rows of ten seconds. The plan's evaluations have many more.
+    assert [(event.step, event.seconds) for event in evaluated] == [(0, 20.0), (20, 20.0)]
     assert evaluated[0].tokens == evaluated[1].tokens
     end = events[-1]
     assert isinstance(end, Finished)

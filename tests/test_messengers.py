@@ -427,7 +427,9 @@ def test_imessages_html_is_read_each_reply_once(tmp_path: Path) -> None:
     assert counts(reading) == {Reason.MEDIA: 1}
     put(tmp_path, "Anna.html", "<html><p class='message'>A page like any other</p></html>")
     put(tmp_path, "note.md", "x")
-    assert counts(read(tmp_path)) == {Reason.UNKNOWN_KIND: 1}
+    reading = read(tmp_path)
+    assert [document.text.strip() for document in reading.documents] == ["A page like any other", "x"]
+    assert counts(reading) == {}
 
 
 # --- Slack ------------------------------------------------------------------------------------------------------------

@@ -292,8 +292,8 @@ def test_a_run_on_auto_goes_to_the_apple_gpu_and_learns(mac: Machine, small: tup
     assert end.heldout_bits_per_byte_after < end.heldout_bits_per_byte_before
     assert len([event for event in events if isinstance(event, Sampled)]) == 2
     # The cache is emptied around each of three evaluations, after the samples before and after training, after the score of the
-    # base as published, and at the end.
-    assert mac.asked.count("empty_cache") == 10
+    # base as published, after the gate's scores, and at the end.
+    assert mac.asked.count("empty_cache") == 11
     assert {name for name, *_ in mac.launches} >= {"dequantize_nested", "matvec_nested"}
     same_run = run(*small, device="cpu", out=str(tmp_path / "cpu"))
     losses = [[event.loss for event in one if isinstance(event, Stepped)] for one in (events, same_run)]
@@ -305,7 +305,8 @@ def test_a_stopped_run_goes_on_and_ends_as_one_in_one_piece(mac: Machine, small:
     assert isinstance(whole[-1], Finished)
     model, notes = small
     data = DataConfig(notes=(str(notes),), seq_len=64, batch_tokens=128)
-    config = TrainConfig(data=data, model=str(model), weights="nf4", steps=2, rank=4, out=str(tmp_path / "parts"))
+    settings = {"weights": "nf4", "steps": 2, "rank": 4, "evaluation_share": 1.0}
+    config = TrainConfig(data=data, model=str(model), out=str(tmp_path / "parts"), **settings)
     stop = threading.Event()
     for event in train(config, stop):
         if isinstance(event, Stepped):

@@ -189,6 +189,7 @@ ALLOWED = {
     "export/peft.py::plain_base": "links to weights that were checked",
     "export/mps.py::seal": OUR_OWN,
     "export/mps.py::_manifest": OUR_OWN,
+    "edgetune/dataset/anchor_set.py::AnchorSet.open": OUR_OWN,
     "edgetune/dataset/token_store.py::TokenStore.open": OUR_OWN,
     "edgetune/dataset/token_store.py::_mapped": OUR_OWN,
     "edgetune/dataset/token_store.py::private_file": "creates the file",
@@ -209,6 +210,9 @@ ALLOWED = {
     "edgetune/library/exports_made.py::exports_made": OUR_OWN,
     "edgetune/lock.py::Lock.__enter__": "creates the file",
     "edgetune/nights/this_system.py::_stalls_of_linux": SYSTEM,
+    "edgetune/texts/__init__.py::anchor_questions": "the package's own data",
+    "edgetune/training/anchor.py::open_anchor": OUR_OWN,
+    "edgetune/training/anchor.py::packed_files": OUR_OWN,
     "edgetune/training/setup.py::_token_files": OUR_OWN,
     "edgetune/training/unfinished_run.py::_read_sealed_json": OUR_OWN,
 }

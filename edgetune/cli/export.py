@@ -72,11 +72,10 @@ def export_command(
     from edgetune.library.loading import choose_model
 
     limit = None if memory is None else parse_bytes(memory)
-    say_model(choice := choose_model(model))
     with work_goes_on(), renderer(as_json, None if as_json else sys.stderr) as shown:
         result = export_adapter(
             target,
-            model=choice.name,
+            model=model,
             adapter=adapter,
             out=out,
             weights=weights,
@@ -87,8 +86,7 @@ def export_command(
             force=force,
             show=shown.show,
         )
-    used = f"adapter {one_line(result.adapter)}"
-    say(f"With {used}." if choice.why else f"Model {one_line(choice.name)}, {used}.")
+    say_model(choose_model(model), result.adapter)
     for notice in result.notices:
         say(notice)
     if as_json:

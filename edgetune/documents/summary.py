@@ -22,7 +22,7 @@ def sentences(reading: Reading) -> tuple[str, ...]:
         letters = sum(reading.damaged.values())
         said.append(
             f"Damaged: {counted(letters, 'letter')} in {counted(len(reading.damaged), 'note')} could not be decoded and "
-            " will be learnt as \ufffd."
+            "will be learnt as \ufffd."
         )
     if reading.embedded:
         said.append(

@@ -88,11 +88,18 @@ class VaultText:
     def _filtered(self, block: str) -> str:
         plain = not (self._fence or self._held or "```" in block or "~~~" in block)
         if plain and not _TRIGGER.search(block):
-            last = block.rstrip("\n").rpartition("\n")[2]
-            self._blank, self._indented = block.endswith("\n\n"), False
-            self._in_list = self._in_list or bool(_ITEM.match(last)) if block else self._in_list
+            self._pass_over(_LINE.findall(block))
             return block
         return "".join(self._lines(block))
+
+    def _pass_over(self, lines: list[str]) -> None:
+        """Remember what lines without any of the forms say about those that follow.
+
+        A line that begins at the margin settles that, whatever stood before it.
+        """
+        margin = next((at for at in reversed(range(len(lines))) if not lines[at][0].isspace()), 0)
+        for line in lines[margin:]:
+            self._is_code(line)
 
     def _lines(self, block: str) -> Iterator[str]:
         """Yield the lines of a block that are kept."""

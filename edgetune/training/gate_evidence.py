@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 FEWEST_GENERAL_TOKENS = 500
 """Tokens of general text below which it is not measured: fewer say nothing about a few per cent. Chosen by hand."""
+SCORES = 3
+"""Most scores that the gate takes at the end of a run: yesterday's adapter, and general text twice. All are planned for, so
+that a plan does not depend on which adapter is the current one."""
 NO_NUMBER = (PairedDocument(0.0, 0.0, math.nan),)
 """Evidence about an adapter that never gave the held-out notes a finite score."""
 
@@ -96,12 +99,6 @@ def starts_from(config: TrainConfig, rival: Path | None, base: str) -> bool:
     except AdapterError:  # it was there when the run began
         return False
     return start is rival if start is None or rival is None else start.resolve() == rival.resolve()
-
-
-def planned_scores(config: TrainConfig, base: str) -> int:
-    """Return how many scores the gate will take at the end of a run: general text twice, and yesterday's adapter if need be."""
-    current = registry.get_current(base)
-    return 2 + (not starts_from(config, None if current is None else current.adapter, base))
 
 
 def general_batches(tokenizer: Tokenizer, row_tokens: int, most: int) -> list[tuple[Batch, float]]:

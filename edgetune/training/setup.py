@@ -38,10 +38,9 @@ from edgetune.runtime.files import sha256_file
 from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training import published
+from edgetune.training import gate_evidence, published
 from edgetune.training.anchor import ANCHOR, AnchorPlan, make_anchor, open_anchor
 from edgetune.training.evaluation import plan_evaluations
-from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.run_notes import choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
@@ -206,7 +205,7 @@ def _evaluation_schedule(
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
     rows = chosen.setting.row_tokens
     # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
-    gate = planned_scores(config, loaded.checkpoint.digest)
+    gate = gate_evidence.SCORES
     compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
     for scores in range(published.SCORES if compares else 0, 0, -1):
         every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores + gate)
