@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from edgetune.config import DataConfig
 from edgetune.documents.document import Reason
 from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.reading import read_notes
@@ -115,8 +116,8 @@ def test_a_drawing_is_no_note(tmp_path):
     (tmp_path / "a.md").write_text("---\nexcalidraw-plugin: parsed\ntags: [excalidraw]\n---\nN4KAkARAL\n")
     (tmp_path / "b.excalidraw.md").write_text("N4KAkARAL\n")
     (tmp_path / "c.md").write_text("---\nkanban-plugin: board\n---\n- [ ] oil the chain\n")
-    for keep in (False, True):
-        reading = read_notes([tmp_path], keep_front_matter=keep)
+    for recipe in ("notes", "raw"):
+        reading = read_notes([tmp_path], DataConfig(recipe=recipe))
         assert {skip.path: skip.reason for skip in reading.skipped} == {
             "a.md": Reason.DRAWING,
             "b.excalidraw.md": Reason.DRAWING,

@@ -15,7 +15,6 @@ from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.lineage import Known, Lineage, replayed
 from edgetune.documents.reading import read_notes
 from edgetune.home import keyed_digest
-from edgetune.privacy.own_list import new_masker
 from edgetune.privacy.rules import rules
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.adapter import Adapter
@@ -60,9 +59,7 @@ def read_and_split(
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(
-        data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me, data.code, new_masker(data)
-    )
+    reading = read_notes(data.notes, data, progress)
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:

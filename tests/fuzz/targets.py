@@ -24,7 +24,6 @@ from corpus.tokenizers import byte_level
 from tiny import save_trainable
 
 import edgetune
-from edgetune.config import parse_bytes, seconds_until
 from edgetune.config_file import train_config
 from edgetune.conversion.convert import convert
 from edgetune.dataset.token_store import TokenStore, tokenize
@@ -36,6 +35,7 @@ from edgetune.documents.reading import read_notes
 from edgetune.export import go_template, mps
 from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.library import adapter_registry, kept_adapters
+from edgetune.parsing import parse_bytes, seconds_until
 from edgetune.runtime import bnb_layout, json_file, peft_folder
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.checkpoint import Checkpoint, open_model
