@@ -12,13 +12,9 @@ import torch
 
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.dataset.anchor_set import AnchorSet
-from edgetune.dataset.chat_notices import ChatNotices
-from edgetune.dataset.chat_writer import ChatFormat, TrainOn
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
-from edgetune.dataset.token_store import TokenStore, tokenize
-from edgetune.documents.document import Document
-from edgetune.documents.heldout import HeldOutSplit, split_held_out
+from edgetune.dataset.token_store import TokenStore
 from edgetune.documents.lineage import Lineage
 from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
@@ -45,6 +41,7 @@ from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.run_notes import choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
+from edgetune.training.tokenized_notes import tokenize_notes
 from edgetune.weight_forms import forms_for_training
 
 
@@ -345,50 +342,6 @@ def _prepared(
 def _trained_tokens(packer: Packer, steps: int) -> float:
     """Return the tokens of notes that a run of so many steps reads in training."""
     return int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
-
-
-@dataclass(frozen=True)
-class TokenizedNotes:
-    """Both sides of a split as token stores; `held_out` is None if nothing can be measured. `notices` are for the user."""
-
-    split: HeldOutSplit
-    train: TokenStore
-    held_out: TokenStore | None
-    notices: tuple[str, ...]
-
-
-def tokenize_notes(
-    config: TrainConfig, split: HeldOutSplit, tokenizer: Tokenizer, folder: Path, progress: Progress = ignore
-) -> TokenizedNotes:
-    """Write both sides of the split to `folder` as token stores.
-
-    Where the held-out side has nothing to score (chats that the model's template refuses, for example), it is chosen again
-    from the documents that have.
-    """
-    raw = config.data.recipe == "raw"  # whole conversations in Guanaco's form, as in the QLoRA paper
-    train_on: TrainOn = "all" if raw else "assistant"
-    chat_format: ChatFormat = "guanaco" if raw else "auto"
-    notices = ChatNotices()
-
-    def write(documents: list[Document], name: str) -> TokenStore:
-        return tokenize(documents, tokenizer, folder / name, train_on, chat_format, name == HELD_OUT, progress, notices)
-
-    store, held_out, unscored = write(split.train, TOKENS), None, len(split.held_out)
-    if split.held_out:
-        held_out = write(split.held_out, HELD_OUT)
-    if held_out is not None and not held_out.bytes:
-        held_out = None
-        shutil.rmtree(folder / HELD_OUT)
-        scored = {document.digest for document in store.documents if document.bytes}
-        split = split_held_out(document for document in split.train if document.digest in scored)
-        if split.held_out:
-            store, held_out = write(split.train, TOKENS), write(split.held_out, HELD_OUT)
-    said = notices.sentences()
-    if unscored and held_out is None:
-        said += (
-            f"None of the {unscored} held-out documents holds an answer to score, so nothing is measured during this run.",
-        )
-    return TokenizedNotes(split, store, held_out, said)
 
 
 def _uses_template(config: TrainConfig, tokenizer: Tokenizer) -> bool:
