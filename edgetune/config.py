@@ -43,7 +43,7 @@ systemd's user manager where there is one, else cron."""
 MANUAL_MINUTES = 90.0
 """Longest time of a night that the user begins with `edgetune nightly run`, in minutes; chosen by hand."""
 MASKS = ("all", "secrets", "none")
-"""What is masked in notes before they are trained on: secrets and personal identifiers, secrets alone, or nothing."""
+"""Extents of masking before training: secrets and personal identifiers, secrets alone, or nothing."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_front_matter import without_front_matter
 
 from edgetune.config import DataConfig
 from edgetune.documents.document import Document, Reason
 from edgetune.documents.encoding import NotText, decode
-from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.patterns import match_parts
 from edgetune.documents.reading import read_notes

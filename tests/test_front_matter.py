@@ -9,8 +9,14 @@ import pytest
 
 from edgetune.config import DataConfig
 from edgetune.documents.document import Reason
-from edgetune.documents.front_matter import without_front_matter
+from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.reading import read_notes
+
+
+def without_front_matter(text: str) -> str:
+    """Return a note with its front matter reduced; any other text as it stands."""
+    front_matter = split_front_matter(text)
+    return text if front_matter is None else front_matter.reduced()
 
 
 def yaml(inside: str) -> str:

@@ -253,6 +253,7 @@ def test_a_damaged_job_is_refused_in_one_sentence(notes: Path) -> None:
         (home() / "nightly.json").write_text(content)
         outcome = edgetune("status")
         assert isinstance(outcome.exception, UsageError), content
+        assert "nightly.json" in str(outcome.exception)
 
 
 # -- the trial, and a night that trains

@@ -78,17 +78,17 @@ def marks_of(documents: Sequence[Document]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Known:
-    """The documents of a run that an adapter's marks tell of, by the SHA-256 of their texts."""
+    """The documents of a run that an adapter's marks name, as SHA-256 digests of their texts."""
 
     trained: frozenset[str] = frozenset()
     unchanged: frozenset[str] = frozenset()
-    """Those of them whose very text was learnt."""
+    """Documents among `trained` and `cut` that have not changed since."""
     held_out: frozenset[str] = frozenset()
     cut: frozenset[str] = frozenset()
 
     @classmethod
     def among(cls, documents: Sequence[Document], lineage: Lineage) -> Known:
-        """Look all documents up. One that several sides know was trained on, and counts so."""
+        """Look up all documents. One that is marked both as trained on and as held out counts as trained on."""
         if not lineage.nights:
             return cls()
         sides: dict[str, set[str]] = {"trained": set(), "unchanged": set(), "held_out": set(), "cut": set()}

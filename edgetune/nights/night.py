@@ -28,18 +28,19 @@ from edgetune.runtime.errors import EdgetuneError, ResourceError, UsageError
 WAIT_SECONDS = 30.0
 """Seconds between two looks at a machine that is not free yet; chosen by hand."""
 CATCH_UP_SECONDS = 90 * 60.0
-"""Longest time that a night may work by day, in seconds."""
+"""Longest time that a night may work by day, in seconds; chosen by hand."""
 FINISH_SHARE, FINISH_SECONDS = 0.15, 60.0
 """Share of the time left (0 to 1), and the least seconds, that are kept for the last evaluation, the samples and saving. The
 evaluations of a run take at most a tenth of it; the rest is chosen by hand."""
 LEAST_SECONDS = 60.0
-"""Seconds of training below which it is not worth to begin, since the model must be loaded first; chosen by hand."""
+"""Shortest training that is worth loading the model for, in seconds; chosen by hand."""
 MEASURED_STEPS = 3
 """Steps after the first one over which the speed is measured; chosen by hand."""
 FEWEST_STEPS = 10
-"""Steps below which a shorter plan is not worth to start over for; the deadline ends the longer one. Chosen by hand."""
+"""Fewest steps of a shorter plan that is worth starting over for; with fewer, the deadline ends the longer plan. Chosen by
+hand."""
 TRIAL_STEPS = 2
-"""Steps of the tiny night that `install` runs."""
+"""Steps of the tiny night that `install` runs; chosen by hand."""
 
 
 class _Ended(Exception):
@@ -52,7 +53,7 @@ class _Ended(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Means:
-    """What a night works with."""
+    """Everything that a night works with."""
 
     system: System
     trainer: Trainer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.nights.job import nights_folder
+from edgetune.reports.text import counted
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import atomic_write, mend
 from edgetune.runtime.json_file import read_object
@@ -31,7 +32,7 @@ class Stage(StrEnum):
 
 
 class Kind(StrEnum):
-    """What made a night begin."""
+    """The causes for which a night begins."""
 
     NIGHT = "night"
     CATCH_UP = "catch-up"
@@ -40,7 +41,7 @@ class Kind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What a night came to. But for BETTER, the current adapter is what it was before."""
+    """The outcomes of a night. All but BETTER leave the current adapter as it was."""
 
     BETTER = "better"
     NOT_BETTER = "not better"
@@ -113,7 +114,7 @@ class NightRecord:
     def _happened(self) -> str:
         if self.outcome is None:
             return f"under way ({self.stage})."
-        learned = f"{_counted(self.new_notes, 'new')} and {_counted(self.changed_notes, 'changed')}"
+        learned = f"{counted(self.new_notes, 'new note')} and {counted(self.changed_notes, 'changed note')}"
         scores = "" if self.before is None or self.after is None else f", {self.before:.3f} to {self.after:.3f} bits per byte"
         sentences = {
             Outcome.BETTER: f"learned from {learned}; better on notes it had not seen{scores}; now in use.",
@@ -171,7 +172,3 @@ def tidy() -> None:
         path.unlink(missing_ok=True)
     for path in paths[-KEPT:]:
         mend(path)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what} {'note' if count == 1 else 'notes'}"

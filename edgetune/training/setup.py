@@ -39,9 +39,9 @@ from edgetune.training.anchor import ANCHOR, AnchorPlan, make_anchor, open_ancho
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
-from edgetune.training.run_notes import choose_notes, documents_digest, read_and_split
+from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
-from edgetune.training.tokenized_notes import tokenize_notes
+from edgetune.training.tokenized_notes import TokenizedNotes, tokenize_notes
 from edgetune.weight_forms import forms_for_training
 
 
@@ -94,12 +94,10 @@ def prepare_new(
     data, (dtype, multiplies_int8) = config.data, number_format(config.compute, device)
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
-    about = None if adapter is None else adapter.about
-    forms = [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint, about)]
+    forms = _forms(config, checkpoint, adapter)
     chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
-    form = chosen.stored.form
-    int8 = multiplies_int8 and form is WeightForm.NF4
-    loaded = _load(config, base, dtype, chosen.setting, form, stages)
+    int8 = multiplies_int8 and chosen.stored.form is WeightForm.NF4
+    loaded = _load(config, base, dtype, chosen.setting, chosen.stored.form, stages)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
     # Before an adapter is attached: the anchor is what the bare base says.
@@ -116,12 +114,7 @@ def prepare_new(
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=(
-            *sentences(read.reading),
-            *read.notices,
-            *notes.notices,
-            *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
-        ),
+        notices=_notices(config, read, notes, adapter, checkpoint, tokenizer),
         notes=documents_digest(read.reading.documents, data),
         torch=torch.__version__,
         files=_token_files(folder),
@@ -129,6 +122,25 @@ def prepare_new(
         masked=read.reading.masked,
     )
     return _prepared(config, record, loaded, packer, held_out, folder)
+
+
+def _forms(config: TrainConfig, checkpoint: Checkpoint, adapter: Adapter | None) -> list[Stored]:
+    """Return the sizes of the base in each form that its weights may take, the preferred form first."""
+    about = None if adapter is None else adapter.about
+    return [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint, about)]
+
+
+def _notices(
+    config: TrainConfig,
+    read: ChosenNotes,
+    notes: TokenizedNotes,
+    adapter: Adapter | None,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+) -> tuple[str, ...]:
+    """Return sentences for the user about the notes and about the adapter to start from."""
+    about_adapter = adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer)
+    return (*sentences(read.reading), *read.notices, *notes.notices, *about_adapter)
 
 
 def _plan(

@@ -30,7 +30,7 @@ from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.chats import encoding_of_chats, read_chats
 from edgetune.documents.document import Document
 from edgetune.documents.encoding import NotText, decode
-from edgetune.documents.front_matter import without_front_matter
+from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.reading import read_notes
 from edgetune.export import go_template, mps
 from edgetune.export.mlx import adapter as mlx_adapter
@@ -328,7 +328,9 @@ TOML_NOTE = '+++\ntitle = "Spokes"\ntags = ["a"]\n+++\nBody\n'
 
 @target("front matter", texts(NOTE, TOML_NOTE))
 def _(data: bytes, folder: Path) -> None:
-    without_front_matter(data.decode("utf-8", "replace")).encode()
+    front_matter = split_front_matter(data.decode("utf-8", "replace"))
+    if front_matter is not None:
+        front_matter.reduced().encode()
 
 
 @target(
