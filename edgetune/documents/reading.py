@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from io import FileIO
+from types import MappingProxyType
 
 from edgetune.config import DataConfig
 from edgetune.documents.chat_forms import Unread
@@ -298,6 +299,7 @@ def read_notes(
     me: Sequence[str] = (),
     code: bool = False,
     masker: Masker | None = None,
+    left_out: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Reading:
     """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
 
@@ -306,10 +308,10 @@ def read_notes(
     me: the user's names in chat apps' exports.
     masker: replaces secrets and identifiers before a text is kept; None for the default settings of masking.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
-    code: read source code too.
+    code: read source code too. left_out: files to skip, by their absolute paths, and why.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
-    found = walk(paths, exclude, lambda: progress(0, 0), code)
+    found = walk(paths, exclude, lambda: progress(0, 0), code, left_out)
     cache, masker = ParsedCache(paths), new_masker(DataConfig()) if masker is None else masker
     with ParserProcess() as parser:
         reader = Reader(keep_front_matter, encoding, progress, found.bytes, ParsedFiles(cache, parser), masker, me=me)
