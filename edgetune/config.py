@@ -127,6 +127,8 @@ class DataConfig:
         2048, Whole(16, LARGEST_BATCH), "Tokens per step."
     )
     seed: int = setting(0, SEED, "Seed of all randomness.", metavar="S")
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Absolute paths of files that a night leaves out, each with its reason (documents/document.py); no setting of a user's."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -258,6 +260,8 @@ class TrainConfig:
         "With --from: share of the text that comes from notes which that adapter has learnt already, beside new ones.",
         metavar="S",
     )
+    only_new: bool = False
+    """True for a night, which ends where no note is new to the adapter that it starts from; no setting of a user's."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -286,10 +290,11 @@ class TrainConfig:
         return ANCHOR_SHARE if has_template and hidden_size >= CHAT_WIDTH else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings, JSON-ready, without the paths of notes and the user's names."""
+        """Return the settings, JSON-ready, without the paths of notes, the user's names, and what a night decides itself."""
         values = dataclasses.asdict(self)
-        for personal in ("notes", "me"):
-            values["data"].pop(personal)
+        values.pop("only_new")
+        for private in ("notes", "me", "left_out"):
+            values["data"].pop(private)
         return values
 
 
@@ -357,6 +362,9 @@ class NightlyConfig:
     )
     wake: bool = setting(
         False, Switch(), "Let the machine wake from sleep for a night (Windows alone offers this to users).", example=True
+    )
+    notify: bool = setting(
+        False, Switch(), "Show a notification on the desktop when a night has ended, with what it came to.", example=True
     )
     scheduler: str = setting(
         "auto", Choice(SCHEDULERS), "Program of this system that starts the nights. {default}, the one that this system has."

@@ -66,6 +66,8 @@ class Reason(StrEnum):
     ENCRYPTED = "encrypted"
     NO_TEXT = "no text (scanned?)"
     IGNORED = "excluded by .edgetuneignore"
+    BEING_WRITTEN = "written within the last minute (left for the next night)"
+    CONFLICT_COPY = "conflict copy of another note"
     IGNORE_UNREADABLE = "beside or below a .edgetuneignore that cannot be read"
     PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgetune.documents.document import Document
 from edgetune.home import keyed_digests
+from edgetune.runtime.errors import DataError
 
 KEY = "notes"
 """Key of an adapter's edgetune.json that holds what `Lineage.as_dict` returns."""
@@ -22,6 +23,10 @@ MARK_DIGITS = 16
 MOST_MARKS = 200_000
 """Most marks that are read and written, 3.4 MB of the 8 that edgetune.json may have; chosen by hand. Of more notes none are
 kept, and the next run then takes all notes as new."""
+
+
+class NothingNew(DataError):
+    """Raised where a run is to learn new notes alone and the adapter that it starts from has learnt them all."""
 
 
 @dataclass(frozen=True)

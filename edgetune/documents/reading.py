@@ -296,7 +296,8 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAU
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
-    found = walk(paths, data.exclude, lambda: progress(0, 0), data.code)
+    left_out = {path: Reason(why) for path, why in data.left_out}
+    found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)
     cache, masker = ParsedCache(paths), new_masker(data)
     with ParserProcess() as parser:
         reader = Reader(data, progress, found.bytes, ParsedFiles(cache, parser), masker)
