@@ -6,11 +6,10 @@ A flag overrides config.toml (config_file.py), which overrides the default here.
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from typing import Any
 
+from edgetune.parsing import SIZE, check_encoding, parse_bytes, parse_regions, seconds_until
 from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
 from edgetune.runtime.errors import SettingError
 from edgetune.settings import (
@@ -24,7 +23,6 @@ from edgetune.settings import (
     Whole,
     check,
     setting,
-    shown,
 )
 
 RECIPES = ("notes", "raw", "chat")
@@ -45,7 +43,7 @@ systemd's user manager where there is one, else cron."""
 MANUAL_MINUTES = 90.0
 """Longest time of a night that the user begins with `edgetune nightly run`, in minutes; chosen by hand."""
 MASKS = ("all", "secrets", "none")
-"""What is masked in notes before they are trained on: secrets and personal identifiers, secrets alone, or nothing."""
+"""Extents of masking before training: secrets and personal identifiers, secrets alone, or nothing."""
 MODEL_HELP = (
     "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
     "here."
@@ -69,7 +67,7 @@ FEWEST_STEPS = 100
 """Steps below which the default number of epochs grows; chosen by hand."""
 
 
-MEMORY = Parsed(lambda text: parse_bytes(text), "a size such as 2GB or 900MB, at least 1 byte")
+MEMORY = Parsed(parse_bytes, SIZE)
 """The values that --memory takes."""
 SEED = Whole(0, 2**32 - 1)
 """The values that --seed takes. Chosen by hand: 32 bits, which every generator takes."""
@@ -97,7 +95,7 @@ class DataConfig:
     code: bool = setting(False, Switch(), "Read source code among the notes too.", example=True)
     encoding: str | None = setting(
         None,
-        Parsed(lambda text: check_encoding(text), "the name of an encoding, such as windows-1250, shift_jis or gb18030"),
+        Parsed(check_encoding, "the name of an encoding, such as windows-1250, shift_jis or gb18030"),
         "Encoding of notes that are not UTF-8. Without it, UTF-16 and Windows-1252 are recognised, and others are refused.",
         metavar="NAME",
         example="windows-1250",
@@ -117,7 +115,7 @@ class DataConfig:
     )
     phone_regions: str | None = setting(
         None,
-        Parsed(lambda text: parse_regions(text), "two-letter country codes separated by commas, such as US,DE"),
+        Parsed(parse_regions, "two-letter country codes separated by commas, such as US,DE"),
         "Countries whose way of writing phone numbers is recognised without a country code. Default: twenty.",
         metavar="LIST",
         example="US,DE",
@@ -129,6 +127,8 @@ class DataConfig:
         2048, Whole(16, LARGEST_BATCH), "Tokens per step."
     )
     seed: int = setting(0, SEED, "Seed of all randomness.", metavar="S")
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Absolute paths of files that a night leaves out, each with its reason (documents/document.py); no setting of a user's."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -178,7 +178,7 @@ class TrainConfig:
     )
     until: str | None = setting(
         None,
-        Parsed(lambda text: seconds_until(text), "a time of day such as 06:30"),
+        Parsed(seconds_until, "a time of day such as 06:30"),
         "Stop at this time of day, at the end of a step.",
         metavar="HH:MM",
         example="06:30",
@@ -260,6 +260,8 @@ class TrainConfig:
         "With --from: share of the text that comes from notes which that adapter has learnt already, beside new ones.",
         metavar="S",
     )
+    only_new: bool = False
+    """True for a night, which ends where no note is new to the adapter that it starts from; no setting of a user's."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -288,10 +290,11 @@ class TrainConfig:
         return ANCHOR_SHARE if has_template and hidden_size >= CHAT_WIDTH else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings, JSON-ready, without the paths of notes and the user's names."""
+        """Return the settings, JSON-ready, without the paths of notes, the user's names, and what a night decides itself."""
         values = dataclasses.asdict(self)
-        for personal in ("notes", "me"):
-            values["data"].pop(personal)
+        values.pop("only_new")
+        for private in ("notes", "me", "left_out"):
+            values["data"].pop(private)
         return values
 
 
@@ -340,13 +343,13 @@ class NightlyConfig:
 
     at: str = setting(  # chosen by hand: most people sleep then, and no country changes its clocks between 03:30 and 07:00
         "01:00",
-        Parsed(lambda text: seconds_until(text), "a time of day such as 01:00"),
+        Parsed(seconds_until, "a time of day such as 01:00"),
         "Local time at which a night begins.",
         metavar="HH:MM",
     )
     until: str = setting(  # chosen by hand
         "07:00",
-        Parsed(lambda text: seconds_until(text), "a time of day such as 07:00"),
+        Parsed(seconds_until, "a time of day such as 07:00"),
         "Local time by which a night has ended.",
         metavar="HH:MM",
     )
@@ -359,6 +362,9 @@ class NightlyConfig:
     )
     wake: bool = setting(
         False, Switch(), "Let the machine wake from sleep for a night (Windows alone offers this to users).", example=True
+    )
+    notify: bool = setting(
+        False, Switch(), "Show a notification on the desktop when a night has ended, with what it came to.", example=True
     )
     scheduler: str = setting(
         "auto", Choice(SCHEDULERS), "Program of this system that starts the nights. {default}, the one that this system has."
@@ -373,53 +379,3 @@ class NightlyConfig:
 def default_epochs(steps_per_epoch: int) -> float:
     """Return the passes over the notes where neither --steps nor --epochs is given: 3, or up to 8 to reach 100 steps."""
     return min(MOST_EPOCHS, max(EPOCHS, FEWEST_STEPS / steps_per_epoch))
-
-
-def check_encoding(name: str) -> None:
-    """Raise SettingError unless Python knows an encoding of texts by this name."""
-    try:
-        "".encode(name)
-    except (LookupError, ValueError) as error:  # ValueError: a name with a NUL
-        raise SettingError(f"no encoding is known here by the name {name!r}") from error
-
-
-def parse_regions(text: str) -> tuple[str, ...]:
-    """Return the country codes in a text such as "US,DE". Raises SettingError."""
-    codes = tuple(part.strip().upper() for part in text.split(","))
-    if not all(re.fullmatch("[A-Z]{2}", code) for code in codes):
-        raise SettingError(f"--phone-regions is {shown(text)}; expected country codes such as US,DE.")
-    return codes
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes that a size such as "2GB" (2,000,000,000), "1.5GiB" or "4096" stands for. Raises UsageError."""
-    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?i?)b?\s*", text.lower())
-    size = 0 if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
-    if not 0 < size < 2**63:
-        raise SettingError(f"--memory is {shown(text)}; expected {MEMORY.expected}.")
-    return size
-
-
-def seconds_until(clock: str, now: datetime | None = None) -> float:
-    """Return the seconds from `now` until the local clock next shows HH:MM, however it is changed until then.
-
-    now: local time, the present by default. A time that a change of the clock leaves out is taken as if the clock had not
-    changed; of one that the clock shows twice, the next is meant. Raises UsageError.
-    """
-    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})", clock)
-    if match is None or int(match[1]) > 23 or int(match[2]) > 59:
-        raise SettingError(f"--until is {clock!r}; expected a time of day such as 06:30.")
-    now = now or datetime.now()
-    start = now.timestamp()
-    today = now.replace(hour=int(match[1]), minute=int(match[2]), second=0, microsecond=0)
-    days = (today, today + timedelta(days=1))
-    return min(moment for day in days for moment in moments(day) if moment > start) - start
-
-
-def moments(local: datetime) -> list[float]:
-    """Return the times, in seconds since 1970, at which the local clock shows `local`: one, or two where it is set back."""
-    moments = [local.replace(fold=fold).timestamp() for fold in (0, 1)]
-    return [moment for moment in moments if datetime.fromtimestamp(moment) == local.replace(fold=0)] or moments[:1]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from edgetune.config import DataConfig, TrainConfig, default_epochs, parse_bytes
+from edgetune.config import DataConfig, TrainConfig, default_epochs
+from edgetune.parsing import parse_bytes
 from edgetune.runtime import budget, ops
 from edgetune.runtime.budget import Parts, Setting, Stored, Vocabulary
 from edgetune.runtime.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from edgetune.runtime.ops_types import Segment
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What another model predicts for each of N targets: its K likeliest tokens and their probabilities.
+    """The predictions of another model for each of N targets: its K likeliest tokens and their probabilities.
 
     ids is (N, K) int64, the likeliest first; probabilities is (N, K) float32. All other tokens together have the rest.
     """

@@ -145,7 +145,7 @@ class SimulatedTrainer:
             show(Working("loading", part + 1, 4, self.load_seconds))
         self.runs[key] = done
         plan = {"steps": steps}
-        yield Started("run", "demo", "cpu", "cpu", plan, 1, 0, (), 1, 1, 1)
+        yield Started(f"adapter-{len(self.scores)}", "demo", "cpu", "cpu", plan, 1, 0, (), 1, 1, 1)
         first = done
         while done < steps and not (done > first and self.system.monotonic() >= deadline):
             if stop.is_set():
@@ -187,8 +187,9 @@ class SimulatedTrainer:
             self.before_anything("promoted")
         if not cut:
             self.runs.pop(key, None)
-        score = None if before is None else before
-        return Finished(name, done, done, 1.0, score, after, 1, "cpu", 1.0, promoted=promoted, cut="deadline" if cut else None)
+        ends = "deadline" if cut else None
+        decision = {"verdict": "better" if promoted else "not better", "reason": "It was simulated."}
+        return Finished(name, done, done, 1.0, before, after, 1, "cpu", 1.0, promoted=promoted, cut=ends, decision=decision)
 
 
 def full_disk() -> ResourceError:

@@ -29,9 +29,10 @@ import edgetune.cli.options
 import edgetune.cli.train
 from edgetune.cli.main import COMMANDS, cli, plain_failures
 from edgetune.cli.train import train_command
-from edgetune.config import DataConfig, GenerateConfig, TrainConfig, parse_bytes, seconds_until
+from edgetune.config import DataConfig, GenerateConfig, TrainConfig
 from edgetune.config_file import train_config
 from edgetune.exporting import export_adapter
+from edgetune.parsing import parse_bytes, seconds_until
 from edgetune.runtime import ops
 from edgetune.runtime.device import pick_device
 from edgetune.runtime.errors import EdgetuneError, SettingError, UsageError

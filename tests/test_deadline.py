@@ -8,7 +8,8 @@ from datetime import datetime
 
 import pytest
 
-from edgetune.config import TrainConfig, seconds_until
+from edgetune.config import TrainConfig
+from edgetune.parsing import seconds_until
 from edgetune.training.deadline import LONGEST_SET_BACK, Deadline
 
 HOUR = 3600.0

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_front_matter import without_front_matter
 
+from edgetune.config import DataConfig
 from edgetune.documents.document import Document, Reason
 from edgetune.documents.encoding import NotText, decode
-from edgetune.documents.front_matter import without_front_matter
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.patterns import match_parts
 from edgetune.documents.reading import read_notes
-from edgetune.privacy.masking import Masker
 from edgetune.reports.text import one_line
 from edgetune.runtime.errors import DataError
 
@@ -72,7 +72,7 @@ def test_everything_left_out_is_told_with_its_reason(tmp_path):
     put(tmp_path, "empty.md", "")
     put(tmp_path, "blank.md", " \n\t\n")
     put(tmp_path, "drafts/x.md", "a draft")
-    reading = read_notes([tmp_path], exclude=["drafts"])
+    reading = read_notes([tmp_path], DataConfig(exclude=("drafts",)))
     assert paths(reading.documents) == ["good.md"]
     assert reasons(reading) == {
         "twin.md": Reason.DUPLICATE,
@@ -169,7 +169,7 @@ def test_exclude_globs(tmp_path, pattern, left):
     notes = tmp_path / "notes"
     for name in ("a.md", "deep/b.txt", "deep/drafts/c.md", "drafts/d.md"):
         put(notes, name, name)
-    reading = read_notes([notes], exclude=[pattern])
+    reading = read_notes([notes], DataConfig(exclude=(pattern,)))
     assert paths(reading.documents) == left
     assert reading.unused_excludes == ()
 
@@ -177,7 +177,7 @@ def test_exclude_globs(tmp_path, pattern, left):
 def test_an_absolute_exclude_and_one_that_matches_nothing(tmp_path):
     put(tmp_path, "a.md", "a")
     put(tmp_path, "b.md", "b")
-    reading = read_notes([tmp_path], exclude=[str(tmp_path / "b.md"), "diary"])
+    reading = read_notes([tmp_path], DataConfig(exclude=(str(tmp_path / "b.md"), "diary")))
     assert paths(reading.documents) == ["a.md"]
     assert reading.unused_excludes == ("diary",)
 
@@ -357,7 +357,7 @@ def test_front_matter_never_loses_what_stands_below_it(middle):
 
 def test_front_matter_can_be_kept_as_it_stands(tmp_path):
     put(tmp_path, "a.md", "---\ntitle: x\n---\nbody")
-    assert read_notes([tmp_path], keep_front_matter=True).documents[0].text == "---\ntitle: x\n---\nbody"
+    assert read_notes([tmp_path], DataConfig(recipe="raw")).documents[0].text == "---\ntitle: x\n---\nbody"
     assert read_notes([tmp_path]).documents[0].text == "# x\n\nbody"
 
 
@@ -448,6 +448,6 @@ def test_real_guanaco_chats():
 
 @pytest.mark.skipif(not (SHARED / "til").is_dir(), reason="the til notes are not on this machine")
 def test_til_splits_as_the_yardstick_did():
-    reading = read_notes([SHARED / "til"], masker=Masker("none"))
+    reading = read_notes([SHARED / "til"], DataConfig(mask="none"))
     assert len(reading.documents) == 1871
     assert len(split_held_out(reading.documents).held_out) == 93

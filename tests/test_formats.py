@@ -328,7 +328,7 @@ def test_a_notebook_keeps_text_and_code_and_drops_outputs() -> None:
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.documents.formats.archive.MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr("edgetune.documents.formats.package.MAX_UNPACKED_BYTES", 1 << 20)
     bomb = made.docx(made.paragraph("a" * (2 << 20)))
     assert len(bomb) < 10_000
     for read in (docx.read, epub.read, odt.read):
@@ -336,7 +336,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyP
 
 
 def test_a_zip_file_of_too_many_members_and_no_zip_file_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgetune.documents.formats.archive.MAX_ZIP_MEMBERS", 10)
+    monkeypatch.setattr("edgetune.documents.formats.package.MAX_ZIP_MEMBERS", 10)
     many = made.zipped_as({f"{number}": "" for number in range(11)})
     for read in (docx.read, epub.read, odt.read):
         assert reason(read, many) is Reason.TOO_LARGE_UNPACKED

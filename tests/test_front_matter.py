@@ -7,9 +7,16 @@ from itertools import pairwise
 
 import pytest
 
+from edgetune.config import DataConfig
 from edgetune.documents.document import Reason
-from edgetune.documents.front_matter import without_front_matter
+from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.reading import read_notes
+
+
+def without_front_matter(text: str) -> str:
+    """Return a note with its front matter reduced; any other text as it stands."""
+    front_matter = split_front_matter(text)
+    return text if front_matter is None else front_matter.reduced()
 
 
 def yaml(inside: str) -> str:
@@ -115,8 +122,8 @@ def test_a_drawing_is_no_note(tmp_path):
     (tmp_path / "a.md").write_text("---\nexcalidraw-plugin: parsed\ntags: [excalidraw]\n---\nN4KAkARAL\n")
     (tmp_path / "b.excalidraw.md").write_text("N4KAkARAL\n")
     (tmp_path / "c.md").write_text("---\nkanban-plugin: board\n---\n- [ ] oil the chain\n")
-    for keep in (False, True):
-        reading = read_notes([tmp_path], keep_front_matter=keep)
+    for recipe in ("notes", "raw"):
+        reading = read_notes([tmp_path], DataConfig(recipe=recipe))
         assert {skip.path: skip.reason for skip in reading.skipped} == {
             "a.md": Reason.DRAWING,
             "b.excalidraw.md": Reason.DRAWING,

@@ -1,4 +1,4 @@
-"""What training measures for the gate: yesterday's adapter on the very tokens of the new one, and general text."""
+"""Training measures for the gate: yesterday's adapter on the very tokens of the new one, and general text."""
 
 from __future__ import annotations
 

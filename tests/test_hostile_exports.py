@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edgetune.config import DataConfig
 from edgetune.documents import limits
 from edgetune.documents.document import Reading, Reason
 from edgetune.documents.messengers import archive, files
@@ -23,7 +24,7 @@ def read(folder: Path, name: str, data: bytes | str, *me: str) -> Reading:
     """Read a file beside a note, so that there always is something to read."""
     (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
     (folder / "note.md").write_text("The kiln takes nine hours.")
-    return read_notes([folder], me=me)
+    return read_notes([folder], DataConfig(me=me))
 
 
 def reasons(reading: Reading) -> dict[Reason, int]:

@@ -61,7 +61,8 @@ PRODUCT = (
     {"conversion"},
     {"documents", "reports", "memory_settings", "weight_forms"},
     {"privacy"},
-    {"config", "config_file", "settings", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"},
+    {"config", "config_file"},
+    {"parsing", "settings", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""
 

@@ -26,7 +26,7 @@ def folder(path: Path) -> Path:
 
 
 def test_only_what_i_wrote_is_learnt(tmp_path: Path) -> None:
-    reading = read_notes([folder(tmp_path)], me=["Ben"])
+    reading = read_notes([folder(tmp_path)], DataConfig(me=("Ben",)))
     chats = [document for document in reading.documents if document.is_chat]
     assert [text.strip() for text in trained(tmp_path, chats, CHATML)] == ["Two inches."]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from edgetune.config import DataConfig
 from edgetune.documents.document import Document, Reading, Reason
 from edgetune.documents.messengers.exports import App, recognise
 from edgetune.documents.messengers.messages import Me, Message
@@ -37,7 +38,7 @@ def said(document: Document) -> list[tuple[str, str]]:
 
 def read(path: Path, *me: str) -> Reading:
     """Read a file or folder, with what --me says."""
-    return read_notes([path], me=me)
+    return read_notes([path], DataConfig(me=me))
 
 
 def counts(reading: Reading) -> dict[Reason, int]:

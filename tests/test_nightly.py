@@ -253,6 +253,7 @@ def test_a_damaged_job_is_refused_in_one_sentence(notes: Path) -> None:
         (home() / "nightly.json").write_text(content)
         outcome = edgetune("status")
         assert isinstance(outcome.exception, UsageError), content
+        assert "nightly.json" in str(outcome.exception)
 
 
 # -- the trial, and a night that trains
@@ -279,7 +280,8 @@ def test_the_trial_is_a_tiny_night_in_a_process_of_the_scheduler(notes: Path) ->
     record = run_trial(job, Started(), time.time, time.sleep)
     assert record is not None
     assert (record.kind, record.stage, record.steps) == (Kind.TRIAL, Stage.ENDED, 2)
-    assert record.outcome in (Outcome.BETTER, Outcome.NOT_BETTER)
+    assert record.sentence.endswith("it works: 15 notes can be read, and 2 steps were trained; nothing changed.")
+    assert not list((home() / "adapters").rglob("adapter_config.json")), "no adapter came of two steps"
     assert due_night(job, time.time()) is None, "a trial is no night, and is not repeated"
     assert not (nights_folder() / "notes.json").exists(), "the first night still has everything to learn"
 
@@ -304,8 +306,12 @@ def test_a_trial_that_never_begins_is_told_after_a_while(notes: Path) -> None:
 
 def test_the_record_says_in_one_sentence_what_happened() -> None:
     record = NightRecord("2026-11-28", Kind.NIGHT, 0.0, 1.0, outcome=Outcome.BETTER, new_notes=7, changed_notes=1)
-    record.before, record.after = 2.3125, 2.25
     assert record.sentence == (
-        "Night 2026-11-28: learned from 7 new notes and 1 changed note; better on notes it had not seen, 2.312 to 2.250 bits "
-        "per byte; now in use."
+        "Night 2026-11-28: learned from 7 new notes and 1 changed note; better on notes it had not seen; now in use."
+    )
+    record.outcome, record.new_notes, record.changed_notes = Outcome.TOO_FEW, 1, 0
+    record.verdict, record.reason = "too few", "With 3 held-out notes there is too little to judge by."
+    assert record.sentence == (
+        "Night 2026-11-28: learned from 1 new note; too few notes were held out to judge it, so it is kept beside your current "
+        "adapter, which stays in use. With 3 held-out notes there is too little to judge by."
     )

@@ -105,8 +105,55 @@ def test_an_adapter_that_is_no_better_changes_nothing(place: Place) -> None:
     place.trainer.now_current, place.trainer.scores = "mine", {"mine": 1.5}
     place.trainer.next_gain = lambda: -0.1
     record = place.night()
-    assert record.outcome is Outcome.NOT_BETTER
+    assert (record.outcome, record.verdict, record.reason) == (Outcome.NOT_BETTER, "not better", "It was simulated.")
     assert place.trainer.now_current == "mine"
+    assert record.sentence == (
+        "Night 2026-11-28: tried 10 new notes, but nothing changed because the new one is no better on notes it had not seen; "
+        "they will be tried again with newer ones. It was simulated."
+    )
+
+
+def test_notes_that_were_tried_in_vain_are_learnt_with_newer_ones_and_not_tried_alone_again(place: Place) -> None:
+    place.trainer.now_current, place.trainer.scores = "mine", {"mine": 1.5}
+    place.trainer.next_gain = lambda: -0.1
+    assert place.night().outcome is Outcome.NOT_BETTER
+    place.tomorrow()
+    (place.vault / "note 3.md").unlink()
+    same = place.night()
+    assert (same.outcome, len(place.trainer.trained)) == (Outcome.NOTHING_NEW, 1)
+    assert same.reason == "The same 9 new notes and 0 changed notes were tried already."
+    place.tomorrow()
+    place.write("new.md")
+    place.trainer.next_gain = lambda: 0.1
+    third = place.night()
+    assert (third.outcome, third.new_notes, place.trainer.trained[-1].from_adapter) == (Outcome.BETTER, 10, "mine")
+    place.tomorrow()
+    place.write("newer.md")
+    assert place.night().new_notes == 1
+
+
+def test_notes_count_as_learnt_once_the_user_promotes_the_adapter_that_was_set_aside(place: Place) -> None:
+    place.trainer.now_current, place.trainer.scores = "mine", {"mine": 1.5}
+    place.trainer.next_gain = lambda: -0.1
+    assert place.night().adapter == "adapter-1"
+    place.tomorrow()
+    place.trainer.now_current = "adapter-1"
+    assert place.night().outcome is Outcome.NOTHING_NEW
+    place.tomorrow()
+    place.write("new.md")
+    assert place.night().new_notes == 1
+
+
+def test_many_notes_lost_after_a_night_in_vain_stop_the_next_one(place: Place) -> None:
+    place.trainer.now_current, place.trainer.scores = "mine", {"mine": 1.5}
+    place.trainer.next_gain = lambda: -0.1
+    place.night()
+    place.tomorrow()
+    place.write("new.md")
+    for number in range(4):
+        (place.vault / f"note {number}.md").unlink()
+    assert place.night().outcome is Outcome.NOTES_MISSING
+    assert len(place.trainer.trained) == 1
 
 
 def test_a_night_on_battery_waits_for_mains(place: Place) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from edgetune.config import DataConfig
 from edgetune.documents.document import Reason
 from edgetune.documents.embedded import MARK, without_embedded_files
 from edgetune.documents.not_notes import is_in_cloud
@@ -105,7 +106,7 @@ def test_what_was_left_out_is_said_in_a_few_sentences(tmp_path):
     put(tmp_path, "b.md", f"![x](data:image/png;base64,{'QUJD' * 100})")
     put(tmp_path, "c.md", "Привет, мир".encode("cp1251"))
     put(tmp_path, ".d.md.icloud", b"bplist00")
-    said = sentences(read_notes([tmp_path], exclude=["drfats"]))
+    said = sentences(read_notes([tmp_path], DataConfig(exclude=("drfats",))))
     assert said == (
         "Not read: 1 not downloaded (in iCloud or another cloud), 1 encoding not recognised (save it as UTF-8, or name it with "
         "--encoding). Type edgetune train --dry-run to see which.",

@@ -14,6 +14,7 @@ import documents_in as made
 import psutil
 import pytest
 
+from edgetune.config import DataConfig
 from edgetune.documents import reading as reading_module
 from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
@@ -252,7 +253,7 @@ def test_what_changed_alone_is_parsed_again(tmp_path: Path, private_home: Path, 
     assert parsed[2:] == [b"<p>Page b, changed."]
     (notes / "renamed.html").unlink()
     assert len(sorted((private_home / "parsed").rglob("*.json"))) == 2
-    read_notes([notes], exclude=["b.html"])
+    read_notes([notes], DataConfig(exclude=("b.html",)))
     assert sorted((private_home / "parsed").rglob("*.json")) == []
 
 
@@ -289,4 +290,4 @@ def test_source_code_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("A note.")
     (tmp_path / "b.py").write_text("x = [[1]]\n")
     assert read_notes([tmp_path]).skipped_counts() == {"source code (read with --code)": 1}
-    assert [document.text for document in read_notes([tmp_path], code=True).documents] == ["A note.", "x = [[1]]\n"]
+    assert [document.text for document in read_notes([tmp_path], DataConfig(code=True)).documents] == ["A note.", "x = [[1]]\n"]

@@ -195,7 +195,7 @@ def test_the_digest_of_a_note_is_that_of_its_masked_text(tmp_path: Path) -> None
     (tmp_path / "b.md").write_text("Password: tiger77?\n")
     reading = read_notes([tmp_path])
     assert [document.text for document in reading.documents] == ["Password: [password]\n"]
-    unmasked = read_notes([tmp_path], masker=Masker("none"))
+    unmasked = read_notes([tmp_path], DataConfig(mask="none"))
     assert len({document.digest for document in (*reading.documents, *unmasked.documents)}) == 3
 
 

@@ -8,8 +8,8 @@ import sys
 import click
 
 from edgetune.cli.options import adapter_option, json_option, memory_option, model_option, print_json, say, say_model
-from edgetune.config import parse_bytes
 from edgetune.export.targets import TARGETS
+from edgetune.parsing import parse_bytes
 from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import human_bytes, human_time, one_line

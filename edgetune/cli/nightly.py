@@ -20,6 +20,7 @@ from edgetune.config import MANUAL_MINUTES, NightlyConfig
 from edgetune.home import home
 from edgetune.nights.job import FOR_EVER, Job, load_job, training_settings
 from edgetune.progress import Stages
+from edgetune.reports import desktop
 from edgetune.reports.text import one_line
 from edgetune.runtime.errors import BusyError, EdgetuneError, SettingError
 from edgetune.settings import Number, Whole, settings_of
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from edgetune.nights.record import NightRecord
     from edgetune.nights.schedulers.scheduler import Scheduler
 
+SILENT_OUTCOMES = ("nothing new", "paused", "stopped", "works")
+"""Outcomes of nights for which --notify shows nothing: they need nobody's attention, or the user is there."""
 MOST_DAYS, MOST_MINUTES = 3650, 1440
 """Longest pause in days, and longest night that the user begins in minutes; chosen by hand."""
 
@@ -61,6 +64,7 @@ def install_command(
     until: str,
     battery: int | None,
     wake: bool | None,
+    notify: bool | None,
     scheduler: str,
     only_print: bool,
     no_trial: bool,
@@ -74,7 +78,7 @@ def install_command(
     from edgetune.library.loading import choose_model
     from edgetune.nights import install as installing
 
-    times = NightlyConfig(at, until, battery, bool(wake), scheduler)
+    times = NightlyConfig(at, until, battery, bool(wake), bool(notify), scheduler)
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
     found = installing.shown_scheduler(scheduler) if only_print else installing.pick_scheduler(scheduler)
     given["model"] = choose_model(given.get("model")).name
@@ -157,6 +161,8 @@ def run_command(minutes: float | None, fewer_notes: bool, scheduled: bool, varia
             raise
         _print_nothing("A night is under way already.", as_json)
         return
+    if job.times.notify and record.outcome not in SILENT_OUTCOMES:
+        desktop.notify("edgetune", one_line(record.sentence))
     if as_json:
         print_json(_shown(record))
     else:
@@ -251,7 +257,8 @@ def _count_notes(job: Job) -> int:
     from edgetune.documents.walk import KINDS, walk
     from edgetune.runtime.errors import DataError
 
-    found = walk(job.notes, job.train_config().data.exclude).found
+    data = job.train_config().data
+    found = walk(job.notes, data.exclude, code=data.code).found
     if not found:
         raise DataError(f"There is nothing to read in {one_line(', '.join(job.notes))}; expected {KINDS}. Name another folder.")
     return len(found)

@@ -78,7 +78,7 @@ def anchor_windows(store: TokenStore, seq_len: int) -> Windows:
 
 
 def row_numbers(store: TokenStore) -> Int:
-    """Return for each token of the store the number of its predictions among the M (of a trained one: its own), (n,)."""
+    """Return the number of the last trained token up to each token of the store, (n,): of a trained one, its own number."""
     return np.maximum(np.cumsum(np.asarray(store.trained) != CONTEXT) - 1, 0)
 
 

@@ -49,6 +49,13 @@ class Score:
             found[document] = size_before + size, bits_before + nats / math.log(2)
         return found
 
+    def is_better_than(self, other: Score | None) -> bool:
+        """Return True if this score is finite and lower than another, over the text that both cover."""
+        if other is None:
+            return math.isfinite(self.bits_per_byte)
+        common = min(len(self), len(other))
+        return self.first(common).bits_per_byte < other.first(common).bits_per_byte
+
     @property
     def judges(self) -> bool:
         """Return True if enough tokens were scored to say that one score is better than another."""

@@ -66,6 +66,8 @@ class Reason(StrEnum):
     ENCRYPTED = "encrypted"
     NO_TEXT = "no text (scanned?)"
     IGNORED = "excluded by .edgetuneignore"
+    BEING_WRITTEN = "written within the last minute (left for the next night)"
+    CONFLICT_COPY = "conflict copy of another note"
     IGNORE_UNREADABLE = "beside or below a .edgetuneignore that cannot be read"
     PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"
@@ -310,7 +312,7 @@ class Reading:
     damaged: dict[str, int] = field(default_factory=dict)
     embedded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What parsed files held beside text, such as attachments: a number for each kind, by path."""
+    """Content of parsed files beside text, such as attachments: by path, a number for each kind."""
     near_duplicates: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Notes that are read though another one is much alike: by path, the other's path and their similarity (0 to 1)."""
     compared: bool = True

@@ -83,12 +83,6 @@ class FrontMatter:
         return head + self.body
 
 
-def without_front_matter(text: str) -> str:
-    """Return `text` with its YAML or TOML front matter reduced to title and tags; any other text as it stands."""
-    front_matter = split_front_matter(text)
-    return text if front_matter is None else front_matter.reduced()
-
-
 def split_front_matter(text: str) -> FrontMatter | None:
     """Return the front matter at the beginning of `text`, or None if there is none. See this module's docstring."""
     fence = text[:3]

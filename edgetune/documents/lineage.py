@@ -14,6 +14,7 @@ from typing import Any
 
 from edgetune.documents.document import Document
 from edgetune.home import keyed_digests
+from edgetune.runtime.errors import DataError
 
 KEY = "notes"
 """Key of an adapter's edgetune.json that holds what `Lineage.as_dict` returns."""
@@ -22,6 +23,10 @@ MARK_DIGITS = 16
 MOST_MARKS = 200_000
 """Most marks that are read and written, 3.4 MB of the 8 that edgetune.json may have; chosen by hand. Of more notes none are
 kept, and the next run then takes all notes as new."""
+
+
+class NothingNew(DataError):
+    """Raised where a run is to learn new notes alone and the adapter that it starts from has learnt them all."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,17 @@ def marks_of(documents: Sequence[Document]) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Known:
-    """The documents of a run that an adapter's marks tell of, by the SHA-256 of their texts."""
+    """The documents of a run that an adapter's marks name, as SHA-256 digests of their texts."""
 
     trained: frozenset[str] = frozenset()
     unchanged: frozenset[str] = frozenset()
-    """Those of them whose very text was learnt."""
+    """Documents among `trained` and `cut` that have not changed since."""
     held_out: frozenset[str] = frozenset()
     cut: frozenset[str] = frozenset()
 
     @classmethod
     def among(cls, documents: Sequence[Document], lineage: Lineage) -> Known:
-        """Look all documents up. One that several sides know was trained on, and counts so."""
+        """Look up all documents. One that is marked both as trained on and as held out counts as trained on."""
         if not lineage.nights:
             return cls()
         sides: dict[str, set[str]] = {"trained": set(), "unchanged": set(), "held_out": set(), "cut": set()}

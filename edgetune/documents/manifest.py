@@ -14,7 +14,7 @@ from edgetune.progress import Progress, ignore
 from edgetune.reports.text import human_bytes, one_line
 
 TRAINED, HELD_OUT, SKIPPED = "read", "held out", "skipped"
-"""What becomes of a file: trained on, used to measure whether training helps, or neither."""
+"""Uses of a file: training, measuring whether training helps, or none."""
 
 
 @dataclass(frozen=True)

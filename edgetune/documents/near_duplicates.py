@@ -31,7 +31,7 @@ _PERMUTATIONS, _BANDS, _SEED = 128, 32, 1
 
 @dataclass
 class NearDuplicates:
-    """What became of notes that are nearly the same."""
+    """The account of notes that are nearly the same."""
 
     pairs: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Notes that stay: by path, the path of another one and their similarity."""

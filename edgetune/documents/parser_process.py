@@ -28,7 +28,7 @@ from edgetune.runtime import json_file
 ALL_LIMITS = frozenset({"memory", "writes", "files", "time"})
 """Limits that the child reports where its system enforces all of them."""
 _POLL_SECONDS = 0.1
-"""Time between two looks at a child that parses, in seconds: within it, Ctrl-C is noticed."""
+"""Time between two looks at a child that parses, in seconds: within it, Ctrl-C is noticed. Chosen by hand."""
 _START_SECONDS = 60.0
 """Longest time that a child may take to start, in seconds. Chosen by hand: a slow disk takes ten."""
 _KEPT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP")

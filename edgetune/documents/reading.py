@@ -45,6 +45,8 @@ from edgetune.runtime.errors import DataError
 
 WHOLE_CHARS = 1 << 20
 """Characters of a note that are handled at a time: front matter and embedded files are found within them. Chosen by hand."""
+DEFAULTS = DataConfig()
+"""The settings of reading where none are given."""
 _MARKDOWN = (".md", ".markdown")
 
 
@@ -52,8 +54,7 @@ _MARKDOWN = (".md", ".markdown")
 class Reader:
     """Reads files one after another, and keeps the account of what was read and what was not."""
 
-    keep_front_matter: bool
-    encoding: str | None
+    data: DataConfig
     progress: Progress
     total: int
     parsed: ParsedFiles
@@ -66,7 +67,6 @@ class Reader:
     damaged: dict[str, int] = field(default_factory=dict)
     embedded: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
-    me: Sequence[str] = ()
 
     def read_all(self, files: Iterable[FoundFile]) -> None:
         """Read every file. Those of a Slack export are read together, where the first of them is reached."""
@@ -152,7 +152,7 @@ class Reader:
     def _read_export(self, found: FoundFile, file: FileIO) -> bool:
         """Read a file as a chat app's export; return False if it is none."""
         documents: list[Document] = []
-        skipped = read_file(file, found.path, self.me, self._keep_or_skip(documents), self._told(found.size))
+        skipped = read_file(file, found.path, self.data.me, self._keep_or_skip(documents), self._told(found.size))
         if skipped is None or (found.named and not documents and [skip.reason for skip in skipped] == [Reason.BAD_ARCHIVE]):
             return False
         if not documents and not skipped:
@@ -166,7 +166,7 @@ class Reader:
         documents: list[Document] = []
         before = self.done
         sources = {name: partial(self._listed_blocks, found) for name, found in files.items()}
-        self.skipped += read_slack(sources, folder, self.me, self._keep_or_skip(documents))
+        self.skipped += read_slack(sources, folder, self.data.me, self._keep_or_skip(documents))
         self.documents += documents
         self.done = before + sum(found.size for found in files.values())
 
@@ -182,7 +182,7 @@ class Reader:
         self.done += found.size
 
     def _read_note(self, found: FoundFile, file: FileIO) -> None:
-        encoding = find_encoding(lambda: self._blocks(file), self.encoding)
+        encoding = find_encoding(lambda: self._blocks(file), self.data.encoding)
         self._add_note(found.path, self._plain_text(found, decoded(self._blocks(file, found.size), encoding)))
         self.encodings[encoding.name] += 1
 
@@ -228,13 +228,13 @@ class Reader:
 
     def _encoding_of(self, file: FileIO, format: Format) -> Encoding:
         """Return the encoding of a text to parse: the one named by the user or by the page itself comes first."""
-        named = self.encoding
+        named = self.data.encoding
         if named is None and format.name == "HTML":
             named = html.charset(next(self._blocks(file), b""))
         try:
             return find_encoding(lambda: self._blocks(file), named)
         except NotText:
-            if named == self.encoding:
+            if named == self.data.encoding:
                 raise
             return find_encoding(lambda: self._blocks(file), None)
 
@@ -275,7 +275,7 @@ class Reader:
             raise NotText(Reason.DRAWING)
         if is_private(front_matter):
             raise NotText(Reason.PRIVATE)
-        return text if self.keep_front_matter else front_matter.reduced()
+        return text if self.data.recipe == "raw" else front_matter.reduced()
 
     def _blocks(self, file: FileIO, size: int = 0) -> Iterator[bytes]:
         """Yield the bytes of a file from its beginning. `size` counts them as progress; 0 for a first look."""
@@ -289,30 +289,18 @@ class Reader:
             self.progress(self.done + min(done, size), self.total)
 
 
-def read_notes(
-    paths: Sequence[str | os.PathLike[str]],
-    exclude: Sequence[str] = (),
-    keep_front_matter: bool = False,
-    encoding: str | None = None,
-    progress: Progress = ignore,
-    me: Sequence[str] = (),
-    code: bool = False,
-    masker: Masker | None = None,
-) -> Reading:
-    """Read every note and chat under `paths` (folders or files), except those that an `exclude` glob matches.
+def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAULTS, progress: Progress = ignore) -> Reading:
+    """Read every note and chat under `paths` (folders or files) with the settings in `data`, whose own `notes` are not read.
 
-    keep_front_matter: leave front matter as it is, instead of reducing it to title and tags.
-    encoding: Python's name for the encoding of notes that are not UTF-8 and have no byte-order mark.
-    me: the user's names in chat apps' exports.
-    masker: replaces secrets and identifiers before a text is kept; None for the default settings of masking.
+    Secrets and identifiers are masked before a text is kept.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
-    code: read source code too.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
-    found = walk(paths, exclude, lambda: progress(0, 0), code)
-    cache, masker = ParsedCache(paths), new_masker(DataConfig()) if masker is None else masker
+    left_out = {path: Reason(why) for path, why in data.left_out}
+    found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)
+    cache, masker = ParsedCache(paths), new_masker(data)
     with ParserProcess() as parser:
-        reader = Reader(keep_front_matter, encoding, progress, found.bytes, ParsedFiles(cache, parser), masker, me=me)
+        reader = Reader(data, progress, found.bytes, ParsedFiles(cache, parser), masker)
         reader.read_all(found.found.values())
     cache.tidy()
     documents, twins = without_duplicates(reader.documents)

@@ -31,7 +31,7 @@ def sentences(reading: Reading) -> tuple[str, ...]:
         )
     said += _of_parsed(reading)
     if reading.masked:
-        said.append(f"Masked before training: {kinds.counted(reading.masked)}. Placeholders stand in their place.")
+        said.append(f"Masked before training: {kinds.in_words(reading.masked)}. Placeholders stand in their place.")
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
     return (*said, *reading.unread_chats())
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from edgetune.documents import not_notes
 from edgetune.documents.document import Reason, Skipped
@@ -50,6 +51,8 @@ class Walk:
     code: bool = False
     own: Identity | None = None
     """edgetune's own data folder, which may lie among the notes."""
+    left_out: Mapping[str, Reason] = field(default_factory=dict)
+    """Files to skip, by their absolute paths."""
 
     @property
     def bytes(self) -> int:
@@ -80,12 +83,13 @@ def walk(
     exclude: Sequence[str] = (),
     before_each: Callable[[], None] = lambda: None,
     code: bool = False,
+    left_out: Mapping[str, Reason] = MappingProxyType({}),
 ) -> Walk:
     """Find every note and chat under `paths` (folders or single files), sorted by path.
 
     A file that is itself named is read even if it is hidden or has another suffix: naming it was a decision. `before_each` is
-    called before each folder and may raise to end the walk. code: find source code too. Raises DataError for a path that does
-    not exist.
+    called before each folder and may raise to end the walk. code: find source code too. left_out: files to skip, by
+    their absolute paths, and why. Raises DataError for a path that does not exist.
     """
     roots = [Path(os.path.abspath(expand(os.fspath(path)))) for path in paths]
     if not roots:
@@ -94,7 +98,8 @@ def walk(
         if not os.path.exists(root):  # False also for a name that no file can have, where Path.exists raises
             name = os.fspath(given)[:NAME_SHOWN]
             raise DataError(f"There is no file or folder {name}: expected {KINDS}; check the path, and type it again.")
-    state = Walk(common_folder(roots), [Exclude(pattern) for pattern in exclude], code=code, own=own_folder())
+    excludes = [Exclude(pattern) for pattern in exclude]
+    state = Walk(common_folder(roots), excludes, code=code, own=own_folder(), left_out=left_out)
     for root in sorted(roots):
         try:
             above = read_ignore_files_above(root)
@@ -109,6 +114,8 @@ def walk(
             state.skip(root, Reason.EXCLUDED)
         elif not root.is_file():
             state.skip(root, Reason.NOT_A_FILE)
+        elif (reason := left_out.get(str(root.resolve()))) is not None:
+            state.skip(root, reason)
         else:
             state.entries += 1
             # The file that a link leads to is read: naming the link was a decision.
@@ -213,6 +220,8 @@ def look_at(
         state.skip(path, reason)
     elif not_notes.is_in_cloud(about):
         state.skip(path, Reason.NOT_DOWNLOADED)
+    elif (reason := state.left_out.get(str(path))) is not None:
+        state.skip(path, reason)
     else:
         state.add(path, about)
     return None

@@ -22,9 +22,9 @@ from enum import StrEnum
 from statistics import NormalDist
 
 FEWEST_NOTES = 10
-"""Held-out notes with fewer of which nothing is judged. Chosen by hand: with fewer the standard error is itself a guess."""
+"""Fewest held-out notes by which an adapter is judged. Chosen by hand: with fewer the standard error is itself a guess."""
 FEWEST_BYTES = 800
-"""Bytes of held-out text with fewer of which nothing is judged, about 200 tokens of four bytes. Chosen by hand."""
+"""Fewest bytes of held-out text by which an adapter is judged, about 200 tokens of four bytes. Chosen by hand."""
 CHANCE = 0.01
 """Largest probability that an adapter which is no better passes for a better one. Chosen by hand."""
 LEAST_GAIN = 0.0005
@@ -75,7 +75,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that was measured of a new adapter. None stands for what was not measured, which speaks against nobody.
+    """Everything that was measured of a new adapter. None: not measured, which counts neither for nor against the adapter.
 
     heldout: the held-out documents, read with yesterday's adapter and the new one; where the base has no adapter yet, with the
     bare base and the new one. general, replies: general text, and the base's own chat replies, compared with the bare base, so
@@ -91,7 +91,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a new adapter: the verdict, and the reason for it as one plain sentence."""
+    """The decision about a new adapter: the verdict, and the reason for it as one plain sentence."""
 
     promote: bool
     verdict: Verdict

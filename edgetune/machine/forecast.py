@@ -47,7 +47,8 @@ from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import read_template
 from edgetune.scratch import scratch_folder
 from edgetune.training.run_notes import choose_notes
-from edgetune.training.setup import fit_rows, named_adapter, tokenize_notes
+from edgetune.training.setup import fit_rows, named_adapter
+from edgetune.training.tokenized_notes import tokenize_notes
 from edgetune.weight_forms import forms_for_training, forms_of_shape
 
 _RUNS = 3

@@ -123,5 +123,5 @@ def asked_for_trial(now: float) -> str | None:
 
 
 def trial_begins() -> None:
-    """Forget that a trial was asked for: it begins, or is not to begin any more."""
+    """Forget that a trial was asked for, since it begins or was given up."""
     (nights_folder() / _TRIAL_FILE).unlink(missing_ok=True)

@@ -22,7 +22,10 @@ BATTERY_MARGIN = 5.0
 
 
 class Level(IntEnum):
-    """How hot the machine is, or how short of memory. Between LOW and HIGH, what runs goes on and what waits keeps waiting."""
+    """Degree to which the machine is hot, or short of memory.
+
+    At RAISED, a night that works goes on, and one that waits keeps waiting.
+    """
 
     LOW = 0
     RAISED = 1
@@ -79,7 +82,7 @@ class Rules:
     """The conditions of one night.
 
     battery: charge in percent above which a night also works on battery; None: on mains alone. heeds_user: False for a night
-    that the user began, and who is therefore there.
+    that the user began, since they are at the machine.
     """
 
     battery: int | None = None
@@ -87,7 +90,7 @@ class Rules:
     heeds_machine: bool = True
     """False for the short trial of an installation, which heeds the disk alone."""
     mains_only: bool = False
-    """True for a night that is made up for by day: it works on mains alone, whatever `battery` says."""
+    """True for a missed night that is made up for by day: it works on mains alone, whatever `battery` says."""
 
     def before_work(self, system: System) -> Obstacle | None:
         """Return what keeps a night from beginning, or from going on after a pause; None if nothing does."""

@@ -39,7 +39,8 @@ KEPT_VARIABLES = ("EDGETUNE_HOME", "PYTHONPATH", "HF_HOME", "HF_HUB_CACHE", "OLL
 BEGINS_WITHIN = 180.0
 """Seconds within which a trial must have begun: cron begins it within two minutes. Chosen by hand."""
 MOST_HOURS = 36
-"""Hours after which a scheduler may end a night: one that waits for an idle hour by day has given up long before."""
+"""Hours after which a scheduler may end a night: one that waits for an idle hour by day has given up long before.
+Chosen by hand."""
 
 
 def pick_scheduler(name: str) -> Scheduler:
@@ -130,7 +131,7 @@ def run_trial(
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """How the nights stand."""
+    """The state of the nights, for `edgetune nightly status`."""
 
     scheduler: str
     is_installed: bool

@@ -1,4 +1,4 @@
-"""What `edgetune nightly install` was told, kept in nightly.json of edgetune's data folder."""
+"""Keeps what `edgetune nightly install` was told in nightly.json of edgetune's data folder."""
 
 from __future__ import annotations
 

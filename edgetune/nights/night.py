@@ -12,17 +12,31 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from edgetune.documents.document import Reason
+from edgetune.documents.lineage import NothingNew
 from edgetune.events import Event, Finished, Started, Stepped
+from edgetune.library.gate import Verdict
 from edgetune.nights.conditions import Obstacle, Rules, System
 from edgetune.nights.job import Job, load_job, path_of_job
 from edgetune.nights.record import Kind, NightRecord, Outcome, Stage, tidy
 from edgetune.nights.this_system import unknown_conditions
 from edgetune.nights.tonight import Tonight, forget_tonight, load_tonight
 from edgetune.nights.trainer import Trainer
-from edgetune.nights.vault import PENDING, NotesMissing, adopt_pending, load_known, look
+from edgetune.nights.vault import (
+    LEARNT,
+    PENDING,
+    TRIED,
+    Known,
+    Looked,
+    NotesMissing,
+    learnt_and_tried,
+    look,
+    remember_tonight,
+)
 from edgetune.nights.watch import LOOKED_EVERY, BeforeStart, End, Watch
 from edgetune.nights.window import Deadline, elapsed
 from edgetune.progress import Show
+from edgetune.reports.text import counted
 from edgetune.runtime.errors import EdgetuneError, ResourceError, UsageError
 
 WAIT_SECONDS = 30.0
@@ -39,7 +53,7 @@ MEASURED_STEPS = 3
 FEWEST_STEPS = 10
 """Steps below which a shorter plan is not worth to start over for; the deadline ends the longer one. Chosen by hand."""
 TRIAL_STEPS = 2
-"""Steps of the tiny night that `install` runs."""
+"""Steps of the tiny night that `install` runs; no adapter comes of it."""
 
 
 class _Ended(Exception):
@@ -88,6 +102,9 @@ class Night:
             self._end(end.outcome, end.reason)
         except NotesMissing as error:
             self._end(Outcome.NOTES_MISSING, str(error))
+        except NothingNew as error:
+            self._remember_notes("" if self.record.parent is None else self.record.parent, is_current=True)
+            self._end(Outcome.NOTHING_NEW, str(error))
         except EdgetuneError as error:
             self._end(Outcome.FAILED, str(error))
         except Exception as error:
@@ -179,22 +196,40 @@ class Night:
         record = self.record
         record.stage = Stage.READING
         record.save()
-        exclude = self.job.train_config().data.exclude
-        looked = look(self.job.notes, exclude, load_known(), self.accept_fewer, watch.check, self.system.now())
+        config, is_trial = self.job.train_config(), record.kind is Kind.TRIAL
+
+        def current() -> str | None:
+            return self.trainer.current(config, show)
+
+        learnt, tried = learnt_and_tried(lambda: _name_of(current()))
+        looked = look(self.job.notes, config.data, learnt, tried, self.accept_fewer, watch.check, self.system.now())
         record.notes, record.new_notes, record.changed_notes = looked.notes, looked.new, looked.changed
         record.gone_notes, record.not_downloaded = looked.gone, looked.not_downloaded
         record.deferred_notes, record.conflict_copies = len(looked.deferred), len(looked.conflicts)
-        if not looked.new + looked.changed and record.kind is not Kind.TRIAL:
-            raise _Ended(Outcome.NOTHING_NEW)
-        parent = self.trainer.current(self.job.train_config(), show)
-        if record.kind is Kind.TRIAL:  # somebody waits, perhaps with notes that were written just now
-            tonight = Tonight(record.night, parent, looked.conflicts, TRIAL_STEPS)
-        else:
-            tonight = Tonight(record.night, parent, looked.deferred + looked.conflicts)
-        record.parent = None if parent is None else Path(parent).name
+        if not is_trial:
+            self._end_without_news(looked, learnt, tried)
+        parent = current()
+        # Of a trial, somebody waits for the end, perhaps with notes that were written just now.
+        deferred = () if is_trial else tuple((path, str(Reason.BEING_WRITTEN)) for path in looked.deferred)
+        conflicts = tuple((path, str(Reason.CONFLICT_COPY)) for path in looked.conflicts)
+        # One step more than a trial takes: it ends before there is an adapter to judge.
+        tonight = Tonight(record.night, parent, deferred + conflicts, TRIAL_STEPS + 1 if is_trial else None, not is_trial)
+        record.parent = _name_of(parent)
         looked.known.save(PENDING)
         tonight.save()
         self.tonight = tonight
+
+    def _end_without_news(self, looked: Looked, learnt: Known | None, tried: Known | None) -> None:
+        """Raise _Ended if no note is new, or none that was not tried already. The notes that are gone are forgotten then."""
+        if not looked.new + looked.changed:
+            dataclasses.replace(looked.known, adapter="" if learnt is None else learnt.adapter).save(LEARNT)
+            raise _Ended(Outcome.NOTHING_NEW)
+        if tried is not None and not looked.untried:
+            dataclasses.replace(looked.known, adapter=tried.adapter).save(TRIED)
+            reason = (
+                f"The same {counted(looked.new, 'new note')} and {counted(looked.changed, 'changed note')} were tried already."
+            )
+            raise _Ended(Outcome.NOTHING_NEW, reason)
 
     def _check_parent(self, show: Show) -> None:
         """Raise _Ended if the current adapter is not the one that the night began with."""
@@ -202,16 +237,16 @@ class Night:
         current = self.trainer.current(self.job.train_config(), show)
         if current == self.tonight.parent:
             return
-        if self.was_killed and current is not None and self.tonight.begun:
-            self.record.adapter = Path(current).name
-            self._remember_notes()
+        if self.was_killed and current is not None and _name_of(current) == self.tonight.run:
+            self.record.adapter = self.tonight.run
+            self._remember_notes(self.tonight.run, is_current=True)
             raise _Ended(Outcome.BETTER, "Its scores are lost, since its process was ended before they were recorded.")
         raise _Ended(Outcome.STOPPED, "Another adapter was made the current one meanwhile.")
 
     # -- training
 
     def _train(self, watch: Watch, show: Show) -> Finished | None:
-        """Train or resume; return Finished, or None if training was stopped."""
+        """Train or resume; return Finished, or None if training was stopped. Raises NothingNew."""
         tonight, record = self.tonight, self.record
         assert tonight is not None
         config = tonight.config(self.job, max(self._seconds_to_train(), 1.0) / 60)
@@ -223,11 +258,23 @@ class Night:
         for event in self.trainer.train(config, watch.stop, fresh, show):
             show(event)
             finished = event if isinstance(event, Finished) else finished
+            self._note(event, watch)
             fitting = None if measured is None else measured.steps_that_fit(event, self._seconds_to_train())
             if fitting is not None and fitting >= FEWEST_STEPS:
                 record.steps_planned, measured = fitting, None
                 watch.end(End.REPLAN)
         return finished
+
+    def _note(self, event: Event, watch: Watch) -> None:
+        """Keep what an event tells about the night, and end a trial once it has trained its steps."""
+        tonight, record = self.tonight, self.record
+        assert tonight is not None
+        if isinstance(event, Started):
+            tonight.run, record.masked = event.run, dict(event.masked)
+            tonight.save()
+        if isinstance(event, Stepped) and record.kind is Kind.TRIAL and event.step >= TRIAL_STEPS:
+            record.steps = event.step
+            watch.end(End.TRIED)
 
     def _after_stop(self, why: End | Obstacle | None) -> None:
         """Prepare the next session after training was stopped. Raises _Ended where there is none."""
@@ -238,6 +285,8 @@ class Night:
             self.tonight.save()
         if why is End.DEADLINE:
             raise _Ended(Outcome.OUT_OF_TIME)
+        if why is End.TRIED:
+            raise _Ended(Outcome.WORKS)
         if why is End.STOPPED:
             raise _Ended(Outcome.STOPPED)
         if why is End.PAUSED:
@@ -248,19 +297,25 @@ class Night:
     # -- the end
 
     def _report(self, finished: Finished) -> None:
-        """Record what training came to, and remember tonight's notes as learnt."""
+        """Record what training came to, and remember tonight's notes: as learnt, or as tried."""
         record = self.record
         record.stage = Stage.REPORTING
         record.adapter, record.steps = Path(finished.adapter).name, finished.steps
         record.before, record.after = finished.heldout_bits_per_byte_before, finished.heldout_bits_per_byte_after
+        decision = finished.decision or {}
+        record.verdict = decision.get("verdict")
         record.save()
-        self._remember_notes()
-        self._end(Outcome.BETTER if finished.promoted else Outcome.NOT_BETTER)
+        self._remember_notes(record.adapter, finished.promoted)
+        if finished.promoted:
+            outcome = Outcome.FIRST if record.verdict == Verdict.FIRST else Outcome.BETTER
+        else:
+            outcome = Outcome.TOO_FEW if record.verdict == Verdict.TOO_FEW else Outcome.NOT_BETTER
+        self._end(outcome, decision.get("reason", ""))
 
-    def _remember_notes(self) -> None:
-        """Remember the notes that were there tonight as learnt, but for those of a trial."""
+    def _remember_notes(self, adapter: str, is_current: bool) -> None:
+        """Remember the notes that were there tonight, which this adapter was trained on; those of a trial are still new."""
         if self.record.kind is not Kind.TRIAL:
-            adopt_pending()
+            remember_tonight(adapter, is_current)
 
     def _end(self, outcome: Outcome, reason: str = "") -> None:
         """Record the end of the night. One that was stopped from outside may still go on until its time is over."""
@@ -287,6 +342,10 @@ class Night:
         for path in sorted(self.job.notes, key=len, reverse=True):
             reason = reason.replace(path, "the folder of notes")
         return reason[:1].upper() + reason[1:]
+
+
+def _name_of(adapter: str | None) -> str | None:
+    return None if adapter is None else Path(adapter).name
 
 
 class Speed:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.nights.job import nights_folder
+from edgetune.reports.text import counted
+from edgetune.reports.verdicts import BECAUSE, LEARNED
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import atomic_write, mend
 from edgetune.runtime.json_file import read_object
@@ -31,7 +33,7 @@ class Stage(StrEnum):
 
 
 class Kind(StrEnum):
-    """What made a night begin."""
+    """The causes for which a night begins."""
 
     NIGHT = "night"
     CATCH_UP = "catch-up"
@@ -40,10 +42,13 @@ class Kind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What a night came to. But for BETTER, the current adapter is what it was before."""
+    """The outcomes of a night. All but BETTER and FIRST leave the current adapter as it was."""
 
     BETTER = "better"
+    FIRST = "first"
     NOT_BETTER = "not better"
+    TOO_FEW = "too few"
+    WORKS = "works"
     NOTHING_NEW = "nothing new"
     NOT_STARTED = "not started"
     OUT_OF_TIME = "out of time"
@@ -65,8 +70,10 @@ class NightRecord:
     ends_by: float
     stage: Stage = Stage.WAITING
     outcome: Outcome | None = None
+    verdict: str | None = None
+    """Verdict of the gate (library/gate.py) on the adapter that the night trained; None where there is none."""
     reason: str = ""
-    """One sentence for a stranger, where the outcome alone says too little."""
+    """One sentence for a stranger: the gate's reason or, where the outcome alone says too little, another."""
     ended: float | None = None
     parent: str | None = None
     """Name of the adapter that the night began with."""
@@ -82,6 +89,8 @@ class NightRecord:
     deferred_notes: int = 0
     conflict_copies: int = 0
     not_downloaded: int = 0
+    masked: dict[str, int] = field(default_factory=dict)
+    """How many secrets and identifiers of each kind placeholders replaced in the notes."""
     before: float | None = None
     after: float | None = None
     working_seconds: float = 0.0
@@ -113,14 +122,21 @@ class NightRecord:
     def _happened(self) -> str:
         if self.outcome is None:
             return f"under way ({self.stage})."
-        learned = f"{_counted(self.new_notes, 'new')} and {_counted(self.changed_notes, 'changed')}"
-        scores = "" if self.before is None or self.after is None else f", {self.before:.3f} to {self.after:.3f} bits per byte"
-        sentences = {
-            Outcome.BETTER: f"learned from {learned}; better on notes it had not seen{scores}; now in use.",
-            Outcome.NOT_BETTER: f"learned from {learned}, but is not better on notes it had not seen{scores}; nothing changed.",
-            Outcome.NOTHING_NEW: "there was nothing new to learn; nothing changed.",
-        }
-        return sentences.get(self.outcome, f"{self.outcome}; nothing changed.") + (f" {self.reason}" if self.reason else "")
+        changed = f" and {counted(self.changed_notes, 'changed note')}" if self.changed_notes else ""
+        notes = f"{counted(self.new_notes, 'new note')}{changed}"
+        if self.outcome in LEARNED:
+            happened = f"learned from {notes}; {LEARNED[self.outcome]}."
+        elif self.outcome is Outcome.NOT_BETTER:
+            because = BECAUSE.get(self.verdict or "", BECAUSE["not better"])
+            happened = f"tried {notes}, but nothing changed because {because}; they will be tried again with newer ones."
+        elif self.outcome is Outcome.NOTHING_NEW:
+            happened = "there was nothing new to learn; nothing changed."
+        elif self.outcome is Outcome.WORKS:
+            read = counted(self.notes + self.deferred_notes, "note")
+            happened = f"it works: {read} can be read, and {self.steps} steps were trained; nothing changed."
+        else:
+            happened = f"{self.outcome}; nothing changed."
+        return f"{happened} {self.reason}".rstrip()
 
 
 _NAMES = {Kind.NIGHT: "Night", Kind.CATCH_UP: "Night", Kind.MANUAL: "Run", Kind.TRIAL: "Trial"}
@@ -146,6 +162,8 @@ def _check_types(record: NightRecord) -> None:
         value, example = getattr(record, item.name), getattr(like, item.name)
         if item.name in ("before", "after", "ended"):
             example = 0.0
+        if item.name == "verdict":
+            example = ""
         if isinstance(example, bool | int | float | str | dict | list) and value is not None:
             numeric = isinstance(example, int | float) and isinstance(value, int | float)
             if not numeric and not isinstance(value, type(example)):
@@ -171,7 +189,3 @@ def tidy() -> None:
         path.unlink(missing_ok=True)
     for path in paths[-KEPT:]:
         mend(path)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what} {'note' if count == 1 else 'notes'}"

@@ -30,7 +30,7 @@ STALLED_HIGH, STALLED_RAISED = 10.0, 2.0
 """Percent of the last minute in which all programs waited for memory (Linux's "full avg60"), from which memory is very or
 rather short; chosen by hand."""
 USED_HIGH, USED_RAISED = 97.0, 92.0
-"""Percent of Windows's memory in use with the same meanings; chosen by hand."""
+"""Percent of memory in use on Windows from which memory is very or rather short; chosen by hand."""
 BELOW_LIMIT = 10.0
 """Degrees Celsius below a sensor's limit from which the machine counts as warm; chosen by hand."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 from dataclasses import dataclass
 
 from edgetune.config import TrainConfig
+from edgetune.documents.document import Reason
 from edgetune.nights.job import Job, nights_folder
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import atomic_write
@@ -24,12 +24,16 @@ class Tonight:
     night: str
     parent: str | None
     """Folder of the adapter that training starts from."""
-    left_out: tuple[str, ...] = ()
-    """Absolute paths of notes that are not read tonight."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Absolute paths of notes that are not read tonight, each with its reason."""
     steps: int | None = None
     """Steps that fit into the time allowed; None: as many as the settings say."""
+    only_new: bool = True
+    """False for a trial, which trains although nothing may be new."""
     begun: bool = False
     """True once training has begun, so that it is to be resumed."""
+    run: str = ""
+    """Name of the run, once it has started, and so of the adapter that it will write."""
 
     def save(self) -> None:
         """Write the choices, readable by their owner alone. Raises ResourceError when the disk is full."""
@@ -38,17 +42,16 @@ class Tonight:
     def config(self, job: Job, minutes: float | None = None) -> TrainConfig:
         """Return the settings of tonight's training, which stops after so many minutes. They name the same run every time."""
         config = job.train_config()
-        # An absolute path with its wildcards escaped is a pattern that leaves out this one file.
-        exclude = (*config.data.exclude, *(glob.escape(path) for path in self.left_out))
         if self.steps is not None:
             config = dataclasses.replace(config, steps=self.steps, epochs=None)
         return dataclasses.replace(
             config,
-            data=dataclasses.replace(config.data, exclude=exclude),
+            data=dataclasses.replace(config.data, left_out=self.left_out),
             out=None,
             minutes=minutes,
             until=None,
             from_adapter=self.parent,
+            only_new=self.only_new,
         )
 
 
@@ -61,9 +64,13 @@ def load_tonight() -> Tonight | None:
         found = Tonight(**read_object(path, NIGHT_RECORD))
     except (UsageError, TypeError):
         return None
-    found.left_out = tuple(map(str, found.left_out)) if isinstance(found.left_out, list) else ()
-    texts = isinstance(found.night, str) and isinstance(found.parent, str | None)
-    return found if texts and isinstance(found.steps, int | None) and isinstance(found.begun, bool) else None
+    pairs = found.left_out if isinstance(found.left_out, list) else [()]
+    if not all(isinstance(pair, list) and len(pair) == 2 and pair[1] in list(Reason) for pair in pairs):
+        return None
+    found.left_out = tuple((str(path), str(why)) for path, why in pairs)
+    texts = isinstance(found.night, str) and isinstance(found.parent, str | None) and isinstance(found.run, str)
+    switches = isinstance(found.begun, bool) and isinstance(found.only_new, bool)
+    return found if texts and switches and isinstance(found.steps, int | None) else None
 
 
 def forget_tonight() -> None:

@@ -12,7 +12,7 @@ from edgetune.progress import Show
 
 
 class Trainer(Protocol):
-    """What a night needs of training."""
+    """The training that a night needs."""
 
     def current(self, config: TrainConfig, show: Show) -> str | None:
         """Return the folder of the current adapter of this configuration's base model, or None if there is none."""

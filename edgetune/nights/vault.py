@@ -5,16 +5,18 @@ Nothing but names, sizes and times is looked at. What is remembered until the ne
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hmac
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgetune.config import DataConfig
 from edgetune.documents.copies import original_path
 from edgetune.documents.document import Reason, Skipped
 from edgetune.documents.not_notes import placeholder_of
@@ -26,8 +28,9 @@ from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.untrusted_file import NIGHT_RECORD
 
-FILE, PENDING = "notes.json", "notes-tonight.json"
-"""Files with the notes of the last night that learnt them, and of the night that is under way."""
+LEARNT, TRIED, PENDING = "notes.json", "notes-tried.json", "notes-tonight.json"
+"""Files with the notes that the current adapter has learnt, with those of a later night whose adapter was set aside, and
+with those of the night that is under way."""
 MOST_LOST = 0.3
 """Share of last night's notes (0 to 1) that may be gone; where more are, the folder is taken for broken."""
 SETTLED_SECONDS = 60.0
@@ -49,10 +52,12 @@ class Known:
     folders: str
     """Digest of the named folders and files: other ones have notes of their own."""
     notes: dict[str, str]
+    adapter: str = ""
+    """Name of the adapter that was trained on them; empty while the night is under way."""
 
-    def save(self, name: str = FILE) -> None:
+    def save(self, name: str) -> None:
         """Write the notes to a file. Raises ResourceError when the disk is full."""
-        atomic_write(nights_folder() / name, json.dumps({"folders": self.folders, "notes": self.notes}) + "\n")
+        atomic_write(nights_folder() / name, json.dumps(dataclasses.asdict(self)) + "\n")
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,12 @@ class Looked:
     notes: int
     """Notes that tonight may read."""
     new: int
+    """Notes that are new to the current adapter."""
     changed: int
+    untried: int
+    """Those of the new and changed notes that no later night has tried to learn either."""
     gone: int
+    """Notes of the last night, whatever came of it, that are gone."""
     deferred: tuple[str, ...]
     """Notes that are being written."""
     conflicts: tuple[str, ...]
@@ -73,36 +82,54 @@ class Looked:
     not_downloaded: int
 
 
-def load_known() -> Known | None:
-    """Return the notes of the last night, or None if there was none or its file is damaged."""
-    path = nights_folder() / FILE
+def load_known(name: str = LEARNT) -> Known | None:
+    """Return the notes in a file, or None if there is none or it is damaged."""
+    path = nights_folder() / name
     try:
         record = read_object(path, NIGHT_RECORD) if path.exists() else {}
-        folders, notes = record["folders"], record["notes"]
+        folders, notes, adapter = record["folders"], record["notes"], record["adapter"]
     except (KeyError, UsageError):
         return None
-    pairs = notes.items() if isinstance(notes, dict) else [("", None)]
-    return Known(folders, notes) if isinstance(folders, str) and all(isinstance(value, str) for _, value in pairs) else None
+    values = [folders, adapter, *(notes.values() if isinstance(notes, dict) else [None])]
+    return Known(folders, notes, adapter) if all(isinstance(value, str) for value in values) else None
 
 
-def adopt_pending() -> None:
-    """Remember the notes of the night that is under way as learnt, in one step."""
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(nights_folder() / PENDING, nights_folder() / FILE)
+def remember_tonight(adapter: str, is_current: bool) -> None:
+    """Remember the notes of the night that is under way, which trained this adapter: as learnt if it is the current one now,
+    else as tried. Those that were only tried stay new, so that the next night with newer ones learns them together."""
+    pending = load_known(PENDING)
+    if pending is not None:
+        dataclasses.replace(pending, adapter=adapter).save(LEARNT if is_current else TRIED)
+    if is_current:
+        (nights_folder() / TRIED).unlink(missing_ok=True)
+    (nights_folder() / PENDING).unlink(missing_ok=True)
+
+
+def learnt_and_tried(current: Callable[[], str | None]) -> tuple[Known | None, Known | None]:
+    """Return the notes that the current adapter has learnt, and those that a later night only tried to learn.
+
+    current: returns the name of the current adapter. Where the user has promoted that night's adapter, they are learnt.
+    """
+    tried = load_known(TRIED)
+    if tried is not None and tried.adapter == current():
+        os.replace(nights_folder() / TRIED, nights_folder() / LEARNT)
+        tried = None
+    return load_known(), tried
 
 
 def look(
     notes: Sequence[str],
-    exclude: Sequence[str],
-    known: Known | None,
+    data: DataConfig,
+    learnt: Known | None,
+    tried: Known | None = None,
     accept_fewer: bool = False,
     check: Callable[[], None] = lambda: None,
     now: float | None = None,
 ) -> Looked:
-    """Look at the notes, and compare them with the last night's.
+    """Look at the notes, and compare them with those of `learnt_and_tried`.
 
-    accept_fewer: go on although many notes are gone. check: called for each folder; may raise to end the walk. now: the wall
-    clock's time in seconds since 1970. Raises NotesMissing.
+    data: says which files are notes. accept_fewer: go on although many notes are gone. check: called for each folder; may raise
+    to end the walk. now: the wall clock's time in seconds since 1970. Raises NotesMissing.
     """
     roots = [os.path.abspath(expand(path)) for path in notes]
     for root in roots:
@@ -110,8 +137,9 @@ def look(
             raise NotesMissing(f"{root} is not there: perhaps a disk is not connected. The notes were left for another night.")
     digest = _Digest()
     folders = digest.of("\n".join(sorted(roots)))
-    known = known if known is not None and known.folders == folders else None
-    found = walk(notes, exclude, check)
+    before, last = (known.notes if known is not None and known.folders == folders else {} for known in (learnt, tried))
+    last = last or before
+    found = walk(notes, data.exclude, check, data.code)
     conflicts = _conflicts(found.found.values())
     deferred: dict[str, str] = {}
     settled: dict[str, str] = {}
@@ -122,19 +150,18 @@ def look(
                 deferred[digest.of(file.path)] = str(file.file)
             else:
                 settled[digest.of(file.path)] = digest.of(state)
-    before = {} if known is None else known.notes
     here = settled.keys() | deferred.keys() | {digest.of(_name_of(skip)) for skip in found.skipped}
     here |= {digest.of(path) for path in conflicts}
-    states, states_before = set(settled.values()), set(before.values())
-    # A note that was renamed has the size and the time that it had: it is neither gone nor new.
-    gone = sum(path not in here and state not in states for path, state in before.items())
+    new, changed, _ = _differences(settled, here, before)
+    *untried, gone = _differences(settled, here, last)
     if not accept_fewer:
-        _refuse_losses(gone, len(before), roots)
+        _refuse_losses(gone, len(last), roots)
     return Looked(
         known=Known(folders, settled | {path: before[path] for path in deferred if path in before}),
         notes=len(settled),
-        new=sum(path not in before and state not in states_before for path, state in settled.items()),
-        changed=sum(path in before and before[path] != state for path, state in settled.items()),
+        new=new,
+        changed=changed,
+        untried=sum(untried),
         gone=gone,
         deferred=tuple(deferred.values()),
         conflicts=tuple(str(file.file) for file in found.found.values() if file.path in conflicts),
@@ -150,6 +177,18 @@ class _Digest:
 
     def of(self, text: str) -> str:
         return hmac.digest(self._key, text.encode("utf-8", "surrogatepass"), "sha256").hex()[:_DIGITS]
+
+
+def _differences(settled: Mapping[str, str], here: Set[str], before: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return how many notes are new since `before`, how many have changed, and how many are gone.
+
+    here: digests of all paths that are there, unsettled ones too. A note that was renamed has the size and the time that it
+    had: it is neither gone nor new.
+    """
+    added = Counter(state for path, state in settled.items() if path not in before)
+    lost = Counter(state for path, state in before.items() if path not in here)
+    changed = sum(path in before and before[path] != state for path, state in settled.items())
+    return (added - lost).total(), changed, (lost - added).total()
 
 
 def _state(file: FoundFile, now: float) -> str | None:

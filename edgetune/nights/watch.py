@@ -25,6 +25,7 @@ class End(StrEnum):
     STOPPED = "stopped"
     PAUSED = "paused"
     REPLAN = "replan"
+    TRIED = "tried"
 
 
 class BeforeStart(Exception):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from edgetune.config import moments, seconds_until
 from edgetune.nights.conditions import System
+from edgetune.parsing import moments, seconds_until
 
 
 @dataclass(frozen=True)

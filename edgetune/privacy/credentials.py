@@ -35,7 +35,7 @@ _SEPARATOR = re.compile(
     r"[\"'`*_\])]{0,4}(?: ?\([^()\n]{1,30}\))?[ \t]{0,3}(?:=>|->|:=|[:=：|→])"
     r"(?:\*\*|__|\*(?=\s))?[ \t]{0,3}(?:\n[ \t>]{0,8})?(?:\*\*)?[\"'`“„«(]{0,3}"
 )
-"""What stands between a word such as password and its value; the value may stand on the next line."""
+"""The characters between a word such as password and its value; the value may stand on the next line."""
 _SPACE = re.compile(r"[\"'`*_]{0,3}[ \t]{1,3}(?:\*\*)?[\"'`“„«]{0,3}")
 _QUOTES = "\"'`“„«"
 _CLOSING = {"“": "”", "„": "“", "«": "»"}

@@ -25,7 +25,7 @@ _DIGITS = re.compile(r"[+(0-9](?<![\w,.#/$€£@+-][+(0-9])(?:[ \u00a0./()–-]{
 _LETTERED = re.compile(r"[A-Z0-9][A-Z0-9 +-]{7,19}")
 _DATE = re.compile(r"(?:(?:19|20)\d{2}([-./])\d{1,2}\1\d{1,2}|\d{1,2}([-./])\d{1,2}\2(?:19|20)\d{2})(?!\d)")
 _IN_A_TABLE = re.compile(r"(?:\b[0-9a-f]{2}|\b\d{4}|\d:|\d\.)[ ]{0,2}\Z")
-"""What stands before a group of digits in a dump of bytes, a list of numbers or a time."""
+"""Characters before a group of digits in a dump of bytes, a list of numbers or a time."""
 _HOURS = re.compile(r"\d{1,2}[.:]\d{2} ?[–-] ?\d{1,2}[.:]\d{2}")
 _ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")
 _YEARS = re.compile(r"(?:1[5-9]|20)\d\d ?[-–/] ?(?:1[5-9]|20)\d\d")

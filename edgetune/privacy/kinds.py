@@ -8,8 +8,10 @@ SECRETS, IDENTIFIERS = "secrets", "identifiers"
 
 
 class Kind(Enum):
-    """A kind of what is masked: its name in counts, the plural, its placeholder, and its group. The first of two kinds that
-    find the same text names it."""
+    """A kind of secret or identifier: its name in counts, the plural, its placeholder and its group.
+
+    Where two kinds find the same text, the one that is declared first names it.
+    """
 
     PRIVATE_KEY = ("private key", "private keys", "[private key]", SECRETS)
     PASSWORD = ("password", "passwords", "[password]", SECRETS)
@@ -28,7 +30,7 @@ class Kind(Enum):
         self.one, self.many, self.placeholder, self.group = one, many, placeholder, group
 
 
-def counted(counts: dict[str, int]) -> str:
+def in_words(counts: dict[str, int]) -> str:
     """Return counts by kind, in the order of the kinds, as a part of a sentence: "2 API keys, 1 phone number"."""
     return ", ".join(
         f"{counts[kind.one]:,} {kind.one if counts[kind.one] == 1 else kind.many}" for kind in Kind if counts.get(kind.one)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from edgetune.config import DataConfig, parse_regions
+from edgetune.config import DataConfig
 from edgetune.home import home
+from edgetune.parsing import parse_regions
 from edgetune.privacy.masking import Masker
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.untrusted_file import SETTINGS_FILE, read_untrusted

@@ -20,7 +20,8 @@ LEAST_LENGTH = 20
 LEAST_COST = 0.68
 """Tokens per character from which a string of letters and digits is random. Tuned on the corpus of tests/privacy_corpus.py."""
 LEAST_COST_NAMED = 0.52
-"""Tokens per character from which a string beside a word such as key or token is random. Tuned on the same corpus."""
+"""Tokens per character from which a string beside a word such as key or token is random. Tuned on the corpus of
+tests/privacy_corpus.py."""
 LONGEST_JUDGED = 200
 """Characters of a string that are tokenized to judge it. Chosen by hand."""
 _HEX = re.compile(r"(?:0x)?(?:[0-9a-f]+|[0-9A-F]+)")

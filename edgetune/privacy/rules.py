@@ -40,7 +40,7 @@ class Rules:
     commands: tuple[str, ...]
     """Programs that take a password as an option."""
     about: re.Pattern[str]
-    """What may stand between such a word and its value: "for the router is"."""
+    """Words between such a word and its value: "for the router is"."""
     no_passwords: frozenset[str]
     digest_word: re.Pattern[str]
     """A word that says that a hexadecimal number is a digest or a name, and no key."""

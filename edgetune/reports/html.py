@@ -225,7 +225,7 @@ def _facts(run: Run) -> str:
                 "Documents",
                 f"{started.documents:,} trained on, {started.heldout_documents:,} held out",
             ),
-            *([("Masked before training", kinds.counted(started.masked))] if started.masked else []),
+            *([("Masked before training", kinds.in_words(started.masked))] if started.masked else []),
             ("Tokens per epoch (one pass over the notes)", f"{started.tokens:,}"),
             ("Parameters of the adapter", f"{started.trainable_parameters:,}; the base model has {started.parameters:,}"),
         ]

@@ -26,7 +26,8 @@ def adapter_record(
 ) -> dict[str, Any]:
     """Return the contents of edgetune.json, without paths, host names or text.
 
-    before, after: held-out bits per byte of the run's step 0 and of the adapter. rival: the current adapter until now.
+    before, after: held-out bits per byte of the run's step 0 and of the adapter. rival: folder of the
+    current adapter, with which it was compared.
     """
     plan = run.plan
     settings = {name: value for name, value in plan.settings.items() if name not in ("out", "model", "from_adapter")}

@@ -62,7 +62,7 @@ DEADLINE_SHARE = 0.05
 """Share of the time until a deadline after which the base answers no further question (0 to 1); chosen by hand. Without a
 deadline no clock decides, so that the same command gives the same bits."""
 _BYTES_PER_TOKEN = 4
-"""About how many bytes of the built-in text a token stands for."""
+"""Bytes of the built-in text per token, roughly; chosen by hand."""
 _HEAD_ROWS = 64
 """Rows of predictions that are sorted at a time; chosen by hand: in fp32 they take less memory than a step's own."""
 

@@ -6,7 +6,8 @@ import math
 import time
 from dataclasses import dataclass
 
-from edgetune.config import TrainConfig, seconds_until
+from edgetune.config import TrainConfig
+from edgetune.parsing import seconds_until
 
 LONGEST_SET_BACK = 3600.0
 """Seconds by which setting back the wall clock may prolong a run with --until. Chosen by hand; the change between summer and

@@ -125,6 +125,18 @@ def score_batches(runner: Runner, batches: Sequence[tuple[Batch, float]], second
     return Score(tuple(nats), tuple(batch.trained for batch, _ in done), tuple(size for _, size in done))
 
 
+def common_batches(before: Score | None, after: Score | None) -> int:
+    """Return the number of batches that both scores cover; where one is None, those of the other alone."""
+    return min((len(score) for score in (before, after) if score is not None), default=0)
+
+
+def both_bits(before: Score | None, after: Score | None) -> tuple[float | None, float | None]:
+    """Return the bits per byte of two scores over the text that both cover; None for a score that is None."""
+    common = common_batches(before, after)
+    first, second = (None if score is None else score.first(common).bits_per_byte for score in (before, after))
+    return first, second
+
+
 def _windows(scored: EvaluationSet, chosen: list[int], losses: Tensor) -> Iterator[tuple[int, float, float]]:
     """Yield the document, bytes and nats of each window of a batch, whose losses (N,) stand one window after another."""
     lengths = [int(scored.windows.length[window]) for window in chosen]

@@ -11,8 +11,10 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgetune.dataset.evaluation_set import Score
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
@@ -22,10 +24,9 @@ from edgetune.library.gate import decide
 from edgetune.library.promotion import promote
 from edgetune.progress import Show, Stages
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget, peft_folder
+from edgetune.runtime import budget, generate, peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import LinkError, TrainingError
-from edgetune.runtime.generate import Generator
 from edgetune.runtime.heap import trim_device, trim_memory
 from edgetune.runtime.memory_meter import Meter
 from edgetune.training import evaluation, published
@@ -55,6 +56,24 @@ def adapter_folder(run: PreparedRun) -> Path:
 
 class _Stopped(Exception):
     """Raised where the user asked the run to stop; its state is that of the last completed step."""
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best adapter of a run."""
+
+    step: int
+    score: Score | None
+    """Its held-out score; None if nothing is held out."""
+    batches: int
+    """Number of batches that both its score and the one before training cover."""
+    cut: str | None
+    """What ended the run before its plan did; None if nothing did."""
+
+    @property
+    def judged(self) -> Score | None:
+        """Return the part of its score that is compared with the score before training."""
+        return None if self.score is None else self.score.first(self.batches)
 
 
 class TrainingLoop:
@@ -148,7 +167,7 @@ class TrainingLoop:
         self.state.evaluated_step = step
         if step == 0:
             self.state.score_before = score
-        elif self._is_better(score, self.state.best_score):
+        elif score.is_better_than(self.state.best_score):
             self.state.best_score, self.state.best_step = score, step
             self.best.save_from_model(adapters.live_tensors(self.model))
         yield self._evaluated(score)
@@ -272,13 +291,6 @@ class TrainingLoop:
         trim_memory()
         trim_device(self.model.device)
 
-    def _is_better(self, score: Score, than: Score | None) -> bool:
-        """Return True if a score is finite and lower than another, over the text that both cover."""
-        if than is None:
-            return math.isfinite(score.bits_per_byte)
-        common = min(len(score), len(than))
-        return score.first(common).bits_per_byte < than.first(common).bits_per_byte
-
     def _samples(self, when: str) -> Iterator[Event]:
         """Let the model continue the beginnings of some notes and answer some chats, held-out ones where there are any."""
         tokenizer = self.run.loaded.tokenizer
@@ -293,7 +305,7 @@ class TrainingLoop:
             ids = prompt_ids(prompt, tokenizer)
             if len(ids) >= self.model.config.max_positions:
                 continue
-            generator = Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
+            generator = generate.Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
             written = []
             for token in generator.generate(ids, tokens, sampling, tokenizer.eos_ids):
                 written.append(token)
@@ -302,51 +314,23 @@ class TrainingLoop:
         self._trim()
 
     def _finish(self) -> Iterator[Event]:
-        """Save the best adapter by the plan's evaluations and, after a deadline, by one more evaluation."""
-        state, cut = self.state, None if self.state.step >= self.plan.steps else "deadline"
-        score, best_step = state.best_score, state.best_step
-        if cut is not None:
-            # The extra evaluation is not in the plan. The checkpoint is written before it, and its result stays out of
-            # `state`, so that a resumed run gives the same bits as one without a deadline.
-            yield self._save_checkpoint()
-            if self.run.held_out is not None and state.evaluated_step != state.step:
-                allowed = self.config.evaluation_share * (time.monotonic() - self.began)
-                comparable = None if state.score_before is None else len(state.score_before)
-                left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores + self.plan.gate_scores)
-                last = self._score(left, comparable)
-                yield self._evaluated(last)
-                if self._is_better(last, score):
-                    score, best_step = last, state.step
-        if best_step is None:
-            best_step = state.step
-        if best_step != state.step:
-            # The best adapter is about to overwrite the trained values on the model: save those first.
-            if not self._is_saved():
-                yield self._save_checkpoint()
-            adapters.copy_into(self.model, self.best.adapter())
-        in_time = cut is None or self.plan.published_scores * self.evaluation_seconds <= self.config.evaluation_share * (
-            time.monotonic() - self.began
-        )
-        batches, progress = _common(state.score_before, score), self.stages.of("published base")
-        rests_on = None if score is None else score.first(batches)
-        judged = rests_on is None or rests_on.judges
-        compared = published.compare(
-            self.run.loaded, self.runner, self.run.held_out, self.plan, batches, judged, in_time, progress
-        )
-        self._trim()
-        gate = GateEvidence(self.run, math.inf if cut is None else self.evaluation_seconds, self.stages.of("judging"))
-        evidence = gate.measure(state.score_before, score)
+        """Choose the best adapter, judge it, save it, and make it the current one if the gate says so."""
+        state = self.state
+        best = yield from self._choose_best()
+        compared = self._compare_with_published(best)
+        gate = GateEvidence(self.run, math.inf if best.cut is None else self.evaluation_seconds, self.stages.of("judging"))
+        evidence = gate.measure(state.score_before, best.score)
         decision = decide(evidence)
         self._trim()
         yield from self._samples("after")
-        before, after = _compared(state.score_before, score)
-        about = adapter_record(self.run, before, after, best_step, decision, gate.rival)
-        best = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
+        before, after = evaluation.both_bits(state.score_before, best.score)
+        about = adapter_record(self.run, before, after, best.step, decision, gate.rival)
         folder = adapter_folder(self.run)
-        peft_folder.save(best, folder, self.run.loaded.choice.public_name)
+        adapter = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
+        peft_folder.save(adapter, folder, self.run.loaded.choice.public_name)
         if decision.promote:
             promote(folder, self.run.loaded.choice.name, self.plan.base)
-        yield Saved(best_step, str(folder), after)
+        yield Saved(best.step, str(folder), after)
         peak = max(state.peak_memory_bytes, self.meter.peak())
         self._trim()
         yield Finished(
@@ -359,24 +343,56 @@ class TrainingLoop:
             peak_memory_bytes=peak,
             device=str(self.model.device),
             seconds=self._seconds(),
-            best_step=best_step,
+            best_step=best.step,
             skipped_steps=state.skipped,
             report=str(registry.run_folder(self.run.record.run) / REPORT_FILE),
-            cut=cut,
+            cut=best.cut,
             promoted=decision.promote,
             decision=decision_record(decision, evidence, gate.rival),
-            heldout_tokens=None if rests_on is None else sum(rests_on.tokens),
+            heldout_tokens=None if best.judged is None else sum(best.judged.tokens),
             **compared,
         )
 
+    def _choose_best(self) -> Generator[Event, None, _Best]:
+        """Put the best adapter on the model: by the plan's evaluations and, after a deadline, by one more evaluation."""
+        state, cut = self.state, None if self.state.step >= self.plan.steps else "deadline"
+        score, step = state.best_score, state.step if state.best_step is None else state.best_step
+        if cut is not None:
+            last = yield from self._evaluate_after_deadline()
+            if last is not None and last.is_better_than(score):
+                score, step = last, state.step
+        if step != state.step:
+            # The best adapter is about to overwrite the trained values on the model: save those first.
+            if not self._is_saved():
+                yield self._save_checkpoint()
+            adapters.copy_into(self.model, self.best.adapter())
+        return _Best(step, score, evaluation.common_batches(state.score_before, score), cut)
 
-def _common(before: Score | None, after: Score | None) -> int:
-    """Return the number of batches that both scores cover; those of one alone where there is no other."""
-    return min((len(score) for score in (before, after) if score is not None), default=0)
+    def _evaluate_after_deadline(self) -> Generator[Event, None, Score | None]:
+        """Evaluate the adapter as the deadline left it; None if nothing is held out, or if that was evaluated already.
 
+        This evaluation is not in the plan. A checkpoint is written before it, and its result stays out of `state`, so that a
+        resumed run gives the same bits as one without a deadline.
+        """
+        state = self.state
+        yield self._save_checkpoint()
+        if self.run.held_out is None or state.evaluated_step == state.step:
+            return None
+        allowed = self.config.evaluation_share * (time.monotonic() - self.began)
+        comparable = None if state.score_before is None else len(state.score_before)
+        left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores + self.plan.gate_scores)
+        score = self._score(left, comparable)
+        yield self._evaluated(score)
+        return score
 
-def _compared(before: Score | None, after: Score | None) -> tuple[float | None, float | None]:
-    """Return the bits per byte of two scores over the text that both cover; None for a score that there is not."""
-    common = _common(before, after)
-    first, second = (None if score is None else score.first(common).bits_per_byte for score in (before, after))
-    return first, second
+    def _compare_with_published(self, best: _Best) -> dict[str, Any]:
+        """Return what tells learning from repair, if the time that is left allows to measure it (see published.compare)."""
+        allowed = self.config.evaluation_share * (time.monotonic() - self.began)
+        in_time = best.cut is None or self.plan.published_scores * self.evaluation_seconds <= allowed
+        judged = best.judged is None or best.judged.judges
+        progress = self.stages.of("published base")
+        compared = published.compare(
+            self.run.loaded, self.runner, self.run.held_out, self.plan, best.batches, judged, in_time, progress
+        )
+        self._trim()
+        return compared

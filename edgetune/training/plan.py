@@ -81,7 +81,7 @@ class RunRecord:
     lineage: dict[str, Any] = field(default_factory=dict)
     """Marks of the notes for the next adapter (documents/lineage.py)."""
     masked: dict[str, int] = field(default_factory=dict)
-    """How many secrets and identifiers of each kind were masked."""
+    """Numbers of masked secrets and identifiers, by kind."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""

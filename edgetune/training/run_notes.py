@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
-from edgetune.documents.lineage import Known, Lineage, replayed
+from edgetune.documents.lineage import Known, Lineage, NothingNew, replayed
 from edgetune.documents.reading import read_notes
 from edgetune.home import keyed_digest
-from edgetune.privacy.own_list import new_masker
 from edgetune.privacy.rules import rules
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.adapter import Adapter
@@ -42,10 +41,14 @@ def choose_notes(config: TrainConfig, adapter: Adapter | None, processes: int = 
     """Read the notes of a run that starts from `adapter`, if any, and choose what it trains on and what it holds out.
 
     With several processes, the adapter's marks do not count: they are keyed with a secret of this machine, so other machines
-    could not make the same choice.
+    could not make the same choice. Raises NothingNew where the settings ask for new notes and there is none to train on.
     """
     lineage = Lineage.of_adapter(adapter.about) if adapter is not None and processes == 1 else NO_LINEAGE
     reading, split = read_and_split(config, progress, lineage)
+    if config.only_new and lineage.nights:
+        learnt = learnt_paths(reading.documents, lineage)
+        if all(document.path in learnt for document in split.train):
+            raise NothingNew("The notes that changed read as before, or are among those that are held out to judge by.")
     split, notices = notes_to_train(split, reading.documents, lineage, config.replay, config.data.seed)
     return ChosenNotes(reading, split, lineage, notices)
 
@@ -60,9 +63,7 @@ def read_and_split(
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(
-        data.notes, data.exclude, data.recipe == "raw", data.encoding, progress, data.me, data.code, new_masker(data)
-    )
+    reading = read_notes(data.notes, data, progress)
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:
@@ -74,6 +75,12 @@ def read_and_split(
     return reading, split_held_out(reading.documents, Known.among(reading.documents, lineage))
 
 
+def learnt_paths(documents: Sequence[Document], lineage: Lineage) -> set[str]:
+    """Return the paths of the documents whose very text an adapter with these marks has learnt."""
+    unchanged = Known.among(documents, lineage).unchanged
+    return {document.path for document in documents if document.digest in unchanged}
+
+
 def notes_to_train(
     split: HeldOutSplit, documents: Sequence[Document], lineage: Lineage, share: float, seed: int
 ) -> tuple[HeldOutSplit, tuple[str, ...]]:
@@ -82,8 +89,7 @@ def notes_to_train(
     documents: those that were split. share: part of the text, in bytes, that comes from notes which are learnt already. All
     notes are trained where none is new, and where none is known.
     """
-    unchanged = Known.among(documents, lineage).unchanged
-    learnt = {document.path for document in documents if document.digest in unchanged}
+    learnt = learnt_paths(documents, lineage)
     new = [document for document in split.train if document.path not in learnt]
     old = [document for document in split.train if document.path in learnt]
     if not new or not old:

@@ -12,13 +12,9 @@ import torch
 
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.dataset.anchor_set import AnchorSet
-from edgetune.dataset.chat_notices import ChatNotices
-from edgetune.dataset.chat_writer import ChatFormat, TrainOn
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
-from edgetune.dataset.token_store import TokenStore, tokenize
-from edgetune.documents.document import Document
-from edgetune.documents.heldout import HeldOutSplit, split_held_out
+from edgetune.dataset.token_store import TokenStore
 from edgetune.documents.lineage import Lineage
 from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
@@ -42,8 +38,9 @@ from edgetune.training import gate_evidence, published
 from edgetune.training.anchor import ANCHOR, AnchorPlan, make_anchor, open_anchor
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
-from edgetune.training.run_notes import choose_notes, documents_digest, read_and_split
+from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
+from edgetune.training.tokenized_notes import TokenizedNotes, tokenize_notes
 from edgetune.weight_forms import forms_for_training
 
 
@@ -96,12 +93,10 @@ def prepare_new(
     data, (dtype, multiplies_int8) = config.data, number_format(config.compute, device)
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
-    about = None if adapter is None else adapter.about
-    forms = [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint, about)]
+    forms = _forms(config, checkpoint, adapter)
     chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
-    form = chosen.stored.form
-    int8 = multiplies_int8 and form is WeightForm.NF4
-    loaded = _load(config, base, dtype, chosen.setting, form, stages)
+    int8 = multiplies_int8 and chosen.stored.form is WeightForm.NF4
+    loaded = _load(config, base, dtype, chosen.setting, chosen.stored.form, stages)
     packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
     steps = planned_steps(config, packer.steps_per_epoch)
     # Before an adapter is attached: the anchor is what the bare base says.
@@ -118,12 +113,7 @@ def prepare_new(
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=(
-            *sentences(read.reading),
-            *read.notices,
-            *notes.notices,
-            *adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer),
-        ),
+        notices=_notices(config, read, notes, adapter, checkpoint, tokenizer),
         notes=documents_digest(read.reading.documents, data),
         torch=torch.__version__,
         files=_token_files(folder),
@@ -131,6 +121,25 @@ def prepare_new(
         masked=read.reading.masked,
     )
     return _prepared(config, record, loaded, packer, held_out, folder)
+
+
+def _forms(config: TrainConfig, checkpoint: Checkpoint, adapter: Adapter | None) -> list[Stored]:
+    """Return the sizes of the base in each form that its weights may take, the preferred form first."""
+    about = None if adapter is None else adapter.about
+    return [Stored.of(checkpoint, form) for form in forms_for_training(config.weights, config.compute, checkpoint, about)]
+
+
+def _notices(
+    config: TrainConfig,
+    read: ChosenNotes,
+    notes: TokenizedNotes,
+    adapter: Adapter | None,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+) -> tuple[str, ...]:
+    """Return sentences for the user about the notes and about the adapter to start from."""
+    about_adapter = adapter_notices(config.from_adapter, adapter, checkpoint, tokenizer)
+    return (*sentences(read.reading), *read.notices, *notes.notices, *about_adapter)
 
 
 def _plan(
@@ -344,50 +353,6 @@ def _prepared(
 def _trained_tokens(packer: Packer, steps: int) -> float:
     """Return the tokens of notes that a run of so many steps reads in training."""
     return int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
-
-
-@dataclass(frozen=True)
-class TokenizedNotes:
-    """Both sides of a split as token stores; `held_out` is None if nothing can be measured. `notices` are for the user."""
-
-    split: HeldOutSplit
-    train: TokenStore
-    held_out: TokenStore | None
-    notices: tuple[str, ...]
-
-
-def tokenize_notes(
-    config: TrainConfig, split: HeldOutSplit, tokenizer: Tokenizer, folder: Path, progress: Progress = ignore
-) -> TokenizedNotes:
-    """Write both sides of the split to `folder` as token stores.
-
-    Where the held-out side has nothing to score (chats that the model's template refuses, for example), it is chosen again
-    from the documents that have.
-    """
-    raw = config.data.recipe == "raw"  # whole conversations in Guanaco's form, as in the QLoRA paper
-    train_on: TrainOn = "all" if raw else "assistant"
-    chat_format: ChatFormat = "guanaco" if raw else "auto"
-    notices = ChatNotices()
-
-    def write(documents: list[Document], name: str) -> TokenStore:
-        return tokenize(documents, tokenizer, folder / name, train_on, chat_format, name == HELD_OUT, progress, notices)
-
-    store, held_out, unscored = write(split.train, TOKENS), None, len(split.held_out)
-    if split.held_out:
-        held_out = write(split.held_out, HELD_OUT)
-    if held_out is not None and not held_out.bytes:
-        held_out = None
-        shutil.rmtree(folder / HELD_OUT)
-        scored = {document.digest for document in store.documents if document.bytes}
-        split = split_held_out(document for document in split.train if document.digest in scored)
-        if split.held_out:
-            store, held_out = write(split.train, TOKENS), write(split.held_out, HELD_OUT)
-    said = notices.sentences()
-    if unscored and held_out is None:
-        said += (
-            f"None of the {unscored} held-out documents holds an answer to score, so nothing is measured during this run.",
-        )
-    return TokenizedNotes(split, store, held_out, said)
 
 
 def _uses_template(config: TrainConfig, tokenizer: Tokenizer) -> bool:

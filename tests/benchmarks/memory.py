@@ -42,7 +42,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a line for each limit, with its ratio to the run without a limit."""
-    from edgetune.config import parse_bytes
+    from edgetune.parsing import parse_bytes
 
     common.random_folders(arguments.workdir, arguments.shape, dense=False)
     rows, results = [], []

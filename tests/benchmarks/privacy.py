@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import privacy_corpus  # noqa: E402
 import privacy_score  # noqa: E402
 
-from edgetune.privacy.kinds import counted  # noqa: E402
+from edgetune.privacy.kinds import in_words  # noqa: E402
 from edgetune.privacy.masking import Masker  # noqa: E402
 
 
@@ -44,7 +44,7 @@ def main() -> None:
             found.update(masker.counts)
             size += len(text.encode())
         speed = size / 1e6 / (time.process_time() - start)
-        print(f"{place.name}: {size / 1e6:.2f} MB, {speed:.1f} MB/s; {counted(found) or 'nothing'}")
+        print(f"{place.name}: {size / 1e6:.2f} MB, {speed:.1f} MB/s; {in_words(found) or 'nothing'}")
 
 
 def texts(place: Path) -> Iterator[str]:

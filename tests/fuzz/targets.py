@@ -24,18 +24,18 @@ from corpus.tokenizers import byte_level
 from tiny import save_trainable
 
 import edgetune
-from edgetune.config import parse_bytes, seconds_until
 from edgetune.config_file import train_config
 from edgetune.conversion.convert import convert
 from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.chats import encoding_of_chats, read_chats
 from edgetune.documents.document import Document
 from edgetune.documents.encoding import NotText, decode
-from edgetune.documents.front_matter import without_front_matter
+from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.reading import read_notes
 from edgetune.export import go_template, mps
 from edgetune.export.mlx import adapter as mlx_adapter
 from edgetune.library import adapter_registry, kept_adapters
+from edgetune.parsing import parse_bytes, seconds_until
 from edgetune.runtime import bnb_layout, json_file, peft_folder
 from edgetune.runtime.adapter import check_fits
 from edgetune.runtime.checkpoint import Checkpoint, open_model
@@ -328,7 +328,9 @@ TOML_NOTE = '+++\ntitle = "Spokes"\ntags = ["a"]\n+++\nBody\n'
 
 @target("front matter", texts(NOTE, TOML_NOTE))
 def _(data: bytes, folder: Path) -> None:
-    without_front_matter(data.decode("utf-8", "replace")).encode()
+    front_matter = split_front_matter(data.decode("utf-8", "replace"))
+    if front_matter is not None:
+        front_matter.reduced().encode()
 
 
 @target(

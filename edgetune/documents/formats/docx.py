@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from edgetune.documents.formats import html
-from edgetune.documents.formats.archive import Archive
+from edgetune.documents.formats.package import Package
 from edgetune.documents.formats.parsed import Parsed
 
 VERSION = 1
@@ -16,7 +16,7 @@ def read(data: bytes) -> Parsed:
     import defusedxml
     import mammoth
 
-    Archive(data)
+    Package(data)
     defusedxml.defuse_stdlib()  # mammoth parses XML with the standard library, and this process parses nothing else
     without_picture = mammoth.images.img_element(lambda image: {})
     found = mammoth.convert_to_html(io.BytesIO(data), convert_image=without_picture)

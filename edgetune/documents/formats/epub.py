@@ -8,7 +8,7 @@ import re
 from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.formats import html
-from edgetune.documents.formats.archive import Archive
+from edgetune.documents.formats.package import Package
 from edgetune.documents.formats.parsed import Parsed
 
 VERSION = 1
@@ -20,7 +20,7 @@ def read(data: bytes) -> Parsed:
     """Return the text of a book. Raises NotText for a damaged or an encrypted one."""
     from defusedxml.ElementTree import fromstring
 
-    archive = Archive(data)
+    archive = Package(data)
     root = next((_attribute(item, "full-path") for item in fromstring(archive.read(_CONTAINER)).iter()
                  if _name(item) == "rootfile"), "")  # fmt: skip
     package = fromstring(archive.read(root))
@@ -35,7 +35,7 @@ def read(data: bytes) -> Parsed:
     return Parsed(["\n\n".join(texts)])
 
 
-def _chapter(archive: Archive, name: str) -> str:
+def _chapter(archive: Package, name: str) -> str:
     """Return the text of a chapter; empty for one that is no text, as in a book with copy protection."""
     try:
         return html.to_text(decode(archive.read(name))[0])

@@ -176,7 +176,7 @@ class _Writer:
         return f"{self._lists[-1]}. "
 
     def _boundary(self, tag: str) -> None:
-        """End a block; inside a table's row, which is one line, a space does."""
+        """End a block. Inside a table's row, which is one line, add a space instead."""
         if self._rows:
             self._inline.append(" ")
         else:

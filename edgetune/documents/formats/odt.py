@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
-from edgetune.documents.formats.archive import Archive
+from edgetune.documents.formats.package import Package
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.limits import MAX_SPACES
 
@@ -25,10 +25,10 @@ def read(data: bytes) -> Parsed:
     """Return the text of a document. Raises NotText for a damaged or an encrypted one."""
     from defusedxml.ElementTree import fromstring
 
-    archive = Archive(data)
-    if _MANIFEST in archive.names and b"encryption-data" in archive.read(_MANIFEST):
+    package = Package(data)
+    if _MANIFEST in package.names and b"encryption-data" in package.read(_MANIFEST):
         raise NotText(Reason.ENCRYPTED)
-    body = fromstring(archive.read("content.xml")).find(f"{_OFFICE}body")
+    body = fromstring(package.read("content.xml")).find(f"{_OFFICE}body")
     if body is None:
         raise NotText(Reason.UNPARSED)
     blocks: list[str] = []

@@ -15,7 +15,7 @@ from typing import Any
 from edgetune.documents.chat_forms import Unread, drop_invalid, tidy
 from edgetune.documents.chats import Window
 from edgetune.documents.document import Reason, Turn
-from edgetune.documents.messengers.json_items import OPENED, items, text_at
+from edgetune.documents.messengers.json_items import OPENED, items, text_at, value_at
 
 _ARRAY, _ALONE = frozenset([()]), frozenset[tuple[str, ...]]()
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant"}
@@ -51,13 +51,13 @@ def _turns(record: Any, dropped: Counter[Reason]) -> Iterator[Turn]:
 def _chatgpt_turns(record: dict[str, Any], dropped: Counter[Reason]) -> Iterator[Turn]:
     for message in branch(record["mapping"], record.get("current_node")):
         role = text_at(message, "author", "role")
-        is_hidden = _at(message, "metadata", "is_visually_hidden_from_conversation") is True or message.get("weight") == 0
-        is_said = _at(message, "content", "content_type") in ("text", "multimodal_text") and role in _ROLES
+        is_hidden = value_at(message, "metadata", "is_visually_hidden_from_conversation") is True or message.get("weight") == 0
+        is_said = value_at(message, "content", "content_type") in ("text", "multimodal_text") and role in _ROLES
         to_a_tool = message.get("recipient") not in (None, "all") or message.get("channel") == "commentary"
         if is_hidden or not is_said or to_a_tool:
             dropped[Reason.TOOL_MESSAGE] += 1
             continue
-        parts = _at(message, "content", "parts")
+        parts = value_at(message, "content", "parts")
         parts = parts if isinstance(parts, list) else []
         texts = [part if isinstance(part, str) else text_at(part, "text") for part in parts]
         if any(not isinstance(part, str) for part in parts):
@@ -78,10 +78,10 @@ def branch(mapping: dict[str, Any], current: Any) -> list[dict[str, Any]]:
     seen: set[str] = set()
     while isinstance(current, str) and current in mapping and current not in seen:
         seen.add(current)
-        message = _at(mapping[current], "message")
+        message = value_at(mapping[current], "message")
         if isinstance(message, dict):
             found.append(message)
-        current = _at(mapping[current], "parent")
+        current = value_at(mapping[current], "parent")
     return found[::-1]
 
 
@@ -98,10 +98,3 @@ def _claude_turns(messages: list[Any], dropped: Counter[Reason]) -> Iterator[Tur
         text = "\n\n".join(text for text in texts if text.strip()) or text_at(message, "text")
         lines = [line for line in text.split("\n") if line.strip("` ") != _NOT_SHOWN]
         yield Turn(role, drop_invalid("\n".join(lines).strip()))
-
-
-def _at(record: Any, *keys: str) -> Any:
-    """Return the value that lies under `keys` in nested objects, or None."""
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record

@@ -96,8 +96,14 @@ def _value(window: Window, at: int) -> tuple[Any, int]:
         raise Unread(Reason.BAD_EXPORT) from error
 
 
-def text_at(record: Any, *keys: str) -> str:
-    """Return the text that lies under `keys` in nested objects, or "" if anything else does."""
+def value_at(record: Any, *keys: str) -> Any:
+    """Return the value that lies under `keys` in nested objects, or None."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
-    return record if isinstance(record, str) else ""
+    return record
+
+
+def text_at(record: Any, *keys: str) -> str:
+    """Return the text that lies under `keys` in nested objects, or "" if anything else does."""
+    value = value_at(record, *keys)
+    return value if isinstance(value, str) else ""

@@ -27,9 +27,10 @@ _HEADER_CHARS = 80
 """Most characters of a message's date and time. Chosen by hand."""
 
 _PM = {"pm", "μμ", "م", "下午", "午後", "오후", "晚上", "ip", "du", "nm", "em", "ös", "ch", "pg", "หลังเที่ยง"}
-"""What follows or precedes an hour in the afternoon, without its dots and spaces."""
+"""Words before or after an hour in the afternoon, without their dots and spaces."""
 _AM = {"am", "πμ", "ص", "上午", "午前", "오전", "凌晨", "早上", "ap", "de", "vm", "fm", "öö", "sa", "ptg", "ก่อนเที่ยง"}
-"""The same before noon. All other words, such as "klo" or "à", say nothing about the hour."""
+"""Words before or after an hour in the morning, without their dots and spaces. All other words, such as "klo" or "à",
+say nothing about the hour."""
 
 _LTR = "\u200e"
 """The mark with which WhatsApp begins what nobody typed: notices, attachments, deleted messages."""
@@ -51,7 +52,7 @@ _OMITTED_MARKED = re.compile(
     r"пропущен\w?|utelämna\w|udeladt|vynechán\w?|edilmedi|省略|忽略|생략됨?)\W?",
     re.I,
 )
-"""The same in more languages, for a text that begins with the mark of what nobody typed."""
+"""Words for attachments in more languages, for a text that begins with the mark of what nobody typed."""
 _PLACEHOLDER = re.compile(r"<([^<>\n]{3,200})>(?:\n|$)")
 _FILE = re.compile(
     r"(?:\w{3}-\d{8}-WA\d{4}\.\w{2,5} \([^()\n]{4,40}\)|[^\n/\\<>]{1,120}\.\w{2,5} \((?:file attached|Datei angehängt|"

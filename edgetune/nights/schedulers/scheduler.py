@@ -14,7 +14,7 @@ from edgetune.reports.text import one_line
 from edgetune.runtime.errors import UsageError
 
 NAME = "edgetune-nightly"
-"""What schedulers call the nights."""
+"""Name of the nights in every scheduler."""
 TOOL_SECONDS = 30.0
 """Longest time that a scheduler's own tool may take, in seconds; chosen by hand."""
 _LONGEST_ANSWER = 300
@@ -23,7 +23,7 @@ _LONGEST_ANSWER = 300
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scheduler is to do: run `command` every day at `at`, a local time HH:MM.
+    """The task of a scheduler: to run `command` every day at `at`, a local time HH:MM.
 
     hours: most hours that a night may take, catching up by day included. wake: let the machine wake from sleep for it.
     """

@@ -13,7 +13,7 @@ _ENCRYPTED = 1
 """Bit of a member's flags that says that it is encrypted."""
 
 
-class Archive:
+class Package:
     """A zip file in memory. Members are never written anywhere, and an archive inside it is never opened."""
 
     def __init__(self, data: bytes) -> None:
