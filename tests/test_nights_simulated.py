@@ -239,13 +239,13 @@ def play(seeds: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def test_random_weeks_keep_every_promise(tmp_path: Path, own_zone: pytest.MonkeyPatch) -> None:
-    outcomes = play(range(50), tmp_path, own_zone)
-    # The weeks are worth playing: nights ended in nearly every way there is.
-    unusual = {Outcome.NOT_STARTED, Outcome.CRASHED, Outcome.OUT_OF_TIME, Outcome.NOTES_MISSING, Outcome.NOTHING_NEW}
-    assert {Outcome.BETTER, Outcome.NOT_BETTER} | unusual <= set(outcomes)
-    assert outcomes.count(Outcome.BETTER) > 50
+    assert {Outcome.BETTER, Outcome.NOT_BETTER, Outcome.NOTHING_NEW} <= set(play(range(10), tmp_path, own_zone))
 
 
 @pytest.mark.slow
 def test_a_thousand_random_weeks_keep_every_promise(tmp_path: Path, own_zone: pytest.MonkeyPatch) -> None:
-    play(range(50, 1050), tmp_path, own_zone)
+    outcomes = play(range(1000), tmp_path, own_zone)
+    # The weeks are worth playing: nights ended in nearly every way there is.
+    unusual = {Outcome.NOT_STARTED, Outcome.CRASHED, Outcome.OUT_OF_TIME, Outcome.NOTES_MISSING, Outcome.NOTHING_NEW}
+    assert {Outcome.BETTER, Outcome.NOT_BETTER} | unusual <= set(outcomes)
+    assert outcomes.count(Outcome.BETTER) > 1000
