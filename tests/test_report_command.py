@@ -15,11 +15,11 @@ from click.testing import CliRunner, Result
 from edgetune.cli.main import cli
 from edgetune.events import EventLog, Finished, Started
 from edgetune.home import home
-from edgetune.library.gate import Verdict
+from edgetune.library.gate import Change, Evidence, PairedDocument, Verdict, decide
 from edgetune.reports import desktop
 from edgetune.reports.html import render, write_report
 from edgetune.reports.terminal import finished_lines
-from edgetune.reports.verdicts import BECAUSE, LEARNED, first_sentence
+from edgetune.reports.verdicts import IN_USE, JUDGED, first_sentence
 from edgetune.runtime.errors import UsageError
 
 STARTED = Started(
@@ -32,7 +32,7 @@ def finished(verdict: str, first: bool = False, reason: str = "Because it is so.
     return Finished(
         adapter="night", steps=3, tokens=1200, tokens_per_second=2000.0, heldout_bits_per_byte_before=1.7,
         heldout_bits_per_byte_after=1.6, peak_memory_bytes=10**8, device="cpu", seconds=61.5,
-        promoted=verdict in LEARNED and verdict != "too few", decision={"verdict": verdict, "reason": reason, "first": first},
+        promoted=verdict in IN_USE and verdict != "too few", decision={"verdict": verdict, "reason": reason, "first": first},
     )  # fmt: skip
 
 
@@ -50,23 +50,22 @@ def write_run(name: str, *events: Any, at: float) -> Path:
     return folder / "report.html"
 
 
+OLD = "; your current adapter stays in use."
 SENTENCES = {
     ("better", False): "Learned from 7 notes; better on notes it had not seen; now in use.",
     ("better", True): "Learned from 7 notes; better on notes it had not seen; now in use.",
-    ("first", True): "Learned from 7 notes; too few notes were held out to judge it; now in use, since no adapter was before.",
-    ("too few", False): "Learned from 7 notes; too few notes were held out to judge it, so it is kept beside your current "
-    "adapter, which stays in use.",
     (
-        "not better",
-        False,
-    ): "Nothing new learned: your current adapter stays in use because the new one is no better on notes it had not seen.",
-    ("not better", True): "Nothing new learned: the bare base model stays in use because the new one is no better on notes it "
-    "had not seen.",
-    ("forgets", False): "Nothing new learned: your current adapter stays in use because the new one reads general text worse.",
-    ("replies worse", False): "Nothing new learned: your current adapter stays in use because the new one answers in chats "
-    "worse.",
-    ("leaks", False): "Nothing new learned: your current adapter stays in use because the new one would give away too much of "
-    "your notes.",
+        "first",
+        True,
+    ): "Learned from 7 notes; too few held-out notes were read to judge it; now in use, since no adapter was before.",
+    ("too few", False): "Learned from 7 notes; too few held-out notes were read to judge it; kept beside your current adapter, "
+    "which stays in use.",
+    ("not better", False): f"Nothing new learned: no better on notes it had not seen{OLD}",
+    ("not better", True): "Nothing new learned: no better on notes it had not seen; the bare base model stays in use.",
+    ("forgets", False): f"Learned from 7 notes, but not put to use: it unlearnt too much else{OLD}",
+    ("replies worse", False): "Learned from 7 notes, but not put to use: it answers in chats worse than the base model; your "
+    "current adapter stays in use.",
+    ("leaks", False): f"Learned from 7 notes, but not put to use: it failed the leak audit{OLD}",
 }
 
 
@@ -82,8 +81,55 @@ def test_the_first_sentence_of_every_verdict(verdict: str, first: bool) -> None:
 
 
 def test_every_verdict_of_the_gate_has_its_words() -> None:
-    assert {*BECAUSE, *LEARNED} == set(Verdict)
+    assert set(JUDGED) == set(Verdict)
+    assert set(IN_USE) < set(Verdict)
     assert {verdict for verdict, _ in SENTENCES} == set(Verdict)
+
+
+HELD_OUT = tuple(PairedDocument(1000, 2000, 1900 + each) for each in range(12))
+"""Held-out documents on which the new adapter is better, by the gate."""
+WORSE = tuple(dataclasses.replace(document, bits_after=2100) for document in HELD_OUT)
+ENDS = {
+    Verdict.BETTER: Evidence(HELD_OUT),
+    Verdict.FIRST: Evidence(HELD_OUT[:1], first=True),
+    Verdict.TOO_FEW: Evidence(HELD_OUT[:1]),
+    Verdict.NOT_BETTER: Evidence(WORSE),
+    Verdict.FORGETS: Evidence(HELD_OUT, Change(1.0, 1.5)),
+    Verdict.REPLIES_WORSE: Evidence(HELD_OUT, None, Change(1.0, 1.5)),
+    Verdict.LEAKS: Evidence(HELD_OUT, leak_free=False),
+}
+"""What the gate decides by, for each of its verdicts."""
+
+
+def test_the_last_lines_tell_one_story_for_every_verdict_of_the_gate() -> None:
+    """The claim stands in the first sentence alone: the reason below it has the figures, and the adapter's line its folder."""
+    for verdict, evidence in ENDS.items():
+        decision = decide(evidence)
+        assert decision.verdict is verdict
+        end = dataclasses.replace(finished(str(verdict), evidence.first, decision.reason), heldout_tokens=90)
+        sentence, reason, *rest = finished_lines(end, 7)
+        claims = ("too few", "in use", "judge it", "no better", "on notes it had not seen", "unlearnt", "current adapter stays")
+        repeated = [claim for claim in claims if claim in sentence and claim in " ".join([reason, *rest])]
+        assert repeated == [], verdict
+        assert rest[0] == "Held-out notes: 1.700 to 1.600 bits per byte (rough figures, from 90 tokens alone)"
+        assert rest[-1] == "Adapter: night" + ("" if end.promoted else " (to try it all the same: --adapter and this folder)")
+
+
+def test_a_run_that_beat_its_beginning_but_not_the_current_adapter_shows_all_three_scores() -> None:
+    end = finished("not better")
+    scores = {"current_bits_per_byte": 1.55, "new_bits_per_byte": 1.6}
+    worse = dataclasses.replace(end, best_step=3, decision={**(end.decision or {}), **scores})
+    expected = "Held-out notes: 1.700 to 1.600 bits per byte (5.9% lower), best at step 3"
+    assert finished_lines(worse)[2] == f"{expected}; 1.550 with your current adapter"
+    better = dataclasses.replace(worse, promoted=True, decision={**scores, "verdict": "better", "current_bits_per_byte": 1.65})
+    assert finished_lines(better)[1] == f"{expected}; 1.650 with the adapter before it"
+    for unlike in (
+        {"new_bits_per_byte": 1.4},
+        {"current_bits_per_byte": 1.7},
+        {"first": True},
+        {"current_bits_per_byte": None},
+    ):
+        assert finished_lines(dataclasses.replace(worse, decision={**(worse.decision or {}), **unlike}))[2] == expected
 
 
 def test_one_note_is_not_called_notes_and_an_unknown_verdict_has_no_sentence() -> None:

@@ -1,22 +1,25 @@
-"""The first sentence of a run's report: what was learned, and which adapter is in use."""
+"""Says in plain words how a run ended: what it learned, and whether the new adapter is in use."""
 
 from __future__ import annotations
 
 from edgetune.events import Finished
 
-BECAUSE = {
-    "not better": "the new one is no better on notes it had not seen",
-    "forgets": "the new one reads general text worse",
-    "replies worse": "the new one answers in chats worse",
-    "leaks": "the new one would give away too much of your notes",
+JUDGED = {
+    "better": "better on notes it had not seen",
+    "first": "too few held-out notes were read to judge it",
+    "too few": "too few held-out notes were read to judge it",
+    "not better": "no better on notes it had not seen",
+    "forgets": "it unlearnt too much else",
+    "replies worse": "it answers in chats worse than the base model",
+    "leaks": "it failed the leak audit",
 }
-"""Reasons why a new adapter does not become the current one, by the verdict of the gate (library/gate.py)."""
-LEARNED = {
-    "better": "better on notes it had not seen; now in use",
-    "first": "too few notes were held out to judge it; now in use, since no adapter was before",
-    "too few": "too few notes were held out to judge it, so it is kept beside your current adapter, which stays in use",
+"""How a new adapter was judged, by the verdict of the gate (library/gate.py)."""
+IN_USE = {
+    "better": "now in use",
+    "first": "now in use, since no adapter was before",
+    "too few": "kept beside your current adapter, which stays in use",
 }
-"""Ends of the sentence about a run that learned something, by the verdict."""
+"""Which adapter is in use from then on, by the verdict; after any other verdict, the one that was before."""
 
 
 def first_sentence(documents: int | None, finished: Finished) -> str | None:
@@ -26,10 +29,11 @@ def first_sentence(documents: int | None, finished: Finished) -> str | None:
     """
     decision = finished.decision or {}
     verdict = decision.get("verdict")
-    if verdict in LEARNED:
-        source = "" if documents is None else f" from {documents:,} {'note' if documents == 1 else 'notes'}"
-        return f"Learned{source}; {LEARNED[verdict]}."
-    if verdict in BECAUSE:
-        in_use = "the bare base model" if decision.get("first") else "your current adapter"
-        return f"Nothing new learned: {in_use} stays in use because {BECAUSE[verdict]}."
-    return None
+    if not isinstance(verdict, str) or verdict not in JUDGED:
+        return None
+    source = "" if documents is None else f" from {documents:,} {'note' if documents == 1 else 'notes'}"
+    if verdict in IN_USE:
+        return f"Learned{source}; {JUDGED[verdict]}; {IN_USE[verdict]}."
+    result = "Nothing new learned" if verdict == "not better" else f"Learned{source}, but not put to use"
+    in_use = "the bare base model" if decision.get("first") else "your current adapter"
+    return f"{result}: {JUDGED[verdict]}; {in_use} stays in use."
