@@ -16,6 +16,7 @@ from edgetune.cli.main import cli
 from edgetune.events import EventLog, Finished, Started
 from edgetune.home import home
 from edgetune.library.gate import Change, Evidence, PairedDocument, Verdict, decide
+from edgetune.library.promotion import promote, rollback
 from edgetune.reports import desktop
 from edgetune.reports.html import render, write_report
 from edgetune.reports.terminal import finished_lines
@@ -149,13 +150,31 @@ def test_the_command_finds_the_latest_report() -> None:
     write_run("2026-11-27-010000", STARTED, finished("first", True), at=1000.0)
     latest = write_run("2026-11-28-010000", STARTED, finished("better"), at=2000.0)
     write_run("2026-11-28-020000", STARTED, finished("forgets"), at=1500.0)
-    assert run("report").stdout.splitlines() == [SENTENCES["better", False], f"Report: {latest}"]
+    said = run("report").stdout.splitlines()
+    assert (said[0], said[-1]) == (SENTENCES["better", False], f"Report: {latest}")
     assert run("report", "--path").stdout == f"{latest}\n"
     record = json.loads(run("report", "--json").stdout)
     assert record == {
         "run": "2026-11-28-010000", "path": str(latest), "sentence": SENTENCES["better", False], "adapter": "night",
         "promoted": True, "decision": {"verdict": "better", "reason": "Because it is so.", "first": False},
+        "in_use": False,
     }  # fmt: skip
+
+
+def test_an_adapter_that_was_rolled_back_is_not_said_to_be_in_use(tmp_path: Path) -> None:
+    folder = tmp_path / "night"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    write_run("2026-11-28-010000", STARTED, dataclasses.replace(finished("better"), adapter=str(folder)), at=1000.0)
+    promote(folder, "demo", "ab" * 32)
+    assert "Since then" not in run("report").stdout
+    assert json.loads(run("report", "--json").stdout)["in_use"] is True
+    rollback("ab" * 32)
+    assert run("report").stdout.splitlines()[:2] == [
+        SENTENCES["better", False],
+        "Since then another adapter was made current, or none: `edgetune adapters list` marks those in use.",
+    ]
+    assert json.loads(run("report", "--json").stdout)["in_use"] is False
 
 
 def test_a_damaged_log_still_leads_to_its_report() -> None:
