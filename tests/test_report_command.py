@@ -20,7 +20,7 @@ from edgetune.library.promotion import promote, rollback
 from edgetune.reports import desktop
 from edgetune.reports.html import render, write_report
 from edgetune.reports.terminal import finished_lines
-from edgetune.reports.verdicts import IN_USE, JUDGED, first_sentence
+from edgetune.reports.verdicts import BECAUSE, LEARNED, first_sentence, judgement
 from edgetune.runtime.errors import UsageError
 
 STARTED = Started(
@@ -33,7 +33,7 @@ def finished(verdict: str, first: bool = False, reason: str = "Because it is so.
     return Finished(
         adapter="night", steps=3, tokens=1200, tokens_per_second=2000.0, heldout_bits_per_byte_before=1.7,
         heldout_bits_per_byte_after=1.6, peak_memory_bytes=10**8, device="cpu", seconds=61.5,
-        promoted=verdict in IN_USE and verdict != "too few", decision={"verdict": verdict, "reason": reason, "first": first},
+        promoted=verdict in LEARNED and verdict != "too few", decision={"verdict": verdict, "reason": reason, "first": first},
     )  # fmt: skip
 
 
@@ -51,22 +51,20 @@ def write_run(name: str, *events: Any, at: float) -> Path:
     return folder / "report.html"
 
 
-OLD = "; your current adapter stays in use."
+STAYS = "your current adapter stays in use because the new one"
 SENTENCES = {
     ("better", False): "Learned from 7 notes; better on notes it had not seen; now in use.",
     ("better", True): "Learned from 7 notes; better on notes it had not seen; now in use.",
-    (
-        "first",
-        True,
-    ): "Learned from 7 notes; too few held-out notes were read to judge it; now in use, since no adapter was before.",
+    ("first", True): "Learned from 7 notes; too few held-out notes were read to judge it; now in use, since no adapter was "
+    "before.",
     ("too few", False): "Learned from 7 notes; too few held-out notes were read to judge it; kept beside your current adapter, "
     "which stays in use.",
-    ("not better", False): f"Nothing new learned: no better on notes it had not seen{OLD}",
-    ("not better", True): "Nothing new learned: no better on notes it had not seen; the bare base model stays in use.",
-    ("forgets", False): f"Learned from 7 notes, but not put to use: it unlearnt too much else{OLD}",
-    ("replies worse", False): "Learned from 7 notes, but not put to use: it answers in chats worse than the base model; your "
-    "current adapter stays in use.",
-    ("leaks", False): f"Learned from 7 notes, but not put to use: it failed the leak audit{OLD}",
+    ("not better", False): f"Nothing new learned: {STAYS} is no better on notes it had not seen.",
+    ("not better", True): "Nothing new learned: the bare base model stays in use because the new one is no better on notes it "
+    "had not seen.",
+    ("forgets", False): f"Learned from 7 notes, but {STAYS} unlearnt too much else.",
+    ("replies worse", False): f"Learned from 7 notes, but {STAYS} answers in chats worse than the base model.",
+    ("leaks", False): f"Learned from 7 notes, but {STAYS} failed the leak audit.",
 }
 
 
@@ -82,8 +80,9 @@ def test_the_first_sentence_of_every_verdict(verdict: str, first: bool) -> None:
 
 
 def test_every_verdict_of_the_gate_has_its_words() -> None:
-    assert set(JUDGED) == set(Verdict)
-    assert set(IN_USE) < set(Verdict)
+    assert {*BECAUSE, *LEARNED} == set(Verdict)
+    assert judgement("too few") == "too few held-out notes were read to judge it"
+    assert judgement("exploded") == "exploded"
     assert {verdict for verdict, _ in SENTENCES} == set(Verdict)
 
 

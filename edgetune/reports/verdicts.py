@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from edgetune.events import Finished
 
-JUDGED = {
-    "better": "better on notes it had not seen",
-    "first": "too few held-out notes were read to judge it",
-    "too few": "too few held-out notes were read to judge it",
-    "not better": "no better on notes it had not seen",
-    "forgets": "it unlearnt too much else",
-    "replies worse": "it answers in chats worse than the base model",
-    "leaks": "it failed the leak audit",
+BECAUSE = {
+    "not better": "the new one is no better on notes it had not seen",
+    "forgets": "the new one unlearnt too much else",
+    "replies worse": "the new one answers in chats worse than the base model",
+    "leaks": "the new one failed the leak audit",
 }
-"""How a new adapter was judged, by the verdict of the gate (library/gate.py)."""
-IN_USE = {
-    "better": "now in use",
-    "first": "now in use, since no adapter was before",
-    "too few": "kept beside your current adapter, which stays in use",
+"""Reasons why a new adapter does not become the current one, by the verdict of the gate (library/gate.py)."""
+LEARNED = {
+    "better": "better on notes it had not seen; now in use",
+    "first": "too few held-out notes were read to judge it; now in use, since no adapter was before",
+    "too few": "too few held-out notes were read to judge it; kept beside your current adapter, which stays in use",
 }
-"""Which adapter is in use from then on, by the verdict; after any other verdict, the one that was before."""
+"""Ends of the sentence about a run that learned something, by the verdict: how it was judged, and which adapter is in use."""
 
 
 def first_sentence(documents: int | None, finished: Finished) -> str | None:
@@ -28,12 +25,17 @@ def first_sentence(documents: int | None, finished: Finished) -> str | None:
     documents: the number of notes that it learned from, if that is known.
     """
     decision = finished.decision or {}
-    verdict = decision.get("verdict")
-    if not isinstance(verdict, str) or verdict not in JUDGED:
-        return None
+    verdict = str(decision.get("verdict"))
     source = "" if documents is None else f" from {documents:,} {'note' if documents == 1 else 'notes'}"
-    if verdict in IN_USE:
-        return f"Learned{source}; {JUDGED[verdict]}; {IN_USE[verdict]}."
-    result = "Nothing new learned" if verdict == "not better" else f"Learned{source}, but not put to use"
-    in_use = "the bare base model" if decision.get("first") else "your current adapter"
-    return f"{result}: {JUDGED[verdict]}; {in_use} stays in use."
+    if verdict in LEARNED:
+        return f"Learned{source}; {LEARNED[verdict]}."
+    if verdict in BECAUSE:
+        result = "Nothing new learned:" if verdict == "not better" else f"Learned{source}, but"
+        in_use = "the bare base model" if decision.get("first") else "your current adapter"
+        return f"{result} {in_use} stays in use because {BECAUSE[verdict]}."
+    return None
+
+
+def judgement(verdict: str) -> str:
+    """Return how an adapter was judged when it was made; the verdict itself where that is unknown."""
+    return {**BECAUSE, **LEARNED}.get(verdict, verdict).partition(";")[0]
