@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def make_current(model: str) -> Path:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, arguments)
+
+
+def test_after_a_rollback_to_the_bare_base_that_base_is_used_until_it_is_gone(hub: Path) -> None:
+    arrive(hub)
+    arrive(hub, "Tiny/Larger", inner=192)
+    make_current("Tiny/Llama")
+    assert "The bare base model is used again; base model Tiny/Llama." in run("adapters", "rollback").stdout
+    chosen = choose_model()
+    assert (chosen.name, chosen.why) == ("Tiny/Llama", "the one used last")
+    shutil.rmtree(hub / "models--Tiny--Llama")
+    assert choose_model().name == "Tiny/Larger"
 
 
 def test_without_another_model_the_demo_is_used_and_the_reason_is_said() -> None:

@@ -127,12 +127,22 @@ def test_the_reasons_hold_the_figures() -> None:
         "The new adapter is 5.0% better than your current adapter over 10 held-out notes, beyond chance."
     )
     assert decide(Evidence(BETTER[:3])).reason == (
-        "With 3 held-out notes there is too little to judge by; 10 notes and 800 bytes are needed."
+        "Judging takes at least 10 held-out notes with 800 bytes of text; 3 were read."
     )
     assert decide(Evidence(WORSE, first=True)).reason == (
-        "The new adapter is no better than the bare base over 10 held-out notes (+5.00% bits)."
+        "The new adapter takes 5.00% more bits than the bare base over 10 held-out notes."
     )
-    assert "no held-out notes" in decide(Evidence(())).reason
+    slightly = tuple(PairedDocument(1000, 2000, 1999.8) for _ in range(10))
+    assert decide(Evidence(slightly)).reason == (
+        "The new adapter takes 0.01% fewer bits than your current adapter over 10 held-out notes; from 0.05% on it counts."
+    )
+    assert decide(Evidence(WORSE[:1], first=True)).reason == (
+        "The new adapter takes 5.00% more bits than the bare base over 1 held-out note."
+    )
+    assert decide(Evidence(())).reason.endswith("; none was read.")
+    assert decide(Evidence(BETTER[:1])).reason.endswith("; 1 was read.")
+    short = tuple(PairedDocument(50, 100, 90) for _ in range(12))
+    assert decide(Evidence(short)).reason.endswith("; 600 bytes were read.")
     assert "15.0% worse than the bare base; 10% is allowed" in decide(Evidence(BETTER, Change(1.0, 1.15))).reason
 
 

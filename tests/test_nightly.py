@@ -201,10 +201,11 @@ def test_install_status_pause_resume_and_uninstall(tools: Path, notes: Path, tmp
     status = json.loads(edgetune("status", "--json").stdout)
     assert (status["is_installed"], status["at"], status["until"], status["last"]) == (True, "02:00", "5:30", None)
     assert status["next_night"].endswith(" 02:00")
-    assert "No night has been yet." in edgetune("status").stdout
+    assert "There has been no night yet." in edgetune("status").stdout
     assert json.loads(edgetune("pause", "--json").stdout) == {"paused_until": "for ever"}
     assert load_job().is_paused(time.time() + 1e9)
-    assert "Paused until for ever" in edgetune("status").stdout
+    assert "Paused until you type: edgetune nightly resume" in edgetune("status").stdout
+    assert "Paused until 2" in edgetune("pause", "--days", "3").stdout
     assert "The next night begins at " in edgetune("resume").stdout
     assert not load_job().is_paused(time.time())
     assert edgetune("uninstall").exit_code == 0

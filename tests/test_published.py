@@ -284,17 +284,17 @@ def test_too_few_tokens_are_not_judged_by(small: TrainConfig, monkeypatch: pytes
     assert 0 < end.heldout_tokens < 10_000
     printed = io.StringIO()
     Plain(printed).show(end)
-    first, second, *others = printed.getvalue().splitlines()
+    sentence, reason, first, *others = printed.getvalue().splitlines()
+    assert sentence == "Learned; too few held-out notes were read to judge it; now in use, since no adapter was before."
+    assert reason.startswith("Judging takes at least 10 held-out notes")
     before, after = end.heldout_bits_per_byte_before, end.heldout_bits_per_byte_after
-    assert first == f"Held-out notes: {before:.3f} to {after:.3f} bits per byte"
-    read = f"only {end.heldout_tokens:,} tokens of held-out notes were read"
-    rough = f"These figures are rough: {read}, too few to judge the adapter by"
-    assert second == rough
+    rough = f"ough figures, from {end.heldout_tokens:,} tokens alone"
+    assert first == f"Held-out notes: {before:.3f} to {after:.3f} bits per byte (r{rough})"
     page = render([end])
-    assert "<h1>Too few held-out notes were read to judge what was learned</h1>" in page
-    assert f"<p>{rough}.</p>" in page
+    assert f"<h1>{sentence}</h1>" in page
+    assert f"<p>R{rough}.</p>" in page
     for said in ("lower", "higher", "fewer bits", "No better", "no better", "only mends", "% is learning"):
-        assert said not in page.replace("lower is better", "") + "".join([first, second, *others]), said
+        assert said not in page.replace("lower is better", "") + "".join([first, *others]), said
 
 
 @pytest.mark.parametrize(("tokens", "judges"), [((150, 49), False), ((150, 50), True)])

@@ -63,6 +63,7 @@ def test_it_asks_first_and_no_is_the_default() -> None:
         refused = run("purge", answer=answer)
         assert refused.exit_code != 0
         assert all(file.exists() for file in files)
+    assert "to delete without a question, type --yes" in str(run("purge", answer="").exception)
     assert "Delete all of it for good?" in run("purge", answer="n\n").stdout
     assert run("purge", answer="y\n").exit_code == 0
     assert not any(file.exists() for file in files)
@@ -71,7 +72,8 @@ def test_it_asks_first_and_no_is_the_default() -> None:
 def test_json_deletes_only_with_yes() -> None:
     files = fill()
     refused = run("purge", "--json")
-    assert "type --yes as well" in str(refused.exception)
+    assert refused.exit_code == 2
+    assert "type --yes as well" in refused.output
     assert all(file.exists() for file in files)
     record = json.loads(run("purge", "--yes", "--json").stdout)
     assert len(record["deleted"]) == 14

@@ -15,11 +15,12 @@ from click.testing import CliRunner, Result
 from edgetune.cli.main import cli
 from edgetune.events import EventLog, Finished, Started
 from edgetune.home import home
-from edgetune.library.gate import Verdict
+from edgetune.library.gate import Change, Evidence, PairedDocument, Verdict, decide
+from edgetune.library.promotion import promote, rollback
 from edgetune.reports import desktop
 from edgetune.reports.html import render, write_report
 from edgetune.reports.terminal import finished_lines
-from edgetune.reports.verdicts import BECAUSE, LEARNED, first_sentence
+from edgetune.reports.verdicts import BECAUSE, LEARNED, first_sentence, judgement
 from edgetune.runtime.errors import UsageError
 
 STARTED = Started(
@@ -50,23 +51,20 @@ def write_run(name: str, *events: Any, at: float) -> Path:
     return folder / "report.html"
 
 
+STAYS = "your current adapter stays in use because the new one"
 SENTENCES = {
     ("better", False): "Learned from 7 notes; better on notes it had not seen; now in use.",
     ("better", True): "Learned from 7 notes; better on notes it had not seen; now in use.",
-    ("first", True): "Learned from 7 notes; too few notes were held out to judge it; now in use, since no adapter was before.",
-    ("too few", False): "Learned from 7 notes; too few notes were held out to judge it, so it is kept beside your current "
-    "adapter, which stays in use.",
-    (
-        "not better",
-        False,
-    ): "Nothing new learned: your current adapter stays in use because the new one is no better on notes it had not seen.",
+    ("first", True): "Learned from 7 notes; too few held-out notes were read to judge it; now in use, since no adapter was "
+    "before.",
+    ("too few", False): "Learned from 7 notes; too few held-out notes were read to judge it; kept beside your current adapter, "
+    "which stays in use.",
+    ("not better", False): f"Nothing new learned: {STAYS} is no better on notes it had not seen.",
     ("not better", True): "Nothing new learned: the bare base model stays in use because the new one is no better on notes it "
     "had not seen.",
-    ("forgets", False): "Nothing new learned: your current adapter stays in use because the new one reads general text worse.",
-    ("replies worse", False): "Nothing new learned: your current adapter stays in use because the new one answers in chats "
-    "worse.",
-    ("leaks", False): "Nothing new learned: your current adapter stays in use because the new one would give away too much of "
-    "your notes.",
+    ("forgets", False): f"Learned from 7 notes, but {STAYS} unlearnt too much else.",
+    ("replies worse", False): f"Learned from 7 notes, but {STAYS} answers in chats worse than the base model.",
+    ("leaks", False): f"Learned from 7 notes, but {STAYS} failed the leak audit.",
 }
 
 
@@ -83,7 +81,55 @@ def test_the_first_sentence_of_every_verdict(verdict: str, first: bool) -> None:
 
 def test_every_verdict_of_the_gate_has_its_words() -> None:
     assert {*BECAUSE, *LEARNED} == set(Verdict)
+    assert judgement("too few") == "too few held-out notes were read to judge it"
+    assert judgement("exploded") == "exploded"
     assert {verdict for verdict, _ in SENTENCES} == set(Verdict)
+
+
+HELD_OUT = tuple(PairedDocument(1000, 2000, 1900 + each) for each in range(12))
+"""Held-out documents on which the new adapter is better, by the gate."""
+WORSE = tuple(dataclasses.replace(document, bits_after=2100) for document in HELD_OUT)
+ENDS = {
+    Verdict.BETTER: Evidence(HELD_OUT),
+    Verdict.FIRST: Evidence(HELD_OUT[:1], first=True),
+    Verdict.TOO_FEW: Evidence(HELD_OUT[:1]),
+    Verdict.NOT_BETTER: Evidence(WORSE),
+    Verdict.FORGETS: Evidence(HELD_OUT, Change(1.0, 1.5)),
+    Verdict.REPLIES_WORSE: Evidence(HELD_OUT, None, Change(1.0, 1.5)),
+    Verdict.LEAKS: Evidence(HELD_OUT, leak_free=False),
+}
+"""What the gate decides by, for each of its verdicts."""
+
+
+def test_the_last_lines_tell_one_story_for_every_verdict_of_the_gate() -> None:
+    """The claim stands in the first sentence alone: the reason below it has the figures, and the adapter's line its folder."""
+    for verdict, evidence in ENDS.items():
+        decision = decide(evidence)
+        assert decision.verdict is verdict
+        end = dataclasses.replace(finished(str(verdict), evidence.first, decision.reason), heldout_tokens=90)
+        sentence, reason, *rest = finished_lines(end, 7)
+        claims = ("too few", "in use", "judge it", "no better", "on notes it had not seen", "unlearnt", "current adapter stays")
+        repeated = [claim for claim in claims if claim in sentence and claim in " ".join([reason, *rest])]
+        assert repeated == [], verdict
+        assert rest[0] == "Held-out notes: 1.700 to 1.600 bits per byte (rough figures, from 90 tokens alone)"
+        assert rest[-1] == "Adapter: night" + ("" if end.promoted else " (to try it all the same: --adapter and this folder)")
+
+
+def test_a_run_that_beat_its_beginning_but_not_the_current_adapter_shows_all_three_scores() -> None:
+    end = finished("not better")
+    scores = {"current_bits_per_byte": 1.55, "new_bits_per_byte": 1.6}
+    worse = dataclasses.replace(end, best_step=3, decision={**(end.decision or {}), **scores})
+    expected = "Held-out notes: 1.700 to 1.600 bits per byte (5.9% lower), best at step 3"
+    assert finished_lines(worse)[2] == f"{expected}; 1.550 with your current adapter"
+    better = dataclasses.replace(worse, promoted=True, decision={**scores, "verdict": "better", "current_bits_per_byte": 1.65})
+    assert finished_lines(better)[1] == f"{expected}; 1.650 with the adapter before it"
+    for unlike in (
+        {"new_bits_per_byte": 1.4},
+        {"current_bits_per_byte": 1.7},
+        {"first": True},
+        {"current_bits_per_byte": None},
+    ):
+        assert finished_lines(dataclasses.replace(worse, decision={**(worse.decision or {}), **unlike}))[2] == expected
 
 
 def test_one_note_is_not_called_notes_and_an_unknown_verdict_has_no_sentence() -> None:
@@ -103,13 +149,31 @@ def test_the_command_finds_the_latest_report() -> None:
     write_run("2026-11-27-010000", STARTED, finished("first", True), at=1000.0)
     latest = write_run("2026-11-28-010000", STARTED, finished("better"), at=2000.0)
     write_run("2026-11-28-020000", STARTED, finished("forgets"), at=1500.0)
-    assert run("report").stdout.splitlines() == [SENTENCES["better", False], f"Report: {latest}"]
+    said = run("report").stdout.splitlines()
+    assert (said[0], said[-1]) == (SENTENCES["better", False], f"Report: {latest}")
     assert run("report", "--path").stdout == f"{latest}\n"
     record = json.loads(run("report", "--json").stdout)
     assert record == {
         "run": "2026-11-28-010000", "path": str(latest), "sentence": SENTENCES["better", False], "adapter": "night",
         "promoted": True, "decision": {"verdict": "better", "reason": "Because it is so.", "first": False},
+        "in_use": False,
     }  # fmt: skip
+
+
+def test_an_adapter_that_was_rolled_back_is_not_said_to_be_in_use(tmp_path: Path) -> None:
+    folder = tmp_path / "night"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    write_run("2026-11-28-010000", STARTED, dataclasses.replace(finished("better"), adapter=str(folder)), at=1000.0)
+    promote(folder, "demo", "ab" * 32)
+    assert "Since then" not in run("report").stdout
+    assert json.loads(run("report", "--json").stdout)["in_use"] is True
+    rollback("ab" * 32)
+    assert run("report").stdout.splitlines()[:2] == [
+        SENTENCES["better", False],
+        "Since then another adapter was made current, or none: `edgetune adapters list` marks those in use.",
+    ]
+    assert json.loads(run("report", "--json").stdout)["in_use"] is False
 
 
 def test_a_damaged_log_still_leads_to_its_report() -> None:

@@ -178,8 +178,8 @@ def test_an_adapter_that_made_things_worse_is_said_to_be_kept_aside() -> None:
     assert isinstance(last, Finished)
     worse = dataclasses.replace(last, heldout_bits_per_byte_after=1.905, promoted=False)
     text = "\n".join(plain(iter([*events, worse])))
-    assert "1.732 to 1.905 bits per byte (10.0% higher)" in text
-    assert "Adapter: notes-1 (not made current" in text
+    assert "1.732 to 1.905 bits per byte (10.0% higher), best at step 2" in text
+    assert "Adapter: notes-1 (to try it all the same: --adapter and this folder)" in text
 
 
 def test_a_hostile_name_of_an_adapter_is_disarmed() -> None:

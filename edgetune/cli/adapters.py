@@ -10,6 +10,7 @@ import click
 
 from edgetune.cli.options import json_option, model_option, print_json, progress_shown, say
 from edgetune.reports.text import human_bytes, one_line
+from edgetune.reports.verdicts import judgement
 
 if TYPE_CHECKING:
     from edgetune.library.kept_adapters import KeptAdapter
@@ -55,7 +56,7 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
         return
     click.echo(_line(adapter))
     if adapter.verdict is not None and adapter.reason is not None:
-        click.echo(f"  judged: {one_line(adapter.verdict)}. {one_line(adapter.reason)}")
+        click.echo(f"  judged: {one_line(judgement(adapter.verdict))}. {one_line(adapter.reason)}")
     click.echo(f"  targets: {', '.join(adapter.targets)}" + (f"; layers {list(adapter.layers)}" if adapter.layers else ""))
     if adapter.data is not None and adapter.configuration is not None:
         click.echo(f"  notes {one_line(adapter.data[:12])}, settings {one_line(adapter.configuration[:12])} (digests)")
@@ -173,7 +174,8 @@ def _line(adapter: KeptAdapter) -> str:
     before, after = adapter.heldout_bits_per_byte_before, adapter.heldout_bits_per_byte_after
     learned = "" if before is None or after is None else f", held-out {before:.3f} to {after:.3f} bits/byte"
     base = f"{one_line(adapter.base_name)} ({adapter.base})" if adapter.base_name else adapter.base
+    mark = "*" if adapter.current else " "
     return (
-        f"{'*' if adapter.current else ' '} {adapter.name}: {adapter.created}, base {base}, rank {adapter.rank}, alpha "
+        f"{mark} {one_line(adapter.name)}: {adapter.created}, base {base}, rank {adapter.rank}, alpha "
         f"{adapter.alpha:g}, {human_bytes(adapter.bytes)}{learned}"
     )

@@ -121,10 +121,10 @@ def status_command(as_json: bool) -> None:
     power = "on mains power only" if status.battery is None else f"on mains power, or above {status.battery}% of battery"
     click.echo(f"  Works {power}.")
     if status.paused_until is not None:
-        click.echo(f"  Paused until {status.paused_until}. To go on, type: edgetune nightly resume")
+        click.echo(f"  {_paused(status.paused_until)}")
     if status.next_night is not None:
         click.echo(f"  Next night: {status.next_night}" + (" (one is under way now)" if status.is_running else ""))
-    click.echo("  " + ("No night has been yet." if status.last is None else one_line(status.last.sentence)))
+    click.echo("  " + ("There has been no night yet." if status.last is None else one_line(status.last.sentence)))
     for notice in status.notices:
         click.echo(f"  {notice}")
 
@@ -189,7 +189,7 @@ def pause_command(days: int | None, as_json: bool) -> None:
     if as_json:
         print_json({"paused_until": shown})
     else:
-        click.echo(f"Nights are paused {'until ' + shown if days is not None else shown}. To go on: edgetune nightly resume")
+        click.echo(_paused(shown))
 
 
 @nightly_command.command("resume")
@@ -317,6 +317,13 @@ def _trial_notices(trial: NightRecord | None, scheduler: str, skipped: bool) -> 
 
 def _shown(record: NightRecord) -> dict[str, Any]:
     return {"sentence": record.sentence, **record.as_dict()}
+
+
+def _paused(until: str) -> str:
+    """Return the sentence about a pause that ends at a local time, or never."""
+    if until == FOR_EVER:
+        return "Paused until you type: edgetune nightly resume"
+    return f"Paused until {until}. To go on sooner, type: edgetune nightly resume"
 
 
 def _print_nothing(sentence: str, as_json: bool) -> None:

@@ -19,19 +19,18 @@ def purge_command(yes: bool, as_json: bool) -> None:
     Your notes are not touched. What it cannot reach is named.
     """
     from edgetune.library.purge import UNREACHABLE, planned_purge, purge
-    from edgetune.runtime.errors import UsageError
 
     planned = planned_purge()
     if as_json:
         if not yes:
-            raise UsageError("--json asks nothing, and purge deletes everything for good; type --yes as well.")
+            raise click.UsageError("--json asks nothing, and purge deletes everything for good; type --yes as well.")
         print_json({**dataclasses.asdict(purge()), "unreachable": list(UNREACHABLE)})
         return
     if planned.deleted and not yes:
         click.echo(f"This deletes {len(planned.deleted):,} entries in {one_line(planned.home)}, {human_bytes(planned.bytes)}:")
         for path in planned.deleted:
             click.echo(f"  {one_line(path)}")
-        if not click.confirm("Delete all of it for good?", default=False):
+        if not _confirmed("Delete all of it for good?"):
             click.echo("Nothing was deleted.")
             raise click.exceptions.Exit(1)
     done = purge()
@@ -40,6 +39,19 @@ def purge_command(yes: bool, as_json: bool) -> None:
     _list("Left, since edgetune did not make it", done.left)
     _list("Not deleted, since it lies outside edgetune's own folder; delete it yourself", done.outside)
     _list("Out of reach", UNREACHABLE)
+
+
+def _confirmed(question: str) -> bool:
+    """Ask a question, and return True for a yes. Raises UsageError where nobody can answer."""
+    from edgetune.runtime.errors import UsageError
+
+    try:
+        return click.confirm(question, default=False)
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            click.echo()
+            raise UsageError("Nothing was deleted, since nobody answered; to delete without a question, type --yes.") from error
+        raise
 
 
 def _list(title: str, lines: tuple[str, ...]) -> None:

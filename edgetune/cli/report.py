@@ -18,6 +18,7 @@ from edgetune.reports.text import one_line
 @json_option
 def report_command(opens: bool, path_only: bool, as_json: bool) -> None:
     """Say in one sentence what the latest run learned, and open its report."""
+    from edgetune.library.kept_adapters import is_in_use
     from edgetune.reports.desktop import open_file
     from edgetune.reports.latest import latest_report
     from edgetune.runtime.errors import UsageError
@@ -27,12 +28,15 @@ def report_command(opens: bool, path_only: bool, as_json: bool) -> None:
     latest = latest_report()
     if latest is None:
         raise UsageError("There is no report yet. Type `edgetune train notes/`: every run writes one.")
+    used = None if latest.adapter is None else is_in_use(Path(latest.adapter))
     if as_json:
-        print_json(dataclasses.asdict(latest))
+        print_json({**dataclasses.asdict(latest), "in_use": used})
         return
     if path_only:
         click.echo(latest.path)
         return
     click.echo(latest.sentence or f"The run {one_line(latest.run)} is not finished, or its events cannot be read.")
+    if latest.promoted and used is False:
+        click.echo("Since then another adapter was made current, or none: `edgetune adapters list` marks those in use.")
     opened = (opens or sys.stdout.isatty()) and open_file(Path(latest.path))
     click.echo(f"Report{' (opened)' if opened else ''}: {one_line(latest.path)}")

@@ -134,6 +134,12 @@ def default_base() -> str | None:
     return base if isinstance(base, str) else None
 
 
+def default_model() -> str | None:
+    """Return the name of that base model, which may have no current adapter any more; None as in `default_base`."""
+    model = _read_record(home() / CURRENT).get("model")
+    return model if isinstance(model, str) and model.isprintable() else None
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """Return one of the records that `set_current` writes; empty where it is missing or damaged."""
     try:
@@ -145,7 +151,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def is_adapter(folder: Path) -> bool:
     """Return True if a folder that was an adapter's is there still."""
-    return (folder / peft_folder.CONFIG_FILE).is_file()
+    with contextlib.suppress(OSError, ValueError):  # a damaged record may name what can be no path
+        return (folder / peft_folder.CONFIG_FILE).is_file()
+    return False
 
 
 def find(name: str | None, base: str) -> Path | None:

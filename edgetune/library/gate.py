@@ -136,13 +136,15 @@ def _too_few(heldout: tuple[PairedDocument, ...]) -> bool:
 def _first_or_none(evidence: Evidence) -> Decision:
     """Decide where too little is held out to judge by: a first adapter is used unless it was measured to be no better."""
     count = sum(document.bytes > 0 for document in evidence.heldout)
-    few = f"{count or 'no'} held-out {'note' if count == 1 else 'notes'}"
+    size = math.fsum(document.bytes for document in evidence.heldout)
+    read = f"{count or 'none'} {'was' if count < 2 else 'were'} read" if count < FEWEST_NOTES else f"{size:.0f} bytes were read"
+    reason = f"Judging takes at least {FEWEST_NOTES} held-out notes with {FEWEST_BYTES} bytes of text; {read}."
     if not evidence.first:
-        reason = f"With {few} there is too little to judge by; {FEWEST_NOTES} notes and {FEWEST_BYTES} bytes are needed."
         return Decision(False, Verdict.TOO_FEW, reason)
-    if count and _bits(evidence.heldout, after=True) >= _bits(evidence.heldout, after=False):
-        return Decision(False, Verdict.NOT_BETTER, f"The new adapter reads {few} no better than the bare base.")
-    return Decision(True, Verdict.FIRST, f"With {few} there is too little to judge by, and no adapter was in use before.")
+    before, after = _bits(evidence.heldout, after=False), _bits(evidence.heldout, after=True)
+    if count and after >= before:
+        return Decision(False, Verdict.NOT_BETTER, _compared(before, after, "the bare base", count))
+    return Decision(True, Verdict.FIRST, reason)
 
 
 def _judged(evidence: Evidence) -> Decision:
@@ -153,11 +155,19 @@ def _judged(evidence: Evidence) -> Decision:
     rival = "the bare base" if evidence.first else "your current adapter"
     share, over = gain / before if before > 0 else 0.0, f"over {len(scored)} held-out notes"
     if share < LEAST_GAIN:
-        return Decision(False, Verdict.NOT_BETTER, f"The new adapter is no better than {rival} {over} ({-share:+.2%} bits).")
+        return Decision(False, Verdict.NOT_BETTER, _compared(before, before - gain, rival, len(scored)))
     if gain <= noise:
         reason = f"The new adapter is {share:.2%} better than {rival} {over}, which may be chance (up to {noise / before:.2%})."
         return Decision(False, Verdict.NOT_BETTER, reason)
     return Decision(True, Verdict.BETTER, f"The new adapter is {share:.1%} better than {rival} {over}, beyond chance.")
+
+
+def _compared(before: float, after: float, rival: str, notes: int) -> str:
+    """Return the sentence about an adapter whose gain over its rival is none, or too small to count. before, after: bits."""
+    share = after / before - 1 if before > 0 else 0.0
+    more, counts = ("fewer", f"; from {LEAST_GAIN:.2%} on it counts") if share < 0 else ("more", "")
+    over = f"{notes} held-out {'note' if notes == 1 else 'notes'}"
+    return f"The new adapter takes {abs(share):.2%} {more} bits than {rival} over {over}{counts}."
 
 
 def gain_and_noise(scored: list[PairedDocument]) -> tuple[float, float]:

@@ -74,7 +74,7 @@ def describe(folder: Path) -> KeptAdapter:
         alpha=config.alpha,
         targets=config.targets,
         layers=adapter.layers,
-        bytes=sum(file.stat().st_size for file in folder.iterdir()),
+        bytes=sum(file.lstat().st_size for file in folder.iterdir()),
         heldout_bits_per_byte_before=before,
         heldout_bits_per_byte_after=after,
         **{name: _text(about.get(name)) for name in ("parent", "compared_with", "verdict", "reason", "data", "configuration")},
@@ -85,6 +85,12 @@ def is_current(folder: Path) -> bool:
     """Return True if an adapter of edgetune's own folder is the current one of its base."""
     current = registry.current_in(folder.parent)
     return current is not None and current.adapter == folder.resolve()
+
+
+def is_in_use(adapter: Path) -> bool:
+    """Return True if an adapter, wherever its folder lies, is the current one of any base model."""
+    found = (registry.current_in(folder) for folder in (home() / "adapters").glob("*"))
+    return any(current is not None and current.adapter == adapter.resolve() for current in found)
 
 
 def ancestors(adapter: KeptAdapter) -> list[KeptAdapter]:

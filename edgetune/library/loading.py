@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from edgetune.runtime.budget import Vocabulary, WeightForm
 from edgetune.runtime.checkpoint import Checkpoint, open_model
 from edgetune.runtime.config import QuantConfig
 from edgetune.runtime.device import compute_dtype, explain_card_memory, pick_device
-from edgetune.runtime.errors import ModelError, SettingError, UsageError
+from edgetune.runtime.errors import EdgetuneError, ModelError, SettingError, UsageError
 from edgetune.runtime.generate import Sampling
 from edgetune.runtime.generation_config import SamplingSettings, read_sampling
 from edgetune.runtime.loader import load_llama
@@ -62,12 +63,13 @@ Base = tuple[ModelChoice, Checkpoint]
 def choose_model(name: str | None = None) -> ModelChoice:
     """Return the model that every command uses: the one named or, for None, the current adapter's, else the best one here.
 
-    The demo's adapter holds its model only until a real one arrives: if the demo was all there was when that adapter became
-    the current one, and another model is ready now, that one is chosen. Raises ModelError.
+    After a rollback to the bare base, that base is used as long as it is there. The demo's adapter holds its model only until a
+    real one arrives: if the demo was all there was when that adapter became the current one, and another model is ready now,
+    that one is chosen. Raises ModelError.
     """
     current = registry.get_current()
     if name is not None or current is None:
-        return resolve(name)
+        return (_used_last() if name is None else None) or resolve(name)
     if current.model == DEMO and current.demo_alone and (found := best_here()) is not None:
         return replace(found, why=f"{found.why}; the current adapter is the demo's: to use it, type --model demo")
     try:
@@ -77,6 +79,14 @@ def choose_model(name: str | None = None) -> ModelChoice:
             f"The base model of the current adapter, {current.adapter.name}, cannot be used: {str(error).rstrip('.')}. Or name "
             "another with --model."
         ) from error
+
+
+def _used_last() -> ModelChoice | None:
+    """Return the model whose adapter was made current last; None if that is the demo, or not here any more."""
+    model = registry.default_model()
+    with contextlib.suppress(EdgetuneError):
+        return None if model is None or model == DEMO else replace(resolve(model), why="the one used last")
+    return None
 
 
 def open_base(name: str | None, show: Show = lambda event: None) -> Base:

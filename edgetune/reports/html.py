@@ -17,7 +17,7 @@ from edgetune.events import Evaluated, Event
 from edgetune.privacy import kinds
 from edgetune.reports.html_style import STYLE
 from edgetune.reports.plots import Curve, Point, chart, smooth
-from edgetune.reports.repair import learning_lines, too_few
+from edgetune.reports.repair import learning_lines, rough_figures
 from edgetune.reports.run import Run
 from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, sanitize
 from edgetune.reports.verdicts import first_sentence
@@ -68,20 +68,25 @@ def _head(run: Run) -> str:
         title = f"{1 - _ratio(run.after, run.before):.1%} fewer bits per byte on notes the model has not seen"
     else:
         title = "No better on notes the model has not seen"
-    about = ""
-    if started:
-        about = f"The base model {started.model} learned from {counted(started.documents, 'document')} on {started.device}"
-        held_out = counted(started.heldout_documents, "document")
-        about += f", and was tested on {held_out} that it never trained on." if started.heldout_documents else "."
-        reason = ((finished.decision or {}) if finished else {}).get("reason")
-        about += f" {reason}" if isinstance(reason, str) else ""
-        about += " The result is an adapter: a small file that is used together with the base model, which stays unchanged."
     marks = "".join(f'<span class="badge">{_escaped(badge)}</span>' for badge in _badges(run))
     name = f"<span>{_escaped(started.run)}</span>" if started else ""
     return (
         f'<header><p class="eyebrow">edgetune training report {name}{marks}</p><h1>{_escaped(title)}</h1>'
-        f'<p class="about">{_escaped(about)}</p></header>'
+        f'<p class="about">{_escaped(_about(run))}</p></header>'
     )
+
+
+def _about(run: Run) -> str:
+    """Return the paragraph below the title: why it ended so, and what was trained."""
+    started, decision = run.started, (run.finished.decision or {}) if run.finished else {}
+    reason = decision.get("reason")
+    about = [reason] if isinstance(reason, str) else []
+    if started:
+        held_out = f"; {counted(started.heldout_documents, 'note')} held out to test it" if started.heldout_documents else ""
+        trained = f"The base model {started.model} learned from {counted(started.documents, 'note')} on {started.device}"
+        about += [f"{trained}{held_out}."]
+        about += ["The result is an adapter: a small file that is used together with the base model, which stays unchanged."]
+    return " ".join(about)
 
 
 def _badges(run: Run) -> list[str]:
@@ -95,7 +100,7 @@ def _badges(run: Run) -> list[str]:
     elif finished.cut:
         badges.append(f"stopped early: {finished.cut}")
     if finished is not None and not finished.promoted:
-        badges.append("not made the current adapter")
+        badges.append("not in use")
     if run.skipped:
         badges.append(f"{counted(len(run.skipped), 'step')} skipped")
     return badges
@@ -265,8 +270,8 @@ def _score(run: Run) -> str:
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         body += f'<tr><th scope="row">{_escaped(name)}</th>{numbers}</tr>'
     heads = "".join(f'<th scope="col">{name}</th>' for name, _ in shown)
-    rough = None if finished is None else too_few(finished)
-    sentences = ([rough] if rough else []) + (learning_lines(finished, unknown=True) if finished else [])
+    rough = None if finished is None else rough_figures(finished)
+    sentences = ([rough.capitalize()] if rough else []) + (learning_lines(finished, unknown=True) if finished else [])
     said = "".join(f"<p>{_escaped(text)}.</p>" for text in sentences)
     return (
         f"<table><caption>On the held-out notes; lower is better</caption><thead><tr><td></td>{heads}</tr></thead>"

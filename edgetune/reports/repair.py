@@ -15,12 +15,11 @@ NOT_MEASURED = {
 """Reasons why the base as published has no score, by the value of Finished.published."""
 
 
-def too_few(event: Finished) -> str | None:
-    """Return, without a full stop, that the held-out figures of a finished run rest on too few tokens; None if they do not."""
+def rough_figures(event: Finished) -> str | None:
+    """Return that the held-out figures of a finished run rest on few tokens, for the end of a sentence; None if they do not."""
     if event.heldout_tokens is None or event.judged:
         return None
-    read = counted(event.heldout_tokens, "token")
-    return f"These figures are rough: only {read} of held-out notes were read, too few to judge the adapter by"
+    return f"rough figures, from {counted(event.heldout_tokens, 'token')} alone"
 
 
 def learning_lines(event: Finished, unknown: bool) -> list[str]:

@@ -26,7 +26,7 @@ from edgetune.events import (
     judges,
     line,
 )
-from edgetune.reports.repair import learning_lines, too_few
+from edgetune.reports.repair import learning_lines, rough_figures
 from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line
 from edgetune.reports.verdicts import first_sentence
 
@@ -168,17 +168,13 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
 
     documents: the number of notes that it learned from, if that is known.
     """
-    before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
     sentence = first_sentence(documents, event)
     lines = [] if sentence is None else [sentence, *_reason(event)]
-    if before is not None and after is not None:
-        change = f"{abs(1 - after / before):.1%} {'lower' if after <= before else 'higher'}" if before > 0 else "no change"
-        rough = too_few(event)
-        shown = f" ({change}), best at step {event.best_step}" if rough is None else ""
-        lines.append(f"Held-out notes: {before:.3f} to {after:.3f} bits per byte{shown}")
-        lines += learning_lines(event, unknown=False) if rough is None else [rough]
-    else:
+    if event.heldout_bits_per_byte_before is None or event.heldout_bits_per_byte_after is None:
         lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
+    else:
+        lines.append(heldout_line(event, event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after))
+        lines += learning_lines(event, unknown=False)
     lines.append(
         f"{counted(event.steps, 'step')}, {counted(event.tokens, 'token')} in {human_time(event.seconds)} "
         f"({event.tokens_per_second:,.0f} tokens/s), peak memory {human_bytes(event.peak_memory_bytes)}"
@@ -187,11 +183,34 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
         lines.append(f"Steps skipped because their loss or gradient was not finite: {event.skipped_steps:,}")
     if event.cut:
         lines.append(f"Stopped early: {one_line(event.cut)}. Run the same command again to continue.")
-    not_current = "" if event.promoted else " (not made current; --adapter and this folder use it all the same)"
-    lines.append(f"Adapter: {one_line(event.adapter)}{not_current}")
+    to_try = "" if event.promoted else " (to try it all the same: --adapter and this folder)"
+    lines.append(f"Adapter: {one_line(event.adapter)}{to_try}")
     if event.report:
         lines.append(f"Report: {one_line(event.report)}")
     return lines
+
+
+def heldout_line(event: Finished, before: float, after: float) -> str:
+    """Return the line with a finished run's scores: where it began, the new adapter's, and that of the adapter in use."""
+    change = "no change"
+    if before > 0 and after != before:
+        change = f"{abs(1 - after / before):.1%} {'lower' if after < before else 'higher'}"
+    rough = rough_figures(event)
+    about = f"({change}), best at step {event.best_step}" if rough is None else f"({rough})"
+    return f"Held-out notes: {before:.3f} to {after:.3f} bits per byte {about}{_rival_score(event, before, after)}"
+
+
+def _rival_score(event: Finished, before: float, after: float) -> str:
+    """Return the end of that line: the score of the adapter that the new one was compared with.
+
+    It is empty where the run began with that adapter, or with the bare base since there was none, and where the comparison
+    read less text than the scores beside it.
+    """
+    decision = event.decision or {}
+    rival, new = decision.get("current_bits_per_byte"), decision.get("new_bits_per_byte")
+    if decision.get("first") or rival is None or new is None or f"{new:.3f}" != f"{after:.3f}" or rival == before:
+        return ""
+    return f"; {rival:.3f} with {'the adapter before it' if event.promoted else 'your current adapter'}"
 
 
 def _reason(event: Finished) -> list[str]:
@@ -339,7 +358,7 @@ class Live(Renderer):
         elif isinstance(event, Finished):
             self._live.stop()
             first, *rest = finished_lines(event, self.progress.documents)
-            self._print_above(first, "bold green" if _learned(event) else "bold yellow")
+            self._print_above(first, "bold green" if event.promoted else "bold yellow")
             for text in rest:
                 self._print_above(text, "")
             return
@@ -372,11 +391,6 @@ class Live(Renderer):
 def _percent(done: int, total: int) -> str:
     """Return how much of a stage is done."""
     return f"{done * 100 // max(total, 1)} %"
-
-
-def _learned(event: Finished) -> bool:
-    before, after = event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after
-    return before is not None and after is not None and after < before
 
 
 def renderer(json: bool = False, file: TextIO | None = None) -> Renderer:

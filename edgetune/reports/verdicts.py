@@ -1,4 +1,4 @@
-"""The first sentence of a run's report: what was learned, and which adapter is in use."""
+"""Says in plain words how a run ended: what it learned, and whether the new adapter is in use."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from edgetune.events import Finished
 
 BECAUSE = {
     "not better": "the new one is no better on notes it had not seen",
-    "forgets": "the new one reads general text worse",
-    "replies worse": "the new one answers in chats worse",
-    "leaks": "the new one would give away too much of your notes",
+    "forgets": "the new one unlearnt too much else",
+    "replies worse": "the new one answers in chats worse than the base model",
+    "leaks": "the new one failed the leak audit",
 }
 """Reasons why a new adapter does not become the current one, by the verdict of the gate (library/gate.py)."""
 LEARNED = {
     "better": "better on notes it had not seen; now in use",
-    "first": "too few notes were held out to judge it; now in use, since no adapter was before",
-    "too few": "too few notes were held out to judge it, so it is kept beside your current adapter, which stays in use",
+    "first": "too few held-out notes were read to judge it; now in use, since no adapter was before",
+    "too few": "too few held-out notes were read to judge it; kept beside your current adapter, which stays in use",
 }
-"""Ends of the sentence about a run that learned something, by the verdict."""
+"""Ends of the sentence about a run that learned something, by the verdict: how it was judged, and which adapter is in use."""
 
 
 def first_sentence(documents: int | None, finished: Finished) -> str | None:
@@ -25,11 +25,17 @@ def first_sentence(documents: int | None, finished: Finished) -> str | None:
     documents: the number of notes that it learned from, if that is known.
     """
     decision = finished.decision or {}
-    verdict = decision.get("verdict")
+    verdict = str(decision.get("verdict"))
+    source = "" if documents is None else f" from {documents:,} {'note' if documents == 1 else 'notes'}"
     if verdict in LEARNED:
-        source = "" if documents is None else f" from {documents:,} {'note' if documents == 1 else 'notes'}"
         return f"Learned{source}; {LEARNED[verdict]}."
     if verdict in BECAUSE:
+        result = "Nothing new learned:" if verdict == "not better" else f"Learned{source}, but"
         in_use = "the bare base model" if decision.get("first") else "your current adapter"
-        return f"Nothing new learned: {in_use} stays in use because {BECAUSE[verdict]}."
+        return f"{result} {in_use} stays in use because {BECAUSE[verdict]}."
     return None
+
+
+def judgement(verdict: str) -> str:
+    """Return how an adapter was judged when it was made; the verdict itself where that is unknown."""
+    return {**BECAUSE, **LEARNED}.get(verdict, verdict).partition(";")[0]
