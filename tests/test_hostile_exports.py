@@ -137,7 +137,7 @@ def test_a_member_that_is_damaged_or_encrypted_is_named(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 3 << 20)
+    monkeypatch.setattr(archive, "MAX_UNPACKED_EXPORT_BYTES", 3 << 20)
     bomb = packed(**{"_chat.txt": CHAT + "\n" * (8 << 20)})
     assert len(bomb) < 50_000
     assert reasons(read(tmp_path, "chat.zip", bomb, "Ben"))[Reason.LARGE_ARCHIVE] == 1

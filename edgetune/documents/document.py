@@ -6,6 +6,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ _CAUSES_SHOWN = 8
 class Reason(StrEnum):
     """A reason why something was not read. Its value is what --dry-run shows, and a key in its JSON.
 
-    That of a reason for records begins with their plural, of which `counted` makes the singular.
+    That of a reason for records (from BAD_LINE on) begins with their plural, of which `counted` makes the singular.
     """
 
     HIDDEN = "hidden"
@@ -83,28 +84,31 @@ class Reason(StrEnum):
     NOT_TRAINED = "chats whose answers are all marked as not to be trained"
     WHO_IS_ME = "chat exports in which --me does not say who you are"
     NO_ANSWER_OF_MINE = "stretches of chats in which you answer nobody"
-    MEDIA = "pictures, voice messages and other files in chats"
+    MEDIA = "files in chats, such as pictures and voice messages"
     NOTICE = "notices of chat apps"
     DELETED_MESSAGE = "deleted messages"
     FORWARDED = "forwarded messages"
     BOT = "messages of bots"
-    TOOL_MESSAGE = "hidden messages and those to and from tools"
+    TOOL_MESSAGE = "messages that are hidden, or to or from tools"
     LONG_MESSAGE = f"messages over {MAX_MESSAGE_CHARS >> 10} KiB"
     LONG_VALUE = f"chat exports with a value over {MAX_RECORD_CHARS >> 20} MiB, unread from there"
     BAD_EXPORT = "damaged places of chat exports, unread from there"
     NOT_A_CONVERSATION = "entries of chat exports that are no conversation"
     LARGE_EXPORT = f"chat exports over {MAX_EXPORT_BYTES >> 20} MiB"
-    LARGE_ARCHIVE = "archives that are too large, or hold too much"
+    LARGE_ARCHIVE = "archives that are too large, or too full"
     BAD_ARCHIVE = "damaged or encrypted archives"
 
     def counted(self, count: int) -> str:
-        """Return a number of records with this reason: 1 line that is not JSON, 2 lines that are not JSON."""
-        noun, rest = self.value.split(" ", 1)
-        if count == 1:
-            return f"1 {noun.removesuffix('s')} {rest.replace('that are ', 'that is ', 1)}"
-        return f"{count:,} {self.value}"
+        """Return a number of things with this reason: 1 line that is not JSON, 2 lines that are not JSON, 2 empty."""
+        plural = _PLURAL.match(self.value) if count == 1 and self in _OF_RECORDS else None
+        if plural is None:
+            return f"{count:,} {self.value}"
+        return f"1 {plural[1]}{'y' * (plural[2] == 'ies')}{' that is' * bool(plural[3])}{self.value[plural.end() :]}"
 
 
+_OF_RECORDS = frozenset(list(Reason)[list(Reason).index(Reason.BAD_LINE) :])
+"""Reasons for records, which begin with their plural."""
+_PLURAL = re.compile(r"(.*?\w)(ies|(?<=h)es|s)\b( that are)?")
 EXPECTED = {
     Reason.BAD_LINE: "one JSON object a line, or a JSON array of objects",
     Reason.LONG_LINE: "one chat a line",
@@ -284,7 +288,8 @@ class Skipped:
         if self.reason is Reason.WHO_IS_ME:
             return self.detail
         if not self.lines:
-            reason = self.reason.value if self.count == 1 else f"{self.count:,} {self.reason.value}"
+            alone = self.count == 1 and self.reason not in _OF_RECORDS
+            reason = self.reason.value if alone else self.reason.counted(self.count)
             return f"{reason} ({self.detail})" if self.detail else reason
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
@@ -335,10 +340,10 @@ class Reading:
 
     def skipped_counts(self) -> dict[str, int]:
         """Return the number of skipped things by reason, the most frequent reason first."""
-        counts: Counter[str] = Counter()
+        counts: Counter[Reason] = Counter()
         for skip in self.skipped:
-            counts[skip.reason.value] += skip.count
-        return dict(counts.most_common())
+            counts[skip.reason] += skip.count
+        return {str(reason): count for reason, count in counts.most_common()}
 
     def left_out_counts(self) -> Counter[str]:
         """Return the number of things beside text in parsed files, by kind."""
@@ -350,9 +355,9 @@ class Reading:
     def unread_chats(self) -> tuple[str, ...]:
         """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
         sentences = [f"{skip.path}: {skip.explanation}." for skip in self.skipped if skip.has_sentence]
-        more = len(sentences) - _CAUSES_SHOWN
-        left = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."] if more > 0 else []
-        return (*sentences[:_CAUSES_SHOWN], *left)
+        if (more := len(sentences) - _CAUSES_SHOWN) > 0:
+            sentences[_CAUSES_SHOWN:] = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."]
+        return tuple(sentences)
 
     def as_dict(self, list_paths: bool = True) -> dict[str, Any]:
         """Return the reading for --json: counts and, with `list_paths`, the paths read and skipped; never any text."""

@@ -5,7 +5,6 @@ A file is read a block at a time, and its text goes to a spool, so that many not
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,9 +32,10 @@ from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.parsed_cache import ParsedCache
 from edgetune.documents.parsed_files import ParsedFiles
 from edgetune.documents.parser_process import ParserProcess
-from edgetune.documents.private_notes import has_private_tag, is_private
+from edgetune.documents.private_notes import is_marked_private, is_private
 from edgetune.documents.readers import Format, format_of
 from edgetune.documents.spool import Spool
+from edgetune.documents.summary import skipped_in_words
 from edgetune.documents.vault import VaultText
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
 from edgetune.privacy.masking import Masker
@@ -123,7 +123,7 @@ class Reader:
         """Return a function that adds a chat to `documents`, with its text in the spool."""
 
         def keep(document: Document) -> None:
-            if has_private_tag(document.text):
+            if is_marked_private(document.text):
                 raise Unread(Reason.PRIVATE)
             document = masked_chat(document, self.masker)
             damaged = document.text.count("\ufffd")
@@ -190,7 +190,7 @@ class Reader:
         """Yield the text of a note in blocks; of Markdown, without front matter and the marks of vaults."""
         vault = VaultText() if found.file.suffix.lower() in _MARKDOWN else None
         for number, text in enumerate(whole_blocks(pieces)):
-            if has_private_tag(text):
+            if is_marked_private(text):
                 raise NotText(Reason.PRIVATE)
             if number == 0:
                 text = self._beginning(found, text.lstrip("\ufeff"))
@@ -206,23 +206,23 @@ class Reader:
         if encoding is None:
             data = b"".join(self._blocks(file, found.size))
         else:
-            data = "".join(decoded(self._blocks(file, found.size), encoding)).lstrip("\ufeff").encode()
+            whole = "".join(decoded(self._blocks(file, found.size), encoding)).lstrip("\ufeff")
+            if format.readable and is_marked_private(whole):  # a parser drops some of the marks
+                raise NotText(Reason.PRIVATE)
+            data = whole.encode()
         parsed = self.parsed.read(format, data, lambda: self.progress(self.done, self.total))
-        added = private = 0
+        if not parsed.texts:
+            raise NotText(Reason.EMPTY)
         for number, text in enumerate(parsed.texts, 1):
             path = f"{found.path}#{number}" if len(parsed.texts) > 1 else found.path
-            if has_private_tag(text):
-                private += 1
-                continue
-            with contextlib.suppress(NotText):  # an empty one of several
+            try:
+                if is_marked_private(text):
+                    raise NotText(Reason.PRIVATE)
                 self._add_note(path, whole_blocks(self._slices(text)))
-                added += 1
+            except NotText as problem:  # the others of a mailbox are read
+                self.skipped.append(Skipped(path, problem.reason))
         if parsed.left_out:
             self.left_out[found.path] = dict(parsed.left_out)
-        if private:
-            self.skipped.append(Skipped(found.path, Reason.PRIVATE, private))
-        elif not added:
-            raise NotText(Reason.EMPTY)
         if encoding is not None:
             self.encodings[encoding.name] += 1
 
@@ -376,8 +376,8 @@ def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, fou
     named = ", ".join(os.fspath(path) for path in paths)
     if not reading.skipped:
         return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some."
-    counts = ", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items())
     unread = "".join(f" {sentence}" for sentence in reading.unread_chats())
     return (
-        f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; name another folder or file.{unread}"
+        f"Nothing to read in {named}: found {skipped_in_words(reading)}; expected {KINDS} with text in them; name another "
+        f"folder or file.{unread}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from edgetune.documents.document import Reading
+from edgetune.documents.document import Reading, Reason
 from edgetune.documents.limits import PARSE_SECONDS
 from edgetune.privacy import kinds
 from edgetune.reports.text import counted, human_bytes
@@ -16,13 +16,12 @@ def sentences(reading: Reading) -> tuple[str, ...]:
     said = []
     files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.has_sentence])
     if files.skipped:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in files.skipped_counts().items())
-        said.append(f"Not read: {counts}. Type edgetune train --dry-run to see which.")
+        said.append(f"Not read: {skipped_in_words(files)}. Type edgetune train --dry-run to see which.")
     if reading.damaged:
         letters = sum(reading.damaged.values())
         said.append(
             f"Damaged: {counted(letters, 'letter')} in {counted(len(reading.damaged), 'note')} could not be decoded and "
-            " will be learnt as \ufffd."
+            "will be learnt as \ufffd."
         )
     if reading.embedded:
         said.append(
@@ -34,6 +33,11 @@ def sentences(reading: Reading) -> tuple[str, ...]:
         said.append(f"Masked before training: {kinds.counted(reading.masked)}. Placeholders stand in their place.")
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
     return (*said, *reading.unread_chats())
+
+
+def skipped_in_words(reading: Reading) -> str:
+    """Return the number of things that were skipped for each reason: "2 empty, 1 hidden"."""
+    return ", ".join(Reason(reason).counted(count) for reason, count in reading.skipped_counts().items())
 
 
 def _of_parsed(reading: Reading) -> list[str]:
