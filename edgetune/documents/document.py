@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -25,9 +25,6 @@ from edgetune.documents.limits import (
     PARSER_MEMORY,
 )
 from edgetune.documents.spool import Spool
-
-_CAUSES_SHOWN = 8
-"""Most causes for unread chats that a run names before it begins. Chosen by hand."""
 
 
 class Reason(StrEnum):
@@ -70,6 +67,7 @@ class Reason(StrEnum):
     IGNORE_UNREADABLE = "beside or below a .edgetuneignore that cannot be read"
     PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"
+    NO_CHAT = "not a chat (left out by --recipe chat)"
     DUPLICATE = "same text as another note"
     NEAR_DUPLICATE = "nearly the same text as another note"
     BAD_LINE = "lines that are not JSON"
@@ -279,7 +277,7 @@ class Skipped:
 
     @property
     def has_sentence(self) -> bool:
-        """Return True if `Reading.unread_chats` explains this in a sentence of its own."""
+        """Return True if `summary.unread_chats` explains this in a sentence of its own."""
         return bool(self.lines) or self.reason is Reason.WHO_IS_ME
 
     @property
@@ -288,8 +286,7 @@ class Skipped:
         if self.reason is Reason.WHO_IS_ME:
             return self.detail
         if not self.lines:
-            alone = self.count == 1 and self.reason not in _OF_RECORDS
-            reason = self.reason.value if alone else self.reason.counted(self.count)
+            reason = self.reason.counted(self.count) if self.count > 1 or self.reason in _OF_RECORDS else self.reason.value
             return f"{reason} ({self.detail})" if self.detail else reason
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
@@ -301,10 +298,10 @@ class Skipped:
 class Reading:
     """Everything found under the named paths: training uses it, and --dry-run shows it.
 
-    `documents` are sorted by path, then by line, whatever the file system's own order is. `unused_excludes` are the --exclude
-    patterns that matched nothing; they deserve a warning, because somebody meant to keep something out. `damaged` holds the
-    number of letters that could not be decoded, `embedded` the bytes of pictures and other files inside notes that were left
-    out; both by path. `masked` counts, by kind, what placeholders replaced.
+    `documents` are sorted by path, then by line, whatever the file system's own order is. `files` counts all that was found.
+    `unused_excludes` are the --exclude patterns that matched nothing; they deserve a warning, because somebody meant to keep
+    something out. `damaged` holds the number of letters that could not be decoded, `embedded` the bytes of pictures and other
+    files inside notes that were left out; both by path. `masked` counts, by kind, what placeholders replaced.
     """
 
     documents: list[Document]
@@ -319,7 +316,7 @@ class Reading:
     near_duplicates: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Notes that are read though another one is much alike: by path, the other's path and their similarity (0 to 1)."""
     compared: bool = True
-    """False where near-duplicates were not looked for, since the package for it is not installed."""
+    """False where notes were not compared, since the package for it is not installed."""
     lacking: dict[str, int] = field(default_factory=dict)
     """Files that were not read because packages of the extra `documents` lack, by the name of their format."""
     as_plain: dict[str, int] = field(default_factory=dict)
@@ -327,6 +324,13 @@ class Reading:
     unlimited: tuple[str, ...] = ()
     """Limits on the process that parses documents which this system does not enforce, if it was needed."""
     masked: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, Sequence[str]] = field(default_factory=dict)
+    """The files that each document comes from, by its path."""
+
+    @property
+    def files_read(self) -> int:
+        """Return the number of files that gave a document."""
+        return len({path for document in self.documents for path in self.sources.get(document.path, ())})
 
     @property
     def bytes(self) -> int:
@@ -347,22 +351,13 @@ class Reading:
 
     def left_out_counts(self) -> Counter[str]:
         """Return the number of things beside text in parsed files, by kind."""
-        counts: Counter[str] = Counter()
-        for kinds in self.left_out.values():
-            counts.update(kinds)
-        return counts
-
-    def unread_chats(self) -> tuple[str, ...]:
-        """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
-        sentences = [f"{skip.path}: {skip.explanation}." for skip in self.skipped if skip.has_sentence]
-        if (more := len(sentences) - _CAUSES_SHOWN) > 0:
-            sentences[_CAUSES_SHOWN:] = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."]
-        return tuple(sentences)
+        return sum(map(Counter[str], self.left_out.values()), Counter[str]())
 
     def as_dict(self, list_paths: bool = True) -> dict[str, Any]:
         """Return the reading for --json: counts and, with `list_paths`, the paths read and skipped; never any text."""
         result: dict[str, Any] = {
             "files": self.files,
+            "files_read": self.files_read,
             "documents": len(self.documents),
             "chats": self.chats,
             "bytes": self.bytes,
@@ -375,6 +370,7 @@ class Reading:
             "lacking": self.lacking,
             "read_as_plain_text": self.as_plain,
             "masked": self.masked,
+            "compared": self.compared,
         }
         if list_paths:
             result["read_paths"] = [document.path for document in self.documents]

@@ -35,7 +35,7 @@ from edgetune.documents.parser_process import ParserProcess
 from edgetune.documents.private_notes import is_marked_private, is_private
 from edgetune.documents.readers import Format, format_of
 from edgetune.documents.spool import Spool
-from edgetune.documents.summary import skipped_in_words
+from edgetune.documents.summary import skipped_in_words, unread_chats
 from edgetune.documents.vault import VaultText
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
 from edgetune.privacy.masking import Masker
@@ -61,6 +61,8 @@ class Reader:
     done: int = 0
     spool: Spool = field(default_factory=Spool.on_disk)
     documents: list[Document] = field(default_factory=list)
+    sources: dict[str, Sequence[str]] = field(default_factory=dict)
+    """The files that each document comes from; several for a Slack export. All by path."""
     skipped: list[Skipped] = field(default_factory=list)
     encodings: Counter[str] = field(default_factory=Counter)
     damaged: dict[str, int] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Reader:
 
     def read(self, found: FoundFile) -> None:
         """Read one file: add its documents, or the reason why there are none."""
+        first = len(self.documents)
         try:
             with open_listed(found.file, found.listed) as file:
                 if self._read_export(found, file):
@@ -102,6 +105,7 @@ class Reader:
             self.skipped.append(Skipped(found.path, problem.reason))
         except OSError:
             self.skipped.append(Skipped(found.path, Reason.UNREADABLE))
+        self.sources |= {document.path: (found.path,) for document in self.documents[first:]}
         self.done += found.size
         self.progress(self.done, self.total)
 
@@ -168,6 +172,7 @@ class Reader:
         sources = {name: partial(self._listed_blocks, found) for name, found in files.items()}
         self.skipped += read_slack(sources, folder, self.me, self._keep_or_skip(documents))
         self.documents += documents
+        self.sources |= {document.path: [found.path for found in files.values()] for document in documents}
         self.done = before + sum(found.size for found in files.values())
 
     def _listed_blocks(self, found: FoundFile) -> Iterator[bytes]:
@@ -321,6 +326,7 @@ def read_notes(
         documents=documents,
         skipped=found.skipped + reader.skipped + twins + near.skipped,
         files=found.entries,
+        sources=reader.sources,
         encodings=dict(reader.encodings.most_common()),
         unused_excludes=tuple(exclude.pattern for exclude in found.excludes if not exclude.used),
         damaged=reader.damaged,
@@ -376,7 +382,7 @@ def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, fou
     named = ", ".join(os.fspath(path) for path in paths)
     if not reading.skipped:
         return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some."
-    unread = "".join(f" {sentence}" for sentence in reading.unread_chats())
+    unread = "".join(f" {sentence}" for sentence in unread_chats(reading))
     return (
         f"Nothing to read in {named}: found {skipped_in_words(reading)}; expected {KINDS} with text in them; name another "
         f"folder or file.{unread}"
