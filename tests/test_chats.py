@@ -26,6 +26,7 @@ from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.document import Document, Reason, Turn
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import unread_chats
 from edgetune.events import Finished, Sampled, Started
 from edgetune.runtime.errors import DataError, TokenizerError
 from edgetune.runtime.tokenizer import Tokenizer
@@ -255,7 +256,7 @@ def test_a_record_that_is_not_read_names_its_cause(tmp_path: Path, record: Any, 
     reading = read_notes([put(tmp_path, {"text": "a good line"}, "", record)])
     (skip,) = reading.skipped
     assert (skip.reason, skip.lines) == (reason, (3,))
-    (sentence,) = reading.unread_chats()
+    (sentence,) = unread_chats(reading)
     assert sentence.startswith(f"c.jsonl: {reason.counted(1)}")
     assert re.match(r"c.jsonl: 1 (line|record|chat) ", sentence)
     assert "no. 3; expected " in sentence
@@ -264,7 +265,7 @@ def test_a_record_that_is_not_read_names_its_cause(tmp_path: Path, record: Any, 
 
 def test_the_keys_of_an_unknown_form_are_named(tmp_path: Path) -> None:
     reading = read_notes([put(tmp_path, {"text": "a"}, *[{"chosen": "x", "rejected": n} for n in range(30)])])
-    (sentence,) = reading.unread_chats()
+    (sentence,) = unread_chats(reading)
     assert "30 records that are neither a text nor a chat (keys found: chosen, rejected), no. 2, 3," in sentence
     assert "21 and 10 more; expected messages or conversations" in sentence
 

@@ -16,6 +16,7 @@ from edgetune.documents import limits
 from edgetune.documents.document import Reading, Reason
 from edgetune.documents.messengers import archive, files
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import unread_chats
 
 CHAT = "31.12.23, 19:02 - Anna: Is the kiln free?\n31.12.23, 19:04 - Ben: From eight.\n31.12.23, 19:05 - Anna: Good\n"
 
@@ -71,7 +72,7 @@ def test_a_message_or_line_of_megabytes_is_dropped_and_said(tmp_path: Path) -> N
 def test_ever_new_people_take_little_memory_and_are_counted_up_to_a_limit(tmp_path: Path) -> None:
     rows = "".join(f"31.12.23, 19:02 - P{number}: x\n" for number in range(12_000))
     reading = read(tmp_path, "chat.txt", CHAT + rows)
-    assert "chat.txt: over 10,000 people write here; type --me" in reading.unread_chats()[0]
+    assert "chat.txt: over 10,000 people write here; type --me" in unread_chats(reading)[0]
     assert len(reading.skipped[0].people) == 6
 
 
@@ -138,7 +139,7 @@ def test_a_member_that_is_damaged_or_encrypted_is_named(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 3 << 20)
+    monkeypatch.setattr(archive, "MAX_UNPACKED_EXPORT_BYTES", 3 << 20)
     bomb = packed(**{"_chat.txt": CHAT + "\n" * (8 << 20)})
     assert len(bomb) < 50_000
     assert reasons(read(tmp_path, "chat.zip", bomb, "Ben"))[Reason.LARGE_ARCHIVE] == 1

@@ -11,12 +11,17 @@ import pytest
 from click.testing import CliRunner
 
 from edgetune.cli.main import cli
+from edgetune.config import DataConfig, TrainConfig
 from edgetune.documents import manifest
 from edgetune.documents.document import Reason
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.language import guess
 from edgetune.documents.near_duplicates import FEWEST_SHINGLES, jaccard, shingles_of
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import sentences
+from edgetune.training.run_notes import read_and_split
+
+MAIL = b"From a@example.org Wed May  1 10:00:00 2024\nFrom: a@example.org\nSubject: day\n\n%s\n\n"
 
 
 def words(seed: int, count: int) -> list[str]:
@@ -108,7 +113,61 @@ def test_without_the_package_nothing_is_compared_and_that_is_known(tmp_path: Pat
     for name in ("a.md", "b.md"):
         (tmp_path / name).write_text(f"{' '.join(words(6, 400))} {name}")
     found = read_notes([tmp_path])
-    assert (len(found.documents), found.compared) == (2, False)
+    assert (len(found.documents), found.compared, found.as_dict()["compared"]) == (2, False, False)
+    said = "Notes were not compared, so that nearly the same text may be learnt twice: pip install 'edgetune[documents]'"
+    assert said in sentences(found)
+    (tmp_path / "b.md").write_text("A short note, with which there is nothing to compare.")
+    assert read_notes([tmp_path]).compared
+
+
+def test_every_file_is_either_read_or_skipped(tmp_path: Path) -> None:
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).write_text(LANGUAGES["en"])  # the second is the same text
+    (tmp_path / "c.mbox").write_bytes(b"".join(MAIL % text for text in (b"One.", b"Two. #private", b"Three.")))
+    (tmp_path / "d.jsonl").write_text('{"text": "A line."}\n{bad\n')
+    (tmp_path / "slack" / "general").mkdir(parents=True)
+    (tmp_path / "slack" / "users.json").write_text('[{"id": "U1", "name": "ben"}, {"id": "U2", "name": "anna"}]')
+    (tmp_path / "slack" / "channels.json").write_text('[{"id": "C1", "name": "general"}]')
+    messages = [{"type": "message", "user": f"U{1 + n % 2}", "text": f"Message {n}.", "ts": f"{n}.0"} for n in range(4)]
+    (tmp_path / "slack" / "general" / "2024-01-01.json").write_text(json.dumps(messages))
+    (tmp_path / "~$letter.docx").write_bytes(b"a lock of Word's")
+    (tmp_path / ".obsidian").mkdir()
+    (tmp_path / "e.png").write_bytes(b"\x89PNG")
+    found = read_notes([tmp_path], me=["ben"])
+    # a.md, c.mbox, d.jsonl and three files of Slack; b.md, the lock, the folder of an app and a picture
+    assert (found.files, found.files_read) == (10, 6)
+    assert {skip.path: skip.explanation for skip in found.skipped if not skip.lines} == {
+        "b.md": "same text as another note",
+        "c.mbox#2": "marked private (edgetune: false, or the tag #private)",
+        "~$letter.docx": "hidden",
+        ".obsidian": "settings of an app",
+        "e.png": "not a note (by its suffix)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("reason", "one", "two"),
+    [
+        (Reason.BAD_LINE, "1 line that is not JSON", "2 lines that are not JSON"),
+        (Reason.NO_ANSWER_OF_MINE, "1 stretch of chats in which you answer nobody", "2 stretches of chats in which"),
+        (Reason.DELETED_MESSAGE, "1 deleted message", "2 deleted messages"),
+        (Reason.NOT_TEXT, "1 chat with images or other parts that are not text", "2 chats with images or other parts"),
+        (Reason.MEDIA, "1 file in chats, such as pictures and voice messages", "2 files in chats, such as"),
+        (Reason.EMPTY, "1 empty", "2 empty"),
+        (Reason.UNKNOWN_KIND, "1 not a note (by its suffix)", "2 not a note (by its suffix)"),
+    ],
+)
+def test_numbers_of_things_are_said_in_good_english(reason: Reason, one: str, two: str) -> None:
+    assert reason.counted(1) == one
+    assert reason.counted(2).startswith(two)
+
+
+def test_notes_that_the_chat_recipe_leaves_out_stand_in_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("A note.")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "Who?", "completion": "Me."}')
+    reading, _ = read_and_split(TrainConfig(data=DataConfig(notes=(str(tmp_path),), recipe="chat")))
+    assert [(skip.path, skip.explanation) for skip in reading.skipped] == [("a.md", "not a chat (left out by --recipe chat)")]
+    assert (reading.files, reading.files_read) == (2, 1)
 
 
 def test_the_manifest_names_everything_that_a_walk_meets_once(tmp_path: Path) -> None:

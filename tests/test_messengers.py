@@ -17,6 +17,7 @@ from edgetune.documents.messengers.sessions import bursts, sessions, turns
 from edgetune.documents.messengers.slack import plain_text
 from edgetune.documents.messengers.whatsapp import header, order_of, typed_text
 from edgetune.documents.reading import read_notes
+from edgetune.documents.summary import unread_chats
 from edgetune.runtime.errors import DataError
 
 LTR, NARROW = "\u200e", "\u202f"
@@ -166,7 +167,7 @@ def test_without_me_a_chat_is_skipped_in_one_sentence_that_tells_no_name(tmp_pat
     put(tmp_path, "chats.txt", ANDROID)
     put(tmp_path, "note.md", "The kiln takes nine hours.")
     reading = read(tmp_path)
-    assert reading.unread_chats() == ("chats.txt: two people write here; type --me with your name as the export writes it.",)
+    assert unread_chats(reading) == ("chats.txt: two people write here; type --me with your name as the export writes it.",)
     assert counts(reading) == {Reason.WHO_IS_ME: 1}
     assert reading.skipped[0].people == ("Anna", "Ben Potter")
     assert "Anna" not in repr(reading.skipped) + json.dumps(reading.as_dict())

@@ -305,6 +305,7 @@ def test_reading_tells_its_progress_in_bytes_and_ends_when_that_raises(tmp_path)
 def test_a_long_note_is_read_and_walked_through_in_little_memory(tmp_path, monkeypatch):
     for name in ("spool.MEMORY_BYTES", "reading.BLOCK_BYTES", "reading.WHOLE_CHARS", "document.BLOCK_BYTES"):
         monkeypatch.setattr(f"edgetune.documents.{name}", 1 << 16)
+    monkeypatch.setattr("edgetune.privacy.masking.TAIL", 1 << 13)
     put(tmp_path, "a.txt", b"some words of a long diary\n" * 200_000)
     tracemalloc.start()
     (document,) = read_notes([tmp_path]).documents

@@ -8,6 +8,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import documents_in as made
 import privacy_corpus
 import privacy_items
 import privacy_lookalikes
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 from edgetune.cli.main import cli
 from edgetune.config import DataConfig
+from edgetune.documents.document import Reason
 from edgetune.documents.masked import masked_value
 from edgetune.documents.reading import read_notes
 from edgetune.documents.summary import sentences
@@ -28,6 +30,7 @@ from edgetune.privacy.rules import rules
 from edgetune.runtime.errors import DataError, SettingError, UsageError
 
 RULES = Path(masking.__file__).with_name("rules.toml")
+MAIL = b"From a@example.org Wed May  1 10:00:00 2024\nFrom: a@example.org\nSubject: day\n\n%s\n\n"
 KEY = "ghp_" + "aB3" * 12
 
 
@@ -245,6 +248,17 @@ def test_countries_can_be_named() -> None:
         ("The tag `#private` is explained here.\n", True),
         ("A #privateer sails.\n", True),
         ("A class has this.#private fields.\n", True),
+        ("---\ntag: private\n---\nText.\n", False),
+        ("---\ntags: garden private\n---\nText.\n", False),
+        ("---\n- one\nedgetune: false\n---\nFront matter that is not YAML.\n", False),
+        ("---\nedgetune: false\nx: " + "y" * 40_000 + "\n---\nFront matter over the limit.\n", False),
+        ("---\n{title: A day, edgetune: false}\n---\nText.\n", False),
+        ("edgetune:: false\n\n- A page of Logseq's.\n", False),
+        ("- tags:: garden, private\n- Text.\n", False),
+        ("- A block of Logseq's. #[[private]]\n", False),
+        ("- [[private]] is a page.\n", True),
+        ("We tag: it is a private matter, and edgetune: false friends.\n", True),
+        ("Tags: private-label\n", True),
     ],
 )
 def test_a_note_that_is_marked_private_is_skipped_and_counted(tmp_path: Path, text: str, kept: bool) -> None:
@@ -253,6 +267,34 @@ def test_a_note_that_is_marked_private_is_skipped_and_counted(tmp_path: Path, te
     reading = read_notes([tmp_path])
     assert len(reading.documents) == 1 + kept
     assert reading.skipped_counts() == ({} if kept else {"marked private (edgetune: false, or the tag #private)": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "read"),
+    [
+        ("a.txt", b"---\nedgetune: false\n---\nSecret diary.\n", 0),
+        ("a.org", b"#+FILETAGS: :private:\n* Day\nSecret diary.\n", 0),
+        ("a.org", b"* Day\n** Evening :home:private:\nSecret diary.\n", 0),
+        ("a.org", b"#+EDGETUNE: no\n* Day\nSecret diary.\n", 0),
+        ("a.rst", b"---\nedgetune: false\n---\n\nSecret diary.\n", 0),
+        ("a.html", b"<p>Secret diary. #private</p>", 0),
+        ("a.html", b'<a href="#private">Public</a>', 1),
+        ("a.ipynb", b'{"cells": [{"cell_type": "markdown", "source": "#private\\nSecret diary."}]}', 0),
+        ("a.enex", made.enex("<note><title>A</title><tag>Private</tag><content>Secret diary.</content></note>"), 0),
+        ("a.mbox", b"".join(MAIL % text for text in (b"One.", b"Secret diary. #private", b"Three.")), 2),
+    ],
+)
+def test_a_mark_counts_in_every_format_and_nothing_of_such_a_text_is_kept(
+    tmp_path: Path, private_home: Path, name: str, data: bytes, read: int
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "b.md").write_text("Another note.\n")
+    reading = read_notes([tmp_path])
+    assert len(reading.documents) == 1 + read
+    assert [(skip.path, skip.reason) for skip in reading.skipped] == (
+        [(f"{name}#2" if read == 2 else name, Reason.PRIVATE)] if read != 1 else []
+    )
+    assert not any(b"Secret diary" in kept.read_bytes() for kept in private_home.rglob("*") if kept.is_file())
 
 
 def test_an_ignore_file_keeps_files_and_folders_out(tmp_path: Path) -> None:

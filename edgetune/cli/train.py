@@ -20,7 +20,7 @@ from edgetune.events import Event, Interrupted, Started
 from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
-from edgetune.reports.text import human_bytes, one_line
+from edgetune.reports.text import counted, human_bytes, one_line
 
 
 def training_options(command: Callable[..., None]) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ def _run(config: TrainConfig, fresh: bool, private_link: bool, as_json: bool) ->
 def _show_notes(config: TrainConfig, as_json: bool) -> None:
     """Print the manifest: every file that a run would read, hold out or skip."""
     from edgetune.documents.manifest import rows, table
-    from edgetune.documents.summary import sentences
+    from edgetune.documents.summary import sentences, skipped_in_words
     from edgetune.training.run_notes import read_and_split
 
     with progress_shown() as show:
@@ -121,16 +121,13 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
         f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them{share} would "
         "be held out: not trained on, but used to measure whether training helps."
     )
-    click.echo(
-        "Skipped: " + (", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items()) or "nothing")
-    )
+    click.echo(f"{reading.files_read:,} of {counted(reading.files, 'file')} are read.")
+    click.echo(f"Skipped: {skipped_in_words(reading) or 'nothing'}")
     for skip in reading.skipped:
         if skip.people:
             click.echo(one_line(f"{skip.path}: {_explanation(skip)}"))
     for sentence in sentences(dataclasses.replace(reading, skipped=[])):
         click.echo(one_line(sentence))
-    if not reading.compared:
-        click.echo("Near-duplicates were not looked for: pip install 'edgetune[documents]'")
     click.echo(one_line(f"Tokens are counted with the tokenizer of {tokenizer}." if count else tokenizer))
     for line in table(manifest):
         click.echo(line)

@@ -6,9 +6,10 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -25,14 +26,11 @@ from edgetune.documents.limits import (
 )
 from edgetune.documents.spool import Spool
 
-_CAUSES_SHOWN = 8
-"""Most causes for unread chats that a run names before it begins. Chosen by hand."""
-
 
 class Reason(StrEnum):
     """A reason why something was not read. Its value is what --dry-run shows, and a key in its JSON.
 
-    That of a reason for records begins with their plural, of which `counted` makes the singular.
+    That of a reason for records (from BAD_LINE on) begins with their plural, of which `counted` makes the singular.
     """
 
     HIDDEN = "hidden"
@@ -71,6 +69,7 @@ class Reason(StrEnum):
     IGNORE_UNREADABLE = "beside or below a .edgetuneignore that cannot be read"
     PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"
+    NO_CHAT = "not a chat (left out by --recipe chat)"
     DUPLICATE = "same text as another note"
     NEAR_DUPLICATE = "nearly the same text as another note"
     BAD_LINE = "lines that are not JSON"
@@ -85,28 +84,31 @@ class Reason(StrEnum):
     NOT_TRAINED = "chats whose answers are all marked as not to be trained"
     WHO_IS_ME = "chat exports in which --me does not say who you are"
     NO_ANSWER_OF_MINE = "stretches of chats in which you answer nobody"
-    MEDIA = "pictures, voice messages and other files in chats"
+    MEDIA = "files in chats, such as pictures and voice messages"
     NOTICE = "notices of chat apps"
     DELETED_MESSAGE = "deleted messages"
     FORWARDED = "forwarded messages"
     BOT = "messages of bots"
-    TOOL_MESSAGE = "hidden messages and those to and from tools"
+    TOOL_MESSAGE = "messages that are hidden, or to or from tools"
     LONG_MESSAGE = f"messages over {MAX_MESSAGE_CHARS >> 10} KiB"
     LONG_VALUE = f"chat exports with a value over {MAX_RECORD_CHARS >> 20} MiB, unread from there"
     BAD_EXPORT = "damaged places of chat exports, unread from there"
     NOT_A_CONVERSATION = "entries of chat exports that are no conversation"
     LARGE_EXPORT = f"chat exports over {MAX_EXPORT_BYTES >> 20} MiB"
-    LARGE_ARCHIVE = "archives that are too large, or hold too much"
+    LARGE_ARCHIVE = "archives that are too large, or too full"
     BAD_ARCHIVE = "damaged or encrypted archives"
 
     def counted(self, count: int) -> str:
-        """Return a number of records with this reason: 1 line that is not JSON, 2 lines that are not JSON."""
-        noun, rest = self.value.split(" ", 1)
-        if count == 1:
-            return f"1 {noun.removesuffix('s')} {rest.replace('that are ', 'that is ', 1)}"
-        return f"{count:,} {self.value}"
+        """Return a number of things with this reason: 1 line that is not JSON, 2 lines that are not JSON, 2 empty."""
+        plural = _PLURAL.match(self.value) if count == 1 and self in _OF_RECORDS else None
+        if plural is None:
+            return f"{count:,} {self.value}"
+        return f"1 {plural[1]}{'y' * (plural[2] == 'ies')}{' that is' * bool(plural[3])}{self.value[plural.end() :]}"
 
 
+_OF_RECORDS = frozenset(list(Reason)[list(Reason).index(Reason.BAD_LINE) :])
+"""Reasons for records, which begin with their plural."""
+_PLURAL = re.compile(r"(.*?\w)(ies|(?<=h)es|s)\b( that are)?")
 EXPECTED = {
     Reason.BAD_LINE: "one JSON object a line, or a JSON array of objects",
     Reason.LONG_LINE: "one chat a line",
@@ -277,7 +279,7 @@ class Skipped:
 
     @property
     def has_sentence(self) -> bool:
-        """Return True if `Reading.unread_chats` explains this in a sentence of its own."""
+        """Return True if `summary.unread_chats` explains this in a sentence of its own."""
         return bool(self.lines) or self.reason is Reason.WHO_IS_ME
 
     @property
@@ -286,7 +288,7 @@ class Skipped:
         if self.reason is Reason.WHO_IS_ME:
             return self.detail
         if not self.lines:
-            reason = self.reason.value if self.count == 1 else f"{self.count:,} {self.reason.value}"
+            reason = self.reason.counted(self.count) if self.count > 1 or self.reason in _OF_RECORDS else self.reason.value
             return f"{reason} ({self.detail})" if self.detail else reason
         more = f" and {self.count - len(self.lines):,} more" if self.count > len(self.lines) else ""
         found = f" ({self.detail})" if self.detail else ""
@@ -298,10 +300,10 @@ class Skipped:
 class Reading:
     """Everything found under the named paths: training uses it, and --dry-run shows it.
 
-    `documents` are sorted by path, then by line, whatever the file system's own order is. `unused_excludes` are the --exclude
-    patterns that matched nothing; they deserve a warning, because somebody meant to keep something out. `damaged` holds the
-    number of letters that could not be decoded, `embedded` the bytes of pictures and other files inside notes that were left
-    out; both by path. `masked` counts, by kind, what placeholders replaced.
+    `documents` are sorted by path, then by line, whatever the file system's own order is. `files` counts all that was found.
+    `unused_excludes` are the --exclude patterns that matched nothing; they deserve a warning, because somebody meant to keep
+    something out. `damaged` holds the number of letters that could not be decoded, `embedded` the bytes of pictures and other
+    files inside notes that were left out; both by path. `masked` counts, by kind, what placeholders replaced.
     """
 
     documents: list[Document]
@@ -316,7 +318,7 @@ class Reading:
     near_duplicates: dict[str, tuple[str, float]] = field(default_factory=dict)
     """Notes that are read though another one is much alike: by path, the other's path and their similarity (0 to 1)."""
     compared: bool = True
-    """False where near-duplicates were not looked for, since the package for it is not installed."""
+    """False where notes were not compared, since the package for it is not installed."""
     lacking: dict[str, int] = field(default_factory=dict)
     """Files that were not read because packages of the extra `documents` lack, by the name of their format."""
     as_plain: dict[str, int] = field(default_factory=dict)
@@ -324,6 +326,13 @@ class Reading:
     unlimited: tuple[str, ...] = ()
     """Limits on the process that parses documents which this system does not enforce, if it was needed."""
     masked: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, Sequence[str]] = field(default_factory=dict)
+    """The files that each document comes from, by its path."""
+
+    @property
+    def files_read(self) -> int:
+        """Return the number of files that gave a document."""
+        return len({path for document in self.documents for path in self.sources.get(document.path, ())})
 
     @property
     def bytes(self) -> int:
@@ -337,29 +346,20 @@ class Reading:
 
     def skipped_counts(self) -> dict[str, int]:
         """Return the number of skipped things by reason, the most frequent reason first."""
-        counts: Counter[str] = Counter()
+        counts: Counter[Reason] = Counter()
         for skip in self.skipped:
-            counts[skip.reason.value] += skip.count
-        return dict(counts.most_common())
+            counts[skip.reason] += skip.count
+        return {str(reason): count for reason, count in counts.most_common()}
 
     def left_out_counts(self) -> Counter[str]:
         """Return the number of things beside text in parsed files, by kind."""
-        counts: Counter[str] = Counter()
-        for kinds in self.left_out.values():
-            counts.update(kinds)
-        return counts
-
-    def unread_chats(self) -> tuple[str, ...]:
-        """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
-        sentences = [f"{skip.path}: {skip.explanation}." for skip in self.skipped if skip.has_sentence]
-        more = len(sentences) - _CAUSES_SHOWN
-        left = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."] if more > 0 else []
-        return (*sentences[:_CAUSES_SHOWN], *left)
+        return sum(map(Counter[str], self.left_out.values()), Counter[str]())
 
     def as_dict(self, list_paths: bool = True) -> dict[str, Any]:
         """Return the reading for --json: counts and, with `list_paths`, the paths read and skipped; never any text."""
         result: dict[str, Any] = {
             "files": self.files,
+            "files_read": self.files_read,
             "documents": len(self.documents),
             "chats": self.chats,
             "bytes": self.bytes,
@@ -372,6 +372,7 @@ class Reading:
             "lacking": self.lacking,
             "read_as_plain_text": self.as_plain,
             "masked": self.masked,
+            "compared": self.compared,
         }
         if list_paths:
             result["read_paths"] = [document.path for document in self.documents]

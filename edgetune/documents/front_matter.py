@@ -49,6 +49,8 @@ KEYS = frozenset(
 """Keys by which YAML front matter is recognised. Capitals make a difference: a diary may well begin with `Date:`."""
 DRAWING_KEYS = frozenset({"excalidraw-plugin", "tldraw-file"})
 """Keys that say that the note is a drawing, whose text is compressed data."""
+FENCES = ("---", "+++")
+"""Beginnings of front matter: of YAML, and of TOML."""
 _NO = frozenset({"false", "no", "off", "0", "never"})
 """Values of the key edgetune, in any capitals, that keep a note out of training."""
 _NULL = "tag:yaml.org,2002:null"
@@ -86,7 +88,7 @@ class FrontMatter:
 def split_front_matter(text: str) -> FrontMatter | None:
     """Return the front matter at the beginning of `text`, or None if there is none. See this module's docstring."""
     fence = text[:3]
-    if fence not in ("---", "+++") or text[3:4] not in ("\n", " ", "\t"):
+    if fence not in FENCES or text[3:4] not in ("\n", " ", "\t"):
         return None
     lines = text[:MAX_FRONT_MATTER_CHARS].split("\n")
     ends = ("---", "...") if fence == "---" else ("+++",)
@@ -99,7 +101,9 @@ def split_front_matter(text: str) -> FrontMatter | None:
         return None
     body = text[sum(len(line) + 1 for line in lines[: close + 1]) :].lstrip("\n")
     opted_out = str(values.get("edgetune")).strip().lower() in _NO
-    return FrontMatter(title_of(values.get("title")), tags_of(values.get("tags")), frozenset(values), body, opted_out)
+    return FrontMatter(
+        title_of(values.get("title")), tags_of(values.get("tags") or values.get("tag")), frozenset(values), body, opted_out
+    )
 
 
 def title_of(value: Any) -> str:

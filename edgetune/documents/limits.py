@@ -9,7 +9,7 @@ MAX_BROKEN_VALUES = 1000
 
 MAX_EXPORT_BYTES = 1 << 30
 """Largest export of a chat app that is read, in bytes, also as a member of an archive. It is read value by value."""
-MAX_ARCHIVE_BYTES, MAX_UNPACKED_BYTES = (1 << 32) - 1, 2 << 30
+MAX_ARCHIVE_BYTES, MAX_UNPACKED_EXPORT_BYTES = (1 << 32) - 1, 2 << 30
 """Largest .zip that is looked into, and most bytes of its members that are unpacked in all. An archive may hold pictures, which
 are never unpacked."""
 MAX_ARCHIVE_MEMBERS, MAX_ARCHIVE_DIRECTORY_BYTES = (1 << 16) - 2, 32 << 20

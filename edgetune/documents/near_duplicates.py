@@ -23,6 +23,8 @@ SHINGLE_WORDS = 5
 """Words of a shingle. Chosen by hand: sentences in common count, and common phrases do not."""
 FEWEST_SHINGLES = 50
 """Shingles that a note must have to be compared. Chosen by hand: short lists and logs are alike by nature."""
+FEWEST_BYTES = 2 * FEWEST_SHINGLES
+"""Size above which a note may have FEWEST_SHINGLES, in bytes: a word and a space are two at least."""
 LARGEST_BYTES = 1 << 20
 """Largest note that is compared, in bytes. Chosen by hand: its shingles take about 30 MB of memory."""
 _PERMUTATIONS, _BANDS, _SEED = 128, 32, 1
@@ -49,7 +51,7 @@ def without_near_duplicates(
     """
     found = NearDuplicates()
     if importlib.util.find_spec("rensa") is None:
-        found.compared = False
+        found.compared = sum(not document.is_chat and document.size > FEWEST_BYTES for document in documents) < 2
         return list(documents), found
     import rensa
 

@@ -63,7 +63,7 @@ def is_in_cloud(about: os.stat_result) -> bool:
 def is_hidden(name: str, about: os.stat_result) -> bool:
     """Return True for a file or folder that its system does not show."""
     hidden = getattr(about, "st_file_attributes", 0) & getattr(stat, "FILE_ATTRIBUTE_HIDDEN", 0)
-    return name.startswith(".") or bool(hidden)
+    return name.startswith((".", "~$")) or bool(hidden)  # ~$ begins Word's lock files
 
 
 def is_own_log(first: bytes) -> bool:

@@ -10,6 +10,7 @@ from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.parsed_cache import ParsedCache
 from edgetune.documents.parser_process import ParserProcess
+from edgetune.documents.private_notes import PRIVATE_TEXT, is_marked_private
 from edgetune.documents.readers import Format
 
 
@@ -41,12 +42,16 @@ class ParsedFiles:
         return not lacks
 
     def read(self, format: Format, data: bytes, waiting: Callable[[], None]) -> Parsed:
-        """Return what is in a file with these bytes. waiting: as in ParserProcess.parse. Raises NotText."""
+        """Return what is in a file with these bytes. waiting: as in ParserProcess.parse. Raises NotText.
+
+        A text that is marked private is not kept: PRIVATE_TEXT stands in its place.
+        """
         if format not in self._versions:
             self._versions[format] = format.version()
         key = self._cache.key(data, self._versions[format])
         found = self._cache.get(key)
         if found is None:
             found = self._parser.parse(format.module, data, waiting)
+            found.texts = [PRIVATE_TEXT if is_marked_private(text) else text for text in found.texts]
             self._cache.put(key, found)
         return found

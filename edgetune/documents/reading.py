@@ -5,7 +5,6 @@ A file is read a block at a time, and its text goes to a spool, so that many not
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,9 +32,10 @@ from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.parsed_cache import ParsedCache
 from edgetune.documents.parsed_files import ParsedFiles
 from edgetune.documents.parser_process import ParserProcess
-from edgetune.documents.private_notes import has_private_tag, is_private
+from edgetune.documents.private_notes import is_marked_private, is_private
 from edgetune.documents.readers import Format, format_of
 from edgetune.documents.spool import Spool
+from edgetune.documents.summary import skipped_in_words, unread_chats
 from edgetune.documents.vault import VaultText
 from edgetune.documents.walk import CHAT_SUFFIXES, KINDS, FoundFile, Walk, is_note_name, walk
 from edgetune.privacy.masking import Masker
@@ -62,6 +62,8 @@ class Reader:
     done: int = 0
     spool: Spool = field(default_factory=Spool.on_disk)
     documents: list[Document] = field(default_factory=list)
+    sources: dict[str, Sequence[str]] = field(default_factory=dict)
+    """The files that each document comes from; several for a Slack export. All by path."""
     skipped: list[Skipped] = field(default_factory=list)
     encodings: Counter[str] = field(default_factory=Counter)
     damaged: dict[str, int] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Reader:
 
     def read(self, found: FoundFile) -> None:
         """Read one file: add its documents, or the reason why there are none."""
+        first = len(self.documents)
         try:
             with open_listed(found.file, found.listed) as file:
                 if self._read_export(found, file):
@@ -102,6 +105,7 @@ class Reader:
             self.skipped.append(Skipped(found.path, problem.reason))
         except OSError:
             self.skipped.append(Skipped(found.path, Reason.UNREADABLE))
+        self.sources |= {document.path: (found.path,) for document in self.documents[first:]}
         self.done += found.size
         self.progress(self.done, self.total)
 
@@ -123,7 +127,7 @@ class Reader:
         """Return a function that adds a chat to `documents`, with its text in the spool."""
 
         def keep(document: Document) -> None:
-            if has_private_tag(document.text):
+            if is_marked_private(document.text):
                 raise Unread(Reason.PRIVATE)
             document = masked_chat(document, self.masker)
             damaged = document.text.count("\ufffd")
@@ -168,6 +172,7 @@ class Reader:
         sources = {name: partial(self._listed_blocks, found) for name, found in files.items()}
         self.skipped += read_slack(sources, folder, self.data.me, self._keep_or_skip(documents))
         self.documents += documents
+        self.sources |= {document.path: [found.path for found in files.values()] for document in documents}
         self.done = before + sum(found.size for found in files.values())
 
     def _listed_blocks(self, found: FoundFile) -> Iterator[bytes]:
@@ -190,7 +195,7 @@ class Reader:
         """Yield the text of a note in blocks; of Markdown, without front matter and the marks of vaults."""
         vault = VaultText() if found.file.suffix.lower() in _MARKDOWN else None
         for number, text in enumerate(whole_blocks(pieces)):
-            if has_private_tag(text):
+            if is_marked_private(text):
                 raise NotText(Reason.PRIVATE)
             if number == 0:
                 text = self._beginning(found, text.lstrip("\ufeff"))
@@ -206,23 +211,23 @@ class Reader:
         if encoding is None:
             data = b"".join(self._blocks(file, found.size))
         else:
-            data = "".join(decoded(self._blocks(file, found.size), encoding)).lstrip("\ufeff").encode()
+            whole = "".join(decoded(self._blocks(file, found.size), encoding)).lstrip("\ufeff")
+            if format.readable and is_marked_private(whole):  # a parser drops some of the marks
+                raise NotText(Reason.PRIVATE)
+            data = whole.encode()
         parsed = self.parsed.read(format, data, lambda: self.progress(self.done, self.total))
-        added = private = 0
+        if not parsed.texts:
+            raise NotText(Reason.EMPTY)
         for number, text in enumerate(parsed.texts, 1):
             path = f"{found.path}#{number}" if len(parsed.texts) > 1 else found.path
-            if has_private_tag(text):
-                private += 1
-                continue
-            with contextlib.suppress(NotText):  # an empty one of several
+            try:
+                if is_marked_private(text):
+                    raise NotText(Reason.PRIVATE)
                 self._add_note(path, whole_blocks(self._slices(text)))
-                added += 1
+            except NotText as problem:  # the others of a mailbox are read
+                self.skipped.append(Skipped(path, problem.reason))
         if parsed.left_out:
             self.left_out[found.path] = dict(parsed.left_out)
-        if private:
-            self.skipped.append(Skipped(found.path, Reason.PRIVATE, private))
-        elif not added:
-            raise NotText(Reason.EMPTY)
         if encoding is not None:
             self.encodings[encoding.name] += 1
 
@@ -309,6 +314,7 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAU
         documents=documents,
         skipped=found.skipped + reader.skipped + twins + near.skipped,
         files=found.entries,
+        sources=reader.sources,
         encodings=dict(reader.encodings.most_common()),
         unused_excludes=tuple(exclude.pattern for exclude in found.excludes if not exclude.used),
         damaged=reader.damaged,
@@ -364,8 +370,8 @@ def nothing_found(paths: Sequence[str | os.PathLike[str]], reading: Reading, fou
     named = ", ".join(os.fspath(path) for path in paths)
     if not reading.skipped:
         return f"The folder {named} is empty: expected {KINDS}; name a folder that holds some."
-    counts = ", ".join(f"{count} {reason}" for reason, count in reading.skipped_counts().items())
-    unread = "".join(f" {sentence}" for sentence in reading.unread_chats())
+    unread = "".join(f" {sentence}" for sentence in unread_chats(reading))
     return (
-        f"Nothing to read in {named}: found {counts}; expected {KINDS} with text in them; name another folder or file.{unread}"
+        f"Nothing to read in {named}: found {skipped_in_words(reading)}; expected {KINDS} with text in them; name another "
+        f"folder or file.{unread}"
     )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-from edgetune.documents.document import Reading
+from edgetune.documents.document import Reading, Reason
 from edgetune.documents.limits import PARSE_SECONDS
 from edgetune.privacy import kinds
 from edgetune.reports.text import counted, human_bytes
 
+_CAUSES_SHOWN = 8
+"""Most causes for unread chats that a run names before it begins. Chosen by hand."""
+
 
 def sentences(reading: Reading) -> tuple[str, ...]:
-    """Return a sentence each for files that were not read, damaged notes, embedded files, what parsers left out or need, what
-    was masked, unused --exclude patterns, and each cause for which records of a file of chats were not read."""
+    """Return a sentence for each kind of thing that was not read, left out, damaged or masked, and for what is missing here."""
     said = []
     files = dataclasses.replace(reading, skipped=[skip for skip in reading.skipped if not skip.has_sentence])
     if files.skipped:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in files.skipped_counts().items())
-        said.append(f"Not read: {counts}. Type edgetune train --dry-run to see which.")
+        said.append(f"Not read: {skipped_in_words(files)}. Type edgetune train --dry-run to see which.")
     if reading.damaged:
         letters = sum(reading.damaged.values())
         said.append(
@@ -33,7 +34,20 @@ def sentences(reading: Reading) -> tuple[str, ...]:
     if reading.masked:
         said.append(f"Masked before training: {kinds.in_words(reading.masked)}. Placeholders stand in their place.")
     said += [f"--exclude {pattern} matched nothing." for pattern in reading.unused_excludes]
-    return (*said, *reading.unread_chats())
+    return (*said, *unread_chats(reading))
+
+
+def unread_chats(reading: Reading) -> tuple[str, ...]:
+    """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
+    said = [f"{skip.path}: {skip.explanation}." for skip in reading.skipped if skip.has_sentence]
+    if (more := len(said) - _CAUSES_SHOWN) > 0:
+        said[_CAUSES_SHOWN:] = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."]
+    return tuple(said)
+
+
+def skipped_in_words(reading: Reading) -> str:
+    """Return the number of things that were skipped for each reason: "2 empty, 1 hidden"."""
+    return ", ".join(Reason(reason).counted(count) for reason, count in reading.skipped_counts().items())
 
 
 def _of_parsed(reading: Reading) -> list[str]:
@@ -50,6 +64,10 @@ def _of_parsed(reading: Reading) -> list[str]:
         counts = " and ".join(f"{count:,} {name}" for name, count in reading.as_plain.items())
         kind = "file was" if sum(reading.as_plain.values()) == 1 else "files were"
         said.append(f"{counts} {kind} read as plain text; to leave markup out, pip install 'edgetune[documents]'")
+    if not reading.compared:
+        said.append(
+            "Notes were not compared, so that nearly the same text may be learnt twice: pip install 'edgetune[documents]'"
+        )
     if reading.near_duplicates:
         count = len(reading.near_duplicates)
         alike = "is much like another one" if count == 1 else "are much like others"

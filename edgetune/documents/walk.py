@@ -47,7 +47,6 @@ class Walk:
     found: dict[Path, FoundFile] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     folders: set[Identity] = field(default_factory=set)
-    entries: int = 0
     code: bool = False
     own: Identity | None = None
     """edgetune's own data folder, which may lie among the notes."""
@@ -58,6 +57,11 @@ class Walk:
     def bytes(self) -> int:
         """Return the size of all files to read."""
         return sum(file.size for file in self.found.values())
+
+    @property
+    def entries(self) -> int:
+        """Return the number of files to read and of things that are skipped; a folder that is skipped counts as one."""
+        return len(self.found) + len(self.skipped)
 
     def report_path(self, path: Path) -> str:
         """Return the path as reports show it: relative to the named folder, if it lies in there."""
@@ -117,11 +121,12 @@ def walk(
         elif (reason := left_out.get(str(root.resolve()))) is not None:
             state.skip(root, reason)
         else:
-            state.entries += 1
             # The file that a link leads to is read: naming the link was a decision.
             real = root.resolve()
             state.found[root] = FoundFile(real, state.report_path(root), identity(real.stat()), real.stat().st_size, True)
     state.found = dict(sorted(state.found.items(), key=lambda item: order_key(item[1].path)))
+    named = {found.path for found in state.found.values() if found.named}  # which may be hidden in a folder that was walked
+    state.skipped = [skip for skip in state.skipped if skip.path not in named]
     state.skipped.sort(key=lambda skip: order_key(skip.path))
     return state
 
@@ -165,7 +170,6 @@ def walk_folder(root: Path, state: Walk, before_each: Callable[[], None], above:
                 if found is not None:
                     state.folders.add(found)
                 if folder != root and (reason := no_folder_of_notes(found, entries, state)):
-                    state.entries += 1
                     state.skip(folder, reason)
                     continue
                 if any(entry.name == IGNORE_FILE for entry in entries):
@@ -191,7 +195,6 @@ def look_at(
     entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, state: Walk, ignores: tuple[IgnoreFile, ...]
 ) -> os.stat_result | None:
     """Add or skip one directory entry, which lies at `path`; return its status if it is a folder to descend into."""
-    state.entries += 1
     try:
         about = entry.stat(follow_symlinks=False)
     except OSError:  # deleted since it was listed: its neighbours are still read
@@ -212,7 +215,6 @@ def look_at(
     elif entry.is_symlink() or getattr(entry, "is_junction", bool)():
         state.skip(path, judge_link(path, real_root))
     elif is_folder:
-        state.entries -= 1  # a folder is not counted, only its contents
         return about
     elif not stat.S_ISREG(about.st_mode):
         state.skip(path, Reason.NOT_A_FILE)

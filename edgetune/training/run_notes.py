@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.documents.document import Document, Reading
+from edgetune.documents.document import Document, Reading, Reason, Skipped
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.lineage import Known, Lineage, NothingNew, replayed
 from edgetune.documents.reading import read_notes
@@ -71,7 +71,8 @@ def read_and_split(
                 f"--recipe chat found {len(reading.documents)} notes and no chats; expected .jsonl files of conversations, "
                 "or exports of chat apps. Type --recipe notes for notes."
             )
-        reading = dataclasses.replace(reading, documents=chats)
+        notes = [Skipped(document.path, Reason.NO_CHAT) for document in reading.documents if not document.is_chat]
+        reading = dataclasses.replace(reading, documents=chats, skipped=[*reading.skipped, *notes])
     return reading, split_held_out(reading.documents, Known.among(reading.documents, lineage))
 
 

@@ -17,7 +17,7 @@ from edgetune.documents.limits import (
     MAX_ARCHIVE_DIRECTORY_BYTES,
     MAX_ARCHIVE_MEMBERS,
     MAX_EXPORT_BYTES,
-    MAX_UNPACKED_BYTES,
+    MAX_UNPACKED_EXPORT_BYTES,
 )
 from edgetune.documents.messengers import slack
 from edgetune.documents.messengers.exports import HEAD_BYTES, SUFFIXES, App, Keep, read_export, read_slack, recognise
@@ -63,7 +63,7 @@ class Archive:
         except _BROKEN as error:
             raise NotAnArchive(Reason.BAD_ARCHIVE) from error
         self._told = told
-        self._left = MAX_UNPACKED_BYTES
+        self._left = MAX_UNPACKED_EXPORT_BYTES
         self.members = {
             info.filename: info
             for info in sorted(self._zip.infolist(), key=lambda info: info.filename)
