@@ -133,7 +133,7 @@ def test_every_file_is_either_read_or_skipped(tmp_path: Path) -> None:
     (tmp_path / "~$letter.docx").write_bytes(b"a lock of Word's")
     (tmp_path / ".obsidian").mkdir()
     (tmp_path / "e.png").write_bytes(b"\x89PNG")
-    found = read_notes([tmp_path], me=["ben"])
+    found = read_notes([tmp_path], DataConfig(me=("ben",)))
     # a.md, c.mbox, d.jsonl and three files of Slack; b.md, the lock, the folder of an app and a picture
     assert (found.files, found.files_read) == (10, 6)
     assert {skip.path: skip.explanation for skip in found.skipped if not skip.lines} == {

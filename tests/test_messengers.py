@@ -515,7 +515,7 @@ def test_a_tree_whose_nodes_are_each_others_parents_ends(tmp_path: Path) -> None
     reading = read(put(tmp_path, "c.json", [{"title": "", "mapping": mapping, "current_node": "a"}]))
     assert [said(document) for document in reading.documents] == [ASKED]
     alone = {"q": node("q", "q", "user", ["x"])}
-    with pytest.raises(DataError, match="chats without an answer"):
+    with pytest.raises(DataError, match="1 chat without an answer"):
         read(put(tmp_path, "d.json", [{"mapping": alone, "current_node": "q"}]))
 
 
