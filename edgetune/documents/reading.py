@@ -315,13 +315,14 @@ def read_notes(
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
     found = walk(paths, exclude, lambda: progress(0, 0), code)
+    total = found.bytes
     cache, masker = ParsedCache(paths), new_masker(DataConfig()) if masker is None else masker
     with ParserProcess() as parser:
-        reader = Reader(keep_front_matter, encoding, progress, found.bytes, ParsedFiles(cache, parser), masker, me=me)
+        reader = Reader(keep_front_matter, encoding, progress, total, ParsedFiles(cache, parser), masker, me=me)
         reader.read_all(found.found.values())
     cache.tidy()
     documents, twins = without_duplicates(reader.documents)
-    documents, near = without_near_duplicates(documents, lambda: progress(found.bytes, found.bytes))
+    documents, near = without_near_duplicates(documents, lambda: progress(total, total))
     reading = Reading(
         documents=documents,
         skipped=found.skipped + reader.skipped + twins + near.skipped,
