@@ -41,7 +41,7 @@ def unread_chats(reading: Reading) -> tuple[str, ...]:
     """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
     said = [f"{skip.path}: {skip.explanation}." for skip in reading.skipped if skip.has_sentence]
     if (more := len(said) - _CAUSES_SHOWN) > 0:
-        said[_CAUSES_SHOWN:] = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."]
+        said[_CAUSES_SHOWN:] = [f"Chats were not read for {counted(more, 'more cause')}; edgetune train --dry-run lists them."]
     return tuple(said)
 
 

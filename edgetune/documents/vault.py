@@ -70,6 +70,7 @@ class VaultText:
         self._indented = False
         self._held: list[str] = []  # lines of a comment or a drawer whose end was not seen yet
         self._held_chars = 0
+        self._unseen = ""  # the last block if it was passed on: its lines tell whether the next one begins in a list
         self._end = ""  # what may be Joplin's last paragraph
 
     def add(self, block: str) -> str:
@@ -81,16 +82,17 @@ class VaultText:
 
     def finish(self) -> str:
         """Return what is left to be learnt of the note's end."""
-        end = "" if _JOPLIN_END.match(self._end) else self._filtered(self._end)
+        end = "" if not self._end or _JOPLIN_END.match(self._end) else self._filtered(self._end)
         rest, self._held = "".join(self._held), []
         return end + rest
 
     def _filtered(self, block: str) -> str:
+        for line in _LINE.findall(self._unseen):
+            self._is_code(line)
+        self._unseen = ""
         plain = not (self._fence or self._held or "```" in block or "~~~" in block)
         if plain and not _TRIGGER.search(block):
-            last = block.rstrip("\n").rpartition("\n")[2]
-            self._blank, self._indented = block.endswith("\n\n"), False
-            self._in_list = self._in_list or bool(_ITEM.match(last)) if block else self._in_list
+            self._unseen = block
             return block
         return "".join(self._lines(block))
 
