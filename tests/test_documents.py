@@ -21,6 +21,7 @@ from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.patterns import match_parts
 from edgetune.documents.reading import read_notes
+from edgetune.documents.walk import Walk
 from edgetune.reports.text import one_line
 from edgetune.runtime.errors import DataError
 
@@ -227,6 +228,15 @@ def test_no_such_folder(tmp_path):
     with pytest.raises(DataError) as error:
         read_notes([tmp_path / "nowhere"])
     assert "no file or folder" in one_sentence(error)
+
+
+def test_the_time_to_read_grows_with_the_notes_and_not_with_their_square(tmp_path, monkeypatch):
+    for number in range(20):
+        put(tmp_path, f"{number}.md", f"{number} " * 60)
+    sums = []
+    monkeypatch.setattr(Walk, "bytes", property(lambda walk: sums.append(1) or 1))
+    assert len(read_notes([tmp_path]).documents) == 20
+    assert len(sums) == 1
 
 
 def test_an_empty_folder(tmp_path):

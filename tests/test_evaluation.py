@@ -233,7 +233,7 @@ def test_eval_says_what_it_did_not_read(tmp_path: Path) -> None:
     (notes / "c.jsonl").write_text("{oops\n")
     result = CliRunner().invoke(cli, ["eval", str(notes), "--model", str(tmp_path / "model"), "--adapter", "none"])
     assert result.exit_code == 0
-    assert "over 1 documents" in result.stdout
+    assert "over 1 document," in result.stdout
     assert result.stderr.count("Not read: 1 encoding not recognised") == 1
     assert "c.jsonl: 1 line that is not JSON, no. 1; expected one JSON object a line" in result.stderr
 

@@ -49,6 +49,13 @@ def test_me_may_stand_in_the_settings_file(tmp_path: Path, private_home: Path) -
     assert json.loads(read)["chats"] == 1
 
 
+def test_chats_of_mine_can_be_evaluated(tmp_path: Path) -> None:
+    notes = folder(tmp_path)
+    command = ["eval", str(notes), "--model", "demo", "--adapter", "none", "--json"]
+    assert json.loads(CliRunner().invoke(cli, command).stdout)["documents"] == 1
+    assert json.loads(CliRunner().invoke(cli, [*command, "--me", "Ben"]).stdout)["documents"] == 2
+
+
 def test_the_same_command_with_another_me_is_another_run() -> None:
     def key(*me: str) -> str:
         return run_key(TrainConfig(DataConfig(notes=("notes",), me=me)), "demo")

@@ -276,12 +276,14 @@ def test_what_lacks_is_said_once_with_the_name_of_the_extra(tmp_path: Path, monk
         (tmp_path / f"{number}.pdf").write_bytes(made.pdf([f"Page {number}."]))
     (tmp_path / "a.org").write_text("* Beans\n")
     (tmp_path / "b.ipynb").write_bytes(made.notebook('{"cell_type": "markdown", "source": "Text."}'))
+    for name in ("c.epub", "d.odt"):
+        (tmp_path / name).write_bytes(b"PK")
     monkeypatch.setattr(Format, "lacks", lambda self: bool(self.packages))
     found = read_notes([tmp_path])
     assert [document.text for document in found.documents] == ["* Beans\n", "Text."]
-    assert found.skipped_counts() == {"needs the extra documents": 12}
+    assert found.skipped_counts() == {"needs the extra documents": 14}
     assert sentences(found)[1:] == (
-        "12 PDF files need the extra documents: pip install 'edgetune[documents]'",
+        "12 PDF, 1 EPUB and 1 ODT files need the extra documents: pip install 'edgetune[documents]'",
         "1 Org file was read as plain text; to leave markup out, pip install 'edgetune[documents]'",
     )
 

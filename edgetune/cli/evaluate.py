@@ -10,6 +10,7 @@ from edgetune.cli.options import (
     adapter_option,
     device_option,
     json_option,
+    me_option,
     model_option,
     model_words,
     print_json,
@@ -17,7 +18,7 @@ from edgetune.cli.options import (
     say,
     weights_option,
 )
-from edgetune.reports.text import human_bytes, one_line
+from edgetune.reports.text import counted, human_bytes, one_line
 
 
 @click.command("eval")
@@ -26,9 +27,16 @@ from edgetune.reports.text import human_bytes, one_line
 @adapter_option
 @device_option
 @weights_option
+@me_option
 @json_option
 def eval_command(
-    texts: tuple[str, ...], model: str | None, adapter: str | None, device: str, weights: str, as_json: bool
+    texts: tuple[str, ...],
+    model: str | None,
+    adapter: str | None,
+    device: str,
+    weights: str,
+    me: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better."""
     from edgetune.library.loading import choose_model
@@ -36,7 +44,7 @@ def eval_command(
 
     choice = choose_model(model)
     with progress_shown() as show:
-        result = evaluate(texts, choice.name, adapter, device, show, weights)
+        result = evaluate(texts, choice.name, adapter, device, show, weights, me)
     for notice in result.notices:
         say(one_line(notice))
     if as_json:
@@ -45,5 +53,5 @@ def eval_command(
     click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}, weights in {result.weights}.")
     click.echo(
         f"{result.bits_per_byte:.4f} bits/byte (lower is better), perplexity {result.perplexity:.2f} per token, "
-        f"over {result.documents} documents, {result.tokens:,} tokens, {human_bytes(result.bytes)}."
+        f"over {counted(result.documents, 'document')}, {result.tokens:,} tokens, {human_bytes(result.bytes)}."
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.config import GenerateConfig, TrainConfig
+from edgetune.config import DataConfig, GenerateConfig, TrainConfig
 from edgetune.progress import Show
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import one_line
@@ -59,6 +59,7 @@ _GENERATE = {declared.name: declared for declared in settings_of(GenerateConfig)
 _TRAIN = {declared.name: declared for declared in settings_of(TrainConfig)}
 
 model_option = setting_option(_TRAIN["model"])
+me_option = setting_option(next(declared for declared in settings_of(DataConfig) if declared.name == "me"))
 adapter_option: Decorator = click.option(
     "--adapter",
     metavar="A",

@@ -303,13 +303,14 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAU
     """
     left_out = {path: Reason(why) for path, why in data.left_out}
     found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)
+    total = found.bytes
     cache, masker = ParsedCache(paths), new_masker(data)
     with ParserProcess() as parser:
-        reader = Reader(data, progress, found.bytes, ParsedFiles(cache, parser), masker)
+        reader = Reader(data, progress, total, ParsedFiles(cache, parser), masker)
         reader.read_all(found.found.values())
     cache.tidy()
     documents, twins = without_duplicates(reader.documents)
-    documents, near = without_near_duplicates(documents, lambda: progress(found.bytes, found.bytes))
+    documents, near = without_near_duplicates(documents, lambda: progress(total, total))
     reading = Reading(
         documents=documents,
         skipped=found.skipped + reader.skipped + twins + near.skipped,

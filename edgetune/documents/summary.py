@@ -41,7 +41,7 @@ def unread_chats(reading: Reading) -> tuple[str, ...]:
     """Return a sentence for each cause for which records of a file of chats were not read; the first ones, if many."""
     said = [f"{skip.path}: {skip.explanation}." for skip in reading.skipped if skip.has_sentence]
     if (more := len(said) - _CAUSES_SHOWN) > 0:
-        said[_CAUSES_SHOWN:] = [f"Chats were not read for {more:,} more causes; edgetune train --dry-run lists them."]
+        said[_CAUSES_SHOWN:] = [f"Chats were not read for {counted(more, 'more cause')}; edgetune train --dry-run lists them."]
     return tuple(said)
 
 
@@ -57,11 +57,11 @@ def _of_parsed(reading: Reading) -> list[str]:
         counts = ", ".join(f"{kind} ({count:,})" for kind, count in reading.left_out_counts().most_common())
         said.append(f"Left out of {counted(len(reading.left_out), 'file')}: {counts}.")
     if reading.lacking:
-        counts = " and ".join(f"{count:,} {name}" for name, count in reading.lacking.items())
+        counts = _listed([f"{count:,} {name}" for name, count in reading.lacking.items()])
         verb = "file needs" if sum(reading.lacking.values()) == 1 else "files need"
         said.append(f"{counts} {verb} the extra documents: pip install 'edgetune[documents]'")
     if reading.as_plain:
-        counts = " and ".join(f"{count:,} {name}" for name, count in reading.as_plain.items())
+        counts = _listed([f"{count:,} {name}" for name, count in reading.as_plain.items()])
         kind = "file was" if sum(reading.as_plain.values()) == 1 else "files were"
         said.append(f"{counts} {kind} read as plain text; to leave markup out, pip install 'edgetune[documents]'")
     if not reading.compared:
@@ -78,3 +78,8 @@ def _of_parsed(reading: Reading) -> list[str]:
             f"that it is ended after {PARSE_SECONDS} s on a file."
         )
     return said
+
+
+def _listed(items: list[str]) -> str:
+    """Return items as a sentence lists them: "a", "a and b", "a, b and c"."""
+    return " and ".join([*[", ".join(items[:-1])][: len(items) > 1], items[-1]])

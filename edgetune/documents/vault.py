@@ -70,6 +70,7 @@ class VaultText:
         self._indented = False
         self._held: list[str] = []  # lines of a comment or a drawer whose end was not seen yet
         self._held_chars = 0
+        self._unseen = ""  # the last block if it was passed on: its lines tell whether the next one begins in a list
         self._end = ""  # what may be Joplin's last paragraph
 
     def add(self, block: str) -> str:
@@ -81,25 +82,19 @@ class VaultText:
 
     def finish(self) -> str:
         """Return what is left to be learnt of the note's end."""
-        end = "" if _JOPLIN_END.match(self._end) else self._filtered(self._end)
+        end = "" if not self._end or _JOPLIN_END.match(self._end) else self._filtered(self._end)
         rest, self._held = "".join(self._held), []
         return end + rest
 
     def _filtered(self, block: str) -> str:
+        for line in _LINE.findall(self._unseen):
+            self._is_code(line)
+        self._unseen = ""
         plain = not (self._fence or self._held or "```" in block or "~~~" in block)
         if plain and not _TRIGGER.search(block):
-            self._pass_over(_LINE.findall(block))
+            self._unseen = block
             return block
         return "".join(self._lines(block))
-
-    def _pass_over(self, lines: list[str]) -> None:
-        """Remember what lines without any of the forms say about those that follow.
-
-        A line that begins at the margin settles that, whatever stood before it.
-        """
-        margin = next((at for at in reversed(range(len(lines))) if not lines[at][0].isspace()), 0)
-        for line in lines[margin:]:
-            self._is_code(line)
 
     def _lines(self, block: str) -> Iterator[str]:
         """Yield the lines of a block that are kept."""

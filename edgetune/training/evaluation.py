@@ -151,14 +151,16 @@ def evaluate(
     device: str = "auto",
     show: Show = lambda event: None,
     weights: str = GenerateConfig.weights,
+    me: Sequence[str] = (),
 ) -> Evaluation:
     """Measure a model's bits per byte on every document in `texts`, which are files and folders of notes.
 
     adapter: a folder, a name, "none" for the bare base model, or None for the current adapter. show: receives progress as
-    events.Working. weights: one of WEIGHTS, the form of the base's linears. Raises subclasses of EdgetuneError.
+    events.Working. weights: one of WEIGHTS, the form of the base's linears. me: the user's names in chat apps' exports. Raises
+    subclasses of EdgetuneError.
     """
     stages, notices = Stages(show), ChatNotices()
-    reading = read_notes(texts, progress=stages.of("reading"))
+    reading = read_notes(texts, progress=stages.of("reading"), me=me)
     base = open_base(model, show)
     name, found = registry.adapter_for(adapter, base[1])
     form = form_for_writing(weights, base[1], None if found is None else found.about)
