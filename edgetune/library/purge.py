@@ -21,6 +21,8 @@ from edgetune.runtime.errors import DataError
 
 _STAMP = r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?"
 _OWN = {
+    "nights": r"(night-[\d-]+(-trial)?|notes(-tried|-tonight)?|tonight|trial)\.json|nights\.lock|last\.log|task\.xml",
+    "parsed": r"[0-9a-f]{64}",
     "adapters": r"[0-9a-f]{12}",
     "models": r"(\.deleted-|\.)?[\w-]+-[0-9a-f]{12}(\..+)?",
     "runs": _STAMP,
@@ -41,7 +43,8 @@ class Purged:
     """The outcome of a purge, or what it would be: paths deleted, bytes freed, and what is left.
 
     left: entries of edgetune's folder that are not edgetune's own. links: links in it, whose targets are left. outside: exports
-    and adapters that were written elsewhere and are still there.
+    and adapters that were written elsewhere and are still there. nights_installed: True if the system's scheduler may still start
+    nights, since what it was told lies outside edgetune's folder.
     """
 
     home: str
@@ -50,6 +53,7 @@ class Purged:
     left: tuple[str, ...]
     links: tuple[str, ...]
     outside: tuple[str, ...]
+    nights_installed: bool
 
 
 def planned_purge() -> Purged:
@@ -58,7 +62,8 @@ def planned_purge() -> Purged:
     own, left = _sorted_out(folder)
     links = tuple(str(path) for path in own if path.is_symlink())
     size = sum(_size(path) for path in own)
-    return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, tuple(_outside(folder)))
+    outside, installed = tuple(_outside(folder)), (folder / "nightly.json").exists()
+    return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, outside, installed)
 
 
 def purge() -> Purged:
@@ -115,8 +120,8 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _refuse_while_used(folder: Path) -> None:
-    """Raise BusyError if another process holds one of edgetune's locks: a run, an export or a conversion is going."""
-    for name in ("unfinished", "scratch"):
+    """Raise BusyError if another process holds one of edgetune's locks: a run, a night, an export or a conversion is going."""
+    for name in ("unfinished", "scratch", "nights"):
         for path in sorted((folder / name).glob("*.lock")):
             with Lock(path, "edgetune's folder"):
                 pass

@@ -131,7 +131,8 @@ class NightRecord:
         elif self.outcome is Outcome.NOTHING_NEW:
             happened = "there was nothing new to learn; nothing changed."
         elif self.outcome is Outcome.WORKS:
-            happened = f"it works: {self.notes + self.deferred_notes:,} notes can be read, and {self.steps} steps were trained; nothing changed."
+            can_be_read = self.notes + self.deferred_notes
+            happened = f"it works: {can_be_read:,} notes can be read, and {self.steps} steps were trained; nothing changed."
         else:
             happened = f"{self.outcome}; nothing changed."
         return f"{happened} {self.reason}".rstrip()

@@ -1,6 +1,6 @@
-"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, and general text.
+"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, general text, chat replies.
 
-Both come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
+All come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
 Yesterday's adapter is put in its place for a moment, in the memory of the gradients: no step follows, so they are dropped.
 """
 
@@ -47,12 +47,14 @@ class GateEvidence:
 
     def measure(self, before: Score | None, after: Score | None) -> Evidence:
         """Return the evidence. before: the score of the run's step 0; after: that of the best adapter; None: nothing scored."""
-        self.progress(0, 2)
+        self.progress(0, 3)
         heldout = self._heldout(before, after)
-        self.progress(1, 2)
+        self.progress(1, 3)
         general = self._general()
-        self.progress(2, 2)
-        return Evidence(heldout, general, first=self.rival is None)
+        self.progress(2, 3)
+        replies = self._replies()
+        self.progress(3, 3)
+        return Evidence(heldout, general, replies, first=self.rival is None)
 
     def _heldout(self, before: Score | None, after: Score | None) -> tuple[PairedDocument, ...]:
         """Return the held-out documents that both adapters read, over the same batches."""
@@ -81,6 +83,16 @@ class GateEvidence:
         batches = general_batches(run.loaded.tokenizer, min(run.plan.seq_len, run.plan.setting.row_tokens), most)
         if sum(batch.trained for batch, _ in batches) < FEWEST_GENERAL_TOKENS:
             return None
+        return self._change(batches)
+
+    def _replies(self) -> Change | None:
+        """Score answers that the base gave before the run and that were kept out of its anchor; None where there are none."""
+        run = self.run
+        return None if run.replies is None else self._change(list(run.replies.batches(run.plan.setting.row_tokens)))
+
+    def _change(self, batches: list[tuple[Batch, float]]) -> Change:
+        """Score batches, each with its bytes of text, with the bare base and with the new adapter."""
+        run = self.run
         with adapters.replaced(run.loaded.model, None):
             bare = evaluation.score_batches(run.runner, batches, self.seconds)
         adapted = evaluation.score_batches(run.runner, batches[: len(bare)], math.inf)
@@ -98,10 +110,13 @@ def starts_from(config: TrainConfig, rival: Path | None, base: str) -> bool:
     return start is rival if start is None or rival is None else start.resolve() == rival.resolve()
 
 
-def planned_scores(config: TrainConfig, base: str) -> int:
-    """Return how many scores the gate will take at the end of a run: general text twice, and yesterday's adapter if need be."""
+def planned_scores(config: TrainConfig, base: str, has_replies: bool) -> int:
+    """Return how many scores the gate will take at the end of a run.
+
+    General text and the base's own answers, if there are any, are read twice; yesterday's adapter is scored if need be.
+    """
     current = registry.get_current(base)
-    return 2 + (not starts_from(config, None if current is None else current.adapter, base))
+    return 2 + 2 * has_replies + (not starts_from(config, None if current is None else current.adapter, base))
 
 
 def general_batches(tokenizer: Tokenizer, row_tokens: int, most: int) -> list[tuple[Batch, float]]:
@@ -136,6 +151,8 @@ def decision_record(decision: Decision, evidence: Evidence, rival: Path | None) 
         "new_bits_per_byte": after / size if size else None,
         "general_bits_per_byte_base": None if evidence.general is None else evidence.general.before,
         "general_bits_per_byte_new": None if evidence.general is None else evidence.general.after,
+        "replies_bits_per_byte_base": None if evidence.replies is None else evidence.replies.before,
+        "replies_bits_per_byte_new": None if evidence.replies is None else evidence.replies.after,
     }
 
 
