@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,7 @@ class Purged:
     """The outcome of a purge, or what it would be: paths deleted, bytes freed, and what is left.
 
     left: entries of edgetune's folder that are not edgetune's own. links: links in it, whose targets are left. outside: exports
-    and adapters that were written elsewhere and are still there. nights_installed: True if the system's scheduler may still start
-    nights, since what it was told lies outside edgetune's folder.
+    and adapters that were written elsewhere and are still there.
     """
 
     home: str
@@ -53,7 +53,6 @@ class Purged:
     left: tuple[str, ...]
     links: tuple[str, ...]
     outside: tuple[str, ...]
-    nights_installed: bool
 
 
 def planned_purge() -> Purged:
@@ -62,14 +61,17 @@ def planned_purge() -> Purged:
     own, left = _sorted_out(folder)
     links = tuple(str(path) for path in own if path.is_symlink())
     size = sum(_size(path) for path in own)
-    outside, installed = tuple(_outside(folder)), (folder / "nightly.json").exists()
-    return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, outside, installed)
+    return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, tuple(_outside(folder)))
 
 
-def purge() -> Purged:
-    """Delete what `planned_purge` says. Raises BusyError, and deletes nothing, while another process uses any of it."""
+def purge(first: Callable[[], object] = lambda: None) -> Purged:
+    """Delete what `planned_purge` says. Raises BusyError, and deletes nothing, while another process uses any of it.
+
+    first: called before anything is deleted, once it is certain that nothing is in use.
+    """
     folder = home()
     _refuse_while_used(folder)
+    first()
     planned = planned_purge()
     for path in map(Path, planned.deleted):
         if path.is_dir() and not path.is_symlink():
