@@ -113,6 +113,11 @@ class NightRecord:
         """Return the record, JSON-ready."""
         return dataclasses.asdict(self)
 
+    def crashed(self, now: float) -> None:
+        """Say of a night without an outcome that its process ended before it. now: seconds since 1970."""
+        self.outcome, self.ended = Outcome.CRASHED, now
+        self.reason = f"Its process ended early, while it was {self.stage}: it was killed, or the machine was."
+
     @property
     def sentence(self) -> str:
         """Return what happened in one plain sentence, which begins with the night's name."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from edgetune.config import TrainConfig
 from edgetune.documents.document import Reason
 from edgetune.nights.job import Job, nights_folder
+from edgetune.nights.vault import PENDING
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
@@ -74,5 +75,6 @@ def load_tonight() -> Tonight | None:
 
 
 def forget_tonight() -> None:
-    """Delete the choices of the night that has ended."""
-    (nights_folder() / FILE).unlink(missing_ok=True)
+    """Delete the choices of the night that has ended, and what it would have remembered of the notes."""
+    for name in (FILE, PENDING):
+        (nights_folder() / name).unlink(missing_ok=True)
