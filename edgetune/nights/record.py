@@ -140,7 +140,8 @@ class NightRecord:
             happened = f"it works: {can_be_read:,} notes can be read, and {self.steps} steps were trained; nothing changed."
         else:
             happened = f"{self.outcome}; nothing changed."
-        return f"{happened} {self.reason}".rstrip()
+        advice = f" To use it, type: edgetune adapters promote {self.adapter}" if self.outcome is Outcome.TOO_FEW else ""
+        return f"{happened} {self.reason}".rstrip() + advice
 
 
 _NAMES = {Kind.NIGHT: "Night", Kind.CATCH_UP: "Night", Kind.MANUAL: "Run", Kind.TRIAL: "Trial"}

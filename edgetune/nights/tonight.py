@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from edgetune.config import TrainConfig
 from edgetune.documents.document import Reason
@@ -65,7 +66,7 @@ def load_tonight() -> Tonight | None:
         found = Tonight(**read_object(path, NIGHT_RECORD))
     except (UsageError, TypeError):
         return None
-    pairs = found.left_out if isinstance(found.left_out, list) else [()]
+    pairs: list[Any] = found.left_out if isinstance(found.left_out, list) else [None]
     if not all(isinstance(pair, list) and len(pair) == 2 and pair[1] in list(Reason) for pair in pairs):
         return None
     found.left_out = tuple((str(path), str(why)) for path, why in pairs)
