@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import stat
 import threading
 from pathlib import Path
@@ -15,19 +16,23 @@ import torch
 
 from edgetune.config import ANCHOR_SHARE, DataConfig, TrainConfig
 from edgetune.dataset.anchor_set import SOFT_TOKENS, AnchorSet
+from edgetune.dataset.pieces import TEXT
 from edgetune.events import Event, Finished, Interrupted, Started, Stepped
 from edgetune.home import private_folder
 from edgetune.library.loading import open_base
+from edgetune.progress import ignore
 from edgetune.reports.terminal import started_line
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.batch import SoftTargets
 from edgetune.runtime.errors import DataError
 from edgetune.runtime.loss import divergence_
+from edgetune.runtime.ops_types import Segment
 from edgetune.texts import anchor_questions, calibration_text
 from edgetune.training import anchor as making
 from edgetune.training.anchor import ANCHOR, AnchorKind, AnchorPlan, affordable_replies, packed_files, unpack_files
 from edgetune.training.distributed import SingleProcess
+from edgetune.training.gate_evidence import GateEvidence
 from edgetune.training.setup import PreparedRun, prepare_new
 from edgetune.training.step import TrainStep
 from edgetune.training.train import train
@@ -159,11 +164,44 @@ def test_by_default_models_that_answer_questions_have_an_anchor() -> None:
 
 def test_making_the_anchor_takes_at_most_its_share_of_a_usual_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    count, tokens = affordable_replies(200_000, "cpu"), 200_000
+    count, tokens = affordable_replies(400_000, "cpu"), 400_000
     assert count > making.FEWEST_REPLIES
     work = count * making.REPLY_TOKENS * (making.WRITING_COST["cpu"] + making.PREDICTING_COST)
     assert 0.9 * making.MAKING_SHARE * tokens < work <= making.MAKING_SHARE * tokens
     assert affordable_replies(1000, "cpu") == making.FEWEST_REPLIES
+
+
+def test_the_gate_judges_by_answers_of_the_base_that_are_not_trained_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making, "FEWEST_REPLIES", 8)
+    run = prepared(config(base, tmp_path, evaluation_share=1.0), tmp_path / "run")
+    assert run.anchor is not None
+    assert run.replies is not None
+    trained, kept = run.anchor.store, run.replies.store
+    assert (len(trained.documents), len(kept.documents)) == (6, 2)
+    texts = [run.loaded.tokenizer.decode(store.ids.tolist()) for store in (trained, kept)]
+    assert [question in texts[0] for question in anchor_questions()[:8]] == [True] * 6 + [False] * 2
+    assert [question in texts[1] for question in anchor_questions()[:8]] == [False] * 6 + [True] * 2
+
+    def bits_per_byte() -> float:
+        bits = 0.0
+        for document in kept.documents:
+            ids = torch.from_numpy(kept.ids[document.start : document.start + document.tokens].astype(np.int64))
+            h = run.runner.infer(ids, torch.arange(len(ids)), (Segment.packed(0, len(ids)),), None)
+            losses = -run.loaded.model.logits(h[:-1]).float().log_softmax(-1).gather(1, ids[1:, None])[:, 0] / math.log(2)
+            is_text = kept.trained[document.start + 1 : document.start + document.tokens] == TEXT
+            bits += float(losses[torch.from_numpy(is_text)].double().sum())
+        return bits / sum(document.bytes for document in kept.documents)
+
+    with adapters.replaced(run.loaded.model, None):
+        bare = bits_per_byte()
+    for parameter in adapters.parameters(run.loaded.model):
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    replies = GateEvidence(run, math.inf, ignore).measure(None, None).replies
+    assert replies is not None
+    assert (replies.before, replies.after) == (pytest.approx(bare, rel=1e-4), pytest.approx(bits_per_byte(), rel=1e-4))
+    assert replies.after > replies.before
 
 
 # The batches

@@ -16,6 +16,7 @@ from edgetune.config import NightlyConfig
 from edgetune.home import home
 from edgetune.nights.begin import due_night, manual_night, run_due
 from edgetune.nights.conditions import Level
+from edgetune.nights.install import status_of
 from edgetune.nights.job import FOR_EVER, Job
 from edgetune.nights.night import Means
 from edgetune.nights.record import KEPT, Kind, NightRecord, Outcome, Stage, all_records, record_of
@@ -389,6 +390,26 @@ def test_a_manual_night_ignores_its_user_and_ends_in_time(place: Place) -> None:
     record = run_due(place.job, due, Means(place.system, place.trainer, look_every=None))
     assert (record.kind, record.outcome, record.pauses) == (Kind.MANUAL, Outcome.BETTER, {})
     assert place.system.now() <= due.ends_by
+
+
+def test_a_night_of_one_minute_trains_too(place: Place) -> None:
+    place.trainer.load_seconds, place.trainer.step_seconds, place.trainer.steps = 2.0, 1.0, 10
+    due = manual_night(place.system.now(), 1)
+    record = run_due(place.job, due, Means(place.system, place.trainer, look_every=None))
+    assert (record.outcome, record.steps) == (Outcome.BETTER, 10)
+    assert place.system.now() <= due.ends_by
+
+
+def test_the_status_after_a_kill_does_not_say_that_the_night_is_under_way(place: Place) -> None:
+    def kill(where: str) -> None:
+        raise Killed
+
+    place.trainer.before_anything = kill
+    with pytest.raises(Killed):
+        place.night()
+    last = status_of(place.job, place.system.now()).last
+    assert last is not None
+    assert "crashed; nothing changed. Its process ended early, while it was training" in last.sentence
 
 
 def test_records_are_private_and_thirty_are_kept(place: Place) -> None:

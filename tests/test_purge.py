@@ -10,10 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgetune.cli.main import cli
+from edgetune.config import NightlyConfig
 from edgetune.home import CONTENTS, home, keyed_digest, unfinished_folder
 from edgetune.library.exports_made import exports_made, remember_export
 from edgetune.library.purge import UNREACHABLE, planned_purge, purge
 from edgetune.lock import Lock
+from edgetune.nights.job import Job, nights_folder
 from edgetune.runtime.errors import BusyError
 
 
@@ -32,6 +34,10 @@ def fill() -> list[Path]:
         base / "unfinished" / "0123456789abcdef" / "run.json", base / "unfinished" / "0123456789abcdef.lock",
         base / "unfinished" / "out-0123456789abcdef.lock", base / "unfinished" / "conversion.lock",
         base / "scratch" / "0123456789abcdef" / "ids.bin", base / ".current.json.x1.tmp",
+        base / "private.txt", base / "parsed" / ("c" * 64) / ("d" * 64 + ".json"), base / "nights" / "night-2026-11-28.json",
+        base / "nights" / "night-2026-11-28-010203-trial.json", base / "nights" / "notes.json",
+        base / "nights" / "notes-tried.json", base / "nights" / "tonight.json", base / "nights" / "nights.lock",
+        base / "nights" / "last.log", base / "nights" / ".notes.json.x1.tmp",
     ]  # fmt: skip
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,14 +52,14 @@ def test_everything_is_deleted_and_the_folder_with_it() -> None:
     done = run("purge", "--yes")
     assert done.exit_code == 0, done.output
     assert not folder.exists()
-    assert "Deleted 14 entries" in done.stdout
+    assert "Deleted 24 entries" in done.stdout
     for sentence in UNREACHABLE:
         assert sentence in done.stdout
 
 
 def test_every_entry_of_the_folder_is_known_to_the_purge() -> None:
     fill()
-    assert {Path(path).relative_to(home()).parts[0] for path in planned_purge().deleted} >= set(CONTENTS)
+    assert {Path(path).relative_to(home()).parts[0] for path in planned_purge().deleted} >= set(CONTENTS) - {"nightly.json"}
     assert planned_purge().left == ()
 
 
@@ -76,8 +82,8 @@ def test_json_deletes_only_with_yes() -> None:
     assert "type --yes as well" in refused.output
     assert all(file.exists() for file in files)
     record = json.loads(run("purge", "--yes", "--json").stdout)
-    assert len(record["deleted"]) == 14
-    assert 1000 < record["bytes"] < 1500
+    assert len(record["deleted"]) == 24
+    assert 2000 < record["bytes"] < 2500
     assert record["unreachable"] == list(UNREACHABLE)
     assert (record["left"], record["links"], record["outside"]) == ([], [], [])
 
@@ -123,6 +129,20 @@ def test_links_are_removed_and_never_followed(tmp_path: Path) -> None:
     record = json.loads(run("purge", "--yes", "--json").stdout)
     assert (target / "tiny-1b-0123456789ab" / "model.safetensors").read_text() == "mine"
     assert [Path(path).name for path in record["links"]] == ["b" * 12, "linked-0123456789ab"]
+
+
+def test_installed_nights_are_uninstalled_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill()
+    taken: list[str] = []
+    monkeypatch.setattr("edgetune.nights.schedulers.cron.Cron.uninstall", lambda self: taken.append("cron"))
+    Job((str(tmp_path),), NightlyConfig(), "cron", 1.0).save()
+    with Lock(nights_folder() / "nights.lock", "the nights of this user"), pytest.raises(BusyError):
+        purge()
+    assert (run("purge", "--yes").exit_code, taken) == (0, ["cron"])
+    assert not home().exists() or not list(home().iterdir())
+    fill()
+    (home() / "nightly.json").write_text("{")
+    assert "the nights that this system's scheduler still starts" in run("purge", "--yes").stdout
 
 
 def test_it_is_refused_while_a_run_is_going() -> None:

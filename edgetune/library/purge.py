@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from edgetune.runtime.errors import DataError
 
 _STAMP = r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?"
 _OWN = {
+    "nights": r"(night-[\d-]+(-trial)?|notes(-tried|-tonight)?|tonight|trial)\.json|nights\.lock|last\.log|task\.xml",
+    "parsed": r"[0-9a-f]{64}",
     "adapters": r"[0-9a-f]{12}",
     "models": r"(\.deleted-|\.)?[\w-]+-[0-9a-f]{12}(\..+)?",
     "runs": _STAMP,
@@ -61,10 +64,14 @@ def planned_purge() -> Purged:
     return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, tuple(_outside(folder)))
 
 
-def purge() -> Purged:
-    """Delete what `planned_purge` says. Raises BusyError, and deletes nothing, while another process uses any of it."""
+def purge(first: Callable[[], object] = lambda: None) -> Purged:
+    """Delete what `planned_purge` says. Raises BusyError, and deletes nothing, while another process uses any of it.
+
+    first: called before anything is deleted, once it is certain that nothing is in use.
+    """
     folder = home()
     _refuse_while_used(folder)
+    first()
     planned = planned_purge()
     for path in map(Path, planned.deleted):
         if path.is_dir() and not path.is_symlink():
@@ -115,8 +122,8 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _refuse_while_used(folder: Path) -> None:
-    """Raise BusyError if another process holds one of edgetune's locks: a run, an export or a conversion is going."""
-    for name in ("unfinished", "scratch"):
+    """Raise BusyError if another process holds one of edgetune's locks: a run, a night, an export or a conversion is going."""
+    for name in ("unfinished", "scratch", "nights"):
         for path in sorted((folder / name).glob("*.lock")):
             with Lock(path, "edgetune's folder"):
                 pass

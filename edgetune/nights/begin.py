@@ -13,7 +13,7 @@ from edgetune.lock import Lock
 from edgetune.nights.conditions import Rules
 from edgetune.nights.job import Job, nights_folder
 from edgetune.nights.night import Means, Night
-from edgetune.nights.record import Kind, NightRecord, Outcome, Stage, all_records, record_of
+from edgetune.nights.record import Kind, NightRecord, Stage, all_records, record_of
 from edgetune.nights.tonight import forget_tonight, load_tonight
 from edgetune.nights.trainer import Trainer
 from edgetune.nights.window import last_window, next_start
@@ -91,8 +91,7 @@ def close_earlier(job: Job, night: str, trainer: Trainer, now: float) -> None:
     for record in all_records():
         if record.night != night and record.stage is not Stage.ENDED:
             if record.outcome is None:
-                record.outcome, record.ended = Outcome.CRASHED, now
-                record.reason = f"Its process ended early, while it was {record.stage}: it was killed, or the machine was."
+                record.crashed(now)
             record.stage = Stage.ENDED
             record.save()
     left = load_tonight()

@@ -154,7 +154,9 @@ def status_of(job: Job, now: float) -> Status:
     scheduler = ALL[job.scheduler]() if job.scheduler in ALL else None
     paused = job.paused_until if job.is_paused(now) else None
     after = max(now, paused) if isinstance(paused, float) else now
-    records = all_records()
+    records, running = all_records(), is_running()
+    if records and records[-1].outcome is None and not running:
+        records[-1].crashed(now)
     return Status(
         scheduler=job.scheduler,
         is_installed=scheduler is not None and scheduler.is_installed(),
@@ -164,7 +166,7 @@ def status_of(job: Job, now: float) -> Status:
         battery=job.times.battery,
         next_night=None if isinstance(paused, str) else local(next_start(after, job.times.at)),
         paused_until=local(paused) if isinstance(paused, float) else paused,
-        is_running=is_running(),
+        is_running=running,
         last=records[-1] if records else None,
         notices=() if scheduler is None else tuple(scheduler.notices()),
     )

@@ -48,6 +48,9 @@ FINISH_SHARE, FINISH_SECONDS = 0.15, 60.0
 evaluations of a run take at most a tenth of it; the rest is chosen by hand."""
 LEAST_SECONDS = 60.0
 """Seconds of training below which it is not worth to begin, since the model must be loaded first; chosen by hand."""
+SHORT_SHARE = 0.25
+"""Largest share of a night's whole time (0 to 1) that FINISH_SECONDS and LEAST_SECONDS stand for; chosen by hand. It counts for
+nights of less than four minutes, which users begin themselves."""
 MEASURED_STEPS = 3
 """Steps after the first one over which the speed is measured; chosen by hand."""
 FEWEST_STEPS = 10
@@ -167,10 +170,10 @@ class Night:
             raise _Ended(Outcome.STOPPED)
         if self._is_paused():
             raise _Ended(Outcome.PAUSED)
-        if self._seconds_to_train() < LEAST_SECONDS:
+        if self._seconds_to_train() < min(LEAST_SECONDS, self._short()):
             outcome = Outcome.OUT_OF_TIME if self.tonight is not None and self.tonight.begun else Outcome.NOT_STARTED
             longest = max(self.record.pauses, key=self.record.pauses.__getitem__, default=obstacle)
-            raise _Ended(outcome, "" if longest is None else f"It waited because {longest}.")
+            raise _Ended(outcome, "There was too little time." if longest is None else f"It waited because {longest}.")
 
     def _is_paused(self) -> bool:
         """Return True if the user has paused or uninstalled nights, perhaps since this one began."""
@@ -187,7 +190,11 @@ class Night:
     def _seconds_to_train(self) -> float:
         """Return the seconds left for steps and evaluations: what is left but for the time that finishing takes."""
         left = self.deadline.seconds_left()
-        return left - max(FINISH_SHARE * left, FINISH_SECONDS)
+        return left - max(FINISH_SHARE * left, min(FINISH_SECONDS, self._short()))
+
+    def _short(self) -> float:
+        """Return the seconds of SHORT_SHARE of the whole night."""
+        return SHORT_SHARE * (self.record.ends_by - self.record.began)
 
     # -- reading
 
@@ -272,6 +279,7 @@ class Night:
         if isinstance(event, Started):
             tonight.run, record.masked = event.run, dict(event.masked)
             tonight.save()
+            record.save()
         if isinstance(event, Stepped) and record.kind is Kind.TRIAL and event.step >= TRIAL_STEPS:
             record.steps = event.step
             watch.end(End.TRIED)

@@ -114,6 +114,11 @@ class NightRecord:
         """Return the record, JSON-ready."""
         return dataclasses.asdict(self)
 
+    def crashed(self, now: float) -> None:
+        """Say of a night without an outcome that its process ended before it. now: seconds since 1970."""
+        self.outcome, self.ended = Outcome.CRASHED, now
+        self.reason = f"Its process ended early, while it was {self.stage}: it was killed, or the machine was."
+
     @property
     def sentence(self) -> str:
         """Return what happened in one plain sentence, which begins with the night's name."""
@@ -136,7 +141,8 @@ class NightRecord:
             happened = f"it works: {read} can be read, and {self.steps} steps were trained; nothing changed."
         else:
             happened = f"{self.outcome}; nothing changed."
-        return f"{happened} {self.reason}".rstrip()
+        advice = f" To use it, type: edgetune adapters promote {self.adapter}" if self.outcome is Outcome.TOO_FEW else ""
+        return f"{happened} {self.reason}".rstrip() + advice
 
 
 _NAMES = {Kind.NIGHT: "Night", Kind.CATCH_UP: "Night", Kind.MANUAL: "Run", Kind.TRIAL: "Trial"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from edgetune.config import TrainConfig
 from edgetune.documents.document import Reason
 from edgetune.nights.job import Job, nights_folder
+from edgetune.nights.vault import PENDING
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
@@ -64,7 +66,7 @@ def load_tonight() -> Tonight | None:
         found = Tonight(**read_object(path, NIGHT_RECORD))
     except (UsageError, TypeError):
         return None
-    pairs = found.left_out if isinstance(found.left_out, list) else [()]
+    pairs: list[Any] = found.left_out if isinstance(found.left_out, list) else [None]
     if not all(isinstance(pair, list) and len(pair) == 2 and pair[1] in list(Reason) for pair in pairs):
         return None
     found.left_out = tuple((str(path), str(why)) for path, why in pairs)
@@ -74,5 +76,6 @@ def load_tonight() -> Tonight | None:
 
 
 def forget_tonight() -> None:
-    """Delete the choices of the night that has ended."""
-    (nights_folder() / FILE).unlink(missing_ok=True)
+    """Delete the choices of the night that has ended, and what it would have remembered of the notes."""
+    for name in (FILE, PENDING):
+        (nights_folder() / name).unlink(missing_ok=True)

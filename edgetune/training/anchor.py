@@ -44,14 +44,16 @@ from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.texts import anchor_questions, calibration_text
 from edgetune.training.deadline import Deadline
 
-ANCHOR = "anchor"
-"""Folder of the anchor in the unfinished run's own."""
+ANCHOR, REPLIES = "anchor", "replies"
+"""Folders, in the unfinished run's own, of the anchor and of the base's answers that are kept out of it for the gate."""
 MAKING_SHARE = 0.03
 """Largest share of a run's work that making the anchor may take (0 to 1); chosen by hand."""
 REPLY_TOKENS = 32
 """Most tokens of an answer; chosen by hand. More answers cover more kinds of questions than longer ones."""
-FEWEST_REPLIES = 12
+FEWEST_REPLIES = 16
 """Answers that even a short run makes; chosen by hand."""
+KEPT_SHARE = 0.25
+"""Share of the answers (0 to 1) that are not trained on, since the gate judges the new adapter by them; chosen by hand."""
 WRITING_COST = {"cpu": 12, "cuda": 100, "mps": 30}
 """Time that writing a token takes on each device, relative to training one. CPU: SmolLM2 on one Zen 4 core of a busy machine
 wrote one in 71 ms and trained one in 6.1. The others are guesses, not measured."""
@@ -105,7 +107,8 @@ def make_anchor(
     model, tokenizer = loaded.model, loaded.tokenizer
     share = config.anchor_share(model.config.hidden_size, tokenizer.has_template)
     path = folder / ANCHOR
-    shutil.rmtree(path, ignore_errors=True)
+    for made in (path, folder / REPLIES):
+        shutil.rmtree(made, ignore_errors=True)
     if not share:
         return None
     kind, documents, store = AnchorKind.REPLIES, list[Document](), None
@@ -113,6 +116,7 @@ def make_anchor(
     if count:
         seconds = DEADLINE_SHARE * Deadline.of(config).seconds_left()
         documents = replies(loaded, anchor_questions()[:count], seconds, stages)
+        documents = _keep_some(documents, tokenizer, folder / REPLIES)
         store = tokenize(documents, tokenizer, path, may_be_empty=True)
     if store is None or not store.trained_tokens:
         kind, documents = AnchorKind.TEXT, affordable_texts(trained_tokens)
@@ -120,6 +124,16 @@ def make_anchor(
     _predict(Runner(model), store, path, config.data.seq_len, row_tokens, stages)
     trim_memory()
     return AnchorPlan(share, kind, len(store.documents))
+
+
+def _keep_some(documents: list[Document], tokenizer: Tokenizer, path: Path) -> list[Document]:
+    """Write the last KEPT_SHARE of the answers to `path` as tokens, for the gate, and return the others."""
+    kept = math.floor(KEPT_SHARE * len(documents))
+    if not kept:
+        return documents
+    if not tokenize(documents[-kept:], tokenizer, path, may_be_empty=True).trained_tokens:
+        shutil.rmtree(path)
+    return documents[:-kept]
 
 
 def open_anchor(folder: Path, plan: AnchorPlan | None, seq_len: int) -> AnchorSet | None:

@@ -1,6 +1,6 @@
-"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, and general text.
+"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, general text, chat replies.
 
-Both come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
+All come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
 Yesterday's adapter is put in its place for a moment, in the memory of the gradients: no step follows, so they are dropped.
 """
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 FEWEST_GENERAL_TOKENS = 500
 """Tokens of general text below which it is not measured: fewer say nothing about a few per cent. Chosen by hand."""
-SCORES = 3
-"""Most scores that the gate takes at the end of a run: yesterday's adapter, and general text twice. All are planned for, so
-that a plan does not depend on which adapter is the current one."""
 NO_NUMBER = (PairedDocument(0.0, 0.0, math.nan),)
 """Evidence about an adapter that never gave the held-out notes a finite score."""
 
@@ -50,12 +47,14 @@ class GateEvidence:
 
     def measure(self, before: Score | None, after: Score | None) -> Evidence:
         """Return the evidence. before: the score of the run's step 0; after: that of the best adapter; None: nothing scored."""
-        self.progress(0, 2)
+        self.progress(0, 3)
         heldout = self._heldout(before, after)
-        self.progress(1, 2)
+        self.progress(1, 3)
         general = self._general()
-        self.progress(2, 2)
-        return Evidence(heldout, general, first=self.rival is None)
+        self.progress(2, 3)
+        replies = self._replies()
+        self.progress(3, 3)
+        return Evidence(heldout, general, replies, first=self.rival is None)
 
     def _heldout(self, before: Score | None, after: Score | None) -> tuple[PairedDocument, ...]:
         """Return the held-out documents that both adapters read, over the same batches."""
@@ -84,6 +83,16 @@ class GateEvidence:
         batches = general_batches(run.loaded.tokenizer, min(run.plan.seq_len, run.plan.setting.row_tokens), most)
         if sum(batch.trained for batch, _ in batches) < FEWEST_GENERAL_TOKENS:
             return None
+        return self._change(batches)
+
+    def _replies(self) -> Change | None:
+        """Score answers that the base gave before the run and that were kept out of its anchor; None where there are none."""
+        run = self.run
+        return None if run.replies is None else self._change(list(run.replies.batches(run.plan.setting.row_tokens)))
+
+    def _change(self, batches: list[tuple[Batch, float]]) -> Change:
+        """Score batches, each with its bytes of text, with the bare base and with the new adapter."""
+        run = self.run
         with adapters.replaced(run.loaded.model, None):
             bare = evaluation.score_batches(run.runner, batches, self.seconds)
         adapted = evaluation.score_batches(run.runner, batches[: len(bare)], math.inf)
@@ -99,6 +108,12 @@ def starts_from(config: TrainConfig, rival: Path | None, base: str) -> bool:
     except AdapterError:  # it was there when the run began
         return False
     return start is rival if start is None or rival is None else start.resolve() == rival.resolve()
+
+
+def planned_scores(has_replies: bool) -> int:
+    """Return the most scores that the gate takes at the end of a run: yesterday's adapter, and general text and the base's own
+    answers, if there are any, twice. A plan must not depend on which adapter is the current one, so all of them count."""
+    return 5 if has_replies else 3
 
 
 def general_batches(tokenizer: Tokenizer, row_tokens: int, most: int) -> list[tuple[Batch, float]]:
@@ -133,6 +148,8 @@ def decision_record(decision: Decision, evidence: Evidence, rival: Path | None) 
         "new_bits_per_byte": after / size if size else None,
         "general_bits_per_byte_base": None if evidence.general is None else evidence.general.before,
         "general_bits_per_byte_new": None if evidence.general is None else evidence.general.after,
+        "replies_bits_per_byte_base": None if evidence.replies is None else evidence.replies.before,
+        "replies_bits_per_byte_new": None if evidence.replies is None else evidence.replies.after,
     }
 
 

@@ -34,9 +34,10 @@ from edgetune.runtime.files import sha256_file
 from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training import gate_evidence, published
-from edgetune.training.anchor import ANCHOR, AnchorPlan, make_anchor, open_anchor
+from edgetune.training import published
+from edgetune.training.anchor import ANCHOR, REPLIES, AnchorPlan, make_anchor, open_anchor
 from edgetune.training.evaluation import plan_evaluations
+from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
@@ -55,6 +56,8 @@ class PreparedRun:
     packer: Packer
     held_out: EvaluationSet | None
     anchor: AnchorSet | None
+    replies: EvaluationSet | None
+    """Answers of the base's own that are not trained on."""
     folder: Path
     """The unfinished run's own folder: token stores, and scratch files of what does not stay in memory."""
 
@@ -103,7 +106,8 @@ def prepare_new(
     anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, _trained_tokens(packer, steps), stages)
     _attach(loaded, adapter, lora, data.seed)
     memory = memory_allowed(config, device.type, local_processes)
-    schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory)
+    has_replies = (folder / REPLIES).exists()
+    schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory, has_replies)
     digest = documents_digest(notes.split.train, data)
     plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, digest)
     record = RunRecord(
@@ -208,13 +212,17 @@ def _evaluation_schedule(
     loaded: Loaded,
     chosen: Choice,
     memory: int,
+    has_replies: bool,
 ) -> _Schedule:
-    """Return the evaluations that fit in their share of the run, those of the published base also in `memory` bytes."""
+    """Return the evaluations that fit in their share of the run, those of the published base also in `memory` bytes.
+
+    has_replies: the gate will score answers of the base's own.
+    """
     trained_tokens = _trained_tokens(packer, steps)
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
     rows = chosen.setting.row_tokens
     # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
-    gate = gate_evidence.SCORES
+    gate = planned_scores(has_replies)
     compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
     for scores in range(published.SCORES if compares else 0, 0, -1):
         every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores + gate)
@@ -323,7 +331,7 @@ def _evaluation_set(held_out: TokenStore | None, plan: Plan) -> EvaluationSet | 
 
 def _token_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file of tokens and of the anchor, by its path in `folder`."""
-    files = sorted(path for side in (TOKENS, HELD_OUT, ANCHOR) for path in (folder / side).glob("*"))
+    files = sorted(path for side in (TOKENS, HELD_OUT, ANCHOR, REPLIES) for path in (folder / side).glob("*"))
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
@@ -347,7 +355,9 @@ def _prepared(
     plan, setting = record.plan, record.plan.setting
     runner = Runner(loaded.model, setting.recompute, setting.loss_rows, folder if setting.offload else None, plan.int8)
     anchor = open_anchor(folder, plan.anchor, plan.seq_len)
-    return PreparedRun(config, record, loaded, runner, packer, _evaluation_set(held_out, plan), anchor, folder)
+    kept = folder / REPLIES
+    replies = _evaluation_set(TokenStore.open(kept) if kept.exists() else None, plan)
+    return PreparedRun(config, record, loaded, runner, packer, _evaluation_set(held_out, plan), anchor, replies, folder)
 
 
 def _trained_tokens(packer: Packer, steps: int) -> float:

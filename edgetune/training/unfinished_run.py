@@ -4,6 +4,7 @@ unfinished/<key>.lock                 held while a process works on the run
 unfinished/<key>/run.json             the plan and everything else that was settled before step 1; without it there is no run
 unfinished/<key>/tokens, held-out     the notes as tokens
 unfinished/<key>/anchor               the base's own answers as tokens, and its predictions (training/anchor.py)
+unfinished/<key>/replies              those of the base's answers that the gate judges by, as tokens
 unfinished/<key>/checkpoint-<n>.safetensors   the last two checkpoints (training/checkpoints.py)
 unfinished/<key>/best.safetensors     the best adapter so far (training/best_adapter.py)
 

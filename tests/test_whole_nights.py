@@ -1,0 +1,90 @@
+"""Nights that truly train: each starts from yesterday's adapter, replays, is judged, and never learns from half a vault."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from simulated_system import SimulatedSystem
+
+from edgetune.config import NightlyConfig
+from edgetune.events import Event, Started
+from edgetune.library import adapter_registry as registry
+from edgetune.library.kept_adapters import describe
+from edgetune.nights.begin import manual_night, run_due
+from edgetune.nights.job import Job
+from edgetune.nights.night import Means
+from edgetune.nights.record import NightRecord, Outcome
+from edgetune.nights.trainer import EdgetuneTrainer
+
+WORDS = ["harbour", "allotment", "bicycle", "spoke", "kettle", "ledger", "orchard", "gasket"]
+
+
+class Nights:
+    """A vault of short notes, and a machine on which nothing but training takes time."""
+
+    def __init__(self, folder: Path) -> None:
+        tiny.save_trainable(folder / "model")
+        self.vault, self.system, self.started = folder / "notes", SimulatedSystem(time.time()), list[Started]()
+        self.vault.mkdir()
+        settings = {"model": str(folder / "model"), "seq_len": 64, "batch_tokens": 512, "rank": 2, "lr": 0.01, "epochs": 2.0}
+        self.job = Job((str(self.vault),), NightlyConfig(), "cron", self.system.now(), settings)
+        self.job.save()
+
+    def write(self, number: int, text: str = "was mended") -> None:
+        first, second = WORDS[number % 8], WORDS[number // 8 % 8]
+        path = self.vault / f"{number}.md"
+        path.write_text(f"Note {number}: the {first} by the {second} {text} on day {number}. Anna {number} helped. " * 3)
+        os.utime(path, (self.system.now() - 3600,) * 2)
+
+    def night(self) -> NightRecord:
+        self.system.advance(86400)
+        means = Means(self.system, EdgetuneTrainer(), show=self._keep, look_every=None)
+        return run_due(self.job, manual_night(self.system.now()), means)
+
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.started.append(event)
+
+
+@pytest.mark.slow
+def test_nights_learn_from_yesterdays_adapter_what_is_new_and_stop_where_notes_are_lost(tmp_path: Path) -> None:
+    nights = Nights(tmp_path)
+    for number in range(240):
+        nights.write(number)
+    (nights.vault / "mail.md").write_text("Write to anna@example.org about the harbour. " * 3)
+    os.utime(nights.vault / "mail.md", (nights.system.now() - 3600,) * 2)
+    first = nights.night()
+    assert (first.outcome, first.verdict, first.new_notes, first.parent) == (Outcome.BETTER, "better", 241, None)
+    assert sum(first.masked.values()) == 3
+    later = nights.system.now() + 60
+    os.utime(nights.vault / "7.md", (later, later))  # touched, with the text that it had
+    touched = nights.night()
+    assert (touched.outcome, touched.changed_notes, touched.reason[:40]) == (
+        Outcome.NOTHING_NEW, 1, "The notes that changed read as before, o"
+    )  # fmt: skip
+    assert nights.night().changed_notes == 0
+
+    for number in range(240, 246):
+        nights.write(number, "was painted")
+    nights.write(0, "was sold")
+    second = nights.night()
+    assert (second.new_notes, second.changed_notes, second.parent) == (6, 1, first.adapter)
+    assert second.verdict != "too few", "a short night still reads enough held-out notes"
+    assert second.adapter is not None
+    assert "new or changed notes and on" in "".join(nights.started[-1].notices), "and replays some of the older ones"
+    base = str(nights.started[-1].plan["base"])
+    assert describe(registry.adapters_folder(base) / second.adapter).parent == first.adapter
+    now_current = second.adapter if second.outcome is Outcome.BETTER else first.adapter
+    current = registry.get_current(base)
+    assert current is not None
+    assert current.adapter.name == now_current
+
+    for number in range(100):
+        (nights.vault / f"{number}.md").unlink()
+    assert nights.night().outcome is Outcome.NOTES_MISSING
+    assert len(nights.started) == 2
+    assert registry.get_current(base) == current
