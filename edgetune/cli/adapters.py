@@ -156,6 +156,7 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
 def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     """Return the folder of the adapter NAME, and the name and checkpoint of its base. Raises AdapterError if there is none."""
     from edgetune.library import adapter_registry as registry
+    from edgetune.library.kept_adapters import list_adapters
     from edgetune.library.loading import open_base
     from edgetune.runtime.errors import AdapterError
 
@@ -163,10 +164,11 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
         choice, base = open_base(model, show)
     folder = registry.kept_folder(name, base.digest)
     if folder is None:
-        raise AdapterError(
-            f"{choice.name} has no adapter {name!r}; `edgetune adapters list` shows all adapters. If it belongs to another "
-            "base model, name that one with --model."
+        others = [one_line(each.base_name or each.base) for each in list_adapters() if each.name == name]
+        where = (
+            f"an adapter of that name belongs to {others[0]}: name that model with --model" if others else "type another name"
         )
+        raise AdapterError(f"{choice.name} has no adapter {name!r}; {where}. `edgetune adapters list` shows all adapters.")
     return folder, choice.name, base
 
 
