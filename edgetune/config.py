@@ -47,8 +47,8 @@ MANUAL_MINUTES = 90.0
 MASKS = ("all", "secrets", "none")
 """What is masked in notes before they are trained on: secrets and personal identifiers, secrets alone, or nothing."""
 MODEL_HELP = (
-    "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
-    "here."
+    "Base model: a folder, a GGUF file, or a name that `edgetune models` lists. Default: the current adapter's, else the best "
+    "found here."
 )
 """Help of --model, wherever it is an option."""
 

@@ -46,7 +46,10 @@ def list_command(as_json: bool) -> None:
 @model_option
 @json_option
 def show_command(name: str, model: str | None, as_json: bool) -> None:
-    """Show the adapter NAME: its base model, how it was judged, and the adapters that it was trained from."""
+    """Show the adapter NAME, and how it was judged.
+
+    Its base model and the adapters that it was trained from are shown too.
+    """
     from edgetune.library.kept_adapters import ancestors, describe
 
     adapter = describe(_kept(name, model)[0])
@@ -74,7 +77,10 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
 @model_option
 @json_option
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
-    """Copy the adapter at SOURCE (a PEFT folder, an mlx-lm folder or a GGUF LoRA) to edgetune's own adapters."""
+    """Copy the adapter at SOURCE to edgetune's own.
+
+    SOURCE is a PEFT folder, an mlx-lm folder or a GGUF LoRA.
+    """
     from edgetune.home import expand
     from edgetune.library import adapter_registry as registry
     from edgetune.library.loading import open_base
@@ -98,7 +104,10 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
 @model_option
 @json_option
 def promote_command(name: str, model: str | None, as_json: bool) -> None:
-    """Make NAME the current adapter: the one that chat, ask, generate, eval and export use unless told otherwise."""
+    """Make NAME the current adapter of its base model.
+
+    It is the one that chat, ask, generate, eval and export use unless told otherwise.
+    """
     from edgetune.library import adapter_registry as registry
     from edgetune.library.promotion import promote
 
