@@ -59,7 +59,7 @@ class Commands(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if near := difflib.get_close_matches(args[0], COMMANDS, n=1):
-                error.message = f"{error.message} Did you mean '{near[0]}'?"
+                raise click.UsageError(f"{error.message} Did you mean '{near[0]}'?", ctx) from error
             raise
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
