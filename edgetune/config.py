@@ -45,8 +45,8 @@ MANUAL_MINUTES = 90.0
 MASKS = ("all", "secrets", "none")
 """Extents of masking before training: secrets and personal identifiers, secrets alone, or nothing."""
 MODEL_HELP = (
-    "Base model: a folder, a Hugging Face id in the local cache, or demo. Default: the current adapter's, else the best found "
-    "here."
+    "Base model: a folder, a GGUF file, or a name that `edgetune models` lists. Default: the current adapter's, else the best "
+    "found here."
 )
 """Help of --model, wherever it is an option."""
 

@@ -19,6 +19,7 @@ from edgetune.home import home
 from edgetune.library import adapter_registry as registry
 from edgetune.library import promotion
 from edgetune.library.kept_adapters import ancestors, delete, describe, is_current, list_adapters
+from edgetune.library.loading import open_base
 from edgetune.runtime import peft_folder
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.config import LoraConfig
@@ -214,3 +215,25 @@ def test_a_hostile_parent_leads_nowhere(parent: object) -> None:
 def test_a_circle_of_parents_ends() -> None:
     kept(FIRST, "one", parent="two")
     assert [each.name for each in ancestors(describe(kept(FIRST, "two", parent="one")))] == ["one"]
+
+
+def test_an_adapter_of_another_base_is_said_to_be_that_ones() -> None:
+    kept(FIRST, "one")
+    refused = run("adapters", "show", "one", "--model", "demo")
+    assert "an adapter of that name belongs to model-a: name that model with --model." in str(refused.exception)
+    assert "type another name" in str(run("adapters", "show", "two", "--model", "demo").exception)
+
+
+def test_an_adapters_judgement_is_shown_in_words() -> None:
+    digest = open_base("demo")[1].digest
+    kept(digest, "one", verdict="too few", reason="Judging takes more.")
+    kept(digest, "two", verdict="not better", reason="It takes more bits.")
+    said = run("adapters", "show", "one", "--model", "demo").stdout
+    assert "  judged: too few held-out notes were read to judge it. Judging takes more.\n" in said
+    said = run("adapters", "show", "two", "--model", "demo").stdout
+    assert "  judged: the new one is no better on notes it had not seen. It takes more bits.\n" in said
+
+
+def test_a_broken_link_in_an_adapters_folder_is_no_failure(tmp_path: Path) -> None:
+    (kept(FIRST, "one") / "README.md").symlink_to(tmp_path / "gone")
+    assert run("adapters", "list").exit_code == 0

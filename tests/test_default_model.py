@@ -164,3 +164,10 @@ def test_a_folder_that_is_written_does_not_tell_where_its_source_was_saved(tmp_p
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/marra/models/mine"}))
     quantize_folder(tmp_path / "model", tmp_path / "out")
     assert "marra" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_mistyped_command_is_answered_with_the_one_meant() -> None:
+    refused = run("nightli")
+    assert refused.exit_code == 2
+    assert "Did you mean 'nightly'?" in refused.output
+    assert "Did you mean" not in run("xyzzy").output

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +14,8 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgetune.__main__ import main
+from edgetune.cli import signals
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import error_feedback, ops
 from edgetune.runtime.batch import Batch
@@ -107,3 +113,41 @@ def test_a_large_product_in_fp32_is_computed_in_pieces(monkeypatch: pytest.Monke
         ops.product_into(out[:, 1:6], x, w)
     assert flops.largest == 2 * 8 * 5 * 30
     assert torch.allclose(out[:, 1:6], x @ w, atol=1e-5)
+
+
+def test_a_ctrl_c_that_a_library_swallowed_stops_the_run_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_interrupts", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *signals._ending_signals())}
+    try:
+        signals.exit_on_signals()
+        with contextlib.suppress(BaseException):  # as a library does while it is imported
+            signal.raise_signal(signal.SIGINT)
+        stop, caught = threading.Event(), list[int]()
+        signals.stop_on_signals(stop, caught)
+        assert (stop.is_set(), caught) == (True, [signal.SIGINT])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_without_a_ctrl_c_a_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_interrupts", [])
+    stop, caught = threading.Event(), list[int]()
+    for number, handler in signals.stop_on_signals(stop, caught).items():
+        signal.signal(number, handler)
+    assert (stop.is_set(), caught) == (False, [])
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "edgetune.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "edgetune.cli.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "edgetune: interrupted.\n")

@@ -46,7 +46,10 @@ def list_command(as_json: bool) -> None:
 @model_option
 @json_option
 def show_command(name: str, model: str | None, as_json: bool) -> None:
-    """Show the adapter NAME: its base model, how it was judged, and the adapters that it was trained from."""
+    """Show the adapter NAME, and how it was judged.
+
+    Its base model and the adapters that it was trained from are shown too.
+    """
     from edgetune.library.kept_adapters import ancestors, describe
 
     adapter = describe(_kept(name, model)[0])
@@ -74,7 +77,10 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
 @model_option
 @json_option
 def import_command(source: Path, name: str | None, model: str | None, as_json: bool) -> None:
-    """Copy the adapter at SOURCE (a PEFT folder, an mlx-lm folder or a GGUF LoRA) to edgetune's own adapters."""
+    """Copy the adapter at SOURCE to edgetune's own.
+
+    SOURCE is a PEFT folder, an mlx-lm folder or a GGUF LoRA.
+    """
     from edgetune.home import expand
     from edgetune.library import adapter_registry as registry
     from edgetune.library.loading import open_base
@@ -98,7 +104,10 @@ def import_command(source: Path, name: str | None, model: str | None, as_json: b
 @model_option
 @json_option
 def promote_command(name: str, model: str | None, as_json: bool) -> None:
-    """Make NAME the current adapter: the one that chat, ask, generate, eval and export use unless told otherwise."""
+    """Make NAME the current adapter of its base model.
+
+    It is the one that chat, ask, generate, eval and export use unless told otherwise.
+    """
     from edgetune.library import adapter_registry as registry
     from edgetune.library.promotion import promote
 
@@ -156,6 +165,7 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
 def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
     """Return the folder of the adapter NAME, and the name and checkpoint of its base. Raises AdapterError if there is none."""
     from edgetune.library import adapter_registry as registry
+    from edgetune.library.kept_adapters import list_adapters
     from edgetune.library.loading import open_base
     from edgetune.runtime.errors import AdapterError
 
@@ -163,10 +173,11 @@ def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:
         choice, base = open_base(model, show)
     folder = registry.kept_folder(name, base.digest)
     if folder is None:
-        raise AdapterError(
-            f"{choice.name} has no adapter {name!r}; `edgetune adapters list` shows all adapters. If it belongs to another "
-            "base model, name that one with --model."
+        others = [one_line(each.base_name or each.base) for each in list_adapters() if each.name == name]
+        where = (
+            f"an adapter of that name belongs to {others[0]}: name that model with --model" if others else "type another name"
         )
+        raise AdapterError(f"{choice.name} has no adapter {name!r}; {where}. `edgetune adapters list` shows all adapters.")
     return folder, choice.name, base
 
 

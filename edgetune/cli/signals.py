@@ -12,12 +12,22 @@ HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 """SIGHUP, which Windows does not have."""
 
 
+_interrupts: list[int] = []
+"""A number for each Ctrl-C since `exit_on_signals`: some libraries swallow the KeyboardInterrupt while they are imported."""
+
+
 def exit_on_signals() -> None:
     """Make SIGTERM and SIGHUP raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that no half-written file is left."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        _interrupts.append(number)
+        raise KeyboardInterrupt
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     for number in _ending_signals():
         signal.signal(number, leave)
 
@@ -25,7 +35,8 @@ def exit_on_signals() -> None:
 def stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Signals, Any]:
     """Make Ctrl-C, SIGTERM and SIGHUP set `stop`, so that a run saves and ends; a second Ctrl-C or SIGTERM ends it at once.
 
-    Return the previous handlers. The signal's number is appended to `caught`.
+    Return the previous handlers. The signal's number is appended to `caught`. A Ctrl-C before this call that had no effect has
+    it at once.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -35,6 +46,9 @@ def stop_on_signals(stop: threading.Event, caught: list[int]) -> dict[signal.Sig
         caught.append(number)
         stop.set()
 
+    if _interrupts:
+        caught.append(_interrupts[-1])
+        stop.set()
     return {number: signal.signal(number, handle) for number in (signal.SIGINT, *_ending_signals())}
 
 

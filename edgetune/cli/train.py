@@ -108,18 +108,21 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
         manifest = rows(reading, split, count, stages.of("counting tokens"))
     held_out_bytes = sum(document.size for document in split.held_out)
     if as_json:
-        held_out = {
+        counts = {
             "heldout_documents": len(split.held_out),
             "heldout_bytes": held_out_bytes,
             "heldout_paths": [document.path for document in split.held_out],
         }
         listed = {"tokenizer": tokenizer if count else None, "manifest": [row.as_dict() for row in manifest]}
-        print_json({**reading.as_dict(), **held_out, **listed})
+        print_json({**reading.as_dict(), **counts, **listed})
         return
-    share = f" ({human_bytes(held_out_bytes)})" if split.held_out else ""
+    held_out = (
+        f"{len(split.held_out)} of them ({human_bytes(held_out_bytes)}) would be held out: not trained on, but used to measure "
+        "whether training helps."
+    )
+    nothing = "They are too few to hold any out, so nothing would measure whether training helps."
     click.echo(
-        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {len(split.held_out)} of them{share} would "
-        "be held out: not trained on, but used to measure whether training helps."
+        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {held_out if split.held_out else nothing}"
     )
     click.echo(f"{reading.files_read:,} of {counted(reading.files, 'file')} are read.")
     click.echo(f"Skipped: {skipped_in_words(reading) or 'nothing'}")

@@ -97,4 +97,4 @@ def training_settings() -> list[Setting]:
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the stored settings of training in the form that their fields hold. Raises KeyError or SettingError."""
     declared = {setting.name: setting for setting in training_settings()}
-    return {name: declared[name].checked(value, name) for name, value in settings.items()}
+    return {name: declared[name].checked(value, name) for name, value in dict(settings).items()}

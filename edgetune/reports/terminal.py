@@ -169,7 +169,8 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
     documents: the number of notes that it learned from, if that is known.
     """
     sentence = first_sentence(documents, event)
-    lines = [] if sentence is None else [sentence, *_reason(event)]
+    reason = (event.decision or {}).get("reason")
+    lines = [] if sentence is None else [sentence, *([one_line(reason)] if isinstance(reason, str) else [])]
     if event.heldout_bits_per_byte_before is None or event.heldout_bits_per_byte_after is None:
         lines.append("Nothing was held out, so nothing shows whether the adapter learned or only memorised")
     else:
@@ -211,11 +212,6 @@ def _rival_score(event: Finished, before: float, after: float) -> str:
     if decision.get("first") or rival is None or new is None or f"{new:.3f}" != f"{after:.3f}" or rival == before:
         return ""
     return f"; {rival:.3f} with {'the adapter before it' if event.promoted else 'your current adapter'}"
-
-
-def _reason(event: Finished) -> list[str]:
-    reason = (event.decision or {}).get("reason")
-    return [one_line(reason)] if isinstance(reason, str) else []
 
 
 class Renderer(abc.ABC):
