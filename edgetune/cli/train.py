@@ -120,11 +120,10 @@ def _show_notes(config: TrainConfig, as_json: bool) -> None:
         f"{len(split.held_out)} of them ({human_bytes(held_out_bytes)}) would be held out: not trained on, but used to measure "
         "whether training helps."
     )
-    nothing = "They are too few to hold any out, so nothing would measure whether training helps."
-    click.echo(
-        f"{len(reading.documents)} documents, {human_bytes(reading.bytes)} of text. {held_out if split.held_out else nothing}"
-    )
-    click.echo(f"{reading.files_read:,} of {counted(reading.files, 'file')} are read.")
+    nothing = "Too few to hold any out, so nothing would measure whether training helps."
+    documents = counted(len(reading.documents), "document")
+    click.echo(f"{documents}, {human_bytes(reading.bytes)} of text. {held_out if split.held_out else nothing}")
+    click.echo(f"Read: {reading.files_read:,} of {counted(reading.files, 'file')}.")
     click.echo(f"Skipped: {skipped_in_words(reading) or 'nothing'}")
     for skip in reading.skipped:
         if skip.people:
