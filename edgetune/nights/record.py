@@ -161,19 +161,19 @@ def load_record(path: Path) -> NightRecord | None:
     return record
 
 
+_OPTIONAL = {
+    "outcome": "", "verdict": "", "ended": 0.0, "parent": "", "adapter": "", "steps_planned": 0, "before": 0.0, "after": 0.0,
+}  # fmt: skip
+"""Values like those of the fields that may be None."""
+
+
 def _check_types(record: NightRecord) -> None:
     """Raise TypeError for a record whose values have other types than those that `save` writes."""
-    like = NightRecord("", Kind.NIGHT, 0.0, 0.0)
-    for item in dataclasses.fields(record):
-        value, example = getattr(record, item.name), getattr(like, item.name)
-        if item.name in ("before", "after", "ended"):
-            example = 0.0
-        if item.name == "verdict":
-            example = ""
-        if isinstance(example, bool | int | float | str | dict | list) and value is not None:
-            numeric = isinstance(example, int | float) and isinstance(value, int | float)
-            if not numeric and not isinstance(value, type(example)):
-                raise TypeError(item.name)
+    like = {**vars(NightRecord("", Kind.NIGHT, 0.0, 0.0)), **_OPTIONAL}
+    for name, value in vars(record).items():
+        numeric = isinstance(like[name], int | float) and isinstance(value, int | float)
+        if not (numeric or isinstance(value, type(like[name])) or (value is None and name in _OPTIONAL)):
+            raise TypeError(name)
 
 
 def record_of(night: str) -> NightRecord | None:
