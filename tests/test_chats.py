@@ -178,6 +178,7 @@ def test_a_long_file_is_read_through_a_small_window(tmp_path: Path, monkeypatch:
     assert [(skip.reason, skip.lines) for skip in reading.skipped] == [(Reason.LONG_LINE, (78,))]
 
 
+@pytest.mark.slow
 def test_a_long_file_of_chats_is_read_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgetune.documents.spool.MEMORY_BYTES", 1 << 16)
     monkeypatch.setattr("edgetune.documents.chats.MAX_RECORD_CHARS", 1 << 18)

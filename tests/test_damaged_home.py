@@ -102,6 +102,7 @@ def restore(files: dict[Path, bytes]) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", COMMANDS)
 def test_a_damaged_file_is_one_sentence_or_nothing_at_all(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)  # no scheduler of this machine is asked

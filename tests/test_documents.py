@@ -379,6 +379,7 @@ def test_front_matter_is_markdowns_alone(tmp_path):
 # Sizes
 
 
+@pytest.mark.slow
 def test_a_note_of_50_mb_on_one_line(tmp_path):
     put(tmp_path, "long.md", b"word " * 10_000_000)
     (document,) = read_notes([tmp_path]).documents

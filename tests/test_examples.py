@@ -180,6 +180,7 @@ def test_the_window_stays_alive_while_an_answer_comes_and_closes_in_the_middle_o
 # --- the morning -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_morning_exports_what_it_can_and_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("coremltools")
     pytest.importorskip("peft")

@@ -165,6 +165,7 @@ def test_the_whole_context_is_read(folder: Path, inputs_package: Path) -> None:
     assert logit_difference(package.logits(ids), engine(stored_model(job), ids)) < CLOSE
 
 
+@pytest.mark.slow
 def test_large_activations_do_not_overflow_the_norms(tmp_path: Path) -> None:
     """The square of a number above 255 overflows fp16, so the norms are computed in fp32."""
     source = tiny(tmp_path / "model")
@@ -441,6 +442,7 @@ def test_an_adapter_that_does_not_fit_is_refused(fault: str, folder: Path, input
         EvaluatedPackage(inputs_package).use_adapter(path)
 
 
+@pytest.mark.slow
 def test_functions_share_the_base(folder: Path, inputs_package: Path, tmp_path: Path) -> None:
     adapter = an_adapter(folder, targets=("q_proj", "down_proj"))
     job = job_of(folder, "nf4", adapter, "functions")

@@ -157,4 +157,4 @@ def test_the_list_of_members_is_limited_before_it_is_read() -> None:
 def test_an_export_over_the_limit_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_EXPORT_BYTES", 60)
     reading = read(tmp_path, "chat.txt", CHAT, "Ben")
-    assert [(skip.path, skip.explanation) for skip in reading.skipped] == [("chat.txt", "chat exports over 1024 MiB")]
+    assert [(skip.path, skip.explanation) for skip in reading.skipped] == [("chat.txt", "1 chat export over 1024 MiB")]

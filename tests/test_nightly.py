@@ -313,7 +313,7 @@ def test_the_record_says_in_one_sentence_what_happened() -> None:
     record.outcome, record.new_notes, record.changed_notes = Outcome.TOO_FEW, 1, 0
     record.verdict, record.adapter, record.reason = "too few", "NAME", "With 3 held-out notes there is too little to judge by."
     assert record.sentence == (
-        "Night 2026-11-28: learned from 1 new note; too few notes were held out to judge it, so it is kept beside your current "
+        "Night 2026-11-28: learned from 1 new note; too few held-out notes were read to judge it; kept beside your current "
         "adapter, which stays in use. With 3 held-out notes there is too little to judge by. To use it, type: "
         "edgetune adapters promote NAME"
     )
