@@ -75,6 +75,7 @@ def difference(one: Path, other: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a) / max(float(tensor.abs().max()) for tensor in a.values())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(place: Path) -> None:
     both = run([*TWO, *arguments(place, "--steps", "12", "--out", "two")], place)
     assert both.returncode == 0, both.stderr

@@ -336,6 +336,7 @@ def test_a_place_without_its_weight_takes_no_memory_and_refuses_uneven_rows() ->
         placeholder("w", (2, 96), "nf4", 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["nf4", "int4", "fp16"])
 def test_coremltools_reads_the_weights_that_were_written(weights: str, one_layer: Path, tmp_path: Path) -> None:
     """coremltools' own loader and the reader that proofs use read the same values for every constant."""
@@ -502,6 +503,7 @@ def test_a_merge_into_four_bits_says_what_it_costs(one_layer: Path, tmp_path: Pa
     assert logit_difference(package.logits(IDS), engine(job.model(), IDS)) > 3 * CLOSE  # the rounding is real and visible
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["nf4", "int4"])
 def test_a_merge_that_leaves_the_adapter_out_is_refused(
     weights: str, one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -276,7 +277,8 @@ class Started(Cron):
 def test_the_trial_is_a_tiny_night_in_a_process_of_the_scheduler(notes: Path) -> None:
     for number in range(12):
         (notes / f"long {number}.md").write_text(f"The {number}th tomato of the year was ripe, and nobody ate it. " * 20)
-    job = Job((str(notes),), NightlyConfig(), "cron", time.time(), {"model": "demo"})
+    at, until = (f"{datetime.now() + timedelta(hours=hours):%H:%M}" for hours in (2, 3))
+    job = Job((str(notes),), NightlyConfig(at=at, until=until), "cron", time.time(), {"model": "demo"})
     job.save()
     record = run_trial(job, Started(), time.time, time.sleep)
     assert record is not None

@@ -146,6 +146,7 @@ def test_the_adapter_becomes_current_and_scores_what_the_run_said(notes: Path) -
     assert base.bits_per_byte > result.bits_per_byte
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_bytes(notes: Path, tmp_path: Path) -> None:
     ends = [finished(list(train(config(notes, out=str(tmp_path / name))))) for name in ("a", "b")]
     assert adapter_bytes(ends[0].adapter) == adapter_bytes(ends[1].adapter)
@@ -153,6 +154,7 @@ def test_the_same_run_twice_gives_the_same_bytes(notes: Path, tmp_path: Path) ->
     assert adapter_bytes(other.adapter) != adapter_bytes(ends[0].adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_recomputation_does_not_change_the_adapter(notes: Path, recompute: str) -> None:
     full = finished(list(train(config(notes, recompute="full", steps=3))))
@@ -208,6 +210,7 @@ def test_a_run_tells_how_far_it_is_with_all_that_comes_before_its_steps(
     assert "working" not in next(private_home.glob("runs/*/events.jsonl")).read_text()
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learnt_by_heart(notes: Path) -> None:
     few = notes.parent / "few"
     few.mkdir()
@@ -359,6 +362,7 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth(notes: Path, tmp_path:
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_adapter(
     notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

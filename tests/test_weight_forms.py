@@ -335,6 +335,7 @@ def test_a_run_goes_on_in_the_form_it_began_in_and_ends_with_the_same_bits(
     assert json.loads((tmp_path / "whole" / "edgetune.json").read_text())["weights"] == form
 
 
+@pytest.mark.slow
 def test_forms_learn_differently_and_are_remembered_for_writing(notes: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     for weights in ("bf16", "int8", "nf4"):
         list(train(config(notes, folders["fp32"], tmp_path / weights, weights=weights)))
