@@ -69,7 +69,7 @@ class _Ended(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Means:
-    """What a night works with."""
+    """Everything outside itself that a night works with: the machine, the trainer, and how to stop and to tell."""
 
     system: System
     trainer: Trainer

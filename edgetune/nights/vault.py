@@ -62,7 +62,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Looked:
-    """What there is to learn from tonight. Paths are absolute."""
+    """The notes that there are tonight, and those that are new. Paths are absolute."""
 
     known: Known
     """What to remember of tonight: the state of each note, for one that is being written that of the last night."""
