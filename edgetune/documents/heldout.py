@@ -1,8 +1,9 @@
 """Chooses what is held out by digests and sizes alone, so that a note stays on the same side night after night.
 
 One note in twenty is held out, and of every long note its last twentieth, so that one diary does not decide alone. The choice
-for a note does not depend on the other notes, unless that would hold out far too little text or too much. A run that starts
-from an adapter leaves every note on the side on which that adapter had it (lineage.py), whatever notes came or went since.
+for a note does not depend on the other notes, unless that would hold out far too little text or too much, or fewer notes than
+an adapter can be judged by. A run that starts from an adapter leaves every note on the side on which that adapter had it
+(lineage.py), whatever notes came or went since.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ LARGEST_SHARE = 0.1
 LEAST_SHARE, ENOUGH_SHARE = 0.01, 0.025
 """Share of the text, in bytes, below which more is held out if there is any that fits, and the share at which that ends; chosen
 by hand."""
+ENOUGH_TO_JUDGE = 10
+"""Held-out documents by which the gate judges a new adapter (library/gate.py, FEWEST_NOTES)."""
+SHARE_TO_JUDGE = 0.15
+"""Largest share of the documents, and of the text in bytes, that is held out in order to have so many; chosen by hand. From 67
+notes on there are ten."""
 FEWEST_BYTES = 100
 """With less text than this on the held-out side, nothing is held out: it would measure chance. Chosen by hand."""
 FEWEST_DOCUMENTS = 10
@@ -92,6 +98,7 @@ class Choice:
         self._hold_out([group for group in short if int(group[0].digest, 16) % ONE_IN == 0], LARGEST_SHARE)
         if self.bytes < LEAST_SHARE * self.total:
             self._hold_out_more([group for group in short if group[0].digest not in self.cuts])
+        self._hold_out_enough_to_judge([group for group in short if group[0].digest not in self.cuts])
         return self.cuts if self.bytes >= FEWEST_BYTES else {}
 
     def _hold_out_more(self, groups: list[list[Document]]) -> None:
@@ -101,6 +108,20 @@ class Choice:
             if self.bytes < ENOUGH_SHARE * self.total:
                 self._hold_out_end(document)
         self._hold_out([group for group in groups if group[0].digest not in self.cuts], ENOUGH_SHARE)
+
+    def _hold_out_enough_to_judge(self, groups: list[list[Document]]) -> None:
+        """Hold out further groups in their order, until an adapter can be judged, if there are notes enough for that."""
+        if SHARE_TO_JUDGE * len(self.documents) < ENOUGH_TO_JUDGE:
+            return
+        for group in groups:
+            size = sum(document.size for document in group)
+            fits = self.bytes + size <= SHARE_TO_JUDGE * self.total
+            if (
+                fits
+                and len(self.cuts) + len(group) <= SHARE_TO_JUDGE * len(self.documents)
+                and len(self.cuts) < ENOUGH_TO_JUDGE
+            ):
+                self._hold_out_all([group])
 
     def _hold_out_end(self, document: Document) -> None:
         cut = cut_before_end(document)

@@ -56,7 +56,7 @@ def pick_scheduler(name: str) -> Scheduler:
     if len(reasons) == len(found):
         raise UsageError(
             f"Nothing here can start nights: {' '.join(reasons)} Install cron, or let a scheduler of your own run this every "
-            "night: edgetune nightly run"
+            "night: edgetune train NOTES --until 07:00"
         )
     return next(scheduler for scheduler in found if scheduler.lacking() is None)
 
