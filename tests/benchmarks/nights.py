@@ -72,7 +72,7 @@ class Nights:
             self._arrive(number, batch)
             record, peak, seconds = self._run(["nightly", "run", "--minutes", str(self.arguments.minutes), "--json"])
             shown = self._decision()
-            nights.append({"night": number, "peak_memory_bytes": peak, "seconds": seconds, **record, "decision": shown})
+            nights.append({"number": number, "peak_memory_bytes": peak, "seconds": seconds, **record, "decision": shown})
             common.say(f"night {number}: {record['sentence']}")
             time.sleep(1.1)  # a night that the user begins is named by the second
         return nights
@@ -85,11 +85,11 @@ class Nights:
             if not current or night["outcome"] not in ("better", "first"):
                 continue
             adapters = {"base": "none", "learnt": night["adapter"], "last": current[-1]}
-            common.say(f"scoring the notes of night {night['night']}")
-            bits = {name: self._score(night["night"], adapter) for name, adapter in adapters.items()}
+            common.say(f"scoring the notes of night {night['number']}")
+            bits = {name: self._score(night["number"], adapter) for name, adapter in adapters.items()}
             gain = bits["base"] - bits["learnt"]
             kept = (bits["base"] - bits["last"]) / gain if gain else math.nan
-            known.append({"night": night["night"], **bits, "share_kept": kept})
+            known.append({"number": night["number"], **bits, "share_kept": kept})
         return known
 
     def _install(self) -> None:
@@ -156,12 +156,12 @@ def batches_of(arguments: argparse.Namespace) -> list[list[Path]]:
 
 
 def table_of_nights(nights: Sequence[Result]) -> str:
-    """Return the table of nights. Held out: bits per byte with yesterday's adapter (the first night: the base) and tonight's."""
+    """Return the table of nights. Held out is in bits per byte, with yesterday's adapter (at first: the base) and tonight's."""
     rows = []
     for night in nights:
         found = night["decision"]
         rows.append([
-            str(night["night"]), str(night["new_notes"]), night["outcome"],
+            str(night["number"]), str(night["new_notes"]), night["outcome"],
             pair(found.get("current_bits_per_byte"), found.get("new_bits_per_byte")),
             pair(found.get("general_bits_per_byte_base"), found.get("general_bits_per_byte_new")),
             pair(found.get("replies_bits_per_byte_base"), found.get("replies_bits_per_byte_new")),
@@ -173,7 +173,7 @@ def table_of_nights(nights: Sequence[Result]) -> str:
 def table_of_known(known: Sequence[Result]) -> str:
     """Return the table of what the last adapter still knows of each night's notes, in bits per byte."""
     rows = [
-        [str(row["night"]), *(f"{row[name]:.4f}" for name in ("base", "learnt", "last")), f"{row['share_kept']:.0%}"]
+        [str(row["number"]), *(f"{row[name]:.4f}" for name in ("base", "learnt", "last")), f"{row['share_kept']:.0%}"]
         for row in known
     ]
     return common.table(("notes of night", "base", "when learnt", "last adapter", "share of the gain kept"), rows)
