@@ -71,9 +71,7 @@ def test_the_held_out_side_has_a_floor_and_a_ceiling(lengths):
 
 @pytest.mark.parametrize(("count", "expected"), [(66, 0), (67, 10), (100, 10), (2000, None)])
 def test_enough_notes_to_judge_by_are_held_out_where_there_are_enough_in_all(count, expected):
-    short = [document for document in notes(3000) if int(document.digest, 16) % 20][
-        :count
-    ]  # the rule of one in twenty gives none
+    short = [document for document in notes(3000) if int(document.digest, 16) % 20][:count]  # one in twenty is none of these
     sides = split_held_out(short)
     trained, held_out = sizes(sides)
     assert held_out <= 0.15 * (trained + held_out) + 1

@@ -111,16 +111,10 @@ class Choice:
 
     def _hold_out_enough_to_judge(self, groups: list[list[Document]]) -> None:
         """Hold out further groups in their order, until an adapter can be judged, if there are notes enough for that."""
-        if SHARE_TO_JUDGE * len(self.documents) < ENOUGH_TO_JUDGE:
-            return
-        for group in groups:
-            size = sum(document.size for document in group)
-            fits = self.bytes + size <= SHARE_TO_JUDGE * self.total
-            if (
-                fits
-                and len(self.cuts) + len(group) <= SHARE_TO_JUDGE * len(self.documents)
-                and len(self.cuts) < ENOUGH_TO_JUDGE
-            ):
+        most, most_bytes = SHARE_TO_JUDGE * len(self.documents), SHARE_TO_JUDGE * self.total
+        for group in groups if most >= ENOUGH_TO_JUDGE else ():
+            count, size = len(self.cuts) + len(group), self.bytes + sum(document.size for document in group)
+            if len(self.cuts) < ENOUGH_TO_JUDGE and count <= most and size <= most_bytes:
                 self._hold_out_all([group])
 
     def _hold_out_end(self, document: Document) -> None:
