@@ -27,6 +27,14 @@ FIRST_USE = {"runtime/backends/cuda": "triton"}
 import the package at the top, as Triton's decorators need."""
 
 
+TOP_LEVEL = {
+    *(".ci", ".clang-format", ".github", ".gitignore", ".pre-commit-config.yaml"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md", "constraints.txt", "pyproject.toml"),
+    *("docs", "edgetune", "examples", "export", "runtime", "tests"),
+}
+"""Everything that a clone holds at its top."""
+
+
 def sources(floor: str) -> list[Path]:
     return sorted((ROOT / floor).rglob("*.py"))
 
@@ -39,6 +47,13 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: found a relative import, expected absolute imports only"
             yield node.module or ""
+
+
+def test_nothing_else_lies_at_the_top_of_a_clone() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no clone of git's")
+    assert {path.split("/")[0] for path in listed.stdout.splitlines()} == TOP_LEVEL
 
 
 @pytest.mark.parametrize("floor", ["runtime", "export"])
