@@ -11,8 +11,8 @@ SYSTEM_FOLDERS = (
     "/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store", "/etc/ld.so.cache", "/etc/localtime",
     "/dev/null", "/dev/urandom", "/sys/devices/system/cpu",
 )  # fmt: skip
-"""Folders and files that a parser may read beside Python's own: the system's programs, libraries and fonts, and its clock's zone.
-No user keeps notes in them."""
+"""Folders and files that a parser may read beside Python's own: the system's programs, libraries and fonts, and the zone of its
+clock. No user keeps notes in them."""
 _CLONE_THREAD = 0x10000
 """Flag of clone(2) for a thread of the same process."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -1,9 +1,9 @@
 """Keeps a process from the network, for good: the kernel refuses every internet socket where it can, an audit hook elsewhere.
 
-seccomp (Linux, x86-64 and aarch64) refuses all sockets but Unix ones, by which the machine's own services are asked, to all
-threads, to C extensions and to every program that is started. Where only Landlock is there (Linux 6.7 and later), it refuses TCP
-to what starts after it. The audit hook stands everywhere: it stops Python code, with a sentence instead of an error's number,
-but neither native code nor other programs.
+seccomp (Linux, x86-64 and aarch64) refuses all sockets but Unix ones, by which services of the machine are asked, to all
+threads, to C extensions and to every program that is started. Where there is Landlock alone (Linux 6.7 and later), it refuses
+TCP to this thread and to what it starts. The audit hook stands everywhere: it stops Python code, with a sentence in place of an
+error's number, but neither native code nor other programs.
 
 Sockets that are open already stay open; a service of the machine that is asked through a Unix socket can use the network.
 """
@@ -110,6 +110,6 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         is_refused = event in _NAMES or (event in _TO_AN_ADDRESS and isinstance(arguments[1], tuple))
     if is_refused:
         raise NetworkForbidden(
-            f"Something asked for the network ({event}), which edgetune forbids itself: nothing was sent. If no package of yours "
-            "does that, please report it."
+            f"Something asked for the network ({event}), which edgetune forbids itself: nothing was sent. Please report it, unless "
+            "a package of yours did it."
         )
