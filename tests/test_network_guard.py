@@ -222,6 +222,7 @@ def test_processes_of_torchrun_keep_the_network_and_other_commands_do_not(monkey
     assert asked == [True, True]
 
 
+@pytest.mark.slow
 @by_seccomp
 def test_training_under_the_guard_gives_the_same_bits(tmp_path: Path) -> None:
     save_trainable(tmp_path / "model")
@@ -241,6 +242,7 @@ def test_training_under_the_guard_gives_the_same_bits(tmp_path: Path) -> None:
     assert digests["guarded"] == digests["free"]
 
 
+@pytest.mark.slow
 def test_doctor_says_what_enforces_both() -> None:
     done = subprocess.run([sys.executable, "-m", "edgetune", "doctor", "--json"], capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout)
@@ -290,7 +292,8 @@ def test_the_kernel_refuses_native_code_in_the_parser_what_no_parser_needs(tmp_p
 def test_outside_of_the_parser_the_same_native_code_succeeds(tmp_path: Path) -> None:
     tried = [words for words in deeds(tmp_path) if words.split()[0] not in ("fork", "execlp")]
     assert {words: native(words) for words in tried} == {
-        words: "ENOENT" if words.startswith(("unlink", "chmod 0")) else "done" for words in tried
+        words: "ENOENT" if words.startswith("unlink") else "done"
+        for words in tried  # it was renamed before
     }
 
 
@@ -367,8 +370,5 @@ def test_the_numbers_are_those_of_the_kernels_headers(column: int) -> None:
     defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\b", header.read_text())
     known = {name: int(number) for name, number in reversed(defined)}
     ours = {name: numbers[column] for name, numbers in NUMBERS.items() if numbers[column] is not None}
-    assert {name: known[name] for name in ours.keys() & known.keys()} == {
-        name: ours[name] for name in ours.keys() & known.keys()
-    }
-    newer = ours.keys() - known.keys()
-    assert newer <= {"fchmodat2", "setxattrat", "removexattrat", "file_setattr"}
+    newer = {"fchmodat2", "setxattrat", "removexattrat", "file_setattr"} - known.keys()  # than the headers of Linux 6.1
+    assert {name: known[name] for name in ours.keys() - newer} == {name: ours[name] for name in ours.keys() - newer}

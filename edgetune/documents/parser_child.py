@@ -4,9 +4,9 @@
 
 Before the first file it gives up, for good, what a parser does not need: sockets, writing, starting programs, and reading
 outside of the folders that Python and its libraries lie in. On Linux the kernel refuses all of that, also to native code that a
-file has taken over: seccomp the system calls that parser_rules.py lists, Landlock the files that lie elsewhere. The system limits
-memory, time and open files where it can. An audit hook refuses the same everywhere, which stops Python code and honest libraries:
-it is all that other systems have, and all that guards reading on a Linux without Landlock (before 5.13, or where it is off).
+file has taken over: seccomp the system calls that parser_rules.py lists, Landlock files that lie elsewhere. The system limits
+memory, time and open files where it can. An audit hook refuses the same everywhere, to Python code and honest libraries: it is
+all that other systems have, and all that guards reading on a Linux without Landlock (before 5.13, or where it is off).
 """
 
 from __future__ import annotations

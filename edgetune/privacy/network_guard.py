@@ -110,6 +110,6 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         is_refused = event in _NAMES or (event in _TO_AN_ADDRESS and isinstance(arguments[1], tuple))
     if is_refused:
         raise NetworkForbidden(
-            f"Something asked for the network ({event}), which edgetune forbids itself: nothing was sent. Please report it, unless "
-            "a package of yours did it."
+            f"Something asked for the network ({event}), which edgetune forbids itself: nothing was sent. Please report it, "
+            "unless a package of yours did it."
         )

@@ -87,5 +87,5 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186),
     "mq_open": (240, 180),
 }
-"""System calls by name, with their numbers on x86-64 (asm/unistd_64.h) and on aarch64 (asm-generic/unistd.h); None where there is
-no such call."""
+"""System calls by name, with their numbers on x86-64 (asm/unistd_64.h) and on aarch64 (asm-generic/unistd.h); None where there
+is no such call."""
