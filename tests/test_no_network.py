@@ -1,4 +1,7 @@
-"""No command uses the internet: all of them work without a network, and the kernel's trace of them shows no attempt."""
+"""No command uses the internet: all of them work without a network, and the kernel's trace of them shows no attempt.
+
+tests/test_network_guard.py shows that an attempt would be refused.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ CHAT = """12/03/24, 09:15 - Ines: Did you water the beans this morning?
 """
 SOCKET_OF_PYTHON = "import socket; socket.socket().close()"
 SOCKET_OF_C = "import ctypes; print(ctypes.CDLL(None).socket(10, 1, 0) >= 0)"
+REFUSED_SOCKET = f"from edgetune.privacy.network_guard import forbid_network; forbid_network(); {SOCKET_OF_C}"
 SOCKET_OF_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SOCKET_OF_C!r}], check=True)"
 CONNECT_OF_C = """
 import ctypes, struct
@@ -126,8 +130,8 @@ def tool(folder: Path, *words: str) -> None:
 
 def strace(file: Path) -> tuple[str, ...]:
     """Return the command that runs a program and adds the network calls of it and its children to a file."""
-    calls = "trace=%network,execve"
-    return ("strace", "-f", "-A", "--seccomp-bpf", "-s", "256", "-e", calls, "-o", str(file))
+    # --seccomp-bpf would be faster, but hides the calls that a filter of the program itself refuses.
+    return ("strace", "-f", "-A", "-s", "256", "-e", "trace=%network,execve", "-o", str(file))
 
 
 def families(trace: str) -> set[str]:
@@ -181,8 +185,8 @@ def test_the_whole_flow_comes_to_the_same_without_a_network(seen: tuple[Done, st
 
 @pytest.mark.parametrize(
     ("program", "family"),
-    [(SOCKET_OF_PYTHON, "AF_INET"), (SOCKET_OF_C, "AF_INET6"), (SOCKET_OF_A_CHILD, "AF_INET6")],
-    ids=["python", "c", "a child"],
+    [(SOCKET_OF_PYTHON, "AF_INET"), (SOCKET_OF_C, "AF_INET6"), (SOCKET_OF_A_CHILD, "AF_INET6"), (REFUSED_SOCKET, "AF_INET6")],
+    ids=["python", "c", "a child", "refused"],
 )
 def test_a_program_that_opens_an_internet_socket_is_caught(tmp_path: Path, program: str, family: str) -> None:
     tool(tmp_path, *strace(tmp_path / "tried"))
