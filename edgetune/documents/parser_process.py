@@ -102,8 +102,8 @@ class ParserProcess:
             self._child = None
 
     def parse(self, module: str, data: bytes, waiting: Callable[[], None] = lambda: None) -> Parsed:
-        """Return what the format's `module` reads in a file's bytes. Raises NotText with the reason why it cannot, NotStarted if
-        the file has nothing to do with that.
+        """Return what the format's `module` reads in a file's bytes. Raises NotText with the reason why it cannot: NotStarted
+        where the file has nothing to do with that.
 
         waiting: called ten times a second meanwhile. It may raise to end the work, which ends the child too.
         """
