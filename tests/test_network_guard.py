@@ -161,7 +161,7 @@ def test_where_there_is_landlock_alone_it_refuses_tcp() -> None:
     program = f"""
 import socket
 from edgetune.privacy import landlock, network_guard
-network_guard.seccomp.install = lambda refused: False
+network_guard.seccomp.install = lambda *rules, **settings: False
 server = socket.create_server(("127.0.0.1", 0))
 address = ctypes.create_string_buffer(__import__("struct").pack("=H", 2) + server.getsockname()[1].to_bytes(2, "big")
     + bytes([127, 0, 0, 1]) + bytes(8))

@@ -97,7 +97,7 @@ def give_up() -> list[str]:
     folders = _import_folders()
     if landlock.read_only([*folders, *SYSTEM_FOLDERS, *_library_folders()]):
         held.append("reading")
-    if seccomp.install(refused_calls()):
+    if seccomp.install(refused_calls(), hostile=True):
         held.append("calls")
     sys.addaudithook(_hook(tuple({*folders})))
     return held

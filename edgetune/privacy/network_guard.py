@@ -80,7 +80,7 @@ def _by_the_kernel() -> Guard:
     if sys.platform != "linux":
         return Guard.AUDIT_HOOK
     _make_device_file()
-    if seccomp.install(FORBIDDEN):
+    if seccomp.install(FORBIDDEN, hostile=False):
         return Guard.SECCOMP
     return Guard.LANDLOCK if landlock.forbid_tcp() else Guard.AUDIT_HOOK
 

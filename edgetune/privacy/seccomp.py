@@ -36,8 +36,11 @@ _X32 = 0x40000000
 _NO_NEW_PRIVS = 38
 """prctl's PR_SET_NO_NEW_PRIVS, without which only an administrator may install a filter: no program started from here on gains
 rights by its set-user-ID bit."""
-_SET_FILTER, _GET_ACTION_AVAIL, _ALL_THREADS = 1, 2, 1
-"""Operations SECCOMP_SET_MODE_FILTER and SECCOMP_GET_ACTION_AVAIL, and the flag SECCOMP_FILTER_FLAG_TSYNC."""
+_SET_FILTER, _GET_ACTION_AVAIL = 1, 2
+"""Operations SECCOMP_SET_MODE_FILTER and SECCOMP_GET_ACTION_AVAIL."""
+_ALL_THREADS, _KEEP_SPEED = 1, 4
+"""Flags SECCOMP_FILTER_FLAG_TSYNC and SECCOMP_FILTER_FLAG_SPEC_ALLOW (Linux 4.17). Without the latter, kernels before 5.16 turn
+off a shortcut of the processor for whatever has a filter, since a hostile program could spy on others by it."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ def is_offered() -> bool:
     return here is not None and _call(here.seccomp, _GET_ACTION_AVAIL, 0, struct.pack("<I", _ERROR)) == 0
 
 
-def install(refused: Sequence[Refused]) -> bool:
+def install(refused: Sequence[Refused], hostile: bool) -> bool:
     """Refuse these calls from here on, for good, in all threads of this process and in all programs that it starts.
 
-    Return False where that cannot be: then nothing is refused.
+    hostile: True for a process that a file could take over: kernels before 5.16 then slow it down, so that it spies on nobody.
+    Return False where there can be no filter: then nothing is refused.
     """
     here = machine()
     if here is None:
@@ -129,7 +133,8 @@ def install(refused: Sequence[Refused]) -> bool:
     filter = struct.pack("@HP", len(code) // 8, ctypes.addressof(held))  # struct sock_fprog
     if ctypes.CDLL(None).prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return False
-    return _call(here.seccomp, _SET_FILTER, _ALL_THREADS, filter) == 0
+    wanted = (_ALL_THREADS,) if hostile else (_ALL_THREADS | _KEEP_SPEED, _ALL_THREADS)
+    return any(_call(here.seccomp, _SET_FILTER, flags, filter) == 0 for flags in wanted)
 
 
 def _call(number: int, operation: int, flags: int, structure: bytes) -> int:
