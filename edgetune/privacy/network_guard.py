@@ -11,6 +11,7 @@ Sockets that are open already stay open; a service of the machine that is asked 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from enum import StrEnum
 from typing import Any
@@ -87,13 +88,11 @@ def _by_the_kernel() -> Guard:
 
 def _make_device_file() -> None:
     """Make CUDA's device file while set-user-ID tools still work, where NVIDIA's driver is installed and the file lacks."""
-    if os.path.exists(_GPU_FILE):
-        return
-    import shutil
-    import subprocess
-
-    tool, quiet = shutil.which(_GPU_TOOL), subprocess.DEVNULL
+    tool = None if os.path.exists(_GPU_FILE) else shutil.which(_GPU_TOOL)
     if tool is not None:
+        import subprocess
+
+        quiet = subprocess.DEVNULL
         try:
             subprocess.run([tool, "-u", "-c=0"], stdin=quiet, stdout=quiet, stderr=quiet, timeout=_GPU_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired):
