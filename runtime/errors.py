@@ -11,7 +11,8 @@ EdgetuneError
 ├── ResourceError    not enough memory or disk space
 ├── TrainingError    a run that does not converge
 ├── BusyError        a run or an output that another process is working on
-└── LinkError        a process of a distributed run that ended or cannot be reached
+├── LinkError        a process of a distributed run that ended or cannot be reached
+└── NetworkForbidden something that asked for the network, which commands give up
 
 The command line prints only the message and exits 1, or 2 for a SettingError, which is wrong usage. No message contains text of
 a note: only paths and digests.
@@ -71,6 +72,10 @@ class BusyError(EdgetuneError):
 
 class LinkError(EdgetuneError):
     """A process of a distributed run that ended or cannot be reached."""
+
+
+class NetworkForbidden(EdgetuneError, PermissionError):
+    """Something that asked for the network, which this process has given up."""
 
 
 def out_of_memory(error: BaseException) -> str | None:

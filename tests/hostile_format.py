@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +66,24 @@ def through_descriptor(argument: str) -> object:
     return os.write(descriptor, b"x")
 
 
+def native(words: str) -> str:
+    """Call a function of the C library, as code in C would, and return the name of its error, or "done"."""
+    name, *arguments = words.split()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*(int(word) if word.lstrip("-").isdigit() else word.encode() for word in arguments)) >= 0:
+        return "done"
+    return errno.errorcode[ctypes.get_errno()]
+
+
+def started(argument: str) -> str:
+    """Return what a thread of the parser says."""
+    said: list[str] = []
+    thread = threading.Thread(target=said.append, args=[argument])
+    thread.start()
+    thread.join()
+    return said[0]
+
+
 def plain(argument: str) -> str:
     return argument
 
@@ -89,4 +110,6 @@ DEEDS: dict[str, Callable[[str], str]] = {
     "fork": lambda _: refused(os.fork),
     "forge": lambda answer: forge(answer.encode()),
     "environment": lambda name: os.environ.get(name, "not there"),
+    "native": native,
+    "thread": started,
 }

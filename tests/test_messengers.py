@@ -160,6 +160,21 @@ def test_a_note_that_quotes_messages_and_a_log_stay_notes(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_a_whatsapp_chat_with_oneself_becomes_notes(tmp_path: Path) -> None:
+    alone = "".join(f"31.12.23, {hour}:0{minute} - Ben: {text}\n" for hour, minute, text in (
+        (9, 1, "Order cobalt"), (9, 2, "and two bags of clay"), (15, 0, "The kiln takes nine hours"),
+    ))  # fmt: skip
+    put(tmp_path, "WhatsApp Chat with Ben.txt", alone)
+    reading = read(tmp_path, "Ben")
+    assert [(document.text, document.is_chat) for document in reading.documents] == [
+        ("Order cobalt\nand two bags of clay", False), ("The kiln takes nine hours", False)
+    ]  # fmt: skip
+    assert counts(reading) == {}
+    # Of somebody else it is no note of the user's.
+    with pytest.raises(DataError, match="the one person who writes here has none of the names given with --me"):
+        read(tmp_path, "Anna")
+
+
 # --- who is me --------------------------------------------------------------------------------------------------------
 
 

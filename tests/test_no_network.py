@@ -1,4 +1,7 @@
-"""No command uses the internet: all of them work without a network, and the kernel's trace of them shows no attempt."""
+"""No command uses the internet: all of them work without a network, and the kernel's trace of them shows no attempt.
+
+The trace is of commands without their guard, which would refuse an attempt (tests/test_network_guard.py).
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,7 @@ FLOW = (
     "nightly status --json",
 )
 """The commands of a person who trains, looks at the result, exports it, and lets a night learn more."""
+WITHOUT_GUARD = "import edgetune.cli.main as cli; cli.give_up_network = lambda words: None; cli.main()"
 WITHOUT_NETWORK = ("unshare", "--user", "--map-root-user", "--net")
 """Starts a program where the kernel has no network interface that is up, not even loopback."""
 LETTER = "Marra writes that the tarred shed by the harbour needs a new lock before the figs are ripe and the ferry stops."
@@ -53,6 +57,7 @@ CHAT = """12/03/24, 09:15 - Ines: Did you water the beans this morning?
 """
 SOCKET_OF_PYTHON = "import socket; socket.socket().close()"
 SOCKET_OF_C = "import ctypes; print(ctypes.CDLL(None).socket(10, 1, 0) >= 0)"
+REFUSED_SOCKET = f"from edgetune.privacy.network_guard import forbid_network; forbid_network(); {SOCKET_OF_C}"
 SOCKET_OF_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SOCKET_OF_C!r}], check=True)"
 CONNECT_OF_C = """
 import ctypes, struct
@@ -99,7 +104,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {**kept, "HOME": str(folder), "HF_HOME": str(folder / "hf-home"), "EDGETUNE_HOME": str(folder / "edgetune")}
 
 
-def flow(folder: Path, *around: str) -> Done:
+def flow(folder: Path, around: tuple[str, ...], program: tuple[str, ...] = ("-m", "edgetune")) -> Done:
     """Run every command of the flow within the program `around`, and assert that each succeeds."""
     write_notes(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -108,7 +113,7 @@ def flow(folder: Path, *around: str) -> Done:
         Job((str(folder / "evening"),), NightlyConfig(battery=1), "systemd", time.time(), settings).save()
     printed = {}
     for command in FLOW:
-        words = [*around, sys.executable, "-m", "edgetune", *command.split()]
+        words = [*around, sys.executable, *program, *command.split()]
         done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         printed[command] = done.stdout
@@ -126,8 +131,12 @@ def tool(folder: Path, *words: str) -> None:
 
 def strace(file: Path) -> tuple[str, ...]:
     """Return the command that runs a program and adds the network calls of it and its children to a file."""
-    calls = "trace=%network,execve"
-    return ("strace", "-f", "-A", "--seccomp-bpf", "-s", "256", "-e", calls, "-o", str(file))
+    return ("strace", "-f", "-A", "-s", "256", "-e", "trace=%network,execve", "-o", str(file))
+
+
+def fast(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Let strace stop a program only at the calls that it shows. It then misses those which the program itself refuses."""
+    return (words[0], "--seccomp-bpf", *words[1:])
 
 
 def families(trace: str) -> set[str]:
@@ -147,7 +156,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, str]:
     """Return the flow as it runs anywhere, and its trace."""
     folder = tmp_path_factory.mktemp("traced")
     tool(folder, *strace(folder / "tried"))
-    return flow(folder, *strace(folder / "trace")), (folder / "trace").read_text()
+    return flow(folder, fast(strace(folder / "trace")), ("-c", WITHOUT_GUARD)), (folder / "trace").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +164,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Return the flow as it runs without a network."""
     folder = tmp_path_factory.mktemp("alone")
     tool(folder, *WITHOUT_NETWORK)
-    return flow(folder, *WITHOUT_NETWORK)
+    return flow(folder, WITHOUT_NETWORK)
 
 
 def test_the_whole_flow_opens_no_internet_socket(seen: tuple[Done, str]) -> None:
@@ -167,6 +176,16 @@ def test_the_whole_flow_opens_no_internet_socket(seen: tuple[Done, str]) -> None
     # Users' names are asked of nscd, and the state of the night's timer of systemd, through AF_UNIX.
     assert families(trace) <= {"AF_UNIX"}, "\n".join(sockets)
     assert "AF_INET" not in trace
+
+
+def test_a_guarded_command_and_its_parser_try_no_socket(tmp_path: Path) -> None:
+    tool(tmp_path, *strace(tmp_path / "tried"))
+    write_notes(tmp_path)
+    words = [*strace(tmp_path / "trace"), sys.executable, "-m", "edgetune", *FLOW[0].split()]
+    subprocess.run(words, cwd=tmp_path, env=environment(tmp_path), check=True, capture_output=True, timeout=600)
+    trace = (tmp_path / "trace").read_text()
+    assert '"edgetune.documents.parser_child"' in trace, "no parser was followed"
+    assert families(trace) <= {"AF_UNIX"}
 
 
 def test_the_whole_flow_comes_to_the_same_without_a_network(seen: tuple[Done, str], alone: Done) -> None:
@@ -181,8 +200,8 @@ def test_the_whole_flow_comes_to_the_same_without_a_network(seen: tuple[Done, st
 
 @pytest.mark.parametrize(
     ("program", "family"),
-    [(SOCKET_OF_PYTHON, "AF_INET"), (SOCKET_OF_C, "AF_INET6"), (SOCKET_OF_A_CHILD, "AF_INET6")],
-    ids=["python", "c", "a child"],
+    [(SOCKET_OF_PYTHON, "AF_INET"), (SOCKET_OF_C, "AF_INET6"), (SOCKET_OF_A_CHILD, "AF_INET6"), (REFUSED_SOCKET, "AF_INET6")],
+    ids=["python", "c", "a child", "refused"],
 )
 def test_a_program_that_opens_an_internet_socket_is_caught(tmp_path: Path, program: str, family: str) -> None:
     tool(tmp_path, *strace(tmp_path / "tried"))

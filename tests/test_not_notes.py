@@ -43,6 +43,15 @@ def read_paths(reading) -> list[str]:
 # Other programs' files and edgetune's own
 
 
+def test_the_folder_of_a_saved_web_page_is_left_out_and_the_page_is_read(tmp_path):
+    for name in ("kiln.html", "kiln_files/style.txt", "Ofen.htm", "Ofen-Dateien/a.md", "my_files/a.md", "x_files/b/c.md"):
+        put(tmp_path, name, f"text of {name}")
+    reading = read_notes([tmp_path])
+    assert read_paths(reading) == ["Ofen.htm", "kiln.html", "my_files/a.md", "x_files/b/c.md"]
+    assert reasons(reading) == {"kiln_files": Reason.PAGE_FOLDER, "Ofen-Dateien": Reason.PAGE_FOLDER}
+    assert read_paths(read_notes([tmp_path / "kiln_files"])) == ["style.txt"]  # naming it was a decision
+
+
 def test_folders_of_apps_are_left_out_each_with_its_reason(tmp_path):
     for name in ("pages/a.md", "bak/b.md", "logseq/c.md", "logseq/bak/pages/a.md", "logseq/version-files/a.md",
                  "logseq/.recycle/a.md", ".obsidian/x.md", ".trash/y.md", ".git/z.md", ".stversions/a.md"):  # fmt: skip

@@ -257,6 +257,48 @@ def test_what_changed_alone_is_parsed_again(tmp_path: Path, private_home: Path, 
     assert sorted((private_home / "parsed").rglob("*.json")) == []
 
 
+def test_a_file_that_failed_is_parsed_again_after_a_month_or_by_another_version(
+    tmp_path: Path, private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[bytes] = []
+    now = time.time()
+
+    def hang(self: ParserProcess, module: str, data: bytes, *rest: object) -> object:
+        parsed.append(data)
+        raise NotText(Reason.TOO_SLOW)
+
+    def read(days: float) -> list[Reason]:
+        parsed.clear()
+        monkeypatch.setattr("edgetune.documents.parsed_cache.time.time", lambda: now + 86_400 * days)
+        return [skip.reason for skip in read_notes([tmp_path]).skipped]
+
+    monkeypatch.setattr(ParserProcess, "parse", hang)
+    (tmp_path / "a.md").write_text("A note.")
+    (tmp_path / "b.html").write_text("<p>A page.")
+    for days, is_parsed in ((0, True), (0, False), (29.9, False), (30.1, True), (59, False), (-1, True)):
+        assert read(days) == [Reason.TOO_SLOW]
+        assert parsed == [b"<p>A page."] * is_parsed, days
+    (entry,) = (private_home / "parsed").rglob("*.json")
+    assert "page" not in entry.read_text()
+    monkeypatch.setattr(Format, "version", lambda self: "another")
+    assert read(-1) == [Reason.TOO_SLOW]
+    assert parsed == [b"<p>A page."]
+    (tmp_path / "b.html").write_text("<p>Another page.")
+    assert read(-1) == [Reason.TOO_SLOW]
+    assert parsed == [b"<p>Another page."]
+
+
+def test_a_parser_that_cannot_start_says_nothing_of_a_file(
+    tmp_path: Path, private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.md").write_text("A note.")
+    (tmp_path / "b.html").write_text("<p>A page.")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/usr/bin/false" if os.name != "nt" else "where")
+        assert [skip.reason for skip in read_notes([tmp_path]).skipped] == [Reason.UNPARSED]
+    assert [document.text for document in read_notes([tmp_path]).documents] == ["A note.", "A page."]
+
+
 def test_a_damaged_entry_is_parsed_again_and_old_ones_go(tmp_path: Path, private_home: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

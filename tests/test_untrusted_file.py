@@ -200,6 +200,7 @@ ALLOWED = {
     "edgetune/documents/parser_child.py::_address_space": SYSTEM,
     "edgetune/home.py::_secret": OUR_OWN,
     "edgetune/home.py::_make_secret": "creates the file",
+    "edgetune/privacy/landlock.py::_allow_reading": "opens no content: O_PATH names a place to the kernel",
     "edgetune/privacy/rules.py::rules": "the package's own data",
     "edgetune/privacy/rules.py::seed_words": "the package's own data",
     "edgetune/reports/streams.py::_guard": SYSTEM,

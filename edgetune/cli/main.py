@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import click
 import edgetune
 from edgetune.cli.signals import exit_on_signals
 from edgetune.home import home, is_in_home
+from edgetune.privacy.network_guard import forbid_network
 from edgetune.reports.streams import standard_streams
 from edgetune.reports.text import NAME_SHOWN, sanitize
 from edgetune.runtime.errors import EdgetuneError, SettingError, out_of_memory
@@ -40,6 +41,9 @@ COMMANDS = {
     "doctor": "edgetune.cli.doctor",
 }
 """The module that defines each command, as a function named NAME_command."""
+TOOLS_OF_THE_SYSTEM = ("report", "purge", "nightly")
+"""Commands that start tools of the system which would break if the kernel refused them the network: a browser that shows the
+report, and crontab, which needs its set-group-ID bit. `nightly run`, which trains, is not among them."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells expect."""
 WRONG_USAGE = 2
@@ -130,9 +134,24 @@ def _place_sentence(error: OSError) -> str | None:
     return None
 
 
+def give_up_network(words: Sequence[str]) -> None:
+    """Forbid this process the network, before torch and its threads are there, as far as the command that is typed allows it.
+
+    torchrun's processes keep it: they talk to each other. Nothing else here has any business with it.
+    """
+    command = [word for word in words if not word.startswith("-")][:2]
+    if command[:1] == ["train"] and "TORCHELASTIC_RUN_ID" in os.environ:
+        from edgetune.training.distributed import is_launched
+
+        if is_launched():
+            return
+    forbid_network(kernel=command == ["nightly", "run"] or not {*command[:1]} & {*TOOLS_OF_THE_SYSTEM})
+
+
 def main() -> None:
     """Run the `edgetune` command and exit with its code."""
     exit_on_signals()
+    give_up_network(sys.argv[1:])
     with standard_streams(), plain_failures():
         logging.basicConfig(format="edgetune: %(message)s", level=logging.WARNING)
         try:

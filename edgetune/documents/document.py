@@ -42,6 +42,7 @@ class Reason(StrEnum):
     TRASH = "in the trash"
     OWN_FILE = "written by edgetune"
     MODEL_FOLDER = "folder of a model, adapter or export"
+    PAGE_FOLDER = "pictures and scripts of a saved web page"
     DRAWING = "drawing (Excalidraw or tldraw)"
     LINK_OUTSIDE = "link that leaves the folder"
     LINK_INSIDE = "link to something read where it lies"

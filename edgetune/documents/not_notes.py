@@ -28,6 +28,11 @@ _MODEL_FILES = frozenset(
     {"edgetune.json", "adapter_config.json", "tokenizer_config.json", "golden.json", "how-to-call.json", "adapters.safetensors"}
 )
 """Files by which the folder of a model, an adapter or an export is recognised: it may hold merges.txt or README.md."""
+_PAGE_FOLDER = re.compile(
+    r"(.+)[_-](?:files|dateien|fichiers|archivos|arquivos|ficheiros|file|bestanden|filer|pliki|soubory|tiedostot)", re.I
+)
+"""Name of the folder that a browser saves beside a web page, in the browser's language: Firefox's `filesFolder`, and the same
+words with either mark before them."""
 _ICLOUD_PLACEHOLDER = re.compile(r"\.(.+)\.icloud")
 _SF_DATALESS = 0x40000000
 """Flag of macOS: the content of this file is in a cloud, and reading it would download it."""
@@ -40,6 +45,12 @@ _EVENT = re.compile(rb'\{"event": "(\w{1,20})"')
 def app_folder(path: Path) -> Reason | None:
     """Return the reason for skipping the folder at `path` if a program keeps it for itself."""
     return _FOLDERS.get(path.name) or _FOLDERS.get(f"{path.parent.name}/{path.name}")
+
+
+def is_folder_of_page(name: str, beside: Set[str]) -> bool:
+    """Return True for the folder NAME_files of a saved web page: NAME.html or NAME.htm is among the names beside it."""
+    found = _PAGE_FOLDER.fullmatch(name)
+    return found is not None and not beside.isdisjoint({f"{found[1]}.html", f"{found[1]}.htm"})
 
 
 def is_model_folder(names: Set[str]) -> bool:

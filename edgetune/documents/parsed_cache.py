@@ -1,4 +1,4 @@
-"""Keeps the text of parsed files between readings, so that only what changed is parsed again.
+"""Keeps the text of parsed files between readings, or why there is none, so that only what changed is parsed again.
 
     parsed/PLACE/KEY.json    in the private folder; PLACE stands for the folders and files that were named, KEY for a file
 
@@ -16,7 +16,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+from edgetune.documents.document import Reason
+from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.limits import MAX_TEXT_BYTES
 from edgetune.home import home, keyed_digest, private_folder
@@ -28,6 +31,8 @@ from edgetune.runtime.untrusted_file import FileKind
 FOLDER = "parsed"
 UNUSED_DAYS = 30
 """Days after which the texts of folders that are not read any more are deleted. Chosen by hand: as long as nights are kept."""
+RETRY_DAYS = 30
+"""Days after which a file that could not be parsed is tried again. Chosen by hand: one that hangs costs a minute each time."""
 _ENTRY = FileKind(MAX_TEXT_BYTES, DataError, "delete it")
 
 
@@ -45,11 +50,17 @@ class ParsedCache:
         return keyed_digest(f"{hashlib.sha256(data).hexdigest()} {version}")
 
     def get(self, key: str) -> Parsed | None:
-        """Return what was parsed under `key`, or None; a damaged entry is none."""
+        """Return what was parsed under `key`, or None; a damaged entry is none.
+
+        Raises NotText with the reason why the same bytes could not be parsed within the last RETRY_DAYS.
+        """
         path = self._folder / f"{key}.json"
         self._used.add(path.name)
         try:
             found = json_file.read_object_if_there(path, _ENTRY)
+            if "reason" in found:
+                _raise_reason(found)
+                return None
             texts, left_out = found["texts"], found["left_out"]
         except (DataError, KeyError):
             return None
@@ -57,7 +68,14 @@ class ParsedCache:
 
     def put(self, key: str, parsed: Parsed) -> None:
         """Keep what was parsed under `key`. Raises ResourceError when the disk is full."""
-        data = json.dumps({"texts": parsed.texts, "left_out": parsed.left_out}, ensure_ascii=False).encode()
+        self._write(key, {"texts": parsed.texts, "left_out": parsed.left_out})
+
+    def put_failure(self, key: str, reason: Reason) -> None:
+        """Keep the reason why a file could not be parsed. Raises ResourceError when the disk is full."""
+        self._write(key, {"reason": reason.name, "since": time.time()})
+
+    def _write(self, key: str, entry: dict[str, Any]) -> None:
+        data = json.dumps(entry, ensure_ascii=False).encode()
         if len(data) <= MAX_TEXT_BYTES:
             private_folder(self._folder)
             atomic_write(self._folder / f"{key}.json", data)
@@ -77,3 +95,11 @@ class ParsedCache:
                 if entry.name not in self._used:
                     entry.unlink(missing_ok=True)
             os.utime(self._folder)
+
+
+def _raise_reason(entry: dict[str, Any]) -> None:
+    """Raise NotText with the reason in an entry, unless it is older than RETRY_DAYS, from the future, or damaged."""
+    reason, since = entry["reason"], entry["since"]
+    is_recent = isinstance(since, int | float) and 0 <= time.time() - since <= RETRY_DAYS * 86_400
+    if is_recent and isinstance(reason, str) and reason in Reason.__members__:
+        raise NotText(Reason[reason])

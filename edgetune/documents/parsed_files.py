@@ -9,7 +9,7 @@ from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.parsed_cache import ParsedCache
-from edgetune.documents.parser_process import ParserProcess
+from edgetune.documents.parser_process import NotStarted, ParserProcess
 from edgetune.documents.private_notes import PRIVATE_TEXT, is_marked_private
 from edgetune.documents.readers import Format
 
@@ -44,14 +44,20 @@ class ParsedFiles:
     def read(self, format: Format, data: bytes, waiting: Callable[[], None]) -> Parsed:
         """Return what is in a file with these bytes. waiting: as in ParserProcess.parse. Raises NotText.
 
-        A text that is marked private is not kept: PRIVATE_TEXT stands in its place.
+        A text that is marked private is not kept: PRIVATE_TEXT stands in its place. What fails is kept too, with its reason.
         """
         if format not in self._versions:
             self._versions[format] = format.version()
         key = self._cache.key(data, self._versions[format])
         found = self._cache.get(key)
         if found is None:
-            found = self._parser.parse(format.module, data, waiting)
+            try:
+                found = self._parser.parse(format.module, data, waiting)
+            except NotStarted:
+                raise
+            except NotText as problem:
+                self._cache.put_failure(key, problem.reason)
+                raise
             found.texts = [PRIVATE_TEXT if is_marked_private(text) else text for text in found.texts]
             self._cache.put(key, found)
         return found

@@ -3,9 +3,10 @@
     python -m edgetune.documents.parser_child
 
 Before the first file it gives up, for good, what a parser does not need: sockets, writing, starting programs, and reading
-outside of the folders that Python imports from. The system limits its memory, its open files and the size of its files (to
-nothing) where it can; an audit hook refuses the rest, which stops Python code and honest libraries. It does not stop native
-code that was taken over: only the kernel could.
+outside of the folders that Python and its libraries lie in. On Linux the kernel refuses all of that, also to native code that a
+file has taken over: seccomp the system calls that parser_rules.py lists, Landlock files that lie elsewhere. The system limits
+memory, time and open files where it can. An audit hook refuses the same everywhere, to Python code and honest libraries: it is
+all that other systems have, and all that guards reading on a Linux without Landlock (before 5.13, or where it is off).
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import Any, BinaryIO
 from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.limits import MAX_PARSED_BYTES, MAX_TEXT_BYTES, PARSE_SECONDS, PARSER_FILES, PARSER_MEMORY
+from edgetune.documents.parser_rules import SYSTEM_FOLDERS, refused_calls
+from edgetune.privacy import landlock, seccomp
 
 LENGTH = struct.Struct("<Q")
 """Stands before each message: the number of its bytes."""
-_NO_NEW_PRIVS = 38
-"""Linux's PR_SET_NO_NEW_PRIVS: no program that this process could start gains rights."""
 _REFUSED = (
     "socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "os.remove",
     "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate", "os.utime", "os.kill",
@@ -92,13 +93,13 @@ def give_up() -> list[str]:
                 resource.setrlimit(kind, (value, value))
                 held.append(name)
         held.append("time")
-    if sys.platform == "linux":
-        import ctypes
-
-        if ctypes.CDLL(None).prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
-            held.append("privileges")
     sys.dont_write_bytecode = True
-    sys.addaudithook(_hook(tuple({*_import_folders()})))
+    folders = _import_folders()
+    if landlock.read_only([*folders, *SYSTEM_FOLDERS, *_library_folders()]):
+        held.append("reading")
+    if seccomp.install(refused_calls(), hostile=True):
+        held.append("calls")
+    sys.addaudithook(_hook(tuple({*folders})))
     return held
 
 
@@ -130,6 +131,11 @@ def _import_folders() -> list[str]:
     """Return the folders that Python and its packages lie in. The standard library may be a zip file."""
     places = [sys.prefix, sys.base_prefix, sys.exec_prefix, *(place for place in sys.path if place)]
     return [os.path.realpath(place).rstrip(os.sep) for place in places]
+
+
+def _library_folders() -> list[str]:
+    """Return the folders that the user lets the system look for libraries in, as far as they are named by whole paths."""
+    return [place for place in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if os.path.isabs(place)]
 
 
 def _address_space() -> int:

@@ -39,6 +39,10 @@ class Ended(Exception):
     """Raised where the child ended, or answered with what is no answer."""
 
 
+class NotStarted(NotText):
+    """Raised where no child could be started, which says nothing of the file."""
+
+
 @dataclass
 class _Child:
     """A running child and the thread that talks to it."""
@@ -98,7 +102,8 @@ class ParserProcess:
             self._child = None
 
     def parse(self, module: str, data: bytes, waiting: Callable[[], None] = lambda: None) -> Parsed:
-        """Return what the format's `module` reads in a file's bytes. Raises NotText with the reason why it cannot.
+        """Return what the format's `module` reads in a file's bytes. Raises NotText with the reason why it cannot: NotStarted
+        where the file has nothing to do with that.
 
         waiting: called ten times a second meanwhile. It may raise to end the work, which ends the child too.
         """
@@ -118,7 +123,7 @@ class ParserProcess:
             raise
 
     def _start(self, waiting: Callable[[], None]) -> _Child:
-        """Start a child and wait until it has given up its rights. Raises Ended, or NotYet for one that takes too long."""
+        """Start a child and wait until it has given up its rights. Raises NotStarted, also where that takes too long."""
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
         # The child may read what Python imports from, so the user's present folder must not be among it, except in a clone.
         here = os.getcwd()
@@ -131,7 +136,11 @@ class ParserProcess:
             env={**environment, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1"},
         )
         self._child = _Child(process, ThreadPoolExecutor(1, "parser"))
-        hello = self._answer(self._child, [], _START_SECONDS, waiting)
+        try:
+            hello = self._answer(self._child, [], _START_SECONDS, waiting)
+        except (Ended, NotYet):
+            self.close()
+            raise NotStarted(Reason.UNPARSED) from None
         limits = hello.get("limits")
         self.unlimited = ALL_LIMITS - {str(name) for name in limits} if isinstance(limits, list) else ALL_LIMITS
         return self._child

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -174,8 +174,9 @@ def walk_folder(root: Path, state: Walk, before_each: Callable[[], None], above:
                     continue
                 if any(entry.name == IGNORE_FILE for entry in entries):
                     ignores = (*ignores, read_ignore_file(folder))
+                names = {entry.name for entry in entries}
                 for entry in entries:
-                    about = look_at(entry, folder / entry.name, root, real_root, state, ignores)
+                    about = look_at(entry, folder / entry.name, root, real_root, state, ignores, names)
                     if about is not None:
                         pending.append((folder / entry.name, identity(about), ignores))
         except OSError:
@@ -192,9 +193,15 @@ def no_folder_of_notes(folder: Identity | None, entries: list[os.DirEntry[str]],
 
 
 def look_at(
-    entry: os.DirEntry[str], path: Path, root: Path, real_root: Path, state: Walk, ignores: tuple[IgnoreFile, ...]
+    entry: os.DirEntry[str],
+    path: Path,
+    root: Path,
+    real_root: Path,
+    state: Walk,
+    ignores: tuple[IgnoreFile, ...],
+    names: Set[str],
 ) -> os.stat_result | None:
-    """Add or skip one directory entry, which lies at `path`; return its status if it is a folder to descend into."""
+    """Add or skip one directory entry, at `path` and among `names`; return its status if it is a folder to descend into."""
     try:
         about = entry.stat(follow_symlinks=False)
     except OSError:  # deleted since it was listed: its neighbours are still read
@@ -204,6 +211,8 @@ def look_at(
     placeholder_of = not_notes.placeholder_of(entry.name)
     if is_folder and (reason := not_notes.app_folder(path)):
         state.skip(path, reason)
+    elif is_folder and not_notes.is_folder_of_page(entry.name, names):
+        state.skip(path, Reason.PAGE_FOLDER)
     elif placeholder_of is not None:
         state.skip(path, Reason.NOT_DOWNLOADED if is_note_name(placeholder_of) else Reason.UNKNOWN_KIND)
     elif not_notes.is_hidden(entry.name, about):

@@ -19,6 +19,7 @@ import edgetune
 from edgetune.export.targets import TARGETS, load_target
 from edgetune.home import home
 from edgetune.machine.device_checks import confirm, without_paths
+from edgetune.privacy.network_guard import guard, kernel_guards_of_parsers
 from edgetune.runtime.device import compute_dtype, cpu_name, has_fast_bf16, pick_device
 from edgetune.runtime.memory import available_memory
 from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
@@ -62,6 +63,9 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
         "exports_proved": [name for name in TARGETS if not _missing(name)],
         "exports_lacking": [f"{name}: edgetune[{load_target(name).extra}]" for name in TARGETS if _missing(name)],
         "home_is_private": private,
+        "kernel": f"{platform.system()} {platform.release()}",
+        "network_guard": str(guard()),
+        "parser_guard": [*kernel_guards_of_parsers(), "audit hook"],
         "problems": problems,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def read_export(app: App, blocks: Blocks, path: str, me: Sequence[str], keep: Ke
 
     if app is App.ASSISTANT:
         return _read_assistant(Window(pieces()), path, keep, dropped)
-    return read_people(_messages(app, pieces, dropped), path, me, keep, dropped)
+    return read_people(_messages(app, pieces, Me(me), dropped), path, me, keep, dropped)
 
 
 def read_slack(files: Mapping[str, Blocks], path: str, me: Sequence[str], keep: Keep) -> list[Skipped]:
@@ -121,8 +122,8 @@ def read_slack(files: Mapping[str, Blocks], path: str, me: Sequence[str], keep: 
     return read_people(slack.messages(days, names, dropped), path, me, keep, dropped)
 
 
-def _messages(app: App, pieces: Callable[[], Iterator[str]], dropped: Counter[Reason]) -> Iterator[Message]:
-    """Return the messages of an export of people's chats."""
+def _messages(app: App, pieces: Callable[[], Iterator[str]], me: Me, dropped: Counter[Reason]) -> Iterator[Message]:
+    """Return the messages of an export of people's chats. A WhatsApp chat in which the user alone writes becomes notes."""
 
     def numbered() -> Iterator[str]:
         for number, line in enumerate(lines(pieces())):
@@ -130,6 +131,8 @@ def _messages(app: App, pieces: Callable[[], Iterator[str]], dropped: Counter[Re
 
     match app:
         case App.WHATSAPP:
+            if whatsapp.is_monologue(numbered, me):
+                return (dataclasses.replace(found, is_note=True) for found in whatsapp.messages(numbered, dropped))
             return whatsapp.messages(numbered, dropped)
         case App.SIGNAL_MARKDOWN:
             return signal.from_markdown(numbered(), dropped)

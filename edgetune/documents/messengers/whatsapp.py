@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_at
 from edgetune.documents.messengers.lines import LongText
-from edgetune.documents.messengers.messages import MARKS, Message, without_marks
+from edgetune.documents.messengers.messages import MARKS, Me, Message, without_marks
 
 _DATE = r"(\d{1,4})(?:[./-]\s?|[年년]\s?)(\d{1,2})(?:[./-]\s?|[月월]\s?)(\d{1,4})[.日일]?"
 _WORD = r"[^\d\s\[\]:,–-][^\d\[\]:,–-]{0,11}?"
@@ -151,6 +151,16 @@ def messages(lines: Callable[[], Iterable[str]], dropped: Counter[Reason]) -> It
         current, text = found, LongText(found.rest)
     if current is not None:
         yield from _message(current, text, order, dropped)
+
+
+def is_monologue(lines: Callable[[], Iterable[str]], me: Me) -> bool:
+    """Return True if the user wrote every message of a chat, as in "Message yourself". Stops reading at another's message."""
+    is_mine = False
+    for message in messages(lines, Counter()):
+        is_mine = me.wrote(message)
+        if not is_mine:
+            break
+    return is_mine
 
 
 def _message(found: Header, text: LongText, order: tuple[int, int, int], dropped: Counter[Reason]) -> Iterator[Message]:
