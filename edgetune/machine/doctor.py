@@ -16,9 +16,12 @@ from typing import Any
 import torch
 
 import edgetune
+from edgetune.encrypting import plain_files
+from edgetune.encryption import standing
 from edgetune.export.targets import TARGETS, load_target
 from edgetune.home import home
 from edgetune.machine.device_checks import confirm, without_paths
+from edgetune.reports.text import counted
 from edgetune.runtime.device import compute_dtype, cpu_name, has_fast_bf16, pick_device
 from edgetune.runtime.memory import available_memory
 from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
@@ -38,6 +41,11 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
     private = sys.platform == "win32" or home().stat().st_mode & 0o077 == 0
     if not private:
         problems.append("Other users of this machine can read the folder of adapters and runs; type chmod 700 and its path.")
+    encryption, plain = standing(home()), 0
+    if encryption.problem is not None:
+        problems.append(without_paths(encryption.problem))
+    elif encryption.state == "on" and (plain := plain_files(home())):
+        problems.append(f"{counted(plain, 'file')} of the data folder should be encrypted: type edgetune encrypt.")
     problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]
     return {
         "edgetune": edgetune.__version__,
@@ -62,6 +70,7 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
         "exports_proved": [name for name in TARGETS if not _missing(name)],
         "exports_lacking": [f"{name}: edgetune[{load_target(name).extra}]" for name in TARGETS if _missing(name)],
         "home_is_private": private,
+        "encryption": encryption.state,
         "problems": problems,
     }
 
