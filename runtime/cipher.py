@@ -109,7 +109,7 @@ def keeper() -> Keeper:
 
 def place_within(root: Path, path: Path) -> Path | None:
     """Return a path relative to the folder `root`, however either is written; None for a path outside."""
-    for outer, inner in ((os.path.abspath(root), os.path.abspath(path)), (_real(root), _real(path))):
+    for outer, inner in ((os.path.abspath(root), os.path.abspath(path)), (os.path.realpath(root), _real(path))):
         if inner.startswith(outer + os.sep):
             return Path(inner[len(outer) + 1 :])
     return None
