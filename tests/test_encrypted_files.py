@@ -34,6 +34,7 @@ from edgetune.runtime.files import (
     write_at,
 )
 from edgetune.runtime.optim import PagedAdamW
+from edgetune.runtime.runner import Offload
 from edgetune.runtime.safetensors_file import SafetensorsFile, write_tensors
 from edgetune.runtime.untrusted_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_untrusted, read_untrusted
 
@@ -291,6 +292,14 @@ def test_a_sector_that_is_written_again_shows_nothing_by_comparing_it_with_befor
     before = stored_in(file)
     write_at(file, memoryview(page), 0)
     assert not any(stored_in(file)[at : at + 16] == before[at : at + 16] for at in range(0, SECTOR, 16))
+
+
+def test_inputs_of_blocks_kept_in_an_encrypted_file_are_the_same_bits(folder: Path) -> None:
+    offload, inputs = Offload(folder), [torch.randn(700, 64) for _ in range(3)]
+    kept = [offload.put(number, h) for number, h in enumerate(inputs)]
+    assert all(torch.equal(offload.get(each), h) for each, h in zip(kept, inputs, strict=True))
+    assert isinstance(offload._file, EncryptedScratch)
+    assert inputs[1].numpy().tobytes()[:64] not in stored_in(offload._file)
 
 
 def test_an_optimizer_paged_to_an_encrypted_file_computes_the_same_bits(folder: Path) -> None:

@@ -168,6 +168,7 @@ def test_a_locked_keychain_costs_an_interrupted_run_nothing(answering: FileKeych
     assert isinstance(events[0], Started)
 
 
+@pytest.mark.slow
 def test_a_run_that_began_in_plain_goes_on_encrypted_and_the_other_way_round(
     answering: FileKeychain, config: TrainConfig
 ) -> None:
