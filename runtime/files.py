@@ -166,10 +166,10 @@ def open_log(path: Path, kept_bytes: int = -1) -> BinaryIO:
     """
     cipher = keeper().to_write(path)
     if cipher is None:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "r+b")
-        file.seek(file.read(kept_bytes).rfind(b"\n") + 1)
-        file.truncate()
-        return file
+        plain = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "r+b")
+        plain.seek(plain.read(kept_bytes).rfind(b"\n") + 1)
+        plain.truncate()
+        return plain
     kept = read_own(path)[: kept_bytes if kept_bytes >= 0 else None] if path.exists() else b""
     file, name = plain_temporary(path)
     log = EncryptedLog(file, cipher, path)

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 from edgetune.home import home
-from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
+from edgetune.runtime.files import Scratch, explain_full_disk, read_at, scratch_file, write_at
 
 MEMORY_BYTES = 8 << 20
 """Bytes of text that stay in memory. Chosen by hand: most collections of notes are smaller."""
@@ -17,7 +17,8 @@ class Spool:
 
     def __init__(self, folder: Path | None) -> None:
         """Begin an empty spool. folder: of the file that takes what is more than MEMORY_BYTES; None keeps all in memory."""
-        self._memory, self._file, self._folder = BytesIO(), None, folder
+        self._memory, self._folder = BytesIO(), folder
+        self._file: Scratch | None = None
         self.end = 0
         """Number of bytes that the spool holds."""
 

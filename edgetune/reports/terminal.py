@@ -8,10 +8,8 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
-import os
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from edgetune.events import (
@@ -29,9 +27,8 @@ from edgetune.events import (
     line,
 )
 from edgetune.reports.repair import learning_lines, rough_figures
-from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line
+from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line, place_of_report
 from edgetune.reports.verdicts import first_sentence
-from edgetune.runtime.encrypted_file import is_encrypted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -190,8 +187,7 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
     to_try = "" if event.promoted else " (to try it all the same: --adapter and this folder)"
     lines.append(f"Adapter: {one_line(event.adapter)}{to_try}")
     if event.report:
-        hidden = os.path.exists(event.report) and is_encrypted(Path(event.report))
-        lines.append(f"Report: {'encrypted; type edgetune report --out report.html' if hidden else one_line(event.report)}")
+        lines.append(f"Report: {place_of_report(event.report)}")
     return lines
 
 

@@ -45,24 +45,26 @@ def best(work: Callable[[], object], times: int = 3) -> float:
     return min(seconds)
 
 
-def main(folder: Path, mebibytes: int) -> None:
+def measured(folder: Path, mebibytes: int) -> str:
+    """Measure with the keeper that is installed, and return the figures in words."""
     size = mebibytes << 20
     data, page = os.urandom(1 << 20) * mebibytes, memoryview(bytearray(os.urandom(PAGE)))
+    seconds = {"written": best(lambda: atomic_write(folder / "whole", data)), "read": best(lambda: read_own(folder / "whole"))}
+    file = scratch_file(folder, size)
+    seconds["paged out"] = best(lambda: [write_at(file, page, start) for start in range(0, size, PAGE)])
+    seconds["paged in"] = best(lambda: [read_at(file, page, start) for start in range(0, size, PAGE)])
+    file.close()
+    small = best(lambda: [atomic_write(folder / "small", b"x" * 1000) for _ in range(20)]) / 20
+    with open_log(folder / "log") as log:
+        line = best(lambda: [(log.write(b"x" * 200 + b"\n"), log.flush()) for _ in range(1000)]) / 1000
+    speeds = ", ".join(f"{what} {size / 1e6 / taken:,.0f} MB/s" for what, taken in seconds.items())
+    return f"{speeds}, a small file {small * 1e3:.2f} ms, a line of a log {line * 1e6:.0f} us"
+
+
+def main(folder: Path, mebibytes: int) -> None:
     for name, keeper in (("plain", cipher.NoKeeper()), ("encrypted", Everything(folder))):
         cipher.install(keeper)
-        written = best(lambda: atomic_write(folder / "whole", data))
-        read = best(lambda: read_own(folder / "whole"))
-        file = scratch_file(folder, size)
-        paged_out = best(lambda: [write_at(file, page, start) for start in range(0, size, PAGE)])
-        paged_in = best(lambda: [read_at(file, page, start) for start in range(0, size, PAGE)])
-        small = best(lambda: [atomic_write(folder / "small", b"x" * 1000) for _ in range(20)]) / 20
-        with open_log(folder / "log") as log:
-            lines = best(lambda: [(log.write(b"x" * 200 + b"\n"), log.flush()) for _ in range(1000)]) / 1000
-        speeds = [f"{what} {size / 1e6 / seconds:,.0f} MB/s" for what, seconds in (
-            ("written", written), ("read", read), ("paged out", paged_out), ("paged in", paged_in)
-        )]  # fmt: skip
-        print(f"{name}: {', '.join(speeds)}, a small file {small * 1e3:.2f} ms, a line of a log {lines * 1e6:.0f} us")
-        file.close()
+        print(f"{name}: {measured(folder, mebibytes)}")
 
 
 if __name__ == "__main__":
