@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from edgetune.runtime.errors import DataError
-from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk
+from edgetune.runtime.files import explain_full_disk, open_log, open_own
 
 FEWEST_JUDGED = 200
 """Fewest held-out tokens that must have been scored for a figure to say anything, and for one adapter to be called better than
@@ -285,11 +285,7 @@ class EventLog:
     def __init__(self, path: Path | str, kept_bytes: int = -1) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE_FILE)
-        self._file = os.fdopen(descriptor, "r+b")
-        self._file.seek(0)
-        self._file.seek(self._file.read(kept_bytes).rfind(b"\n") + 1)
-        self._file.truncate()
+        self._file = open_log(self.path, kept_bytes)
 
     def append(self, event: Event) -> None:
         """Add one event as a line. Raises ResourceError when the disk is full."""
@@ -326,7 +322,7 @@ def read_events(path: Path | str) -> Iterator[Event]:
 
     Raises DataError, naming the file and the line, for a complete line that is not an event.
     """
-    with open(path, "rb") as file:
+    with open_own(path) as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
                 return

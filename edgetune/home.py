@@ -9,6 +9,7 @@ parsed/                   the text of PDFs and the like among the notes, so that
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
 nightly.json, nights/     what `edgetune nightly` does · a record of each night, and what is known of last night's notes
 scratch/                  files of the command that is running; the next one deletes what a killed one left
+encryption.json           how far `edgetune encrypt` is, and the id of the key in the system's keychain; no secret
 secret                    a key for digests of notes, so that an adapter given away tells nobody which notes they are
 """
 
@@ -22,10 +23,14 @@ import os
 import secrets
 import stat
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 
 import platformdirs
 
+from edgetune.encryption import DataKeeper
+from edgetune.runtime import cipher
+from edgetune.runtime.encrypted_file import decrypted
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.files import explain_full_disk, is_ours, mend, new_file
 
@@ -45,6 +50,7 @@ CONTENTS = (
     "nights",
     "scratch",
     "secret",
+    "encryption.json",
 )
 """Names of the entries that edgetune makes or reads in the folder. Anything else there is the user's own."""
 SECRET_BYTES = 32
@@ -130,7 +136,8 @@ def _secret() -> bytes:
         if not os.path.lexists(path):
             _make_secret(path)
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(path, flags), "rb") as file:
+        opened = FileIO(str(path), opener=lambda _, how: os.open(path, flags))
+        with decrypted(opened, path, UsageError) as file:
             found = file.read(SECRET_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}). Delete it: edgetune makes a new one.") from error
@@ -183,3 +190,6 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{path} names the home folder of a user that does not exist here. Type the path in full.") from error
+
+
+cipher.install(DataKeeper(_place))

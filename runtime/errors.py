@@ -12,6 +12,7 @@ EdgetuneError
 ├── TrainingError    a run that does not converge
 ├── BusyError        a run or an output that another process is working on
 ├── LinkError        a process of a distributed run that ended or cannot be reached
+├── LockedError      encrypted data whose key cannot be had
 └── NetworkForbidden something that asked for the network, which commands give up
 
 The command line prints only the message and exits 1, or 2 for a SettingError, which is wrong usage. No message contains text of
@@ -68,6 +69,10 @@ class TrainingError(EdgetuneError):
 
 class BusyError(EdgetuneError):
     """A run or an output that another process is working on."""
+
+
+class LockedError(EdgetuneError):
+    """Encrypted data whose key cannot be had. It says nothing about the data: nobody may take it for damaged."""
 
 
 class LinkError(EdgetuneError):

@@ -1,6 +1,7 @@
 """Write files and folders so that a reader never sees half of one: to a temporary sibling, then fsync, then rename.
 
-Everything is private: mode 0600 for files, 0700 for folders.
+Everything is private: mode 0600 for files, 0700 for folders. Where the product keeps its data encrypted, every function here
+reads and writes encrypted files as if they were plain (runtime/encrypted_file.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import mmap
 import os
 import re
@@ -19,12 +21,23 @@ import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-from edgetune.runtime.errors import ResourceError, UsageError
+from edgetune.runtime.cipher import keeper
+from edgetune.runtime.encrypted_file import (
+    DecryptedMemory,
+    EncryptedLog,
+    EncryptedReader,
+    EncryptedWriter,
+    decrypted,
+)
+from edgetune.runtime.encrypted_scratch import EncryptedScratch
+from edgetune.runtime.errors import DataError, ResourceError, UsageError
 
 PRIVATE_FILE = 0o600
 _SUFFIX = ".tmp"
+Scratch = FileIO | EncryptedScratch
+"""A nameless scratch file, for `read_at` and `write_at`."""
 
 
 @contextlib.contextmanager
@@ -54,6 +67,8 @@ def sync_folder(folder: Path) -> None:
 
 def drop_pages(mapping: mmap.mmap, start: int, nbytes: int) -> None:
     """Let the system drop the pages that hold these bytes alone; the next access reads them again. Linux and macOS only."""
+    if isinstance(mapping, DecryptedMemory):
+        return
     page = mmap.PAGESIZE
     first = -(-start // page) * page
     whole = (start + nbytes) // page * page - first
@@ -74,9 +89,93 @@ def new_file(path: Path) -> tuple[BinaryIO, Path]:
     """Create a private temporary file beside `path`; return it, open for writing, and its own path.
 
     Nobody can foresee its name: in a folder that others can write, they could else put a link or a file of theirs there.
+    Nothing can be written to it any more once it is flushed.
     """
+    cipher = keeper().to_write(path)
+    file, name = plain_temporary(path)
+    return file if cipher is None else cast(BinaryIO, EncryptedWriter(file, cipher, path)), name
+
+
+def plain_temporary(path: Path) -> tuple[BinaryIO, Path]:
+    """Create a file as `new_file` does that takes bytes as they are, also where those at `path` are to be encrypted."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
     return os.fdopen(descriptor, "wb"), Path(name)
+
+
+def private_file(path: Path) -> BinaryIO:
+    """Create a file that its owner alone can read, in a folder that is not published yet, and open it for writing."""
+    cipher = keeper().to_write(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(path, flags, PRIVATE_FILE), "wb")
+    return file if cipher is None else cast(BinaryIO, EncryptedWriter(file, cipher, path))
+
+
+def open_own(path: Path | str) -> BinaryIO:
+    """Open a file that edgetune wrote for reading.
+
+    Raises OSError; of an encrypted file, DataError where it was changed, and LockedError where there is no key.
+    """
+    plain = decrypted(FileIO(str(path)), Path(path))
+    return plain if isinstance(plain, io.BytesIO) else io.BufferedReader(plain)
+
+
+def read_own(path: Path | str) -> bytes:
+    """Return the bytes of a file that edgetune wrote. Raises what `open_own` raises."""
+    with open_own(path) as file:
+        return file.read()
+
+
+def map_own(path: Path) -> mmap.mmap | None:
+    """Return the bytes of a file that edgetune wrote, as `map_file` does; None for an empty one. Raises as `open_own` does."""
+    with decrypted(FileIO(str(path)), path) as file:
+        if isinstance(file, io.BytesIO):
+            raise DataError(f"{path} is a log, which is read from its beginning. Delete it and type the command again.")
+        return map_file(file) if size_of(file) else None
+
+
+def map_file(file: FileIO) -> mmap.mmap:
+    """Return the bytes of an open file: the file itself, mapped, or a copy in memory if it is encrypted.
+
+    Raises ValueError for an empty file, which cannot be mapped.
+    """
+    if isinstance(file, EncryptedReader):
+        return file.in_memory()
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def size_of(file: FileIO) -> int:
+    """Return the size in bytes of a file that was just opened."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Rename a file, replacing the one at `path` in one step. An encrypted one is bound to its path, so it is written anew."""
+    if keeper().to_write(path) is None:
+        os.replace(source, path)
+    else:
+        atomic_write(path, read_own(source))
+        source.unlink()
+
+
+def open_log(path: Path, kept_bytes: int = -1) -> BinaryIO:
+    """Open a private file to add lines to, after its first `kept_bytes` plain bytes (-1: all).
+
+    A half-written last line is cut off. What is written is safe from a crash of the process after each `flush`.
+    """
+    cipher = keeper().to_write(path)
+    if cipher is None:
+        plain = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "r+b")
+        plain.seek(plain.read(kept_bytes).rfind(b"\n") + 1)
+        plain.truncate()
+        return plain
+    kept = read_own(path)[: kept_bytes if kept_bytes >= 0 else None] if path.exists() else b""
+    file, name = plain_temporary(path)
+    log = EncryptedLog(file, cipher, path)
+    log.write(kept[: kept.rfind(b"\n") + 1])
+    log.move(name, path)
+    return cast(BinaryIO, log)
 
 
 def atomic_write(path: Path | str, data: bytes | str, mode: int = PRIVATE_FILE) -> None:
@@ -198,18 +297,19 @@ def mend(path: Path) -> None:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal, reading a mebibyte at a time."""
+    """Return the SHA-256 of a file's plain bytes in hexadecimal, reading a mebibyte at a time."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_own(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def scratch_file(folder: Path, nbytes: int = 0) -> FileIO:
+def scratch_file(folder: Path, nbytes: int = 0) -> Scratch:
     """Open an unbuffered scratch file of `nbytes` zeros in `folder`. It has no name, so it disappears with the process.
 
-    Raises ResourceError when the disk does not have enough space.
+    It is for `read_at` and `write_at`, and is encrypted in the data folder if that is. Raises ResourceError when the disk does
+    not have enough space.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with explain_full_disk(folder):
@@ -218,11 +318,14 @@ def scratch_file(folder: Path, nbytes: int = 0) -> FileIO:
             os.posix_fallocate(file.fileno(), 0, nbytes)
         else:
             file.truncate(nbytes)
-    return file
+    return EncryptedScratch(file) if keeper().hides_scratch(folder) else file
 
 
-def read_at(file: FileIO, buffer: memoryview, offset: int) -> None:
+def read_at(file: Scratch, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` with the bytes of a file at `offset`, without a copy. Raises OSError if the file ends before."""
+    if isinstance(file, EncryptedScratch):
+        file.read_at(buffer, offset)
+        return
     while buffer:
         if hasattr(os, "preadv"):
             count = os.preadv(file.fileno(), [buffer], offset)
@@ -234,8 +337,11 @@ def read_at(file: FileIO, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[count:], offset + count
 
 
-def write_at(file: FileIO, buffer: memoryview, offset: int) -> None:
+def write_at(file: Scratch, buffer: memoryview, offset: int) -> None:
     """Write `buffer` to a file at `offset`."""
+    if isinstance(file, EncryptedScratch):
+        file.write_at(buffer, offset)
+        return
     while buffer:
         if hasattr(os, "pwrite"):
             count = os.pwrite(file.fileno(), buffer, offset)
@@ -243,3 +349,12 @@ def write_at(file: FileIO, buffer: memoryview, offset: int) -> None:
             file.seek(offset)
             count = file.write(buffer)
         buffer, offset = buffer[count:], offset + count
+
+
+def scratch_in_memory(file: Scratch, nbytes: int) -> mmap.mmap:
+    """Return the first `nbytes` of a scratch file: mapped, so that writing changes a copy, or copied if it is encrypted."""
+    if not isinstance(file, EncryptedScratch):
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    memory = mmap.mmap(-1, nbytes)
+    file.read_at(memoryview(memory), 0)
+    return memory

@@ -13,7 +13,6 @@ Block-wise Quantization (Dettmers et al. 2021, arXiv 2110.02861); paging: QLoRA 
 from __future__ import annotations
 
 import functools
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from edgetune.runtime.errors import TrainingError
-from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
+from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, scratch_in_memory, write_at
 from edgetune.runtime.nf4 import SMALLEST_ABSMAX, dynamic_map
 from edgetune.runtime.safetensors_file import ALIGNMENT
 
@@ -130,6 +129,7 @@ class _InFile:
 
     def __init__(self, nbytes: int, largest: int, device: torch.device, folder: Path) -> None:
         self._file, self._folder, self._device = scratch_file(folder, nbytes), folder, device
+        self._nbytes = nbytes
         self._buffer = torch.empty(largest, dtype=torch.uint8)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -142,7 +142,7 @@ class _InFile:
             write_at(self._file, page.cpu().numpy().data, start)
 
     def peek(self) -> Tensor:
-        return torch.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        return torch.frombuffer(scratch_in_memory(self._file, self._nbytes), dtype=torch.uint8)
 
 
 class PagedAdamW:

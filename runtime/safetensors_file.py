@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from edgetune.runtime import json_file
-from edgetune.runtime.files import drop_pages, explain_full_disk, new_file, sync_folder
+from edgetune.runtime.files import drop_pages, explain_full_disk, map_file, new_file, size_of, sync_folder
 from edgetune.runtime.untrusted_file import (
     MAX_DIMENSIONS,
     MAX_SAFETENSORS_HEADER,
@@ -83,6 +83,8 @@ class StoredTensor(TensorSpec):
 class SafetensorsFile:
     """A read-only mapping of one file. Its tensors are views of the mapping: their pages are read when accessed.
 
+    Of an encrypted file, all plain bytes are in memory.
+
     Writing to such a tensor kills the process: clone it first.
     """
 
@@ -107,7 +109,7 @@ class SafetensorsFile:
             try:
                 header, data, size = _read_header(file)
                 tensors, metadata = _check_header(header, data, size)
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapping = map_file(file)
             except OSError as error:
                 raise kind.error(f"{path} cannot be read ({error.strerror}); copy it again.") from error
             except ValueError as error:
@@ -144,7 +146,7 @@ class SafetensorsFile:
 
 def _read_header(file: FileIO) -> tuple[dict[str, Any], int, int]:
     """Return the JSON header, the offset of the first tensor, and the size of the file. Raises ValueError."""
-    size = os.fstat(file.fileno()).st_size
+    size = size_of(file)
     if size < 8:
         raise ValueError(f"is truncated: {size:,} bytes, too few for a safetensors header")
     count = int.from_bytes(file.read(8), "little")

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+from edgetune.runtime.encrypted_file import EncryptedReader, decrypted
 from edgetune.runtime.errors import AdapterError, EdgetuneError, ModelError, TokenizerError, UsageError
+from edgetune.runtime.files import private_file
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_a
 """config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 NIGHT_RECORD = FileKind(64 << 20, UsageError, "delete it")
 """nightly.json, the records of nights, and what is known of last night's notes: about 50 bytes for each of them."""
+
+ENCRYPTION_STATE = FileKind(4096, UsageError, "restore it from a backup")
+"""encryption.json in the data folder: about 150 bytes."""
 
 MAX_DIGITS = 400
 """Most digits of a number in JSON: a double has 309 before its point. Longer ones take quadratic time to parse."""
@@ -116,10 +121,11 @@ _SYSTEM_FOLDERS = ("/proc/", "/sys/")
 def open_untrusted(path: Path, kind: FileKind) -> FileIO:
     """Open a file for reading, unbuffered, after checking that it is a regular file of a size that its kind allows.
 
-    A link is followed if it stays in the file's folder or leads to the `blobs` of the same Hugging Face cache.
+    A link is followed if it stays in the file's folder or leads to the `blobs` of the same Hugging Face cache. Of a file of the
+    data folder that is encrypted, the plain bytes are read (runtime/encrypted_file.py).
 
-    Raises `kind.error` for any other link, a FIFO, a device, a folder, a file of /proc, a large sparse file, and what is
-    unreadable or too large.
+    Raises `kind.error` for any other link, a FIFO, a device, a folder, a file of /proc, a large sparse file, an encrypted file
+    that was changed, and what is unreadable or too large. Raises LockedError for an encrypted file without its key.
     """
     try:
         real = path.resolve(strict=True)
@@ -145,7 +151,9 @@ def open_untrusted(path: Path, kind: FileKind) -> FileIO:
     if fault is not None:
         file.close()
         raise kind.error(fault)
-    return file
+    plain = decrypted(file, path, kind.error)
+    # Untrusted files are no logs, whose plain bytes would come as BytesIO.
+    return plain if isinstance(plain, EncryptedReader) else file
 
 
 def read_untrusted(path: Path, kind: FileKind) -> bytes:
@@ -162,7 +170,7 @@ def copy_untrusted(source: Path, kind: FileKind, destination: Path) -> None:
 
     Raises `kind.error` as `read_untrusted` does, and OSError where the copy cannot be written.
     """
-    with open_untrusted(source, kind) as file, open(destination, "xb", opener=_private) as copy:
+    with open_untrusted(source, kind) as file, private_file(destination) as copy:
         left = kind.limit
         while piece := _next_piece(source, kind, file, left):
             copy.write(piece)
@@ -179,10 +187,6 @@ def sha256_untrusted(path: Path, kind: FileKind) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _next_piece(path: Path, kind: FileKind, file: FileIO, left: int) -> bytes:

@@ -21,6 +21,7 @@ ALLOWED = {"runtime": ("edgetune.runtime",), "export": ("edgetune.runtime", "edg
 NETWORK = {"socket", "http", "urllib", "requests", "ssl", "asyncio", "ftplib", "smtplib", "xmlrpc", "socketserver"}
 HEAVY = {"coremltools", "gguf", "transformers", "peft", "bitsandbytes", "mlx", "llama_cpp", "triton"}
 HEAVY |= {"pypdfium2", "mammoth", "selectolax", "orgparse", "docutils", "defusedxml", "rensa"}  # the extra documents
+HEAVY |= {"keyring", "cryptography"}  # the extra encryption
 
 
 FIRST_USE = {"runtime/backends/cuda": "triton"}
@@ -78,7 +79,8 @@ PRODUCT = (
     {"documents", "reports", "memory_settings", "weight_forms"},
     {"privacy"},
     {"config", "config_file"},
-    {"parsing", "settings", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"},
+    {"parsing", "settings", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"}
+    | {"encrypting", "encryption", "keychain"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""
 

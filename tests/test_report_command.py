@@ -156,7 +156,7 @@ def test_the_command_finds_the_latest_report() -> None:
     assert record == {
         "run": "2026-11-28-010000", "path": str(latest), "sentence": SENTENCES["better", False], "adapter": "night",
         "promoted": True, "decision": {"verdict": "better", "reason": "Because it is so.", "first": False},
-        "in_use": False,
+        "in_use": False, "encrypted": False,
     }  # fmt: skip
 
 

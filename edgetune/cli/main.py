@@ -35,6 +35,8 @@ COMMANDS = {
     "export": "edgetune.cli.export",
     "adapters": "edgetune.cli.adapters",
     "report": "edgetune.cli.report",
+    "encrypt": "edgetune.cli.encrypt",
+    "decrypt": "edgetune.cli.encrypt",
     "purge": "edgetune.cli.purge",
     "plan": "edgetune.cli.plan",
     "bench": "edgetune.cli.bench",

@@ -124,6 +124,8 @@ def status_command(as_json: bool) -> None:
         click.echo(f"  {_paused(status.paused_until)}")
     if status.next_night is not None:
         click.echo(f"  Next night: {status.next_night}" + (" (one is under way now)" if status.is_running else ""))
+    if status.encryption != "off":
+        click.echo("  What nights keep is encrypted; the keychain gives the key while you are logged in.")
     click.echo("  " + ("There has been no night yet." if status.last is None else one_line(status.last.sentence)))
     for notice in status.notices:
         click.echo(f"  {notice}")

@@ -26,7 +26,7 @@ def purge_command(yes: bool, as_json: bool) -> None:
         if not yes:
             raise click.UsageError("--json asks nothing, and purge deletes everything for good; type --yes as well.")
         done = purge(lambda: kept.extend(_uninstall_nights()))
-        print_json({**dataclasses.asdict(done), "unreachable": [*kept, *UNREACHABLE]})
+        print_json({**dataclasses.asdict(done), "unreachable": [*kept, *done.notices, *UNREACHABLE]})
         return
     if planned.deleted and not yes:
         click.echo(f"This deletes {len(planned.deleted):,} entries in {one_line(planned.home)}, {human_bytes(planned.bytes)}:")
@@ -40,20 +40,20 @@ def purge_command(yes: bool, as_json: bool) -> None:
     _list("Links that were removed, and whose targets were left", done.links)
     _list("Left, since edgetune did not make it", done.left)
     _list("Not deleted, since it lies outside edgetune's own folder; delete it yourself", done.outside)
-    _list("Out of reach", (*kept, *UNREACHABLE))
+    _list("Out of reach", (*kept, *done.notices, *UNREACHABLE))
 
 
 def _uninstall_nights() -> list[str]:
     """Remove the nights from the system's scheduler, if any are installed; return a sentence where that fails."""
     from edgetune.nights.install import uninstall
     from edgetune.nights.job import load_job, path_of_job
-    from edgetune.runtime.errors import UsageError
+    from edgetune.runtime.errors import LockedError, UsageError
 
     if not path_of_job().exists():
         return []
     try:
         uninstall(load_job())
-    except UsageError as error:
+    except (LockedError, UsageError) as error:
         return [f"the nights that this system's scheduler still starts, which will find nothing to do ({error})"]
     return []
 

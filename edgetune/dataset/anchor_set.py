@@ -17,10 +17,10 @@ import torch
 
 from edgetune.dataset.packing import Int, Windows, cut_windows, make_batch, random_words, split, training_overlap
 from edgetune.dataset.pieces import CONTEXT
-from edgetune.dataset.token_store import TokenStore, private_file
+from edgetune.dataset.token_store import TokenStore, mapped
 from edgetune.runtime.batch import Batch, SoftTargets
 from edgetune.runtime.errors import DataError
-from edgetune.runtime.files import explain_full_disk
+from edgetune.runtime.files import explain_full_disk, private_file
 
 SOFT_TOKENS = 32
 """Likeliest tokens of the base that are kept for each trained token of the anchor; all others count as one. Chosen by hand."""
@@ -43,8 +43,8 @@ class AnchorSet:
         """Map the anchor that `write_predictions` completed. Raises DataError if it is damaged."""
         store = TokenStore.open(folder)
         try:
-            ids = np.memmap(folder / _IDS, np.int32, "r").reshape(store.trained_tokens, -1)
-            probabilities = np.memmap(folder / _PROBABILITIES, np.float32, "r").reshape(ids.shape)
+            ids = mapped(folder / _IDS, np.int32).reshape(store.trained_tokens, -1)
+            probabilities = mapped(folder / _PROBABILITIES, np.float32).reshape(ids.shape)
         except (OSError, ValueError) as error:
             raise DataError(f"The anchor in {folder} is damaged. Type the same command with --fresh.") from error
         return cls(store, ids, probabilities, seq_len)

@@ -8,11 +8,10 @@ documents.json   for each document its path, digest, first token, number of toke
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from edgetune.dataset.pieces import CONTEXT, Piece, TextTokenizer, note_pieces
 from edgetune.documents.document import Document
 from edgetune.progress import Progress, ignore
 from edgetune.runtime.errors import DataError
-from edgetune.runtime.files import PRIVATE_FILE, atomic_folder
+from edgetune.runtime.files import atomic_folder, map_own, private_file, read_own
 
 FORMAT = 1
 """Version of the store's files."""
@@ -70,10 +69,10 @@ class TokenStore:
         """Map a store from its folder. Raises DataError if it is damaged."""
         path = Path(path)
         try:
-            index = json.loads((path / "documents.json").read_bytes())
+            index = json.loads(read_own(path / "documents.json"))
             documents = tuple(StoredDocument(**document) for document in index["documents"])
-            ids = _mapped(path / "ids.bin", np.int32)
-            trained = _mapped(path / "trained.bin", np.uint8)
+            ids = mapped(path / "ids.bin", np.int32)
+            trained = mapped(path / "trained.bin", np.uint8)
             ends = [0, *(document.start + document.tokens for document in documents)]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
@@ -142,11 +141,7 @@ def tokenize(
     return TokenStore.open(path)
 
 
-def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
-    """Map a file of numbers. An empty file cannot be mapped; it is an empty array."""
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def private_file(path: Path) -> BinaryIO:
-    """Create a file that its owner alone can read, and open it for writing."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), PRIVATE_FILE), "wb")
+def mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
+    """Map a file of numbers; an encrypted one is read into memory. Raises OSError, ValueError or DataError."""
+    mapping = map_own(path)
+    return np.empty(0, dtype) if mapping is None else np.frombuffer(mapping, dtype)

@@ -29,7 +29,7 @@ from edgetune.runtime.adapter import Adapter, check_fits
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.files import atomic_write, explain_full_disk
+from edgetune.runtime.files import atomic_write, explain_full_disk, read_own
 from edgetune.runtime.json_file import parse
 
 CURRENT = "current.json"
@@ -143,7 +143,7 @@ def default_model() -> str | None:
 def _read_record(path: Path) -> dict[str, Any]:
     """Return one of the records that `set_current` writes; empty where it is missing or damaged."""
     try:
-        record = parse(path.read_bytes())
+        record = parse(read_own(path))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

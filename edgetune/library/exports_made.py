@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from edgetune.home import home
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.files import atomic_write, read_own
 from edgetune.runtime.json_file import parse
 
 FILE = "exports.json"
@@ -25,7 +25,7 @@ def remember_export(folder: Path) -> None:
 def exports_made() -> list[str]:
     """Return the paths of the exports that are remembered, whether they are there still or not."""
     try:
-        record = parse((home() / FILE).read_bytes())
+        record = parse(read_own(home() / FILE))
     except (OSError, ValueError):
         return []
     listed = record.get("exports") if isinstance(record, dict) else None

@@ -7,6 +7,7 @@ own. Anything else is left and named, so that an EDGETUNE_HOME which is somebody
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -14,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgetune.encrypting import discard_key
 from edgetune.events import Finished, read_events
 from edgetune.home import CONTENTS, SECRET_BYTES, home
 from edgetune.library.exports_made import exports_made
 from edgetune.lock import Lock
-from edgetune.runtime.errors import DataError
+from edgetune.runtime.encrypted_file import HEADER_BYTES, TAG_BYTES
+from edgetune.runtime.errors import DataError, LockedError, UsageError
 
 _STAMP = r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?"
 _OWN = {
@@ -27,7 +30,7 @@ _OWN = {
     "adapters": r"[0-9a-f]{12}",
     "models": r"(\.deleted-|\.)?[\w-]+-[0-9a-f]{12}(\..+)?",
     "runs": _STAMP,
-    "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion)(\.lock)?",
+    "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion|encryption)(\.lock)?",
     "scratch": r"[0-9a-f]{16}(\.lock)?",
 }
 """Patterns of the names that edgetune gives to what is in the folders of its own folder."""
@@ -53,6 +56,8 @@ class Purged:
     left: tuple[str, ...]
     links: tuple[str, ...]
     outside: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+    """Sentences about what could not be found out or deleted, since the keychain has no key."""
 
 
 def planned_purge() -> Purged:
@@ -60,8 +65,12 @@ def planned_purge() -> Purged:
     folder = home()
     own, left = _sorted_out(folder)
     links = tuple(str(path) for path in own if path.is_symlink())
-    size = sum(_size(path) for path in own)
-    return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, tuple(_outside(folder)))
+    size, notices, outside = sum(_size(path) for path in own), list[str](), list[str]()
+    try:
+        outside = _outside(folder)
+    except LockedError:
+        notices.append("exports and adapters written elsewhere, which only files name that cannot be decrypted")
+    return Purged(str(folder), tuple(map(str, own)), size, tuple(map(str, left)), links, tuple(outside), notices=tuple(notices))
 
 
 def purge(first: Callable[[], object] = lambda: None) -> Purged:
@@ -73,6 +82,12 @@ def purge(first: Callable[[], object] = lambda: None) -> Purged:
     _refuse_while_used(folder)
     first()
     planned = planned_purge()
+    # The key first: without it, nobody can read what was encrypted, not even in a backup.
+    try:
+        discard_key(folder)
+    except (LockedError, UsageError):
+        kept = "the entry edgetune in the system's keychain, which did not answer: delete it there"
+        planned = dataclasses.replace(planned, notices=(*planned.notices, kept))
     for path in map(Path, planned.deleted):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -103,7 +118,7 @@ def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
 def _is_edgetunes(folder: Path) -> bool:
     """Return True if edgetune has worked in a folder: its key is there, or one of its folders holds what it makes."""
     key = folder / "secret"
-    if key.is_file() and key.stat().st_size == SECRET_BYTES:
+    if key.is_file() and key.stat().st_size in (SECRET_BYTES, SECRET_BYTES + HEADER_BYTES + TAG_BYTES):
         return True
     inner = [path for name in _OWN for path in (folder / name).glob("*")]
     return any(re.fullmatch(_OWN[path.parent.name], path.name) for path in inner)

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 
 import edgetune
+from edgetune.encrypting import plain_files
+from edgetune.encryption import standing
 from edgetune.export.targets import TARGETS, load_target
 from edgetune.home import home
 from edgetune.machine.device_checks import confirm, without_paths
 from edgetune.privacy.network_guard import guard, kernel_guards_of_parsers
+from edgetune.reports.text import counted
 from edgetune.runtime.device import compute_dtype, cpu_name, has_fast_bf16, pick_device
 from edgetune.runtime.memory import available_memory
 from edgetune.runtime.ops import backend_name, kernels_missing, multiplies_int8
@@ -39,6 +42,11 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
     private = sys.platform == "win32" or home().stat().st_mode & 0o077 == 0
     if not private:
         problems.append("Other users of this machine can read the folder of adapters and runs; type chmod 700 and its path.")
+    encryption, plain = standing(home()), 0
+    if encryption.problem is not None:
+        problems.append(without_paths(encryption.problem))
+    elif encryption.state == "on" and (plain := plain_files(home())):
+        problems.append(f"{counted(plain, 'file')} of the data folder should be encrypted: type edgetune encrypt.")
     problems += [f"On {best.type}, {found.name}: {found.detail}." for found in confirmations if not found.ok]
     return {
         "edgetune": edgetune.__version__,
@@ -66,6 +74,7 @@ def examine(tell: Callable[[str], object] = lambda name: None) -> dict[str, Any]
         "kernel": f"{platform.system()} {platform.release()}",
         "network_guard": str(guard()),
         "parser_guard": [*kernel_guards_of_parsers(), "audit hook"],
+        "encryption": encryption.state,
         "problems": problems,
     }
 

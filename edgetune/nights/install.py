@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import edgetune
+from edgetune.encryption import standing
 from edgetune.home import expand, home
 from edgetune.lock import Lock
 from edgetune.nights.begin import TRIAL_MINUTES, ask_for_trial, trial_begins
@@ -146,6 +147,8 @@ class Status:
     """Local time, or "for ever"."""
     is_running: bool
     last: NightRecord | None
+    encryption: str
+    """How encryption at rest stands (edgetune/encryption.py)."""
     notices: tuple[str, ...]
 
 
@@ -168,6 +171,7 @@ def status_of(job: Job, now: float) -> Status:
         paused_until=local(paused) if isinstance(paused, float) else paused,
         is_running=running,
         last=records[-1] if records else None,
+        encryption=standing(home()).state,
         notices=() if scheduler is None else tuple(scheduler.notices()),
     )
 

@@ -24,7 +24,7 @@ from edgetune.documents.walk import FoundFile, walk
 from edgetune.home import expand, keyed_digest
 from edgetune.nights.job import nights_folder
 from edgetune.runtime.errors import DataError, UsageError
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.files import atomic_write, move_file
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.untrusted_file import NIGHT_RECORD
 
@@ -112,7 +112,7 @@ def learnt_and_tried(current: Callable[[], str | None]) -> tuple[Known | None, K
     """
     tried = load_known(TRIED)
     if tried is not None and tried.adapter == current():
-        os.replace(nights_folder() / TRIED, nights_folder() / LEARNT)
+        move_file(nights_folder() / TRIED, nights_folder() / LEARNT)
         tried = None
     return load_known(), tried
 

@@ -27,7 +27,7 @@ from edgetune.events import (
     line,
 )
 from edgetune.reports.repair import learning_lines, rough_figures
-from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line
+from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line, place_of_report
 from edgetune.reports.verdicts import first_sentence
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
     to_try = "" if event.promoted else " (to try it all the same: --adapter and this folder)"
     lines.append(f"Adapter: {one_line(event.adapter)}{to_try}")
     if event.report:
-        lines.append(f"Report: {one_line(event.report)}")
+        lines.append(f"Report: {place_of_report(event.report)}")
     return lines
 
 

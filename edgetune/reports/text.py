@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from edgetune.runtime.encrypted_file import is_encrypted
+
 BITS_PER_BYTE = "lower is better; measured on notes the model has not seen"
 """Explains held-out bits per byte wherever a reader meets the term first."""
 
@@ -59,3 +63,9 @@ def human_time(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60:02d} min"
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def place_of_report(path: str) -> str:
+    """Return where a run's report is or, if it is encrypted, what to type to read it."""
+    hidden = Path(path).is_file() and is_encrypted(Path(path))
+    return "encrypted; to read it, type edgetune report --out report.html" if hidden else one_line(path)

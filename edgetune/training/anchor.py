@@ -29,14 +29,14 @@ from edgetune.dataset.anchor_set import (
     write_predictions,
 )
 from edgetune.dataset.packing import make_batch, split
-from edgetune.dataset.token_store import TokenStore, private_file, tokenize
+from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.document import Document, Turn
 from edgetune.home import private_folder
 from edgetune.library.loading import Loaded
 from edgetune.progress import Stages
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import TokenizerError
-from edgetune.runtime.files import explain_full_disk
+from edgetune.runtime.files import explain_full_disk, private_file, read_own
 from edgetune.runtime.generate import Generator, Sampling
 from edgetune.runtime.heap import trim_memory
 from edgetune.runtime.runner import ROW_MULTIPLE, Runner
@@ -225,7 +225,7 @@ def likeliest(runner: Runner, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def packed_files(folder: Path) -> dict[str, str]:
     """Return the anchor's files as text, for the followers of a run: it holds nothing of the notes. Empty without an anchor."""
-    return {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted((folder / ANCHOR).glob("*"))}
+    return {path.name: base64.b64encode(read_own(path)).decode() for path in sorted((folder / ANCHOR).glob("*"))}
 
 
 def unpack_files(files: Mapping[str, str], folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgetune.runtime.errors import EdgetuneError
+from edgetune.runtime.errors import EdgetuneError, LockedError
 from edgetune.runtime.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorSpec
 
 _CHECKSUM = "checksum"
@@ -37,12 +37,14 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Return the tensors (memory-mapped) and the metadata that `write_sealed` wrote. Raises DamagedError."""
+    """Return the tensors (memory-mapped) and the metadata that `write_sealed` wrote. Raises DamagedError, LockedError."""
     try:
         file = SafetensorsFile.open(path)
         expected = int(file.tensor(_CHECKSUM))
         if zlib.crc32(memoryview(file.mapping)[:-_CHECKSUM_BYTES]) != expected:
             raise DamagedError(path)
         return {name: file.tensor(name) for name in file.tensors if name != _CHECKSUM}, file.metadata
+    except LockedError:  # nothing is damaged
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError, EdgetuneError) as error:
         raise DamagedError(path) from error

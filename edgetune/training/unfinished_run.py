@@ -28,7 +28,7 @@ from edgetune.config import TrainConfig
 from edgetune.home import expand, private_folder, unfinished_folder
 from edgetune.lock import Lock, lock_output
 from edgetune.runtime.errors import BusyError
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.files import atomic_write, read_own
 from edgetune.scratch import delete_leftovers
 from edgetune.training.sealed_files import DamagedError
 
@@ -127,7 +127,7 @@ def _sealed_json(record: Mapping[str, Any]) -> str:
 def _read_sealed_json(path: Path) -> dict[str, Any]:
     """Return the record that `_sealed_json` wrote. Raises DamagedError or OtherVersionError."""
     try:
-        sealed = json.loads(path.read_bytes())
+        sealed = json.loads(read_own(path))
         record, version = sealed["record"], sealed["format"]
         intact = sealed["sha256"] == _digest(json.dumps(record, sort_keys=True))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
