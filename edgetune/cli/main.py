@@ -33,6 +33,7 @@ COMMANDS = {
     "quantize": "edgetune.cli.models",
     "export": "edgetune.cli.export",
     "adapters": "edgetune.cli.adapters",
+    "audit": "edgetune.cli.audit",
     "report": "edgetune.cli.report",
     "purge": "edgetune.cli.purge",
     "plan": "edgetune.cli.plan",
