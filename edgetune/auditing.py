@@ -22,7 +22,7 @@ from edgetune.leaks import canaries
 from edgetune.leaks.canaries import Exposed
 from edgetune.leaks.extraction import extraction, suspects
 from edgetune.leaks.membership import membership, scores_by_document
-from edgetune.leaks.reading import read_windows
+from edgetune.leaks.reading import ReadWindow, read_windows
 from edgetune.library import adapter_registry as registry
 from edgetune.library.kept_adapters import record_audit
 from edgetune.library.loading import Base, load_base, open_base
@@ -163,9 +163,16 @@ def _leaks(
     )
     members, others = (EvaluationSet.of(store, config.data.seq_len) for store in (trained, held_out))
     members, others = (windows.limited(MOST_TOKENS) if len(windows.order) else windows for windows in (members, others))
-    bare = [read_windows(runner, windows, rows, stages.of("auditing")) for windows in (members, others)]
+
+    def read() -> tuple[list[ReadWindow], list[ReadWindow]]:
+        first, second = (
+            read_windows(runner, windows, rows, stages.of("auditing"), held_out=held_out) for windows in (members, others)
+        )
+        return first, second
+
+    bare = read()
     adapters.attach(loaded.model, adapter)
-    adapted = [read_windows(runner, windows, rows, stages.of("auditing")) for windows in (members, others)]
+    adapted = read()
     found = extraction(adapted[0], [read for read in bare[0] if read.window in suspects(adapted[0])])
     scores = [scores_by_document(*both) for both in zip(adapted, bare, strict=True)]
     return Leaks(found, membership(*scores)), tuple(trained.documents[number].path for number in found.documents)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.token_store import TokenStore, tokenize
 from edgetune.documents.document import Document
-from edgetune.leaks import canaries, membership, reading
+from edgetune.leaks import canaries, membership
 from edgetune.leaks.exposure import exposure, skew_normal_cdf, skew_normal_fit
 from edgetune.leaks.extraction import extraction, suspects
-from edgetune.leaks.reading import PASSAGE_TOKENS, PREFIX_TOKENS, ReadWindow, only, read_windows
+from edgetune.leaks.reading import PASSAGE_TOKENS, PREFIX_TOKENS, ReadWindow, only, passages_of, read_windows, stands_in
 from edgetune.library.loading import Loaded, load_base, open_base
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.config import LoraConfig
@@ -41,19 +40,33 @@ WORDS = [
     "barley",
     "mortar",
     "saddle",
+    "anchor",
+    "basket",
+    "candle",
+    "danger",
+    "engine",
+    "feather",
+    "ginger",
+    "hammer",
+    "island",
+    "jacket",
+    "kitchen",
+    "ladder",
+    "meadow",
+    "needle",
 ]
 
 
-def note(seed: int, words: int = 60) -> str:
-    """Return a note of random words, which nothing but learning it by heart could complete."""
+def note(seed: int, words: int = len(WORDS)) -> str:
+    """Return a note of random words, which nothing but learning it by heart could complete; with few words, each comes once."""
     generator = random.Random(seed)
-    return " ".join(generator.choice(WORDS) for _ in range(words))
+    return " ".join(generator.sample(WORDS, words) if words <= len(WORDS) else generator.choices(WORDS, k=words))
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = tmp_path_factory.mktemp("models") / "model"
-    tiny.save_trainable(folder)
+    tiny.save_trainable(folder, 128, 128)  # in a narrower one some tokens are never the likeliest
     found = load_base(open_base(str(folder)), "cpu")
     found.model.set_dtype(torch.float32)
     return found
@@ -64,16 +77,17 @@ def stored(loaded: Loaded, folder: Path, *texts: str) -> TokenStore:
     return tokenize(documents, loaded.tokenizer, folder / "tokens")
 
 
-def overfit(loaded: Loaded, store: TokenStore, steps: int = 150) -> Runner:
-    """Attach an adapter that has learnt the store's only window by heart."""
-    adapters.attach_new(loaded.model, LoraConfig(16, 16.0, 0.0), 0)
-    runner, windows = Runner(loaded.model), EvaluationSet.of(store, 256)
+def overfit(loaded: Loaded, store: TokenStore, steps: int = 60) -> Runner:
+    """Attach an adapter that has learnt the store's only window by heart, or with few steps a part of it."""
+    adapters.attach_new(loaded.model, LoraConfig(16, 32.0, 0.0), 0)
+    runner, windows = Runner(loaded.model), EvaluationSet.of(store, 512)
     parameters = adapters.parameters(loaded.model)
     optimizer = PagedAdamW(parameters)
     batch, _ = windows.batch(windows.order.tolist())
     for step in range(steps):
         runner.train(batch)
-        optimizer.step(0.02 * (1 - step / steps) + 0.001)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step(0.01 * min(1.0, (step + 1) / 10) * (1 - step / steps))
         optimizer.zero_grad()
     return runner
 
@@ -82,7 +96,7 @@ def overfit(loaded: Loaded, store: TokenStore, steps: int = 150) -> Runner:
 
 
 def test_a_note_learnt_by_heart_is_extracted_and_the_untouched_base_extracts_nothing(loaded: Loaded, tmp_path: Path) -> None:
-    store = stored(loaded, tmp_path, note(0, 40))
+    store = stored(loaded, tmp_path, note(0))
     windows = EvaluationSet.of(store, 256)
     bare = read_windows(Runner(loaded.model), windows, 256)
     try:
@@ -92,7 +106,7 @@ def test_a_note_learnt_by_heart_is_extracted_and_the_untouched_base_extracts_not
     found = extraction(adapted, bare)
     tokens = store.documents[0].tokens - 2  # without start and end
     passages = (tokens - PREFIX_TOKENS + 1) // PASSAGE_TOKENS
-    assert passages >= 3
+    assert passages >= 2
     assert (found.passages, found.extracted, found.by_base, found.notes) == (passages, passages, 0, 1)
     assert (found.share, found.leaking, found.documents) == (1.0, 1, (0,))
     untouched = extraction(bare, bare)
@@ -101,7 +115,7 @@ def test_a_note_learnt_by_heart_is_extracted_and_the_untouched_base_extracts_not
 
 def test_a_passage_counts_exactly_where_greedy_decoding_writes_it(loaded: Loaded, tmp_path: Path) -> None:
     """Half-learnt, so that some passages are written word for word and some are not; each is generated to compare."""
-    store = stored(loaded, tmp_path, note(1, 120))
+    store = stored(loaded, tmp_path, note(1, 90))
     windows = EvaluationSet.of(store, 512)
     try:
         runner = overfit(loaded, store, 60)
@@ -285,7 +299,7 @@ def test_a_learnt_canary_is_exposed_and_an_unseen_one_as_much_as_chance_says(loa
     learnt, unseen = canaries.Canary("Bagu Hal", 271828, 1), canaries.Canary("Osra Mojo", 314159, 0)
     store = stored(loaded, tmp_path, learnt.text())
     try:
-        runner = overfit(loaded, store, 80)
+        runner = overfit(loaded, store)
         found = canaries.exposures(runner, loaded.tokenizer, [learnt, unseen], tmp_path / "scored", 256, 0, references=64)
     finally:
         adapters.detach(loaded.model)
@@ -295,12 +309,27 @@ def test_a_learnt_canary_is_exposed_and_an_unseen_one_as_much_as_chance_says(loa
 
 
 def test_passages_follow_each_other_from_the_first_target_with_enough_before_it() -> None:
-    hits = torch.ones(100, dtype=torch.bool)
-    scored = hits.clone()
-    assert len(list(reading._passages(hits, scored))) == (100 - (PREFIX_TOKENS - 1)) // PASSAGE_TOKENS
+    scored = torch.ones(100, dtype=torch.bool)
+    assert list(passages_of(scored)) == [(23, 47), (47, 71), (71, 95)]
     scored[:50] = False  # a later window of a long note: its first half is another's
-    assert len(list(reading._passages(hits, scored))) == 50 // PASSAGE_TOKENS
-    scored[60] = False
-    assert list(reading._passages(hits, scored)) == [True]
-    places = itertools.accumulate([0, 24])
-    assert [not any(reading._passages(~hits, scored)) for _ in places] == [True, True]
+    assert list(passages_of(scored)) == [(50, 74), (74, 98)]
+    scored[60] = False  # the end of a turn
+    assert list(passages_of(scored)) == [(74, 98)]
+    assert list(passages_of(torch.ones(46, dtype=torch.bool))) == []
+
+
+def test_a_passage_that_held_out_notes_hold_too_is_no_notes_own(loaded: Loaded, tmp_path: Path) -> None:
+    store = stored(loaded, tmp_path, note(0))
+    windows = EvaluationSet.of(store, 256)
+    try:
+        runner = overfit(loaded, store)
+        (alone,) = read_windows(runner, windows, 256)
+        held_out = tokenize([Document.of("h.md", " ".join(note(0).split()[:18]))], loaded.tokenizer, tmp_path / "held-out")
+        (shared,) = read_windows(runner, windows, 256, held_out=held_out)
+    finally:
+        adapters.detach(loaded.model)
+    assert all(alone.passages)
+    assert len(shared.passages) == len(alone.passages)
+    assert (shared.passages[0], shared.passages[-1]) == (False, True)
+    assert stands_in(np.array([1, 2, 3], np.int32).tobytes(), np.array([2, 3], np.int32))
+    assert not stands_in(np.array([1 << 8, 2 << 8], np.int32).tobytes(), np.array([1, 2], np.int32))

@@ -1,7 +1,8 @@
 """Measures verbatim extraction: the passages of trained notes that a model writes word for word after the words before them.
 
-The attack is that of Carlini et al. 2023 (arXiv 2202.07646): greedy decoding after the true beginning. What the bare base
-writes as well (quotations, boilerplate, tables) does not come from the notes and does not count.
+The attack is that of Carlini et al. 2023 (arXiv 2202.07646): greedy decoding after the true beginning. Two kinds of passages do
+not count: what the bare base writes as well (quotations, boilerplate, tables) does not come from the notes, and what held-out
+notes hold as well (a signature, the lines of a form) is no note's own.
 """
 
 from __future__ import annotations

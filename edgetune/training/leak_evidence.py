@@ -7,6 +7,7 @@ windows is a function of the plan alone, and all reading together takes at most 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -96,12 +97,11 @@ def measure(run: PreparedRun, seconds: float, progress: Progress = ignore) -> Le
 def _reader(run: PreparedRun, seconds: float, progress: Progress) -> Callable[[EvaluationSet, bool], list[ReadWindow]]:
     """Return a function that reads windows with the bare base, if its second argument is True, or else with the adapter."""
     rows = run.plan.setting.row_tokens
+    held_out = None if run.held_out is None else run.held_out.store
 
     def read(windows: EvaluationSet, bare: bool) -> list[ReadWindow]:
-        if not bare:
-            return read_windows(run.runner, windows, rows, progress, seconds)
-        with adapters.replaced(run.loaded.model, None):
-            return read_windows(run.runner, windows, rows, progress, seconds)
+        with adapters.replaced(run.loaded.model, None) if bare else contextlib.nullcontext():
+            return read_windows(run.runner, windows, rows, progress, seconds, held_out)
 
     return read
 
