@@ -26,35 +26,10 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 
 WORDS = [
-    "harbour",
-    "allotment",
-    "bicycle",
-    "spoke",
-    "kettle",
-    "ledger",
-    "orchard",
-    "gasket",
-    "lantern",
-    "copper",
-    "willow",
-    "barley",
-    "mortar",
-    "saddle",
-    "anchor",
-    "basket",
-    "candle",
-    "danger",
-    "engine",
-    "feather",
-    "ginger",
-    "hammer",
-    "island",
-    "jacket",
-    "kitchen",
-    "ladder",
-    "meadow",
-    "needle",
-]
+    "harbour", "allotment", "bicycle", "spoke", "kettle", "ledger", "orchard", "gasket", "lantern", "copper", "willow",
+    "barley", "mortar", "saddle", "anchor", "basket", "candle", "danger", "engine", "feather", "ginger", "hammer", "island",
+    "jacket", "kitchen", "ladder", "meadow", "needle",
+]  # fmt: skip
 
 
 def note(seed: int, words: int = len(WORDS)) -> str:
@@ -118,7 +93,7 @@ def test_a_passage_counts_exactly_where_greedy_decoding_writes_it(loaded: Loaded
     store = stored(loaded, tmp_path, note(1, 90))
     windows = EvaluationSet.of(store, 512)
     try:
-        runner = overfit(loaded, store, 60)
+        runner = overfit(loaded, store, 25)
         (read,) = read_windows(runner, windows, 512)
         ids = store.ids.tolist()
         written = []
