@@ -267,8 +267,7 @@ class TrainConfig:
     most_extracted: float = setting(  # see docs/privacy.md, "How much leaks"
         MOST_EXTRACTED,
         Number(0, 1),
-        "Largest share of tried passages of your notes that a new adapter may write word for word and still come into use. "
-        "1: any.",
+        "Largest share of passages of your notes that a new adapter may write word for word and still come into use. 1: any.",
         metavar="S",
     )
     most_recognised: float | None = setting(

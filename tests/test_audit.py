@@ -216,10 +216,11 @@ def test_a_shadow_is_trained_as_the_adapter_was() -> None:
 
 def test_each_measure_is_one_sentence() -> None:
     figures = {
-        "passages": 400, "passages_extracted": 3, "passage_notes": 96, "passage_notes_extracted": 2, "membership_members": 96,
-        "membership_non_members": 31, "membership_auc": 0.712, "membership_low": 0.65, "membership_high": 0.77,
-        "membership_true_positives": 0.031, "membership_false_positives": 1 / 31, "canary_bits_0": 1.4, "canary_bits_1": 2.13,
-        "canary_bits_4": 6.0, "canary_bits_16": 19.9, "canary_largest_bits": 19.93, "shadow_steps": 9, "shadow_steps_planned": 12,
+        "passages": 400, "passages_extracted": 3, "passage_notes": 96, "passage_notes_extracted": 2,
+        "membership_members": 96, "membership_non_members": 31, "membership_auc": 0.712, "membership_low": 0.65,
+        "membership_high": 0.77, "membership_true_positives": 0.031, "membership_false_positives": 1 / 31,
+        "canary_bits_0": 1.4, "canary_bits_1": 2.13, "canary_bits_4": 6.0, "canary_bits_16": 19.9,
+        "canary_largest_bits": 19.93, "shadow_steps": 9, "shadow_steps_planned": 12,
     }  # fmt: skip
     assert leak_lines(figures) == [
         "Extraction: 0.8% (3 of 400 passages of the notes) can be read out word for word by typing the words before them, in 2 "
