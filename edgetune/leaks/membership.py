@@ -52,13 +52,13 @@ def membership(members: Scores, non_members: Scores) -> Membership | None:
     """
     if min(len(members), len(non_members)) < FEWEST_NOTES:
         return None
+    rate = least_rate(len(non_members))
     if not (np.isfinite(members).all() and np.isfinite(non_members).all()):
-        return Membership(len(members), len(non_members), *[math.nan] * 4, least_rate(len(non_members)))
+        return Membership(len(members), len(non_members), math.nan, math.nan, math.nan, math.nan, rate)
     area, error = area_and_error(members, non_members)
     low, high = max(area - _NORMAL_95 * error, 0.0), min(area + _NORMAL_95 * error, 1.0)
-    return Membership(
-        len(members), len(non_members), area, low, high, true_positives(members, non_members), least_rate(len(non_members))
-    )
+    hits = true_positives(members, non_members)
+    return Membership(len(members), len(non_members), area, low, high, hits, rate)
 
 
 def scores_by_document(adapted: Sequence[ReadWindow], bare: Sequence[ReadWindow]) -> Scores:
@@ -82,7 +82,7 @@ def area_and_error(members: Scores, non_members: Scores) -> tuple[float, float]:
 def _placements(scores: Scores, others: Scores) -> Scores:
     """Return for each score the share of the others below it; equal ones count half."""
     ordered = np.sort(others)
-    below, up_to = (np.searchsorted(ordered, scores, side=side) for side in ("left", "right"))  # type: ignore[call-overload]
+    below, up_to = np.searchsorted(ordered, scores, side="left"), np.searchsorted(ordered, scores, side="right")
     placements: Scores = (below + up_to) / (2.0 * len(others))
     return placements
 
