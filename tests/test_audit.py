@@ -138,7 +138,7 @@ def test_an_audit_measures_all_three_keeps_its_figures_and_leaves_nothing_else(
 ) -> None:
     end = finished(config(notes, model))
     before = {path.relative_to(private_home) for path in private_home.rglob("*")}
-    result = run("audit", str(notes), "--adapter", Path(end.adapter).name, "--model", model, "--minutes", "0.001", "--json")
+    result = run("audit", str(notes), "--adapter", Path(end.adapter).name, "--model", model, "--minutes", "0.000001", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     figures = found["figures"]
