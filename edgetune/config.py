@@ -40,6 +40,8 @@ WEIGHTS = ("auto", "nf4", "int8", "bf16")
 SCHEDULERS = ("auto", "launchd", "systemd", "cron", "task-scheduler")
 """Programs of operating systems that can start a night; auto is launchd on macOS, Task Scheduler on Windows, and elsewhere
 systemd's user manager where there is one, else cron."""
+SHADOW_MINUTES = 15.0
+"""Longest time for which `edgetune audit` trains a shadow adapter, in minutes; chosen by hand."""
 MANUAL_MINUTES = 90.0
 """Longest time of a night that the user begins with `edgetune nightly run`, in minutes; chosen by hand."""
 MASKS = ("all", "secrets", "none")
@@ -61,6 +63,8 @@ REFERENCE_WIDTH, RATE_EXPONENT = 2048, 1.5
 of narrower models are larger: 2.5e-3 for the built-in model, where 1.07e-3 learnt a ninth less."""
 ANCHOR_SHARE = 0.12
 """Share of a step's tokens that come from the anchor of a chat model (0 to 1); LOG.md, "keeping the chat"."""
+MOST_EXTRACTED = 0.05
+"""Largest share of tried passages of the notes that an adapter may write word for word (0 to 1); docs/privacy.md has why."""
 EPOCHS, MOST_EPOCHS = 3.0, 8.0
 """Passes over the notes by default, and the most where the notes are few: the best adapter is kept, not the last."""
 FEWEST_STEPS = 100
@@ -259,6 +263,20 @@ class TrainConfig:
         Number(0, 0.9),
         "With --from: share of the text that comes from notes which that adapter has learnt already, beside new ones.",
         metavar="S",
+    )
+    most_extracted: float = setting(  # see docs/privacy.md, "How much leaks"
+        MOST_EXTRACTED,
+        Number(0, 1),
+        "Largest share of passages of your notes that a new adapter may write word for word and still come into use. 1: any.",
+        metavar="S",
+    )
+    most_recognised: float | None = setting(
+        None,
+        Number(0.5, 1),
+        "Largest success of membership inference (area under its ROC curve; 0.5 is chance) with which a new adapter may come "
+        "into use. Default: not measured in training.",
+        metavar="A",
+        example=0.8,
     )
     only_new: bool = False
     """True for a night, which ends where no note is new to the adapter that it starts from; no setting of a user's."""

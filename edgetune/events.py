@@ -225,6 +225,7 @@ class Working(Event):
     evaluating  held-out notes, or those of `edgetune eval`, are scored
     published base  held-out notes are scored by the base as it was published, layer by layer
     judging     the new adapter is compared with yesterday's: on the held-out notes and on general text
+    auditing    trained notes are read to tell how much of them the new adapter gives away
     first step  the first step of a run or of its continuation: each block of the model, forward and backward
     preparing   a model of random weights is made, to be measured
     timing      `edgetune plan` and `edgetune bench` measure this machine

@@ -98,6 +98,20 @@ def token_nats(model: Llama, h: Tensor, targets: Tensor, loss_mask: Tensor, chun
     return nats
 
 
+@torch.no_grad()
+def nats_and_hits(
+    model: Llama, h: Tensor, targets: Tensor, loss_mask: Tensor, chunk: int, check: Check = lambda: None
+) -> tuple[Tensor, Tensor]:
+    """Return what `token_nats` returns, and (N,) bool: True for each of these targets that is the likeliest token."""
+    nats = torch.zeros(len(h), dtype=torch.float32, device=h.device)
+    hits = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    for rows, count, logits in _chunks(model, h, loss_mask, chunk, check):
+        likeliest = logits.argmax(1)  # before the next line overwrites the logits
+        nats[rows[:count]] = ops.cross_entropy_(logits, targets[rows], torch.ones_like(loss_mask[rows]))[:count]
+        hits[rows[:count]] = (likeliest == targets[rows])[:count]
+    return nats, hits
+
+
 def _chunks(model: Llama, h: Tensor, loss_weights: Tensor, chunk: int, check: Check) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Yield (rows (chunk,), count, logits (chunk, V)) over the rows whose weight is not 0; rows after `count` are padding."""
     trained = loss_weights.nonzero().squeeze(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.device import end_command_buffer
 from edgetune.runtime.files import explain_full_disk, read_at, scratch_file, write_at
-from edgetune.runtime.loss import chunked_loss, token_nats
+from edgetune.runtime.loss import chunked_loss, nats_and_hits, token_nats
 from edgetune.runtime.model import Block, Context, KVCache, Llama
 from edgetune.runtime.ops_types import FEW_ROWS, Segment
 from edgetune.runtime.project import Panel, ProjectPlan, Watch
@@ -165,6 +165,14 @@ class Runner:
         n, batch = len(batch.input_ids), batch.padded(ROW_MULTIPLE).to(self.model.device)
         h = self.infer(batch.input_ids, batch.positions, batch.segments, None)
         return token_nats(self.model, h, batch.targets, batch.loss_mask, self.loss_rows, self.check)[:n]
+
+    @torch.no_grad()
+    def score_and_hits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what `score` returns, and (N,) bool: True for each target that greedy decoding would write there."""
+        n, batch = len(batch.input_ids), batch.padded(ROW_MULTIPLE).to(self.model.device)
+        h = self.infer(batch.input_ids, batch.positions, batch.segments, None)
+        nats, hits = nats_and_hits(self.model, h, batch.targets, batch.loss_mask, self.loss_rows, self.check)
+        return nats[:n], hits[:n]
 
     @torch.no_grad()
     def score_versions(self, batches: Sequence[Batch], layers: Iterable[Sequence[Block]], versions: int) -> list[list[Tensor]]:

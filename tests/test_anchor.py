@@ -20,7 +20,7 @@ from edgetune.dataset.pieces import TEXT
 from edgetune.events import Event, Finished, Interrupted, Started, Stepped
 from edgetune.home import private_folder
 from edgetune.library.loading import open_base
-from edgetune.progress import ignore
+from edgetune.progress import SILENT
 from edgetune.reports.terminal import started_line
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
@@ -198,7 +198,7 @@ def test_the_gate_judges_by_answers_of_the_base_that_are_not_trained_on(
         bare = bits_per_byte()
     for parameter in adapters.parameters(run.loaded.model):
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    replies = GateEvidence(run, math.inf, ignore).measure(None, None).replies
+    replies = GateEvidence(run, math.inf, 0.0, SILENT).measure(None, None).replies
     assert replies is not None
     assert (replies.before, replies.after) == (pytest.approx(bare, rel=1e-4), pytest.approx(bits_per_byte(), rel=1e-4))
     assert replies.after > replies.before

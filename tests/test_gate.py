@@ -15,7 +15,9 @@ from edgetune.library.gate import (
     REPLIES_BOUND,
     Change,
     Evidence,
+    Extracted,
     PairedDocument,
+    Recognised,
     Verdict,
     decide,
     gain_and_noise,
@@ -37,11 +39,12 @@ MIXED = (0.30, -0.25, 0.20, -0.28, 0.31, -0.22, 0.26, -0.27, 0.24, -0.19)
 BETTER, WORSE = notes(*ALIKE), notes(*[-gain for gain in ALIKE])
 LONG = PairedDocument(1_000_000, 2_000_000, 1_900_000)
 """A note a thousand times as long as the others, which is read 5% better."""
+NO_LEAK = Extracted(400, 0, 0.05)
 
 CASES: dict[str, tuple[Evidence, Verdict]] = {
     "ten notes that agree": (Evidence(BETTER), Verdict.BETTER),
     "ten notes, and everything else measured and sound": (
-        Evidence(BETTER, Change(1.5, 1.45), Change(0.2, 0.21), leak_free=True), Verdict.BETTER
+        Evidence(BETTER, Change(1.5, 1.45), Change(0.2, 0.21), NO_LEAK, Recognised(0.55, 0.5, 0.7)), Verdict.BETTER
     ),
     "a first adapter that is better than the bare base": (Evidence(BETTER, first=True), Verdict.BETTER),
     "a first adapter that is worse than the bare base": (Evidence(WORSE, first=True), Verdict.NOT_BETTER),
@@ -86,9 +89,22 @@ CASES: dict[str, tuple[Evidence, Verdict]] = {
         Evidence(BETTER, None, Change(0.2, 0.2 + 0.2 * REPLIES_BOUND * 1.01)), Verdict.REPLIES_WORSE
     ),
     "replies that are better": (Evidence(BETTER, None, Change(0.2, 0.1)), Verdict.BETTER),
-    "a leak": (Evidence(BETTER, leak_free=False), Verdict.LEAKS),
-    "a leak of a first adapter": (Evidence((), leak_free=False, first=True), Verdict.LEAKS),
-    "no leak, and worse": (Evidence(WORSE, leak_free=True), Verdict.NOT_BETTER),
+    "more passages extracted than allowed": (Evidence(BETTER, extracted=Extracted(100, 6, 0.05)), Verdict.LEAKS),
+    "as many passages extracted as allowed": (Evidence(BETTER, extracted=Extracted(100, 5, 0.05)), Verdict.BETTER),
+    "two passages of two": (Evidence(BETTER, extracted=Extracted(2, 2, 0.05)), Verdict.BETTER),
+    "three passages of three": (Evidence(BETTER, extracted=Extracted(3, 3, 0.05)), Verdict.LEAKS),
+    "no passage tried": (Evidence(BETTER, extracted=Extracted(0, 0, 0.05)), Verdict.BETTER),
+    "every passage extracted, and any share allowed": (Evidence(BETTER, extracted=Extracted(9, 9, 1.0)), Verdict.BETTER),
+    "three passages of a million, and none allowed": (Evidence(BETTER, extracted=Extracted(10**6, 3, 0.0)), Verdict.LEAKS),
+    "a leak of a first adapter": (Evidence((), extracted=Extracted(9, 9, 0.05), first=True), Verdict.LEAKS),
+    "a leak, and general text beyond its bound": (
+        Evidence((), Change(1.0, 2.0), extracted=Extracted(9, 9, 0.05)), Verdict.LEAKS
+    ),
+    "no leak, and worse": (Evidence(WORSE, extracted=NO_LEAK), Verdict.NOT_BETTER),
+    "no leak, and too few notes": (Evidence((), extracted=NO_LEAK), Verdict.TOO_FEW),
+    "members told too well": (Evidence(BETTER, recognised=Recognised(0.9, 0.81, 0.8)), Verdict.LEAKS),
+    "members told too well, which may be chance": (Evidence(BETTER, recognised=Recognised(0.9, 0.79, 0.8)), Verdict.BETTER),
+    "membership that is nan": (Evidence(BETTER, recognised=Recognised(NAN, NAN, 0.8)), Verdict.NOT_BETTER),
     "a note that is nan now": (Evidence((*BETTER, PairedDocument(10, 20, NAN))), Verdict.NOT_BETTER),
     "a note that is infinite now": (Evidence((*BETTER, PairedDocument(10, 20, INF))), Verdict.NOT_BETTER),
     "a note that was infinite before": (Evidence((*BETTER, PairedDocument(10, INF, 20))), Verdict.NOT_BETTER),
@@ -143,6 +159,12 @@ def test_the_reasons_hold_the_figures() -> None:
     assert decide(Evidence(BETTER[:1])).reason.endswith("; 1 was read.")
     short = tuple(PairedDocument(50, 100, 90) for _ in range(12))
     assert decide(Evidence(short)).reason.endswith("; 600 bytes were read.")
+    assert decide(Evidence(BETTER, extracted=Extracted(1000, 60, 0.05))).reason == (
+        "The new adapter writes 60 of 1,000 passages of your notes word for word (6.0%); 5.0% is allowed."
+    )
+    assert decide(Evidence(BETTER, recognised=Recognised(0.9, 0.81, 0.8))).reason == (
+        "The new adapter tells trained notes from others 90% of the time, at least 81% beyond chance; 80% is allowed."
+    )
     assert "15.0% worse than the bare base; 10% is allowed" in decide(Evidence(BETTER, Change(1.0, 1.15))).reason
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from edgetune.cli.main import cli
 from edgetune.events import EventLog, Finished, Started
 from edgetune.home import home
-from edgetune.library.gate import Change, Evidence, PairedDocument, Verdict, decide
+from edgetune.library.gate import Change, Evidence, Extracted, PairedDocument, Verdict, decide
 from edgetune.library.promotion import promote, rollback
 from edgetune.reports import desktop
 from edgetune.reports.html import render, write_report
@@ -64,7 +64,8 @@ SENTENCES = {
     "had not seen.",
     ("forgets", False): f"Learned from 7 notes, but {STAYS} unlearnt too much else.",
     ("replies worse", False): f"Learned from 7 notes, but {STAYS} answers in chats worse than the base model.",
-    ("leaks", False): f"Learned from 7 notes, but {STAYS} failed the leak audit.",
+    ("leaks", False): f"Learned from 7 notes, but {STAYS} repeats too much of your "
+    "notes word for word, or tells them too well from others.",
 }
 
 
@@ -96,7 +97,7 @@ ENDS = {
     Verdict.NOT_BETTER: Evidence(WORSE),
     Verdict.FORGETS: Evidence(HELD_OUT, Change(1.0, 1.5)),
     Verdict.REPLIES_WORSE: Evidence(HELD_OUT, None, Change(1.0, 1.5)),
-    Verdict.LEAKS: Evidence(HELD_OUT, leak_free=False),
+    Verdict.LEAKS: Evidence(HELD_OUT, extracted=Extracted(9, 9, 0.05)),
 }
 """What the gate decides by, for each of its verdicts."""
 

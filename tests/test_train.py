@@ -203,7 +203,7 @@ def test_a_run_tells_how_far_it_is_with_all_that_comes_before_its_steps(
     stages = [event.stage for event in told if isinstance(event, Working)]
     assert [stage for stage, _ in itertools.groupby(stages)] == [
         "reading", "tokenizing", "loading", "sampling", "evaluating", "first step", "evaluating", "judging",
-        "sampling",
+        "auditing", "sampling",
     ]  # fmt: skip
     assert all(isinstance(event, Working) and 0 <= event.done <= event.total for event in told)
     assert not any(isinstance(event, Working) for event in events)

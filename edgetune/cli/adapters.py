@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgetune.cli.options import json_option, model_option, print_json, progress_shown, say
+from edgetune.reports.leaks import leak_lines
 from edgetune.reports.text import human_bytes, one_line
 from edgetune.reports.verdicts import judgement
 
@@ -60,6 +61,8 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
     click.echo(_line(adapter))
     if adapter.verdict is not None and adapter.reason is not None:
         click.echo(f"  judged: {one_line(judgement(adapter.verdict))}. {one_line(adapter.reason)}")
+    for line in leak_lines(adapter.audit or adapter.leaks):
+        click.echo(f"  {one_line(line)}")
     click.echo(f"  targets: {', '.join(adapter.targets)}" + (f"; layers {list(adapter.layers)}" if adapter.layers else ""))
     if adapter.data is not None and adapter.configuration is not None:
         click.echo(f"  notes {one_line(adapter.data[:12])}, settings {one_line(adapter.configuration[:12])} (digests)")

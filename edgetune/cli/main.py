@@ -34,6 +34,7 @@ COMMANDS = {
     "quantize": "edgetune.cli.models",
     "export": "edgetune.cli.export",
     "adapters": "edgetune.cli.adapters",
+    "audit": "edgetune.cli.audit",
     "report": "edgetune.cli.report",
     "encrypt": "edgetune.cli.encrypt",
     "decrypt": "edgetune.cli.encrypt",

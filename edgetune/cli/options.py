@@ -77,6 +77,11 @@ def memory_option(help: str) -> Decorator:
     return setting_option(dataclasses.replace(_TRAIN["memory"], help=help))
 
 
+def minutes_option(help: str, default: float) -> Decorator:
+    """Return --minutes for a command that is no training run."""
+    return setting_option(dataclasses.replace(_TRAIN["minutes"], help=f"{help} Default: {default:g}."), default)
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """The options that `generate`, `ask` and `chat` share: the model, the adapter, and how text is sampled."""

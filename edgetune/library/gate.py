@@ -1,7 +1,7 @@
 """Decides whether a newly trained adapter becomes the current one: the gate that every night passes through.
 
 The rule, in the order in which it is applied:
-1. An adapter that fails the leak audit, or whose figures are no numbers, stays aside.
+1. An adapter that gives away more of the trained notes than the limits allow, or whose figures are no numbers, stays aside.
 2. So does one that writes general text, or the base's own chat replies, worse than the bare base by more than a bound.
 3. With fewer than ten held-out notes, or hardly any text in them, nothing can be judged: the new adapter is kept beside the old
    one. Only a first adapter, which replaces nothing, is used then, unless it reads those few notes no better than the base.
@@ -37,6 +37,10 @@ REPLIES_BOUND = 0.20
 """Largest loss on the base's own chat replies that is accepted, as a share of the bare base's bits per byte. Chosen by hand
 between adapters that lost 17% and still answered 9 of 12 questions, and one that lost 53% and answered 6 (LOG.md, "learning
 rate of a chat model")."""
+
+FEWEST_EXTRACTED = 3
+"""Passages below which a share of extracted ones is not held against an adapter: one or two may be set phrases that the base
+alone just misses. Chosen by hand."""
 
 
 class Verdict(StrEnum):
@@ -74,18 +78,50 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Extracted:
+    """Passages of the trained notes that were tried, and those that the new adapter writes word for word but the bare base does
+    not (leaks/extraction.py). most: the largest share of them that is allowed (0 to 1)."""
+
+    tried: int
+    extracted: int
+    most: float
+
+    @property
+    def share(self) -> float:
+        """Return the share of the passages that are extracted (0 to 1)."""
+        return self.extracted / self.tried if self.tried else 0.0
+
+    @property
+    def too_many(self) -> bool:
+        """Return True if more passages are extracted than is allowed."""
+        return self.extracted >= FEWEST_EXTRACTED and self.share > self.most
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The success of membership inference (leaks/membership.py): the area under its ROC curve, and the lower end of that area's
+    95% interval. most: the largest area that is allowed; one that chance may explain is not held against the adapter."""
+
+    area: float
+    low: float
+    most: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything that was measured of a new adapter. None: not measured, which counts neither for nor against the adapter.
 
     heldout: the held-out documents, read with yesterday's adapter and the new one; where the base has no adapter yet, with the
     bare base and the new one. general, replies: general text, and the base's own chat replies, compared with the bare base, so
-    that small losses do not add up over the nights. first: True if the base has no current adapter.
+    that small losses do not add up over the nights. extracted, recognised: what the new adapter gives away of the notes that it
+    was trained on. first: True if the base has no current adapter.
     """
 
     heldout: tuple[PairedDocument, ...]
     general: Change | None = None
     replies: Change | None = None
-    leak_free: bool | None = None
+    extracted: Extracted | None = None
+    recognised: Recognised | None = None
     first: bool = False
 
 
@@ -100,8 +136,8 @@ class Decision:
 
 def decide(evidence: Evidence) -> Decision:
     """Decide whether a new adapter becomes the current one. Pure: the same evidence gives the same decision."""
-    if evidence.leak_free is False:
-        return Decision(False, Verdict.LEAKS, "The new adapter gives away more of your notes than you allow.")
+    if (leak := _leak(evidence)) is not None:
+        return leak
     if not _is_sound(evidence):
         return Decision(False, Verdict.NOT_BETTER, "The new adapter predicts values that are not numbers.")
     return _harm(evidence) or (_first_or_none(evidence) if _too_few(evidence.heldout) else _judged(evidence))
@@ -111,7 +147,26 @@ def _is_sound(evidence: Evidence) -> bool:
     """Return True if every figure is a number that can be measured."""
     changes = [change for change in (evidence.general, evidence.replies) if change is not None]
     figures = [figure for document in evidence.heldout for figure in (document.bits_before, document.bits_after)]
+    figures += [] if evidence.recognised is None else [evidence.recognised.area]
     return all(math.isfinite(change.loss) for change in changes) and all(map(math.isfinite, figures))
+
+
+def _leak(evidence: Evidence) -> Decision | None:
+    """Return the decision about an adapter that gives away more of the notes than is allowed; None for any other."""
+    extracted, recognised = evidence.extracted, evidence.recognised
+    if extracted is not None and extracted.too_many:
+        reason = (
+            f"The new adapter writes {extracted.extracted:,} of {extracted.tried:,} passages of your notes word for word "
+            f"({extracted.share:.1%}); {extracted.most:.1%} is allowed."
+        )
+        return Decision(False, Verdict.LEAKS, reason)
+    if recognised is not None and recognised.low > recognised.most:
+        reason = (
+            f"The new adapter tells trained notes from others {recognised.area:.0%} of the time, at least {recognised.low:.0%} "
+            f"beyond chance; {recognised.most:.0%} is allowed."
+        )
+        return Decision(False, Verdict.LEAKS, reason)
+    return None
 
 
 def _harm(evidence: Evidence) -> Decision | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +15,12 @@ from edgetune.library import adapter_registry as registry
 from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime import peft_folder
 from edgetune.runtime.errors import AdapterError
+from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.untrusted_file import ADAPTER_CONFIG
+
+LEAKS, AUDIT = "leaks", "audit"
+"""Keys of edgetune.json: figures of the leaks that training measured, and of those that the latest `edgetune audit` did."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class KeptAdapter:
 
     base, base_name: digest (its first 12 digits) and name of the base model. created: local time. parent: name of the adapter
     that its training started from. compared_with: name of the adapter that was the current one then. verdict, reason: the
-    decision about it (library/gate.py). data, configuration: digests of the notes and of the settings.
+    decision about it (library/gate.py). data, configuration: digests of the notes and of the settings. leaks, audit: the
+    figures of LEAKS and AUDIT, by name.
     """
 
     name: str
@@ -45,6 +52,8 @@ class KeptAdapter:
     reason: str | None
     data: str | None
     configuration: str | None
+    leaks: dict[str, float]
+    audit: dict[str, float]
 
 
 def list_adapters() -> list[KeptAdapter]:
@@ -78,6 +87,8 @@ def describe(folder: Path) -> KeptAdapter:
         heldout_bits_per_byte_before=before,
         heldout_bits_per_byte_after=after,
         **{name: _text(about.get(name)) for name in ("parent", "compared_with", "verdict", "reason", "data", "configuration")},
+        leaks=_figures(about.get(LEAKS)),
+        audit=_figures(about.get(AUDIT)),
     )
 
 
@@ -115,6 +126,20 @@ def delete(folder: Path) -> None:
             "make another one current with `edgetune adapters promote NAME`, and then delete it."
         )
     shutil.rmtree(folder)
+
+
+def record_audit(folder: Path, figures: Mapping[str, float]) -> None:
+    """Write the figures of an audit into an adapter's edgetune.json, in place of those of an earlier one."""
+    about = peft_folder.load_config(folder).about
+    text = json.dumps({**about, AUDIT: dict(figures)}, indent=2, sort_keys=True, allow_nan=False)
+    atomic_write(folder / peft_folder.EDGETUNE_FILE, text + "\n")
+
+
+def _figures(found: object) -> dict[str, float]:
+    """Return the figures in an adapter's edgetune.json, which anybody may have written: the numbers, by short names."""
+    items = found.items() if isinstance(found, dict) else ()
+    scores = {name: _score(value) for name, value in items if len(name) <= NAME_SHOWN and not isinstance(value, bool)}
+    return {name: value for name, value in scores.items() if value is not None}
 
 
 def _score(found: object) -> float | None:

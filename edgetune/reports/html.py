@@ -16,6 +16,7 @@ from typing import Any
 from edgetune.events import Evaluated, Event
 from edgetune.privacy import kinds
 from edgetune.reports.html_style import STYLE
+from edgetune.reports.leaks import leak_lines
 from edgetune.reports.plots import Curve, Point, chart, smooth
 from edgetune.reports.repair import learning_lines, rough_figures
 from edgetune.reports.run import Run
@@ -242,6 +243,7 @@ def _facts(run: Run) -> str:
             ("Time", human_time(finished.seconds)),
             ("Peak memory", human_bytes(finished.peak_memory_bytes)),
         ]
+        rows += [("Leaks", line) for line in leak_lines(finished.decision or {})]
     facts = "".join(f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(value)}</td></tr>' for name, value in rows)
     table = f"<table><caption>The run</caption><tbody>{facts}</tbody></table>" if facts else ""
     return f'<section class="facts"><h2>Figures</h2>{table}{_score(run)}</section>'

@@ -8,7 +8,7 @@ BECAUSE = {
     "not better": "the new one is no better on notes it had not seen",
     "forgets": "the new one unlearnt too much else",
     "replies worse": "the new one answers in chats worse than the base model",
-    "leaks": "the new one failed the leak audit",
+    "leaks": "the new one repeats too much of your notes word for word, or tells them too well from others",
 }
 """Reasons why a new adapter does not become the current one, by the verdict of the gate (library/gate.py)."""
 LEARNED = {

@@ -13,7 +13,9 @@ import edgetune
 from edgetune.documents.lineage import KEY as LINEAGE
 from edgetune.library import adapter_registry as registry
 from edgetune.library.gate import Decision
+from edgetune.library.kept_adapters import LEAKS
 from edgetune.runtime.errors import AdapterError
+from edgetune.training.leak_evidence import Leaks
 from edgetune.training.setup import PreparedRun
 from edgetune.weight_forms import RECORDED
 
@@ -22,12 +24,18 @@ OUTSIDE = "(outside)"
 
 
 def adapter_record(
-    run: PreparedRun, before: float | None, after: float | None, best_step: int, decision: Decision, rival: Path | None
+    run: PreparedRun,
+    before: float | None,
+    after: float | None,
+    best_step: int,
+    decision: Decision,
+    rival: Path | None,
+    leaks: Leaks,
 ) -> dict[str, Any]:
     """Return the contents of edgetune.json, without paths, host names or text.
 
     before, after: held-out bits per byte of the run's step 0 and of the adapter. rival: folder of the
-    current adapter, with which it was compared.
+    current adapter, with which it was compared. leaks: what it was measured to give away of the notes.
     """
     plan = run.plan
     settings = {name: value for name, value in plan.settings.items() if name not in ("out", "model", "from_adapter")}
@@ -45,6 +53,7 @@ def adapter_record(
         "reason": decision.reason,
         "heldout_bits_per_byte_before": before,
         "heldout_bits_per_byte_after": after,
+        LEAKS: leaks.figures(),
         "best_step": best_step,
         "start_ids": run.loaded.tokenizer.start_ids,
         "steps": plan.steps,

@@ -1,7 +1,9 @@
-"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, general text, chat replies.
+"""Measures what the gate decides by (library/gate.py): yesterday's adapter on the held-out notes, general text, chat replies,
+and what the new adapter gives away of the notes that it was trained on (leak_evidence.py).
 
-All come at the end of a run, when the best adapter is on the model, and within the share of the run that evaluations may take.
-Yesterday's adapter is put in its place for a moment, in the memory of the gradients: no step follows, so they are dropped.
+All come at the end of a run, when the best adapter is on the model, and all but the last within the share of the run that
+evaluations may take. Yesterday's adapter is put in its place for a moment, in the memory of the gradients: no step follows, so
+they are dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from edgetune.config import TrainConfig
 from edgetune.dataset.evaluation_set import Score
 from edgetune.library import adapter_registry as registry
 from edgetune.library.gate import Change, Decision, Evidence, PairedDocument
-from edgetune.progress import Progress
+from edgetune.progress import Stages
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.batch import Batch
@@ -24,7 +26,8 @@ from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.texts import measuring_text
-from edgetune.training import evaluation
+from edgetune.training import evaluation, leak_evidence
+from edgetune.training.leak_evidence import AUDIT_SHARE, Leaks
 
 if TYPE_CHECKING:
     from edgetune.training.setup import PreparedRun
@@ -38,23 +41,33 @@ NO_NUMBER = (PairedDocument(0.0, 0.0, math.nan),)
 class GateEvidence:
     """The measurements of one finished run, whose best adapter is on the model. Scores hold the held-out notes' figures."""
 
-    def __init__(self, run: PreparedRun, seconds: float, progress: Progress) -> None:
-        """Find yesterday's adapter. seconds: those that each score may take; progress: receives the scores done and all."""
-        self.run, self.seconds, self.progress = run, seconds, progress
+    leaks = Leaks()
+
+    def __init__(self, run: PreparedRun, seconds: float, elapsed: float, stages: Stages) -> None:
+        """Find yesterday's adapter.
+
+        seconds: those that each score may take, infinite unless the run was cut short. elapsed: the seconds that the run has
+        taken, of which the audit takes its share where the run was cut short.
+        """
+        self.run, self.seconds, self.stages = run, seconds, stages
+        self.audit_seconds = math.inf if math.isinf(seconds) else AUDIT_SHARE * elapsed
         for parameter in adapters.parameters(run.loaded.model):
             parameter.grad = None
         self.rival, self.adapter = _yesterdays(run)
 
     def measure(self, before: Score | None, after: Score | None) -> Evidence:
         """Return the evidence. before: the score of the run's step 0; after: that of the best adapter; None: nothing scored."""
-        self.progress(0, 3)
+        progress = self.stages.of("judging")
+        progress(0, 3)
         heldout = self._heldout(before, after)
-        self.progress(1, 3)
+        progress(1, 3)
         general = self._general()
-        self.progress(2, 3)
+        progress(2, 3)
         replies = self._replies()
-        self.progress(3, 3)
-        return Evidence(heldout, general, replies, first=self.rival is None)
+        progress(3, 3)
+        self.leaks = leak_evidence.measure(self.run, self.audit_seconds, self.stages.of("auditing"))
+        extracted, recognised = leak_evidence.as_evidence(self.leaks, self.run.config)
+        return Evidence(heldout, general, replies, extracted, recognised, first=self.rival is None)
 
     def _heldout(self, before: Score | None, after: Score | None) -> tuple[PairedDocument, ...]:
         """Return the held-out documents that both adapters read, over the same batches."""
@@ -134,7 +147,7 @@ def general_batches(tokenizer: Tokenizer, row_tokens: int, most: int) -> list[tu
     return batches
 
 
-def decision_record(decision: Decision, evidence: Evidence, rival: Path | None) -> dict[str, Any]:
+def decision_record(decision: Decision, evidence: Evidence, rival: Path | None, leaks: Leaks) -> dict[str, Any]:
     """Return the decision and the figures behind it, JSON-ready, for events.Finished."""
     size = math.fsum(document.bytes for document in evidence.heldout)
     before = math.fsum(document.bits_before for document in evidence.heldout)
@@ -150,6 +163,7 @@ def decision_record(decision: Decision, evidence: Evidence, rival: Path | None) 
         "general_bits_per_byte_new": None if evidence.general is None else evidence.general.after,
         "replies_bits_per_byte_base": None if evidence.replies is None else evidence.replies.before,
         "replies_bits_per_byte_new": None if evidence.replies is None else evidence.replies.after,
+        **leaks.figures(),
     }
 
 

@@ -318,13 +318,14 @@ class TrainingLoop:
         state = self.state
         best = yield from self._choose_best()
         compared = self._compare_with_published(best)
-        gate = GateEvidence(self.run, math.inf if best.cut is None else self.evaluation_seconds, self.stages.of("judging"))
+        most_seconds = math.inf if best.cut is None else self.evaluation_seconds
+        gate = GateEvidence(self.run, most_seconds, self._seconds(), self.stages)
         evidence = gate.measure(state.score_before, best.score)
         decision = decide(evidence)
         self._trim()
         yield from self._samples("after")
         before, after = evaluation.both_bits(state.score_before, best.score)
-        about = adapter_record(self.run, before, after, best.step, decision, gate.rival)
+        about = adapter_record(self.run, before, after, best.step, decision, gate.rival, gate.leaks)
         folder = adapter_folder(self.run)
         adapter = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
         peft_folder.save(adapter, folder, self.run.loaded.choice.public_name)
@@ -348,7 +349,7 @@ class TrainingLoop:
             report=str(registry.run_folder(self.run.record.run) / REPORT_FILE),
             cut=best.cut,
             promoted=decision.promote,
-            decision=decision_record(decision, evidence, gate.rival),
+            decision=decision_record(decision, evidence, gate.rival, gate.leaks),
             heldout_tokens=None if best.judged is None else sum(best.judged.tokens),
             **compared,
         )

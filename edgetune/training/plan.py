@@ -40,6 +40,9 @@ class Plan:
     0 where there is none to compare with."""
     gate_scores: int
     """Scores that the gate takes at the end of the run (training/gate_evidence.py)."""
+    leak_tokens: int
+    """Most tokens of the trained notes, and of the held-out ones, that the audit for leaks reads at the end of the run
+    (training/leak_evidence.py)."""
     compute_dtype: str
     int8: bool
     """True if training multiplies the frozen weights in 8 bits."""

@@ -36,6 +36,11 @@ class ChosenNotes:
     notices: tuple[str, ...]
     """Sentences for the user about what is not trained again."""
 
+    def with_documents(self, documents: Sequence[Document]) -> ChosenNotes:
+        """Return the same notes with more documents to train on."""
+        split = dataclasses.replace(self.split, train=[*self.split.train, *documents])
+        return dataclasses.replace(self, split=split)
+
 
 def choose_notes(config: TrainConfig, adapter: Adapter | None, processes: int = 1, progress: Progress = ignore) -> ChosenNotes:
     """Read the notes of a run that starts from `adapter`, if any, and choose what it trains on and what it holds out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from edgetune.dataset.anchor_set import AnchorSet
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
 from edgetune.dataset.token_store import TokenStore
+from edgetune.documents.document import Document
 from edgetune.documents.lineage import Lineage
 from edgetune.documents.summary import sentences
 from edgetune.library import adapter_registry as registry
@@ -34,7 +36,7 @@ from edgetune.runtime.files import sha256_file
 from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training import published
+from edgetune.training import leak_evidence, published
 from edgetune.training.anchor import ANCHOR, REPLIES, AnchorPlan, make_anchor, open_anchor
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.gate_evidence import planned_scores
@@ -80,15 +82,17 @@ def prepare_new(
     processes: int = 1,
     local_processes: int = 1,
     stages: Stages = SILENT,
+    also: Sequence[Document] = (),
 ) -> PreparedRun:
     """Set up a new run: tokenize the notes into `folder`, load the model, attach a fresh (or the named) adapter, make the plan.
 
-    run: name of the run. The plan is for `processes` processes, `local_processes` of them on this machine.
+    run: name of the run. The plan is for `processes` processes, `local_processes` of them on this machine. also: documents to
+    train on beside the notes.
     """
     choice, checkpoint = base
     settings, config = config.as_dict(), fit_rows(config, checkpoint.config)
     adapter = named_adapter(config, checkpoint)
-    read = choose_notes(config, adapter, processes, stages.of("reading"))
+    read = choose_notes(config, adapter, processes, stages.of("reading")).with_documents(also)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(choice)
     notes = tokenize_notes(config, read.split, tokenizer, folder, stages.of("tokenizing"))
@@ -173,6 +177,7 @@ def _plan(
         evaluate_tokens=schedule.tokens,
         published_scores=schedule.published_scores,
         gate_scores=schedule.gate_scores,
+        leak_tokens=leak_evidence.planned_tokens(config, _trained_tokens(packer, steps), int8),
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
         int8=int8,
         backend=ops.backend_name(loaded.model.device),

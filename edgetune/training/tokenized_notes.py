@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,22 @@ class TokenizedNotes:
     """Sentences for the user about chats that could not be used."""
 
 
+def write_tokens(
+    config: TrainConfig,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    path: Path,
+    may_be_empty: bool = False,
+    progress: Progress = ignore,
+    notices: ChatNotices | None = None,
+) -> TokenStore:
+    """Write documents to the folder `path` as tokens, chats in the form that the recipe asks for (see `tokenize`)."""
+    raw = config.data.recipe == "raw"  # whole conversations in Guanaco's form, as in the QLoRA paper
+    train_on: TrainOn = "all" if raw else "assistant"
+    chat_format: ChatFormat = "guanaco" if raw else "auto"
+    return tokenize(documents, tokenizer, path, train_on, chat_format, may_be_empty, progress, notices)
+
+
 def tokenize_notes(
     config: TrainConfig, split: HeldOutSplit, tokenizer: Tokenizer, folder: Path, progress: Progress = ignore
 ) -> TokenizedNotes:
@@ -37,13 +54,10 @@ def tokenize_notes(
     Where the held-out side has nothing to score (chats that the model's template refuses, for example), it is chosen again
     from the documents that have.
     """
-    raw = config.data.recipe == "raw"  # whole conversations in Guanaco's form, as in the QLoRA paper
-    train_on: TrainOn = "all" if raw else "assistant"
-    chat_format: ChatFormat = "guanaco" if raw else "auto"
     notices = ChatNotices()
 
     def write(documents: list[Document], name: str) -> TokenStore:
-        return tokenize(documents, tokenizer, folder / name, train_on, chat_format, name == HELD_OUT, progress, notices)
+        return write_tokens(config, documents, tokenizer, folder / name, name == HELD_OUT, progress, notices)
 
     store, held_out, unscored = write(split.train, TOKENS), None, len(split.held_out)
     if split.held_out:

@@ -32,7 +32,7 @@ from edgetune.runtime.files import atomic_write, read_own
 from edgetune.scratch import delete_leftovers
 from edgetune.training.sealed_files import DamagedError
 
-FORMAT = 7
+FORMAT = 8
 """Version of run.json and of everything beside it. A run of another version is started over."""
 ABANDONED_AFTER_DAYS = 30
 """Days without a change after which an interrupted run is deleted; chosen by hand."""
