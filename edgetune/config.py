@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune.parsing import SIZE, check_encoding, parse_bytes, parse_regions, seconds_until
+from edgetune.parsing import PRIVACY, SIZE, PrivacyGoal, check_encoding, parse_bytes, parse_privacy, parse_regions, seconds_until
 from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
 from edgetune.runtime.errors import SettingError
 from edgetune.settings import (
@@ -260,6 +260,14 @@ class TrainConfig:
         "With --from: share of the text that comes from notes which that adapter has learnt already, beside new ones.",
         metavar="S",
     )
+    private: str | None = setting(
+        None,
+        Parsed(parse_privacy, PRIVACY),
+        "Train with differential privacy (DP-SGD): what an adapter tells of any one document stays within this epsilon, in all "
+        "runs that led to it. epsilon=8,delta=1e-6,runs=30 says more; delta is 1/(10 documents) by default.",
+        metavar="EPSILON",
+        example="8",
+    )
     only_new: bool = False
     """True for a night, which ends where no note is new to the adapter that it starts from; no setting of a user's."""
 
@@ -288,6 +296,10 @@ class TrainConfig:
         if self.anchor is not None:
             return self.anchor
         return ANCHOR_SHARE if has_template and hidden_size >= CHAT_WIDTH else 0.0
+
+    def privacy_goal(self) -> PrivacyGoal | None:
+        """Return the goal of private training; None for training that is not private."""
+        return None if self.private is None else parse_privacy(self.private)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings, JSON-ready, without the paths of notes, the user's names, and what a night decides itself."""

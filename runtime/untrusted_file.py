@@ -64,6 +64,8 @@ SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_a
 """config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 NIGHT_RECORD = FileKind(64 << 20, UsageError, "delete it")
 """nightly.json, the records of nights, and what is known of last night's notes: about 50 bytes for each of them."""
+PRIVACY_LEDGER = FileKind(1 << 20, UsageError, "restore it from a backup, or start a new lineage with an empty ledger")
+"""A file of privacy-ledger/: what one private run has spent."""
 
 MAX_DIGITS = 400
 """Most digits of a number in JSON: a double has 309 before its point. Longer ones take quadratic time to parse."""

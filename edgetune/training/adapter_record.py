@@ -14,6 +14,7 @@ from edgetune.documents.lineage import KEY as LINEAGE
 from edgetune.library import adapter_registry as registry
 from edgetune.library.gate import Decision
 from edgetune.runtime.errors import AdapterError
+from edgetune.training.private_plan import KEY as PRIVATE
 from edgetune.training.setup import PreparedRun
 from edgetune.weight_forms import RECORDED
 
@@ -22,12 +23,18 @@ OUTSIDE = "(outside)"
 
 
 def adapter_record(
-    run: PreparedRun, before: float | None, after: float | None, best_step: int, decision: Decision, rival: Path | None
+    run: PreparedRun,
+    before: float | None,
+    after: float | None,
+    best_step: int,
+    decision: Decision,
+    rival: Path | None,
+    private: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of edgetune.json, without paths, host names or text.
 
     before, after: held-out bits per byte of the run's step 0 and of the adapter. rival: folder of the
-    current adapter, with which it was compared.
+    current adapter, with which it was compared. private: what private training promises and has spent (private_plan.settle).
     """
     plan = run.plan
     settings = {name: value for name, value in plan.settings.items() if name not in ("out", "model", "from_adapter")}
@@ -53,6 +60,7 @@ def adapter_record(
         RECORDED: plan.weights,
         "optimizer_bits": plan.setting.optimizer_bits,
         "settings": settings,
+        PRIVATE: private,
     }
 
 

@@ -10,6 +10,7 @@ from edgetune.runtime.budget import Setting, Vocabulary, WeightForm
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.runner import Recompute
 from edgetune.training.anchor import ANCHOR, AnchorPlan
+from edgetune.training.private_plan import PrivatePlan
 from edgetune.training.samples import Prompt
 
 TOKENS, HELD_OUT = "tokens", "held-out"
@@ -52,6 +53,8 @@ class Plan:
     settings: dict[str, Any]
     """The TrainConfig, JSON-ready."""
     anchor: AnchorPlan | None = None
+    private: PrivatePlan | None = None
+    """The mechanism of private training (--private); None for other training."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""
@@ -82,6 +85,8 @@ class RunRecord:
     """Marks of the notes for the next adapter (documents/lineage.py)."""
     masked: dict[str, int] = field(default_factory=dict)
     """Numbers of masked secrets and identifiers, by kind."""
+    noise_key: str = ""
+    """Key of the secret randomness of private training, in hexadecimal; empty for other training."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -104,5 +109,7 @@ class RunRecord:
         setting = Setting(**{**setting, **enums})
         planned = values["plan"]
         anchor = None if planned["anchor"] is None else AnchorPlan.from_dict(planned["anchor"])
-        plan = Plan(**{**planned, "setting": setting, "weights": WeightForm(planned["weights"]), "anchor": anchor})
+        private = None if planned["private"] is None else PrivatePlan(**planned["private"])
+        made = {"setting": setting, "weights": WeightForm(planned["weights"]), "anchor": anchor, "private": private}
+        plan = Plan(**{**planned, **made})
         return cls(**{**values, "plan": plan, "lora": lora, **tuples})
