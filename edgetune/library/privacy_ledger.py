@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgetune.home import home, private_folder
 from edgetune.privacy.accounting import Mechanism
-from edgetune.runtime.errors import UsageError
+from edgetune.runtime.errors import DataError, UsageError
 from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import read_object
 from edgetune.runtime.untrusted_file import PRIVACY_LEDGER
@@ -23,6 +23,10 @@ from edgetune.runtime.untrusted_file import PRIVACY_LEDGER
 FOLDER = "privacy-ledger"
 FORMAT = 1
 """Version of the ledger's files."""
+
+
+class BudgetSpent(DataError):
+    """Raised where a lineage has no privacy left for another run."""
 
 
 @dataclass(frozen=True)

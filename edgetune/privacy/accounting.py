@@ -19,7 +19,7 @@ from edgetune.runtime.errors import UsageError
 LOSS_INTERVAL = 1e-3
 """Width of the steps in which the accountant rounds privacy losses up. Chosen by hand: against 1e-4, epsilons between 4 and 28
 differ by less than 0.001, and take a tenth of the time (0.2 s)."""
-LEAST_NOISE, MOST_NOISE = 0.2, 200.0
+LEAST_NOISE, MOST_NOISE = 0.3, 500.0
 """Smallest and largest noise multiplier that a run is given; chosen by hand. Below it the accountant takes minutes; beyond it
 nothing could be learnt."""
 NOISE_TOLERANCE = 2e-3

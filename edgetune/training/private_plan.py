@@ -18,7 +18,7 @@ from edgetune.dataset.token_store import TokenStore
 from edgetune.library import privacy_ledger as ledger
 from edgetune.privacy.accounting import Mechanism, noise_for, spent
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.errors import DataError, TrainingError, UsageError
+from edgetune.runtime.errors import TrainingError, UsageError
 
 KEY = "private"
 """Key of an adapter's edgetune.json that holds what `settle` returns."""
@@ -32,12 +32,10 @@ MOST_WINDOWS = 8
 """Most windows of a document that a step reads; chosen by hand."""
 NIGHTS = 30
 """Runs among which nights divide an epsilon, by default; chosen by hand."""
+SPENT = 0.98
+"""Share of an epsilon from which all of it counts as spent: what is left would be noise alone. Chosen by hand."""
 DELTA_SHARE = 0.1
 """Default delta, times the number of documents; below 1, so that no one document may be given away whole. Chosen by hand."""
-
-
-class BudgetSpent(DataError):
-    """Raised where a lineage has no privacy left for another run."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,12 @@ def plan_private(config: TrainConfig, packer: Packer, steps: int, adapter: Adapt
     delta = DELTA_SHARE / units if goal.delta is None else goal.delta
     runs = goal.runs or (NIGHTS if config.only_new else 1)
     left = max(runs - len(before), 1)
-    noise = noise_for(goal.epsilon, delta, packer.sample_rate, left * steps, before)
+    already = spent(before, delta)
+    noise = noise_for(goal.epsilon, delta, packer.sample_rate, left * steps, before) if already < goal.epsilon * SPENT else None
     if noise is None:
-        raise BudgetSpent(
-            f"The adapter and those that it was trained from have spent epsilon {spent(before, delta):.2f} of {goal.epsilon:g} "
-            "(--private), so nothing can be learnt within it; start from the bare base, or type a larger --private."
+        raise ledger.BudgetSpent(
+            f"The adapter and those that it was trained from have spent epsilon {already:.2f} of the {goal.epsilon:g} that "
+            "--private allows, so nothing more can be learnt within it; start from the bare base, or type a larger --private."
         )
     return PrivatePlan(goal.epsilon, delta, units, packer.sample_rate, noise, CLIP, packer.most_windows, lineage)
 
