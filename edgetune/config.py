@@ -9,7 +9,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune.parsing import PRIVACY, SIZE, PrivacyGoal, check_encoding, parse_bytes, parse_privacy, parse_regions, seconds_until
+from edgetune.parsing import (
+    PRIVACY,
+    SIZE,
+    PrivacyGoal,
+    check_encoding,
+    parse_bytes,
+    parse_privacy,
+    parse_regions,
+    seconds_until,
+)
 from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
 from edgetune.runtime.errors import SettingError
 from edgetune.settings import (

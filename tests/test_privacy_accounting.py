@@ -103,7 +103,9 @@ def test_a_goal_is_read(text: str, goal: PrivacyGoal) -> None:
     assert TrainConfig(private=text).privacy_goal() == goal
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "101", "nan", "inf", "8,delta=1", "8,delta=0", "8,runs=0", "delta=1e-5", "eight", ""])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "101", "nan", "inf", "8,delta=1", "8,delta=0", "8,runs=0", "delta=1e-5", "eight", ""]
+)
 def test_a_goal_that_makes_no_sense_is_one_sentence(text: str) -> None:
     with pytest.raises(SettingError, match=r"epsilon from 0\.01 to 100"):
         TrainConfig(private=text)

@@ -24,9 +24,9 @@ KEY = "private"
 """Key of an adapter's edgetune.json that holds what `settle` returns."""
 CLIP = 0.1
 """Norm to which a document's gradient is clipped: Li et al.'s (arXiv 2110.05679). Adam undoes its scale."""
-BATCHES = 8.0
+BATCHES = 4.0
 """Batches of --batch-tokens that a step samples on average (LOG.md, "private training")."""
-RATE = 1.0
+RATE = 3.0
 """Factor on the default learning rate (LOG.md, "private training")."""
 MOST_WINDOWS = 8
 """Most windows of a document that a step reads; chosen by hand."""

@@ -82,7 +82,7 @@ class TrainStep:
         token of the anchor has ANCHOR_WEIGHT times that; in private training, every document has the same weight. The loss that
         is returned is the notes' alone.
         """
-        run, world = self._run, self._world
+        run = self._run
         # Processes are brought together before anything changes: if one has died, no work of this step is lost.
         if step % run.plan.evaluate_every == 0:
             self.sync_with_leader()
