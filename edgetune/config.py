@@ -9,16 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune.parsing import (
-    PRIVACY,
-    SIZE,
-    PrivacyGoal,
-    check_encoding,
-    parse_bytes,
-    parse_privacy,
-    parse_regions,
-    seconds_until,
-)
+from edgetune.parsing import PRIVACY, SIZE, check_encoding, parse_bytes, parse_privacy, parse_regions, seconds_until
 from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
 from edgetune.runtime.errors import SettingError
 from edgetune.settings import (
@@ -305,10 +296,6 @@ class TrainConfig:
         if self.anchor is not None:
             return self.anchor
         return ANCHOR_SHARE if has_template and hidden_size >= CHAT_WIDTH else 0.0
-
-    def privacy_goal(self) -> PrivacyGoal | None:
-        """Return the goal of private training; None for training that is not private."""
-        return None if self.private is None else parse_privacy(self.private)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings, JSON-ready, without the paths of notes, the user's names, and what a night decides itself."""

@@ -100,7 +100,7 @@ def test_earlier_runs_count_and_a_goal_that_is_spent_allows_nothing() -> None:
 )
 def test_a_goal_is_read(text: str, goal: PrivacyGoal) -> None:
     assert parse_privacy(text) == goal
-    assert TrainConfig(private=text).privacy_goal() == goal
+    assert TrainConfig(private=text).private == text
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from edgetune.dataset.packing import Packer
 from edgetune.dataset.privacy_units import UnitPacker
 from edgetune.dataset.token_store import TokenStore
 from edgetune.library import privacy_ledger as ledger
+from edgetune.parsing import parse_privacy
 from edgetune.privacy.accounting import Mechanism, noise_for, spent
 from edgetune.runtime.adapter import Adapter
 from edgetune.runtime.errors import TrainingError, UsageError
@@ -25,9 +26,9 @@ KEY = "private"
 CLIP = 0.1
 """Norm to which a document's gradient is clipped: Li et al.'s (arXiv 2110.05679). Adam undoes its scale."""
 BATCHES = 4.0
-"""Batches of --batch-tokens that a step samples on average (LOG.md, "private training")."""
+"""Batches of --batch-tokens that a step samples on average (LOG.md, "Private training")."""
 RATE = 3.0
-"""Factor on the default learning rate (LOG.md, "private training")."""
+"""Factor on the default learning rate (LOG.md, "Private training")."""
 MOST_WINDOWS = 8
 """Most windows of a document that a step reads; chosen by hand."""
 NIGHTS = 30
@@ -97,10 +98,10 @@ def plan_private(config: TrainConfig, packer: Packer, steps: int, adapter: Adapt
 
     Raises BudgetSpent where the lineage of `adapter` has nothing left, and UsageError without dp-accounting.
     """
-    goal = config.privacy_goal()
-    if goal is None:
+    if config.private is None:
         return None
     assert isinstance(packer, UnitPacker)
+    goal = parse_privacy(config.private)
     lineage = run if adapter is None else (_lineage(adapter) or run)
     before, units = ledger.others_of(lineage, run), len(packer.units)
     delta = DELTA_SHARE / units if goal.delta is None else goal.delta
