@@ -97,7 +97,7 @@ class RunRecord:
         files = {name: digest for name, digest in self.files.items() if name.startswith((f"{TOKENS}/", f"{ANCHOR}/"))}
         plan = dataclasses.replace(self.plan, settings={})
         private: dict[str, Any] = {"heldout_paths": (), "prompts": (), "notes": "", "notices": (), "lineage": {}, "masked": {}}
-        return dataclasses.replace(self, run="", plan=plan, files=files, **private)
+        return dataclasses.replace(self, run="", plan=plan, files=files, noise_key="", **private)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:

@@ -7,6 +7,7 @@ backward to weigh them; LOG.md, "Private training", has the figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -59,7 +60,8 @@ class PrivateGradient:
             for place, batch in enumerate(batches):
                 rows = FEW_ROWS if len(batch.input_ids) < ROW_MULTIPLE else ROW_MULTIPLE
                 loss += float(self._runner.train(batch, dropout_key(number + place), trained, rows))
-            if self._add_clipped():
+            # A step whose loss is not finite is skipped, noise and all, which must not hang on one document.
+            if self._add_clipped() and math.isfinite(loss):
                 losses.append(loss)
                 tokens += trained
         self._release(step)
