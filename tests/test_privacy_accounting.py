@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_is_counted_once() -> None:
 
 
 def test_no_adapter_comes_of_a_run_whose_budget_another_has_spent() -> None:
-    plan = PrivatePlan(3.5, 1e-3, 50, 0.25, 2.0, 0.1, 8, "first")
+    plan = PrivatePlan(6.0, 1e-3, 50, 0.25, 2.0, 0.1, 8, "first")
     assert settle(plan, "first", "base", 100) is not None
     with pytest.raises(TrainingError, match="Another run has spent"):
         settle(plan, "second", "base", 100)
