@@ -7,7 +7,6 @@ The plan holds the noise that keeps a lineage of adapters (library/privacy_ledge
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +139,7 @@ def settle(plan: PrivatePlan | None, run: str, base: str, steps: int) -> dict[st
             f"Another run has spent of the same --private meanwhile: with this one, epsilon would be {total:.2f} and not "
             f"{plan.epsilon:g}. No adapter is saved. Type the same command again, and train one adapter at a time."
         )
-    ledger.record(ledger.Entry(run, plan.lineage, base, *dataclasses.astuple(mechanism), plan.units))
+    ledger.record(ledger.Entry(run, plan.lineage, base, plan.noise_multiplier, plan.sample_rate, steps, plan.units))
     return {
         "epsilon": plan.epsilon,
         "delta": plan.delta,
