@@ -270,7 +270,8 @@ def test_a_run_keeps_its_promise_and_says_so_everywhere(notes: Path, base: Path)
     assert list(unfinished_folder().glob("*/run.json")) == []  # and with it the key
 
 
-def test_two_runs_draw_different_noise(notes: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_runs_draw_different_noise(notes: Path, base: Path) -> None:
     pytest.importorskip("dp_accounting")
     adapters_made = [last(list(train(config(notes, base, steps=1), fresh=True))).adapter for _ in range(2)]
     first, second = (Path(adapter, peft_folder.WEIGHTS_FILE).read_bytes() for adapter in adapters_made)
