@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune.parsing import SIZE, check_encoding, parse_bytes, parse_regions, seconds_until
+from edgetune.parsing import PRIVACY, SIZE, check_encoding, parse_bytes, parse_privacy, parse_regions, seconds_until
 from edgetune.runtime.config import DEVICES, LEAST_ALPHA, LINEARS, MAX_RANK, MOST_ALPHA, LoraConfig
 from edgetune.runtime.errors import SettingError
 from edgetune.settings import (
@@ -277,6 +277,14 @@ class TrainConfig:
         "into use. Default: not measured in training.",
         metavar="A",
         example=0.8,
+    )
+    private: str | None = setting(
+        None,
+        Parsed(parse_privacy, PRIVACY),
+        "Train with differential privacy (DP-SGD): what an adapter tells of any one document stays within this epsilon, in all "
+        "runs that led to it. epsilon=8,delta=1e-6,runs=30 says more; delta is 1/(10 documents) by default.",
+        metavar="EPSILON",
+        example="8",
     )
     only_new: bool = False
     """True for a night, which ends where no note is new to the adapter that it starts from; no setting of a user's."""

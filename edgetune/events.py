@@ -176,6 +176,7 @@ class Finished(Event):
     heldout_bits_per_byte_on_published: float | None = None
     decision: dict[str, Any] | None = None
     heldout_tokens: int | None = None
+    privacy: dict[str, Any] | None = None  # of private training: epsilon, delta, what is spent, the unit, the mechanism
 
     @property
     def judged(self) -> bool:

@@ -7,6 +7,7 @@ exports.json              where exports were written, so that `edgetune purge` c
 models/                   GGUF models, converted to the form that edgetune works with
 parsed/                   the text of PDFs and the like among the notes, so that a night parses only what changed
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
+privacy-ledger/           what each run of `edgetune train --private` has spent
 nightly.json, nights/     what `edgetune nightly` does · a record of each night, and what is known of last night's notes
 scratch/                  files of the command that is running; the next one deletes what a killed one left
 encryption.json           how far `edgetune encrypt` is, and the id of the key in the system's keychain; no secret
@@ -46,6 +47,7 @@ CONTENTS = (
     "parsed",
     "runs",
     "unfinished",
+    "privacy-ledger",
     "nightly.json",
     "nights",
     "scratch",

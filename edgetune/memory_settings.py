@@ -272,6 +272,8 @@ def choose_or_refuse(
     Raises ResourceError that names the least memory that works, and what to type.
     """
     memory, process = memory_allowed(train, device, local_processes), process_bytes(device)
+    if train.private is not None:  # the sums of clipped gradients
+        process += 4 * budget.adapter_parameters(config, lora)
     choice = choose_form(config, lora, forms, train.data, dtype, memory, process, device, train.recompute, processes)
     if choice is None:
         smallest = least_of(config, lora, forms, train.data, dtype, process, device, train.recompute)

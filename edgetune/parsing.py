@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from edgetune.runtime.errors import SettingError
@@ -59,3 +60,31 @@ def moments(local: datetime) -> list[float]:
     """Return the times, in seconds since 1970, at which the local clock shows `local`: one, or two where it is set back."""
     moments = [local.replace(fold=fold).timestamp() for fold in (0, 1)]
     return [moment for moment in moments if datetime.fromtimestamp(moment) == local.replace(fold=0)] or moments[:1]
+
+
+PRIVACY = "an epsilon from 0.01 to 100 such as 8, or epsilon=8,delta=1e-6,runs=30"
+"""Words for the goals of private training that are taken, as they follow "expected" in an error."""
+
+
+@dataclass(frozen=True)
+class PrivacyGoal:
+    """The privacy that an adapter and all that it was trained from may spend together.
+
+    delta: None for the default. runs: number of runs that share it; None for the default.
+    """
+
+    epsilon: float
+    delta: float | None = None
+    runs: int | None = None
+
+
+def parse_privacy(text: str) -> PrivacyGoal:
+    """Return the goal that a text such as "8" or "epsilon=8,delta=1e-6,runs=30" stands for. Raises SettingError."""
+    number = r"(?:[0-9]{0,9}\.)?[0-9]{1,9}(?:e-?[0-9]{1,2})?"
+    match = re.fullmatch(rf"\s*(?:epsilon=)?({number})(?:,\s*delta=({number}))?(?:,\s*runs=([0-9]{{1,5}}))?\s*", text.lower())
+    if match is not None:
+        delta, runs = (None if match[2] is None else float(match[2])), (None if match[3] is None else int(match[3]))
+        goal = PrivacyGoal(float(match[1]), delta, runs)
+        if 0.01 <= goal.epsilon <= 100 and (delta is None or 0 < delta < 1) and (runs is None or runs > 0):
+            return goal
+    raise SettingError(f"--private is {shown(text)}; expected {PRIVACY}.")

@@ -128,13 +128,16 @@ class Runner:
         """Called before each product of a block and each chunk of the loss. It may raise to end the pass."""
         self.offload = None if offload is None else Offload(offload)
 
-    def train(self, batch: Batch, dropout_key: int | None = None, divisor: float = 1.0) -> Tensor:
+    def train(
+        self, batch: Batch, dropout_key: int | None = None, divisor: float = 1.0, row_multiple: int = ROW_MULTIPLE
+    ) -> Tensor:
         """Run one batch forward and backward, adding to each adapter's .grad; return its summed loss over `divisor`, () f32.
 
         dropout_key: 32 bits made of seed, step and micro-batch, from which dropout follows; None switches dropout off.
         divisor: trained tokens of the whole step, so that each weighs the same whichever micro-batch it is in.
+        row_multiple: the batch is padded to a multiple of so many tokens.
         """
-        batch = batch.padded(ROW_MULTIPLE).to(self.model.device)
+        batch = batch.padded(row_multiple).to(self.model.device)
         ctx = self._context(batch.positions, batch.segments, None)
         ctx = replace(ctx, plan=replace(ctx.plan, int8=self.int8))
         layers, pager = range(len(self.model.blocks)), self.model.pager

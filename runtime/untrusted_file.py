@@ -66,6 +66,8 @@ SETTINGS_FILE = FileKind(1 << 20, UsageError, "correct it or delete it", links_a
 """config.toml in edgetune's own folder. It may be a link, as people keep their settings in one place."""
 NIGHT_RECORD = FileKind(64 << 20, UsageError, "delete it")
 """nightly.json, the records of nights, and what is known of last night's notes: about 50 bytes for each of them."""
+PRIVACY_LEDGER = FileKind(1 << 20, UsageError, "restore it from a backup, or start a new lineage with an empty ledger")
+"""A file of privacy-ledger/: what one private run has spent."""
 
 ENCRYPTION_STATE = FileKind(4096, UsageError, "restore it from a backup")
 """encryption.json in the data folder: about 150 bytes."""

@@ -20,6 +20,7 @@ FORBIDDEN = {
 ALLOWED = {"runtime": ("edgetune.runtime",), "export": ("edgetune.runtime", "edgetune.export")}
 NETWORK = {"socket", "http", "urllib", "requests", "ssl", "asyncio", "ftplib", "smtplib", "xmlrpc", "socketserver"}
 HEAVY = {"coremltools", "gguf", "transformers", "peft", "bitsandbytes", "mlx", "llama_cpp", "triton"}
+HEAVY |= {"dp_accounting"}  # the extra private
 HEAVY |= {"pypdfium2", "mammoth", "selectolax", "orgparse", "docutils", "defusedxml", "rensa"}  # the extra documents
 HEAVY |= {"keyring", "cryptography"}  # the extra encryption
 

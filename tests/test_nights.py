@@ -14,6 +14,7 @@ from simulated_system import Killed, SimulatedSystem, SimulatedTrainer, full_dis
 
 from edgetune.config import NightlyConfig
 from edgetune.home import home
+from edgetune.library.privacy_ledger import BudgetSpent
 from edgetune.nights.begin import due_night, manual_night, run_due
 from edgetune.nights.conditions import Level
 from edgetune.nights.install import status_of
@@ -361,6 +362,16 @@ def test_a_full_disk_waits_and_one_that_fills_up_ends_the_night_unchanged(place:
     place.trainer.before_anything = lambda where: None
     place.tomorrow()
     assert place.night().outcome is Outcome.BETTER
+
+
+def test_a_night_without_privacy_left_trains_nothing_and_says_so(place: Place) -> None:
+    def refuse(where: str) -> None:
+        raise BudgetSpent("They have spent epsilon 7.99 of the 8 that --private allows.")
+
+    place.trainer.before_anything = refuse
+    record = place.night()
+    assert (record.outcome, place.trainer.now_current, record.stage) == (Outcome.PRIVACY_SPENT, None, Stage.ENDED)
+    assert "no privacy left; nothing changed. They have spent epsilon 7.99 of the 8" in record.sentence
 
 
 def test_an_unmounted_vault_stops_the_night_unchanged_and_names_no_path(place: Place) -> None:

@@ -64,6 +64,8 @@ def show_command(name: str, model: str | None, as_json: bool) -> None:
     for line in leak_lines(adapter.audit or adapter.leaks):
         click.echo(f"  {one_line(line)}")
     click.echo(f"  targets: {', '.join(adapter.targets)}" + (f"; layers {list(adapter.layers)}" if adapter.layers else ""))
+    if adapter.private is not None:
+        click.echo(f"  {adapter.private}")
     if adapter.data is not None and adapter.configuration is not None:
         click.echo(f"  notes {one_line(adapter.data[:12])}, settings {one_line(adapter.configuration[:12])} (digests)")
     click.echo(f"  folder: {one_line(adapter.path)}")

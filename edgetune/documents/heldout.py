@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from edgetune.documents.copies import original_path
+from edgetune.documents.copies import groups_of_copies
 from edgetune.documents.document import Document
 from edgetune.documents.lineage import Known
 
@@ -140,23 +140,6 @@ class Choice:
 def _any_in(group: list[Document], digests: AbstractSet[str]) -> bool:
     """Return True if one of the documents in a group is among those with `digests`."""
     return any(document.digest in digests for document in group)
-
-
-def groups_of_copies(documents: list[Document]) -> list[list[Document]]:
-    """Return each document with its copies, in the order of the originals' digests.
-
-    Copies share most of their text with the original, so they stay on its side, which the original's digest decides.
-    """
-    groups: dict[str, list[Document]] = {}
-    by_path = {document.path: document for document in documents}
-    for document in documents:
-        original = document
-        while (found := by_path.get(original_path(original.path), original)).path != original.path:  # a copy of a copy
-            original = found
-        group = groups.setdefault(original.digest, [original])
-        if document is not original:
-            group.append(document)
-    return [groups[digest] for digest in sorted(groups)]  # hex strings of equal length sort as the numbers do
 
 
 def can_be_cut(group: list[Document], least: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from edgetune.home import home
 from edgetune.library import adapter_registry as registry
 from edgetune.reports.text import NAME_SHOWN
+from edgetune.reports.verdicts import promise
 from edgetune.runtime import peft_folder
 from edgetune.runtime.errors import AdapterError
 from edgetune.runtime.files import atomic_write
@@ -29,8 +30,8 @@ class KeptAdapter:
 
     base, base_name: digest (its first 12 digits) and name of the base model. created: local time. parent: name of the adapter
     that its training started from. compared_with: name of the adapter that was the current one then. verdict, reason: the
-    decision about it (library/gate.py). data, configuration: digests of the notes and of the settings. leaks, audit: the
-    figures of LEAKS and AUDIT, by name.
+    decision about it (library/gate.py). data, configuration: digests of the notes and of the settings. private: what private
+    training promises and has spent, in words. leaks, audit: the figures of LEAKS and AUDIT, by name.
     """
 
     name: str
@@ -54,6 +55,7 @@ class KeptAdapter:
     configuration: str | None
     leaks: dict[str, float]
     audit: dict[str, float]
+    private: str | None
 
 
 def list_adapters() -> list[KeptAdapter]:
@@ -86,6 +88,7 @@ def describe(folder: Path) -> KeptAdapter:
         bytes=sum(file.lstat().st_size for file in folder.iterdir()),
         heldout_bits_per_byte_before=before,
         heldout_bits_per_byte_after=after,
+        private=promise(about.get("private")),
         **{name: _text(about.get(name)) for name in ("parent", "compared_with", "verdict", "reason", "data", "configuration")},
         leaks=_figures(about.get(LEAKS)),
         audit=_figures(about.get(AUDIT)),

@@ -30,6 +30,7 @@ _OWN = {
     "adapters": r"[0-9a-f]{12}",
     "models": r"(\.deleted-|\.)?[\w-]+-[0-9a-f]{12}(\..+)?",
     "runs": _STAMP,
+    "privacy-ledger": rf"{_STAMP}\.json",
     "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion|encryption)(\.lock)?",
     "scratch": r"[0-9a-f]{16}(\.lock)?",
 }

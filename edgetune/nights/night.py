@@ -16,6 +16,7 @@ from edgetune.documents.document import Reason
 from edgetune.documents.lineage import NothingNew
 from edgetune.events import Event, Finished, Started, Stepped
 from edgetune.library.gate import Verdict
+from edgetune.library.privacy_ledger import BudgetSpent
 from edgetune.nights.conditions import Obstacle, Rules, System
 from edgetune.nights.job import Job, load_job, path_of_job
 from edgetune.nights.record import Kind, NightRecord, Outcome, Stage, tidy
@@ -108,6 +109,8 @@ class Night:
         except NothingNew as error:
             self._remember_notes("" if self.record.parent is None else self.record.parent, is_current=True)
             self._end(Outcome.NOTHING_NEW, str(error))
+        except BudgetSpent as error:
+            self._end(Outcome.PRIVACY_SPENT, str(error))
         except EdgetuneError as error:
             self._end(Outcome.FAILED, str(error))
         except Exception as error:

@@ -53,6 +53,7 @@ class Outcome(StrEnum):
     NOT_STARTED = "not started"
     OUT_OF_TIME = "out of time"
     NOTES_MISSING = "notes missing"
+    PRIVACY_SPENT = "no privacy left"
     PAUSED = "paused"
     STOPPED = "stopped"
     FAILED = "failed"

@@ -21,7 +21,7 @@ from edgetune.reports.plots import Curve, Point, chart, smooth
 from edgetune.reports.repair import learning_lines, rough_figures
 from edgetune.reports.run import Run
 from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, sanitize
-from edgetune.reports.verdicts import first_sentence
+from edgetune.reports.verdicts import first_sentence, promise
 from edgetune.runtime.files import atomic_write
 
 UNFOLDED = 12
@@ -242,6 +242,7 @@ def _facts(run: Run) -> str:
             ("Tokens trained", f"{finished.tokens:,} at {finished.tokens_per_second:,.0f} per second"),
             ("Time", human_time(finished.seconds)),
             ("Peak memory", human_bytes(finished.peak_memory_bytes)),
+            *([("Privacy", private)] if (private := promise(finished.privacy)) else []),
         ]
         rows += [("Leaks", line) for line in leak_lines(finished.decision or {})]
     facts = "".join(f'<tr><th scope="row">{_escaped(name)}</th><td>{_escaped(value)}</td></tr>' for name, value in rows)

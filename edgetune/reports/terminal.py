@@ -28,7 +28,7 @@ from edgetune.events import (
 )
 from edgetune.reports.repair import learning_lines, rough_figures
 from edgetune.reports.text import BITS_PER_BYTE, counted, human_bytes, human_time, one_line, place_of_report
-from edgetune.reports.verdicts import first_sentence
+from edgetune.reports.verdicts import first_sentence, promise
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -176,6 +176,8 @@ def finished_lines(event: Finished, documents: int | None = None) -> list[str]:
     else:
         lines.append(heldout_line(event, event.heldout_bits_per_byte_before, event.heldout_bits_per_byte_after))
         lines += learning_lines(event, unknown=False)
+    if (private := promise(event.privacy)) is not None:
+        lines.append(f"{private[0].upper()}{private[1:]}")
     lines.append(
         f"{counted(event.steps, 'step')}, {counted(event.tokens, 'token')} in {human_time(event.seconds)} "
         f"({event.tokens_per_second:,.0f} tokens/s), peak memory {human_bytes(event.peak_memory_bytes)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from edgetune.events import Finished
 
 BECAUSE = {
@@ -39,3 +41,17 @@ def first_sentence(documents: int | None, finished: Finished) -> str | None:
 def judgement(verdict: str) -> str:
     """Return how an adapter was judged when it was made; the verdict itself where that is unknown."""
     return {**BECAUSE, **LEARNED}.get(verdict, verdict).partition(";")[0]
+
+
+def promise(record: object) -> str | None:
+    """Return "private: epsilon 8 at delta 1e-05, unit: a document, spent 7.99" for a record of private training.
+
+    Anybody may have written the record: None for one that is not in this form, and for training that is not private.
+    """
+    if not isinstance(record, dict):
+        return None
+    epsilon, delta, spent = (record.get(name) for name in ("epsilon", "delta", "spent"))
+    numbers = [number for number in (epsilon, delta, spent) if isinstance(number, int | float) and 0 <= number < math.inf]
+    if len(numbers) < 3:
+        return None
+    return f"private: epsilon {epsilon:g} at delta {delta:.2g}, unit: a document, spent {spent:.2f}"

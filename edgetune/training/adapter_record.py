@@ -16,6 +16,7 @@ from edgetune.library.gate import Decision
 from edgetune.library.kept_adapters import LEAKS
 from edgetune.runtime.errors import AdapterError
 from edgetune.training.leak_evidence import Leaks
+from edgetune.training.private_plan import KEY as PRIVATE
 from edgetune.training.setup import PreparedRun
 from edgetune.weight_forms import RECORDED
 
@@ -31,11 +32,13 @@ def adapter_record(
     decision: Decision,
     rival: Path | None,
     leaks: Leaks,
+    private: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the contents of edgetune.json, without paths, host names or text.
 
     before, after: held-out bits per byte of the run's step 0 and of the adapter. rival: folder of the
-    current adapter, with which it was compared. leaks: what it was measured to give away of the notes.
+    current adapter, with which it was compared. leaks: what it was measured to give away of the notes. private: what private
+    training promises and has spent (private_plan.settle).
     """
     plan = run.plan
     settings = {name: value for name, value in plan.settings.items() if name not in ("out", "model", "from_adapter")}
@@ -62,6 +65,7 @@ def adapter_record(
         RECORDED: plan.weights,
         "optimizer_bits": plan.setting.optimizer_bits,
         "settings": settings,
+        PRIVATE: private,
     }
 
 

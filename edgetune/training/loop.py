@@ -36,6 +36,7 @@ from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint
 from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
 from edgetune.training.gate_evidence import GateEvidence, decision_record
+from edgetune.training.private_plan import settle
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
 from edgetune.training.step import StepResult, TrainStep
@@ -140,7 +141,7 @@ class TrainingLoop:
         # A run may have been interrupted after its last step but before the evaluation that was due then.
         yield from self._evaluate_if_due()
         first = self.state.step
-        while self.state.step < self.plan.steps and not (self.state.step > first and self._is_late()):
+        while self.state.step < self.plan.steps and not (self.state.step > first and self.deadline.has_passed()):
             if self.writer.is_due(self.step_seconds):
                 yield self._save_checkpoint()
             yield self._step()
@@ -191,9 +192,6 @@ class TrainingLoop:
             notices=record.notices,
             masked=record.masked,
         )
-
-    def _is_late(self) -> bool:
-        return self.deadline.has_passed()
 
     def _check_stop(self) -> None:
         """Raise _Stopped if the user asked to stop. Called wherever the run can be left without losing a consistent state."""
@@ -325,7 +323,8 @@ class TrainingLoop:
         self._trim()
         yield from self._samples("after")
         before, after = evaluation.both_bits(state.score_before, best.score)
-        about = adapter_record(self.run, before, after, best.step, decision, gate.rival, gate.leaks)
+        private = settle(self.plan.private, self.run.record.run, self.plan.base, state.step)
+        about = adapter_record(self.run, before, after, best.step, decision, gate.rival, gate.leaks, private)
         folder = adapter_folder(self.run)
         adapter = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
         peft_folder.save(adapter, folder, self.run.loaded.choice.public_name)
@@ -351,6 +350,7 @@ class TrainingLoop:
             promoted=decision.promote,
             decision=decision_record(decision, evidence, gate.rival, gate.leaks),
             heldout_tokens=None if best.judged is None else sum(best.judged.tokens),
+            privacy=private,
             **compared,
         )
 

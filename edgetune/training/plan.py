@@ -10,6 +10,7 @@ from edgetune.runtime.budget import Setting, Vocabulary, WeightForm
 from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.runner import Recompute
 from edgetune.training.anchor import ANCHOR, AnchorPlan
+from edgetune.training.private_plan import PrivatePlan
 from edgetune.training.samples import Prompt
 
 TOKENS, HELD_OUT = "tokens", "held-out"
@@ -55,6 +56,8 @@ class Plan:
     settings: dict[str, Any]
     """The TrainConfig, JSON-ready."""
     anchor: AnchorPlan | None = None
+    private: PrivatePlan | None = None
+    """The mechanism of private training (--private); None for other training."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan, JSON-ready."""
@@ -85,6 +88,8 @@ class RunRecord:
     """Marks of the notes for the next adapter (documents/lineage.py)."""
     masked: dict[str, int] = field(default_factory=dict)
     """Numbers of masked secrets and identifiers, by kind."""
+    noise_key: str = ""
+    """Key of the secret randomness of private training, in hexadecimal; empty for other training."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record, JSON-ready."""
@@ -95,7 +100,7 @@ class RunRecord:
         files = {name: digest for name, digest in self.files.items() if name.startswith((f"{TOKENS}/", f"{ANCHOR}/"))}
         plan = dataclasses.replace(self.plan, settings={})
         private: dict[str, Any] = {"heldout_paths": (), "prompts": (), "notes": "", "notices": (), "lineage": {}, "masked": {}}
-        return dataclasses.replace(self, run="", plan=plan, files=files, **private)
+        return dataclasses.replace(self, run="", plan=plan, files=files, noise_key="", **private)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunRecord:
@@ -107,5 +112,7 @@ class RunRecord:
         setting = Setting(**{**setting, **enums})
         planned = values["plan"]
         anchor = None if planned["anchor"] is None else AnchorPlan.from_dict(planned["anchor"])
-        plan = Plan(**{**planned, "setting": setting, "weights": WeightForm(planned["weights"]), "anchor": anchor})
+        private = None if planned["private"] is None else PrivatePlan(**planned["private"])
+        made = {"setting": setting, "weights": WeightForm(planned["weights"]), "anchor": anchor, "private": private}
+        plan = Plan(**{**planned, **made})
         return cls(**{**values, "plan": plan, "lora": lora, **tuples})

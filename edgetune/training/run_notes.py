@@ -54,6 +54,9 @@ def choose_notes(config: TrainConfig, adapter: Adapter | None, processes: int = 
         learnt = learnt_paths(reading.documents, lineage)
         if all(document.path in learnt for document in split.train):
             raise NothingNew("The notes that changed read as before, or are among those that are held out to judge by.")
+    # Private training samples from all notes: a choice among them would depend on each of them.
+    if config.private is not None:
+        return ChosenNotes(reading, split, lineage, ())
     split, notices = notes_to_train(split, reading.documents, lineage, config.replay, config.data.seed)
     return ChosenNotes(reading, split, lineage, notices)
 

@@ -23,6 +23,7 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.adapter_notices import adapter_notices
 from edgetune.library.loading import Base, Loaded, load_base, load_tokenizer
 from edgetune.memory_settings import Choice, choose_or_refuse, memory_allowed, number_format, planned_steps
+from edgetune.privacy.secret_source import new_key
 from edgetune.progress import SILENT, Progress, Stages, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime import ops
@@ -41,6 +42,7 @@ from edgetune.training.anchor import ANCHOR, REPLIES, AnchorPlan, make_anchor, o
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
+from edgetune.training.private_plan import PrivatePlan, check_parent, in_words, packer_for, peak_rate, plan_private
 from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
 from edgetune.training.tokenized_notes import TokenizedNotes, tokenize_notes
@@ -92,6 +94,7 @@ def prepare_new(
     choice, checkpoint = base
     settings, config = config.as_dict(), fit_rows(config, checkpoint.config)
     adapter = named_adapter(config, checkpoint)
+    check_parent(config, adapter, processes)
     read = choose_notes(config, adapter, processes, stages.of("reading")).with_documents(also)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(choice)
@@ -103,9 +106,10 @@ def prepare_new(
     forms = _forms(config, checkpoint, adapter)
     chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
     int8 = multiplies_int8 and chosen.stored.form is WeightForm.NF4
-    loaded = _load(config, base, dtype, chosen.setting, chosen.stored.form, stages)
-    packer = Packer(store, data.seq_len, data.batch_tokens, data.seed)
+    packer = packer_for(config, store, data.seq_len)
     steps = planned_steps(config, packer.steps_per_epoch)
+    private = plan_private(config, packer, steps, adapter, run)
+    loaded = _load(config, base, dtype, chosen.setting, chosen.stored.form, stages)
     # Before an adapter is attached: the anchor is what the bare base says.
     anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, _trained_tokens(packer, steps), stages)
     _attach(loaded, adapter, lora, data.seed)
@@ -113,20 +117,24 @@ def prepare_new(
     has_replies = (folder / REPLIES).exists()
     schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory, has_replies)
     digest = documents_digest(notes.split.train, data)
-    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, digest)
+    plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, digest, private)
     record = RunRecord(
         run=run,
         plan=plan,
         lora=lora,
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
-        prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=_notices(config, read, notes, adapter, checkpoint, tokenizer),
+        # A report of private training quotes no note that was trained on.
+        prompts=sample_prompts(
+            notes.split.held_out or ([] if private else notes.split.train), tokenizer, _uses_template(config, tokenizer)
+        ),
+        notices=_notices(config, read, notes, adapter, checkpoint, tokenizer) + ((in_words(private),) if private else ()),
         notes=documents_digest(read.reading.documents, data),
         torch=torch.__version__,
         files=_token_files(folder),
         lineage=Lineage.after(read.reading.documents, notes.split.cuts, read.lineage).as_dict(),
         masked=read.reading.masked,
+        noise_key=new_key() if private else "",
     )
     return _prepared(config, record, loaded, packer, held_out, folder)
 
@@ -160,6 +168,7 @@ def _plan(
     int8: bool,
     anchor: AnchorPlan | None,
     data_digest: str,
+    private: PrivatePlan | None,
 ) -> Plan:
     """Write down the plan of a run. settings: those of `config` as they were asked for, JSON-ready."""
     data, steps = config.data, planned_steps(config, packer.steps_per_epoch)
@@ -171,7 +180,7 @@ def _plan(
         weights=chosen.stored.form,
         base_bytes=chosen.parts.weights + chosen.parts.embeddings,
         seq_len=data.seq_len,
-        learning_rate=config.learning_rate(loaded.model.config.hidden_size),
+        learning_rate=peak_rate(config, loaded.model.config.hidden_size),
         warmup_steps=min(config.warmup_steps, steps // 4),
         evaluate_every=schedule.every,
         evaluate_tokens=schedule.tokens,
@@ -187,6 +196,7 @@ def _plan(
         base=loaded.checkpoint.digest,
         settings=settings,
         anchor=anchor,
+        private=private,
     )
 
 
@@ -253,7 +263,7 @@ def prepare_resumed(
     # Another number of threads sums in another order, and so gives other bits.
     if plan.threads != torch.get_num_threads():
         torch.set_num_threads(plan.threads)
-    packer = Packer(TokenStore.open(folder / TOKENS), plan.seq_len, plan.batch_tokens, config.data.seed)
+    packer = packer_for(config, TokenStore.open(folder / TOKENS), plan.seq_len)
     held_out = TokenStore.open(folder / HELD_OUT) if record.heldout_paths else None
     return _prepared(config, record, loaded, packer, held_out, folder)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from edgetune.dataset.privacy_units import UnitPacker
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.batch import Batch
 from edgetune.runtime.heap import trim_memory
@@ -15,6 +16,7 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import warm_up_autograd
 from edgetune.training.distributed import World
 from edgetune.training.plan import Plan
+from edgetune.training.private_step import PrivateGradient
 from edgetune.training.setup import PreparedRun
 
 TRIM_STEPS = 16
@@ -66,6 +68,10 @@ class TrainStep:
         pages = run.folder if setting.paged_optimizer else None
         decay, bits = self._config.weight_decay, setting.optimizer_bits
         self.optimizer = PagedAdamW(self.parameters, betas, weight_decay=decay, bits=bits, pages=pages)
+        self._private: PrivateGradient | None = None
+        if run.plan.private is not None and isinstance(run.packer, UnitPacker):
+            key, rows = run.record.noise_key, setting.row_tokens
+            self._private = PrivateGradient(run.plan.private, key, run.packer, run.runner, self.parameters, rows)
         warm_up_head(run.loaded.model, setting.loss_rows)
         warm_up_autograd()
 
@@ -73,23 +79,20 @@ class TrainStep:
         """Run step `step` of the plan, counted from 0.
 
         Every token of the notes has the same weight in the gradient, whichever micro-batch and process it is in, and every
-        token of the anchor has ANCHOR_WEIGHT times that. The loss that is returned is the notes' alone.
+        token of the anchor has ANCHOR_WEIGHT times that; in private training, every document has the same weight. The loss that
+        is returned is the notes' alone.
         """
-        run, world = self._run, self._world
+        run = self._run
         # Processes are brought together before anything changes: if one has died, no work of this step is lost.
         if step % run.plan.evaluate_every == 0:
             self.sync_with_leader()
-        micro_batches = self.micro_batches(step)
-        trained = sum(batch.trained for batch in micro_batches if batch.soft is None)
-        loss = 0.0
-        for number in range(world.rank, len(micro_batches), world.size):
-            batch = micro_batches[number]
-            if batch.soft is None:
-                loss += float(run.runner.train(batch, self._dropout_key(step, number), trained))
-            else:  # without dropout, as the base predicted
-                run.runner.train(batch, None, trained / ANCHOR_WEIGHT)
-        loss = world.sum_over_processes([parameter.grad for parameter in self.parameters if parameter.grad is not None], loss)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._config.clip))
+        if self._private is None:
+            loss, trained = self._notes_and_anchor(step)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._config.clip))
+        else:
+            loss, trained = self._private.compute(step, lambda number: self._dropout_key(step, number))
+            self._add_public_anchor(step)
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         rate = learning_rate(run.plan, step, self._config.final_lr)
         result = StepResult(loss, norm, rate, trained)
         if result.finite:
@@ -98,13 +101,42 @@ class TrainStep:
         trim_after_step(step)
         return result
 
+    def _notes_and_anchor(self, step: int) -> tuple[float, int]:
+        """Add the gradients of a step over all processes to .grad; return the loss of its notes, and their trained tokens."""
+        run, world, loss = self._run, self._world, 0.0
+        micro_batches = self.micro_batches(step)
+        trained = sum(batch.trained for batch in micro_batches if batch.soft is None)
+        for number in range(world.rank, len(micro_batches), world.size):
+            batch = micro_batches[number]
+            if batch.soft is None:
+                loss += float(run.runner.train(batch, self._dropout_key(step, number), trained))
+            else:  # without dropout, as the base predicted
+                run.runner.train(batch, None, trained / ANCHOR_WEIGHT)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return world.sum_over_processes(gradients, loss), trained
+
+    def _add_public_anchor(self, step: int) -> None:
+        """Add the anchor's gradient to a private one, after the noise. It depends on no note, and its scale is the clip's."""
+        assert self._run.plan.private is not None
+        weight = ANCHOR_WEIGHT * self._run.plan.private.clip
+        for batch in self._anchor_batches(step):
+            self._run.runner.train(batch, None, self._run.plan.batch_tokens / weight)
+
     def micro_batches(self, step: int) -> list[Batch]:
         """Return all micro-batches of step `step`: those of the notes, and then those of the anchor, with soft targets."""
-        plan, anchor, rows = self._run.plan, self._run.anchor, self._run.plan.setting.row_tokens
-        batches = self._run.packer.micro_batches(step, rows)
+        if self._private is None:
+            notes = self._run.packer.micro_batches(step, self._run.plan.setting.row_tokens)
+        else:
+            notes = [batch for _, batches in self._private.batches(step) for batch in batches]
+        return notes + self._anchor_batches(step)
+
+    def _anchor_batches(self, step: int) -> list[Batch]:
+        """Return the micro-batches of the anchor in step `step`; none without an anchor."""
+        plan, anchor = self._run.plan, self._run.anchor
         if plan.anchor is None or anchor is None:
-            return batches
-        return batches + anchor.micro_batches(step, plan.anchor.tokens_a_step(plan.batch_tokens), rows, self._config.data.seed)
+            return []
+        tokens = plan.anchor.tokens_a_step(plan.batch_tokens)
+        return anchor.micro_batches(step, tokens, plan.setting.row_tokens, self._config.data.seed)
 
     def sync_with_leader(self, optimizer_state: bool = False) -> None:
         """Give every process the leader's adapter and, if asked, its optimizer state.
