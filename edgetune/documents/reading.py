@@ -19,6 +19,7 @@ from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
 from edgetune.documents.embedded import without_embedded_files
 from edgetune.documents.encoding import Encoding, NotText, decoded, find_encoding
+from edgetune.documents.forgotten import Forgotten
 from edgetune.documents.formats import html
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES, MAX_PARSED_BYTES
@@ -26,7 +27,7 @@ from edgetune.documents.masked import masked_chat
 from edgetune.documents.messengers.exports import read_slack
 from edgetune.documents.messengers.files import LISTED_SUFFIXES, blocks, read_file
 from edgetune.documents.messengers.slack import exports
-from edgetune.documents.near_duplicates import without_near_duplicates
+from edgetune.documents.near_duplicates import NearDuplicates, without_near_duplicates
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.parsed_cache import ParsedCache
@@ -304,18 +305,21 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAU
     left_out = {path: Reason(why) for path, why in data.left_out}
     found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)
     total = found.bytes
-    cache, masker = ParsedCache(paths), new_masker(data)
+    cache, masker, forgotten = ParsedCache(paths), new_masker(data), Forgotten.load()
     with ParserProcess() as parser:
         reader = Reader(data, progress, total, ParsedFiles(cache, parser), masker)
-        reader.read_all(found.found.values())
+        files, forgotten_files = forgotten.files(list(found.found.values()))
+        reader.read_all(files)
     cache.tidy()
-    documents, twins = without_duplicates(reader.documents)
-    documents, near = without_near_duplicates(documents, lambda: progress(total, total))
+    everything, forgotten_texts = forgotten.documents(reader.documents)
+    documents, twins, near = without_repeats(everything, lambda: progress(total, total))
     reading = Reading(
         documents=documents,
-        skipped=found.skipped + reader.skipped + twins + near.skipped,
+        skipped=found.skipped + reader.skipped + forgotten_files + forgotten_texts + twins,
         files=found.entries,
         sources=reader.sources,
+        everything=everything,
+        places={file.path: str(file.file) for file in files},
         encodings=dict(reader.encodings.most_common()),
         unused_excludes=tuple(exclude.pattern for exclude in found.excludes if not exclude.used),
         damaged=reader.damaged,
@@ -331,6 +335,18 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAU
     if not documents:
         raise DataError(nothing_found(paths, reading, found))
     return reading
+
+
+def without_repeats(
+    documents: Sequence[Document], before_each: Callable[[], None] = lambda: None
+) -> tuple[list[Document], list[Skipped], NearDuplicates]:
+    """Return each text once and nearly equal ones once, the others as skips, and the account of those much alike.
+
+    before_each: called before each note that is compared, and may raise to end the work.
+    """
+    documents, twins = without_duplicates(documents)
+    documents, near = without_near_duplicates(documents, before_each)
+    return documents, twins + near.skipped, near
 
 
 def without_duplicates(documents: Sequence[Document]) -> tuple[list[Document], list[Skipped]]:

@@ -27,7 +27,8 @@ _OWN = {
     "adapters": r"[0-9a-f]{12}",
     "models": r"(\.deleted-|\.)?[\w-]+-[0-9a-f]{12}(\..+)?",
     "runs": _STAMP,
-    "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion)(\.lock)?",
+    "ledger": rf"{_STAMP}\.(json|notes)|forgetting",
+    "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion|log|forget)(\.lock)?",
     "scratch": r"[0-9a-f]{16}(\.lock)?",
 }
 """Patterns of the names that edgetune gives to what is in the folders of its own folder."""
