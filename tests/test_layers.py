@@ -56,7 +56,7 @@ PRODUCT = (
     {"__main__"},
     {"cli"},
     {"machine", "nights"},
-    {"training", "session", "chat", "exporting", "quantising"},
+    {"training", "forgetting", "session", "chat", "exporting", "quantising"},
     {"library", "dataset"},
     {"conversion"},
     {"documents", "reports", "memory_settings", "weight_forms"},

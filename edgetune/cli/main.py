@@ -34,6 +34,7 @@ COMMANDS = {
     "export": "edgetune.cli.export",
     "adapters": "edgetune.cli.adapters",
     "report": "edgetune.cli.report",
+    "forget": "edgetune.cli.forget",
     "purge": "edgetune.cli.purge",
     "plan": "edgetune.cli.plan",
     "bench": "edgetune.cli.bench",

@@ -1,6 +1,6 @@
 """Keeps the list of forgotten notes, which no later run reads again: keyed digests of their texts and of their places.
 
-    forgotten.json    {"texts": [...], "files": [...]}, in the data folder
+forgotten.json    {"texts": [...], "files": [...]}, in the data folder
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from edgetune.runtime.json_file import read_object_if_there
 from edgetune.runtime.untrusted_file import FileKind
 
 FILE = "forgotten.json"
+DIGITS = 32
+"""Hexadecimal digits that are kept of each digest; 128 bits do not collide."""
 _LIST = FileKind(64 << 20, UsageError, "delete it, and forget again what must not be read")
 """The list: about 70 bytes for each note that was forgotten."""
 
 
 def text_digests(words: Iterable[str]) -> list[str]:
     """Return the keyed digest of each note's words. words: as in Document.words."""
-    return keyed_digests(f"words {each}" for each in words)
+    return [digest[:DIGITS] for digest in keyed_digests(f"words {each}" for each in words)]
 
 
 def file_digests(files: Iterable[str]) -> list[str]:
     """Return the keyed digest of each absolute path."""
-    return keyed_digests(f"file {path.encode('utf-8', 'surrogateescape').hex()}" for path in files)
+    digests = keyed_digests(f"file {path.encode('utf-8', 'surrogateescape').hex()}" for path in files)
+    return [digest[:DIGITS] for digest in digests]
 
 
 @dataclass(frozen=True)

@@ -295,17 +295,23 @@ class Reader:
             self.progress(self.done + min(done, size), self.total)
 
 
-def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAULTS, progress: Progress = ignore) -> Reading:
+def read_notes(
+    paths: Sequence[str | os.PathLike[str]],
+    data: DataConfig = DEFAULTS,
+    progress: Progress = ignore,
+    forgotten: Forgotten | None = None,
+) -> Reading:
     """Read every note and chat under `paths` (folders or files) with the settings in `data`, whose own `notes` are not read.
 
     Secrets and identifiers are masked before a text is kept.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
-    Raises DataError if a path does not exist, or if there is nothing to read.
+    forgotten: notes that are left out; None stands for the list on disk. Raises DataError if a path does not exist, or if there is nothing to read.
     """
     left_out = {path: Reason(why) for path, why in data.left_out}
     found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)
     total = found.bytes
-    cache, masker, forgotten = ParsedCache(paths), new_masker(data), Forgotten.load()
+    cache, masker = ParsedCache(paths), new_masker(data)
+    forgotten = Forgotten.load() if forgotten is None else forgotten
     with ParserProcess() as parser:
         reader = Reader(data, progress, total, ParsedFiles(cache, parser), masker)
         files, forgotten_files = forgotten.files(list(found.found.values()))

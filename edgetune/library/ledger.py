@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgetune.documents.document import Document
-from edgetune.documents.forgotten import text_digests
+from edgetune.documents.forgotten import DIGITS, text_digests
 from edgetune.documents.spool import Spool
 from edgetune.home import home, keyed_digests, private_folder
 from edgetune.library import adapter_registry as registry
@@ -40,8 +41,6 @@ KEPT = 30
 MOST_BYTES = 1 << 30
 """Size of the ledger in bytes from which its oldest runs are dropped; chosen by hand: thirty nights over 500 MB of notes."""
 RECORD, TEXTS, UNDER_WAY = ".json", ".notes", "forgetting"
-ID_DIGITS = 32
-"""Hexadecimal digits that are kept of each digest; 128 bits do not collide."""
 _RECORD = FileKind(256 << 20, DataError, "delete it")
 _TEXTS = FileKind(1 << 34, DataError, "delete it")
 
@@ -145,17 +144,17 @@ def entries(base: str | None = None) -> list[Entry]:
 
 
 def ids_of(documents: Sequence[Document]) -> list[str]:
-    """Return the keyed digest of each document's content, by which the ledger names it: of its text and, in a chat, its turns."""
+    """Return the keyed digest of each document's content, by which the ledger names it: its text and, in a chat, its turns."""
     contents = (
         f"chat {hashlib.sha256(document.content()).hexdigest()}" if document.is_chat else f"text {document.digest}"
         for document in documents
     )
-    return [digest[:ID_DIGITS] for digest in keyed_digests(contents)]
+    return [digest[:DIGITS] for digest in keyed_digests(contents)]
 
 
 def words_of(documents: Sequence[Document]) -> list[str]:
     """Return the keyed digest of each document's words: equal for notes that differ in nothing but white space."""
-    return [digest[:ID_DIGITS] for digest in text_digests(document.words for document in documents)]
+    return text_digests(document.words for document in documents)
 
 
 def known_ids() -> set[str]:
@@ -175,10 +174,14 @@ def write_texts(file: BinaryIO, documents: Iterable[Document], ids: Iterable[str
 
 
 def keep(entry: Entry, texts: Path) -> None:
-    """Add a finished run to the ledger, with the file of its new texts if it is there, which moves into the ledger."""
+    """Add a finished run to the ledger, with the file of its new texts if there are any, which moves into the ledger."""
     entry.save()
-    if texts.exists():
-        os.replace(texts, ledger_folder() / f"{entry.run}{TEXTS}")
+    place = ledger_folder() / f"{entry.run}{TEXTS}"
+    if texts.exists() and texts.stat().st_size:
+        if place.exists():  # the run had finished at a deadline, and has gone on since
+            _rewrite([place, texts], place, lambda name: False)
+        else:
+            os.replace(texts, place)
     tidy()
 
 
@@ -237,10 +240,10 @@ def tidy() -> None:
         own = [entry for entry in found if entry.base == base]
         for entry in _without_adapter(own) + own[:-KEPT]:
             drop(entry.run)
-    _drop_unnamed()
+    drop_unnamed()
     while (left := entries()) and _size(folder) > MOST_BYTES:
         drop(left[0].run)
-        _drop_unnamed()
+        drop_unnamed()
 
 
 def drop(run: str) -> None:
@@ -248,7 +251,7 @@ def drop(run: str) -> None:
     (home() / FOLDER / f"{run}{RECORD}").unlink(missing_ok=True)
 
 
-def _drop_unnamed() -> None:
+def drop_unnamed() -> None:
     """Delete the texts that no run names."""
     names = known_ids()
     drop_texts(lambda name: name not in names)
@@ -261,16 +264,16 @@ def drop_texts(is_dropped: Callable[[str], bool]) -> None:
         if all(is_dropped(name) for name, _ in lines):
             path.unlink(missing_ok=True)
         elif any(is_dropped(name) for name, _ in lines):
-            _rewrite(path, is_dropped)
+            _rewrite([path], path, is_dropped)
 
 
-def _rewrite(path: Path, is_dropped: Callable[[str], bool]) -> None:
-    """Replace a file of texts by one without those of such names, in one step."""
+def _rewrite(sources: Sequence[Path], path: Path, is_dropped: Callable[[str], bool]) -> None:
+    """Replace a file of texts by the texts of `sources` without those of such names, in one step."""
     with explain_full_disk(path):
         file, temporary = new_file(path)
         try:
             with file:
-                for line in _lines(path):
+                for line in itertools.chain.from_iterable(map(_lines, sources)):
                     record = _record(line)
                     if record is not None and not is_dropped(record["id"]):
                         file.write(line)

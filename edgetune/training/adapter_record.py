@@ -50,4 +50,3 @@ def adapter_record(
         "optimizer_bits": plan.setting.optimizer_bits,
         "settings": settings,
     }
-

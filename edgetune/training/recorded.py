@@ -1,8 +1,8 @@
 """Records a run for the ledger, and says what a run that is repeated from it takes over instead of finding it out anew.
 
-A repeated run reads the notes of the record without the forgotten ones, and splits, chooses, tokenizes, plans, trains and judges
-as any run does. What depended on the machine at the time is taken from the record: the memory setting, the form of the weights,
-the threads, and where a deadline ended the run.
+A repeated run reads the notes of the record without the forgotten ones, and splits, chooses, tokenizes, plans, trains and
+judges as any run does. What depended on the machine at the time is taken from the record: the memory setting, the form of the
+weights, the threads, and where a deadline ended the run.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def choose_notes(
     """Read the notes of a run that starts from `adapter`, if any, and choose what it trains on and what it holds out.
 
     With several processes, the adapter's marks do not count: they are keyed with a secret of this machine, so other machines
-    could not make the same choice. read: as in `read_and_split`. Raises NothingNew where the settings ask for new notes and there is none to train on.
+    could not make the same choice. read: as in `read_and_split`. Raises NothingNew where the settings ask for new notes and
+    there is none to train on.
     """
     lineage = Lineage.of_adapter(adapter.about) if adapter is not None and processes == 1 else NO_LINEAGE
     reading, split = read_and_split(config, progress, lineage, read)

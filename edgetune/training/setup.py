@@ -87,7 +87,8 @@ def prepare_new(
 ) -> PreparedRun:
     """Set up a new run: tokenize the notes into `folder`, load the model, attach a fresh (or the named) adapter, make the plan.
 
-    run: name of the run. recorded: the run that it repeats. The plan is for `processes` processes, `local_processes` of them on this machine.
+    run: name of the run. recorded: the run that it repeats. The plan is for `processes` processes, `local_processes` of them
+    on this machine.
     """
     choice, checkpoint = base
     settings, asked, config = config.as_dict(), config, fit_rows(config, checkpoint.config)

@@ -74,14 +74,17 @@ def repeat(
 ) -> Iterator[Event]:
     """Train as a recorded run did, but on the notes that `recorded` has, or resume that; yield events as `train` does.
 
-    config: the settings of the run, with the adapter to start from. The adapter replaces the run's own, and nothing is promoted.
-    Raises NothingNew where the run would have had nothing to learn.
+    config: the settings of the run, with the adapter to start from. Its adapter replaces that of the run, and nothing is
+    promoted. Raises NothingNew where the run would have had nothing to learn.
     """
-    with explain_card_memory("free some memory"), join_processes(pick_device(config.device)) as world:
-        with lock_run(config, base[1].digest, recorded.key) as unfinished:
-            run, restored, resumed = _begin_or_resume(config, base, unfinished, False, world, show, recorded)
-            run = dataclasses.replace(run, recorded=recorded)
-            yield from _lead(run, restored, resumed, unfinished, world, stop, Deadline(), show)
+    with (
+        explain_card_memory("free some memory"),
+        join_processes(pick_device(config.device), private_link=False) as world,
+        lock_run(config, base[1].digest, recorded.key) as unfinished,
+    ):
+        run, restored, resumed = _begin_or_resume(config, base, unfinished, False, world, show, recorded)
+        run = dataclasses.replace(run, recorded=recorded)
+        yield from _lead(run, restored, resumed, unfinished, world, stop, Deadline(), show)
 
 
 def _lead(
@@ -138,7 +141,13 @@ def _follow(config: TrainConfig, base: Base, world: World) -> None:
 
 
 def _begin_or_resume(
-    config: TrainConfig, base: Base, unfinished: UnfinishedRun, fresh: bool, world: World, show: Show, recorded: Recorded | None = None
+    config: TrainConfig,
+    base: Base,
+    unfinished: UnfinishedRun,
+    fresh: bool,
+    world: World,
+    show: Show,
+    recorded: Recorded | None = None,
 ) -> tuple[PreparedRun, RestoredCheckpoint, Resumed | None]:
     """Set up the interrupted run of this command if there is one, else a new run.
 
