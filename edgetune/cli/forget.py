@@ -81,17 +81,18 @@ def _sentences(plan: Plan) -> list[str]:
     lines = [f"To forget {counted(len(plan.notes), 'note')}:", *shown, *more]
     if plan.held_out:
         lines.append("No adapter was trained on it: it was held out, and helped to decide which adapters to keep.")
-    lines.append(f"{counted(len(plan.adapters), 'adapter')} that saw it, and its reports and samples, are deleted at once.")
+    lines.append(f"Deleted at once: {counted(len(plan.adapters), 'adapter')} that saw it, with all reports and samples.")
     for current, clean in zip(plan.current, plan.clean, strict=True):
         instead = "the bare base model" if clean is None else f"the adapter {clean}"
         lines.append(f"{current} is in use: {instead} takes its place until it is trained again.")
-    took = f"about {max(round(plan.seconds / 60), 1)} min by what they took"
-    lines.append(f"Then {counted(plan.repeats, 'run')} are repeated without it: {took}." if plan.repeats else _NO_REPEAT)
+    took = f"about {max(round(plan.seconds / 60), 1)} min, the time that training took"
+    lines.append(f"Repeated then without it: {counted(plan.repeats, 'run')}, {took}." if plan.repeats else _NO_REPEAT)
     lines += [f"Not in reach, and you may want to delete it: {path}" for path in plan.outside]
     return lines
 
 
-_NO_REPEAT = "The runs are too long ago to be repeated: the next run from a clean adapter learns the other notes again."
+_NO_REPEAT = "The ledger does not know their runs, so they are not repeated: the next run learns the other notes again."
+"""Said where nothing can be repeated."""
 
 
 def _work(job: ForgetJob, as_json: bool) -> None:
@@ -135,8 +136,8 @@ def _tell_end(job: ForgetJob, as_json: bool) -> None:
 
 def _relearn() -> None:
     """Let the next night take all notes as new: the adapters that had learnt them are gone."""
-    from edgetune.nights.vault import LEARNT, PENDING, TRIED
     from edgetune.nights.job import nights_folder
+    from edgetune.nights.vault import LEARNT, PENDING, TRIED
 
     for name in (LEARNT, TRIED, PENDING):
         (nights_folder() / name).unlink(missing_ok=True)

@@ -305,7 +305,8 @@ def read_notes(
 
     Secrets and identifiers are masked before a text is kept.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
-    forgotten: notes that are left out; None stands for the list on disk. Raises DataError if a path does not exist, or if there is nothing to read.
+    forgotten: notes that are left out; None stands for the list on disk.
+    Raises DataError if a path does not exist, or if there is nothing to read.
     """
     left_out = {path: Reason(why) for path, why in data.left_out}
     found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from edgetune.dataset.token_store import TokenStore
 from edgetune.documents.forgotten import Forgotten
+from edgetune.documents.heldout import END
 from edgetune.documents.parsed_cache import FOLDER as PARSED
 from edgetune.events import Sampled, Started, read_events
 from edgetune.forgetting.job import BaseJob, ForgetJob
 from edgetune.home import home, unfinished_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.library import ledger, training_log
-from edgetune.library.ledger import Entry, Texts
+from edgetune.library.ledger import Entry, SeenNote, Texts
 from edgetune.lock import Lock
 from edgetune.runtime.errors import BusyError, DataError
+from edgetune.training.plan import HELD_OUT, TOKENS
 from edgetune.training.recorded import RECORD_FILE
 from edgetune.training.train import LOG_FILE
 from edgetune.training.unfinished_run import UnfinishedRun
@@ -42,19 +45,22 @@ def erase(job: ForgetJob) -> None:
     """
     found, words = ledger.entries(), frozenset(job.words)
     Forgotten.load().with_notes(words, job.files).save()
+    notes = {note.id: note for entry in found for note in entry.notes if note.words in words}
     for base in job.bases:
         use_clean(base)
-    _delete_reports(job, found, words)
+    _delete_reports(job, notes)
     for base in job.bases:
         for name in base.affected:
             shutil.rmtree(registry.adapters_folder(base.base) / name, ignore_errors=True)
-    _discard_unfinished(job, words)
+    _discard_unfinished(job, {note.path for note in notes.values()}, words)
     shutil.rmtree(home() / PARSED, ignore_errors=True)
     for entry in found:
         left = tuple(note for note in entry.notes if note.words not in words)
         if len(left) < len(entry.notes):
             dataclasses.replace(entry, notes=left).save()
     ledger.drop_unnamed()
+    for half_written in ledger.ledger_folder().glob(".*.tmp"):  # of a process that was killed
+        half_written.unlink(missing_ok=True)
     adapters = [name for base in job.bases for name in base.affected]
     training_log.append("forgot", notes=len(words), root=training_log.root(words), adapters=adapters)
     job.erased = True
@@ -76,9 +82,8 @@ def use_clean(base: BaseJob) -> None:
     training_log.append("rolled back", adapter=base.clean, base=base.base[:12])
 
 
-def _delete_reports(job: ForgetJob, found: Collection[Entry], words: Collection[str]) -> None:
+def _delete_reports(job: ForgetJob, notes: Mapping[str, SeenNote]) -> None:
     """Delete the logs and reports of the affected runs, and of others that show a note: its path or its beginning."""
-    notes = {note.id: note for entry in found for note in entry.notes if note.words in words}
     texts = [document.text for document in Texts.of(notes.keys()).found.values()]
     paths = {note.path for note in notes.values()}
     affected = {name for base in job.bases for name in base.affected}
@@ -91,19 +96,31 @@ def _shows(log: Path, texts: Collection[str], paths: Collection[str]) -> bool:
     """Return True if a run's log names a note as held out, or has its beginning as a prompt."""
     with contextlib.suppress(DataError, OSError):
         for event in read_events(log):
-            if isinstance(event, Started) and not paths.isdisjoint(path.removesuffix("#end") for path in event.heldout_paths):
+            if isinstance(event, Started) and not paths.isdisjoint(path.removesuffix(END) for path in event.heldout_paths):
                 return True
             if isinstance(event, Sampled) and any(event.prompt and event.prompt in text for text in texts):
                 return True
     return False
 
 
-def _discard_unfinished(job: ForgetJob, words: Collection[str]) -> None:
+def _discard_unfinished(job: ForgetJob, paths: Collection[str], words: Collection[str]) -> None:
     """Delete the interrupted runs that read a note, or that started from an affected adapter."""
     affected = {(base.base, name) for base in job.bases for name in base.affected}
     for path in [path for path in unfinished_folder().iterdir() if path.is_dir()]:
         entry = Entry.load(path / RECORD_FILE)
-        read_it = entry is not None and any(note.words in words for note in entry.notes)
-        if entry is None or read_it or (entry.base, entry.parent) in affected:
+        if entry is None:
+            is_affected = _holds(path, paths)
+        else:
+            is_affected = any(note.words in words for note in entry.notes) or (entry.base, entry.parent) in affected
+        if is_affected:
             with contextlib.suppress(BusyError, OSError), Lock(path.with_suffix(".lock"), ""):
                 UnfinishedRun(path).discard()
+
+
+def _holds(unfinished: Path, paths: Collection[str]) -> bool:
+    """Return True if the tokens of an interrupted run without a record, one with --out, are of a note; also if damaged."""
+    try:
+        stores = [TokenStore.open(unfinished / side) for side in (TOKENS, HELD_OUT) if (unfinished / side).exists()]
+    except DataError:
+        return True
+    return any(document.path.removesuffix(END) in paths for store in stores for document in store.documents)

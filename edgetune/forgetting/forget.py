@@ -13,7 +13,7 @@ from edgetune.events import Event, Finished, read_events
 from edgetune.forgetting.erase import erase, refuse_while_used
 from edgetune.forgetting.job import BaseJob, ForgetJob
 from edgetune.forgetting.replay import replay
-from edgetune.forgetting.search import LONGEST_SHOWN, Wanted, affected, find_gone, find_notes, only_held_out
+from edgetune.forgetting.search import LONGEST_SHOWN, Wanted, affected, bears, find_gone, find_notes, only_held_out
 from edgetune.home import home, unfinished_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.library import ledger
@@ -21,7 +21,8 @@ from edgetune.library.exports_made import adapters_exported
 from edgetune.library.ledger import Entry, Side
 from edgetune.lock import Lock
 from edgetune.progress import Show
-from edgetune.runtime.errors import DataError, UsageError
+from edgetune.runtime import peft_folder
+from edgetune.runtime.errors import AdapterError, DataError, UsageError
 from edgetune.training.train import LOG_FILE
 
 
@@ -61,8 +62,8 @@ def plan(names: Sequence[str], gone: bool = False) -> Plan:
     seen = affected(wanted, found)
     if not seen:
         raise UsageError(_nothing_learnt(names, wanted, gone))
-    jobs = [_base_job(base, [name for each, name in seen if each == base], wanted, found) for base in {base for base, _ in seen}]
-    jobs = [job for job in jobs if job is not None]
+    by_base = {base: [name for each, name in seen if each == base] for base, _ in seen}
+    jobs = [job for base, own in by_base.items() if (job := _base_job(base, own, found)) is not None]
     runs = {(job.base, run) for job in jobs for run in job.affected}
     repeated = [entry for entry in found if (entry.base, entry.run) in runs]
     replaced = [job for job in jobs if job.follows]
@@ -74,7 +75,7 @@ def plan(names: Sequence[str], gone: bool = False) -> Plan:
         repeats=len(repeated),
         seconds=sum(entry.seconds for entry in repeated),
         held_out=only_held_out(wanted, found),
-        outside=tuple(_outside({name for _, name in seen})),
+        outside=tuple(_outside({name for _, name in seen}, wanted)),
         job=ForgetJob(sorted(wanted.words), file_digests(sorted(wanted.files)), jobs),
     )
 
@@ -96,7 +97,7 @@ def forget(job: ForgetJob, stop: threading.Event, show: Show = lambda event: Non
             ledger.tidy()
 
 
-def _base_job(base: str, names: list[str], wanted: Wanted, found: Sequence[Entry]) -> BaseJob | None:
+def _base_job(base: str, names: list[str], found: Sequence[Entry]) -> BaseJob | None:
     """Return the job for the adapters of the base whose digest begins with `base`; None without any trace of it."""
     own = [entry for entry in found if entry.base[:12] == base]
     current = registry.current_in(home() / "adapters" / base)
@@ -117,33 +118,22 @@ def _base_job(base: str, names: list[str], wanted: Wanted, found: Sequence[Entry
 
 def _recorded_base(base: str, names: Sequence[str]) -> str | None:
     """Return the digest of a base as its adapters' own records have it."""
-    from edgetune.runtime import peft_folder
-
     for name in names:
-        with contextlib.suppress(DataError, UsageError):
+        with contextlib.suppress(AdapterError):
             digest = peft_folder.load_config(home() / "adapters" / base / name).about.get("base")
             if isinstance(digest, str) and digest.startswith(base):
                 return digest
     return None
 
 
-def _outside(names: set[str]) -> list[str]:
-    """Return the exports of the adapters of these names, and the adapters with --out that started from them, if still there."""
+def _outside(names: set[str], wanted: Wanted) -> list[str]:
+    """Return what lies elsewhere and holds what was learnt: exports of these adapters, and adapters of runs with --out."""
     found = {path for path, adapter in adapters_exported().items() if adapter.rpartition("/")[2] in names}
     for log in (home() / "runs").glob(f"*/{LOG_FILE}"):
         with contextlib.suppress(DataError, OSError):
-            made = [event.adapter for event in read_events(log) if isinstance(event, Finished)]
-            found |= {path for path in made if not Path(path).is_relative_to(home()) and _is_from(Path(path), names)}
+            made = [Path(event.adapter) for event in read_events(log) if isinstance(event, Finished)]
+            found |= {str(path) for path in made if not path.is_relative_to(home()) and bears(path, wanted, names)}
     return sorted(path for path in found if Path(path).exists())
-
-
-def _is_from(folder: Path, names: set[str]) -> bool:
-    from edgetune.runtime import peft_folder
-    from edgetune.runtime.errors import AdapterError
-
-    with contextlib.suppress(AdapterError):
-        return peft_folder.load_config(folder).about.get("parent") in names
-    return False
 
 
 def _nothing_learnt(names: Sequence[str], wanted: Wanted, gone: bool) -> str:

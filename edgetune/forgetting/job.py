@@ -1,6 +1,6 @@
 """Remembers a forgetting that is under way, so that the same command goes on with it after a crash.
 
-    ledger/forgetting     names of adapters and runs, and keyed digests of the notes
+ledger/forgetting     names of adapters and runs, and keyed digests of the notes
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class BaseJob:
     """The adapter that was current, by the decisions on record, when the next of `runs` ended."""
     current: str | None = None
     """The one that would have been current then without the notes."""
+    tried: str | None = None
+    """What the last repeated night tried without success: a digest of its notes and of the adapter that it started from."""
     repeated: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     """Affected runs that cannot be repeated."""

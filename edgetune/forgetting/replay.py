@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+from edgetune.config import TrainConfig
 from edgetune.documents.document import Reading
 from edgetune.documents.lineage import NothingNew
 from edgetune.documents.reading import without_repeats
@@ -20,7 +21,7 @@ from edgetune.forgetting.job import BaseJob, ForgetJob
 from edgetune.library import adapter_registry as registry
 from edgetune.library import ledger
 from edgetune.library.ledger import Entry, Texts
-from edgetune.library.loading import open_base
+from edgetune.library.loading import Base, open_base
 from edgetune.library.promotion import promote
 from edgetune.progress import Progress, Show
 from edgetune.runtime.budget import WeightForm
@@ -77,10 +78,12 @@ def _rival(base: BaseJob, entry: Entry) -> str | None:
 
 def _repeated(
     job: ForgetJob, base: BaseJob, entry: Entry, parent: str | None, rival: str | None, stop: threading.Event, show: Show
-) -> Iterator[Event]:
+) -> Generator[Event, None, bool]:
     """Repeat one run; return True if its adapter would have become current."""
-    promoted = False
+    promoted, tries = False, _tried(entry, parent)
     try:
+        if tries == base.tried:
+            raise NothingNew("A night does not try again what the one before has tried without success.")
         config, found, recorded = _prepared(job, entry, parent, rival)
         for event in repeat(config, found, recorded, stop, show):
             if isinstance(event, Finished):
@@ -89,6 +92,7 @@ def _repeated(
             if isinstance(event, Interrupted):
                 return False
         base.repeated.append(entry.run)
+        base.tried = tries if not promoted else None
         if promoted and base.follows and _is_untouched(base):
             promote(_folder(base, entry.run), entry.model, base.base)
     except NothingNew:  # without the notes there would have been no such run
@@ -100,7 +104,13 @@ def _repeated(
     return promoted
 
 
-def _prepared(job: ForgetJob, entry: Entry, parent: str | None, rival: str | None):
+def _tried(entry: Entry, parent: str | None) -> str:
+    """Return what stands for the notes of a night and the adapter that it starts from; of another run, for nothing else."""
+    ids = sorted(note.id for note in entry.notes) if entry.is_night else [entry.run]
+    return hashlib.sha256(f"{parent} {ids}".encode()).hexdigest()
+
+
+def _prepared(job: ForgetJob, entry: Entry, parent: str | None, rival: str | None) -> tuple[TrainConfig, Base, Recorded]:
     """Return the settings, the base and the record with which `repeat` repeats a run. Raises CannotRepeat."""
     if entry.processes > 1:
         raise CannotRepeat("It was trained by several processes together.")

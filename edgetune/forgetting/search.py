@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from edgetune.documents.document import Document
 from edgetune.documents.forgotten import Forgotten, file_digests
 from edgetune.documents.lineage import MARK_DIGITS, Lineage, marks_of
 from edgetune.documents.reading import read_notes
-from edgetune.home import expand, home, keyed_digests
+from edgetune.home import expand, keyed_digests
 from edgetune.library import ledger
-from edgetune.library.kept_adapters import KeptAdapter, list_adapters
+from edgetune.library.kept_adapters import list_adapters
 from edgetune.library.ledger import Entry, SeenNote, Side
 from edgetune.runtime import peft_folder
-from edgetune.runtime.errors import AdapterError, DataError, UsageError
+from edgetune.runtime.errors import AdapterError, DataError
 
 LONGEST_SHOWN = 200
 """Characters of a name that are shown."""
@@ -97,7 +97,7 @@ def affected(wanted: Wanted, found: Sequence[Entry]) -> list[tuple[str, str]]:
     parents |= {(entry.base[:12], entry.run): entry.parent for entry in found}
     seen = {(entry.base[:12], entry.run) for entry in found if any(note.words in wanted.words for note in entry.notes)}
     others = [adapter for adapter in kept if (adapter.base, adapter.name) not in known]
-    seen |= {(adapter.base, adapter.name) for adapter in others if _bears(adapter, wanted)}
+    seen |= {(adapter.base, adapter.name) for adapter in others if bears(Path(adapter.path), wanted)}
     while more := {each for each, parent in parents.items() if each not in seen and (each[0], parent) in seen}:
         seen |= more
     return sorted(seen)
@@ -119,7 +119,7 @@ def undo(names: Sequence[str]) -> int:
 
 
 def _is_named(note: SeenNote, name: str, place: str) -> bool:
-    return bool(note.file) and (note.file == place or note.file.startswith(place + os.sep)) or note.path == name
+    return (bool(note.file) and (note.file == place or note.file.startswith(place + os.sep))) or note.path == name
 
 
 def _as_file(place: str) -> set[str]:
@@ -158,9 +158,11 @@ def _folders(entry: Entry) -> tuple[str, ...]:
     return tuple(sorted(entry.config["data"]["notes"]))
 
 
-def _bears(adapter: KeptAdapter, wanted: Wanted) -> bool:
-    """Return True if an adapter's own record marks one of the notes."""
+def bears(adapter: Path, wanted: Wanted, parents: Collection[str] = ()) -> bool:
+    """Return True if the record in an adapter's folder marks one of the notes, or names one of `parents` as its parent."""
     with contextlib.suppress(AdapterError):
-        lineage = Lineage.of_adapter(peft_folder.load_config(Path(adapter.path)).about)
-        return not (lineage.trained | lineage.held_out | lineage.cut).isdisjoint(wanted.marks)
+        about = peft_folder.load_config(adapter).about
+        lineage = Lineage.of_adapter(about)
+        marked = not (lineage.trained | lineage.held_out | lineage.cut).isdisjoint(wanted.marks)
+        return marked or about.get("parent") in parents
     return False

@@ -236,11 +236,11 @@ def tidy() -> None:
     if not folder.is_dir() or (folder / UNDER_WAY).exists():
         return
     found = entries()
-    for base in {entry.base for entry in found}:
-        own = [entry for entry in found if entry.base == base]
-        for entry in _without_adapter(own) + own[:-KEPT]:
+    by_base = [[entry for entry in found if entry.base == base] for base in {entry.base for entry in found}]
+    if dropped := [entry for own in by_base for entry in _without_adapter(own) + own[:-KEPT]]:
+        for entry in dropped:
             drop(entry.run)
-    drop_unnamed()
+        drop_unnamed()
     while (left := entries()) and _size(folder) > MOST_BYTES:
         drop(left[0].run)
         drop_unnamed()
@@ -260,10 +260,10 @@ def drop_unnamed() -> None:
 def drop_texts(is_dropped: Callable[[str], bool]) -> None:
     """Delete the texts with such names from the ledger's files. Raises ResourceError when the disk is full."""
     for path in sorted((home() / FOLDER).glob(f"[!.]*{TEXTS}")):
-        lines = [(record["id"], len(line)) for line in _lines(path) if (record := _record(line)) is not None]
-        if all(is_dropped(name) for name, _ in lines):
+        names = [record["id"] for line in _lines(path) if (record := _record(line)) is not None]
+        if all(is_dropped(name) for name in names):
             path.unlink(missing_ok=True)
-        elif any(is_dropped(name) for name, _ in lines):
+        elif any(is_dropped(name) for name in names):
             _rewrite([path], path, is_dropped)
 
 

@@ -339,10 +339,10 @@ class TrainingLoop:
         folder = adapter_folder(self.run)
         adapter = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
         peft_folder.save(adapter, folder, self.run.loaded.choice.public_name)
+        self._enter_ledger(folder, best, gate.rival, decision.promote)
         if decision.promote and self.run.recorded is None:
             promote(folder, self.run.loaded.choice.name, self.plan.base)
         yield Saved(best.step, str(folder), after)
-        self._enter_ledger(folder, best, gate.rival, decision.promote)
         peak = max(state.peak_memory_bytes, self.meter.peak())
         self._trim()
         yield Finished(

@@ -8,6 +8,7 @@ weights, the threads, and where a deadline ended the run.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -113,6 +114,22 @@ def finish_entry(
     return entry
 
 
+def gone_notice(config: TrainConfig, base: str, reading: Reading) -> tuple[str, ...]:
+    """Return a sentence for the user where notes are gone that the adapter to start from has learnt."""
+    parent = name_of(config.from_adapter, base)
+    path = ledger.ledger_folder() / f"{parent}{ledger.RECORD}"
+    entry = Entry.load(path) if parent not in (None, OUTSIDE) and path.exists() else None
+    if entry is None or entry.base != base or set(entry.config["data"]["notes"]) != set(_folders(config)):
+        return ()
+    words, files = set(ledger.words_of(reading.everything)), set(reading.places.values())
+    learnt = (note for note in entry.notes if note.side in (Side.TRAINED, Side.CUT, Side.LEARNT))
+    gone = sum(note.words not in words and note.file not in files for note in learnt)
+    if not gone:
+        return ()
+    notes = "1 note that the adapter has learnt is" if gone == 1 else f"{gone:,} notes that the adapter has learnt are"
+    return (f"{notes} gone or excluded, and not trained again. To make it forget them, type: edgetune forget --gone",)
+
+
 def name_of(adapter: str | None, base: str) -> str | None:
     """Return the name of the adapter that `--from` names; None for none."""
     if adapter is None:
@@ -133,11 +150,16 @@ def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
 def _config_as_dict(config: TrainConfig, base: str) -> dict[str, Any]:
     """Return all settings, JSON-ready, with absolute paths and without a deadline."""
     values = dataclasses.asdict(config)
-    values["data"]["notes"] = [str(expand(path).absolute()) for path in config.data.notes]
+    values["data"]["notes"] = _folders(config)
     if config.from_adapter is not None:
         path = registry.find(config.from_adapter, base)
         values["from_adapter"] = registry.NONE if path is None else str(path.absolute())
     return {**values, "minutes": None, "until": None}
+
+
+def _folders(config: TrainConfig) -> list[str]:
+    """Return the absolute paths of the notes that were named."""
+    return [os.path.abspath(expand(path)) for path in config.data.notes]
 
 
 def _side(document: Document, split: HeldOutSplit, trained: set[str], used: set[str]) -> Side:

@@ -39,7 +39,7 @@ from edgetune.training.anchor import ANCHOR, REPLIES, AnchorPlan, make_anchor, o
 from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
-from edgetune.training.recorded import Recorded, begin_entry
+from edgetune.training.recorded import Recorded, begin_entry, gone_notice
 from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
 from edgetune.training.tokenized_notes import TokenizedNotes, tokenize_notes
@@ -126,7 +126,7 @@ def prepare_new(
         documents=len(store.documents),
         heldout_paths=tuple(document.path for document in held_out.documents) if held_out is not None else (),
         prompts=sample_prompts(notes.split.held_out or notes.split.train, tokenizer, _uses_template(config, tokenizer)),
-        notices=_notices(config, read, notes, adapter, checkpoint, tokenizer),
+        notices=(*_notices(config, read, notes, adapter, checkpoint, tokenizer), *gone_notice(config, plan.base, read.reading)),
         notes=documents_digest(read.reading.documents, data),
         torch=torch.__version__,
         files=_token_files(folder),
