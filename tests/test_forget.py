@@ -190,13 +190,8 @@ def test_the_command_says_what_it_costs_and_keeps_the_note_out(tmp_path: Path) -
     remember_export(export, f"{base[:12]}/{Path(before.adapter).name}")
     refused = run(str(notes / "secret.md"), answer="n\n")
     assert refused.exit_code == 1
-    said = (
-        "To forget 2 notes:",
-        "copy of it.txt",
-        "Deleted at once: 1 adapter that saw it",
-        "the bare base model takes its place",
-        str(export),
-    )
+    deleted, bare = "Deleted at once: 1 adapter that saw it", "the bare base model takes its place"
+    said = ("To forget 2 notes:", "copy of it.txt", deleted, bare, str(export))
     for words in said:
         assert words in refused.stdout, refused.stdout
     assert current_sha() is not None
