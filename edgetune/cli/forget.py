@@ -12,7 +12,7 @@ import click
 
 from edgetune.cli.options import json_option, print_json
 from edgetune.cli.signals import stop_on_signals
-from edgetune.events import Event, Interrupted, Started
+from edgetune.events import Event, Finished, Interrupted, Started
 from edgetune.reports.streams import work_goes_on
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import counted, one_line
@@ -105,17 +105,24 @@ def _work(job: ForgetJob, as_json: bool) -> None:
     try:
         with work_goes_on(), renderer(as_json) as ui, _nights_wait():
             for _, event in forget(job, stop, ui.show):
-                # Until a run has begun there is nothing to save, and a signal ends the program at once.
+                # Outside a run there is nothing to save, and a signal ends the program at once.
                 if isinstance(event, Started) and not previous:
                     previous = stop_on_signals(stop, caught)
                 ui.show(event)
                 last = event
+                if isinstance(event, Finished):
+                    _restore(previous)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        _restore(previous)
     if isinstance(last, Interrupted):
         sys.exit(128 + caught[0])
     _tell_end(job, as_json)
+
+
+def _restore(previous: dict[signal.Signals, Any]) -> None:
+    """Give signals their handlers back, and forget these."""
+    while previous:
+        signal.signal(*previous.popitem())
 
 
 def _tell_end(job: ForgetJob, as_json: bool) -> None:

@@ -113,7 +113,8 @@ def _base_job(base: str, names: list[str], found: Sequence[Entry]) -> BaseJob | 
         earlier = (path.name for path in (current.adapter, *reversed(current.earlier)) if registry.is_adapter(path))
         clean = next((name for name in earlier if name not in names), None)
     start = own[first].rival if first < len(own) else None
-    return BaseJob(digest, names, [entry.run for entry in own[first:]], clean, used, was=start, current=start)
+    recorded = {entry.run: [entry.parent, entry.rival, entry.promoted] for entry in own[first:]}
+    return BaseJob(digest, names, list(recorded), recorded, clean, used, was=start, current=start)
 
 
 def _recorded_base(base: str, names: Sequence[str]) -> str | None:

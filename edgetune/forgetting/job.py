@@ -29,6 +29,8 @@ class BaseJob:
     """Adapters that are deleted."""
     runs: list[str]
     """Runs that are still to be looked at, in the order in which they ended."""
+    recorded: dict[str, list[Any]]
+    """For each of them its parent, the adapter that it was compared with, and if it was promoted: repeating replaces these."""
     clean: str | None
     """The adapter that is current until the runs are repeated; None: the bare base."""
     used: str | None

@@ -60,6 +60,8 @@ def replay(job: ForgetJob, stop: threading.Event, show: Show) -> Iterator[tuple[
 
 def _looked_at(job: ForgetJob, base: BaseJob, entry: Entry, stop: threading.Event, show: Show) -> Iterator[Event]:
     """Repeat a run if the notes could have made a difference to it, and follow what became current."""
+    recorded = base.recorded[entry.run]
+    entry = dataclasses.replace(entry, parent=recorded[0], rival=recorded[1], promoted=recorded[2])
     rival = _rival(base, entry)
     parent = rival if entry.is_night and entry.parent == entry.rival else entry.parent
     promoted, changed = entry.promoted, parent != entry.parent or parent in base.repeated
@@ -95,8 +97,8 @@ def _repeated(
         base.tried = tries if not promoted else None
         if promoted and base.follows and _is_untouched(base):
             promote(_folder(base, entry.run), entry.model, base.base)
-    except NothingNew:  # without the notes there would have been no such run
-        ledger.drop(entry.run)
+    except NothingNew:  # without the notes there would have been no such run: its record goes when the job is done
+        pass
     except (BusyError, ResourceError):
         raise
     except EdgetuneError as error:

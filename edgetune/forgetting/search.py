@@ -89,13 +89,17 @@ def find_gone(found: Sequence[Entry]) -> Wanted:
 def affected(wanted: Wanted, found: Sequence[Entry]) -> list[tuple[str, str]]:
     """Return all adapters that saw the notes, or descend from one that did, as (first 12 digits of the base, name).
 
-    An adapter that the ledger does not know is asked for the marks in its own record.
+    A run that left them out, since they repeat others, did not see them. An adapter that the ledger does not know is asked for
+    the marks in its own record.
     """
     kept = list_adapters()
     known = {(entry.base[:12], entry.run) for entry in found}
     parents = {(adapter.base, adapter.name): adapter.parent for adapter in kept}
     parents |= {(entry.base[:12], entry.run): entry.parent for entry in found}
-    seen = {(entry.base[:12], entry.run) for entry in found if any(note.words in wanted.words for note in entry.notes)}
+    used = {
+        (entry.base[:12], entry.run): {note.words for note in entry.notes if note.side is not Side.REPEAT} for entry in found
+    }
+    seen = {run for run, words in used.items() if words & wanted.words}
     others = [adapter for adapter in kept if (adapter.base, adapter.name) not in known]
     seen |= {(adapter.base, adapter.name) for adapter in others if bears(Path(adapter.path), wanted)}
     while more := {each for each, parent in parents.items() if each not in seen and (each[0], parent) in seen}:
