@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 
 from edgetune.dataset.token_store import TokenStore
@@ -92,7 +92,7 @@ def _delete_reports(job: ForgetJob, notes: Mapping[str, SeenNote]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _shows(log: Path, texts: Collection[str], paths: Collection[str]) -> bool:
+def _shows(log: Path, texts: Collection[str], paths: Set[str]) -> bool:
     """Return True if a run's log names a note as held out, or has its beginning as a prompt."""
     with contextlib.suppress(DataError, OSError):
         for event in read_events(log):

@@ -124,7 +124,7 @@ class Entry:
         """Return the entry in a file; None if it is damaged or of another version."""
         try:
             values = read_object(path, _RECORD)
-            notes = tuple(SeenNote(*note[:4], Side(note[4])) for note in values["notes"])
+            notes = tuple(SeenNote(name, words, path, file, Side(side)) for name, words, path, file, side in values["notes"])
             entry = cls(**{**values, "notes": notes, "cut": None if values["cut"] is None else Cut(**values["cut"])})
         except (DataError, KeyError, TypeError, ValueError, IndexError):
             return None
