@@ -122,7 +122,7 @@ def export_adapter(
     name = choice.public_name
     job = Job(base, name, loaded, weights, adapter_as, memory, documents, force, check, progress, tokenizer.start, user_file)
     check_memory(spec.peak_memory, job)
-    outcome, size, peak = _publish(spec, job, folder, tokenizer.prompt_ids(verify.PROMPT))
+    outcome, size, peak = _publish(spec, job, folder, tokenizer.prompt_ids(verify.PROMPT), f"{base.digest[:12]}/{adapter_name}")
     return Exported(
         target=target,
         model=choice.name,
@@ -224,11 +224,14 @@ def _documents(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[int]]:
     return documents
 
 
-def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int]) -> tuple[_Outcome, int, int]:
-    """Write and prove the export in a temporary folder, then move it to `folder`; return size and peak memory in bytes too."""
+def _publish(spec: TargetSpec, job: Job, folder: Path, prompt: list[int], adapter: str) -> tuple[_Outcome, int, int]:
+    """Write and prove the export in a temporary folder, then move it to `folder`; return size and peak memory in bytes too.
+
+    adapter: what the list of exports calls the adapter (library/exports_made.py).
+    """
     with lock_output(folder), MemoryMeter(job.base.files) as meter:
         mend(folder)
-        remember_export(folder)
+        remember_export(folder, adapter)
         with atomic_folder(folder) as temporary:
             outcome = _write_and_prove(spec, job, temporary, prompt)
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())

@@ -5,6 +5,9 @@ private.txt               the user's own words that are masked in notes
 current.json, adapters/   the model that is used by default · all adapters, and the current one of each model
 exports.json              where exports were written, so that `edgetune purge` can name them
 models/                   GGUF models, converted to the form that edgetune works with
+ledger/                   the notes that each adapter here was trained on, so that a note can be taken out of them again
+forgotten.json            keyed digests of the notes that were forgotten, and that no run reads again
+training-log.jsonl        what was trained, promoted and forgotten, and when: a chain of hashes
 parsed/                   the text of PDFs and the like among the notes, so that a night parses only what changed
 runs/, unfinished/        logs and reports of runs · interrupted runs and locks
 privacy-ledger/           what each run of `edgetune train --private` has spent
@@ -44,6 +47,9 @@ CONTENTS = (
     "exports.json",
     "adapters",
     "models",
+    "ledger",
+    "forgotten.json",
+    "training-log.jsonl",
     "parsed",
     "runs",
     "unfinished",

@@ -74,7 +74,7 @@ PRODUCT = (
     {"__main__"},
     {"cli"},
     {"machine", "nights"},
-    {"training", "session", "chat", "exporting", "quantising", "auditing"},
+    {"training", "forgetting", "session", "chat", "exporting", "quantising", "auditing"},
     {"library", "dataset", "leaks"},
     {"conversion"},
     {"documents", "reports", "memory_settings", "weight_forms"},

@@ -38,6 +38,8 @@ def fill() -> list[Path]:
         base / "nights" / "night-2026-11-28-010203-trial.json", base / "nights" / "notes.json",
         base / "nights" / "notes-tried.json", base / "nights" / "tonight.json", base / "nights" / "nights.lock",
         base / "nights" / "last.log", base / "nights" / ".notes.json.x1.tmp",
+        base / "ledger" / "2026-11-28-010000.json", base / "ledger" / "2026-11-28-010000.notes", base / "ledger" / "forgetting",
+        base / "forgotten.json", base / "training-log.jsonl", base / "unfinished" / "log.lock",
     ]  # fmt: skip
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +54,7 @@ def test_everything_is_deleted_and_the_folder_with_it() -> None:
     done = run("purge", "--yes")
     assert done.exit_code == 0, done.output
     assert not folder.exists()
-    assert "Deleted 24 entries" in done.stdout
+    assert "Deleted 30 entries" in done.stdout
     for sentence in UNREACHABLE:
         assert sentence in done.stdout
 
@@ -83,8 +85,8 @@ def test_json_deletes_only_with_yes() -> None:
     assert "type --yes as well" in refused.output
     assert all(file.exists() for file in files)
     record = json.loads(run("purge", "--yes", "--json").stdout)
-    assert len(record["deleted"]) == 24
-    assert 2000 < record["bytes"] < 2500
+    assert len(record["deleted"]) == 30
+    assert 2600 < record["bytes"] < 3100
     assert record["unreachable"] == list(UNREACHABLE)
     assert (record["left"], record["links"], record["outside"]) == ([], [], [])
 

@@ -218,7 +218,8 @@ ALLOWED = {
     "edgetune/events.py::EventLog.__init__": OUR_OWN,
     "edgetune/events.py::read_events": OUR_OWN,
     "edgetune/library/adapter_registry.py::_read_record": OUR_OWN,
-    "edgetune/library/exports_made.py::exports_made": OUR_OWN,
+    "edgetune/library/exports_made.py::_record": OUR_OWN,
+    "edgetune/library/training_log.py::append": "creates the file, or adds to it",
     "edgetune/lock.py::Lock.__enter__": "creates the file",
     "edgetune/nights/vault.py::learnt_and_tried": OUR_OWN,
     "edgetune/nights/this_system.py::_stalls_of_linux": SYSTEM,
@@ -226,6 +227,7 @@ ALLOWED = {
     "edgetune/training/anchor.py::open_anchor": OUR_OWN,
     "edgetune/training/anchor.py::packed_files": OUR_OWN,
     "edgetune/training/anchor.py::unpack_files": "creates the files",
+    "edgetune/training/recorded.py::finish_entry": OUR_OWN,
     "edgetune/training/setup.py::_token_files": OUR_OWN,
     "edgetune/training/unfinished_run.py::_read_sealed_json": OUR_OWN,
 }

@@ -1,16 +1,16 @@
-"""Implements `edgetune adapters`: list, show, import, promote, rollback and delete."""
+"""Implements `edgetune adapters`: list, show, import, promote, rollback, delete and log."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgetune.cli.options import json_option, model_option, print_json, progress_shown, say
 from edgetune.reports.leaks import leak_lines
-from edgetune.reports.text import human_bytes, one_line
+from edgetune.reports.text import counted, human_bytes, one_line
 from edgetune.reports.verdicts import judgement
 
 if TYPE_CHECKING:
@@ -165,6 +165,41 @@ def delete_command(name: str, model: str | None, as_json: bool) -> None:
         print_json({"deleted": name})
     else:
         click.echo(f"Deleted {name}.")
+
+
+@adapters_command.command("log")
+@json_option
+def log_command(as_json: bool) -> None:
+    """Show what was trained, promoted and forgotten, and when, and check that nobody has changed this log.
+
+    Each line holds the hash of the one before. The log tells nobody which notes they were.
+    """
+    from edgetune.library import training_log
+
+    log = training_log.read()
+    if as_json:
+        print_json({"lines": list(log.lines), "faults": list(log.faults), "torn": log.is_torn, "last_hash": log.last_hash})
+    else:
+        for line in log.lines:
+            click.echo(one_line(_log_line(line)))
+        for fault in log.faults:
+            click.echo(fault)
+        state = "broken" if log.faults else "whole"
+        torn = " The last line is half written: a crash." if log.is_torn else ""
+        click.echo(f"{counted(len(log.lines), 'line')}, the chain is {state}; last hash {log.last_hash}.{torn}")
+    if log.faults:
+        raise click.exceptions.Exit(1)
+
+
+def _log_line(line: dict[str, Any]) -> str:
+    """Return a line of the log in words."""
+    event, start = line["event"], f"{line['time']}  {line['event']}"
+    if event == "trained":
+        notes = ", ".join(f"{count} {side}" for side, count in line["notes"].items())
+        return f"{start} {line['run']} on {notes or 'notes of which no record is kept'}{', again' * line['repeated']}"
+    if event == "forgot":
+        return f"{start} {counted(line['notes'], 'text')}; deleted {', '.join(line['adapters']) or 'no adapter'}"
+    return f"{start} {line.get('adapter') or line.get('why') or 'to the bare base model'}"
 
 
 def _kept(name: str, model: str | None) -> tuple[Path, str, Checkpoint]:

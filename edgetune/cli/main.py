@@ -36,6 +36,7 @@ COMMANDS = {
     "adapters": "edgetune.cli.adapters",
     "audit": "edgetune.cli.audit",
     "report": "edgetune.cli.report",
+    "forget": "edgetune.cli.forget",
     "encrypt": "edgetune.cli.encrypt",
     "decrypt": "edgetune.cli.encrypt",
     "purge": "edgetune.cli.purge",

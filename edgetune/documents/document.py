@@ -71,6 +71,7 @@ class Reason(StrEnum):
     PRIVATE = "marked private (edgetune: false, or the tag #private)"
     EMPTY = "empty"
     NO_CHAT = "not a chat (left out by --recipe chat)"
+    FORGOTTEN = "forgotten (edgetune forget)"
     DUPLICATE = "same text as another note"
     NEAR_DUPLICATE = "nearly the same text as another note"
     BAD_LINE = "lines that are not JSON"
@@ -203,8 +204,11 @@ class Document:
 
     def kept_in(self, spool: Spool) -> Document:
         """Return the same document with its text at the end of `spool`."""
-        data = self.spool.read(self.start, self.start + self.size + self.chat_bytes)
-        return dataclasses.replace(self, spool=spool, start=spool.append(data))
+        return dataclasses.replace(self, spool=spool, start=spool.append(self.content()))
+
+    def content(self) -> bytes:
+        """Return the text in UTF-8, and after it a chat's turns and tools as JSON."""
+        return self.spool.read(self.start, self.start + self.size + self.chat_bytes)
 
     def part(self, start: int, end: int, path: str) -> Document:
         """Return the bytes `start` to `end` of a note, which must not cut a letter, as a document of its own."""
@@ -329,6 +333,10 @@ class Reading:
     masked: dict[str, int] = field(default_factory=dict)
     sources: dict[str, Sequence[str]] = field(default_factory=dict)
     """The files that each document comes from, by its path."""
+    everything: list[Document] = field(default_factory=list)
+    """The documents before any was left out because another one has the same text, or nearly the same."""
+    places: dict[str, str] = field(default_factory=dict)
+    """The absolute path of each file in `sources`, by its path."""
 
     @property
     def files_read(self) -> int:

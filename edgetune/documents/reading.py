@@ -19,6 +19,7 @@ from edgetune.documents.copies import original_path
 from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
 from edgetune.documents.embedded import without_embedded_files
 from edgetune.documents.encoding import Encoding, NotText, decoded, find_encoding
+from edgetune.documents.forgotten import Forgotten
 from edgetune.documents.formats import html
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.limits import BLOCK_BYTES, MAX_FILE_BYTES, MAX_PARSED_BYTES
@@ -26,7 +27,7 @@ from edgetune.documents.masked import masked_chat
 from edgetune.documents.messengers.exports import read_slack
 from edgetune.documents.messengers.files import LISTED_SUFFIXES, blocks, read_file
 from edgetune.documents.messengers.slack import exports
-from edgetune.documents.near_duplicates import without_near_duplicates
+from edgetune.documents.near_duplicates import NearDuplicates, without_near_duplicates
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.parsed_cache import ParsedCache
@@ -294,28 +295,38 @@ class Reader:
             self.progress(self.done + min(done, size), self.total)
 
 
-def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAULTS, progress: Progress = ignore) -> Reading:
+def read_notes(
+    paths: Sequence[str | os.PathLike[str]],
+    data: DataConfig = DEFAULTS,
+    progress: Progress = ignore,
+    forgotten: Forgotten | None = None,
+) -> Reading:
     """Read every note and chat under `paths` (folders or files) with the settings in `data`, whose own `notes` are not read.
 
     Secrets and identifiers are masked before a text is kept.
     progress: receives the bytes that are done and the bytes in total (0 while they are counted). It may raise to end the work.
+    forgotten: notes that are left out; None stands for the list on disk.
     Raises DataError if a path does not exist, or if there is nothing to read.
     """
     left_out = {path: Reason(why) for path, why in data.left_out}
     found = walk(paths, data.exclude, lambda: progress(0, 0), data.code, left_out)
     total = found.bytes
     cache, masker = ParsedCache(paths), new_masker(data)
+    forgotten = Forgotten.load() if forgotten is None else forgotten
     with ParserProcess() as parser:
         reader = Reader(data, progress, total, ParsedFiles(cache, parser), masker)
-        reader.read_all(found.found.values())
+        files, forgotten_files = forgotten.files(list(found.found.values()))
+        reader.read_all(files)
     cache.tidy()
-    documents, twins = without_duplicates(reader.documents)
-    documents, near = without_near_duplicates(documents, lambda: progress(total, total))
+    everything, forgotten_texts = forgotten.documents(reader.documents)
+    documents, twins, near = without_repeats(everything, lambda: progress(total, total))
     reading = Reading(
         documents=documents,
-        skipped=found.skipped + reader.skipped + twins + near.skipped,
+        skipped=found.skipped + reader.skipped + forgotten_files + forgotten_texts + twins,
         files=found.entries,
         sources=reader.sources,
+        everything=everything,
+        places={file.path: str(file.file) for file in files},
         encodings=dict(reader.encodings.most_common()),
         unused_excludes=tuple(exclude.pattern for exclude in found.excludes if not exclude.used),
         damaged=reader.damaged,
@@ -331,6 +342,18 @@ def read_notes(paths: Sequence[str | os.PathLike[str]], data: DataConfig = DEFAU
     if not documents:
         raise DataError(nothing_found(paths, reading, found))
     return reading
+
+
+def without_repeats(
+    documents: Sequence[Document], before_each: Callable[[], None] = lambda: None
+) -> tuple[list[Document], list[Skipped], NearDuplicates]:
+    """Return each text once and nearly equal ones once, the others as skips, and the account of those much alike.
+
+    before_each: called before each note that is compared, and may raise to end the work.
+    """
+    documents, twins = without_duplicates(documents)
+    documents, near = without_near_duplicates(documents, before_each)
+    return documents, twins + near.skipped, near
 
 
 def without_duplicates(documents: Sequence[Document]) -> tuple[list[Document], list[Skipped]]:

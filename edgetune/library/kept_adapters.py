@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edgetune.home import home
 from edgetune.library import adapter_registry as registry
+from edgetune.library import ledger
 from edgetune.reports.text import NAME_SHOWN
 from edgetune.reports.verdicts import promise
 from edgetune.runtime import peft_folder
@@ -122,13 +123,17 @@ def ancestors(adapter: KeptAdapter) -> list[KeptAdapter]:
 
 
 def delete(folder: Path) -> None:
-    """Delete an adapter. Raises AdapterError for the current one of its base."""
+    """Delete an adapter, and what the ledger has of its run unless another adapter descends from it.
+
+    Raises AdapterError for the current one of its base.
+    """
     if is_current(folder):
         raise AdapterError(
             f"The adapter {folder.name} is the current one. Go back to the one before it with `edgetune adapters rollback`, or "
             "make another one current with `edgetune adapters promote NAME`, and then delete it."
         )
     shutil.rmtree(folder)
+    ledger.tidy()
 
 
 def record_audit(folder: Path, figures: Mapping[str, float]) -> None:

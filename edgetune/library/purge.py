@@ -31,7 +31,8 @@ _OWN = {
     "models": r"(\.deleted-|\.)?[\w-]+-[0-9a-f]{12}(\..+)?",
     "runs": _STAMP,
     "privacy-ledger": rf"{_STAMP}\.json",
-    "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion|encryption)(\.lock)?",
+    "ledger": rf"{_STAMP}\.(json|notes)|forgetting",
+    "unfinished": r"([0-9a-f]{16}(-\d+)?|out-[0-9a-f]{16}|conversion|encryption|log|forget)(\.lock)?",
     "scratch": r"[0-9a-f]{16}(\.lock)?",
 }
 """Patterns of the names that edgetune gives to what is in the folders of its own folder."""

@@ -143,7 +143,14 @@ class NightRecord:
         else:
             happened = f"{self.outcome}; nothing changed."
         advice = f" To use it, type: edgetune adapters promote {self.adapter}" if self.outcome is Outcome.TOO_FEW else ""
-        return f"{happened} {self.reason}".rstrip() + advice
+        return f"{happened} {self.reason}".rstrip() + advice + self._gone()
+
+    def _gone(self) -> str:
+        """Return the offer to forget notes that are gone since the last night; empty where there are none."""
+        if not self.gone_notes or self.outcome is Outcome.NOTES_MISSING:
+            return ""
+        notes = f"{counted(self.gone_notes, 'note')} {'is' if self.gone_notes == 1 else 'are'} gone since the last night"
+        return f" {notes}: to make the adapter forget what is gone, type: edgetune forget --gone"
 
 
 _NAMES = {Kind.NIGHT: "Night", Kind.CATCH_UP: "Night", Kind.MANUAL: "Run", Kind.TRIAL: "Trial"}

@@ -11,17 +11,13 @@ import torch
 
 import edgetune
 from edgetune.documents.lineage import KEY as LINEAGE
-from edgetune.library import adapter_registry as registry
 from edgetune.library.gate import Decision
 from edgetune.library.kept_adapters import LEAKS
-from edgetune.runtime.errors import AdapterError
 from edgetune.training.leak_evidence import Leaks
 from edgetune.training.private_plan import KEY as PRIVATE
+from edgetune.training.recorded import name_of
 from edgetune.training.setup import PreparedRun
 from edgetune.weight_forms import RECORDED
-
-OUTSIDE = "(outside)"
-"""Stands for an adapter outside edgetune's own folder, since the name of its folder might tell whose it is."""
 
 
 def adapter_record(
@@ -50,8 +46,8 @@ def adapter_record(
         "data": plan.data_digest,
         LINEAGE: run.record.lineage,
         "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "parent": _parent(run),
-        "compared_with": None if rival is None else _name_of(rival, plan.base),
+        "parent": name_of(run.config.from_adapter, plan.base),
+        "compared_with": None if rival is None else name_of(str(rival), plan.base),
         "verdict": str(decision.verdict),
         "reason": decision.reason,
         "heldout_bits_per_byte_before": before,
@@ -67,18 +63,3 @@ def adapter_record(
         "settings": settings,
         PRIVATE: private,
     }
-
-
-def _parent(run: PreparedRun) -> str | None:
-    """Return the name of the adapter that training started from; None for a fresh one."""
-    if run.config.from_adapter is None:
-        return None
-    try:
-        parent = registry.find(run.config.from_adapter, run.plan.base)
-    except AdapterError:  # it was there when the run began
-        return OUTSIDE
-    return None if parent is None else _name_of(parent, run.plan.base)
-
-
-def _name_of(adapter: Path, base: str) -> str:
-    return adapter.name if adapter.resolve().parent == registry.adapters_folder(base).resolve() else OUTSIDE

@@ -168,13 +168,19 @@ def decision_record(decision: Decision, evidence: Evidence, rival: Path | None, 
 
 
 def _yesterdays(run: PreparedRun) -> tuple[Path | None, Adapter | None]:
-    """Return the folder and the values of the base's current adapter; None for one that there is not or that is unreadable."""
+    """Return the folder and the values of the base's current adapter; None for one that there is not or that is unreadable.
+
+    A run that repeats another one is compared with what that one was compared with.
+    """
     current = registry.get_current(run.plan.base)
-    if current is None:
+    folder = None if current is None else current.adapter
+    if run.recorded is not None:
+        folder = run.recorded.rival
+    if folder is None:
         return None, None
     try:
-        adapter = registry.load_for(current.adapter, run.loaded.checkpoint)
+        adapter = registry.load_for(folder, run.loaded.checkpoint)
         adapters.check_fits(adapter, run.loaded.model.config)
     except AdapterError:
         return None, None
-    return current.adapter, adapter
+    return folder, adapter

@@ -20,7 +20,9 @@ from edgetune.dataset.evaluation_set import Score
 from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
 from edgetune.home import expand
 from edgetune.library import adapter_registry as registry
+from edgetune.library import training_log
 from edgetune.library.gate import decide
+from edgetune.library.ledger import Cut
 from edgetune.library.promotion import promote
 from edgetune.progress import Show, Stages
 from edgetune.runtime import adapter as adapters
@@ -37,6 +39,7 @@ from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
 from edgetune.training.gate_evidence import GateEvidence, decision_record
 from edgetune.training.private_plan import settle
+from edgetune.training.recorded import finish_entry
 from edgetune.training.samples import prompt_ids, prompt_text
 from edgetune.training.setup import PreparedRun
 from edgetune.training.step import StepResult, TrainStep
@@ -105,6 +108,8 @@ class TrainingLoop:
         self.train_step.sync_with_leader(optimizer_state=has_steps)
         self.began = time.monotonic()
         self.started = self.began - self.state.seconds
+        self.cut = None if run.recorded is None else run.recorded.cut
+        self.last_batches: int | None = None
         self.step_seconds = self.evaluation_seconds = self.all_evaluations_seconds = 0.0
         self.stages = Stages(show, self._check_stop)
         # With followers, stop only between steps: in the middle of one they would wait for this process's share.
@@ -141,7 +146,7 @@ class TrainingLoop:
         # A run may have been interrupted after its last step but before the evaluation that was due then.
         yield from self._evaluate_if_due()
         first = self.state.step
-        while self.state.step < self.plan.steps and not (self.state.step > first and self.deadline.has_passed()):
+        while self.state.step < self.plan.steps and not self._ends_early(first):
             if self.writer.is_due(self.step_seconds):
                 yield self._save_checkpoint()
             yield self._step()
@@ -164,7 +169,8 @@ class TrainingLoop:
             yield self._save_checkpoint()
         # A deadline may come long before the end of the plan, which this evaluation is made for.
         share = self.config.evaluation_share / (2 + self.plan.published_scores + self.plan.gate_scores)
-        score = self._score(share * self.deadline.seconds_left() if step == 0 else math.inf)
+        first = None if self.cut is None else self.cut.before
+        score = self._score(share * self.deadline.seconds_left(), first) if step == 0 else self._score()
         self.state.evaluated_step = step
         if step == 0:
             self.state.score_before = score
@@ -192,6 +198,13 @@ class TrainingLoop:
             notices=record.notices,
             masked=record.masked,
         )
+
+    def _ends_early(self, first: int) -> bool:
+        """Return True if the run must end before its plan: at a deadline, but after a step more than the `first` ones that an
+        earlier session did; or where the run ended that this one repeats."""
+        if self.run.recorded is not None:
+            return self.cut is not None and self.state.step >= self.cut.steps
+        return self.state.step > first and self.deadline.has_passed()
 
     def _check_stop(self) -> None:
         """Raise _Stopped if the user asked to stop. Called wherever the run can be left without losing a consistent state."""
@@ -316,7 +329,7 @@ class TrainingLoop:
         state = self.state
         best = yield from self._choose_best()
         compared = self._compare_with_published(best)
-        most_seconds = math.inf if best.cut is None else self.evaluation_seconds
+        most_seconds = math.inf if best.cut is None or self.run.recorded is not None else self.evaluation_seconds
         gate = GateEvidence(self.run, most_seconds, self._seconds(), self.stages)
         evidence = gate.measure(state.score_before, best.score)
         decision = decide(evidence)
@@ -328,7 +341,8 @@ class TrainingLoop:
         folder = adapter_folder(self.run)
         adapter = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
         peft_folder.save(adapter, folder, self.run.loaded.choice.public_name)
-        if decision.promote:
+        self._enter_ledger(folder, best, gate.rival, decision.promote)
+        if decision.promote and self.run.recorded is None:
             promote(folder, self.run.loaded.choice.name, self.plan.base)
         yield Saved(best.step, str(folder), after)
         peak = max(state.peak_memory_bytes, self.meter.peak())
@@ -382,9 +396,26 @@ class TrainingLoop:
         allowed = self.config.evaluation_share * (time.monotonic() - self.began)
         comparable = None if state.score_before is None else len(state.score_before)
         left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores + self.plan.gate_scores)
+        if self.run.recorded is not None:
+            left, last = math.inf, None if self.cut is None else self.cut.last
+            comparable = min((each for each in (comparable, last) if each is not None), default=None)
         score = self._score(left, comparable)
+        self.last_batches = len(score)
         yield self._evaluated(score)
         return score
+
+    def _enter_ledger(self, folder: Path, best: _Best, rival: Path | None, promoted: bool) -> None:
+        """Add the run to the ledger and to the log of what was trained."""
+        run, state, cut = self.run, self.state, None
+        if best.cut is not None and run.held_out is not None:
+            whole = sum(1 for _ in run.held_out.groups(self.plan.setting.row_tokens))
+            counts = (None if state.score_before is None else len(state.score_before), self.last_batches)
+            cut = Cut(state.step, *(None if count in (None, whole) else count for count in counts))
+        elif best.cut is not None:
+            cut = Cut(state.step)
+        ended = None if run.recorded is None else run.recorded.ended
+        entry = finish_entry(run.folder, folder, cut, rival, promoted, self._seconds(), ended)
+        training_log.trained(run.record.run, self.plan.base, entry, promoted, repeated=run.recorded is not None)
 
     def _compare_with_published(self, best: _Best) -> dict[str, Any]:
         """Return what tells learning from repair, if the time that is left allows to measure it (see published.compare)."""

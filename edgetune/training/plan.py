@@ -107,12 +107,15 @@ class RunRecord:
         """Return the record that `as_dict` turned into JSON."""
         lora = LoraConfig(**{**values["lora"], "targets": tuple(values["lora"]["targets"])})
         tuples = {name: tuple(values[name]) for name in ("heldout_paths", "prompts", "notices")}
-        setting = values["plan"]["setting"]
-        enums = {"recompute": Recompute(setting["recompute"]), "in_file": Vocabulary(setting["in_file"])}
-        setting = Setting(**{**setting, **enums})
         planned = values["plan"]
+        setting = setting_from_dict(planned["setting"])
         anchor = None if planned["anchor"] is None else AnchorPlan.from_dict(planned["anchor"])
         private = None if planned["private"] is None else PrivatePlan(**planned["private"])
         made = {"setting": setting, "weights": WeightForm(planned["weights"]), "anchor": anchor, "private": private}
         plan = Plan(**{**planned, **made})
         return cls(**{**values, "plan": plan, "lora": lora, **tuples})
+
+
+def setting_from_dict(values: dict[str, Any]) -> Setting:
+    """Return the memory setting that a plan holds as JSON."""
+    return Setting(**{**values, "recompute": Recompute(values["recompute"]), "in_file": Vocabulary(values["in_file"])})

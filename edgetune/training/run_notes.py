@@ -6,7 +6,7 @@ A run that starts from an adapter trains on all notes that are new or changed si
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from edgetune.config import DataConfig, TrainConfig
@@ -42,14 +42,21 @@ class ChosenNotes:
         return dataclasses.replace(self, split=split)
 
 
-def choose_notes(config: TrainConfig, adapter: Adapter | None, processes: int = 1, progress: Progress = ignore) -> ChosenNotes:
+def choose_notes(
+    config: TrainConfig,
+    adapter: Adapter | None,
+    processes: int = 1,
+    progress: Progress = ignore,
+    read: Callable[[Progress], Reading] | None = None,
+) -> ChosenNotes:
     """Read the notes of a run that starts from `adapter`, if any, and choose what it trains on and what it holds out.
 
     With several processes, the adapter's marks do not count: they are keyed with a secret of this machine, so other machines
-    could not make the same choice. Raises NothingNew where the settings ask for new notes and there is none to train on.
+    could not make the same choice. read: as in `read_and_split`. Raises NothingNew where the settings ask for new notes and
+    there is none to train on.
     """
     lineage = Lineage.of_adapter(adapter.about) if adapter is not None and processes == 1 else NO_LINEAGE
-    reading, split = read_and_split(config, progress, lineage)
+    reading, split = read_and_split(config, progress, lineage, read)
     if config.only_new and lineage.nights:
         learnt = learnt_paths(reading.documents, lineage)
         if all(document.path in learnt for document in split.train):
@@ -62,16 +69,19 @@ def choose_notes(config: TrainConfig, adapter: Adapter | None, processes: int = 
 
 
 def read_and_split(
-    config: TrainConfig, progress: Progress = ignore, lineage: Lineage = NO_LINEAGE
+    config: TrainConfig,
+    progress: Progress = ignore,
+    lineage: Lineage = NO_LINEAGE,
+    read: Callable[[Progress], Reading] | None = None,
 ) -> tuple[Reading, HeldOutSplit]:
     """Read the notes and split off the held-out ones. This is all that --dry-run does.
 
-    lineage: the marks of the adapter to start from.
+    lineage: the marks of the adapter to start from. read: returns the notes in place of those on the disk.
     """
     data = config.data
     if not data.notes:
         raise DataError("No notes were named. Type the folder that holds them: edgetune train notes/")
-    reading = read_notes(data.notes, data, progress)
+    reading = read_notes(data.notes, data, progress) if read is None else read(progress)
     if data.recipe == "chat":
         chats = [document for document in reading.documents if document.is_chat]
         if not chats:

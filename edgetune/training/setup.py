@@ -43,6 +43,7 @@ from edgetune.training.evaluation import plan_evaluations
 from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
 from edgetune.training.private_plan import PrivatePlan, check_parent, in_words, packer_for, peak_rate, plan_private
+from edgetune.training.recorded import Recorded, begin_entry, gone_notice
 from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
 from edgetune.training.tokenized_notes import TokenizedNotes, tokenize_notes
@@ -64,6 +65,8 @@ class PreparedRun:
     """Answers of the base's own that are not trained on."""
     folder: Path
     """The unfinished run's own folder: token stores, and scratch files of what does not stay in memory."""
+    recorded: Recorded | None = None
+    """The run that this one repeats."""
 
     @property
     def plan(self) -> Plan:
@@ -85,17 +88,19 @@ def prepare_new(
     local_processes: int = 1,
     stages: Stages = SILENT,
     also: Sequence[Document] = (),
+    recorded: Recorded | None = None,
 ) -> PreparedRun:
     """Set up a new run: tokenize the notes into `folder`, load the model, attach a fresh (or the named) adapter, make the plan.
 
     run: name of the run. The plan is for `processes` processes, `local_processes` of them on this machine. also: documents to
-    train on beside the notes.
+    train on beside the notes. recorded: the run that it repeats.
     """
     choice, checkpoint = base
-    settings, config = config.as_dict(), fit_rows(config, checkpoint.config)
+    settings, asked, config = config.as_dict(), config, fit_rows(config, checkpoint.config)
     adapter = named_adapter(config, checkpoint)
     check_parent(config, adapter, processes)
-    read = choose_notes(config, adapter, processes, stages.of("reading")).with_documents(also)
+    read = choose_notes(config, adapter, processes, stages.of("reading"), None if recorded is None else recorded.read)
+    read = read.with_documents(also)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(choice)
     notes = tokenize_notes(config, read.split, tokenizer, folder, stages.of("tokenizing"))
@@ -104,7 +109,11 @@ def prepare_new(
     lora = config.lora() if adapter is None else adapter.config
     # Memory is planned before any weight is read: a run that does not fit must fail at once.
     forms = _forms(config, checkpoint, adapter)
-    chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
+    if recorded is None:
+        chosen = choose_or_refuse(checkpoint.config, lora, forms, config, dtype, device.type, processes, local_processes)
+    else:
+        chosen = recorded.choice(checkpoint.config, lora, forms, dtype, device.type)
+        torch.set_num_threads(recorded.threads)
     int8 = multiplies_int8 and chosen.stored.form is WeightForm.NF4
     packer = packer_for(config, store, data.seq_len)
     steps = planned_steps(config, packer.steps_per_epoch)
@@ -115,7 +124,7 @@ def prepare_new(
     _attach(loaded, adapter, lora, data.seed)
     memory = memory_allowed(config, device.type, local_processes)
     has_replies = (folder / REPLIES).exists()
-    schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory, has_replies)
+    schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory, has_replies, recorded)
     digest = documents_digest(notes.split.train, data)
     plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, digest, private)
     record = RunRecord(
@@ -128,7 +137,11 @@ def prepare_new(
         prompts=sample_prompts(
             notes.split.held_out or ([] if private else notes.split.train), tokenizer, _uses_template(config, tokenizer)
         ),
-        notices=_notices(config, read, notes, adapter, checkpoint, tokenizer) + ((in_words(private),) if private else ()),
+        notices=(
+            *_notices(config, read, notes, adapter, checkpoint, tokenizer),
+            *gone_notice(config, plan.base, read.reading),
+            *((in_words(private),) if private else ()),
+        ),
         notes=documents_digest(read.reading.documents, data),
         torch=torch.__version__,
         files=_token_files(folder),
@@ -136,6 +149,9 @@ def prepare_new(
         masked=read.reading.masked,
         noise_key=new_key() if private else "",
     )
+    if config.out is None:
+        name, split = loaded.choice.name, notes.split
+        begin_entry(asked, plan.base, name, plan.as_dict(), run, processes, read.reading, split, folder)
     return _prepared(config, record, loaded, packer, held_out, folder)
 
 
@@ -228,10 +244,11 @@ def _evaluation_schedule(
     chosen: Choice,
     memory: int,
     has_replies: bool,
+    recorded: Recorded | None,
 ) -> _Schedule:
     """Return the evaluations that fit in their share of the run, those of the published base also in `memory` bytes.
 
-    has_replies: the gate will score answers of the base's own.
+    has_replies: the gate will score answers of the base's own. recorded: the run that this one repeats.
     """
     trained_tokens = _trained_tokens(packer, steps)
     set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
@@ -239,9 +256,10 @@ def _evaluation_schedule(
     # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
     gate = planned_scores(has_replies)
     compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
-    for scores in range(published.SCORES if compares else 0, 0, -1):
+    most = published.SCORES if recorded is None else recorded.published_scores
+    for scores in range(most if compares else 0, 0, -1):
         every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores + gate)
-        if published.fits(loaded, scores, min(tokens, set_tokens), rows, chosen.parts, memory):
+        if recorded is not None or published.fits(loaded, scores, min(tokens, set_tokens), rows, chosen.parts, memory):
             return _Schedule(every, tokens, scores, gate)
     return _Schedule(*plan_evaluations(config, steps, trained_tokens, set_tokens, int8, gate), 0, gate)
 

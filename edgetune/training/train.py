@@ -7,6 +7,7 @@ From the command line to a training step: cli/train.py -> this module -> loop.py
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -28,6 +29,7 @@ from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World, join_processes
 from edgetune.training.loop import REPORT_FILE, TrainingLoop, adapter_folder
 from edgetune.training.plan import RunRecord
+from edgetune.training.recorded import Recorded
 from edgetune.training.sealed_files import DamagedError
 from edgetune.training.setup import PreparedRun, changes_since_start, prepare_follower, prepare_new, prepare_resumed
 from edgetune.training.step import TrainStep
@@ -65,6 +67,24 @@ def train(
         with lock_run(config, base[1].digest) as unfinished:
             run, restored, resumed = _begin_or_resume(config, base, unfinished, fresh, world, show)
             yield from _lead(run, restored, resumed, unfinished, world, stop, deadline, show)
+
+
+def repeat(
+    config: TrainConfig, base: Base, recorded: Recorded, stop: threading.Event, show: Show = lambda event: None
+) -> Iterator[Event]:
+    """Train as a recorded run did, but on the notes that `recorded` has, or resume that; yield events as `train` does.
+
+    config: the settings of the run, with the adapter to start from. Its adapter replaces that of the run, and nothing is
+    promoted. Raises NothingNew where the run would have had nothing to learn.
+    """
+    with (
+        explain_card_memory("free some memory"),
+        join_processes(pick_device(config.device), private_link=False) as world,
+        lock_run(config, base[1].digest, recorded.key) as unfinished,
+    ):
+        run, restored, resumed = _begin_or_resume(config, base, unfinished, False, world, show, recorded)
+        run = dataclasses.replace(run, recorded=recorded)
+        yield from _lead(run, restored, resumed, unfinished, world, stop, Deadline(), show)
 
 
 def _lead(
@@ -121,7 +141,13 @@ def _follow(config: TrainConfig, base: Base, world: World) -> None:
 
 
 def _begin_or_resume(
-    config: TrainConfig, base: Base, unfinished: UnfinishedRun, fresh: bool, world: World, show: Show
+    config: TrainConfig,
+    base: Base,
+    unfinished: UnfinishedRun,
+    fresh: bool,
+    world: World,
+    show: Show,
+    recorded: Recorded | None = None,
 ) -> tuple[PreparedRun, RestoredCheckpoint, Resumed | None]:
     """Set up the interrupted run of this command if there is one, else a new run.
 
@@ -132,7 +158,7 @@ def _begin_or_resume(
         try:
             record, restored = RunRecord.from_dict(unfinished.record()), restore_checkpoint(unfinished.folder)
             run = prepare_resumed(config, base, unfinished.folder, record, restored.has_steps, stages)
-            changes = changes_since_start(run, stages.of("reading"))
+            changes = [] if recorded is not None else changes_since_start(run, stages.of("reading"))
             return run, restored, Resumed(restored.state.step, (*restored.notices, *changes))
         except OtherVersionError:
             notice = "An interrupted run of this command was begun by another version of edgetune, so training starts over."
@@ -141,13 +167,14 @@ def _begin_or_resume(
             resumed = Resumed(0, ("The files of this command's interrupted run are damaged, so training starts over.",))
     unfinished.discard()
     private_folder(unfinished.folder)
-    name = registry.new_run(base[1].digest)
+    name = registry.new_run(base[1].digest) if recorded is None else recorded.run
     try:
-        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size, stages)
+        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size, stages, recorded)
         unfinished.begin(run.record.as_dict())
     except BaseException:
         unfinished.discard()
-        registry.run_folder(name).rmdir()
+        if recorded is None:
+            registry.run_folder(name).rmdir()
         raise
     return run, RestoredCheckpoint(), resumed
 

@@ -69,12 +69,13 @@ class UnfinishedRun:
 
 
 @contextlib.contextmanager
-def lock_run(config: TrainConfig, base: str) -> Iterator[UnfinishedRun]:
+def lock_run(config: TrainConfig, base: str, key: str | None = None) -> Iterator[UnfinishedRun]:
     """Lock this command's run and its output folder, and yield the run's folder, which need not exist yet.
 
-    base: digest of the base model. Raises BusyError where another process holds either lock.
+    base: digest of the base model. key: stands for the command in place of `run_key`. Raises BusyError where another process
+    holds either lock.
     """
-    folder, key = unfinished_folder(), run_key(config, base)
+    folder, key = unfinished_folder(), key or run_key(config, base)
     delete_leftovers()
     with contextlib.ExitStack() as locks:
         locks.enter_context(Lock(folder / f"{key}.lock", "this run"))
