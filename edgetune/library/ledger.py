@@ -29,7 +29,7 @@ from edgetune.documents.spool import Spool
 from edgetune.home import home, keyed_digests, private_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.runtime.errors import DataError
-from edgetune.runtime.files import atomic_write, explain_full_disk, new_file
+from edgetune.runtime.files import atomic_write, explain_full_disk, move_file, new_file
 from edgetune.runtime.json_file import parse, read_object
 from edgetune.runtime.untrusted_file import FileKind, open_untrusted
 
@@ -181,7 +181,7 @@ def keep(entry: Entry, texts: Path) -> None:
         if place.exists():  # the run had finished at a deadline, and has gone on since
             _rewrite([place, texts], place, lambda name: False)
         else:
-            os.replace(texts, place)
+            move_file(texts, place)
     tidy()
 
 

@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgetune.home import home, private_folder, unfinished_folder
+from edgetune.home import home, unfinished_folder
 from edgetune.library.ledger import Entry, Side
 from edgetune.lock import Lock
 from edgetune.runtime.errors import BusyError, DataError
-from edgetune.runtime.files import PRIVATE_FILE, explain_full_disk, sync_folder
+from edgetune.runtime.files import atomic_write
 from edgetune.runtime.json_file import parse
 from edgetune.runtime.untrusted_file import FileKind, read_untrusted
 
@@ -91,13 +91,8 @@ def append(event: str, **about: Any) -> None:
             torn = _line(number + 1, MENDED, previous, {"why": "the line before was left half written by a crash"})
             number, previous, data = number + 1, torn["hash"], b"\n" + _encoded(torn)
         data += _encoded(_line(number + 1, event, previous, about))
-        private_folder(home())
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-        with explain_full_disk(path_of_log()), os.fdopen(os.open(path_of_log(), flags, PRIVATE_FILE), "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(home())
+        path = path_of_log()
+        atomic_write(path, (read_untrusted(path, _LOG) if os.path.lexists(path) else b"") + data)
 
 
 def trained(run: str, base: str, entry: Entry | None, promoted: bool, repeated: bool) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.dataset.token_store import private_file
 from edgetune.documents.document import Document, Reading
 from edgetune.documents.heldout import HeldOutSplit
 from edgetune.home import expand
@@ -31,7 +30,7 @@ from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.budget import Setting, Stored, WeightForm
 from edgetune.runtime.config import LlamaConfig, LoraConfig
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.files import explain_full_disk, sha256_file
+from edgetune.runtime.files import explain_full_disk, private_file, sha256_file
 
 OUTSIDE = "(outside)"
 """Stands for an adapter outside edgetune's own folder, since the name of its folder might tell whose it is."""
