@@ -132,7 +132,9 @@ class BuildKernels(build_ext):
         objects += [*self._compile(folder / "dispatch.cpp", left_out), *self._compile(folder / "team.cpp", [])]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        self.compiler.link_shared_object(objects, target, libraries=[] if msvc else ["m", "pthread"], build_temp=self.build_temp)
+        self.compiler.link_shared_object(
+            objects, target, libraries=[] if msvc else ["m", "pthread"], build_temp=self.build_temp
+        )
 
     def _compile(self, source: Path, flags: list[str]) -> list[str]:
         common = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS

@@ -1,7 +1,7 @@
 """Load the kernel library and look kernels up in it. No other module calls the library's C functions directly.
 
-The library has a thread team of its own (team.cpp), which is independent of torch's. Each call says how many threads it may use;
-callers pass `torch.get_num_threads()`.
+The library has a thread team of its own (team.cpp), which is independent of torch's. Each call says how many threads it may
+use; callers pass `torch.get_num_threads()`.
 """
 
 from __future__ import annotations

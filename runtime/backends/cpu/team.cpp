@@ -271,3 +271,7 @@ void meet(Meeting* meeting, int count) {
 ET_EXPORT void et_delay(int microseconds) { edgetune::longest_delay.store(uint32_t(microseconds)); }
 // For tests of the library: return the number of threads in the team, the caller included.
 ET_EXPORT int et_team_size() { return edgetune::team->size; }
+// For tests of the library: `share_out` of a function that ignores its first argument.
+ET_EXPORT void et_share_out(int threads, int64_t pieces, edgetune::Piece piece) {
+    edgetune::share_out(threads, pieces, piece, nullptr);
+}
