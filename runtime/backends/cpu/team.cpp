@@ -80,8 +80,8 @@ void rest() {
 }
 
 // Return once the word has another value: poll first, then block. sleepers: the number of threads that may be blocked on it.
-void wait_for_change(Word& word, uint32_t value, Word& sleepers) {
-    for (int polls = 0; polls < POLLS; polls++) {
+void wait_for_change(Word& word, uint32_t value, Word& sleepers, int most_polls = POLLS) {
+    for (int polls = 0; polls < most_polls; polls++) {
         if (word.load(std::memory_order_acquire) != value) return;
         rest();
     }
@@ -90,9 +90,11 @@ void wait_for_change(Word& word, uint32_t value, Word& sleepers) {
     sleepers.fetch_sub(1);
 }
 
-// Wake the threads that are blocked on a word that has just changed.
-void tell(Word& word, Word& sleepers) {
-    if (sleepers.load() > 0) wake_all(word);
+// Wake the threads that are blocked on a word that has just changed. Return true if there were any.
+bool tell(Word& word, Word& sleepers) {
+    if (sleepers.load() == 0) return false;
+    wake_all(word);
+    return true;
 }
 
 // ---- the team ----
@@ -134,30 +136,32 @@ void delay() {
 #endif
 }
 
-// Take pieces of job `number` until there are none. slot: this thread's number in the team.
-void take_pieces(Team& t, uint32_t number, uint32_t slot) {
+// Take pieces of job `number` until there are none. slot: this thread's number in the team. Return true if this thread has woken
+// a caller that had blocked: it was late, perhaps since it shares a processor with the caller, which needs that now.
+bool take_pieces(Team& t, uint32_t number, uint32_t slot) {
     for (;;) {
         uint64_t ticket = t.tickets.load(std::memory_order_acquire);
         const Piece piece = t.piece.load(std::memory_order_relaxed);
         void* argument = t.argument.load(std::memory_order_relaxed);
         const uint32_t pieces = t.pieces.load(std::memory_order_relaxed), index = uint32_t(ticket);
         const bool once = t.once.load(std::memory_order_relaxed), joins = slot < t.threads.load(std::memory_order_relaxed);
-        if (uint32_t(ticket >> 32) != number || index >= pieces || !joins) return;
+        if (uint32_t(ticket >> 32) != number || index >= pieces || !joins) return false;
         if (!t.tickets.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
         delay();
         piece(argument, index, int(slot));
-        if (t.done.fetch_add(1) + 1 == pieces) tell(t.done, t.callers);
-        if (once) return;
+        if (t.done.fetch_add(1) + 1 == pieces) return tell(t.done, t.callers);
+        if (once) return false;
     }
 }
 
 // The life of a thread of the team.
 void live(Team& t) {
     const uint32_t slot = t.born.fetch_add(1);
+    bool late = false;
     for (uint32_t seen = 0;;) {
-        wait_for_change(t.job, seen, t.idle);
+        wait_for_change(t.job, seen, t.idle, late ? 0 : POLLS);
         seen = t.job.load(std::memory_order_acquire);
-        take_pieces(t, seen, slot);
+        late = take_pieces(t, seen, slot);
     }
 }
 
