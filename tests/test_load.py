@@ -81,7 +81,9 @@ def test_plan_says_that_the_machine_is_busy_and_promises_the_time_of_a_free_one(
     command = ["plan", "--model", "demo", "examples/notes", "--steps", "60"]
     shown = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
     assert "60 steps in 10 min" in shown
-    assert "This is with the processors free. Other programs use 45% of them; like this it would take about 17 min." in shown
+    assert (
+        "This is with the processors free. Other programs use 45% of them; like this it would take about 17 min 00 s." in shown
+    )
 
 
 def test_plan_says_nothing_of_other_programs_on_a_free_machine(monkeypatch: pytest.MonkeyPatch) -> None:

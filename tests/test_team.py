@@ -180,8 +180,11 @@ def test_ctrl_c_reaches_a_program_that_computes_within_a_second() -> None:
 torch.set_num_threads(2)
 cpu.swiglu(x, x)
 print("ready", flush=True)
-while True:
-    cpu.swiglu(x, x)
+try:
+    while True:
+        cpu.swiglu(x, x)
+except KeyboardInterrupt:
+    print("stopped", flush=True)
 """
     with subprocess.Popen(
         [sys.executable, "-c", SETUP + code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -190,9 +193,9 @@ while True:
         assert child.stdout.readline() == b"ready\n"
         start = time.monotonic()
         child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=30)
+        assert child.stdout.readline() == b"stopped\n"
         assert time.monotonic() - start < 1.0
-    assert b"KeyboardInterrupt" in errors
+        assert child.wait(60) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
