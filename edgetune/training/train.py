@@ -169,7 +169,7 @@ def _begin_or_resume(
     private_folder(unfinished.folder)
     name = registry.new_run(base[1].digest) if recorded is None else recorded.run
     try:
-        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size, stages, recorded)
+        run = prepare_new(config, base, unfinished.folder, name, world.size, world.local_size, stages, recorded=recorded)
         unfinished.begin(run.record.as_dict())
     except BaseException:
         unfinished.discard()
