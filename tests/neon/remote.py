@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import struct
 import subprocess
@@ -20,6 +21,8 @@ import torch
 
 from edgetune.runtime.backends import cpu
 from edgetune.runtime.backends.cpu import attention, decode, elementwise, library, weights
+
+project = importlib.import_module("edgetune.runtime.backends.cpu.project")  # the package exports its function of that name
 
 NEON = ("neon_i8mm", "neon")
 _CTYPES = (ctypes.Structure, ctypes.Array, ctypes._SimpleCData)
@@ -145,7 +148,7 @@ def _isas() -> tuple[str, ...]:
     return (*_native_isas, *NEON)
 
 
-for module in (library, cpu, attention, decode, elementwise, weights):
+for module in (library, cpu, attention, decode, elementwise, project, weights):
     if hasattr(module, "kernel"):
         module.kernel = _kernel
     if hasattr(module, "isas"):
