@@ -41,6 +41,7 @@ SHAPES_IN_INT8 = {
     "in eights, no adapter": (384, (64, 192), (0, 0), 128, False),
 }
 
+
 @pytest.fixture(params=[name for name in cpu.isas() if name != "scalar"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with cpu.force_isa(request.param):
@@ -101,7 +102,10 @@ def forward_exactly(x: Tensor, linears: list[Adapted], dense: list[Tensor]) -> T
 @pytest.mark.parametrize(("rows", "case"), list(itertools.product(ROWS, SHAPES)))
 def test_forward_and_backward_are_the_dense_products(rows: int, case: str, dropout: float, dtype: torch.dtype) -> None:
     linears, dense = adapted(case, dropout)
-    x, dy = numbers(rows, dense[0].shape[1], dtype=dtype), numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype)
+    x, dy = (
+        numbers(rows, dense[0].shape[1], dtype=dtype),
+        numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     y = torch.full(dy.shape, float("nan"), dtype=dtype)
     reduced = cpu.project(x, linears, y)
     assert reduced is not None
@@ -144,7 +148,10 @@ def test_in_int8_the_large_products_are_those_of_rounded_rows_and_the_adapters_a
     rows: int, case: str, dropout: float, dtype: torch.dtype
 ) -> None:
     linears, dense = adapted(case, dropout)
-    x, dy = numbers(rows, dense[0].shape[1], dtype=dtype), numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype)
+    x, dy = (
+        numbers(rows, dense[0].shape[1], dtype=dtype),
+        numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     weights = [nf4.dequantize(linear.weight, torch.float32) for linear in linears]
     exact = torch.cat([steps(x.float()) @ steps(weight).T for weight in weights], 1)
     exact += forward_exactly(x, linears, [torch.zeros_like(weight) for weight in dense])
@@ -168,7 +175,10 @@ def test_in_int8_the_large_products_are_those_of_rounded_rows_and_the_adapters_a
 def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16(dtype: torch.dtype) -> None:
     linears, dense = adapted("in eights")
     for outlier in (200.0, float("inf"), float("nan")):
-        x, dy = numbers(100, dense[0].shape[1], dtype=dtype), numbers(100, sum(len(weight) for weight in dense), seed=1, dtype=dtype)
+        x, dy = (
+            numbers(100, dense[0].shape[1], dtype=dtype),
+            numbers(100, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+        )
         x[:, 5], dy[:, 7] = outlier, outlier
         results = []
         for int8 in (False, True):
@@ -183,7 +193,10 @@ def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16(dtype: to
 def test_rows_of_zeros_hide_no_outliers(dtype: torch.dtype) -> None:
     """Padding and untrained tokens have zero gradients, which must not hide outliers in the rows that have gradients."""
     linears, dense = adapted("in eights")
-    x, dy = numbers(256, dense[0].shape[1], dtype=dtype), numbers(256, sum(len(weight) for weight in dense), seed=1, dtype=dtype)
+    x, dy = (
+        numbers(256, dense[0].shape[1], dtype=dtype),
+        numbers(256, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     dy[:, 7] = 200.0
     dy[20:] = 0
     y = torch.empty_like(dy)
@@ -262,7 +275,10 @@ def test_column_slices_are_read_and_written_in_place(rows: int, dtype: torch.dty
 @pytest.mark.parametrize("rows", [100, 600])
 def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str, int8: bool, dtype: torch.dtype) -> None:
     linears, dense = adapted(case, 0.1)
-    x, dy = numbers(rows, dense[0].shape[1], dtype=dtype), numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype)
+    x, dy = (
+        numbers(rows, dense[0].shape[1], dtype=dtype),
+        numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     results = []
     for count in (1, 2, 3):
         with threads(count):

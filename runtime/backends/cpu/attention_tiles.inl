@@ -89,6 +89,15 @@ ET_INLINE Ints multiply_word(const int16_t* word, const int16_t* row, Ints sum) 
     const __m512i pair = _mm512_set1_epi32(read_as<int32_t>(word));
     return sum + (Ints)_mm512_madd_epi16(pair, _mm512_loadu_si512(row));
 }
+#elif defined(ET_USE_AVX_VNNI)
+ET_INLINE Ints multiply_word(const uint8_t* word, const int8_t* row, Ints sum) {
+    const __m256i four = _mm256_set1_epi32(read_as<int32_t>(word));
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, four, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+}
+ET_INLINE Ints multiply_word(const int8_t* word, const uint8_t* row, Ints sum) {
+    const __m256i four = _mm256_set1_epi32(read_as<int32_t>(word));
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)), four);
+}
 #elif defined(ET_USE_AVX2) && defined(__GNUC__)
 ET_INLINE Ints multiply_word(const int16_t* word, const int16_t* row, Ints sum) {
     const __m256i pair = _mm256_set1_epi32(read_as<int32_t>(word));
@@ -102,6 +111,17 @@ ET_INLINE Ints multiply_word(const uint8_t* word, const int8_t* row, Ints sum) {
 ET_INLINE Ints multiply_word(const int8_t* word, const uint8_t* row, Ints sum) {
     const int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(read_as<uint32_t>(word)));
     return (Ints)vusdotq_s32((int32x4_t)sum, vld1q_u8(row), four);
+}
+#elif defined(ET_USE_NEON_DOT)
+ET_INLINE Ints multiply_word(const int8_t* word, const int8_t* row, Ints sum) {
+    const int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(read_as<uint32_t>(word)));
+    return (Ints)vdotq_s32((int32x4_t)sum, four, vld1q_s8(row));
+}
+#elif defined(ET_USE_NEON)
+ET_INLINE Ints multiply_word(const int16_t* word, const int16_t* row, Ints sum) {
+    const int16x8_t pair = vreinterpretq_s16_u32(vdupq_n_u32(read_as<uint32_t>(word))), columns = vld1q_s16(row);
+    const int32x4_t low = vmull_s16(vget_low_s16(pair), vget_low_s16(columns)), high = vmull_high_s16(pair, columns);
+    return sum + (Ints)vpaddq_s32(low, high);
 }
 #endif
 

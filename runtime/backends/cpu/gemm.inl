@@ -19,13 +19,17 @@ typedef Bf16 Real;
 typedef float Real;
 #endif
 
-// What an "int8" product multiplies: integers of at most INT8_LARGEST. A CPU that multiplies bytes wants one operand without
-// sign: weights stand CODE_ZERO above their value, and what that adds to a sum is taken off at the end (gemm_int8.inl). Others
-// multiply 16-bit integers in pairs.
-#if defined(ET_USE_AVX512_BF16) || defined(ET_USE_NEON_I8MM)
+// What an "int8" product multiplies: integers of at most INT8_LARGEST. Most CPUs that multiply bytes want one operand without
+// sign: weights stand CODE_ZERO above their value, and what that adds to a sum is taken off at the end (gemm_int8.inl). CPUs that
+// multiply no bytes multiply 16-bit integers in pairs: AVX2's product of bytes saturates.
+#if defined(ET_USE_AVX512_BF16) || defined(ET_USE_AVX_VNNI) || defined(ET_USE_NEON_I8MM)
 typedef int8_t Code;
 typedef uint8_t WeightCode;
 constexpr int32_t CODE_ZERO = 128;
+#elif defined(ET_USE_NEON_DOT)
+typedef int8_t Code;
+typedef int8_t WeightCode;
+constexpr int32_t CODE_ZERO = 0;
 #else
 typedef int16_t Code;
 typedef int16_t WeightCode;

@@ -22,6 +22,8 @@ from edgetune.runtime.ops_types import Adapted
 
 BF16_ISAS = ("amx", "avx512_bf16")
 """Instruction sets whose kernels multiply bf16: x is bf16. On others sums are of fp32 numbers, and x is fp32 or bf16."""
+SLOW_INT8 = ("neon",)
+"""Instruction sets whose products in 8 bits are no faster than their fp32 ones."""
 STRIP = 32
 """Ranks are padded to a multiple of this, and outputs must be one: SIDE in gemm.inl."""
 INT8_STRIP = 64
@@ -48,11 +50,11 @@ _scratch = _Scratch()
 
 
 def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:
-    """Write x (M, I) times each linear's W^T, plus its adapter's part, into y (M, sum of O), of x's dtype: fp32 sums rounded once.
+    """Write x (M, I) times each linear's W^T, plus its adapter's part, into y (M, sum of O): x's dtype, fp32 sums rounded once.
 
-    Return the tensor that the backward needs: dropout(x) A^T of each adapter, (M, ranks padded to 32), of x's dtype; y None computes
-    only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. Raises ValueError for
-    arguments that do not fit together. W has dequantize's bits; y may be a slice of columns.
+    Return the tensor that the backward needs: dropout(x) A^T of each adapter, (M, ranks padded to 32), of x's dtype; y None
+    computes only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. W has
+    dequantize's bits; y may be a slice of columns. Raises ValueError for arguments that do not fit together.
 
     int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 3% (constants.h's
     INT8_ERROR_LIMIT) and the shapes allow it.
@@ -101,9 +103,13 @@ def dtypes(isa: str) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16,) if isa in BF16_ISAS else (torch.float32, torch.bfloat16)
 
 
-def fuses(dtype: torch.dtype) -> bool:
-    """Return True if this machine has fused kernels for the dtype; they still refuse some shapes."""
-    return dtype in dtypes(selected_isa())
+def fuses(dtype: torch.dtype, int8: bool = False) -> bool:
+    """Return True if this machine has fused kernels for the dtype; they still refuse some shapes.
+
+    int8: return True if they are also faster in 8 bits.
+    """
+    isa = selected_isa()
+    return dtype in dtypes(isa) and not (int8 and isa in SLOW_INT8)
 
 
 def _fits(x: Tensor, linears: Sequence[Adapted]) -> bool:
