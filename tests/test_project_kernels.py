@@ -27,6 +27,7 @@ TOLERANCE = 5e-3
 # The largest error of an int8 product, as a fraction of its norm. Rounding rows to 127 steps costs about 1% on each side.
 INT8_ERROR = 0.02
 ROWS = [1, 7, 32, 100, 513, 1100]
+ROWS_OF_OTHERS = [7, 100]
 # Each case is (inputs, outputs of each linear, rank of each (0: no adapter), block size, double quantisation).
 SHAPES = {
     "one strip": (64, (32,), (16,), 64, True),
@@ -100,7 +101,9 @@ def forward_exactly(x: Tensor, linears: list[Adapted], dense: list[Tensor]) -> T
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(("rows", "case"), list(itertools.product(ROWS, SHAPES)))
-def test_forward_and_backward_are_the_dense_products(rows: int, case: str, dropout: float, dtype: torch.dtype) -> None:
+def test_forward_and_backward_are_the_dense_products(
+    rows: int, case: str, dropout: float, isa: str, dtype: torch.dtype
+) -> None:
     linears, dense = adapted(case, dropout)
     x, dy = (
         numbers(rows, dense[0].shape[1], dtype=dtype),

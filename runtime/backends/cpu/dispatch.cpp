@@ -10,7 +10,8 @@
 //      old). The rows are in order of preference: a kernel that xyz lacks is looked for in the rows below.
 //   4. lanes.inl: LANES, and get, put and fused if the compiler's vector types do not do (ET_USE_XYZ). All kernels work then.
 //   5. What it does better than the plain code, as an #if defined(ET_USE_XYZ) branch: numbers.inl (fma), dequant.inl (table
-//      lookup), forms.inl (products of decoding), attention_tiles.inl and attention_softmax.inl (tile products, 2^x), gemm.inl (which integers).
+//      lookup), forms.inl (products of decoding), attention_tiles.inl and attention_softmax.inl (tile products, 2^x), and
+//      gemm.inl (which integers).
 //      kernels.inl includes its intrinsics' header, and chooses the kernels if, like AMX, it has only some.
 //   6. tests: the list of instruction sets of test_attention_kernels.py's `isa` fixture (the other tests ask library.isas()).
 //      If no machine at hand can run it: tests/test_neon.py and tests/neon show how to test it under an emulator.

@@ -20,8 +20,8 @@ typedef float Real;
 #endif
 
 // What an "int8" product multiplies: integers of at most INT8_LARGEST. Most CPUs that multiply bytes want one operand without
-// sign: weights stand CODE_ZERO above their value, and what that adds to a sum is taken off at the end (gemm_int8.inl). CPUs that
-// multiply no bytes multiply 16-bit integers in pairs: AVX2's product of bytes saturates.
+// sign: weights stand CODE_ZERO above their value, and what that adds to a sum is taken off at the end (gemm_int8.inl). Others
+// multiply 16-bit integers in pairs: AVX2's product of bytes saturates.
 #if defined(ET_USE_AVX512_BF16) || defined(ET_USE_AVX_VNNI) || defined(ET_USE_NEON_I8MM)
 typedef int8_t Code;
 typedef uint8_t WeightCode;
@@ -143,7 +143,8 @@ static void write_columns(const float* c, M* out, int64_t out_row, int64_t rows)
     }
 }
 #if defined(ET_USE_AVX512_BF16)
-// Rounded neighbours of a column are joined to one 32-bit word first, so that words can be transposed instead of 16-bit numbers.
+// Rounded neighbours of a column are joined to one 32-bit word first, so that words can be transposed instead of 16-bit
+// numbers.
 static void write_columns(const float* c, Bf16* out, int64_t out_row, int64_t rows) {
     alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};

@@ -1,8 +1,8 @@
-// gemm.inl's product on AMX: tiles 0 to 3 hold a square of sums (see attention_amx.inl), to which squares of bf16 or of bytes are
-// multiplied while the next strip is dequantised, since the unit that multiplies tiles is apart from the one that looks up.
+// gemm.inl's product on AMX. Tiles 0 to 3 hold a square of sums (see attention_amx.inl). The next strip is dequantised between
+// the tiles' products, since the unit that multiplies tiles is apart from the one that looks numbers up.
 
-// Tile `sums` += tile `left` x tile `right`, of which the weights' bytes have no sign. A macro, since the intrinsics want literal
-// tile numbers.
+// Tile `sums` += tile `left` x tile `right`, of which the weights' bytes have no sign. A macro, since the intrinsics want
+// literal tile numbers.
 #define ET_TILE_PRODUCT(sums, left, right)                       \
     do {                                                         \
         if (sizeof(L) == 2) _tile_dpbf16ps(sums, left, right);   \

@@ -44,9 +44,9 @@ static bool even_enough(const float* errors, int64_t rows) {
     return all <= INT8_ERROR_LIMIT * INT8_ERROR_LIMIT * float(counted);
 }
 
-// Round squares in left form, 32 rows x depth, to squares of codes in left form or, if `turned`, in right form. row_scales (32,);
-// factors (depth,), by which numbers are multiplied first, or null. excess (32,) += CODE_ZERO times the sum of each row's codes:
-// what weights that stand CODE_ZERO too high add to the row's sums.
+// Round squares in left form, 32 rows x depth, to squares of codes in left form or, if `turned`, in right form.
+// row_scales (32,); factors (depth,), by which numbers are multiplied first, or null. excess (32,) += CODE_ZERO times the sum
+// of each row's codes: what weights that stand CODE_ZERO too high add to the row's sums.
 static void round_squares(const Real* lines, const float* row_scales, const float* factors, int64_t depth, bool turned,
                           Code* to, int32_t* excess) {
     constexpr int64_t deep = DEPTH<Code>;

@@ -85,7 +85,7 @@ struct Strip {  // W: Real or WeightCode
     ET_MEMBER __m512 products(int64_t weight) const {
         return _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(absmax.at(weight >> block_shift)));
     }
-    // Return these 16 values as bytes, in steps of the scale of row `of_row`, in which the weight lies, and CODE_ZERO above them.
+    // Return these 16 values as bytes, in steps of the scale of the weight's row `of_row`, and CODE_ZERO above them.
     ET_MEMBER __m128i bytes(int64_t weight, int64_t of_row) const {
         const __m512 steps = _mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of_row]));
         return _mm_xor_si128(_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(steps)), _mm_set1_epi8(char(CODE_ZERO)));

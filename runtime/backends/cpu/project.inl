@@ -78,7 +78,8 @@ struct Position {
     int64_t block_begin, block_end;  // the block of columns that it lies in
 };
 
-// One call. M: the type of x, y and dx. E: what the large products multiply of x or dy, Real or Code; the thin ones are of Real.
+// One call. M: the type of x, y and dx. E: what the large products multiply of x or dy, Real or Code; the thin ones multiply
+// Real.
 template <bool BACKWARD, class M, class E>
 struct Project {
     static constexpr bool SCALED = sizeof(E) != sizeof(Real);
@@ -91,10 +92,10 @@ struct Project {
     int64_t rank_squares;        // of all linears together
     bool has_dropout;
     E* panels;                               // of x or dy: a piece after the other, and in each panel_count panels
-    // Of codes: (rows,) of x or dy, the squared error of rounding each, and round_squares' excess; (sum of outputs,), and 1 / them.
-    float *row_scales, *row_errors;
-    int32_t* row_excess;
-    float *weight_scales, *weight_inverses;
+    // Of codes only:
+    float *row_scales, *row_errors;          // (rows,) of x or dy, and the squared error of rounding each
+    int32_t* row_excess;                     // (rows,): see round_squares
+    float *weight_scales, *weight_inverses;  // (sum of outputs,), and 1 / them
     Real *packed_a, *packed_b;               // the adapters, as squares: see square_a and pack_adapters
     Real* thin;                              // (panel, rank square): reduced in right form, or dreduced in left form
     Real *reduced_turned, *dreduced_turned;  // backward: (rank square, panel), transposed, in left form
@@ -263,7 +264,7 @@ static bool run(ProjectCall* call) {
     project.plan(call);
     if (!call->scratch) return true;
     edgetune::parallel(
-        int(call->threads), [](void* project, int index, int count) { static_cast<P*>(project)->work(index, count); }, &project);
+        int(call->threads), [](void* it, int index, int count) { static_cast<P*>(it)->work(index, count); }, &project);
     return !P::SCALED || project.serves();
 }
 

@@ -43,11 +43,12 @@ Ahead Project<BACKWARD, M, E>::prefetch_panels(const Portion<M>& mine, const Pos
     const int64_t later_lines = mine.panels * SIDE * (later.end - later.begin) * int64_t(sizeof(E)) / 64;
     const int64_t lines = (later_lines + all_steps - 1) / all_steps;
     const int64_t steps_before = (at.column - at.block_begin) / SIDE * mine.panels * steps;
-    return {nullptr, nullptr, mine.out_row * int64_t(sizeof(M)), reinterpret_cast<const char*>(panel(0, later)) + steps_before * lines * 64, lines};
+    const char* panels = reinterpret_cast<const char*>(panel(0, later)) + steps_before * lines * 64;
+    return {nullptr, nullptr, mine.out_row * int64_t(sizeof(M)), panels, lines};
 }
 
-// Write a finished square of sums c (32, 32) to 32 rows and columns of the result, after the adapters' part has been added where
-// it did not join the large product: sums of codes are integers, and backward every linear may have its own dropout.
+// Write a finished square of sums c (32, 32) to 32 rows and columns of the result, after the adapters' part has been added
+// where it did not join the large product: sums of codes are integers, and backward every linear may have its own dropout.
 template <bool BACKWARD, class M, class E>
 void Project<BACKWARD, M, E>::finish(const Portion<M>& mine, float* c, Thin rest, int64_t top, int64_t column) const {
     const int64_t rows = least(SIDE, call->rows - top);

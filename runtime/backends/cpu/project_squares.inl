@@ -1,7 +1,7 @@
 // project.inl's squares: 32 x 32 numbers in left form, read from matrices, dropped out and rounded.
 
-// matrix (rows, stride) -> squares (count, SQUARE): rows [row, row + 32), numbers [column, column + 32 * count). Rows beyond the
-// last become 0.
+// matrix (rows, stride) -> squares (count, SQUARE): rows [row, row + 32), numbers [column, column + 32 * count). Rows beyond
+// the last become 0.
 template <class M>
 static void read_squares(const M* matrix, int64_t stride, int64_t rows, int64_t row, int64_t column, int64_t count,
                          Real* squares) {
@@ -21,8 +21,8 @@ static void read_square(const float* matrix, int64_t rows, int64_t columns, int6
     for (int64_t r = 0; r < SIDE; r++) {
         alignas(64) float line[SIDE] = {};
         const float* from = matrix + (row + r) * columns + column;
-        if (row + r < rows)
-            each(least(SIDE, columns - column), [&](int64_t i, auto part) { put(line + i, get(from + i, part) * factor, part); });
+        const int64_t here = row + r < rows ? least(SIDE, columns - column) : 0;
+        each(here, [&](int64_t i, auto part) { put(line + i, get(from + i, part) * factor, part); });
         put_row(square, r, line);
     }
 }
@@ -43,8 +43,8 @@ struct DropoutMask {
 };
 
 // squares (count, SQUARE), as read_squares made them from a matrix of `width` columns -> the same after dropout.
-static void drop_squares(const DropoutMask& mask, const Real* squares, int64_t width, int64_t row, int64_t column, int64_t count,
-                         Real* dropped) {
+static void drop_squares(const DropoutMask& mask, const Real* squares, int64_t width, int64_t row, int64_t column,
+                         int64_t count, Real* dropped) {
     for (int64_t k = 0; k < count; k++, squares += SQUARE, dropped += SQUARE)
         for (int64_t r = 0; r < SIDE; r++)
             for (int64_t i = 0; i < SIDE; i += LANES) {
