@@ -31,8 +31,8 @@ trained as a whole, in Guanaco's form. chat: only chats are read."""
 RECOMPUTE = ("auto", "none", "selective", "full")
 """Activations that are recomputed in the backward pass instead of kept; auto is the fastest choice that fits in memory."""
 COMPUTE = ("auto", "bf16", "int8", "fp32")
-"""Number formats of products. int8: activations are bf16, and training multiplies the frozen weights in 8 bits. auto: int8 on a
-CPU with AMX, else bf16 where the hardware multiplies it, else fp32."""
+"""Number formats of products. int8: activations are bf16 where the CPU multiplies it, else fp32, and training multiplies the
+frozen weights in 8 bits. auto: int8 where that is faster, else bf16 or fp32."""
 HEADS = ("auto", "stored", "int8", "nf4")
 """Forms in which a session holds the head: as stored, in 8 or 4 bits, or (auto) the fastest at next to no cost in quality."""
 WEIGHTS = ("auto", "nf4", "int8", "bf16")
@@ -233,7 +233,7 @@ class TrainConfig:
     compute: str = setting(  # the fastest on this machine
         "auto",
         Choice(COMPUTE),
-        "Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU with AMX. "
+        "Number format of matrix products. int8: 8-bit products with the base model's weights, on a CPU. "
         "{default}, the fastest on this machine.",
     )
     weights: str = setting(  # a small model loses more to 4 bits than it gains: see weight_forms.py

@@ -154,20 +154,19 @@ def number_format(compute: str, device: torch.device) -> tuple[torch.dtype, bool
 
     Raises UsageError where 8 bits are asked for and this device has no kernel for them.
     """
-    dtype = compute_dtype(device) if compute == "auto" else torch.float32 if compute == "fp32" else torch.bfloat16
-    able = ops.fuses(device, dtype)
-    if compute == "int8" and not able:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(compute) or compute_dtype(device)
+    if compute == "int8" and not ops.fuses(device, dtype):
         raise UsageError(
-            f"--compute int8 needs a CPU with AMX (Xeon of 2023 and later, on Linux) and edgetune's kernels; found "
-            f"{device.type} with {ops.backend_name(device)}. Type --compute bf16."
+            f"--compute int8 needs a CPU and edgetune's kernels for it; found {device.type} with {ops.backend_name(device)}. "
+            "Type --compute bf16."
         )
-    return dtype, able and compute in ("auto", "int8")
+    return dtype, compute == "int8" or (compute == "auto" and ops.fuses(device, dtype, int8=True))
 
 
 def described_format(compute: str) -> torch.dtype:
     """Return the dtype of activations on a card that is not in this machine. Raises UsageError for int8, which needs a CPU."""
     if compute == "int8":
-        raise UsageError("--compute int8 is for a CPU with AMX; type --compute bf16.")
+        raise UsageError("--compute int8 is for a CPU; type --compute bf16.")
     return torch.float32 if compute == "fp32" else torch.bfloat16
 
 

@@ -211,12 +211,13 @@ def kept_bytes(config: LlamaConfig, lora: LoraConfig, size: int, recompute: Reco
 
 def packed_bytes(config: LlamaConfig, lora: LoraConfig, threads: int) -> int:
     """Return the largest size, in bytes, of the fused products' buffers: packed rows, adapters, and each thread's sums."""
+    size = 4 if ops.fuses(torch.device("cpu"), torch.float32) else 2  # as the kernels in use multiply them
     shapes, rank = config.linear_shapes(), -(-lora.rank // PACKED_RANK) * PACKED_RANK
     widest = 0
     for names in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         outputs, inputs = sum(shapes[name][0] for name in names), shapes[names[0]][1]
-        adapters = 2 * rank * (outputs + len(names) * inputs)
-        widest = max(widest, 2 * PACKED_ROWS * max(outputs, inputs) + adapters)
+        adapters = size * rank * (outputs + len(names) * inputs)
+        widest = max(widest, size * PACKED_ROWS * max(outputs, inputs) + adapters)
     return widest + threads * 2 * PACKED_ROWS * PACKED_ROWS * 4
 
 

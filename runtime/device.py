@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import subprocess
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from edgetune.runtime import ops
 from edgetune.runtime.config import DEVICES
 from edgetune.runtime.errors import DeviceError, ResourceError
 from edgetune.runtime.memory import card_memory
@@ -38,12 +38,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@functools.cache
 def has_fast_bf16() -> bool:
-    """Return True if this CPU multiplies bf16 in hardware (AVX-512 BF16, AMX, Arm BF16)."""
+    """Return True if this CPU multiplies bf16 in hardware (AVX-512 BF16, AMX, Arm BF16), and the kernels in use do too."""
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if check is not None and platform.machine().lower() in ("x86_64", "amd64"):
-        return bool(check())
+        return bool(check()) and not ops.fuses(torch.device("cpu"), torch.float32)
     if sys.platform == "darwin":
         return False
     check = getattr(torch.cpu, "_is_arm_bf16_supported", None)

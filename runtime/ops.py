@@ -210,9 +210,12 @@ def add_product(out: Tensor, x: Tensor, w: Tensor, scale: float) -> None:
         out.addmm_(x, w, alpha=scale)
 
 
-def fuses(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if `project` has a kernel on this device for this dtype; a shape may still be refused."""
-    return backend_for(device).fuses(dtype)
+def fuses(device: torch.device, dtype: torch.dtype, int8: bool = False) -> bool:
+    """Return True if `project` has a kernel on this device for this dtype; a shape may still be refused.
+
+    int8: return True if that kernel is also faster in 8 bits.
+    """
+    return backend_for(device).fuses(dtype, int8)
 
 
 def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:

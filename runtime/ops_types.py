@@ -210,8 +210,8 @@ class Backend(Protocol):
     def multiplies_int8(self) -> bool:
         """Return True if `int8_matvec` has a kernel and the decoder takes a head in 8 bits."""
 
-    def fuses(self, dtype: torch.dtype) -> bool:
-        """Return True if `project` has a kernel for this dtype."""
+    def fuses(self, dtype: torch.dtype, int8: bool = False) -> bool:
+        """Return True if `project` has a kernel for this dtype and, if `int8`, is faster in 8 bits."""
 
     def dequantize(self, quantized: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor: ...
     def matvec(self, x: Tensor, quantized: QuantizedTensor) -> Tensor: ...

@@ -245,7 +245,7 @@ def _gradients(linear: LoraLinear) -> tuple[Tensor, Tensor]:
 
 def _fusible(x: Tensor, linears: Sequence[AnyLinear], plan: ProjectPlan) -> list[Adapted] | None:
     """Return the linears as ops.project takes them, or None where x has too few rows or a weight is not in 4 bits."""
-    if x.shape[0] < FUSED_ROWS or x.dtype != torch.bfloat16 or x.stride(1) != 1:
+    if x.shape[0] < FUSED_ROWS or not ops.fuses(x.device, x.dtype) or x.stride(1) != 1:
         return None
     adapted = []
     for number, linear in enumerate(linears):

@@ -37,7 +37,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "neon_i8mm", "neon", "scalar"])
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "neon", "scalar"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param not in cpu.isas():
         pytest.skip(f"this machine has no {request.param}")

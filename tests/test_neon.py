@@ -48,8 +48,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-@pytest.mark.parametrize("suite", ["test_cpu_kernels", "test_attention_kernels", "test_decode_kernels"])
-@pytest.mark.parametrize("isa", ["neon", "neon_i8mm"])
+@pytest.mark.parametrize("suite", ["test_cpu_kernels", "test_attention_kernels", "test_decode_kernels", "test_project_kernels"])
+@pytest.mark.parametrize("isa", ["neon", "neon_dot", "neon_i8mm"])
 def test_the_arm_kernels_pass(harness: Path, isa: str, suite: str) -> None:
     pytest.importorskip("edgetune.runtime.backends.cpu", exc_type=ImportError, reason="no C++ kernels were built")
     paths = os.pathsep.join([str(ROOT / "tests" / "neon"), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ TOLERANCE = 5e-3
 # The largest error of an int8 product, as a fraction of its norm. Rounding rows to 127 steps costs about 1% on each side.
 INT8_ERROR = 0.02
 ROWS = [1, 7, 32, 100, 513, 1100]
+ROWS_OF_OTHERS = [7, 100]
 # Each case is (inputs, outputs of each linear, rank of each (0: no adapter), block size, double quantisation).
 SHAPES = {
     "one strip": (64, (32,), (16,), 64, True),
@@ -40,7 +42,19 @@ SHAPES_IN_INT8 = {
     "in eights, no adapter": (384, (64, 192), (0, 0), 128, False),
 }
 
-needs_amx = pytest.mark.skipif("amx" not in cpu.isas(), reason="this machine has no AMX")
+
+@pytest.fixture(params=[name for name in cpu.isas() if name != "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with cpu.force_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[BF16, torch.float32], ids=["bf16", "fp32"])
+def dtype(request: pytest.FixtureRequest, isa: str) -> torch.dtype:
+    """Return a dtype of x for which the instruction set has fused kernels."""
+    if request.param not in project.dtypes(isa):
+        pytest.skip(f"{isa} has no fused kernels for {request.param}")
+    return request.param
 
 
 def adapted(case: str, dropout: float = 0.0) -> tuple[list[Adapted], list[Tensor]]:
@@ -58,8 +72,8 @@ def adapted(case: str, dropout: float = 0.0) -> tuple[list[Adapted], list[Tensor
     return linears, dense
 
 
-def numbers(rows: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows + seed)).to(BF16)
+def numbers(rows: int, width: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows + seed)).to(dtype)
 
 
 def zeros(linears: list[Adapted]) -> list[tuple[Tensor, Tensor]]:
@@ -85,13 +99,17 @@ def forward_exactly(x: Tensor, linears: list[Adapted], dense: list[Tensor]) -> T
     return torch.cat(parts, 1)
 
 
-@needs_amx
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(("rows", "case"), list(itertools.product(ROWS, SHAPES)))
-def test_forward_and_backward_are_the_dense_products(rows: int, case: str, dropout: float) -> None:
+def test_forward_and_backward_are_the_dense_products(
+    rows: int, case: str, dropout: float, isa: str, dtype: torch.dtype
+) -> None:
     linears, dense = adapted(case, dropout)
-    x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
-    y = torch.full(dy.shape, float("nan"), dtype=BF16)
+    x, dy = (
+        numbers(rows, dense[0].shape[1], dtype=dtype),
+        numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
+    y = torch.full(dy.shape, float("nan"), dtype=dtype)
     reduced = cpu.project(x, linears, y)
     assert reduced is not None
     assert_near(y, forward_exactly(x, linears, dense))
@@ -126,15 +144,17 @@ def steps(matrix: Tensor) -> Tensor:
     return torch.where(scale > 0, (matrix / scale).round() * scale, matrix)
 
 
-@needs_amx
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("case", ["in eights", "in eights, no adapter"])
 @pytest.mark.parametrize("rows", [1, 100, 600])
 def test_in_int8_the_large_products_are_those_of_rounded_rows_and_the_adapters_as_they_were(
-    rows: int, case: str, dropout: float
+    rows: int, case: str, dropout: float, dtype: torch.dtype
 ) -> None:
     linears, dense = adapted(case, dropout)
-    x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
+    x, dy = (
+        numbers(rows, dense[0].shape[1], dtype=dtype),
+        numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     weights = [nf4.dequantize(linear.weight, torch.float32) for linear in linears]
     exact = torch.cat([steps(x.float()) @ steps(weight).T for weight in weights], 1)
     exact += forward_exactly(x, linears, [torch.zeros_like(weight) for weight in dense])
@@ -155,11 +175,13 @@ def test_in_int8_the_large_products_are_those_of_rounded_rows_and_the_adapters_a
     assert all(torch.equal(one, two) for pair in zip(in_bf16, in_int8, strict=True) for one, two in zip(*pair, strict=True))
 
 
-@needs_amx
-def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16() -> None:
+def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16(dtype: torch.dtype) -> None:
     linears, dense = adapted("in eights")
     for outlier in (200.0, float("inf"), float("nan")):
-        x, dy = numbers(100, dense[0].shape[1]), numbers(100, sum(len(weight) for weight in dense), seed=1)
+        x, dy = (
+            numbers(100, dense[0].shape[1], dtype=dtype),
+            numbers(100, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+        )
         x[:, 5], dy[:, 7] = outlier, outlier
         results = []
         for int8 in (False, True):
@@ -171,11 +193,13 @@ def test_rows_with_outliers_or_infinite_numbers_are_multiplied_in_bf16() -> None
             assert torch.equal(plain.nan_to_num(7), asked.nan_to_num(7))
 
 
-@needs_amx
-def test_rows_of_zeros_hide_no_outliers() -> None:
+def test_rows_of_zeros_hide_no_outliers(dtype: torch.dtype) -> None:
     """Padding and untrained tokens have zero gradients, which must not hide outliers in the rows that have gradients."""
     linears, dense = adapted("in eights")
-    x, dy = numbers(256, dense[0].shape[1]), numbers(256, sum(len(weight) for weight in dense), seed=1)
+    x, dy = (
+        numbers(256, dense[0].shape[1], dtype=dtype),
+        numbers(256, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     dy[:, 7] = 200.0
     dy[20:] = 0
     y = torch.empty_like(dy)
@@ -185,13 +209,12 @@ def test_rows_of_zeros_hide_no_outliers() -> None:
     assert torch.equal(plain, asked)
 
 
-@needs_amx
-def test_a_weight_with_a_number_that_is_none_gives_none_in_int8_too() -> None:
+def test_a_weight_with_a_number_that_is_none_gives_none_in_int8_too(dtype: torch.dtype) -> None:
     """A NaN absmax must give NaN, and an absmax that double quantisation left below 0 must not be taken for a damaged one."""
     linears, dense = adapted("in eights, no adapter")
     state = dataclasses.replace(linears[0].weight.state, absmax=linears[0].weight.state.absmax.clone())
     damaged = Adapted(dataclasses.replace(linears[0].weight, state=state))
-    x, y = numbers(100, dense[0].shape[1]), torch.empty(100, len(dense[0]), dtype=BF16)
+    x, y = numbers(100, dense[0].shape[1], dtype=dtype), torch.empty(100, len(dense[0]), dtype=dtype)
     state.absmax[3] = float("nan")  # in row 1, as rows have three blocks
     assert cpu.project(x, [damaged], y, int8=True) is not None
     assert y[:, 1].isnan().all()
@@ -211,36 +234,33 @@ def test_sums_of_int8_are_never_deeper_than_32_bits_hold() -> None:
     assert not project._fits_int8([project.ProjectLinear(outputs=96)], 64)
 
 
-@needs_amx
-def test_outputs_that_int8_s_tiles_do_not_take_are_multiplied_in_bf16() -> None:
+def test_outputs_that_int8_s_tiles_do_not_take_are_multiplied_in_bf16(dtype: torch.dtype) -> None:
     linears, dense = adapted("three, several depths")
-    x = numbers(100, dense[0].shape[1])
-    results = [torch.empty(100, sum(len(weight) for weight in dense), dtype=BF16) for _ in range(2)]
+    x = numbers(100, dense[0].shape[1], dtype=dtype)
+    results = [torch.empty(100, sum(len(weight) for weight in dense), dtype=dtype) for _ in range(2)]
     for int8, y in enumerate(results):
         assert cpu.project(x, linears, y, bool(int8)) is not None
     assert torch.equal(*results)
 
 
-@needs_amx
-def test_without_a_result_the_same_is_kept_for_the_backward() -> None:
+def test_without_a_result_the_same_is_kept_for_the_backward(dtype: torch.dtype) -> None:
     linears, dense = adapted("three, several depths", 0.1)
-    x = numbers(600, dense[0].shape[1])
-    whole = cpu.project(x, linears, torch.empty(600, sum(len(weight) for weight in dense), dtype=BF16))
+    x = numbers(600, dense[0].shape[1], dtype=dtype)
+    whole = cpu.project(x, linears, torch.empty(600, sum(len(weight) for weight in dense), dtype=dtype))
     alone = cpu.project(x, linears, None)
     assert whole is not None
     assert alone is not None
     assert torch.equal(whole, alone)
 
 
-@needs_amx
 @pytest.mark.parametrize("rows", [7, 100])
-def test_column_slices_are_read_and_written_in_place(rows: int) -> None:
+def test_column_slices_are_read_and_written_in_place(rows: int, dtype: torch.dtype) -> None:
     linears, dense = adapted("three, several depths")
     inputs, outputs = dense[0].shape[1], sum(len(weight) for weight in dense)
     # Other columns lie on either side, so that the slice begins and ends at odd places.
     left, right = 33, 5
-    x = numbers(rows, left + inputs + right)[:, left : left + inputs]
-    whole = torch.full((rows, left + outputs + right), 3.0, dtype=BF16)
+    x = numbers(rows, left + inputs + right, dtype=dtype)[:, left : left + inputs]
+    whole = torch.full((rows, left + outputs + right), 3.0, dtype=dtype)
     y = whole[:, left : left + outputs]
     reduced = cpu.project(x, linears, y)
     assert reduced is not None
@@ -252,14 +272,16 @@ def test_column_slices_are_read_and_written_in_place(rows: int) -> None:
     assert torch.equal(dx, whole)
 
 
-@needs_amx
 @pytest.mark.parametrize(
     ("case", "int8"), [("three, several depths", False), ("wider than the sums", False), ("in eights", True)]
 )
 @pytest.mark.parametrize("rows", [100, 600])
-def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str, int8: bool) -> None:
+def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str, int8: bool, dtype: torch.dtype) -> None:
     linears, dense = adapted(case, 0.1)
-    x, dy = numbers(rows, dense[0].shape[1]), numbers(rows, sum(len(weight) for weight in dense), seed=1)
+    x, dy = (
+        numbers(rows, dense[0].shape[1], dtype=dtype),
+        numbers(rows, sum(len(weight) for weight in dense), seed=1, dtype=dtype),
+    )
     results = []
     for count in (1, 2, 3):
         with threads(count):
@@ -273,34 +295,33 @@ def test_any_number_of_threads_gives_the_same_bits(rows: int, case: str, int8: b
         assert all(torch.equal(tensor, first) for tensor, first in zip(result, results[0], strict=True))
 
 
-@needs_amx
-def test_every_weight_has_dequantize_s_bits() -> None:
-    (linear, *_), (dense, *_) = adapted("no adapter")
-    outputs, inputs = dense.shape
-    turned = torch.empty(inputs, outputs, dtype=BF16)
-    assert cpu.project(torch.eye(inputs, dtype=BF16), [linear], turned) is not None
-    nothing, x = torch.empty(outputs, 0, dtype=BF16), torch.zeros(outputs, inputs, dtype=BF16)
-    straight = cpu.project_backward(torch.eye(outputs, dtype=BF16), x, nothing, [linear], [])
-    assert torch.equal(turned.T.float(), dense)
-    assert torch.equal(straight.float(), dense)
+def test_every_weight_has_dequantize_s_bits(dtype: torch.dtype) -> None:
+    (linear, *_), _ = adapted("no adapter")
+    outputs, inputs = linear.weight.shape
+    turned = torch.empty(inputs, outputs, dtype=dtype)
+    assert cpu.project(torch.eye(inputs, dtype=dtype), [linear], turned) is not None
+    nothing, x = torch.empty(outputs, 0, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
+    straight = cpu.project_backward(torch.eye(outputs, dtype=dtype), x, nothing, [linear], [])
+    dense = ops.dequantize(linear.weight, dtype)
+    assert torch.equal(turned.T, dense)
+    assert torch.equal(straight, dense)
 
 
-@needs_amx
 @pytest.mark.parametrize("odd_gradient", [False, True])
 @pytest.mark.parametrize("dropout_key", [None, 11])
 def test_a_projection_with_fused_products_is_the_one_with_a_panel(
-    monkeypatch: pytest.MonkeyPatch, odd_gradient: bool, dropout_key: int | None
+    monkeypatch: pytest.MonkeyPatch, odd_gradient: bool, dropout_key: int | None, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     bases = [Linear(nf4.quantize(torch.randn(96, 320, generator=generator) * 0.05))]
-    bases.append(Linear(nf4.quantize(torch.randn(352, 320, generator=generator) * 0.05), bias=torch.ones(352, dtype=BF16)))
+    bases.append(Linear(nf4.quantize(torch.randn(352, 320, generator=generator) * 0.05), bias=torch.ones(352, dtype=dtype)))
     adapters = [torch.randn(size, generator=generator) * 0.1 for size in ((8, 320), (352, 8))]
     linears = [bases[0], LoraLinear(bases[1], *adapters, scale=2.0, dropout=0.2)]
-    dy = torch.ones(1, 1, dtype=BF16).expand(100, 448) if odd_gradient else numbers(100, 448)
+    dy = torch.ones(1, 1, dtype=dtype).expand(100, 448) if odd_gradient else numbers(100, 448, dtype=dtype)
     results = []
     for least_rows in (64, 1000):
         monkeypatch.setattr(products, "FUSED_ROWS", least_rows)
-        h = numbers(100, 320).requires_grad_()
+        h = numbers(100, 320, dtype=dtype).requires_grad_()
         y = products.project(h, products.Identity(), linears, products.ProjectPlan(products.Panel(), dropout_key))
         linears[1].zero_grad()
         y.backward(dy)
@@ -311,7 +332,7 @@ def test_a_projection_with_fused_products_is_the_one_with_a_panel(
 
 @pytest.mark.parametrize(
     ("outputs", "inputs", "block_size", "dtype"),
-    [(40, 64, 64, BF16), (64, 96, 64, BF16), (64, 64, 32, BF16), (64, 64, 64, torch.float32)],
+    [(40, 64, 64, BF16), (64, 96, 64, BF16), (64, 64, 32, BF16)],
 )
 def test_what_has_no_fused_kernel_is_left_alone(outputs: int, inputs: int, block_size: int, dtype: torch.dtype) -> None:
     linear = Adapted(nf4.quantize(torch.randn(outputs, inputs), block_size=block_size))
@@ -320,7 +341,15 @@ def test_what_has_no_fused_kernel_is_left_alone(outputs: int, inputs: int, block
     assert not y.any()
 
 
-def test_other_instruction_sets_and_back_ends_have_none() -> None:
+def test_fp32_is_not_fused_where_bf16_is_multiplied() -> None:
+    linears, dense = adapted("one strip")
+    x, y = torch.ones(70, dense[0].shape[1]), torch.zeros(70, dense[0].shape[0])
+    for isa in cpu.isas():
+        with cpu.force_isa(isa):
+            assert (ops.project(x, linears, y) is None) == (isa in (*project.BF16_ISAS, "scalar"))
+
+
+def test_the_scalar_kernels_and_other_back_ends_have_none() -> None:
     linears, dense = adapted("one strip")
     x, y = numbers(70, dense[0].shape[1]), torch.zeros(70, dense[0].shape[0], dtype=BF16)
     with cpu.force_isa("scalar"):
@@ -347,6 +376,6 @@ def test_wrong_arguments_raise() -> None:
     with pytest.raises(ValueError, match="overlap"):
         cpu.project(x, linears, y[:1].expand(70, outputs))
     wrong = Adapted(linears[0].weight, torch.zeros(16, inputs + 1), torch.zeros(outputs, 16))
-    if cpu.selected_isa() == "amx":
+    if cpu.fuses(BF16):
         with pytest.raises(ValueError, match="lora_A is"):
             cpu.project(x, [wrong], y)

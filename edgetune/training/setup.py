@@ -299,7 +299,7 @@ def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunR
         raise ModelError("The model on this machine is not the model of process 0. Copy the same folder to every machine.")
     if record.plan.int8 and not ops.fuses(pick_device(config.device), getattr(torch, record.plan.compute_dtype)):
         raise UsageError(
-            "Process 0 multiplies in 8 bits, and the machine of another process has no AMX or no kernels for it. Type "
+            "Process 0 multiplies in 8 bits, and the machine of another process has no kernels for it. Type "
             "--compute bf16, the same for all processes."
         )
     _, split = read_and_split(config)

@@ -67,7 +67,7 @@ def multiplies_int8() -> bool:
     return False
 
 
-def fuses(dtype: torch.dtype) -> bool:
+def fuses(dtype: torch.dtype, int8: bool = False) -> bool:
     """Return False: `project` has no kernel here."""
     return False
 

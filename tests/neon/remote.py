@@ -1,5 +1,5 @@
-"""A pytest plugin (`-p remote`, with this folder on PYTHONPATH) that gives any machine the instruction sets `neon` and
-`neon_i8mm`: their kernels run in harness.cpp, cross-compiled, under qemu.
+"""A pytest plugin (`-p remote`, with this folder on PYTHONPATH) that gives any machine the instruction sets `neon`,
+`neon_dot` and `neon_i8mm`: their kernels run in harness.cpp, cross-compiled, under qemu.
 
 Kernels are called with addresses. Whatever they point into is found among the tensors and ctypes objects alive, copied over
 there, pointers within ctypes structures included, and copied back: so the tests of the kernels run as they are.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import struct
 import subprocess
@@ -21,7 +22,9 @@ import torch
 from edgetune.runtime.backends import cpu
 from edgetune.runtime.backends.cpu import attention, decode, elementwise, library, weights
 
-NEON = ("neon_i8mm", "neon")
+project = importlib.import_module("edgetune.runtime.backends.cpu.project")  # the package exports its function of that name
+
+NEON = ("neon_i8mm", "neon_dot", "neon")
 _CTYPES = (ctypes.Structure, ctypes.Array, ctypes._SimpleCData)
 _process = subprocess.Popen(
     [os.environ["EDGETUNE_QEMU"], "-cpu", "max", os.environ["EDGETUNE_HARNESS"]],
@@ -145,7 +148,7 @@ def _isas() -> tuple[str, ...]:
     return (*_native_isas, *NEON)
 
 
-for module in (library, cpu, attention, decode, elementwise, weights):
+for module in (library, cpu, attention, decode, elementwise, project, weights):
     if hasattr(module, "kernel"):
         module.kernel = _kernel
     if hasattr(module, "isas"):

@@ -15,10 +15,11 @@
 constexpr int64_t SIDE = 32, SQUARE = SIDE * SIDE;
 
 template <class E>
-struct Form {  // E: the type that is multiplied, float, or Bf16 on machines that multiply it
+struct Form {  // E: the type that is multiplied: float, Bf16 on machines that multiply it, or integers in project.inl
     static constexpr int64_t depth = 64 / sizeof(E);  // numbers along the depth of a tile
     static constexpr int64_t tile = 16 * depth;       // numbers in a tile
-    static constexpr int64_t deep = SIDE / depth;     // tiles along the depth of a square
+    static constexpr int64_t deep = depth < SIDE ? SIDE / depth : 1;  // tiles along the depth of a square
+    static constexpr int64_t square = 2 * deep * tile;                // numbers in a square: SQUARE, or twice that of 8 bits
     // Return the place of (row, k) in a square of left form.
     ET_MEMBER static E* left(E* square, int64_t row, int64_t k) {
         return square + (row / 16 * deep + k / depth) * tile + row % 16 * depth + k % depth;
@@ -68,7 +69,7 @@ ET_INLINE Floats power_of_two(Floats x) {
 
 // ---- products ----
 
-// Return sum + (one word of a left tile) * (a row of a right tile).
+// Return sum + (one word of a left tile) * (a register of a right tile's row). Sums of integers are 32-bit integers.
 ET_INLINE Floats multiply_word(const float* word, const float* row, Floats sum) { return fused(all(*word), get(row), sum); }
 #if defined(ET_USE_AVX512_BF16)
 ET_INLINE Floats multiply_word(const Bf16* word, const Bf16* row, Floats sum) {  // two neighbours along the depth at once
@@ -76,7 +77,67 @@ ET_INLINE Floats multiply_word(const Bf16* word, const Bf16* row, Floats sum) { 
     memcpy(&pair, word, 4);
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(row), (__m512bh)_mm512_set1_epi32(pair));
 }
+// Four neighbours in 8 bits. The instruction takes one operand without sign: the weights, whichever side they stand on.
+ET_INLINE Ints multiply_word(const uint8_t* word, const int8_t* row, Ints sum) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(read_as<int32_t>(word)), _mm512_loadu_si512(row));
+}
+ET_INLINE Ints multiply_word(const int8_t* word, const uint8_t* row, Ints sum) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(row), _mm512_set1_epi32(read_as<int32_t>(word)));
+}
+#elif defined(ET_USE_AVX512)
+ET_INLINE Ints multiply_word(const int16_t* word, const int16_t* row, Ints sum) {  // two neighbours in 16 bits
+    const __m512i pair = _mm512_set1_epi32(read_as<int32_t>(word));
+    return sum + (Ints)_mm512_madd_epi16(pair, _mm512_loadu_si512(row));
+}
+#elif defined(ET_USE_AVX_VNNI)
+ET_INLINE Ints multiply_word(const uint8_t* word, const int8_t* row, Ints sum) {
+    const __m256i four = _mm256_set1_epi32(read_as<int32_t>(word));
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, four, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+}
+ET_INLINE Ints multiply_word(const int8_t* word, const uint8_t* row, Ints sum) {
+    const __m256i four = _mm256_set1_epi32(read_as<int32_t>(word));
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)), four);
+}
+#elif defined(ET_USE_AVX2) && defined(__GNUC__)
+ET_INLINE Ints multiply_word(const int16_t* word, const int16_t* row, Ints sum) {
+    const __m256i pair = _mm256_set1_epi32(read_as<int32_t>(word));
+    return sum + (Ints)_mm256_madd_epi16(pair, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+}
+#elif defined(ET_USE_NEON_I8MM)
+ET_INLINE Ints multiply_word(const uint8_t* word, const int8_t* row, Ints sum) {
+    const uint8x16_t four = vreinterpretq_u8_u32(vdupq_n_u32(read_as<uint32_t>(word)));
+    return (Ints)vusdotq_s32((int32x4_t)sum, four, vld1q_s8(row));
+}
+ET_INLINE Ints multiply_word(const int8_t* word, const uint8_t* row, Ints sum) {
+    const int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(read_as<uint32_t>(word)));
+    return (Ints)vusdotq_s32((int32x4_t)sum, vld1q_u8(row), four);
+}
+#elif defined(ET_USE_NEON_DOT)
+ET_INLINE Ints multiply_word(const int8_t* word, const int8_t* row, Ints sum) {
+    const int8x16_t four = vreinterpretq_s8_u32(vdupq_n_u32(read_as<uint32_t>(word)));
+    return (Ints)vdotq_s32((int32x4_t)sum, four, vld1q_s8(row));
+}
+#elif defined(ET_USE_NEON)
+ET_INLINE Ints multiply_word(const int16_t* word, const int16_t* row, Ints sum) {
+    const int16x8_t pair = vreinterpretq_s16_u32(vdupq_n_u32(read_as<uint32_t>(word))), columns = vld1q_s16(row);
+    const int32x4_t low = vmull_s16(vget_low_s16(pair), vget_low_s16(columns)), high = vmull_high_s16(pair, columns);
+    return sum + (Ints)vpaddq_s32(low, high);
+}
 #endif
+
+// The type of sums of products of E: of floats, or of integers.
+template <class E>
+struct SumOf {
+    typedef Ints type;
+};
+template <>
+struct SumOf<float> {
+    typedef Floats type;
+};
+template <>
+struct SumOf<Bf16> {
+    typedef Floats type;
+};
 
 #if defined(ET_USE_AVX512)
 constexpr int64_t STRIP_ROWS = 8, STRIP_BLOCKS = 2;  // 8 x 32 sums in 16 of 32 registers
@@ -85,22 +146,25 @@ constexpr int64_t STRIP_ROWS = 4, STRIP_BLOCKS = 1;  // 4 x 16 sums
 #endif
 
 // c (32, 32), rows ldc apart, = or, if `add`, += the sum over n squares of left (left form) x right (right form); squares lie
-// left_step and right_step apart. Sums of a strip of rows and blocks stay in registers over the whole depth.
-template <class E>
-static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_step, const E* right, int64_t right_step,
+// left_step and right_step apart. Sums of a strip of rows and blocks stay in registers over the whole depth. L and R have the
+// same size; for integers c holds 32-bit integers.
+template <class L, class R>
+static void multiply_squares(float* c, int64_t ldc, const L* left, int64_t left_step, const R* right, int64_t right_step,
                              int64_t n, bool add) {
-    typedef Form<E> F;
+    typedef Form<L> F;
+    typedef typename SumOf<L>::type Sum;
     constexpr int64_t rows = STRIP_ROWS, each = 16 / LANES, columns = STRIP_BLOCKS * each, pair = F::depth / 16;
     for (int64_t block = 0; block < 2; block += STRIP_BLOCKS)
         for (int64_t row = 0; row < SIDE; row += rows) {
-            Floats sums[rows][columns];
+            Sum sums[rows][columns];
             float* corner = c + row * ldc + block * 16;
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t x = 0; x < columns; x++) sums[r][x] = add ? get(corner + r * ldc + x * LANES) : all(0.0f);
+                for (int64_t x = 0; x < columns; x++)
+                    sums[r][x] = add ? read_as<Sum>(corner + r * ldc + x * LANES) : Sum{};
             for (int64_t s = 0; s < n; s++)
                 for (int64_t t = 0; t < F::deep; t++) {
-                    const E* words = left + s * left_step + (row / 16 * F::deep + t) * F::tile + row % 16 * F::depth;
-                    const E* tile = right + s * right_step + (block * F::deep + t) * F::tile;
+                    const L* words = left + s * left_step + (row / 16 * F::deep + t) * F::tile + row % 16 * F::depth;
+                    const R* tile = right + s * right_step + (block * F::deep + t) * F::tile;
                     for (int64_t w = 0; w < 16; w++)
                         for (int64_t r = 0; r < rows; r++)
                             for (int64_t x = 0; x < columns; x++)
@@ -109,7 +173,7 @@ static void multiply_squares(float* c, int64_t ldc, const E* left, int64_t left_
                                     tile + x / each * F::deep * F::tile + w * F::depth + x % each * LANES * pair, sums[r][x]);
                 }
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t x = 0; x < columns; x++) put(corner + r * ldc + x * LANES, sums[r][x]);
+                for (int64_t x = 0; x < columns; x++) memcpy(corner + r * ldc + x * LANES, &sums[r][x], sizeof(Sum));
         }
 }
 

@@ -30,6 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
+_AVX_VNNI = (*_AVX2, "-mavxvnni")
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 # Instruction set -> flags for gcc and clang, flags for MSVC. The names are those of isa_*.cpp and of dispatch.cpp, whose
@@ -37,12 +38,14 @@ _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 Flags = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 X86: Flags = {
     "avx2": (_AVX2, ("/arch:AVX2",)),
+    "avx_vnni": (_AVX_VNNI, ("/arch:AVX2",)),
     "avx512": (_AVX512, ("/arch:AVX512",)),
     "avx512_bf16": (_AVX512_BF16, ("/arch:AVX512",)),
     "amx": (_AMX, ("/arch:AVX512",)),
 }
 ARM: Flags = {
     "neon": ((), ()),
+    "neon_dot": (("-march=armv8.2-a+dotprod",), ()),
     "neon_i8mm": (("-march=armv8.2-a+bf16+i8mm+dotprod+fp16",), ()),
 }
 # -ffp-contract=off: dequantisation is defined without fused operations; a kernel that wants one calls `fma` or `fused`.

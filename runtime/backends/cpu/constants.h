@@ -88,9 +88,9 @@ constexpr float SMALLEST_ROW_SCALE = 1e-38f;      // of a dense row in 8 bits; r
 constexpr float SMALLEST_ACTIVATION = 1e-30f;     // the largest magnitude of a block of decoding's activations
 constexpr float SMALLEST_PRODUCT_SCALE = 1e-37f;  // of a row of x or dy in project.inl; 1 / it is still finite
 
-// ---- products on AMX (gemm.inl, project.inl) ----
+// ---- products of many rows (gemm.inl, project.inl) ----
 
-constexpr int64_t STRIP_SQUARES = 8;  // squares along a strip: two strips, a panel and its sums fit the first cache
+constexpr int64_t STRIP_BYTES = 16384;  // of a strip: two strips, a panel and its sums fit AMX's first cache of 48 KB
 constexpr int64_t SUM_COLUMNS = 512;  // with SUM_ROWS: fp32 sums kept at a time, 1 MiB: they fit the second cache
 constexpr int64_t SUM_ROWS = 512;     // also the rows of x that are packed at a time
 constexpr int64_t CHUNK = 64;         // weights dequantised at once: one row of a square, and never of two blocks

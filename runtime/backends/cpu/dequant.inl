@@ -20,6 +20,8 @@ ET_INLINE __m512i round16(__m512 products, const Bf16*) {
     return repeat16(_mm512_srli_epi32(bits, 16));
 }
 
+ET_INLINE __m512i round16(__m512 products, const int16_t*) { return repeat16(_mm512_cvtps_epi32(products)); }
+
 ET_INLINE __m512i round16(__m512 products, const F16*) {
     return _mm512_broadcast_i64x4(_mm512_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -98,6 +100,10 @@ ET_INLINE void write_planes(const Bytes* planes, Bytes index, Bf16* out) {
 ET_INLINE void write_planes(const Bytes* planes, Bytes index, F16* out) {
     write_planes(planes, index, reinterpret_cast<Bf16*>(out));
 }
+ET_INLINE void write_planes(const Bytes* planes, Bytes index, int16_t* out) {
+    write_planes(planes, index, reinterpret_cast<Bf16*>(out));
+}
+ET_INLINE void write_planes(const Bytes* planes, Bytes index, int8_t* out) { store_bytes(out, lookup(planes[0], index)); }
 ET_INLINE void write_planes(const Bytes* planes, Bytes index, float* out) {
     Bytes a = lookup(planes[0], index), b = lookup(planes[1], index);
     Bytes c = lookup(planes[2], index), d = lookup(planes[3], index);

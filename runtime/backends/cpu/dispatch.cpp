@@ -10,7 +10,8 @@
 //      old). The rows are in order of preference: a kernel that xyz lacks is looked for in the rows below.
 //   4. lanes.inl: LANES, and get, put and fused if the compiler's vector types do not do (ET_USE_XYZ). All kernels work then.
 //   5. What it does better than the plain code, as an #if defined(ET_USE_XYZ) branch: numbers.inl (fma), dequant.inl (table
-//      lookup), forms.inl (products of decoding), attention_tiles.inl and attention_softmax.inl (tile products, 2^x).
+//      lookup), forms.inl (products of decoding), attention_tiles.inl and attention_softmax.inl (tile products, 2^x), and
+//      gemm.inl (which integers).
 //      kernels.inl includes its intrinsics' header, and chooses the kernels if, like AMX, it has only some.
 //   6. tests: the list of instruction sets of test_attention_kernels.py's `isa` fixture (the other tests ask library.isas()).
 //      If no machine at hand can run it: tests/test_neon.py and tests/neon show how to test it under an emulator.
@@ -88,6 +89,7 @@ static bool has_avx2() {
     uint32_t wanted = (1u << 12) | (1u << 28) | (1u << 29);  // FMA, AVX, F16C
     return bits(r[2], wanted) && (saved_registers() & 0x6) == 0x6 && bits(leaf7(0, 1), 1u << 5);
 }
+static bool has_avx_vnni() { return has_avx2() && bits(leaf7(1, 0), 1u << 4); }
 static bool has_avx512() {
     uint32_t wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
     return has_avx2() && (saved_registers() & 0xe6) == 0xe6 && bits(leaf7(0, 1), wanted);
@@ -113,6 +115,15 @@ static bool has_amx() {
 
 #ifdef ET_ARM
 static bool has_neon() { return true; }  // part of the 64-bit architecture
+static bool has_neon_dot() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & (1ul << 20);  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+    return true;  // every Mac with an ARM CPU
+#else
+    return false;
+#endif
+}
 static bool has_neon_i8mm() {
 #if defined(__linux__)
     unsigned long wanted = (1ul << 13) | (1ul << 14);  // HWCAP2_I8MM, HWCAP2_BF16
@@ -135,12 +146,14 @@ static bool always() { return true; }
 namespace scalar { extern const Kernel table[]; }
 #ifdef ET_X86
 namespace avx2 { extern const Kernel table[]; }
+namespace avx_vnni { extern const Kernel table[]; }
 namespace avx512 { extern const Kernel table[]; }
 namespace avx512_bf16 { extern const Kernel table[]; }
 namespace amx { extern const Kernel table[]; }
 #endif
 #ifdef ET_ARM
 namespace neon { extern const Kernel table[]; }
+namespace neon_dot { extern const Kernel table[]; }
 namespace neon_i8mm { extern const Kernel table[]; }
 #endif
 
@@ -156,6 +169,9 @@ static const Isa isas[] = {
 #ifndef ET_NO_AVX512
     {"avx512", has_avx512, avx512::table},
 #endif
+#ifndef ET_NO_AVX_VNNI
+    {"avx_vnni", has_avx_vnni, avx_vnni::table},
+#endif
 #ifndef ET_NO_AVX2
     {"avx2", has_avx2, avx2::table},
 #endif
@@ -163,6 +179,9 @@ static const Isa isas[] = {
 #ifdef ET_ARM
 #ifndef ET_NO_NEON_I8MM
     {"neon_i8mm", has_neon_i8mm, neon_i8mm::table},
+#endif
+#ifndef ET_NO_NEON_DOT
+    {"neon_dot", has_neon_dot, neon_dot::table},
 #endif
 #ifndef ET_NO_NEON
     {"neon", has_neon, neon::table},

@@ -9,43 +9,30 @@ static void scale_rows(const ProjectWeight& weight, int64_t inputs, int64_t from
                        float* inverses) {
     const int64_t blocks = inputs >> weight.block_shift;
     for (int64_t row = from; row < until; row++) {
-        float largest = 0.0f;
+        float most = 0.0f;
         for (int64_t i = row * blocks; i < (row + 1) * blocks; i++) {
             const float absmax = fabsf(weight.absmax.at(i));  // double quantisation may turn an absmax of almost 0 negative
-            if (!(absmax <= largest)) largest = absmax;       // true for a NaN, which stays
-            if (largest != largest) break;
+            if (!(absmax <= most)) most = absmax;             // true for a NaN, which stays
+            if (most != most) break;
         }
-        scales[row] = largest / INT8_LARGEST, inverses[row] = largest > 0.0f ? INT8_LARGEST / largest : 0.0f;
+        scales[row] = most / INT8_LARGEST, inverses[row] = most > 0.0f ? INT8_LARGEST / most : 0.0f;
     }
-}
-
-// c (four tiles of int32 sums) -> fp32, in place, times rows (32,) and columns (32,) (null: 1), plus more (four tiles of fp32
-// sums; null: 0).
-static void scale_sums(float* c, const float* rows, const float* columns, const float* more) {
-    for (int64_t tile = 0; tile < 4; tile++)
-        for (int64_t r = 0; r < 16; r++) {
-            float* at = c + tile * 256 + r * 16;
-            __m512 factor = columns ? _mm512_loadu_ps(columns + tile % 2 * 16) : _mm512_set1_ps(1.0f);
-            factor = _mm512_mul_ps(_mm512_set1_ps(rows[tile / 2 * 16 + r]), factor);
-            __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
-            __m512 rest = more ? _mm512_loadu_ps(more + (at - c)) : _mm512_setzero_ps();
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(sums, factor, rest));
-        }
 }
 
 // Write the scale of row (depth,), each number times its factor (depth,) (null: 1). Return the square of the relative error
 // that rounding to steps of this scale makes, step^2 / 12 a number; NaN if a number is not finite.
-static float scale_numbers(const Bf16* row, const float* factors, int64_t depth, float* scale) {
-    __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < depth; i += 16) {
-        __m512 values = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
-        if (factors) values = _mm512_mul_ps(values, _mm512_loadu_ps(factors + i));
-        largest = _mm512_max_ps(_mm512_abs_ps(values), largest);
-        squares = _mm512_fmadd_ps(values, values, squares);
+template <class M>
+static float scale_numbers(const M* row, const float* factors, int64_t depth, float* scale) {
+    Floats most = all(0.0f), squares = all(0.0f);
+    for (int64_t i = 0; i < depth; i += LANES) {
+        Floats values = get(row + i);
+        if (factors) values = values * get(factors + i);
+        most = larger(as_floats(as_words(values) & all(MAGNITUDE_BITS)), most);
+        squares = fused(values, values, squares);
     }
-    *scale = _mm512_reduce_max_ps(largest) / INT8_LARGEST;
-    const float all = _mm512_reduce_add_ps(squares);
-    return all == 0.0f ? 0.0f : *scale * *scale / 12.0f * float(depth) / all;
+    *scale = largest(most) / INT8_LARGEST;
+    const float total = sum(squares);
+    return total == 0.0f ? 0.0f : *scale * *scale / 12.0f * float(depth) / total;
 }
 
 // Return true if rows with these squared errors (rows,) may be rounded to 8 bits; false if any is not finite. Rows of zeros
@@ -57,25 +44,40 @@ static bool even_enough(const float* errors, int64_t rows) {
     return all <= INT8_ERROR_LIMIT * INT8_ERROR_LIMIT * float(counted);
 }
 
-// Round bf16 squares in left form, 32 rows x depth, to int8 squares in left form or, if `turned`, in right form.
-// row_scales (32,); factors (depth,), by which numbers are multiplied first, or null.
-static void round_squares(const Bf16* lines, const float* row_scales, const float* factors, int64_t depth, bool turned,
-                          int8_t* to) {
-    alignas(64) int8_t left[2048];
-    for (int64_t deep = 0; deep < depth; deep += 64, lines += 2 * SQUARE, to += 2048) {
-        int8_t* square = turned ? left : to;
+// Round squares in left form, 32 rows x depth, to squares of codes in left form or, if `turned`, in right form.
+// row_scales (32,); factors (depth,), by which numbers are multiplied first, or null. excess (32,) += CODE_ZERO times the sum
+// of each row's codes: what weights that stand CODE_ZERO too high add to the row's sums.
+static void round_squares(const Real* lines, const float* row_scales, const float* factors, int64_t depth, bool turned,
+                          Code* to, int32_t* excess) {
+    constexpr int64_t deep = DEPTH<Code>;
+    const Floats shift = all(ROUNDING_SHIFT);
+    alignas(64) Code left[Form<Code>::square];
+    for (int64_t k = 0; k < depth; k += deep, lines += deep / SIDE * SQUARE, to += Form<Code>::square) {
+        Code* square = turned ? left : to;
         for (int64_t r = 0; r < SIDE; r++) {
-            const __m512 inverse = _mm512_set1_ps(row_scales[r] > SMALLEST_PRODUCT_SCALE ? 1.0f / row_scales[r] : 0.0f);
-            for (int64_t i = 0; i < 4; i++) {
-                const Bf16* from = lines + i / 2 * SQUARE + r * SIDE + i % 2 * 16;
-                __m512 values = widened(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
-                values = _mm512_mul_ps(values, inverse);
-                if (factors) values = _mm512_mul_ps(values, _mm512_loadu_ps(factors + deep + 16 * i));
-                __m128i rounded = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values));
-                _mm_store_si128(reinterpret_cast<__m128i*>(square + r * 64 + i * 16), rounded);
+            const Floats inverse = all(row_scales[r] > SMALLEST_PRODUCT_SCALE ? 1.0f / row_scales[r] : 0.0f);
+            for (int64_t i = 0; i < deep; i += LANES) {
+                Floats values = get(Form<const Real>::left(lines + i / SIDE * SQUARE, r, i % SIDE)) * inverse;
+                if (factors) values = values * get(factors + k + i);
+                put(Form<Code>::left(square, r, i), (values + shift) - shift);
             }
+            int32_t total = 0;
+            for (int64_t i = 0; CODE_ZERO != 0 && i < deep; i++) total += *Form<Code>::left(square, r, i);
+            excess[r] += CODE_ZERO * total;
         }
         if (turned)
-            for (int64_t tile = 0; tile < 2048; tile += 1024) transpose_words(left + tile, 64, to + tile);
+            for (int64_t i = 0; i < Form<Code>::square; i += Form<Code>::tile) transpose_words(left + i, 64, to + i);
     }
+}
+
+// c (32, 32), sums of products of codes -> fp32, in place, times rows (32,) and columns (32,) (null: 1), plus more (32, 32)
+// (null: 0). excess (32,), as round_squares made it, is taken off first: of columns or, where columns is null, of rows.
+static void scale_sums(float* c, const float* rows, const float* columns, const int32_t* excess, const float* more) {
+    for (int64_t r = 0; r < SIDE; r++)
+        for (int64_t i = 0; i < SIDE; i += LANES) {
+            float* at = c + r * SIDE + i;
+            Ints sums = read_as<Ints>(at) - (columns ? read_as<Ints>(excess + i) : excess[r] + Ints{});
+            const Floats factor = columns ? rows[r] * get(columns + i) : all(rows[r]);
+            put(at, fused(to_floats(sums), factor, more ? get(more + r * SIDE + i) : all(0.0f)));
+        }
 }

@@ -5,33 +5,74 @@
 // A byte of packed weights holds two codes, the first weight's in the high nibble. A chunk lies within one quantisation block
 // (or in one block of each of its rows), so its weights are looked up among 16 products of the code table with one absmax.
 
-template <bool BACKWARD, class E>
-struct Strip {
+template <bool BACKWARD, class W>
+struct Strip {  // W: Real or WeightCode
     Absmax absmax;  // copies: behind a pointer the compiler would have to load them again after every store
     const uint8_t* packed;
     int64_t inputs, block_shift;
-    __m512 table;                    // the 16 values of the code table
+    const float* table;              // (16,): the values of the codes
     const float* inverse;            // int8: (outputs,), 1 / the scale of every row of the weight
-    E* squares;                      // the strip: squares along the depth
+    W* squares;                      // the strip: squares along the depth
     int64_t first;                   // of its 32 rows (forward) or columns (backward) of the weight
     int64_t begin_depth, end_depth;  // its part of the other dimension
     int64_t row, column;             // where in the weight the next chunk begins
 
     ET_MEMBER Strip(const ProjectWeight& weight, int64_t inputs, const float* inverse)
         : absmax(weight.absmax), packed(weight.packed), inputs(inputs), block_shift(weight.block_shift),
-          table(_mm512_loadu_ps(weight.codes)), inverse(inverse) {}
-    ET_MEMBER void begin(E* to, int64_t first_wide, int64_t from, int64_t until) {
+          table(weight.codes), inverse(inverse) {}
+    ET_MEMBER void begin(W* to, int64_t first_wide, int64_t from, int64_t until) {
         squares = to, first = first_wide, begin_depth = from, end_depth = until;
         row = BACKWARD ? from : first, column = BACKWARD ? first : from;
     }
     ET_MEMBER bool more() const { return BACKWARD ? row < end_depth : row < first + SIDE; }
-    // Return the number of chunks in a strip of this depth. Backward in int8, a chunk has four rows of 32 columns: twice as
-    // many weights.
-    static int64_t chunks(int64_t depth) { return depth * SIDE / (BACKWARD && sizeof(E) == 1 ? 2 * CHUNK : CHUNK); }
+    // Return the number of chunks in a strip of this depth.
+    static constexpr int64_t chunks(int64_t depth) { return depth * SIDE / (BACKWARD ? SIDE * WORD : CHUNK); }
+    static constexpr int64_t WORD = 4 / sizeof(W);  // neighbours along the depth in a word: rows of a chunk backward
 
+    ET_MEMBER void next_columns() {
+        column += CHUNK;
+        if (column >= end_depth) column = begin_depth, row++;
+    }
+
+#if !defined(ET_USE_AVX512_BF16)
+    // Write 32 weights of row `of_row`, from flat index `weight` on.
+    ET_MEMBER void expand(int64_t weight, int64_t of_row, W* out) const {
+        const uint8_t* from = packed + (weight >> 1);
+        const float scale = absmax.at(weight >> block_shift);
+        if constexpr (sizeof(W) == sizeof(Real)) {
+            Products<Real>(table, scale).expand32(from, out);
+        } else {
+            Products<Code>(table, scale * inverse[of_row]).expand32(from, reinterpret_cast<Code*>(out));
+            for (int64_t i = 0; i < 32; i++) out[i] = W(out[i] + CODE_ZERO);
+        }
+    }
+    // Dequantise the next chunk. Forward, columns of a row are a row of the left form. Backward, the right form has words of
+    // neighbouring rows.
+    ET_MEMBER void chunk() {
+        typedef Form<W> F;
+        if (!BACKWARD) {
+            alignas(64) W line[CHUNK];
+            const int64_t weight = row * inputs + column, deep = DEPTH<W>;
+            for (int64_t i = 0; i < CHUNK; i += 32) expand(weight + i, row, line + i);
+            for (int64_t i = 0, k = column - begin_depth; i < CHUNK; i += F::depth, k += F::depth)
+                memcpy(static_cast<void*>(F::left(squares + k / deep * F::square, row - first, k % deep)), line + i, 64);
+            next_columns();
+            return;
+        }
+        alignas(64) W lines[WORD][SIDE], words[WORD * SIDE];
+        for (int64_t i = 0; i < WORD; i++) expand((row + i) * inputs + column, row + i, lines[i]);
+        for (int64_t j = 0; j < SIDE; j++)
+            for (int64_t i = 0; i < WORD; i++) words[j * WORD + i] = lines[i][j];
+        const int64_t k = row - begin_depth;
+        W* out = squares + k / DEPTH<W> * F::square + k % DEPTH<W> / F::depth * F::tile + k % F::depth * 16;
+        for (int64_t half = 0; half < 2; half++)
+            memcpy(static_cast<void*>(out + half * F::deep * F::tile), words + half * F::depth, 64);
+        row += WORD;
+    }
+#else
     // Dequantise the next chunk.
     ET_MEMBER void chunk() {
-        if constexpr (sizeof(E) == 1) {
+        if constexpr (sizeof(W) == 1) {
             if (BACKWARD) int8_columns();
             else int8_row();
         } else {
@@ -42,11 +83,12 @@ struct Strip {
 
     // Return the 16 values that the weights of one block can have. weight: the flat index of any weight in it.
     ET_MEMBER __m512 products(int64_t weight) const {
-        return _mm512_mul_ps(table, _mm512_set1_ps(absmax.at(weight >> block_shift)));
+        return _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(absmax.at(weight >> block_shift)));
     }
-    // Return these 16 values as bytes, in steps of the scale of row `of_row`, in which the weight lies.
+    // Return these 16 values as bytes, in steps of the scale of the weight's row `of_row`, and CODE_ZERO above them.
     ET_MEMBER __m128i bytes(int64_t weight, int64_t of_row) const {
-        return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of_row]))));
+        const __m512 steps = _mm512_mul_ps(products(weight), _mm512_set1_ps(inverse[of_row]));
+        return _mm_xor_si128(_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(steps)), _mm_set1_epi8(char(CODE_ZERO)));
     }
 
     // ---- bf16 ----
@@ -60,7 +102,7 @@ struct Strip {
         __m512i values = (__m512i)_mm512_cvtne2ps_pbh(all, all);
         // 16 * inputs bytes are 32 rows: the same columns of the next strip
         _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
-        E* out = squares + (column - begin_depth) / SIDE * SQUARE + (row - first) * SIDE;
+        W* out = squares + (column - begin_depth) / SIDE * SQUARE + (row - first) * SIDE;
         for (int i = 0; i < 2; i++)
             _mm512_storeu_si512(out + i * SQUARE, _mm512_permutexvar_epi16(codes(from + 16 * i), values));
         next_columns();
@@ -75,7 +117,7 @@ struct Strip {
         __m128i even = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
         __m128i odd = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + (inputs >> 1)));
         _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
-        E* out = squares + (row - begin_depth) / SIDE * SQUARE + (row - begin_depth) % SIDE * 16;
+        W* out = squares + (row - begin_depth) / SIDE * SQUARE + (row - begin_depth) % SIDE * 16;
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(pairs(_mm_unpacklo_epi8(even, odd)), values));
         _mm512_storeu_si512(out + 512, _mm512_permutexvar_epi16(pairs(_mm_unpackhi_epi8(even, odd)), values));
         row += 2;
@@ -100,7 +142,7 @@ struct Strip {
     ET_MEMBER void int8_row() {
         const int64_t weight = row * inputs + column;
         const uint8_t* from = packed + (weight >> 1);
-        E* square = squares + (column - begin_depth) / 64 * 2048;
+        W* square = squares + (column - begin_depth) / 64 * 2048;
         __m512i values = _mm512_broadcast_i32x4(bytes(weight, row));
         __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
         _mm_prefetch(reinterpret_cast<const char*>(from + 16 * inputs), _MM_HINT_T0);
@@ -115,7 +157,7 @@ struct Strip {
     ET_MEMBER void int8_columns() {
         const int64_t weight = row * inputs + column;
         const uint8_t* from = packed + (weight >> 1);
-        E* square = squares + (row - begin_depth) / 64 * 2048;
+        W* square = squares + (row - begin_depth) / 64 * 2048;
         __m512i values = _mm512_castsi128_si512(bytes(weight, row)), nibbles = lane(from);
         values = _mm512_inserti32x4(values, bytes(weight + inputs, row + 1), 1);
         values = _mm512_inserti32x4(values, bytes(weight + 2 * inputs, row + 2), 2);
@@ -136,17 +178,14 @@ struct Strip {
             6, 22, 38, 54, 70, 86, 102, 118, 7, 23, 39, 55, 71, 87, 103, 119};
         // clang-format on
         const __m512i first_half = _mm512_load_si512(order), second_half = _mm512_add_epi8(first_half, _mm512_set1_epi8(8));
-        E* out = square + (row - begin_depth) % 64 * 16;
+        W* out = square + (row - begin_depth) % 64 * 16;
         _mm512_storeu_si512(out, _mm512_permutex2var_epi8(even, first_half, odd));
         _mm512_storeu_si512(out + 1024, _mm512_permutex2var_epi8(even, second_half, odd));
         row += 4;
     }
 
-    ET_MEMBER void next_columns() {
-        column += CHUNK;
-        if (column >= end_depth) column = begin_depth, row++;
-    }
     ET_MEMBER static __m512i lane(const uint8_t* from) {
         return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
+#endif
 };

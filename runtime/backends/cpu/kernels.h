@@ -19,7 +19,7 @@
 
 #include "constants.h"
 
-#define ET_ABI 6
+#define ET_ABI 7
 
 #if defined(_MSC_VER)
 #define ET_EXPORT extern "C" __declspec(dllexport)

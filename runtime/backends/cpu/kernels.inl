@@ -16,10 +16,13 @@ namespace {
 
 #include "attention.inl"
 #include "dequant.inl"
-#if defined(ET_USE_AMX)
+#if defined(ET_USE_AVX2) || defined(ET_USE_NEON)
 #include "gemm.inl"
 #include "project.inl"
 #else
+#define ET_PROJECT_KERNELS(X)
+#endif
+#if !defined(ET_USE_AMX)
 #include "elementwise.inl"
 #include "matvec.inl"
 #include "decode.inl"
@@ -30,7 +33,8 @@ namespace {
 #define ET_KERNELS(X) ET_ATTENTION_KERNELS(X) ET_PROJECT_KERNELS(X)
 #else
 #define ET_KERNELS(X) \
-    ET_ATTENTION_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) ET_DECODE_KERNELS(X)
+    ET_ATTENTION_KERNELS(X) ET_PROJECT_KERNELS(X) ET_DEQUANT_KERNELS(X) ET_ELEMENTWISE_KERNELS(X) ET_MATVEC_KERNELS(X) \
+    ET_DECODE_KERNELS(X)
 #endif
 #define X(kernel) {#kernel, reinterpret_cast<void (*)()>(&kernel)},
 extern const Kernel table[];

@@ -19,11 +19,14 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Octets __attribute__((vector_size(LANES)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 ET_INLINE Words widen(Halves x) { return __builtin_convertvector(x, Words); }
 ET_INLINE Halves narrow(Words x) { return __builtin_convertvector(x, Halves); }
 ET_INLINE Floats to_floats(Octets x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
+ET_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 ET_INLINE Octets to_octets(Floats x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Octets); }
+ET_INLINE Shorts to_shorts(Floats x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Shorts); }
 ET_INLINE Words as_words(Floats x) { return (Words)x; }
 ET_INLINE Floats as_floats(Words x) { return (Floats)x; }
 ET_INLINE Floats all(float x) { return x - Floats{}; }
@@ -33,10 +36,14 @@ typedef float Floats;
 typedef uint32_t Words;
 typedef uint16_t Halves;
 typedef int8_t Octets;
+typedef int16_t Shorts;
+typedef int32_t Ints;
 ET_INLINE Words widen(Halves x) { return x; }
 ET_INLINE Halves narrow(Words x) { return Halves(x); }
 ET_INLINE Floats to_floats(Octets x) { return x; }
+ET_INLINE Floats to_floats(Ints x) { return Floats(x); }
 ET_INLINE Octets to_octets(Floats x) { return Octets(x); }
+ET_INLINE Shorts to_shorts(Floats x) { return Shorts(x); }
 ET_INLINE Words as_words(Floats x) { return to_bits(x); }
 ET_INLINE Floats as_floats(Words x) { return from_bits(x); }
 ET_INLINE Floats all(float x) { return x; }
@@ -69,6 +76,10 @@ ET_INLINE void put(float* p, Floats value) { memcpy(p, &value, sizeof value); }
 ET_INLINE void put(int8_t* p, Floats value) {  // value: already rounded to integers
     Octets octets = to_octets(value);
     memcpy(p, &octets, sizeof octets);
+}
+ET_INLINE void put(int16_t* p, Floats value) {
+    Shorts shorts = to_shorts(value);
+    memcpy(p, &shorts, sizeof shorts);
 }
 ET_INLINE void put(Bf16* p, Floats value) {  // rounds to nearest, ties to even; a NaN stays a NaN
 #if defined(ET_USE_AVX512_BF16) && defined(__GNUC__)

@@ -44,7 +44,7 @@ static const LayoutEntry layout[] = {
     WHOLE(ProjectCall), FIELD(ProjectCall, x), FIELD(ProjectCall, x_row), FIELD(ProjectCall, y), FIELD(ProjectCall, y_row),
         FIELD(ProjectCall, dx), FIELD(ProjectCall, dx_row), FIELD(ProjectCall, reduced), FIELD(ProjectCall, linears),
         FIELD(ProjectCall, count), FIELD(ProjectCall, rows), FIELD(ProjectCall, inputs), FIELD(ProjectCall, threads),
-        FIELD(ProjectCall, int8), FIELD(ProjectCall, scratch), FIELD(ProjectCall, scratch_bytes),
+        FIELD(ProjectCall, bf16), FIELD(ProjectCall, int8), FIELD(ProjectCall, scratch), FIELD(ProjectCall, scratch_bytes),
 };
 // clang-format on
 #undef WHOLE

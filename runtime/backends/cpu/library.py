@@ -17,7 +17,7 @@ from typing import Any
 
 from edgetune.runtime.errors import UsageError
 
-ABI = 6
+ABI = 7
 """Version of the C interface; equal to ET_ABI in kernels.h. Raise both when a kernel's arguments or a struct change."""
 VARIABLE = "EDGETUNE_CPU_ISA"
 """Environment variable that names the instruction set to use instead of the best one."""

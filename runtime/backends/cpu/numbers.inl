@@ -18,6 +18,11 @@ ET_INLINE float load(const Bf16* p) { return from_bits(uint32_t(p->bits) << 16);
 
 ET_INLINE void store(float* p, float value) { *p = value; }
 
+// Integers of small magnitude: to nearest, ties to even.
+ET_INLINE float nearest(float value) { return (value + ROUNDING_SHIFT) - ROUNDING_SHIFT; }
+ET_INLINE void store(int8_t* p, float value) { *p = int8_t(nearest(value)); }
+ET_INLINE void store(int16_t* p, float value) { *p = int16_t(nearest(value)); }
+
 // Rounds to nearest, ties to even: half a unit is added, or a little less where the last bit is even. A NaN stays a NaN.
 ET_INLINE void store(Bf16* p, float value) {
     uint32_t bits = to_bits(value);

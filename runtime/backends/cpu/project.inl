@@ -7,7 +7,7 @@
 // with p the linear, s its alpha / rank, x (M, I), W_p (O_p, I), A_p (rank_p, I), B_p (O_p, rank_p).
 //
 // Words used in these files:
-//     square     32 x 32 numbers (of int8: 32 x 64), packed as two tiles in left or right form (attention_tiles.inl): 2 KB
+//     square     32 x 32 numbers (of bytes: 32 x 64), packed as tiles in left or right form (attention_tiles.inl)
 //     depth      the dimension that a large product sums over: I forward; backward all outputs, of one linear after another
 //     wide       the other dimension of the weight, and so the columns of the result: O_p forward, I backward
 //     piece      at most STRIP_DEPTH of the depth, never of two linears
@@ -23,7 +23,7 @@
 //                                 +----+----+----+--
 //            depth      piece 1   |    |    |    |
 //                                 +----+----+----+--
-//              |        thin      |    |    |    |         reduced, as a few more squares of depth (bf16 only)
+//              |        thin      |    |    |    |         reduced, as a few more squares of depth (without codes)
 //              v                  +====+====+====+==
 //     piece 0  piece 1  thin
 //    +--------+--------+----+     +----+----+----+--
@@ -43,7 +43,7 @@ namespace project {
 using namespace gemm;
 
 template <class E>
-constexpr int64_t PIECE_SQUARES = STRIP_DEPTH<E> / SIDE;  // bf16 squares along a piece
+constexpr int64_t PIECE_SQUARES = STRIP_DEPTH<E> / SIDE;  // squares of Real along a piece
 
 // Return the number of squares that a linear's rank is padded to.
 ET_INLINE int64_t squares_of(const ProjectLinear& linear) { return (linear.rank + SIDE - 1) / SIDE; }
@@ -56,8 +56,11 @@ struct Piece {
     int64_t offset;  // where it begins in the whole depth
 };
 
+typedef Squares<Real, Real> Thin;  // the operands of a thin product
+
 // The part of a large product that one thread computes at a time: some columns, for the rows that are packed. Fixed from strip
 // to strip.
+template <class M>
 struct Portion {
     int64_t row, panels;     // the first row, and how many panels of rows are packed
     Range columns;           // of y or dx
@@ -65,8 +68,8 @@ struct Portion {
     int64_t rank_squares;    // of those linears
     int64_t squares_before;  // of the linears before them
     int64_t outputs_before;
-    const Bf16* adapter;  // B's or A's squares of those linears
-    Bf16* out;            // (rows, out_row): their y, or dx
+    const Real* adapter;  // B's or A's squares of those linears
+    M* out;               // (rows, out_row): their y, or dx
     int64_t out_row;
 };
 
@@ -77,28 +80,34 @@ struct Position {
     int64_t block_begin, block_end;  // the block of columns that it lies in
 };
 
-// One call. E: what the large products multiply, Bf16 or int8_t; the thin ones are always bf16.
-template <bool BACKWARD, class E>
+// One call. M: the type of x, y and dx. E: what the large products multiply of x or dy, Real or Code; the thin ones multiply
+// Real.
+template <bool BACKWARD, class M, class E>
 struct Project {
-    static constexpr bool SCALED = sizeof(E) == 1;
+    static constexpr bool SCALED = sizeof(E) != sizeof(Real);
+    typedef typename WeightsOf<E>::type W;
     ProjectCall* call;
+    const M* x;
+    M *y, *dx, *reduced;  // y: backward it holds dy
     int64_t depth, panel_count;  // panel_count: panels that are packed at a time
     int64_t rank_squares;        // of all linears together
     bool has_dropout;
     E* panels;                               // of x or dy: a piece after the other, and in each panel_count panels
-    float *row_scales, *row_errors;          // int8: (rows,) of x or dy, and the squared error of rounding each
-    float *weight_scales, *weight_inverses;  // int8: (sum of outputs,), and 1 / them
-    Bf16 *packed_a, *packed_b;               // the adapters, as squares: see square_a and pack_adapters
-    Bf16* thin;                              // (panel, rank square): reduced in right form, or dreduced in left form
-    Bf16 *reduced_turned, *dreduced_turned;  // backward: (rank square, panel), transposed, in left form
+    // Of codes only:
+    float *row_scales, *row_errors;          // (rows,) of x or dy, and the squared error of rounding each
+    int32_t* row_excess;                     // (rows,): see round_squares
+    float *weight_scales, *weight_inverses;  // (sum of outputs,), and 1 / them
+    Real *packed_a, *packed_b;               // the adapters, as squares: see square_a and pack_adapters
+    Real* thin;                              // (panel, rank square): reduced in right form, or dreduced in left form
+    Real *reduced_turned, *dreduced_turned;  // backward: (rank square, panel), transposed, in left form
     char* thread_scratch;                    // (threads, thread_bytes)
     int64_t thread_bytes, sums_bytes;
 
     // A thread's scratch while it packs rows and while it makes gradients.
     struct ThinScratch {
         float* sums;            // (rank_squares + 1, SQUARE)
-        Bf16 *lines, *dropped;  // (PIECE_SQUARES, SQUARE) each, in left form
-        Bf16* rights;           // (2 * panel_count, SQUARE)
+        Real *lines, *dropped;  // (PIECE_SQUARES, SQUARE) each, in left form
+        Real* rights;           // (2 * panel_count, SQUARE)
     };
 
     // ---- this file: layout of scratch, and the order of work ----
@@ -116,7 +125,7 @@ struct Project {
     ThinScratch thin_scratch(int index) const {
         char* mine = thread_scratch + index * thread_bytes;
         float* sums = reinterpret_cast<float*>(mine);
-        Bf16* lines = reinterpret_cast<Bf16*>(sums + (rank_squares + 1) * SQUARE);
+        Real* lines = reinterpret_cast<Real*>(sums + (rank_squares + 1) * SQUARE);
         return {sums, lines, lines + PIECE_SQUARES<E> * SQUARE, lines + 2 * PIECE_SQUARES<E> * SQUARE};
     }
 
@@ -139,26 +148,26 @@ struct Project {
     }
 
     // ---- project_pack.inl: adapters, scales and rows into the forms that products take ----
-    inline Bf16* square_a(int64_t linear, int64_t squares_before, int64_t square, int64_t deep) const;
+    inline Real* square_a(int64_t linear, int64_t squares_before, int64_t square, int64_t deep) const;
     inline void pack_adapters(int index, int count) const;
     inline void scale_weights(int index, int count) const;
     inline void scale_matrix(int index, int count) const;
     // Every thread comes to the same answer, since it looks at all rows.
     bool serves() const { return even_enough(row_errors, call->rows); }
-    inline void pack_panel(Bf16* panel, const Bf16* lines, int64_t top, const Piece& piece) const;
-    inline void pack_panel(int8_t* panel, const Bf16* lines, int64_t top, const Piece& piece) const;
+    inline void pack_panel(Real* panel, const Real* lines, int64_t top, const Piece& piece) const;
+    inline void pack_panel(Code* panel, const Real* lines, int64_t top, const Piece& piece) const;
     inline void pack_forward(int64_t row, int64_t number, const ThinScratch& scratch) const;
     inline void pack_backward(int64_t row, int64_t number, const ThinScratch& scratch) const;
 
     // ---- project_products.inl: the large products ----
     inline void multiply_columns(int64_t row, int64_t panels_here, Range columns, int64_t linear, char* scratch) const;
-    ET_MEMBER Portion portion(int64_t row, int64_t panels_here, Range columns, int64_t linear) const;
-    ET_MEMBER bool next_strip(const Portion& mine, Position* at) const;
-    ET_MEMBER Ahead prefetch_panels(const Portion& mine, const Position& at, int64_t steps) const;
-    ET_MEMBER void multiply_strip(const Portion& mine, const Position& at, const E* strip, float* sums,
-                                  Strip<BACKWARD, E>& next, int64_t chunks) const;
-    ET_MEMBER void finish(const Portion& mine, float* c, Squares<Bf16> rest, int64_t top, int64_t column) const;
-    inline void add_dropped(float* c, Squares<Bf16> thin, int64_t row, int64_t column) const;
+    ET_MEMBER Portion<M> portion(int64_t row, int64_t panels_here, Range columns, int64_t linear) const;
+    ET_MEMBER bool next_strip(const Portion<M>& mine, Position* at) const;
+    ET_MEMBER Ahead prefetch_panels(const Portion<M>& mine, const Position& at, int64_t steps) const;
+    ET_MEMBER void multiply_strip(const Portion<M>& mine, const Position& at, const W* strip, float* sums,
+                                  Strip<BACKWARD, W>& next, int64_t chunks) const;
+    ET_MEMBER void finish(const Portion<M>& mine, float* c, Thin rest, int64_t top, int64_t column) const;
+    inline void add_dropped(float* c, Thin rest, int64_t row, int64_t column) const;
 
     // ---- project_gradients.inl: gradients of the adapters ----
     inline void gradients_b(int64_t row, int64_t panels_here, int index, int count, const ThinScratch& scratch) const;
@@ -167,9 +176,11 @@ struct Project {
 
 // Lay the scratch out; without scratch this only measures it. Pieces of scratch that a direction or a type does not need are
 // empty.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::plan(ProjectCall* given) {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::plan(ProjectCall* given) {
     call = given, rank_squares = 0, has_dropout = false;
+    x = static_cast<const M*>(call->x), y = static_cast<M*>(call->y);
+    dx = static_cast<M*>(call->dx), reduced = static_cast<M*>(call->reduced);
     int64_t outputs = 0, widest = call->inputs, numbers_b = 0;
     for (int64_t p = 0; p < call->count; p++) {
         const ProjectLinear& linear = call->linears[p];
@@ -181,6 +192,7 @@ void Project<BACKWARD, E>::plan(ProjectCall* given) {
     depth = BACKWARD ? outputs : call->inputs;
     panel_count = round_up(least(call->rows, SUM_ROWS), SIDE) / SIDE;
     char* next = call->scratch;
+    constexpr int64_t size = sizeof(Real);
     auto take = [&](int64_t bytes) {
         char* taken = next;
         next += round_up(bytes, ALIGNMENT);
@@ -189,18 +201,19 @@ void Project<BACKWARD, E>::plan(ProjectCall* given) {
     panels = reinterpret_cast<E*>(take(panel_count * SIDE * depth * sizeof(E)));
     row_scales = reinterpret_cast<float*>(take(SCALED ? round_up(call->rows, SIDE) * 4 : 0));
     row_errors = reinterpret_cast<float*>(take(SCALED ? call->rows * 4 : 0));
+    row_excess = reinterpret_cast<int32_t*>(take(SCALED ? round_up(call->rows, SIDE) * 4 : 0));
     weight_scales = reinterpret_cast<float*>(take(SCALED ? outputs * 4 : 0));
     weight_inverses = reinterpret_cast<float*>(take(SCALED ? outputs * 4 : 0));
-    packed_a = reinterpret_cast<Bf16*>(take(call->inputs * rank_squares * SIDE * 2));
-    packed_b = reinterpret_cast<Bf16*>(take(numbers_b * 2));
-    thin = reinterpret_cast<Bf16*>(take(panel_count * rank_squares * SQUARE * 2));
-    reduced_turned = reinterpret_cast<Bf16*>(take(BACKWARD ? panel_count * rank_squares * SQUARE * 2 : 0));
-    dreduced_turned = reinterpret_cast<Bf16*>(take(BACKWARD ? panel_count * rank_squares * SQUARE * 2 : 0));
+    packed_a = reinterpret_cast<Real*>(take(call->inputs * rank_squares * SIDE * size));
+    packed_b = reinterpret_cast<Real*>(take(numbers_b * size));
+    thin = reinterpret_cast<Real*>(take(panel_count * rank_squares * SQUARE * size));
+    reduced_turned = reinterpret_cast<Real*>(take(BACKWARD ? panel_count * rank_squares * SQUARE * size : 0));
+    dreduced_turned = reinterpret_cast<Real*>(take(BACKWARD ? panel_count * rank_squares * SQUARE * size : 0));
     // A thread never packs or makes gradients while it multiplies, so both use the same memory: for multiplying, a block of
     // sums and two strips; for the other, ThinScratch.
     sums_bytes = panel_count * SIDE * least(widest, SUM_COLUMNS) * 4;
-    const int64_t products = sums_bytes + 2 * STRIP_DEPTH<E> * SIDE * sizeof(E);
-    const int64_t thins = (rank_squares + 1) * SQUARE * 4 + (2 * PIECE_SQUARES<E> + 2 * panel_count) * SQUARE * 2;
+    const int64_t products = sums_bytes + 2 * STRIP_BYTES;
+    const int64_t thins = (rank_squares + 1) * SQUARE * 4 + (2 * PIECE_SQUARES<E> + 2 * panel_count) * SQUARE * size;
     thread_bytes = round_up(products > thins ? products : thins, ALIGNMENT);
     thread_scratch = take(call->threads * thread_bytes);
     call->scratch_bytes = next - call->scratch;
@@ -208,8 +221,8 @@ void Project<BACKWARD, E>::plan(ProjectCall* given) {
 
 // Return how many columns of y or dx a piece of a large product has: about PIECE_PRODUCTS multiplications, fewer if threads would
 // have less than PIECES_PER_THREAD pieces each. Sums do not depend on it.
-template <bool BACKWARD, class E>
-int64_t Project<BACKWARD, E>::piece_columns(int64_t panels_here) const {
+template <bool BACKWARD, class M, class E>
+int64_t Project<BACKWARD, M, E>::piece_columns(int64_t panels_here) const {
     int64_t width = 0;
     for (int64_t p = 0; p < (BACKWARD ? 1 : call->count); p++) width += width_of(call->linears[p]);
     const int64_t by_work = PIECE_PRODUCTS / (panels_here * SIDE * depth);
@@ -219,8 +232,8 @@ int64_t Project<BACKWARD, E>::piece_columns(int64_t panels_here) const {
 
 // The whole call: phases, in each of which threads take pieces as they become free. A phase reads what the phases before have
 // written. Every piece that multiplies sets the tile registers up and gives them back.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::work() const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::work() const {
     const int threads = int(call->threads), shares = threads * int(PIECES_PER_THREAD);
     if (SCALED) {
         for_pieces(threads, shares, [&](int64_t index, int) { scale_weights(int(index), shares); });
@@ -237,7 +250,7 @@ void Project<BACKWARD, E>::work() const {
             products_end();
         });
         // Backward, one product is summed over all linears; forward, each linear has its own (and none if y is not wanted).
-        const int64_t products = BACKWARD ? 1 : call->y ? call->count : 0, columns = piece_columns(panels_here);
+        const int64_t products = BACKWARD ? 1 : y ? call->count : 0, columns = piece_columns(panels_here);
         int64_t pieces = 0;
         for (int64_t p = 0; p < products; p++) pieces += (width_of(call->linears[p]) + columns - 1) / columns;
         const int64_t thin_pieces = BACKWARD && rank_squares > 0 ? shares : 0;  // of either gradient
@@ -263,31 +276,40 @@ void Project<BACKWARD, E>::work() const {
 #include "project_gradients.inl"
 
 // Run one direction in one type. Return false if the rows are too uneven for int8; then nothing has been written.
-template <bool BACKWARD, class E>
+template <bool BACKWARD, class M, class E>
 static bool run(ProjectCall* call) {
-    Project<BACKWARD, E> project;
+    typedef Project<BACKWARD, M, E> P;
+    P project;
     project.plan(call);
     if (!call->scratch) return true;
     project.work();
-    return sizeof(E) != 1 || project.serves();
+    return !P::SCALED || project.serves();
 }
 
-// Run in int8 if the caller asks for it and the rows are even enough, else in bf16. When scratch is only measured, ask for
+// Run in int8 if the caller asks for it and the rows are even enough, else in Real. When scratch is only measured, ask for
 // enough for either.
-template <bool BACKWARD>
+template <bool BACKWARD, class M>
 static void run_either(ProjectCall* call) {
-    if (call->int8 && run<BACKWARD, int8_t>(call) && call->scratch) return;
+    if (call->int8 && run<BACKWARD, M, Code>(call) && call->scratch) return;
     const int64_t needed = call->int8 ? call->scratch_bytes : 0;
-    run<BACKWARD, Bf16>(call);
+    run<BACKWARD, M, Real>(call);
     if (call->scratch_bytes < needed) call->scratch_bytes = needed;
+}
+
+template <bool BACKWARD>
+static void run_any(ProjectCall* call) {
+    if (call->bf16) return run_either<BACKWARD, Bf16>(call);
+#if !defined(ET_USE_AVX512_BF16)
+    run_either<BACKWARD, float>(call);
+#endif
 }
 
 }  // namespace project
 
 // Both are called twice: without scratch they set scratch_bytes, with it they compute. Shapes: structures.h, ProjectCall.
 // Forward: reads x and linears; writes y, unless it is null, and reduced.
-void project_nf4(ProjectCall* call) { project::run_either<false>(call); }
+void project_nf4(ProjectCall* call) { project::run_any<false>(call); }
 // Backward: reads x, y (which holds dy), reduced and linears; writes dx, and adds to every linear's da and db.
-void project_nf4_backward(ProjectCall* call) { project::run_either<true>(call); }
+void project_nf4_backward(ProjectCall* call) { project::run_any<true>(call); }
 
 #define ET_PROJECT_KERNELS(X) X(project_nf4) X(project_nf4_backward)

@@ -1,7 +1,7 @@
 """Fused products of 4-bit linears and their adapters, forward and backward, by project.inl: no weight is made dense.
 
-They need AMX, and shapes that fill its tiles. Elsewhere these functions return None with nothing written, and the caller
-dequantises. Everything is checked here before a pointer crosses.
+They need shapes that fill their tiles. Elsewhere these functions return None with nothing written, and the caller dequantises.
+Everything is checked here before a pointer crosses.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from edgetune.runtime.backends.cpu.weights import quantized_addresses
 from edgetune.runtime.nf4 import code_table
 from edgetune.runtime.ops_types import Adapted
 
-ISA = "amx"
-"""The instruction set that has fused kernels."""
+BF16_ISAS = ("amx", "avx512_bf16")
+"""Instruction sets whose kernels multiply bf16: x is bf16. On others sums are of fp32 numbers, and x is fp32 or bf16."""
+SLOW_INT8 = ("neon",)
+"""Instruction sets whose products in 8 bits are no faster than their fp32 ones."""
 STRIP = 32
 """Ranks are padded to a multiple of this, and outputs must be one: SIDE in gemm.inl."""
 INT8_STRIP = 64
-"""In 8 bits, outputs (the depth of the backward's sums) must be a multiple of this: gemm.inl's DEPTH of int8."""
+"""In 8 bits, outputs (the depth of the backward's sums) must be a multiple of this: gemm.inl's DEPTH of bytes."""
 INT8_DEPTH = 2**31 // 127**2
 """Largest number of int8 products whose sum fits 32 bits."""
 CHUNK = 64
@@ -48,11 +50,11 @@ _scratch = _Scratch()
 
 
 def project(x: Tensor, linears: Sequence[Adapted], y: Tensor | None, int8: bool = False) -> Tensor | None:
-    """Write x (M, I) times each linear's W^T, plus its adapter's part, into y (M, sum of O): bf16, fp32 sums rounded once.
+    """Write x (M, I) times each linear's W^T, plus its adapter's part, into y (M, sum of O): x's dtype, fp32 sums rounded once.
 
-    Return the tensor that the backward needs: dropout(x) A^T of each adapter, (M, ranks padded to 32), bf16; y None computes
-    only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. Raises ValueError for
-    arguments that do not fit together. W has dequantize's bits; y may be a slice of columns.
+    Return the tensor that the backward needs: dropout(x) A^T of each adapter, (M, ranks padded to 32), of x's dtype; y None
+    computes only that. Return None, with nothing written, where no kernel fits this machine, dtype or shape. W has
+    dequantize's bits; y may be a slice of columns. Raises ValueError for arguments that do not fit together.
 
     int8: round x and W to 8 bits, each row in steps of its largest / 127, where that costs x less than 3% (constants.h's
     INT8_ERROR_LIMIT) and the shapes allow it.
@@ -75,7 +77,7 @@ def project_backward(
     gradients: Sequence[tuple[Tensor, Tensor]],
     int8: bool = False,
 ) -> Tensor | None:
-    """Return dx (M, I) bf16, and add to (dA, dB) f32 of each linear that has an adapter; `reduced` is project's.
+    """Return dx (M, I) of x's dtype, and add to (dA, dB) f32 of each linear that has an adapter; `reduced` is project's.
 
     None and ValueError as in `project`. int8: round dy, with the scales of W's rows multiplied into it, to 8 bits.
     """
@@ -94,9 +96,20 @@ def project_backward(
     return dx
 
 
-def fuses(dtype: torch.dtype) -> bool:
-    """Return True if this machine has fused kernels for the dtype; they still refuse some shapes."""
-    return dtype == torch.bfloat16 and selected_isa() == ISA
+def dtypes(isa: str) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of x for which an instruction set has fused kernels."""
+    if isa == "scalar":
+        return ()
+    return (torch.bfloat16,) if isa in BF16_ISAS else (torch.float32, torch.bfloat16)
+
+
+def fuses(dtype: torch.dtype, int8: bool = False) -> bool:
+    """Return True if this machine has fused kernels for the dtype; they still refuse some shapes.
+
+    int8: return True if they are also faster in 8 bits.
+    """
+    isa = selected_isa()
+    return dtype in dtypes(isa) and not (int8 and isa in SLOW_INT8)
 
 
 def _fits(x: Tensor, linears: Sequence[Adapted]) -> bool:
@@ -173,6 +186,7 @@ def _run(
         rows=rows,
         inputs=inputs,
         threads=torch.get_num_threads(),
+        bf16=x.dtype == torch.bfloat16,
         int8=int8 and _fits_int8(linears, inputs),
     )
     function, pointer = kernel(name, "p"), ctypes.addressof(call)

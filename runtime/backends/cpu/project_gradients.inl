@@ -1,8 +1,8 @@
 // project.inl's gradients of the adapters, for one block of rows; they are added to da and db. Each thread has its own columns.
 
 // db_p (O_p, rank_p) += s dy_p^T reduced_p, computed as (reduced_p^T dy_p)^T in squares: 32 of the rank by 32 outputs.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::gradients_b(int64_t row, int64_t panels_here, int index, int count,
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::gradients_b(int64_t row, int64_t panels_here, int index, int count,
                                        const ThinScratch& scratch) const {
     Range mine = share(depth, SIDE, index, count);
     Piece piece = first_piece(0);
@@ -15,10 +15,10 @@ void Project<BACKWARD, E>::gradients_b(int64_t row, int64_t panels_here, int ind
             const int64_t column = piece.offset + o - piece.begin;
             if (column < mine.begin || column >= mine.end) continue;
             for (int64_t number = 0; number < panels_here; number++) {
-                // In bf16 the packed panel is dy itself; in int8 it has been rounded, so dy is read again.
-                const Bf16* lines = scratch.lines;
-                if (SCALED) read_squares(call->y, call->y_row, call->rows, row + number * SIDE, column, 1, scratch.lines);
-                else lines = reinterpret_cast<const Bf16*>(panel(number, piece)) + (o - piece.begin) / SIDE * SQUARE;
+                // Without codes the packed panel is dy itself; with them it has been rounded, so dy is read again.
+                const Real* lines = scratch.lines;
+                if (SCALED) read_squares(y, call->y_row, call->rows, row + number * SIDE, column, 1, scratch.lines);
+                else lines = reinterpret_cast<const Real*>(panel(number, piece)) + (o - piece.begin) / SIDE * SQUARE;
                 turn_squares(lines, scratch.rights + number * SQUARE, 1);
             }
             for (int64_t s = 0; s < here; s++) {
@@ -34,14 +34,14 @@ void Project<BACKWARD, E>::gradients_b(int64_t row, int64_t panels_here, int ind
 
 // da_p (rank_p, I) += dreduced_p^T dropout_p(x), in squares: 32 of the rank by 32 inputs. Every linear has a dropout of its
 // own.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::gradients_a(int64_t row, int64_t panels_here, int index, int count,
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::gradients_a(int64_t row, int64_t panels_here, int index, int count,
                                        const ThinScratch& scratch) const {
     Range mine = share(call->inputs, SIDE, index, count);
     for (int64_t column = mine.begin; column < mine.end; column += SIDE) {
-        Bf16* lines = scratch.rights + panel_count * SQUARE;
+        Real* lines = scratch.rights + panel_count * SQUARE;
         for (int64_t number = 0; number < panels_here; number++) {
-            read_squares(call->x, call->x_row, call->rows, row + number * SIDE, column, 1, lines + number * SQUARE);
+            read_squares(x, call->x_row, call->rows, row + number * SIDE, column, 1, lines + number * SQUARE);
             if (!has_dropout) turn_squares(lines + number * SQUARE, scratch.rights + number * SQUARE, 1);
         }
         int64_t before = 0;
@@ -58,10 +58,9 @@ void Project<BACKWARD, E>::gradients_a(int64_t row, int64_t panels_here, int ind
                 multiply_squares(scratch.sums, SIDE, dreduced_turned + (before + s) * panel_count * SQUARE, SQUARE,
                                  scratch.rights, SQUARE, panels_here, false);
                 for (int64_t i = 0; i < least(SIDE, linear.rank - s * SIDE); i++)
-                    for (int64_t j = 0; j < SIDE; j += 16) {
+                    for (int64_t j = 0; j < SIDE; j += LANES) {
                         float* to = linear.da + (s * SIDE + i) * call->inputs + column + j;
-                        __m512 sum = _mm512_loadu_ps(scratch.sums + i * SIDE + j);
-                        _mm512_storeu_ps(to, _mm512_add_ps(sum, _mm512_loadu_ps(to)));
+                        put(to, get(scratch.sums + i * SIDE + j) + get(to));
                     }
             }
             before += here;

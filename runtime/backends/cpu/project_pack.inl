@@ -5,19 +5,19 @@
 // Return the place of a square of a linear's A: number `square` along the rank, `deep` along the inputs. squares_before: rank
 // squares of the linears before. The order is the one in which products read them: forward along the rank of one linear;
 // backward along all ranks.
-template <bool BACKWARD, class E>
-Bf16* Project<BACKWARD, E>::square_a(int64_t linear, int64_t squares_before, int64_t square, int64_t deep) const {
+template <bool BACKWARD, class M, class E>
+Real* Project<BACKWARD, M, E>::square_a(int64_t linear, int64_t squares_before, int64_t square, int64_t deep) const {
     const int64_t all = call->inputs / SIDE, here = squares_of(call->linears[linear]);
     return packed_a +
            (BACKWARD ? deep * rank_squares + squares_before + square : squares_before * all + deep * here + square) * SQUARE;
 }
 
-// Round this thread's share of A and s B to bf16 squares: forward A^T in right form and s B in left form, backward A and s B in
+// Pack this thread's share of A and s B into squares: forward A^T in right form and s B in left form, backward A and s B in
 // right form. B's squares lie in the order (linear, square of outputs, rank square).
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::pack_adapters(int index, int count) const {
-    alignas(64) Bf16 lines[SQUARE];
-    Bf16* b = packed_b;
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::pack_adapters(int index, int count) const {
+    alignas(64) Real lines[SQUARE];
+    Real* b = packed_b;
     int64_t before = 0;
     for (int64_t p = 0; p < call->count; p++) {
         const ProjectLinear& linear = call->linears[p];
@@ -33,7 +33,7 @@ void Project<BACKWARD, E>::pack_adapters(int index, int count) const {
         for (int64_t o = mine.begin; o < mine.end; o++)
             for (int64_t s = 0; s < here; s++) {
                 read_square(linear.b, linear.outputs, linear.rank, o * SIDE, s * SIDE, linear.scale, lines);
-                Bf16* to = b + (o * here + s) * SQUARE;
+                Real* to = b + (o * here + s) * SQUARE;
                 if (BACKWARD) turn_squares(lines, to, 1);
                 else memcpy(static_cast<void*>(to), lines, sizeof lines);
             }
@@ -43,8 +43,8 @@ void Project<BACKWARD, E>::pack_adapters(int index, int count) const {
 
 // ---- int8: scales of the weights' rows, then of x's or dy's ----
 
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::scale_weights(int index, int count) const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::scale_weights(int index, int count) const {
     int64_t before = 0;
     for (int64_t p = 0; p < call->count; p++) {
         const ProjectLinear& linear = call->linears[p];
@@ -55,15 +55,15 @@ void Project<BACKWARD, E>::scale_weights(int index, int count) const {
 }
 
 // Backward needs the weights' scales first: their rows are its depth, so dy is multiplied by them before it is rounded.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::scale_matrix(int index, int count) const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::scale_matrix(int index, int count) const {
     const Range mine = share(round_up(call->rows, SIDE), 1, index, count);
-    const Bf16* matrix = BACKWARD ? call->y : call->x;
+    const M* matrix = BACKWARD ? y : x;
     const float* factors = BACKWARD ? weight_scales : nullptr;
     for (int64_t row = mine.begin; row < mine.end; row++) {
-        row_scales[row] = 0.0f;
+        row_scales[row] = 0.0f, row_excess[row] = 0;
         if (row >= call->rows) continue;
-        const Bf16* from = matrix + row * (BACKWARD ? call->y_row : call->x_row);
+        const M* from = matrix + row * (BACKWARD ? call->y_row : call->x_row);
         row_errors[row] = scale_numbers(from, factors, depth, &row_scales[row]);
     }
 }
@@ -72,32 +72,32 @@ void Project<BACKWARD, E>::scale_matrix(int index, int count) const {
 
 // lines (a piece of 32 rows from `top` on, as squares in left form) -> the form of a panel. Forward, x^T stands on the right;
 // backward, dy stands on the left, and lines already are the panel.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::pack_panel(Bf16* panel, const Bf16* lines, int64_t, const Piece& piece) const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::pack_panel(Real* panel, const Real* lines, int64_t, const Piece& piece) const {
     if (!BACKWARD) transpose_squares(lines, panel, (piece.end - piece.begin) / SIDE);
 }
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::pack_panel(int8_t* panel, const Bf16* lines, int64_t top, const Piece& piece) const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::pack_panel(Code* panel, const Real* lines, int64_t top, const Piece& piece) const {
     const float* factors = BACKWARD ? weight_scales + piece.offset : nullptr;
-    round_squares(lines, row_scales + top, factors, piece.end - piece.begin, !BACKWARD, panel);
+    round_squares(lines, row_scales + top, factors, piece.end - piece.begin, !BACKWARD, panel, row_excess + top);
 }
 
 // Pack panel `number` of the rows from `row` on, and compute these rows' `reduced`: into call->reduced for the backward, and in
 // right form into thin.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::pack_forward(int64_t row, int64_t number, const ThinScratch& scratch) const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::pack_forward(int64_t row, int64_t number, const ThinScratch& scratch) const {
     Piece piece = first_piece(0);
     const int64_t top = row + number * SIDE;
     do {
         const int64_t n = (piece.end - piece.begin) / SIDE;
-        read_squares(call->x, call->x_row, call->rows, top, piece.begin, n, scratch.lines);
-        if (call->y) pack_panel(panel(number, piece), scratch.lines, top, piece);
+        read_squares(x, call->x_row, call->rows, top, piece.begin, n, scratch.lines);
+        if (y) pack_panel(panel(number, piece), scratch.lines, top, piece);
         int64_t before = 0;
         for (int64_t p = 0; p < call->count; p++) {
             const ProjectLinear& linear = call->linears[p];
             const int64_t here = squares_of(linear);
             if (here == 0) continue;
-            const Bf16* lines = scratch.lines;
+            const Real* lines = scratch.lines;
             if (linear.threshold) {
                 drop_squares(DropoutMask(linear), lines, call->inputs, top, piece.begin, n, scratch.dropped);
                 lines = scratch.dropped;
@@ -109,28 +109,27 @@ void Project<BACKWARD, E>::pack_forward(int64_t row, int64_t number, const ThinS
         }
     } while (advance(&piece, 0));
     for (int64_t s = 0; s < rank_squares; s++) {
-        round_square(scratch.sums + s * SQUARE, 1.0f, scratch.lines);
+        round_square(scratch.sums + s * SQUARE, scratch.lines);
         for (int64_t r = 0; r < least(SIDE, call->rows - top); r++)
-            memcpy(static_cast<void*>(call->reduced + (top + r) * rank_squares * SIDE + s * SIDE), scratch.lines + r * SIDE,
-                   SIDE * 2);
+            put_line(reduced + ((top + r) * rank_squares + s) * SIDE, scratch.sums + s * SQUARE + r * SIDE);
         transpose_squares(scratch.lines, thin + (number * rank_squares + s) * SQUARE, 1);
     }
 }
 
 // Pack panel `number` of dy's rows from `row` on, and compute these rows' dreduced, in left form into thin. The transposes of
 // reduced and dreduced, which the gradients of B and A multiply, are packed as well.
-template <bool BACKWARD, class E>
-void Project<BACKWARD, E>::pack_backward(int64_t row, int64_t number, const ThinScratch& scratch) const {
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::pack_backward(int64_t row, int64_t number, const ThinScratch& scratch) const {
     const int64_t top = row + number * SIDE;
-    const Bf16* b = packed_b;
+    const Real* b = packed_b;
     Piece piece = first_piece(0);
     int64_t before = 0;
     for (bool more = true; more;) {
         const int64_t n = (piece.end - piece.begin) / SIDE;
         const ProjectLinear& linear = call->linears[piece.linear];
         const int64_t here = squares_of(linear);
-        Bf16* lines = SCALED ? scratch.lines : reinterpret_cast<Bf16*>(panel(number, piece));
-        read_squares(call->y, call->y_row, call->rows, top, piece.offset, n, lines);
+        Real* lines = SCALED ? scratch.lines : reinterpret_cast<Real*>(panel(number, piece));
+        read_squares(y, call->y_row, call->rows, top, piece.offset, n, lines);
         pack_panel(panel(number, piece), lines, top, piece);
         for (int64_t s = 0; s < here; s++)
             multiply_squares(scratch.sums + (before + s) * SQUARE, SIDE, lines, SQUARE,
@@ -140,11 +139,11 @@ void Project<BACKWARD, E>::pack_backward(int64_t row, int64_t number, const Thin
     }
     // X's left form is turned to its right form, whose transpose is X^T's left form.
     for (int64_t s = 0; s < rank_squares; s++) {
-        Bf16* to = thin + (number * rank_squares + s) * SQUARE;
-        round_square(scratch.sums + s * SQUARE, 1.0f, to);
+        Real* to = thin + (number * rank_squares + s) * SQUARE;
+        round_square(scratch.sums + s * SQUARE, to);
         turn_squares(to, scratch.lines, 1);
         transpose_squares(scratch.lines, dreduced_turned + (s * panel_count + number) * SQUARE, 1);
-        read_squares(call->reduced, rank_squares * SIDE, call->rows, top, s * SIDE, 1, scratch.lines);
+        read_squares(reduced, rank_squares * SIDE, call->rows, top, s * SIDE, 1, scratch.lines);
         turn_squares(scratch.lines, scratch.dropped, 1);
         transpose_squares(scratch.dropped, reduced_turned + (s * panel_count + number) * SQUARE, 1);
     }

@@ -121,15 +121,16 @@ struct ProjectLinear {
 
 // `count` linears that share their input. Their outputs lie side by side in y.
 struct ProjectCall {
-    const Bf16* x;  // (rows, inputs); x_row, y_row, dx_row: strides of rows in numbers
+    const void* x;  // (rows, inputs); x_row, y_row, dx_row: strides of rows in numbers
     int64_t x_row;
-    Bf16* y;  // (rows, sum of outputs): the forward's result (null: only `reduced` is wanted), the backward's dy
+    void* y;  // (rows, sum of outputs): the forward's result (null: only `reduced` is wanted), the backward's dy
     int64_t y_row;
-    Bf16* dx;  // (rows, inputs): the backward's result
+    void* dx;  // (rows, inputs): the backward's result
     int64_t dx_row;
-    Bf16* reduced;                 // (rows, sum of ranks, each padded to SIDE): the forward writes it, the backward reads it
+    void* reduced;                 // (rows, sum of ranks, each padded to SIDE): the forward writes it, the backward reads it
     const ProjectLinear* linears;  // (count,)
     int64_t count, rows, inputs, threads;
+    int64_t bf16;   // 1: x, y, dx and reduced are bf16; 0: fp32
     int64_t int8;   // 1: compute the large products in int8 where the rows are even enough
     char* scratch;  // at a multiple of ALIGNMENT; null: only set scratch_bytes and return
     int64_t scratch_bytes;

@@ -108,7 +108,7 @@ class ProjectCall(ctypes.Structure):
     _fields_ = (
         *((name, kind) for matrix in ("x", "y", "dx") for name, kind in ((matrix, POINTER), (f"{matrix}_row", INT))),
         *((name, POINTER) for name in ("reduced", "linears")),
-        *((name, INT) for name in ("count", "rows", "inputs", "threads", "int8")),
+        *((name, INT) for name in ("count", "rows", "inputs", "threads", "bf16", "int8")),
         *(("scratch", POINTER), ("scratch_bytes", INT)),
     )
 
