@@ -109,7 +109,8 @@ struct FloatForm {
         table.expand32(packed, weights.values);
         table.expand32(packed + 16, weights.values + 32);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const float* values = x.x + block * QUANT_BLOCK;
         Floats product = {};
         for (int64_t i = 0; i < QUANT_BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
@@ -158,7 +159,8 @@ struct Bf16Form {
         weights.even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.values);
         weights.odd = (__m512bh)_mm512_permutexvar_epi16(words, table.values);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const Bf16* values = static_cast<const Bf16*>(x.values) + block * QUANT_BLOCK;
         Sum product = _mm512_dpbf16_ps(zero(), weights.even, (__m512bh)_mm512_loadu_si512(values));
         product = _mm512_dpbf16_ps(product, weights.odd, (__m512bh)_mm512_loadu_si512(values + 32));
@@ -234,7 +236,8 @@ struct Int8Form {
         weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // the lookup reads 6 bits
         weights.odd = _mm512_permutexvar_epi8(bytes, table.values);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         __m512i product = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.even, _mm512_loadu_si512(values));
         product = _mm512_dpbusd_epi32(product, weights.odd, _mm512_loadu_si512(values + 64));
@@ -285,7 +288,8 @@ struct Int8Form {
         __m256i signed_values = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), weights);
         return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i even = _mm256_madd_epi16(multiply(weights.even, values), ones);
@@ -333,7 +337,8 @@ struct Int8Form {
         return vpadalq_s16(sum, vmull_s8(vget_high_s8(weights), vget_high_s8(x)));
 #endif
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         int32x4_t product = vdupq_n_s32(0);
         for (int i = 0; i < 2; i++) {
