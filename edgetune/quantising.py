@@ -22,7 +22,7 @@ from edgetune.dataset.evaluation_set import Score
 from edgetune.documents.reading import read_notes
 from edgetune.library.base_models import resolve
 from edgetune.progress import Progress, Show, Stages
-from edgetune.runtime.batch import Batch
+from edgetune.runtime.batch import Batch, pack
 from edgetune.runtime.calibrated_layers import Calibration, calibration_bytes
 from edgetune.runtime.checkpoint import open_model
 from edgetune.runtime.config import LlamaConfig
@@ -31,7 +31,6 @@ from edgetune.runtime.error_feedback import Documents
 from edgetune.runtime.errors import DataError, ModelError
 from edgetune.runtime.files import refuse_occupied
 from edgetune.runtime.loader import load_llama
-from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.pager import SLOTS
 from edgetune.runtime.quantize import QuantizeResult, quantize_folder, quantized
 from edgetune.runtime.runner import Runner
@@ -201,12 +200,11 @@ def bits_per_byte(folder: Path, progress: Progress = lambda done, total: None, t
     ring = SLOTS * 4 * config.linear_parameters // config.num_layers
     model = load_llama(checkpoint, compute_dtype(torch.device("cpu")), layer_memory=max(MEASURE_BYTES, ring))
     runner, pieces = Runner(model), _pieces(tokenizer, texts, config)
-    nats = []
-    for number, piece in enumerate(pieces):
-        progress(number, len(pieces))
-        ids, count = torch.tensor(piece), len(piece) - 1
-        batch = Batch(ids[:-1], ids[1:], torch.ones(count), torch.arange(count), (Segment.packed(0, count),))
-        nats.append(float(runner.score(batch).double().sum()))
+    nats, done = [], 0
+    for group in pack(pieces, PIECE_TOKENS):
+        progress(done, len(pieces))
+        nats.append(float(runner.score(Batch.of(group)).double().sum()))
+        done += len(group)
     progress(len(pieces), len(pieces))
     tokens, text_bytes = tuple(len(piece) - 1 for piece in pieces), tuple(float(len(text.encode())) for text in texts)
     return Score(tuple(nats), tokens, text_bytes).bits_per_byte

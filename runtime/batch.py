@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +52,19 @@ class Batch:
     segments: tuple[Segment, ...]
     soft: SoftTargets | None = None
 
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[int]]) -> Batch:
+        """Return texts of at least two token ids each, side by side; all tokens but the first of each text are targets."""
+        counts = [len(text) - 1 for text in texts]
+        ends = list(itertools.accumulate(counts))
+        return cls(
+            torch.tensor([id for text in texts for id in text[:-1]]),
+            torch.tensor([id for text in texts for id in text[1:]]),
+            torch.ones(ends[-1]),
+            torch.cat([torch.arange(count) for count in counts]),
+            tuple(Segment.packed(end - count, end) for end, count in zip(ends, counts, strict=True)),
+        )
+
     @property
     def trained(self) -> int:
         """Return the number of targets that carry loss."""
@@ -74,3 +88,20 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return change(self.input_ids), change(self.targets), change(self.loss_mask), change(self.positions)
+
+
+def pack(texts: Iterable[Sequence[int]], row_tokens: int) -> Iterator[list[Sequence[int]]]:
+    """Yield texts as token ids in their order, in groups of at most `row_tokens` inputs (one text may have more).
+
+    Each group is for `Batch.of`. Few long passes read the weights less often than many short ones.
+    """
+    group: list[Sequence[int]] = []
+    count = 0
+    for text in texts:
+        if group and count + len(text) - 1 > row_tokens:
+            yield group
+            group, count = [], 0
+        group.append(text)
+        count += len(text) - 1
+    if group:
+        yield group

@@ -221,8 +221,7 @@ def test_step_by_step_decoding_equals_a_whole_pass(isa: str, case: str, rank: in
     ids = torch.randint(model.config.vocab_size, (12,))
     expected, filled = reference(model, ids, 16)
     cache = KVCache(model.config, 16, torch.float32, torch.device("cpu"))
-    step = decode.decoder(model, cache)
-    assert step is not None
+    step = decode.Decoder(model, cache, "f32")
     torch.set_num_threads(2)
     found = torch.stack([step(int(token)) for token in ids])
     assert cache.length == len(ids)
@@ -237,7 +236,7 @@ def test_several_tokens_at_once_equal_one_by_one(isa: str) -> None:
     ids = torch.randint(75, (13,))
     expected, _ = reference(model, ids, 16)
     cache = KVCache(model.config, 16, torch.float32, torch.device("cpu"))
-    run = decode.Decoder(model, cache)
+    run = decode.Decoder(model, cache, "f32")
     found = [run.run(model.embed(ids[start : start + n]), start) for start, n in ((0, 8), (8, 2), (10, 3))]
     assert relative(torch.cat(found), expected) < 1e-5
 
@@ -259,8 +258,7 @@ def test_linears_in_bf16_and_in_8_bits_decode_as_their_dense_weights_do(isa: str
                 linear.base.weight = form(linear.base.weight)
         ids = torch.randint(model.config.vocab_size, (9,))
         expected, _ = reference(model, ids, 9)
-        step = decode.decoder(model, KVCache(model.config, 9, torch.float32, torch.device("cpu")))
-        assert step is not None
+        step = decode.Decoder(model, KVCache(model.config, 9, torch.float32, torch.device("cpu")))
         assert relative(torch.stack([step(int(token)) for token in ids]), expected) < 1e-5
 
 
@@ -272,6 +270,20 @@ def test_half_precision_decoding_stays_near(isa: str) -> None:
     step = decode.Decoder(model, KVCache(model.config, 16, torch.bfloat16, torch.device("cpu")))
     found = torch.stack([step(int(token)) for token in ids])
     assert relative(found, expected) < 6e-2
+
+
+def test_fp32_is_kept_only_where_the_machine_would_compute_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(make_config())
+
+    def run(compute: str | None) -> Tensor:
+        step = decode.Decoder(model, KVCache(model.config, 4, torch.float32, torch.device("cpu")), compute)
+        return torch.stack([step(token) for token in (1, 2, 3)])
+
+    exact, rounded = run("f32"), run("int8")
+    assert not torch.equal(exact, rounded)
+    for by_itself, expected in ((torch.bfloat16, exact), (torch.float32, rounded)):
+        monkeypatch.setattr(decode, "compute_dtype", lambda device, dtype=by_itself: dtype)
+        assert torch.equal(run(None), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -181,7 +181,7 @@ def test_general_text_is_read_with_the_bare_base_and_with_the_new_adapter(
     general = seen[0].general
     assert isinstance(general, Change)
     tokenizer = Tokenizer.load(Path(model))
-    batches = gate_evidence.general_batches(tokenizer, 64, 10**6)
+    batches = gate_evidence.general_batches(tokenizer, 64, 128, 10**6)
     assert sum(batch.trained for batch, _ in batches) > 500
     runner = Runner(loaded.model)
     bare = evaluation.score_batches(runner, batches, math.inf).bits_per_byte
@@ -192,12 +192,23 @@ def test_general_text_is_read_with_the_bare_base_and_with_the_new_adapter(
 def test_the_general_texts_bytes_are_all_counted_when_all_of_it_is_read(model: str) -> None:
     from edgetune.texts import measuring_text
 
-    batches = gate_evidence.general_batches(Tokenizer.load(Path(model)), 32, 10**6)
+    batches = gate_evidence.general_batches(Tokenizer.load(Path(model)), 32, 32, 10**6)
     size = sum(len(text.encode()) for text in measuring_text())
     assert sum(bytes_ for _, bytes_ in batches) == pytest.approx(size, rel=0.02)
     assert max(len(batch.input_ids) for batch, _ in batches) <= 32
-    few = gate_evidence.general_batches(Tokenizer.load(Path(model)), 32, 100)
+    few = gate_evidence.general_batches(Tokenizer.load(Path(model)), 32, 32, 100)
     assert 68 < sum(batch.trained for batch, _ in few) <= 100
+
+
+def test_pieces_of_general_text_are_scored_side_by_side_as_they_are_one_by_one(model: str) -> None:
+    tokenizer, loaded = Tokenizer.load(Path(model)), load_base(open_base(model), "cpu")
+    loaded.model.set_dtype(torch.float32)
+    alone, packed = (gate_evidence.general_batches(tokenizer, 32, rows, 400) for rows in (32, 128))
+    assert len(packed) < len(alone) / 3
+    assert max(len(batch.input_ids) for batch, _ in packed) <= 128
+    assert sum(size for _, size in packed) == pytest.approx(sum(size for _, size in alone))
+    found, wanted = (torch.cat([Runner(loaded.model).score(batch) for batch, _ in batches]) for batches in (packed, alone))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_replacing_an_adapter_gives_the_same_modules_back_even_after_an_error(model: str) -> None:

@@ -8,11 +8,11 @@ they are dropped.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from edgetune.config import TrainConfig
 from edgetune.dataset.evaluation_set import Score
@@ -21,9 +21,8 @@ from edgetune.library.gate import Change, Decision, Evidence, PairedDocument
 from edgetune.progress import Stages
 from edgetune.runtime import adapter as adapters
 from edgetune.runtime.adapter import Adapter
-from edgetune.runtime.batch import Batch
+from edgetune.runtime.batch import Batch, pack
 from edgetune.runtime.errors import AdapterError
-from edgetune.runtime.ops_types import Segment
 from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.texts import measuring_text
 from edgetune.training import evaluation, leak_evidence
@@ -93,7 +92,8 @@ class GateEvidence:
     def _general(self) -> Change | None:
         """Score general text with the bare base and with the new adapter; None where the run is too short for that."""
         run, most = self.run, self.run.plan.evaluate_tokens
-        batches = general_batches(run.loaded.tokenizer, min(run.plan.seq_len, run.plan.setting.row_tokens), most)
+        rows = run.plan.setting.row_tokens
+        batches = general_batches(run.loaded.tokenizer, min(run.plan.seq_len, rows), rows, most)
         if sum(batch.trained for batch, _ in batches) < FEWEST_GENERAL_TOKENS:
             return None
         return self._change(batches)
@@ -129,22 +129,34 @@ def planned_scores(has_replies: bool) -> int:
     return 5 if has_replies else 3
 
 
-def general_batches(tokenizer: Tokenizer, row_tokens: int, most: int) -> list[tuple[Batch, float]]:
-    """Return the built-in text in batches of up to `row_tokens` tokens, each with its bytes, and `most` tokens in all."""
-    batches: list[tuple[Batch, float]] = []
-    left, start = most, tokenizer.start_ids
+def general_batches(tokenizer: Tokenizer, piece_tokens: int, row_tokens: int, most: int) -> list[tuple[Batch, float]]:
+    """Return the built-in text in batches, each with its bytes: `most` tokens in all, in pieces of up to `piece_tokens`.
+
+    A batch has as many whole pieces as fit in `row_tokens`, side by side.
+    """
+    pieces: list[list[int]] = []
+    sizes: list[float] = []
+    for piece, size in _general_pieces(tokenizer, piece_tokens):
+        most -= len(piece) - 1
+        if most < 0:
+            break
+        pieces.append(piece)
+        sizes.append(size)
+    left = iter(sizes)
+    return [(Batch.of(group), sum(itertools.islice(left, len(group)))) for group in pack(pieces, row_tokens)]
+
+
+def _general_pieces(tokenizer: Tokenizer, piece_tokens: int) -> Iterator[tuple[list[int], float]]:
+    """Yield the built-in text as token ids in pieces with up to `piece_tokens` inputs, each with its bytes."""
+    start = tokenizer.start_ids
     for text in measuring_text():
         ids = tokenizer.encode(text)
         size = len(text.encode()) / max(len(ids), 1)
-        for first in range(0, len(ids), row_tokens):
-            piece = torch.tensor([*start, *ids[first : first + row_tokens]][: row_tokens + 1])
-            count = len(piece) - 1
-            if count < 1 or count > left:
-                return batches
-            batch = Batch(piece[:-1], piece[1:], torch.ones(count), torch.arange(count), (Segment.packed(0, count),))
-            batches.append((batch, size * count))
-            left -= count
-    return batches
+        for first in range(0, len(ids), piece_tokens):
+            piece = [*start, *ids[first : first + piece_tokens]][: piece_tokens + 1]
+            if len(piece) < 2:
+                return
+            yield piece, size * (len(piece) - 1)
 
 
 def decision_record(decision: Decision, evidence: Evidence, rival: Path | None, leaks: Leaks) -> dict[str, Any]:

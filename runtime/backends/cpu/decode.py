@@ -16,6 +16,7 @@ from edgetune.runtime.backends.cpu.arguments import address, aligned, require
 from edgetune.runtime.backends.cpu.library import kernel
 from edgetune.runtime.backends.cpu.structures import DecodeBlock, DecodeJob, DecodeLinear, DecodeShape
 from edgetune.runtime.backends.cpu.weights import COMPUTE, DENSE_KIND, linear_structure
+from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.ops_types import (
@@ -46,22 +47,26 @@ class Decoder:
     norms are copied as they are now: after an adapter has changed, make a new decoder.
     """
 
-    def __init__(self, model: DecoderModel, cache: DecoderCache) -> None:
-        """Point the structures at a model and a cache. Products are computed in f32 for an f32 model, in int8 otherwise.
+    def __init__(self, model: DecoderModel, cache: DecoderCache, compute: str | None = None) -> None:
+        """Point the structures at a model and a cache.
 
-        Raises ValueError for a model that the kernels cannot run.
+        compute: how products with 4-bit weights are computed, a key of `COMPUTE`. None takes int8, unless the model is in fp32
+        on a machine that would by itself compute in bf16: then f32, since somebody asked for precision. Raises ValueError for
+        a model that the kernels cannot run.
         """
         config = model.config
         self.model, self.cache = model, cache
         self._dtype = model.dtype if model.dtype in DENSE_KIND else torch.float32
-        compute = COMPUTE["f32" if self._dtype == torch.float32 else "int8"]
+        if compute is None:
+            by_itself = compute_dtype(torch.device("cpu"))
+            compute = "f32" if self._dtype == torch.float32 and by_itself != torch.float32 else "int8"
         self._kept: list[object] = [model, cache]
         """The objects that the structures point into: they must live as long as the decoder."""
         cache_dtype = cache.k[0].dtype
         require(cache_dtype in DENSE_KIND, "the KV cache is {}; expected bf16 or f32", cache_dtype)
         self._shape = DecodeShape(
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            cache.max_length, int(cache_dtype == torch.bfloat16), compute, config.rope.rotated(config.head_dim),
+            cache.max_length, int(cache_dtype == torch.bfloat16), COMPUTE[compute], config.rope.rotated(config.head_dim),
             int(config.activation == "gelu_tanh"), config.rms_norm_eps, config.score_scale, config.residual_scale,
         )  # fmt: skip
         self._tables: dict[int, dict[str, int]] = {}

@@ -10,7 +10,8 @@
 //     Sum        an accumulator
 //     prepare(cols, x)                       convert the activations x.x, fp32 (cols,), to the form's own layout
 //     load(table, packed, left, weights)     look up the packed bytes of a step, of which only `left` blocks may be read
-//     dot(weights, x, block, scale, sum)     return sum + scale * (weights . activations), for the blocks of a step
+//     dot(weights, x, block, scales, at, sum) return sum + scale * (weights . activations), for the blocks of a step: `block`
+//                                            and on, whose scales are scales[at] and on
 //     group(x, block, absmax, sum)           return sum corrected for ABSMAX_GROUP blocks (int8 with an unsigned table)
 //     total(sum)                             return the sum of an accumulator's lanes
 //
@@ -20,12 +21,76 @@
 // One token's activations, as lay_out (matvec.inl) prepares them.
 struct Activations {
     const float* x;     // (cols,)
-    void* values;       // (cols,) in the form's layout; padded to ABSMAX_GROUP blocks
+    void* values;       // (cols,) of at most 4 bytes in the form's layout; padded to ABSMAX_GROUP blocks
     float* scale;       // int8: (blocks,), padded to ABSMAX_GROUP with 0
     float* correction;  // int8: (blocks,), padded likewise
 };
 
-// fp32, for every instruction set: 64 weights are expanded to the stack (dequant.inl) and multiplied in their own order.
+#if defined(ET_USE_AVX2) && defined(__GNUC__)
+
+// fp32: LANES packed bytes are LANES even weights and LANES odd ones, each looked up in a register. Activations: for each
+// 2 LANES of them, the even ones, then the odd ones.
+struct FloatForm {
+    static constexpr int BLOCKS = 1, PARTS = QUANT_BLOCK / 2 / LANES;
+    static constexpr bool SCALED = false;
+    typedef Floats Sum;
+#if defined(ET_USE_AVX512)
+    struct Table {
+        __m512 values;
+        ET_MEMBER explicit Table(const float* codes) { values = _mm512_loadu_ps(codes); }
+        ET_MEMBER void look_up(const uint8_t* packed, Floats& even, Floats& odd) const {  // the lookup reads 4 bits
+            const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+            even = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), values);
+            odd = (Floats)_mm512_permutexvar_ps(words, values);
+        }
+    };
+#else
+    struct Table {
+        __m256 low, high;
+        ET_MEMBER explicit Table(const float* codes) { low = _mm256_loadu_ps(codes), high = _mm256_loadu_ps(codes + 8); }
+        // Look up the low 4 bits of `index`; `signs` has the highest of them in the highest bit. A lookup reads 3 bits.
+        ET_MEMBER __m256 at(__m256i index, __m256i signs) const {
+            return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                                    _mm256_castsi256_ps(signs));
+        }
+        ET_MEMBER void look_up(const uint8_t* packed, Floats& even, Floats& odd) const {
+            const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+            const __m256 a = at(_mm256_srli_epi32(words, 4), _mm256_slli_epi32(words, 24));
+            const __m256 b = at(words, _mm256_slli_epi32(words, 28));
+            memcpy(&even, &a, sizeof a), memcpy(&odd, &b, sizeof b);
+        }
+    };
+#endif
+    struct Weights {
+        Floats even[PARTS], odd[PARTS];
+    };
+
+    static void prepare(int64_t cols, const Activations& x) {
+        float* out = static_cast<float*>(x.values);
+        for (int64_t i = 0; i + 2 * LANES <= cols; i += 2 * LANES)
+            for (int64_t k = 0; k < LANES; k++) out[i + k] = x.x[i + 2 * k], out[i + LANES + k] = x.x[i + 2 * k + 1];
+    }
+    static ET_MEMBER Sum zero() { return Floats{}; }
+    static ET_MEMBER float total(Sum all) { return sum(all); }
+    static ET_MEMBER void load(const Table& table, const uint8_t* packed, int64_t, Weights& weights) {
+        for (int i = 0; i < PARTS; i++) table.look_up(packed + i * LANES, weights.even[i], weights.odd[i]);
+    }
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
+        const float* values = static_cast<const float*>(x.values) + block * QUANT_BLOCK;
+        Floats product = {};
+        for (int i = 0; i < PARTS; i++) {
+            product = fused(weights.even[i], get(values + 2 * i * LANES), product);
+            product = fused(weights.odd[i], get(values + (2 * i + 1) * LANES), product);
+        }
+        return fused(product, all(scales[at]), sum);
+    }
+    static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
+};
+
+#else
+
+// fp32, for every other instruction set: 64 weights are expanded to the stack (dequant.inl) and multiplied in their own order.
 struct FloatForm {
     static constexpr int BLOCKS = 1;
     static constexpr bool SCALED = false;
@@ -44,14 +109,17 @@ struct FloatForm {
         table.expand32(packed, weights.values);
         table.expand32(packed + 16, weights.values + 32);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const float* values = x.x + block * QUANT_BLOCK;
         Floats product = {};
         for (int64_t i = 0; i < QUANT_BLOCK; i += LANES) product = fused(get(weights.values + i), get(values + i), product);
-        return fused(product, all(*scale), sum);
+        return fused(product, all(scales[at]), sum);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
 };
+
+#endif
 
 #if defined(ET_USE_AVX512_BF16)
 
@@ -91,11 +159,12 @@ struct Bf16Form {
         weights.even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.values);
         weights.odd = (__m512bh)_mm512_permutexvar_epi16(words, table.values);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const Bf16* values = static_cast<const Bf16*>(x.values) + block * QUANT_BLOCK;
         Sum product = _mm512_dpbf16_ps(zero(), weights.even, (__m512bh)_mm512_loadu_si512(values));
         product = _mm512_dpbf16_ps(product, weights.odd, (__m512bh)_mm512_loadu_si512(values + 32));
-        return _mm512_fmadd_ps(product, _mm512_set1_ps(*scale), sum);
+        return _mm512_fmadd_ps(product, _mm512_set1_ps(scales[at]), sum);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
 };
@@ -167,12 +236,14 @@ struct Int8Form {
         weights.even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table.values);  // the lookup reads 6 bits
         weights.odd = _mm512_permutexvar_epi8(bytes, table.values);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         __m512i product = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.even, _mm512_loadu_si512(values));
         product = _mm512_dpbusd_epi32(product, weights.odd, _mm512_loadu_si512(values + 64));
-        __m512 scales = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scale[0]), 0xff00, _mm_load_ss(scale + 1));
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scales, sum);
+        const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(at)));
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), _mm512_permutexvar_ps(places, _mm512_load_ps(scales)), sum);
     }
     static ET_MEMBER Sum group(const Activations& x, int64_t block, const float* absmax, Sum sum) {
         return _mm512_fmadd_ps(_mm512_load_ps(absmax), _mm512_loadu_ps(x.correction + block), sum);
@@ -217,12 +288,13 @@ struct Int8Form {
         __m256i signed_values = _mm256_sign_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), weights);
         return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), signed_values);
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i even = _mm256_madd_epi16(multiply(weights.even, values), ones);
         __m256i odd = _mm256_madd_epi16(multiply(weights.odd, values + 32), ones);
-        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), _mm256_set1_ps(*scale), sum);
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)), _mm256_set1_ps(scales[at]), sum);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
 };
@@ -265,14 +337,15 @@ struct Int8Form {
         return vpadalq_s16(sum, vmull_s8(vget_high_s8(weights), vget_high_s8(x)));
 #endif
     }
-    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scale, Sum sum) {
+    static ET_MEMBER Sum dot(const Weights& weights, const Activations& x, int64_t block, const float* scales, int64_t at,
+                             Sum sum) {
         const int8_t* values = static_cast<const int8_t*>(x.values) + block * QUANT_BLOCK;
         int32x4_t product = vdupq_n_s32(0);
         for (int i = 0; i < 2; i++) {
             product = multiply(product, weights.even[i], values + 16 * i);
             product = multiply(product, weights.odd[i], values + 32 + 16 * i);
         }
-        return vfmaq_n_f32(sum, vcvtq_f32_s32(product), *scale);
+        return vfmaq_n_f32(sum, vcvtq_f32_s32(product), scales[at]);
     }
     static ET_MEMBER Sum group(const Activations&, int64_t, const float*, Sum sum) { return sum; }
 };

@@ -26,10 +26,10 @@ ET_INLINE float dot(const T* a, const float* b, int64_t count) {
 
 // ---- activations ----
 
-// Return the bytes that one token of `cols` activations takes: values (bf16, the larger of the forms), scales and corrections.
+// Return the bytes that one token of `cols` activations takes: values (fp32, the largest of the forms), scales and corrections.
 static int64_t activation_bytes(int64_t cols) {
     int64_t blocks = round_up(cols / QUANT_BLOCK + 1, ABSMAX_GROUP);
-    return blocks * QUANT_BLOCK * 2 + blocks * 4 * 2;
+    return blocks * QUANT_BLOCK * 4 + blocks * 4 * 2;
 }
 
 // Lay x (n, cols) out for Form in space (n * activation_bytes(cols) bytes, at a multiple of ALIGNMENT) -> tokens (MAX_TOKENS,).
@@ -38,7 +38,7 @@ template <class Form>
 void lay_out(const float* x, int n, int64_t cols, uint8_t* space, Activations* tokens) {
     int64_t blocks = round_up(cols / QUANT_BLOCK + 1, ABSMAX_GROUP);
     for (int t = 0; t < n; t++, space += activation_bytes(cols)) {
-        float* scale = reinterpret_cast<float*>(space + blocks * QUANT_BLOCK * 2);
+        float* scale = reinterpret_cast<float*>(space + blocks * QUANT_BLOCK * 4);
         tokens[t] = {x + t * cols, space, scale, scale + blocks};
         Form::prepare(cols, tokens[t]);
     }
@@ -55,61 +55,150 @@ static void lay_out(int64_t compute, const float* x, int n, int64_t cols, uint8_
 
 #if defined(_MSC_VER)
 #define ET_PREFETCH(p)
+#define ET_INLINE_LAMBDA
 #else
 #define ET_PREFETCH(p) __builtin_prefetch(p)
+#define ET_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
-// Write the absmax of `count` <= ABSMAX_GROUP blocks from `first` on to out (ABSMAX_GROUP,), 0 beyond count.
-ET_INLINE void expand_absmax(const Absmax& absmax, int64_t first, int64_t count, float* out) {
-#if defined(ET_USE_AVX512)
+// ---- the absmax of ABSMAX_GROUP blocks of each of R rows ----
+
+#if defined(ET_USE_AVX512_BF16)
+
+// The table of double-quantised absmax, its bytes apart: vpermi2b looks 64 codes up among 128 bytes, so a byte of 64 numbers
+// takes two lookups. A gather of 16 numbers takes as long as multiplying 512 weights.
+struct AbsmaxTable {
+    __m512i planes[4][4];
+
+    ET_MEMBER explicit AbsmaxTable(const Absmax& absmax) {
+        if (!absmax.codes) return;
+        for (int byte = 0; byte < 4; byte++)
+            for (int quarter = 0; quarter < 4; quarter++) {
+                alignas(64) uint8_t plane[64];
+                for (int i = 0; i < 64; i += 16) {
+                    const __m512i bits = _mm512_loadu_si512(absmax.table + 64 * quarter + i);
+                    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srlv_epi32(bits, _mm512_set1_epi32(8 * byte)));
+                    _mm_store_si128(reinterpret_cast<__m128i*>(plane + i), bytes);
+                }
+                planes[byte][quarter] = _mm512_load_si512(plane);
+            }
+    }
+
+    ET_MEMBER __m512i bytes(int byte, __m512i codes) const {
+        const __m512i low = _mm512_permutex2var_epi8(planes[byte][0], codes, planes[byte][1]);
+        const __m512i high = _mm512_permutex2var_epi8(planes[byte][2], codes, planes[byte][3]);
+        return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(codes), high);
+    }
+
+    // codes[R] (ABSMAX_GROUP,) -> numbers[R] (ABSMAX_GROUP,)
+    template <int R>
+    ET_MEMBER void look_up(const __m128i* codes, __m512* numbers) const {
+        // Four codes of each row to a lane of 128 bits, so that the unpacking, which stays within lanes, gives a row a register.
+        __m128i a = codes[0], b = R > 1 ? codes[1 % R] : a, c = R > 2 ? codes[2 % R] : a, d = R > 3 ? codes[3 % R] : a;
+        const __m512i rows = _mm512_inserti32x4(
+            _mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1), c, 2), d, 3);
+        const __m512i spread = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows);
+        const __m512i first = bytes(0, spread), second = bytes(1, spread), third = bytes(2, spread), last = bytes(3, spread);
+        const __m512i low_a = _mm512_unpacklo_epi8(first, second), low_b = _mm512_unpacklo_epi8(third, last);
+        numbers[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low_a, low_b));
+        if constexpr (R > 1) numbers[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low_a, low_b));
+        if constexpr (R > 2) {
+            const __m512i high_a = _mm512_unpackhi_epi8(first, second), high_b = _mm512_unpackhi_epi8(third, last);
+            numbers[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(high_a, high_b));
+            if constexpr (R > 3) numbers[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(high_a, high_b));
+        }
+    }
+};
+
+// Write the absmax of `count` <= ABSMAX_GROUP blocks of R rows, from block `first` and every `gap` blocks on, to
+// out (R, ABSMAX_GROUP), 0 beyond count.
+template <int R>
+ET_INLINE void expand_absmax(const Absmax& absmax, const AbsmaxTable& table, int64_t first, int64_t gap, int64_t count,
+                             float (*out)[ABSMAX_GROUP]) {
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    __m512 numbers[R];
     if (absmax.codes && absmax.shift >= 4) {  // 16 blocks or more share a nested absmax, so at most two of those are needed
-        __mmask16 there = __mmask16((1u << count) - 1);
-        __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, absmax.codes + first));
-        int64_t segment = first >> absmax.shift, left = ((segment + 1) << absmax.shift) - first;
-        __m512 nested = _mm512_set1_ps(absmax.nested[segment]);
-        if (left < count)
-            nested = _mm512_mask_mov_ps(nested, __mmask16(~0u << left), _mm512_set1_ps(absmax.nested[segment + 1]));
-        __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(code, absmax.table, 4), nested);
-        _mm512_store_ps(out, _mm512_maskz_add_ps(there, product, _mm512_set1_ps(absmax.offset)));
+        __m128i codes[R];
+        for (int j = 0; j < R; j++) codes[j] = _mm_maskz_loadu_epi8(there, absmax.codes + first + j * gap);
+        table.look_up<R>(codes, numbers);
+        for (int j = 0; j < R; j++) {
+            const int64_t block = first + j * gap, segment = block >> absmax.shift;
+            const int64_t left = ((segment + 1) << absmax.shift) - block;
+            __m512 nested = _mm512_set1_ps(absmax.nested[segment]);
+            if (left < count)
+                nested = _mm512_mask_mov_ps(nested, __mmask16(~0u << left), _mm512_set1_ps(absmax.nested[segment + 1]));
+            const __m512 product = _mm512_mul_ps(numbers[j], nested);
+            _mm512_store_ps(out[j], _mm512_maskz_add_ps(there, product, _mm512_set1_ps(absmax.offset)));
+        }
         return;
     }
-#endif
-    for (int64_t i = 0; i < ABSMAX_GROUP; i++) out[i] = i < count ? absmax.at(first + i) : 0.0f;
+    for (int j = 0; j < R; j++)
+        for (int64_t i = 0; i < ABSMAX_GROUP; i++) out[j][i] = i < count ? absmax.at(first + j * gap + i) : 0.0f;
 }
+
+#else
+
+struct AbsmaxTable {
+    ET_MEMBER explicit AbsmaxTable(const Absmax&) {}
+};
+
+template <int R>
+ET_INLINE void expand_absmax(const Absmax& absmax, const AbsmaxTable&, int64_t first, int64_t gap, int64_t count,
+                             float (*out)[ABSMAX_GROUP]) {
+    for (int j = 0; j < R; j++) {
+        const int64_t block = first + j * gap, segment = block >> absmax.shift;
+        if (absmax.codes && count == ABSMAX_GROUP && (block + count - 1) >> absmax.shift == segment) {
+            const float nested = absmax.nested[segment], offset = absmax.offset;
+            float product[ABSMAX_GROUP];
+            for (int64_t i = 0; i < ABSMAX_GROUP; i++) product[i] = absmax.table[absmax.codes[block + i]];
+            for (int64_t i = 0; i < ABSMAX_GROUP; i++) product[i] *= nested;
+            for (int64_t i = 0; i < ABSMAX_GROUP; i++) out[j][i] = product[i] + offset;
+        } else {
+            for (int64_t i = 0; i < ABSMAX_GROUP; i++) out[j][i] = i < count ? absmax.at(block + i) : 0.0f;
+        }
+    }
+}
+
+#endif
 
 // Multiply R rows of w (row, row + gap, ...) with N tokens x (N,), and store the first n results of each row at
 // y[token * stride + row]. R * N accumulators stay in registers.
 template <class Form, int R, int N>
-ET_INLINE void form_rows(const DecodeLinear& w, const typename Form::Table& table, const Activations* x, int n, float* y,
-                         int64_t stride, int64_t row, int64_t gap) {
+ET_INLINE void form_rows(const DecodeLinear& w, const typename Form::Table& table, const AbsmaxTable& absmax_table,
+                         const Activations* x, int n, float* y, int64_t stride, int64_t row, int64_t gap) {
     constexpr int S = Form::SCALED ? N : 1;
     const int64_t blocks = w.cols / QUANT_BLOCK, row_bytes = w.cols / 2;
     const uint8_t* packed = static_cast<const uint8_t*>(w.weight) + row * row_bytes;
-    alignas(64) float scale[R][S][ABSMAX_GROUP];
+    alignas(64) float absmax[R][ABSMAX_GROUP], scale[R][S][ABSMAX_GROUP];
     typename Form::Sum sum[R][N];
     for (int j = 0; j < R; j++)
         for (int t = 0; t < N; t++) sum[j][t] = Form::zero();
     for (int64_t first = 0; first < blocks; first += ABSMAX_GROUP) {
         const int64_t count = blocks - first < ABSMAX_GROUP ? blocks - first : ABSMAX_GROUP;
+        expand_absmax<R>(w.absmax, absmax_table, row * blocks + first, gap * blocks, count, absmax);
         for (int j = 0; j < R; j++) {
-            alignas(64) float absmax[ABSMAX_GROUP];
-            expand_absmax(w.absmax, (row + j * gap) * blocks + first, count, absmax);
-            for (int t = 0; t < N; t++) sum[j][t] = Form::group(x[t], first, absmax, sum[j][t]);
+            for (int t = 0; t < N; t++) sum[j][t] = Form::group(x[t], first, absmax[j], sum[j][t]);
             for (int s = 0; s < S; s++) {
                 ET_SIMD
                 for (int64_t i = 0; i < ABSMAX_GROUP; i++)
-                    scale[j][s][i] = Form::SCALED ? absmax[i] * x[s].scale[first + i] : absmax[i];
+                    scale[j][s][i] = Form::SCALED ? absmax[j][i] * x[s].scale[first + i] : absmax[j][i];
             }
         }
-        for (int64_t b = 0; b < count; b += Form::BLOCKS) {
+        auto step = [&](int64_t b, int64_t left) ET_INLINE_LAMBDA {
             for (int j = 0; j < R; j++) {
                 const uint8_t* p = packed + j * gap * row_bytes + (first + b) * (QUANT_BLOCK / 2);
                 ET_PREFETCH(p + PREFETCH_BYTES);
                 typename Form::Weights weights;
-                Form::load(table, p, count - b, weights);
+                Form::load(table, p, left, weights);
                 for (int t = 0; t < N; t++)
-                    sum[j][t] = Form::dot(weights, x[t], first + b, &scale[j][Form::SCALED ? t : 0][b], sum[j][t]);
+                    sum[j][t] = Form::dot(weights, x[t], first + b, scale[j][Form::SCALED ? t : 0], b, sum[j][t]);
             }
+        };
+        if (count == ABSMAX_GROUP) {
+            for (int64_t b = 0; b < ABSMAX_GROUP; b += Form::BLOCKS) step(b, ABSMAX_GROUP - b);
+        } else {
+            for (int64_t b = 0; b < count; b += Form::BLOCKS) step(b, count - b);
         }
     }
     for (int j = 0; j < R; j++)
@@ -122,9 +211,10 @@ ET_INLINE void form_rows(const DecodeLinear& w, const typename Form::Table& tabl
 template <class Form, int R, int N>
 void form_range(const DecodeLinear& w, const Activations* x, int n, float* y, int64_t stride, int64_t begin, int64_t end) {
     const typename Form::Table table(w.codes);
+    const AbsmaxTable absmax(w.absmax);
     const int64_t part = (end - begin) / R;
-    for (int64_t row = begin; row < begin + part; row++) form_rows<Form, R, N>(w, table, x, n, y, stride, row, part);
-    for (int64_t row = begin + R * part; row < end; row++) form_rows<Form, 1, N>(w, table, x, n, y, stride, row, 1);
+    for (int64_t row = begin; row < begin + part; row++) form_rows<Form, R, N>(w, table, absmax, x, n, y, stride, row, part);
+    for (int64_t row = begin + R * part; row < end; row++) form_rows<Form, 1, N>(w, table, absmax, x, n, y, stride, row, 1);
 }
 
 template <class Form>
