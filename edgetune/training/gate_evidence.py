@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,9 +28,7 @@ from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.texts import measuring_text
 from edgetune.training import evaluation, leak_evidence
 from edgetune.training.leak_evidence import AUDIT_SHARE, Leaks
-
-if TYPE_CHECKING:
-    from edgetune.training.setup import PreparedRun
+from edgetune.training.prepared_run import PreparedRun
 
 FEWEST_GENERAL_TOKENS = 500
 """Tokens of general text below which it is not measured: fewer say nothing about a few per cent. Chosen by hand."""
