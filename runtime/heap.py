@@ -27,6 +27,13 @@ def trim_device(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def trim(device: torch.device) -> None:
+    """Return all free memory to the system. Call it between kinds of work, which use tensors of different shapes: the holes
+    that each kind leaves in the heap would add up."""
+    trim_memory()
+    trim_device(device)
+
+
 def steady_heap() -> None:
     """Keep glibc's heap from fragmenting more with every step, so that equal steps take equal memory. For the whole process.
 

@@ -136,12 +136,12 @@ def main() -> None:
     """Act as the driver: fork a run for each task and print the run's exit code and duration as JSON."""
     import torch
 
-    from edgetune.training import checkpoints, loop
+    from edgetune.training import checkpoints, sample_writer
 
     torch.set_num_threads(1)
     # Write a checkpoint before every step and every evaluation.
     checkpoints.KEEP_SECONDS = 0.0
-    loop._SAMPLE_TOKENS = 4
+    sample_writer.SAMPLE_TOKENS = 4
     warm = json.loads(sys.stdin.readline())
     out = os.dup(1)
     os.dup2(2, 1)

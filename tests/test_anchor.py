@@ -33,7 +33,8 @@ from edgetune.training import anchor as making
 from edgetune.training.anchor import ANCHOR, AnchorKind, AnchorPlan, affordable_replies, packed_files, unpack_files
 from edgetune.training.distributed import SingleProcess
 from edgetune.training.gate_evidence import GateEvidence
-from edgetune.training.setup import PreparedRun, prepare_new
+from edgetune.training.prepared_run import PreparedRun
+from edgetune.training.setup import prepare_new
 from edgetune.training.step import TrainStep
 from edgetune.training.train import train
 from edgetune.training.unfinished_run import lock_run

@@ -58,7 +58,7 @@ def easy_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"edgetune.library.{name}", value)
     for name, value in (("ONE_IN", 5), ("LARGEST_SHARE", 0.5)):
         monkeypatch.setattr(f"edgetune.documents.heldout.{name}", value)
-    monkeypatch.setattr("edgetune.training.loop._SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("edgetune.training.sample_writer.SAMPLE_TOKENS", 2)
 
 
 def night(folder: Path, **changes: object) -> Finished | None:

@@ -24,7 +24,7 @@ from edgetune.runtime import adapter as adapters
 from edgetune.runtime import peft_folder
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training import evaluation, gate_evidence, loop
+from edgetune.training import evaluation, gate_evidence, run_end
 from edgetune.training.train import train
 
 WORDS = ["harbour", "allotment", "bicycle", "spoke", "kettle", "ledger", "orchard", "gasket"]
@@ -73,7 +73,7 @@ def seen_by_gate(monkeypatch: pytest.MonkeyPatch, verdict: Verdict = Verdict.BET
         seen.append(evidence)
         return Decision(verdict in (Verdict.BETTER, Verdict.FIRST), verdict, "Because.")
 
-    monkeypatch.setattr(loop, "decide", decide)
+    monkeypatch.setattr(run_end, "decide", decide)
     return seen
 
 

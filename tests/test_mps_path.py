@@ -278,7 +278,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     for number in range(24):
         text = f"# Shed {number}\n\nMarra oiled chain {number} and hung it behind the door, out of the wet. " * 2
         (tmp_path / "notes" / f"{number}.md").write_text(text)
-    monkeypatch.setattr("edgetune.training.loop._SAMPLE_TOKENS", 3)
+    monkeypatch.setattr("edgetune.training.sample_writer.SAMPLE_TOKENS", 3)
     return tmp_path / "model", tmp_path / "notes"
 
 

@@ -41,7 +41,7 @@ FIGURES = ("heldout_bits_per_byte_published", "heldout_bits_per_byte_on_publishe
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """Return a run on a tiny model, stored dense, so that training quantises it."""
-    monkeypatch.setattr("edgetune.training.loop._SAMPLE_TOKENS", 1)
+    monkeypatch.setattr("edgetune.training.sample_writer.SAMPLE_TOKENS", 1)
     monkeypatch.setattr("edgetune.events.FEWEST_JUDGED", 1)
     tiny.save_trainable(tmp_path / "model", dtype=torch.bfloat16)
     folder = tmp_path / "notes"

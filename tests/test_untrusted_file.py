@@ -163,7 +163,6 @@ ALLOWED = {
     "runtime/backends/cpu/build.py::build_in_place": INSTALLED,
     "runtime/backends/metal/library.py::library": INSTALLED,
     "export/mps.py::kernel_source": INSTALLED,
-    "runtime/backends/cpu/library.py::_mapped": SYSTEM,
     "runtime/device.py::cpu_name": SYSTEM,
     "runtime/memory.py::anonymous_memory": SYSTEM,
     "runtime/memory.py::resident_pages": SYSTEM,

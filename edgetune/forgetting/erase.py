@@ -19,10 +19,10 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library import ledger, training_log
 from edgetune.library.ledger import Entry, SeenNote, Texts
 from edgetune.lock import Lock
+from edgetune.reports.latest import LOG_FILE
 from edgetune.runtime.errors import BusyError, DataError
 from edgetune.training.plan import HELD_OUT, TOKENS
 from edgetune.training.recorded import RECORD_FILE
-from edgetune.training.train import LOG_FILE
 from edgetune.training.unfinished_run import UnfinishedRun
 
 OWN_LOCKS = ("forget.lock", "log.lock")

@@ -21,9 +21,9 @@ from edgetune.library.exports_made import adapters_exported
 from edgetune.library.ledger import Entry, Side
 from edgetune.lock import Lock
 from edgetune.progress import Show
+from edgetune.reports.latest import LOG_FILE
 from edgetune.runtime import peft_folder
 from edgetune.runtime.errors import AdapterError, DataError, UsageError
-from edgetune.training.train import LOG_FILE
 
 
 @dataclass(frozen=True)

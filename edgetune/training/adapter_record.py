@@ -14,9 +14,9 @@ from edgetune.documents.lineage import KEY as LINEAGE
 from edgetune.library.gate import Decision
 from edgetune.library.kept_adapters import LEAKS
 from edgetune.training.leak_evidence import Leaks
+from edgetune.training.prepared_run import PreparedRun
 from edgetune.training.private_plan import KEY as PRIVATE
 from edgetune.training.recorded import name_of
-from edgetune.training.setup import PreparedRun
 from edgetune.weight_forms import RECORDED
 
 

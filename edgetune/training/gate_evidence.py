@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune.config import TrainConfig
 from edgetune.dataset.evaluation_set import Score
@@ -27,9 +27,7 @@ from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.texts import measuring_text
 from edgetune.training import evaluation, leak_evidence
 from edgetune.training.leak_evidence import AUDIT_SHARE, Leaks
-
-if TYPE_CHECKING:
-    from edgetune.training.setup import PreparedRun
+from edgetune.training.prepared_run import PreparedRun
 
 FEWEST_GENERAL_TOKENS = 500
 """Tokens of general text below which it is not measured: fewer say nothing about a few per cent. Chosen by hand."""

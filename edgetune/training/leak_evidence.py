@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune.config import TrainConfig
 from edgetune.dataset.evaluation_set import EvaluationSet
@@ -23,9 +23,7 @@ from edgetune.library.gate import Extracted, Recognised
 from edgetune.progress import Progress, ignore
 from edgetune.runtime import adapter as adapters
 from edgetune.training.evaluation import TOKEN_COST, TOKEN_COST_INT8
-
-if TYPE_CHECKING:
-    from edgetune.training.setup import PreparedRun
+from edgetune.training.prepared_run import PreparedRun
 
 AUDIT_SHARE = 0.045
 """Largest share of a run's work that the audit takes (0 to 1); chosen by hand below the 5% of a night that it may take."""

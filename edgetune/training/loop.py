@@ -1,7 +1,7 @@
-"""The training loop of one run: steps, evaluations, samples, checkpoints, and the saved adapter at the end.
+"""The training loop of one run: steps, evaluations and checkpoints.
 
-The same plan gives the same bits, whether the run is uninterrupted or resumed after a stop or a crash. The adapter that is
-saved is the one with the lowest held-out score, not the last one.
+The same plan gives the same bits, whether the run is uninterrupted or resumed after a stop or a crash. The adapter with the
+lowest held-out score goes to run_end.py, not the last one.
 """
 
 from __future__ import annotations
@@ -12,72 +12,31 @@ import math
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from edgetune.dataset.evaluation_set import Score
-from edgetune.events import Evaluated, Event, Finished, Interrupted, Resumed, Sampled, Saved, Skipped, Started, Stepped
-from edgetune.home import expand
-from edgetune.library import adapter_registry as registry
-from edgetune.library import training_log
-from edgetune.library.gate import decide
-from edgetune.library.ledger import Cut
-from edgetune.library.promotion import promote
+from edgetune.events import Evaluated, Event, Interrupted, Resumed, Saved, Skipped, Started, Stepped
 from edgetune.progress import Show, Stages
 from edgetune.runtime import adapter as adapters
-from edgetune.runtime import budget, generate, peft_folder
-from edgetune.runtime.adapter import Adapter
+from edgetune.runtime import budget
 from edgetune.runtime.errors import LinkError, TrainingError
-from edgetune.runtime.heap import trim_device, trim_memory
+from edgetune.runtime.heap import trim
 from edgetune.runtime.memory_meter import Meter
-from edgetune.training import evaluation, published
-from edgetune.training.adapter_record import adapter_record
+from edgetune.training import evaluation
 from edgetune.training.best_adapter import BestAdapter
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint
 from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World
-from edgetune.training.gate_evidence import GateEvidence, decision_record
-from edgetune.training.private_plan import settle
-from edgetune.training.recorded import finish_entry
-from edgetune.training.samples import prompt_ids, prompt_text
-from edgetune.training.setup import PreparedRun
+from edgetune.training.prepared_run import PreparedRun
+from edgetune.training.run_end import ChosenAdapter, RunEnd
+from edgetune.training.sample_writer import write_samples
 from edgetune.training.step import StepResult, TrainStep
 
-REPORT_FILE = "report.html"
 MOST_SKIPPED = 5
 """Consecutive steps without a finite loss or gradient after which a run ends: no run was seen to recover from more."""
-_SAMPLE_TOKENS = 80
-"""Tokens that the model writes for each sample; chosen by hand. Half as many where layers are streamed from files."""
-
-
-def adapter_folder(run: PreparedRun) -> Path:
-    """Return the folder of the run's adapter. It is settled when the run begins, so a resumed run writes to the same one."""
-    if run.config.out is not None:
-        return expand(run.config.out)
-    return registry.adapters_folder(run.plan.base) / run.record.run
 
 
 class _Stopped(Exception):
     """Raised where the user asked the run to stop; its state is that of the last completed step."""
-
-
-@dataclass(frozen=True)
-class _Best:
-    """The best adapter of a run."""
-
-    step: int
-    score: Score | None
-    """Its held-out score; None if nothing is held out."""
-    batches: int
-    """Number of batches that both its score and the one before training cover."""
-    cut: str | None
-    """What ended the run before its plan did; None if nothing did."""
-
-    @property
-    def judged(self) -> Score | None:
-        """Return the part of its score that is compared with the score before training."""
-        return None if self.score is None else self.score.first(self.batches)
 
 
 class TrainingLoop:
@@ -109,7 +68,6 @@ class TrainingLoop:
         self.began = time.monotonic()
         self.started = self.began - self.state.seconds
         self.cut = None if run.recorded is None else run.recorded.cut
-        self.last_batches: int | None = None
         self.step_seconds = self.evaluation_seconds = self.all_evaluations_seconds = 0.0
         self.stages = Stages(show, self._check_stop)
         # With followers, stop only between steps: in the middle of one they would wait for this process's share.
@@ -125,7 +83,8 @@ class TrainingLoop:
         try:
             yield from self._train()
             self.world.announce_step(None)
-            yield from self._finish()
+            chosen = yield from self._choose_best()
+            yield from self._ending(chosen).events()
         except (_Stopped, LinkError) as error:
             # torchrun passes a stop on to every process. A follower that ends first breaks the step this one is in, and a step
             # changes nothing before every process has done its part, so the state is that of the last whole step.
@@ -142,7 +101,7 @@ class TrainingLoop:
     def _train(self) -> Iterator[Event]:
         """Run the remaining steps of the plan; at a deadline stop early, but after at least one step."""
         if self.state.step == 0 and self.state.evaluated_step is None:
-            yield from self._samples("before")
+            yield from write_samples("before", self.run, self.stages)
         # A run may have been interrupted after its last step but before the evaluation that was due then.
         yield from self._evaluate_if_due()
         first = self.state.step
@@ -280,12 +239,12 @@ class TrainingLoop:
         """Score the held-out notes with the adapter as it is now, as far as these limits allow (see evaluation.score)."""
         start = time.monotonic()
         assert self.run.held_out is not None
-        self._trim()
+        trim(self.model.device)
         progress = self.stages.of("evaluating")
         score = evaluation.score(
             self.runner, self.run.held_out, self.plan.setting.row_tokens, progress, most_seconds, most_batches
         )
-        self._trim()
+        trim(self.model.device)
         self.meter.peak()  # counts the weights' resident pages anew; `now` adds that count to every later sample
         self.evaluation_seconds = time.monotonic() - start
         self.all_evaluations_seconds += self.evaluation_seconds
@@ -296,82 +255,11 @@ class TrainingLoop:
         shown = score if self.state.score_before is None else score.first(len(self.state.score_before))
         return Evaluated(self.state.step, shown.bits_per_byte, sum(shown.tokens), self.evaluation_seconds)
 
-    def _trim(self) -> None:
-        """Return free memory to the system. Steps, evaluations and samples use tensors of different shapes, and the holes that
-        each leaves in the heap would add up."""
-        trim_memory()
-        trim_device(self.model.device)
-
-    def _samples(self, when: str) -> Iterator[Event]:
-        """Let the model continue the beginnings of some notes and answer some chats, held-out ones where there are any."""
-        tokenizer = self.run.loaded.tokenizer
-        sampling = self.run.loaded.sampling(seed=self.config.data.seed)
-        prompts, tokens = self.run.record.prompts, _SAMPLE_TOKENS
-        # Where weights are streamed, every token reads them from disk again: write less.
-        if not self.model.whole:
-            prompts, tokens = prompts[:1], _SAMPLE_TOKENS // 2
-        progress, total = self.stages.of("sampling"), tokens * len(prompts)
-        for number, prompt in enumerate(prompts):
-            self._check_stop()
-            ids = prompt_ids(prompt, tokenizer)
-            if len(ids) >= self.model.config.max_positions:
-                continue
-            generator = generate.Generator(self.runner, min(len(ids) + tokens, self.model.config.max_positions))
-            written = []
-            for token in generator.generate(ids, tokens, sampling, tokenizer.eos_ids):
-                written.append(token)
-                progress(number * tokens + len(written), total)
-            yield Sampled(when, prompt_text(prompt, tokenizer), tokenizer.decode(written, continuing=True))
-        self._trim()
-
-    def _finish(self) -> Iterator[Event]:
-        """Choose the best adapter, judge it, save it, and make it the current one if the gate says so."""
-        state = self.state
-        best = yield from self._choose_best()
-        compared = self._compare_with_published(best)
-        most_seconds = math.inf if best.cut is None or self.run.recorded is not None else self.evaluation_seconds
-        gate = GateEvidence(self.run, most_seconds, self._seconds(), self.stages)
-        evidence = gate.measure(state.score_before, best.score)
-        decision = decide(evidence)
-        self._trim()
-        yield from self._samples("after")
-        before, after = evaluation.both_bits(state.score_before, best.score)
-        private = settle(self.plan.private, self.run.record.run, self.plan.base, state.step)
-        about = adapter_record(self.run, before, after, best.step, decision, gate.rival, gate.leaks, private)
-        folder = adapter_folder(self.run)
-        adapter = Adapter(self.run.lora, adapters.live_tensors(self.model), about)
-        peft_folder.save(adapter, folder, self.run.loaded.choice.public_name)
-        self._enter_ledger(folder, best, gate.rival, decision.promote)
-        if decision.promote and self.run.recorded is None:
-            promote(folder, self.run.loaded.choice.name, self.plan.base)
-        yield Saved(best.step, str(folder), after)
-        peak = max(state.peak_memory_bytes, self.meter.peak())
-        self._trim()
-        yield Finished(
-            adapter=str(folder),
-            steps=state.step,
-            tokens=state.tokens,
-            tokens_per_second=state.tokens / max(state.training_seconds, 1e-9),
-            heldout_bits_per_byte_before=before,
-            heldout_bits_per_byte_after=after,
-            peak_memory_bytes=peak,
-            device=str(self.model.device),
-            seconds=self._seconds(),
-            best_step=best.step,
-            skipped_steps=state.skipped,
-            report=str(registry.run_folder(self.run.record.run) / REPORT_FILE),
-            cut=best.cut,
-            promoted=decision.promote,
-            decision=decision_record(decision, evidence, gate.rival, gate.leaks),
-            heldout_tokens=None if best.judged is None else sum(best.judged.tokens),
-            privacy=private,
-            **compared,
-        )
-
-    def _choose_best(self) -> Generator[Event, None, _Best]:
+    def _choose_best(self) -> Generator[Event, None, ChosenAdapter]:
         """Put the best adapter on the model: by the plan's evaluations and, after a deadline, by one more evaluation."""
         state, cut = self.state, None if self.state.step >= self.plan.steps else "deadline"
         score, step = state.best_score, state.step if state.best_step is None else state.best_step
+        last = None
         if cut is not None:
             last = yield from self._evaluate_after_deadline()
             if last is not None and last.is_better_than(score):
@@ -381,7 +269,8 @@ class TrainingLoop:
             if not self._is_saved():
                 yield self._save_checkpoint()
             adapters.copy_into(self.model, self.best.adapter())
-        return _Best(step, score, evaluation.common_batches(state.score_before, score), cut)
+        common = evaluation.common_batches(state.score_before, score)
+        return ChosenAdapter(step, score, common, cut, None if last is None else len(last))
 
     def _evaluate_after_deadline(self) -> Generator[Event, None, Score | None]:
         """Evaluate the adapter as the deadline left it; None if nothing is held out, or if that was evaluated already.
@@ -400,31 +289,17 @@ class TrainingLoop:
             left, last = math.inf, None if self.cut is None else self.cut.last
             comparable = min((each for each in (comparable, last) if each is not None), default=None)
         score = self._score(left, comparable)
-        self.last_batches = len(score)
         yield self._evaluated(score)
         return score
 
-    def _enter_ledger(self, folder: Path, best: _Best, rival: Path | None, promoted: bool) -> None:
-        """Add the run to the ledger and to the log of what was trained."""
-        run, state, cut = self.run, self.state, None
-        if best.cut is not None and run.held_out is not None:
-            whole = sum(1 for _ in run.held_out.groups(self.plan.setting.row_tokens))
-            counts = (None if state.score_before is None else len(state.score_before), self.last_batches)
-            cut = Cut(state.step, *(None if count in (None, whole) else count for count in counts))
-        elif best.cut is not None:
-            cut = Cut(state.step)
-        ended = None if run.recorded is None else run.recorded.ended
-        entry = finish_entry(run.folder, folder, cut, rival, promoted, self._seconds(), ended)
-        training_log.trained(run.record.run, self.plan.base, entry, promoted, repeated=run.recorded is not None)
-
-    def _compare_with_published(self, best: _Best) -> dict[str, Any]:
-        """Return what tells learning from repair, if the time that is left allows to measure it (see published.compare)."""
-        allowed = self.config.evaluation_share * (time.monotonic() - self.began)
-        in_time = best.cut is None or self.plan.published_scores * self.evaluation_seconds <= allowed
-        judged = best.judged is None or best.judged.judges
-        progress = self.stages.of("published base")
-        compared = published.compare(
-            self.run.loaded, self.runner, self.run.held_out, self.plan, best.batches, judged, in_time, progress
+    def _ending(self, chosen: ChosenAdapter) -> RunEnd:
+        return RunEnd(
+            run=self.run,
+            state=self.state,
+            chosen=chosen,
+            stages=self.stages,
+            meter=self.meter,
+            evaluation_seconds=self.evaluation_seconds,
+            session_seconds=time.monotonic() - self.began,
+            elapsed=self._seconds,
         )
-        self._trim()
-        return compared

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.dataset.anchor_set import AnchorSet
 from edgetune.dataset.evaluation_set import EvaluationSet
 from edgetune.dataset.packing import Packer
 from edgetune.dataset.token_store import TokenStore
@@ -37,46 +35,17 @@ from edgetune.runtime.files import sha256_file
 from edgetune.runtime.heap import compact_heap, steady_heap
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import Tokenizer
-from edgetune.training import leak_evidence, published
+from edgetune.training import leak_evidence
 from edgetune.training.anchor import ANCHOR, REPLIES, AnchorPlan, make_anchor, open_anchor
-from edgetune.training.evaluation import plan_evaluations
-from edgetune.training.gate_evidence import planned_scores
 from edgetune.training.plan import HELD_OUT, TOKENS, Plan, RunRecord
+from edgetune.training.prepared_run import PreparedRun
 from edgetune.training.private_plan import PrivatePlan, check_parent, in_words, packer_for, peak_rate, plan_private
 from edgetune.training.recorded import Recorded, begin_entry, gone_notice
 from edgetune.training.run_notes import ChosenNotes, choose_notes, documents_digest, read_and_split
 from edgetune.training.samples import sample_prompts
+from edgetune.training.schedule import Schedule, evaluation_schedule, trained_tokens
 from edgetune.training.tokenized_notes import TokenizedNotes, tokenize_notes
 from edgetune.weight_forms import forms_for_training
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """A run that is ready for its next step: model loaded, adapter attached, notes tokenized, plan made."""
-
-    config: TrainConfig
-    record: RunRecord
-    loaded: Loaded
-    runner: Runner
-    packer: Packer
-    held_out: EvaluationSet | None
-    anchor: AnchorSet | None
-    replies: EvaluationSet | None
-    """Answers of the base's own that are not trained on."""
-    folder: Path
-    """The unfinished run's own folder: token stores, and scratch files of what does not stay in memory."""
-    recorded: Recorded | None = None
-    """The run that this one repeats."""
-
-    @property
-    def plan(self) -> Plan:
-        """Return everything that the run will do."""
-        return self.record.plan
-
-    @property
-    def lora(self) -> LoraConfig:
-        """Return the shape of the run's adapter."""
-        return self.record.lora
 
 
 def prepare_new(
@@ -120,11 +89,11 @@ def prepare_new(
     private = plan_private(config, packer, steps, adapter, run)
     loaded = _load(config, base, dtype, chosen.setting, chosen.stored.form, stages)
     # Before an adapter is attached: the anchor is what the bare base says.
-    anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, _trained_tokens(packer, steps), stages)
+    anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, trained_tokens(packer, steps), stages)
     _attach(loaded, adapter, lora, data.seed)
     memory = memory_allowed(config, device.type, local_processes)
     has_replies = (folder / REPLIES).exists()
-    schedule = _evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory, has_replies, recorded)
+    schedule = evaluation_schedule(config, packer, steps, held_out, int8, loaded, chosen, memory, has_replies, recorded)
     digest = documents_digest(notes.split.train, data)
     plan = _plan(config, settings, loaded, chosen, packer, schedule, int8, anchor, digest, private)
     record = RunRecord(
@@ -180,7 +149,7 @@ def _plan(
     loaded: Loaded,
     chosen: Choice,
     packer: Packer,
-    schedule: _Schedule,
+    schedule: Schedule,
     int8: bool,
     anchor: AnchorPlan | None,
     data_digest: str,
@@ -202,7 +171,7 @@ def _plan(
         evaluate_tokens=schedule.tokens,
         published_scores=schedule.published_scores,
         gate_scores=schedule.gate_scores,
-        leak_tokens=leak_evidence.planned_tokens(config, _trained_tokens(packer, steps), int8),
+        leak_tokens=leak_evidence.planned_tokens(config, trained_tokens(packer, steps), int8),
         compute_dtype=str(loaded.model.dtype).removeprefix("torch."),
         int8=int8,
         backend=ops.backend_name(loaded.model.device),
@@ -222,46 +191,6 @@ def _attach(loaded: Loaded, adapter: Adapter | None, lora: LoraConfig, seed: int
         adapters.attach_new(loaded.model, lora, seed)
     else:
         adapters.attach(loaded.model, adapter)
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    """The evaluations of a run, as its Plan has them."""
-
-    every: int
-    tokens: int
-    published_scores: int
-    gate_scores: int
-
-
-def _evaluation_schedule(
-    config: TrainConfig,
-    packer: Packer,
-    steps: int,
-    held_out: TokenStore | None,
-    int8: bool,
-    loaded: Loaded,
-    chosen: Choice,
-    memory: int,
-    has_replies: bool,
-    recorded: Recorded | None,
-) -> _Schedule:
-    """Return the evaluations that fit in their share of the run, those of the published base also in `memory` bytes.
-
-    has_replies: the gate will score answers of the base's own. recorded: the run that this one repeats.
-    """
-    trained_tokens = _trained_tokens(packer, steps)
-    set_tokens = 0 if held_out is None else EvaluationSet.of(held_out, config.data.seq_len).tokens
-    rows = chosen.setting.row_tokens
-    # An adapter to start from has learnt and mended before, so this run's share of either could not be told.
-    gate = planned_scores(has_replies)
-    compares = set_tokens > 0 and config.from_adapter is None and published.has_published(loaded)
-    most = published.SCORES if recorded is None else recorded.published_scores
-    for scores in range(most if compares else 0, 0, -1):
-        every, tokens = plan_evaluations(config, steps, trained_tokens, set_tokens, int8, scores + gate)
-        if recorded is not None or published.fits(loaded, scores, min(tokens, set_tokens), rows, chosen.parts, memory):
-            return _Schedule(every, tokens, scores, gate)
-    return _Schedule(*plan_evaluations(config, steps, trained_tokens, set_tokens, int8, gate), 0, gate)
 
 
 def prepare_resumed(
@@ -391,11 +320,6 @@ def _prepared(
     kept = folder / REPLIES
     replies = _evaluation_set(TokenStore.open(kept) if kept.exists() else None, plan)
     return PreparedRun(config, record, loaded, runner, packer, _evaluation_set(held_out, plan), anchor, replies, folder)
-
-
-def _trained_tokens(packer: Packer, steps: int) -> float:
-    """Return the tokens of notes that a run of so many steps reads in training."""
-    return int(packer.windows.length.sum()) * steps / packer.steps_per_epoch
 
 
 def _uses_template(config: TrainConfig, tokenizer: Tokenizer) -> bool:

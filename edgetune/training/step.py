@@ -16,8 +16,8 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import warm_up_autograd
 from edgetune.training.distributed import World
 from edgetune.training.plan import Plan
+from edgetune.training.prepared_run import PreparedRun
 from edgetune.training.private_step import PrivateGradient
-from edgetune.training.setup import PreparedRun
 
 TRIM_STEPS = 16
 """Steps between two returns of free heap pages to the system; chosen by hand. Micro-batches of different lengths leave

@@ -18,6 +18,7 @@ from edgetune.library import adapter_registry as registry
 from edgetune.library.loading import Base, open_base
 from edgetune.progress import Show, Stages
 from edgetune.reports.html import write_report
+from edgetune.reports.latest import LOG_FILE, REPORT_FILE
 from edgetune.runtime import budget, peft_folder
 from edgetune.runtime.device import explain_card_memory, pick_device
 from edgetune.runtime.errors import DataError, EdgetuneError, TrainingError
@@ -27,15 +28,14 @@ from edgetune.training.anchor import packed_files, unpack_files
 from edgetune.training.checkpoints import CheckpointWriter, RestoredCheckpoint, restore_checkpoint
 from edgetune.training.deadline import Deadline
 from edgetune.training.distributed import World, join_processes
-from edgetune.training.loop import REPORT_FILE, TrainingLoop, adapter_folder
+from edgetune.training.loop import TrainingLoop
 from edgetune.training.plan import RunRecord
+from edgetune.training.prepared_run import PreparedRun
 from edgetune.training.recorded import Recorded
 from edgetune.training.sealed_files import DamagedError
-from edgetune.training.setup import PreparedRun, changes_since_start, prepare_follower, prepare_new, prepare_resumed
+from edgetune.training.setup import changes_since_start, prepare_follower, prepare_new, prepare_resumed
 from edgetune.training.step import TrainStep
 from edgetune.training.unfinished_run import OtherVersionError, UnfinishedRun, follower_folder, lock_run
-
-LOG_FILE = "events.jsonl"
 
 
 def train(
@@ -99,7 +99,7 @@ def _lead(
 ) -> Iterator[Event]:
     """Run the training loop in process 0: log and yield its events, and write the report at the end."""
     folder = private_folder(registry.run_folder(run.record.run))
-    for path in (adapter_folder(run), folder / REPORT_FILE):
+    for path in (run.adapter_folder, folder / REPORT_FILE):
         mend(path)
     followed = {"record": run.record.for_followers().as_dict(), "has_steps": restored.has_steps}
     world.send({**followed, "anchor": packed_files(run.folder) if world.size > 1 else {}})
