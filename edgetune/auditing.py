@@ -117,7 +117,7 @@ def as_trained(config: TrainConfig, adapter: Adapter, name: str) -> TrainConfig:
     try:
         settings = {key: value for key, value in dict(stored or {}).items() if key in _OF_TRAINING}
         data = {key: value for key, value in dict((stored or {}).get("data") or {}).items() if key in _OF_READING}
-        if KEY in adapter.about:
+        if adapter.about.get(KEY) is not None:
             settings["private"] = _spent(adapter.about[KEY])
         return TrainConfig(**settings, data=dataclasses.replace(config.data, **data), model=config.model, device=config.device)
     except (SettingError, TypeError, ValueError, AttributeError, LookupError) as error:
