@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from edgetune.runtime.runner import Runner
 from edgetune.scratch import scratch_folder
 from edgetune.training.distributed import SingleProcess
 from edgetune.training.leak_evidence import MOST_TOKENS, Leaks
+from edgetune.training.private_plan import KEY
 from edgetune.training.run_notes import learnt_paths, read_and_split
 from edgetune.training.setup import fit_rows, prepare_new
 from edgetune.training.step import TrainStep
@@ -115,11 +117,18 @@ def as_trained(config: TrainConfig, adapter: Adapter, name: str) -> TrainConfig:
     try:
         settings = {key: value for key, value in dict(stored or {}).items() if key in _OF_TRAINING}
         data = {key: value for key, value in dict((stored or {}).get("data") or {}).items() if key in _OF_READING}
+        if adapter.about.get(KEY) is not None:
+            settings["private"] = _spent(adapter.about[KEY])
         return TrainConfig(**settings, data=dataclasses.replace(config.data, **data), model=config.model, device=config.device)
-    except (SettingError, TypeError, ValueError, AttributeError) as error:
+    except (SettingError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise AdapterError(
             f"The adapter {name} has settings of training that cannot be used. Name another one with --adapter."
         ) from error
+
+
+def _spent(record: Mapping[str, float]) -> str:
+    """Return the value of --private with which one run spends what the runs of an adapter's lineage have spent together."""
+    return f"epsilon={record['spent']:.4g},delta={record['delta']:.4g}"
 
 
 _OF_TRAINING = {field.name for field in dataclasses.fields(TrainConfig)} - {
@@ -179,7 +188,10 @@ def _leaks(
 
 
 def _shadow(config: TrainConfig, base: Base, folder: Path, minutes: float, stages: Stages) -> dict[str, Any]:
-    """Train a shadow adapter on the notes and on canaries, and return the figures of their exposure. It is not kept."""
+    """Train a shadow adapter on the notes and on canaries, and return the figures of their exposure. It is not kept.
+
+    That of a private adapter is trained privately too. Since nobody ever sees it, it spends nothing of the privacy ledger.
+    """
     seed, made = config.data.seed, canaries.make_canaries(config.data.seed)
     run = prepare_new(config, base, private_folder(folder / "shadow"), stages=stages, also=canaries.inserted(made))
     train_step, progress, ends = TrainStep(run, SingleProcess()), stages.of("shadow training"), time.monotonic() + 60 * minutes

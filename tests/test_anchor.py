@@ -19,7 +19,7 @@ from edgetune.dataset.anchor_set import SOFT_TOKENS, AnchorSet
 from edgetune.dataset.pieces import TEXT
 from edgetune.events import Event, Finished, Interrupted, Started, Stepped
 from edgetune.home import private_folder
-from edgetune.library.loading import open_base
+from edgetune.library.loading import load_base, open_base
 from edgetune.progress import SILENT
 from edgetune.reports.terminal import started_line
 from edgetune.runtime import adapter as adapters
@@ -144,6 +144,20 @@ def test_the_anchor_holds_the_answers_of_the_bare_base_and_its_predictions(base:
     files = sorted((tmp_path / "run" / ANCHOR).iterdir())
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
     assert {f"{ANCHOR}/{path.name}" for path in files} == {name for name in run.record.files if name.startswith(ANCHOR)}
+
+
+def test_an_anchor_that_a_deadline_cut_short_is_repeated_with_as_many_answers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(base, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgetune.training.deadline.Deadline.seconds_left", lambda self: 0.0)
+        cut = prepared(settings, tmp_path / "cut").plan.anchor
+    assert cut == AnchorPlan(0.25, AnchorKind.REPLIES, 1, asked=1)
+    loaded = load_base(open_base(settings.model))
+    again = making.make_anchor(settings, loaded, private_folder(tmp_path / "again"), 256, 1000.0, SILENT, cut.asked)
+    assert again == cut
+    assert packed_files(tmp_path / "again") == packed_files(tmp_path / "cut")
 
 
 def test_a_base_without_a_chat_template_is_anchored_to_a_text_if_asked(base: Path, tmp_path: Path) -> None:

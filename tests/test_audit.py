@@ -15,8 +15,10 @@ from edgetune.cli.main import cli
 from edgetune.config import MOST_EXTRACTED, DataConfig, TrainConfig
 from edgetune.documents.lineage import KEY as LINEAGE
 from edgetune.events import Finished, Started
+from edgetune.leaks import canaries
 from edgetune.leaks.extraction import Extraction
 from edgetune.library import adapter_registry as registry
+from edgetune.library import privacy_ledger
 from edgetune.library.kept_adapters import describe
 from edgetune.reports.leaks import leak_lines
 from edgetune.runtime import peft_folder
@@ -25,6 +27,8 @@ from edgetune.runtime.config import LoraConfig
 from edgetune.runtime.errors import AdapterError, DataError
 from edgetune.training import leak_evidence
 from edgetune.training.leak_evidence import AUDIT_SHARE, MOST_TOKENS, Leaks, planned_tokens
+from edgetune.training.private_plan import PrivatePlan
+from edgetune.training.private_step import PrivateGradient
 from edgetune.training.train import train
 
 WORDS = ["harbour", "allotment", "bicycle", "spoke", "kettle", "ledger", "orchard", "gasket"]
@@ -212,6 +216,28 @@ def test_a_shadow_is_trained_as_the_adapter_was() -> None:
 
 
 # -- the words
+
+
+@pytest.mark.slow
+def test_the_shadow_of_a_private_adapter_is_trained_privately_and_spends_nothing(
+    notes: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = finished(config(notes, model, private="epsilon=8,runs=3"))
+    record, entries = record_of(end)["private"], privacy_ledger.entries()
+    plans, compute = list[PrivatePlan](), PrivateGradient.compute
+
+    def noted(self: PrivateGradient, *arguments: Any) -> Any:
+        plans.append(self._plan)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(PrivateGradient, "compute", noted)
+    found = audit(config(notes, model), Path(end.adapter).name)
+    assert len(plans) == found.figures["shadow_steps"] == 4
+    inserted = sum(canary.repetitions for canary in canaries.make_canaries(0))
+    assert plans[0].units == found.trained + inserted, "each time that a canary is inserted is a document of its own"
+    assert plans[0].epsilon == pytest.approx(record["spent"], rel=1e-3), "what was spent, and not what three runs may spend"
+    assert plans[0].delta == pytest.approx(record["delta"], rel=1e-3)
+    assert privacy_ledger.entries() == entries
 
 
 def test_each_measure_is_one_sentence() -> None:

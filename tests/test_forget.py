@@ -20,7 +20,7 @@ from edgetune.forgetting.forget import forget, plan
 from edgetune.forgetting.job import ForgetJob
 from edgetune.home import home
 from edgetune.library import adapter_registry as registry
-from edgetune.library import ledger, training_log
+from edgetune.library import ledger, privacy_ledger, training_log
 from edgetune.library.exports_made import remember_export
 from edgetune.runtime import peft_folder
 from edgetune.runtime.errors import BusyError, UsageError
@@ -266,3 +266,18 @@ def test_nothing_is_deleted_while_a_run_is_going(tmp_path: Path) -> None:
     assert Path(end.adapter).is_dir()
     assert ForgetJob.load() is None
     going.close()
+
+
+def test_a_private_run_is_repeated_with_new_noise_which_the_command_says(tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    write(notes, 0, 12)
+    (notes / "secret.md").write_text(SECRET)
+    *_, before = train(config(notes, private="8"))
+    assert isinstance(before, Finished)
+    [spent], old = privacy_ledger.entries(), sha(Path(before.adapter))
+    done = run("--yes", str(notes / "secret.md"))
+    assert done.exit_code == 0, done.output
+    assert "A private run draws new noise" in done.stdout
+    assert sha(Path(before.adapter)) != old
+    [after] = privacy_ledger.entries()
+    assert (after.run, after.documents) == (spent.run, spent.documents - 1)

@@ -181,6 +181,16 @@ def test_plan_tells_of_notes_and_of_machines_that_are_not_here(tmp_path: Path, m
     assert "type --memory" in shown
 
 
+def test_a_private_run_is_forecast_with_its_own_steps_and_said_to_be_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", lambda *arguments: 2.0)
+    asked = (["plan", str(NOTES), "--model", "demo"], ["plan", str(NOTES), "--model", "demo", "--private", "8"])
+    plain, private = (json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout) for words in asked)
+    # A step reads four batches, of documents that are not packed: an epoch of a few steps is rounded up.
+    assert plain["steps"] / 4 < private["steps"] < plain["steps"] / 2
+    assert private["seconds"] == 4 * 2.0 * private["steps"]
+    assert ["one by one" in CliRunner().invoke(cli, words).stdout for words in asked] == [False, True]
+
+
 def test_plan_names_what_of_embedding_and_head_takes_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGETUNE_HOME", str(tmp_path))
     monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", lambda *arguments: 1.0)

@@ -87,10 +87,14 @@ def _sentences(plan: Plan) -> list[str]:
         lines.append(f"{current} is in use: {instead} takes its place until it is trained again.")
     took = f"about {max(round(plan.seconds / 60), 1)} min, the time that training took"
     lines.append(f"Repeated then without it: {counted(plan.repeats, 'run')}, {took}." if plan.repeats else _NO_REPEAT)
+    if plan.private:
+        lines.append(_PRIVATE)
     lines += [f"Not in reach, and you may want to delete it: {path}" for path in plan.outside]
     return lines
 
 
+_PRIVATE = "A private run draws new noise: its adapter will not be, byte for byte, that of a folder without the note."
+"""Said where a run with --private is repeated."""
 _NO_REPEAT = "The ledger does not know their runs, so they are not repeated: the next run learns the other notes again."
 """Said where nothing can be repeated."""
 

@@ -28,6 +28,8 @@ _PARTS = {
     "scratch": "working memory of a block",
 }
 """Labels of the parts of memory, in the order of `Parts`; {weights} is the form of the linears, {vocabulary} of _VOCABULARY."""
+_PRIVATE = "This is with documents packed. --private trains them one by one: the shorter they are, the slower."
+"""Said of the speed where the run would be private, which is not measured."""
 _VOCABULARY = {
     "neither": "embedding, head in {}",
     "embedding": "head in {}",
@@ -58,6 +60,8 @@ def plan_command(as_json: bool, **flags: Any) -> None:
         print_json(result.as_dict())
     else:
         _show(result)
+        if config.private is not None and result.tokens_per_second is not None:
+            click.echo(_PRIVATE)
 
 
 def _show(result: Forecast) -> None:

@@ -38,17 +38,18 @@ def original_path(path: str) -> str:
 
 
 def groups_of_copies(documents: Sequence[AnyDocument]) -> list[list[AnyDocument]]:
-    """Return each document with its copies, in the order of the originals' digests.
+    """Return each document with its copies, in the order of the originals' digests and paths.
 
-    Copies share most of their text with the original, so they stay on its side, which the original's digest decides.
+    Copies share most of their text with the original, so they stay on its side, which the original's digest decides. Documents
+    with the same text are groups of their own unless their paths make them copies.
     """
-    groups: dict[str, list[AnyDocument]] = {}
+    groups: dict[tuple[str, str], list[AnyDocument]] = {}
     by_path = {document.path: document for document in documents}
     for document in documents:
         original = document
         while (found := by_path.get(original_path(original.path), original)).path != original.path:  # a copy of a copy
             original = found
-        group = groups.setdefault(original.digest, [original])
+        group = groups.setdefault((original.digest, original.path), [original])
         if document is not original:
             group.append(document)
-    return [groups[digest] for digest in sorted(groups)]  # hex strings of equal length sort as the numbers do
+    return [groups[place] for place in sorted(groups)]  # hex strings of equal length sort as the numbers do

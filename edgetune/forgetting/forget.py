@@ -45,6 +45,8 @@ class Plan:
     """True if no run was trained on the notes, and some were judged by them."""
     outside: tuple[str, ...]
     """Copies outside edgetune's own folder that hold what was learnt: exports, and adapters of runs with --out."""
+    private: bool
+    """True if a run that is repeated was private: its noise is drawn anew, so that it gives other bytes each time."""
     job: ForgetJob
 
 
@@ -76,6 +78,7 @@ def plan(names: Sequence[str], gone: bool = False) -> Plan:
         seconds=sum(entry.seconds for entry in repeated),
         held_out=only_held_out(wanted, found),
         outside=tuple(_outside({name for _, name in seen}, wanted)),
+        private=any(entry.config.get("private") is not None for entry in repeated),
         job=ForgetJob(sorted(wanted.words), file_digests(sorted(wanted.files)), jobs),
     )
 

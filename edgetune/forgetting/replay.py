@@ -134,6 +134,7 @@ def _prepared(job: ForgetJob, entry: Entry, parent: str | None, rival: str | Non
         weights=WeightForm(plan["weights"]),
         threads=int(plan["threads"]),
         published_scores=int(plan["published_scores"]),
+        asked=(plan["anchor"] or {}).get("asked"),
         cut=entry.cut,
         rival=None if rival is None else _existing(entry, rival),
         ended=entry.ended,

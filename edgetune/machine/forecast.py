@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from edgetune.config import TrainConfig
-from edgetune.dataset.packing import Packer
 from edgetune.library.loading import Base, load_tokenizer, open_base
 from edgetune.machine.load import BUSY_SHARE, Load
 from edgetune.machine.shapes import PLANNED, SHAPES
@@ -45,6 +44,7 @@ from edgetune.runtime.optim import PagedAdamW
 from edgetune.runtime.runner import Runner
 from edgetune.runtime.tokenizer import read_template
 from edgetune.scratch import scratch_folder
+from edgetune.training.private_plan import BATCHES, packer_for
 from edgetune.training.run_notes import choose_notes
 from edgetune.training.setup import fit_rows, named_adapter
 from edgetune.training.tokenized_notes import tokenize_notes
@@ -122,7 +122,9 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
         step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"), load)
         step /= 1 - train.anchor_share(config.hidden_size, checkpoint is None or read_template(checkpoint.folder) is not None)
         speed = data.batch_tokens / step
-        seconds = step * steps if steps is not None else None
+        # A private step reads several batches. That it reads documents one after another is not counted: it depends on them.
+        batches = 1.0 if train.private is None else BATCHES
+        seconds = step * batches * steps if steps is not None else None
     return Forecast(
         model=name,
         device=device_name,
@@ -185,7 +187,7 @@ def _work(train: TrainConfig, base: Base, stages: Stages) -> tuple[int, int]:
     split = choose_notes(train, named_adapter(train, checkpoint), progress=stages.of("reading")).split
     with scratch_folder() as scratch:
         store = tokenize_notes(train, split, load_tokenizer(choice), scratch, stages.of("tokenizing")).train
-        packer = Packer(store, train.data.seq_len, train.data.batch_tokens, train.data.seed)
+        packer = packer_for(train, store, train.data.seq_len)
         steps = planned_steps(train, packer.steps_per_epoch)
         return steps, round(steps / packer.steps_per_epoch * store.trained_tokens)
 

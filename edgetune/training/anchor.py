@@ -85,6 +85,8 @@ class AnchorPlan:
     kind: AnchorKind
     documents: int
     """The base's own answers, or the built-in texts."""
+    asked: int | None = None
+    """Questions that the base was asked until a deadline ended that; None for all that the run could afford."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> AnchorPlan:
@@ -97,12 +99,19 @@ class AnchorPlan:
 
 
 def make_anchor(
-    config: TrainConfig, loaded: Loaded, folder: Path, row_tokens: int, trained_tokens: float, stages: Stages
+    config: TrainConfig,
+    loaded: Loaded,
+    folder: Path,
+    row_tokens: int,
+    trained_tokens: float,
+    stages: Stages,
+    most_asked: int | None = None,
 ) -> AnchorPlan | None:
     """Write the anchor of a new run to `folder` / ANCHOR and return its plan; None where the run has none.
 
     The model must be bare, without an adapter. row_tokens: most tokens of a batch. trained_tokens: those of notes that the run
-    reads in training, which decide how much the anchor may cost.
+    reads in training, which decide how much the anchor may cost. most_asked: number of questions that the run which this one
+    repeats had asked when a deadline ended that.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     share = config.anchor_share(model.config.hidden_size, tokenizer.has_template)
@@ -111,11 +120,13 @@ def make_anchor(
         shutil.rmtree(made, ignore_errors=True)
     if not share:
         return None
-    kind, documents, store = AnchorKind.REPLIES, list[Document](), None
+    kind, documents, store, asked = AnchorKind.REPLIES, list[Document](), None, None
     count = affordable_replies(trained_tokens, model.device.type) if model.whole and tokenizer.has_template else 0
     if count:
         seconds = DEADLINE_SHARE * Deadline.of(config).seconds_left()
-        documents = replies(loaded, anchor_questions()[:count], seconds, stages)
+        questions = anchor_questions()[:count]
+        documents, answered = replies(loaded, questions[:most_asked], seconds, stages)
+        asked = answered if answered < len(questions) else None
         documents = _keep_some(documents, tokenizer, folder / REPLIES)
         store = tokenize(documents, tokenizer, path, may_be_empty=True)
     if store is None or not store.trained_tokens:
@@ -123,7 +134,7 @@ def make_anchor(
         store = tokenize(documents, tokenizer, path)
     _predict(Runner(model), store, path, config.data.seq_len, row_tokens, stages)
     trim_memory()
-    return AnchorPlan(share, kind, len(store.documents))
+    return AnchorPlan(share, kind, len(store.documents), asked)
 
 
 def _keep_some(documents: list[Document], tokenizer: Tokenizer, path: Path) -> list[Document]:
@@ -158,26 +169,26 @@ def affordable_texts(trained_tokens: float) -> list[Document]:
     return chosen
 
 
-def replies(loaded: Loaded, questions: Sequence[str], seconds: float, stages: Stages) -> list[Document]:
-    """Let the base answer each question, and return the conversations; leave out those that its template refuses.
+def replies(loaded: Loaded, questions: Sequence[str], seconds: float, stages: Stages) -> tuple[list[Document], int]:
+    """Let the base answer each question; return the conversations, without those that its template refuses, and the questions.
 
     No further question is asked once `seconds` have passed.
     """
     progress, documents, start = stages.of("answering"), list[Document](), time.monotonic()
-    runner, done = Runner(loaded.model), 0
-    for number, question in enumerate(questions):
+    runner, asked = Runner(loaded.model), 0
+    for question in questions:
         if documents and time.monotonic() - start >= seconds:
             break
         words = list[int]()
         for token in _answer(runner, loaded.tokenizer, question):
             words.append(token)
-            progress(done + len(words), len(questions) * REPLY_TOKENS)
-        done += REPLY_TOKENS
+            progress(asked * REPLY_TOKENS + len(words), len(questions) * REPLY_TOKENS)
+        asked += 1
         answer = loaded.tokenizer.decode(words, continuing=True).strip()
         if answer:
             turns = (Turn("user", question), Turn("assistant", answer))
-            documents.append(Document.of(f"question#{number + 1}", f"{question}\n{answer}", turns))
-    return documents
+            documents.append(Document.of(f"question#{asked}", f"{question}\n{answer}", turns))
+    return documents, asked
 
 
 def _answer(runner: Runner, tokenizer: Tokenizer, question: str) -> Iterator[int]:

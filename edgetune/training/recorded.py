@@ -2,7 +2,7 @@
 
 A repeated run reads the notes of the record without the forgotten ones, and splits, chooses, tokenizes, plans, trains and
 judges as any run does. What depended on the machine at the time is taken from the record: the memory setting, the form of the
-weights, the threads, and where a deadline ended the run.
+weights, the threads, and where a deadline ended the run and the questions for its anchor.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Recorded:
     weights: WeightForm
     threads: int
     published_scores: int
+    asked: int | None
+    """Questions for the anchor after which a deadline ended them; None for all that the run could afford."""
     cut: Cut | None
     rival: Path | None
     """The adapter that it is compared with."""

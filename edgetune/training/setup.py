@@ -65,7 +65,7 @@ def prepare_new(
     train on beside the notes. recorded: the run that it repeats.
     """
     choice, checkpoint = base
-    settings, asked, config = config.as_dict(), config, fit_rows(config, checkpoint.config)
+    settings, given, config = config.as_dict(), config, fit_rows(config, checkpoint.config)
     adapter = named_adapter(config, checkpoint)
     check_parent(config, adapter, processes)
     read = choose_notes(config, adapter, processes, stages.of("reading"), None if recorded is None else recorded.read)
@@ -89,7 +89,8 @@ def prepare_new(
     private = plan_private(config, packer, steps, adapter, run)
     loaded = _load(config, base, dtype, chosen.setting, chosen.stored.form, stages)
     # Before an adapter is attached: the anchor is what the bare base says.
-    anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, trained_tokens(packer, steps), stages)
+    asked = None if recorded is None else recorded.asked
+    anchor = make_anchor(config, loaded, folder, chosen.setting.row_tokens, trained_tokens(packer, steps), stages, asked)
     _attach(loaded, adapter, lora, data.seed)
     memory = memory_allowed(config, device.type, local_processes)
     has_replies = (folder / REPLIES).exists()
@@ -120,7 +121,7 @@ def prepare_new(
     )
     if config.out is None:
         name, split = loaded.choice.name, notes.split
-        begin_entry(asked, plan.base, name, plan.as_dict(), run, processes, read.reading, split, folder)
+        begin_entry(given, plan.base, name, plan.as_dict(), run, processes, read.reading, split, folder)
     return _prepared(config, record, loaded, packer, held_out, folder)
 
 
