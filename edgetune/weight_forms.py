@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune.config import WEIGHTS
+from edgetune.choices import WEIGHTS
 from edgetune.runtime.budget import WeightForm
 from edgetune.runtime.checkpoint import Checkpoint
 from edgetune.runtime.config import LlamaConfig

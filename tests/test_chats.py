@@ -23,9 +23,10 @@ from edgetune.dataset.chat_notices import ChatNotices
 from edgetune.dataset.chat_writer import join_system
 from edgetune.dataset.pieces import STOP, TEXT
 from edgetune.dataset.token_store import TokenStore, tokenize
-from edgetune.documents.document import Document, Reason, Turn
+from edgetune.documents.document import Document, Turn
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.summary import unread_chats
 from edgetune.events import Finished, Sampled, Started
 from edgetune.runtime.errors import DataError, TokenizerError

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from test_front_matter import without_front_matter
 
 from edgetune.config import DataConfig
-from edgetune.documents.document import Document, Reason
+from edgetune.documents.document import Document
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.patterns import match_parts
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.walk import Walk
 from edgetune.reports.text import one_line
 from edgetune.runtime.errors import DataError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from edgetune.config import DataConfig
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.runtime.errors import UsageError
 
 WESTERN = {

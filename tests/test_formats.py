@@ -7,11 +7,11 @@ from pathlib import Path
 import documents_in as made
 import pytest
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats import docx, enex, epub, html, mail, notebook, odt, org, pdf, rst
 from edgetune.documents.formats.parsed import ATTACHMENTS, OUTPUTS, PAGES, PROTECTED, WORDLESS
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 
 
 def reason(read, data: bytes) -> Reason:

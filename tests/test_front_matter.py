@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from edgetune.config import DataConfig
-from edgetune.documents.document import Reason
 from edgetune.documents.front_matter import split_front_matter
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 
 
 def without_front_matter(text: str) -> str:

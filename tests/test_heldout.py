@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetune.documents.copies import original_path
-from edgetune.documents.document import Document, Reason, Turn
+from edgetune.documents.document import Document, Turn
 from edgetune.documents.heldout import FEWEST_BYTES, HeldOutSplit, cut_before_end, split_held_out
 from edgetune.documents.lineage import Known, Lineage
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "notes"
 

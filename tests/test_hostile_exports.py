@@ -13,9 +13,10 @@ import pytest
 
 from edgetune.config import DataConfig
 from edgetune.documents import limits
-from edgetune.documents.document import Reading, Reason
+from edgetune.documents.document import Reading
 from edgetune.documents.messengers import archive, files
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.summary import unread_chats
 
 CHAT = "31.12.23, 19:02 - Anna: Is the kiln free?\n31.12.23, 19:04 - Ben: From eight.\n31.12.23, 19:05 - Anna: Good\n"

@@ -80,7 +80,7 @@ PRODUCT = (
     {"documents", "reports", "memory_settings", "weight_forms"},
     {"privacy"},
     {"config", "config_file"},
-    {"parsing", "settings", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"}
+    {"parsing", "settings", "choices", "events", "progress", "home", "lock", "scratch", "demo", "texts", "_version"}
     | {"encrypting", "encryption", "keychain"},
 )
 """The packages and modules of edgetune/, from the top down: each imports only from its own row and from rows below it."""

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from edgetune.cli.main import cli
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.documents import manifest
-from edgetune.documents.document import Reason
 from edgetune.documents.heldout import split_held_out
 from edgetune.documents.language import guess
 from edgetune.documents.near_duplicates import FEWEST_SHINGLES, jaccard, shingles_of
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.summary import sentences
 from edgetune.training.run_notes import read_and_split
 

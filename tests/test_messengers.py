@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from edgetune.config import DataConfig
-from edgetune.documents.document import Document, Reading, Reason
+from edgetune.documents.document import Document, Reading
 from edgetune.documents.messengers.exports import App, recognise
 from edgetune.documents.messengers.messages import Me, Message
 from edgetune.documents.messengers.sessions import bursts, sessions, turns
 from edgetune.documents.messengers.slack import plain_text
 from edgetune.documents.messengers.whatsapp import header, order_of, typed_text
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.summary import unread_chats
 from edgetune.runtime.errors import DataError
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from edgetune.config import DataConfig
-from edgetune.documents.document import Reason
 from edgetune.documents.embedded import MARK, without_embedded_files
 from edgetune.documents.not_notes import is_in_cloud
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.spool import MEMORY_BYTES
 from edgetune.documents.summary import sentences
 

@@ -16,11 +16,11 @@ import pytest
 
 from edgetune.config import DataConfig
 from edgetune.documents import reading as reading_module
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.parser_process import ParserProcess
 from edgetune.documents.readers import READERS, Format
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.summary import sentences
 
 HOSTILE = "hostile_format"

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 
 from edgetune.cli.main import cli
 from edgetune.config import DataConfig
-from edgetune.documents.document import Reason
 from edgetune.documents.masked import masked_value
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.summary import sentences
 from edgetune.privacy import masking
 from edgetune.privacy.kinds import Kind

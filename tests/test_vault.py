@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edgetune.documents.document import Reason
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.documents.vault import VaultText
 
 

@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from edgetune.documents.document import Document, Reason, Turn
+from edgetune.documents.document import Document, Turn
 from edgetune.documents.encoding import unify_line_ends
+from edgetune.documents.reasons import Reason
 
 _CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")

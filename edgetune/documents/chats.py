@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.documents.chat_forms import Unread, read_record
-from edgetune.documents.document import Document, Reason, Skipped
+from edgetune.documents.document import Document, Skipped
 from edgetune.documents.encoding import Encoding, marked_encoding
 from edgetune.documents.limits import MAX_BROKEN_VALUES, MAX_RECORD_CHARS
+from edgetune.documents.reasons import Reason
 
 CHAT_SUFFIXES_WHEN_NAMED = (".json", ".ndjson")
 """Suffixes of files that are read as chats if they are themselves named; in a folder, most .json files are something else."""

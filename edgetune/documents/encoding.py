@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from edgetune.documents.code_page import looks_western
-from edgetune.documents.document import Reason
+from edgetune.documents.reasons import Reason
 
 # UTF-32's little-endian mark begins with UTF-16's, so it is looked for first.
 _MARKS = (

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgetune.documents.document import Document, Reason, Skipped
+from edgetune.documents.document import Document, Skipped
+from edgetune.documents.reasons import Reason
 from edgetune.documents.walk import FoundFile
 from edgetune.home import home, keyed_digests
 from edgetune.runtime.errors import UsageError

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune.documents.document import Reason
 from edgetune.documents.limits import MAX_IGNORE_BYTES
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.patterns import Exclude
+from edgetune.documents.reasons import Reason
 
 IGNORE_FILE = ".edgetuneignore"
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune.documents.copies import original_path
-from edgetune.documents.document import Document, Reason, Skipped
+from edgetune.documents.document import Document, Skipped
+from edgetune.documents.reasons import Reason
 
 REPORTED_SIMILARITY = 0.7
 """Jaccard similarity (0 to 1) of two notes from which they are reported. Chosen by hand: most of each is in the other."""

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Set
 from pathlib import Path
 
-from edgetune.documents.document import Reason
+from edgetune.documents.reasons import Reason
 from edgetune.events import KINDS
 
 _FOLDERS = {

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-from edgetune.documents.document import Reason
+from edgetune.documents.reasons import Reason
 
 Identity = tuple[int, int]
 """Device and inode of a file: no two files on a machine share them at one time."""

@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.limits import MAX_TEXT_BYTES
+from edgetune.documents.reasons import Reason
 from edgetune.home import home, keyed_digest, private_folder
 from edgetune.runtime import json_file
 from edgetune.runtime.errors import DataError

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.parsed_cache import ParsedCache
 from edgetune.documents.parser_process import NotStarted, ParserProcess
 from edgetune.documents.private_notes import PRIVATE_TEXT, is_marked_private
 from edgetune.documents.readers import Format
+from edgetune.documents.reasons import Reason
 
 
 class ParsedFiles:

@@ -21,10 +21,10 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.limits import MAX_PARSED_BYTES, MAX_TEXT_BYTES, PARSE_SECONDS, PARSER_FILES, PARSER_MEMORY
 from edgetune.documents.parser_rules import SYSTEM_FOLDERS, refused_calls
+from edgetune.documents.reasons import Reason
 from edgetune.privacy import landlock, seccomp
 
 LENGTH = struct.Struct("<Q")

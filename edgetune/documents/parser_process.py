@@ -18,11 +18,11 @@ from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import KINDS, Parsed
 from edgetune.documents.limits import MAX_TEXT_BYTES, PARSE_SECONDS
 from edgetune.documents.parser_child import LENGTH
+from edgetune.documents.reasons import Reason
 from edgetune.runtime import json_file
 
 ALL_LIMITS = frozenset({"memory", "writes", "files", "time"})

@@ -15,8 +15,7 @@ from io import FileIO
 from edgetune.config import DataConfig
 from edgetune.documents.chat_forms import Unread
 from edgetune.documents.chats import CHAT_SUFFIXES_WHEN_NAMED, encoding_of_chats, read_chats
-from edgetune.documents.copies import original_path
-from edgetune.documents.document import Document, Draft, Reading, Reason, Skipped
+from edgetune.documents.document import Document, Draft, Reading, Skipped
 from edgetune.documents.embedded import without_embedded_files
 from edgetune.documents.encoding import Encoding, NotText, decoded, find_encoding
 from edgetune.documents.forgotten import Forgotten
@@ -27,7 +26,6 @@ from edgetune.documents.masked import masked_chat
 from edgetune.documents.messengers.exports import read_slack
 from edgetune.documents.messengers.files import LISTED_SUFFIXES, blocks, read_file
 from edgetune.documents.messengers.slack import exports
-from edgetune.documents.near_duplicates import NearDuplicates, without_near_duplicates
 from edgetune.documents.not_notes import is_own_log
 from edgetune.documents.note_file import NotReadable, open_listed
 from edgetune.documents.parsed_cache import ParsedCache
@@ -35,6 +33,8 @@ from edgetune.documents.parsed_files import ParsedFiles
 from edgetune.documents.parser_process import ParserProcess
 from edgetune.documents.private_notes import is_marked_private, is_private
 from edgetune.documents.readers import Format, format_of
+from edgetune.documents.reasons import Reason
+from edgetune.documents.repeats import without_repeats
 from edgetune.documents.spool import Spool
 from edgetune.documents.summary import skipped_in_words, unread_chats
 from edgetune.documents.vault import VaultText
@@ -342,35 +342,6 @@ def read_notes(
     if not documents:
         raise DataError(nothing_found(paths, reading, found))
     return reading
-
-
-def without_repeats(
-    documents: Sequence[Document], before_each: Callable[[], None] = lambda: None
-) -> tuple[list[Document], list[Skipped], NearDuplicates]:
-    """Return each text once and nearly equal ones once, the others as skips, and the account of those much alike.
-
-    before_each: called before each note that is compared, and may raise to end the work.
-    """
-    documents, twins = without_duplicates(documents)
-    documents, near = without_near_duplicates(documents, before_each)
-    return documents, twins + near.skipped, near
-
-
-def without_duplicates(documents: Sequence[Document]) -> tuple[list[Document], list[Skipped]]:
-    """Return each text once, and the others as skips. Texts are equal if their words are.
-
-    The one that is kept is the original rather than its copy ("note.md" and not "note (1).md"), or else the first.
-    """
-    kept: dict[str, Document] = {}
-    for document in documents:
-        first = kept.setdefault(document.words, document)
-        if original_path(first.path) != first.path and original_path(document.path) == document.path:
-            kept[document.words] = document
-    chosen = {id(document) for document in kept.values()}  # two names that are not UTF-8 may be shown alike
-    return (
-        [document for document in documents if id(document) in chosen],
-        [Skipped(document.path, Reason.DUPLICATE) for document in documents if id(document) not in chosen],
-    )
 
 
 def whole_blocks(pieces: Iterable[str]) -> Iterator[str]:

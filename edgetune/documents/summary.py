@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from edgetune.documents.document import Reading, Reason
+from edgetune.documents.document import Reading
 from edgetune.documents.limits import PARSE_SECONDS
+from edgetune.documents.reasons import Reason
 from edgetune.privacy import kinds
 from edgetune.reports.text import counted, human_bytes
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from edgetune.documents import not_notes
-from edgetune.documents.document import Reason, Skipped
+from edgetune.documents.document import Skipped
 from edgetune.documents.ignore_file import IGNORE_FILE, IgnoreFile, is_ignored, read_ignore_file, read_ignore_files_above
 from edgetune.documents.messengers.files import LISTED_SUFFIXES
 from edgetune.documents.note_file import Identity, NotReadable, identity, open_folder
 from edgetune.documents.patterns import Exclude
 from edgetune.documents.readers import CODE_SUFFIXES, READERS, format_of
+from edgetune.documents.reasons import Reason
 from edgetune.home import expand, home
 from edgetune.reports.text import NAME_SHOWN
 from edgetune.runtime.errors import DataError, UsageError

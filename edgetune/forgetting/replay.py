@@ -15,7 +15,7 @@ from pathlib import Path
 from edgetune.config import TrainConfig
 from edgetune.documents.document import Reading
 from edgetune.documents.lineage import NothingNew
-from edgetune.documents.reading import without_repeats
+from edgetune.documents.repeats import without_repeats
 from edgetune.events import Event, Finished, Interrupted
 from edgetune.forgetting.job import BaseJob, ForgetJob
 from edgetune.library import adapter_registry as registry

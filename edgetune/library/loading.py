@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from edgetune.config import HEADS, GenerateConfig
+from edgetune.choices import HEADS
+from edgetune.config import GenerateConfig
 from edgetune.export import mps as bundle
 from edgetune.library import adapter_registry as registry
 from edgetune.library.base_models import DEMO, ModelChoice, best_here, resolve

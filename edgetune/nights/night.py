@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from edgetune.documents.document import Reason
 from edgetune.documents.lineage import NothingNew
+from edgetune.documents.reasons import Reason
 from edgetune.events import Event, Finished, Started, Stepped
 from edgetune.library.gate import Verdict
 from edgetune.library.privacy_ledger import BudgetSpent

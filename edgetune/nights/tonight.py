@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.config import TrainConfig
-from edgetune.documents.document import Reason
+from edgetune.documents.reasons import Reason
 from edgetune.nights.job import Job, nights_folder
 from edgetune.nights.vault import PENDING
 from edgetune.runtime.errors import UsageError

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from edgetune.config import DataConfig
 from edgetune.documents.copies import original_path
-from edgetune.documents.document import Reason, Skipped
+from edgetune.documents.document import Skipped
 from edgetune.documents.not_notes import placeholder_of
+from edgetune.documents.reasons import Reason
 from edgetune.documents.walk import FoundFile, walk
 from edgetune.home import expand, keyed_digest
 from edgetune.nights.job import nights_folder

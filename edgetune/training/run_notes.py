@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from edgetune.config import DataConfig, TrainConfig
-from edgetune.documents.document import Document, Reading, Reason, Skipped
+from edgetune.documents.document import Document, Reading, Skipped
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
 from edgetune.documents.lineage import Known, Lineage, NothingNew, replayed
 from edgetune.documents.reading import read_notes
+from edgetune.documents.reasons import Reason
 from edgetune.home import keyed_digest
 from edgetune.privacy.rules import rules
 from edgetune.progress import Progress, ignore

@@ -5,11 +5,11 @@ from __future__ import annotations
 import posixpath
 import re
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText, decode
 from edgetune.documents.formats import html
 from edgetune.documents.formats.package import Package
 from edgetune.documents.formats.parsed import Parsed
+from edgetune.documents.reasons import Reason
 
 VERSION = 1
 _CONTAINER = "META-INF/container.xml"

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from email.message import EmailMessage
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats import html
 from edgetune.documents.formats.parsed import ATTACHMENTS, PROTECTED, UNREADABLE, WORDLESS, Parsed
 from edgetune.documents.limits import MAX_MAIL_PARTS
+from edgetune.documents.reasons import Reason
 
 VERSION = 1
 _SEPARATOR = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\r\n\r\n))From \S[^\n]*\d\d:\d\d[^\n]*\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import OUTPUTS, Parsed
+from edgetune.documents.reasons import Reason
 from edgetune.runtime import json_file
 
 VERSION = 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.package import Package
 from edgetune.documents.formats.parsed import Parsed
 from edgetune.documents.limits import MAX_SPACES
+from edgetune.documents.reasons import Reason
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

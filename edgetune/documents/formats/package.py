@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import zipfile
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.limits import MAX_UNPACKED_BYTES, MAX_ZIP_MEMBERS
+from edgetune.documents.reasons import Reason
 
 _ENCRYPTED = 1
 """Bit of a member's flags that says that it is encrypted."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from edgetune.documents.document import Reason
 from edgetune.documents.encoding import NotText
 from edgetune.documents.formats.parsed import PAGES, Parsed
 from edgetune.documents.limits import MAX_PDF_PAGES
+from edgetune.documents.reasons import Reason
 
 VERSION = 1
 _WRONG_PASSWORD = 4

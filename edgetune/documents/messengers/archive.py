@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import IO, BinaryIO
 
-from edgetune.documents.document import Reason, Skipped
+from edgetune.documents.document import Skipped
 from edgetune.documents.limits import (
     BLOCK_BYTES,
     MAX_ARCHIVE_DIRECTORY_BYTES,
@@ -21,6 +21,7 @@ from edgetune.documents.limits import (
 )
 from edgetune.documents.messengers import slack
 from edgetune.documents.messengers.exports import HEAD_BYTES, SUFFIXES, App, Keep, read_export, read_slack, recognise
+from edgetune.documents.reasons import Reason
 
 _BROKEN = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error,

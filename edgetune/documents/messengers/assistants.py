@@ -14,8 +14,9 @@ from typing import Any
 
 from edgetune.documents.chat_forms import Unread, drop_invalid, tidy
 from edgetune.documents.chats import Window
-from edgetune.documents.document import Reason, Turn
+from edgetune.documents.document import Turn
 from edgetune.documents.messengers.json_items import OPENED, items, text_at, value_at
+from edgetune.documents.reasons import Reason
 
 _ARRAY, _ALONE = frozenset([()]), frozenset[tuple[str, ...]]()
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant"}

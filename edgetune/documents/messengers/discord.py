@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from edgetune.documents.chats import Window
-from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_of
 from edgetune.documents.messengers.json_items import Path, items, text_at
 from edgetune.documents.messengers.messages import Message
+from edgetune.documents.reasons import Reason
 
 OPENED_PATHS: frozenset[Path] = frozenset([(), ("messages",)])
 """Containers of an export that are read value by value."""

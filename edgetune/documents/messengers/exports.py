@@ -11,12 +11,13 @@ from functools import partial
 
 from edgetune.documents.chat_forms import Unread, guanaco_text
 from edgetune.documents.chats import Window, encoding_of_chats
-from edgetune.documents.document import Document, Reason, Skipped
+from edgetune.documents.document import Document, Skipped
 from edgetune.documents.encoding import Encoding
 from edgetune.documents.messengers import assistants, discord, imessage, signal, slack, telegram, whatsapp
 from edgetune.documents.messengers.lines import lines, texts
 from edgetune.documents.messengers.messages import MOST_PEOPLE, Me, Message
 from edgetune.documents.messengers.sessions import People, conversations
+from edgetune.documents.reasons import Reason
 
 SUFFIXES = (".txt", ".md", ".json", ".html", ".htm")
 """Suffixes of files that may be an export."""

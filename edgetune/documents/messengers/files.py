@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 
-from edgetune.documents.document import Reason, Skipped
+from edgetune.documents.document import Skipped
 from edgetune.documents.limits import BLOCK_BYTES, MAX_ARCHIVE_BYTES, MAX_EXPORT_BYTES
 from edgetune.documents.messengers.archive import NotAnArchive, read_archive
 from edgetune.documents.messengers.exports import HEAD_BYTES, SUFFIXES, Keep, read_export, recognise
+from edgetune.documents.reasons import Reason
 
 ARCHIVE_SUFFIX = ".zip"
 LISTED_SUFFIXES = (".json", ".html", ".htm", ARCHIVE_SUFFIX)

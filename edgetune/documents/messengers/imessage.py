@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from edgetune.documents.chat_forms import Unread
-from edgetune.documents.document import Reason
 from edgetune.documents.limits import MAX_MESSAGE_CHARS
 from edgetune.documents.messengers.clock import seconds_at
 from edgetune.documents.messengers.lines import LongText
 from edgetune.documents.messengers.messages import Message
+from edgetune.documents.reasons import Reason
 
 _MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 _TIME = re.compile(rf"({'|'.join(_MONTHS)}) (\d{{1,2}}), (\d{{4}}) {{1,2}}(\d{{1,2}}):(\d{{2}}):(\d{{2}}) ([AP])M")

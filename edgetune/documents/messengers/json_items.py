@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune.documents.chat_forms import Unread
 from edgetune.documents.chats import Window
-from edgetune.documents.document import Reason
+from edgetune.documents.reasons import Reason
 
 Path = tuple[str, ...]
 """The keys that lead to a value; "*" stands for any place in an array."""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from edgetune.documents.chat_forms import Unread, drop_invalid, guanaco_text, tidy
-from edgetune.documents.document import Document, Reason, Turn
+from edgetune.documents.document import Document, Turn
 from edgetune.documents.limits import MAX_SESSION_CHARS, MAX_SESSION_MESSAGES
 from edgetune.documents.messengers.messages import MOST_PEOPLE, Me, Message
+from edgetune.documents.reasons import Reason
 
 BURST_SECONDS = 300.0
 """Longest silence within a burst, in seconds. Chosen by hand."""

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from edgetune.documents.chats import Window, line_records
-from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_of
 from edgetune.documents.messengers.json_items import items, text_at
 from edgetune.documents.messengers.lines import LongText
 from edgetune.documents.messengers.messages import Message
+from edgetune.documents.reasons import Reason
 
 _HEADER = re.compile(r"\[(\d{4}-\d{2}-\d{2}),? (\d{2}:\d{2}(?::\d{2})?)\] ([^:\n]{1,100}):(?: |$)")
 _STICKER = re.compile(r"\n?\(\( [^\n]{0,100} \)\)")

@@ -13,10 +13,10 @@ from typing import Any
 
 from edgetune.documents.chat_forms import Unread
 from edgetune.documents.chats import Window
-from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_of
 from edgetune.documents.messengers.json_items import items, text_at
 from edgetune.documents.messengers.messages import MOST_PEOPLE, Message
+from edgetune.documents.reasons import Reason
 
 USERS = "users.json"
 """The file at the top of an export that names the people."""

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgetune.documents.chats import Window
-from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_of
 from edgetune.documents.messengers.json_items import OPENED, Path, items, text_at
 from edgetune.documents.messengers.messages import Message
+from edgetune.documents.reasons import Reason
 
 _LISTS = (("chats", "list"), ("left_chats", "list"))
 _CHATS: tuple[Path, ...] = ((), *((*path, "*") for path in _LISTS))

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from edgetune.documents.document import Reason
 from edgetune.documents.messengers.clock import seconds_at
 from edgetune.documents.messengers.lines import LongText
 from edgetune.documents.messengers.messages import MARKS, Me, Message, without_marks
+from edgetune.documents.reasons import Reason
 
 _DATE = r"(\d{1,4})(?:[./-]\s?|[年년]\s?)(\d{1,2})(?:[./-]\s?|[月월]\s?)(\d{1,4})[.日일]?"
 _WORD = r"[^\d\s\[\]:,–-][^\d\[\]:,–-]{0,11}?"
