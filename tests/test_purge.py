@@ -40,6 +40,7 @@ def fill() -> list[Path]:
         base / "nights" / "last.log", base / "nights" / ".notes.json.x1.tmp",
         base / "ledger" / "2026-11-28-010000.json", base / "ledger" / "2026-11-28-010000.notes", base / "ledger" / "forgetting",
         base / "forgotten.json", base / "training-log.jsonl", base / "unfinished" / "log.lock",
+        base / "privacy-ledger" / "2026-11-28-010000.json",
     ]  # fmt: skip
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def test_everything_is_deleted_and_the_folder_with_it() -> None:
     done = run("purge", "--yes")
     assert done.exit_code == 0, done.output
     assert not folder.exists()
-    assert "Deleted 30 entries" in done.stdout
+    assert "Deleted 31 entries" in done.stdout
     for sentence in UNREACHABLE:
         assert sentence in done.stdout
 
@@ -85,7 +86,7 @@ def test_json_deletes_only_with_yes() -> None:
     assert "type --yes as well" in refused.output
     assert all(file.exists() for file in files)
     record = json.loads(run("purge", "--yes", "--json").stdout)
-    assert len(record["deleted"]) == 30
+    assert len(record["deleted"]) == 31
     assert 2600 < record["bytes"] < 3100
     assert record["unreachable"] == list(UNREACHABLE)
     assert (record["left"], record["links"], record["outside"]) == ([], [], [])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.cli.options import json_option, print_json
+from edgetune.cli.options import confirmed, json_option, print_json
 from edgetune.cli.signals import stop_on_signals
 from edgetune.events import Event, Finished, Interrupted, Started
 from edgetune.reports.streams import work_goes_on
@@ -68,7 +68,8 @@ def _planned(notes: tuple[str, ...], gone: bool, yes: bool, as_json: bool) -> Fo
         return planned.job
     for line in _sentences(planned):
         click.echo(one_line(line))
-    if not yes and not _confirmed("Forget?"):
+    unanswered = "Nothing was changed, since nobody answered; to forget without a question, type --yes."
+    if not yes and not confirmed("Forget?", unanswered):
         click.echo("Nothing was changed.")
         raise click.exceptions.Exit(1)
     return planned.job
@@ -176,16 +177,3 @@ def _undo(notes: tuple[str, ...], as_json: bool) -> None:
         print_json({"event": "undone", "notes": list(notes)})
     else:
         click.echo("Later runs read it again. The adapters are as they were.")
-
-
-def _confirmed(question: str) -> bool:
-    """Ask a question, and return True for a yes. Raises UsageError where nobody can answer."""
-    from edgetune.runtime.errors import UsageError
-
-    try:
-        return click.confirm(question, default=False)
-    except click.Abort as error:
-        if isinstance(error.__context__, EOFError):
-            click.echo()
-            raise UsageError("Nothing was changed, since nobody answered; to forget without a question, type --yes.") from error
-        raise

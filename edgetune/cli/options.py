@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, and functions that print."""
+"""Command-line options that several commands share, and functions that print and ask."""
 
 from __future__ import annotations
 
@@ -182,3 +182,16 @@ def progress_shown() -> Iterator[Show]:
     """Yield a function that shows Working events on standard error, so that standard output holds the result alone."""
     with renderer(file=sys.stderr) as shown:
         yield shown.show
+
+
+def confirmed(question: str, unanswered: str) -> bool:
+    """Ask a question, and return True for a yes. Raises UsageError with the sentence `unanswered` where nobody can answer."""
+    from edgetune.runtime.errors import UsageError
+
+    try:
+        return click.confirm(question, default=False)
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            click.echo()
+            raise UsageError(unanswered) from error
+        raise

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from edgetune.cli.options import json_option, print_json
+from edgetune.cli.options import confirmed, json_option, print_json
 from edgetune.reports.text import human_bytes, one_line
 
 
@@ -32,7 +32,8 @@ def purge_command(yes: bool, as_json: bool) -> None:
         click.echo(f"This deletes {len(planned.deleted):,} entries in {one_line(planned.home)}, {human_bytes(planned.bytes)}:")
         for path in planned.deleted:
             click.echo(f"  {one_line(path)}")
-        if not _confirmed("Delete all of it for good?"):
+        unanswered = "Nothing was deleted, since nobody answered; to delete without a question, type --yes."
+        if not confirmed("Delete all of it for good?", unanswered):
             click.echo("Nothing was deleted.")
             raise click.exceptions.Exit(1)
     done = purge(lambda: kept.extend(_uninstall_nights()))
@@ -56,19 +57,6 @@ def _uninstall_nights() -> list[str]:
     except (LockedError, UsageError) as error:
         return [f"the nights that this system's scheduler still starts, which will find nothing to do ({error})"]
     return []
-
-
-def _confirmed(question: str) -> bool:
-    """Ask a question, and return True for a yes. Raises UsageError where nobody can answer."""
-    from edgetune.runtime.errors import UsageError
-
-    try:
-        return click.confirm(question, default=False)
-    except click.Abort as error:
-        if isinstance(error.__context__, EOFError):
-            click.echo()
-            raise UsageError("Nothing was deleted, since nobody answered; to delete without a question, type --yes.") from error
-        raise
 
 
 def _list(title: str, lines: tuple[str, ...]) -> None:

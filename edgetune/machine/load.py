@@ -48,12 +48,12 @@ class Load:
 
     @property
     def others(self) -> float:
-        """The share of all processors (0 to 1) that other programs have used so far."""
+        """Return the share of all processors (0 to 1) that other programs have used so far."""
         return min(self._others / (self._wall * self._processors), 1.0) if self._wall > 0 else 0.0
 
     @property
     def slowdown(self) -> float:
-        """How many times as long all work together took as on a free machine, at least 1."""
+        """Return the factor by which other programs lengthened all work so far, at least 1."""
         return self._wall / self._free if self._free > 0 else 1.0
 
 
