@@ -81,7 +81,7 @@ def _read_batch(runner: Runner, windows: EvaluationSet, chosen: list[int], batch
     """Yield what was read of each window of a batch, which stand in it one after another. shared: the held-out token ids."""
     losses, hits = runner.score_and_hits(batch)
     lengths = [int(windows.windows.length[window]) for window in chosen]
-    pieces = (torch.split(tensor.cpu(), lengths) for tensor in (losses.double(), hits, batch.loss_mask))
+    pieces = (torch.split(tensor.cpu(), lengths) for tensor in (losses.cpu().double(), hits, batch.loss_mask))
     for window, nats, hit, mask in zip(chosen, *pieces, strict=True):
         scored, first = mask > 0, int(windows.windows.start[window]) + 1  # target 0 is the window's second token
         passages = tuple(
