@@ -282,7 +282,7 @@ def test_fp32_is_kept_only_where_the_machine_would_compute_in_bf16(monkeypatch: 
     exact, rounded = run("f32"), run("int8")
     assert not torch.equal(exact, rounded)
     for by_itself, expected in ((torch.bfloat16, exact), (torch.float32, rounded)):
-        monkeypatch.setattr(decode, "compute_dtype", lambda device, dtype=by_itself: dtype)
+        monkeypatch.setattr(decode, "fuses", lambda dtype, own=by_itself: dtype == own)
         assert torch.equal(run(None), expected)
 
 

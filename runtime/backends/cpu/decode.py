@@ -14,9 +14,9 @@ from torch import Tensor
 
 from edgetune.runtime.backends.cpu.arguments import address, aligned, require
 from edgetune.runtime.backends.cpu.library import kernel
+from edgetune.runtime.backends.cpu.project import fuses
 from edgetune.runtime.backends.cpu.structures import DecodeBlock, DecodeJob, DecodeLinear, DecodeShape
 from edgetune.runtime.backends.cpu.weights import COMPUTE, DENSE_KIND, linear_structure
-from edgetune.runtime.device import compute_dtype
 from edgetune.runtime.int8 import Int8Rows
 from edgetune.runtime.nf4 import QuantizedTensor
 from edgetune.runtime.ops_types import (
@@ -58,8 +58,7 @@ class Decoder:
         self.model, self.cache = model, cache
         self._dtype = model.dtype if model.dtype in DENSE_KIND else torch.float32
         if compute is None:
-            by_itself = compute_dtype(torch.device("cpu"))
-            compute = "f32" if self._dtype == torch.float32 and by_itself != torch.float32 else "int8"
+            compute = "f32" if self._dtype == torch.float32 and not fuses(torch.float32) else "int8"
         self._kept: list[object] = [model, cache]
         """The objects that the structures point into: they must live as long as the decoder."""
         cache_dtype = cache.k[0].dtype
