@@ -10,6 +10,7 @@ Importing this package is cheap: torch is loaded with the first name that needs 
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,14 @@ from edgetune._version import __version__
 _clone = Path(__file__).resolve().parent.parent
 if (_clone / "runtime" / "nf4.py").is_file() and str(_clone) not in __path__:
     __path__.append(str(_clone))
+
+OPENMP_WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
+"""Environment variables that make the waiting threads of torch's OpenMP (libgomp; libomp and libiomp5) block after some tens of
+microseconds. By default they poll for milliseconds, on processors that the kernels' own threads and other programs could use.
+OpenMP reads them when torch is loaded; where the user has set them or OMP_WAIT_POLICY, nothing is changed."""
+if "OMP_WAIT_POLICY" not in os.environ:
+    for _name, _value in OPENMP_WAITING.items():
+        os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
     from edgetune.config import TrainConfig

@@ -20,6 +20,7 @@ from edgetune.cli.plan import described
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.library.base_models import resolve
 from edgetune.machine.forecast import _seconds_on_layers, forecast, seconds_a_step
+from edgetune.machine.load import Load
 from edgetune.machine.shapes import SHAPES
 from edgetune.reports.text import human_bytes
 from edgetune.runtime import adapter as adapters
@@ -237,7 +238,7 @@ def test_a_layer_is_measured_with_one_chunk_of_the_loss(monkeypatch: pytest.Monk
     monkeypatch.setattr(Llama, "logits", lambda self, h: (seen.append(len(h)), original(self, h))[1])
     config = LlamaConfig.from_hf(TINY_SHAPE)
     setting = Setting(512, Recompute.FULL, loss_rows=64)
-    shape = (config, LoraConfig(2, 4.0), WeightForm.BF16, setting, torch.float32, False, 2, lambda *done: None)
+    shape = (config, LoraConfig(2, 4.0), WeightForm.BF16, setting, torch.float32, False, 2, lambda *done: None, Load(1))
     row, chunk = _seconds_on_layers(*shape)
     assert min(row, chunk) > 0
     assert seen == [64] * 5  # three steps, and two chunks alone

@@ -73,10 +73,21 @@ def _show(result: Forecast) -> None:
     if result.tokens_per_second is not None:
         steps = f"; {result.steps} steps in {human_time(result.seconds)}" if result.seconds is not None else ""
         click.echo(f"About {result.tokens_per_second:,.0f} tokens/s{steps}, measured on two layers with random weights.")
+        _show_load(result)
     elif result.fits:
         click.echo("Speed cannot be measured on this machine.")
     if result.advice is not None:
         click.echo(f"To make it fit, {result.advice}.")
+
+
+def _show_load(result: Forecast) -> None:
+    """Say that the machine is busy, if it is: the speed above is that of a free one."""
+    from edgetune.machine.load import BUSY_SHARE
+
+    if (result.others_cpu_share or 0.0) < BUSY_SHARE:
+        return
+    busy = "" if result.seconds_if_busy is None else f"; like this it would take about {human_time(result.seconds_if_busy)}"
+    click.echo(f"This is with the processors free. Other programs use {result.others_cpu_share:.0%} of them{busy}.")
 
 
 _IN_FILE = {"neither": [], "embedding": ["embedding in its file"], "both": ["embedding and head in their file"]}

@@ -6,8 +6,6 @@ The time of a step is measured on one and on two layers of the model's shape wit
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from edgetune.config import TrainConfig
 from edgetune.dataset.packing import Packer
 from edgetune.library.loading import Base, load_tokenizer, open_base
+from edgetune.machine.load import BUSY_SHARE, Load
 from edgetune.machine.shapes import PLANNED, SHAPES
 from edgetune.machine.synthetic import random_batch, random_llama
 from edgetune.memory_settings import (
@@ -57,7 +56,10 @@ _RUNS = 3
 
 @dataclass(frozen=True)
 class Forecast:
-    """The result of `edgetune plan`. Speed and time are None if they cannot be measured here, time also without notes."""
+    """The result of `edgetune plan`. Speed and time are None if they cannot be measured here, time also without notes.
+
+    Both are of a machine that no other program uses; `seconds_if_busy` is of this machine as it was.
+    """
 
     model: str
     device: str
@@ -73,6 +75,10 @@ class Forecast:
     """Form in which the head is stored: the name of a dtype, or "nf4"."""
     tokens_per_second: float | None
     seconds: float | None
+    seconds_if_busy: float | None
+    """Seconds of the run if other programs go on as they did while the speed was measured; `seconds` if they left it alone."""
+    others_cpu_share: float | None
+    """Share of all processors (0 to 1) that other programs used while the speed was measured."""
     steps: int | None
     tokens: int | None
     advice: str | None
@@ -111,8 +117,9 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     shown = choice or smallest
     stored = shown.stored
     speed = seconds = None
+    load = Load(torch.get_num_threads())
     if choice is not None and here and device_name == "cpu":
-        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"))
+        step = seconds_a_step(config, lora, stored, shown.setting, data.batch_tokens, dtype, int8, stages.of("timing"), load)
         step /= 1 - train.anchor_share(config.hidden_size, checkpoint is None or read_template(checkpoint.folder) is not None)
         speed = data.batch_tokens / step
         seconds = step * steps if steps is not None else None
@@ -129,6 +136,8 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
         head=_head_form(stored),
         tokens_per_second=speed,
         seconds=seconds,
+        seconds_if_busy=None if seconds is None else seconds * (load.slowdown if load.others >= BUSY_SHARE else 1.0),
+        others_cpu_share=None if speed is None else load.others,
         steps=steps,
         tokens=tokens,
         advice=None if choice is not None else advice(smallest.stored, smallest.parts.total),
@@ -190,13 +199,16 @@ def seconds_a_step(
     dtype: torch.dtype,
     int8: bool,
     progress: Progress = ignore,
+    load: Load | None = None,
 ) -> float:
-    """Predict the seconds of a step: one and two layers are measured, and their difference stands for each further layer.
+    """Predict the seconds of a step on a machine that no other program uses.
 
-    So it is with the loss, of which one chunk is measured: a small model with a large vocabulary spends most of a step there.
-    The time of reading and writing files is computed from FILE_SPEED, a nominal figure.
+    One and two layers are measured, and their difference stands for each further layer. So it is with the loss, of which one
+    chunk is measured: a small model with a large vocabulary spends most of a step there. The time of reading and writing files
+    is computed from FILE_SPEED, a nominal figure. load: notes what other programs did meanwhile.
     """
-    seconds = [_seconds_on_layers(config, lora, stored.form, setting, dtype, int8, layers, progress) for layers in (1, 2)]
+    load = load or Load(torch.get_num_threads())
+    seconds = [_seconds_on_layers(config, lora, stored.form, setting, dtype, int8, layers, progress, load) for layers in (1, 2)]
     (one, chunk), (two, again) = seconds
     layer, chunks = max(two - one, 0.0), -(-setting.row_tokens // setting.loss_rows)
     row = one + layer * (config.num_layers - 1) + min(chunk, again) * (chunks - 1)
@@ -216,6 +228,7 @@ def _seconds_on_layers(
     int8: bool,
     layers: int,
     progress: Progress,
+    load: Load,
 ) -> tuple[float, float]:
     """Return the seconds of one row with one chunk of its loss, and of that chunk, on one or two layers of random weights."""
     done, total = (layers - 1) * (_RUNS + 1), 2 * (_RUNS + 1)
@@ -235,14 +248,8 @@ def _seconds_on_layers(
 
     seconds = []
     for run in range(_RUNS):
-        seconds.append(_seconds(step))
+        seconds.append(load.seconds(step))
         progress(done + 1 + run, total)
-    chunk = min(_seconds(lambda: warm_up_head(model, setting.loss_rows)) for _ in range(_RUNS - 1))
+    chunk = min(load.seconds(lambda: warm_up_head(model, setting.loss_rows)) for _ in range(_RUNS - 1))
     progress(done + 1 + _RUNS, total)
     return min(seconds[1:]), chunk
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -32,6 +32,8 @@ if importlib.util.find_spec("edgetune") is None:  # a clone that nobody installe
     sys.path.insert(0, str(ROOT))
 
 Result = dict[str, Any]
+OUTSIDE = dict(os.environ)
+"""The environment before edgetune changes it for itself."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "numpy")
 LONGEST = 7200.0
@@ -97,11 +99,10 @@ def run(script: Path, contender: Contender, arguments: Sequence[str], timeout: f
         result = Path(folder) / "result.json"
         command = [contender.python, str(script), *arguments, *contender.arguments]
         command += ["--contender", contender.key, "--result", str(result)]
+        environment = {**OUTSIDE, **OFFLINE, **_waiting(contender.key), **contender.environment}
         start = time.perf_counter()
         try:
-            done = subprocess.run(
-                command, env={**os.environ, **OFFLINE, **contender.environment}, capture_output=True, text=True, timeout=timeout
-            )
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             return {"error": f"took longer than {timeout:.0f} s"}
         if done.returncode != 0 or not result.exists():
@@ -109,6 +110,13 @@ def run(script: Path, contender: Contender, arguments: Sequence[str], timeout: f
             say("\n".join(words[-12:]))
             return {"error": words[-1]}
         return {**json.loads(result.read_text()), "process_seconds": time.perf_counter() - start}
+
+
+def _waiting(key: str) -> dict[str, str]:
+    """Return the environment that edgetune's command has set when torch is loaded. The peers wait as torch does by default."""
+    import edgetune
+
+    return edgetune.OPENMP_WAITING if key.startswith("ours") else {}
 
 
 def run_rounds(

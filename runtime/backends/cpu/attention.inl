@@ -40,26 +40,16 @@ struct Arena {
 
 ET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Return the next task of a counter that threads share, so that a thread that is done early takes more.
-ET_INLINE int64_t take_task(int64_t* counter) {
-#if defined(_MSC_VER)
-    return _InterlockedExchangeAdd64(reinterpret_cast<volatile long long*>(counter), 1);
-#else
-    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
-#endif
-}
-
 template <class T>
 ET_INLINE T* at(const AttentionRows& rows, int64_t row, int64_t head) {
     return static_cast<T*>(rows.data) + row * rows.row + head * rows.head;
 }
 
-// The state that forward and backward have in common: the call, its parts, packed keys and values, counters of tasks.
+// The state that forward and backward have in common: the call, its parts, packed keys and values.
 template <class E>
 struct Work {
     AttentionCall* call;
     Part* parts;
-    int64_t* counters;
     int64_t count, squares, tasks;   // parts; packed squares of keys of one key head; tasks
     int64_t groups, depth;           // query heads for each key head; squares along a head (hd / 32, rounded up)
     E *keys, *values, *keys_turned;  // (KV, squares, depth, SQUARE)
@@ -68,10 +58,8 @@ struct Work {
         call = &attention;
         groups = attention.heads / attention.kv_heads;
         depth = ceil_div(attention.size, SIDE);
-        counters = arena.take<int64_t>(8);
         parts = arena.take<Part>(attention.segment_count);
         count = squares = tasks = 0;
-        if (counters) memset(counters, 0, 64);
     }
     ET_MEMBER void add(const int64_t* s, int64_t key_squares, int64_t new_tasks) {
         if (parts) parts[count] = {s[0], s[1] - s[0], s[2], s[3] - s[2], squares, tasks};
@@ -141,7 +129,7 @@ static void run_attention(AttentionCall& call) {
     W work;
     Arena arena = {static_cast<char*>(call.scratch), 0};
     work.plan(call, arena);
-    if (call.scratch) edgetune::parallel(int(call.threads), W::member, &work);
+    if (call.scratch) work.run();
     else call.scratch_bytes = arena.used;
 }
 

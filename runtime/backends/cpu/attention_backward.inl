@@ -191,26 +191,25 @@ struct Backward : Work<E> {
         }
     }
 
-    // One thread: pack its share of keys, take tasks until none is left, then add up its share of dk and dv.
-    static void member(void* argument, int index, int) {
-        const Backward& work = *static_cast<Backward*>(argument);
-        const int64_t heads = work.call->kv_heads, squares = work.squares * heads;
-        Own o = work.own({work.own_base + index * work.own_bytes, 0});
-        for (int64_t i; (i = take_task(work.counters)) < squares;)
-            work.pack(work.part_of_square(i / heads), i % heads, i / heads, o);
-        edgetune::barrier();
-        products_begin();
-        for (int64_t i; (i = take_task(work.counters + 1)) < work.tasks;) {
-            const Part& part = work.part_of_task(i);
-            int64_t task = i - part.tasks_before;
-            work.task(part, task / work.chunks, task % work.chunks, o);
-        }
-        products_end();
-        edgetune::barrier();
-        for (int64_t i; (i = take_task(work.counters + 2)) < squares;) {
-            const Part& part = work.part_of_square(i / heads);
-            work.add_up(work.dk, work.call->dk, part, i % heads, i / heads, work.call->scale);
-            work.add_up(work.dv, work.call->dv, part, i % heads, i / heads, 1.0f);
-        }
+    // Pack all keys, compute all tasks, then add up their shares of dk and dv. Pieces use the scratch of the thread that takes
+    // them.
+    void run() const {
+        const int threads = int(this->call->threads);
+        const int64_t heads = this->call->kv_heads;
+        for_pieces(threads, this->squares * heads, [&](int64_t i, int slot) {
+            pack(this->part_of_square(i / heads), i % heads, i / heads, own({own_base + slot * own_bytes, 0}));
+        });
+        for_pieces(threads, this->tasks, [&](int64_t i, int slot) {
+            const Part& part = this->part_of_task(i);
+            const int64_t number = i - part.tasks_before;
+            products_begin();
+            task(part, number / chunks, number % chunks, own({own_base + slot * own_bytes, 0}));
+            products_end();
+        });
+        for_pieces(threads, this->squares * heads, [&](int64_t i, int) {
+            const Part& part = this->part_of_square(i / heads);
+            add_up(dk, this->call->dk, part, i % heads, i / heads, this->call->scale);
+            add_up(dv, this->call->dv, part, i % heads, i / heads, 1.0f);
+        });
     }
 };

@@ -106,25 +106,23 @@ struct Forward : Work<E> {
         }
     }
 
-    // One thread: pack its share of keys, wait for the others, then take blocks until none is left.
-    static void member(void* argument, int index, int) {
-        const Forward& work = *static_cast<Forward*>(argument);
-        const int64_t heads = work.call->kv_heads;
-        Own o = work.own({work.own_base + index * work.own_bytes, 0});
-        for (int64_t i; (i = take_task(work.counters)) < work.squares * heads;) {
-            int64_t square = i / heads, kv = i % heads;
-            const Part& part = work.part_of_square(square);
-            work.pack(part, kv, square - part.squares_before, o, work.packed(work.keys, kv, square),
-                      work.packed(work.values, kv, square));
-        }
-        if (work.squares) edgetune::barrier();
-        products_begin();
-        for (int64_t i; (i = take_task(work.counters + 1)) < work.tasks;) {
-            const Part& part = work.part_of_task(i);
-            int64_t columns = part.queries * work.groups, blocks = ceil_div(columns, SIDE), task = i - part.tasks_before;
-            int64_t block = blocks - 1 - task % blocks;  // the longest first
-            work.block(part, task / blocks, block * SIDE, columns, blocks > 1, o);
-        }
-        products_end();
+    // Pack all keys, then compute all blocks. Pieces use the scratch of the thread that takes them.
+    void run() const {
+        const int threads = int(this->call->threads);
+        const int64_t heads = this->call->kv_heads;
+        for_pieces(threads, this->squares * heads, [&](int64_t i, int slot) {
+            const int64_t square = i / heads, kv = i % heads;
+            const Part& part = this->part_of_square(square);
+            pack(part, kv, square - part.squares_before, own({own_base + slot * own_bytes, 0}),
+                 this->packed(this->keys, kv, square), this->packed(this->values, kv, square));
+        });
+        for_pieces(threads, this->tasks, [&](int64_t i, int slot) {
+            const Part& part = this->part_of_task(i);
+            const int64_t columns = part.queries * this->groups, blocks = ceil_div(columns, SIDE), task = i - part.tasks_before;
+            const int64_t number = blocks - 1 - task % blocks;  // the longest first
+            products_begin();
+            block(part, task / blocks, number * SIDE, columns, blocks > 1, own({own_base + slot * own_bytes, 0}));
+            products_end();
+        });
     }
 };

@@ -49,7 +49,7 @@ ARM: Flags = {
     "neon_i8mm": (("-march=armv8.2-a+bf16+i8mm+dotprod+fp16",), ()),
 }
 # -ffp-contract=off: dequantisation is defined without fused operations; a kernel that wants one calls `fma` or `fused`.
-# -fopenmp-simd: vectorise where the source asks for it. No -fopenmp: threads come from the OpenMP runtime that torch loads.
+# -fopenmp-simd: vectorise where the source asks for it. No -fopenmp: the threads are team.cpp's.
 UNIX_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
@@ -132,10 +132,12 @@ class BuildKernels(build_ext):
                     objects += job.result()
                 except FAILURES:  # the compiler is older than the instruction set
                     left_out.append(f"{'/D' if msvc else '-D'}ET_NO_{isa.upper()}")
-        objects += self._compile(folder / "dispatch.cpp", left_out)
+        objects += [*self._compile(folder / "dispatch.cpp", left_out), *self._compile(folder / "team.cpp", [])]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        self.compiler.link_shared_object(objects, target, libraries=[] if msvc else ["m"], build_temp=self.build_temp)
+        self.compiler.link_shared_object(
+            objects, target, libraries=[] if msvc else ["m", "pthread"], build_temp=self.build_temp
+        )
 
     def _compile(self, source: Path, flags: list[str]) -> list[str]:
         common = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else UNIX_FLAGS

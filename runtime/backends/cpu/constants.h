@@ -3,6 +3,7 @@
 //
 // LOG.md is tests/benchmarks/LOG.md.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 namespace {
@@ -23,9 +24,25 @@ constexpr int64_t ROW_GRAIN = 4;         // rows of a norm or a rotation; chosen
 constexpr int64_t DEQUANT_GRAIN = 4096;  // weights to dequantise, rounded down to whole blocks; chosen by hand
 constexpr int64_t RANK_GRAIN = 4;        // rows of lora_A: decoding multiplies four rows together (matvec.inl, dense_range)
 
-// Polls of a meeting (dispatch.cpp) before a thread gives its processor away: some ten microseconds, which is longer than
-// threads differ by when each has a processor of its own.
-constexpr int MEETING_SPINS = 1000;
+// Parts into which an elementwise job is cut for each thread, so that one that loses its processor keeps an eighth of its work
+// from the others. Chosen by hand.
+constexpr int64_t PIECES_PER_THREAD = 8;
+
+// Multiplications in a piece of a large product (project.inl), a millisecond's work of one core: 128 columns of 512 rows of 2048
+// with vector instructions, twice as many with AMX, which is ten times as fast but reads the rows from a slower cache for every
+// piece. Chosen by hand.
+#if defined(ET_USE_AMX)
+constexpr int64_t PIECE_PRODUCTS = int64_t(1) << 28;
+#else
+constexpr int64_t PIECE_PRODUCTS = int64_t(1) << 27;
+#endif
+
+// Polls of a thread that waits (team.cpp) before it blocks: some ten microseconds, which is longer than threads differ by when
+// each has a processor of its own.
+constexpr int POLLS = 1000;
+
+// Bytes of stack for a thread of the team. Kernels keep a few squares of 32 x 32 numbers there. Chosen by hand.
+constexpr size_t THREAD_STACK_BYTES = 2 << 20;
 
 // ---- bit patterns of fp32 and bf16 ----
 

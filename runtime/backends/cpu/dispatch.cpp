@@ -1,5 +1,5 @@
-// The library's C interface: the instruction sets that this build holds and this machine runs, their kernels, the layout of the
-// structs, and the thread team.
+// The library's C interface: the instruction sets that this build holds and this machine runs, their kernels, and the layout of
+// the structs.
 //
 // Adding a CPU (an instruction set `xyz`) touches these places and no others:
 //   1. build.py: its flags for gcc and clang, and for MSVC, in the table X86 or ARM. The key is the name, `xyz`. Another
@@ -38,14 +38,6 @@
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
-#endif
-
-#if defined(_WIN32)
-extern "C" __declspec(dllimport) int __stdcall SwitchToThread(void);
-static void give_way() { SwitchToThread(); }
-#else
-#include <sched.h>
-static void give_way() { sched_yield(); }
 #endif
 
 namespace edgetune {
@@ -198,68 +190,6 @@ static const Isa isas[] = {
     {"scalar", always, scalar::table},
 };
 
-// ---- the thread team: the OpenMP runtime that torch has loaded, which library.py finds ----
-
-typedef void (*Parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
-typedef int (*Number)();
-typedef void (*Barrier)();
-static Parallel gomp_parallel;
-static Number omp_thread_num, omp_num_threads;
-static Barrier gomp_barrier;
-
-struct Job {
-    Task task;
-    void* argument;
-};
-
-// One member of the team: find out which, and do its task.
-static void member(void* data) {
-    const Job* job = static_cast<const Job*>(data);
-    job->task(job->argument, omp_thread_num(), omp_num_threads());
-}
-
-void parallel(int threads, Task task, void* argument) {
-    if (threads <= 1 || !gomp_parallel) {
-        task(argument, 0, 1);
-        return;
-    }
-    Job job = {task, argument};
-    gomp_parallel(member, &job, unsigned(threads), 0);
-}
-
-void barrier() {
-    if (gomp_barrier) gomp_barrier();
-}
-
-#if defined(__GNUC__)
-static void rest() {
-#if defined(ET_X86)
-    __builtin_ia32_pause();
-#elif defined(ET_ARM)
-    __asm__ volatile("yield");
-#endif
-}
-
-// The last thread to arrive starts a new round; the others wait for the round to change.
-void meet(Meeting* meeting, int count) {
-    if (count <= 1) return;
-    int round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == count) {
-        __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&meeting->round, round + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (int spins = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round; spins++) {
-        if (spins < MEETING_SPINS) rest();
-        else give_way();
-    }
-}
-#else
-void meet(Meeting*, int count) {
-    if (count > 1) barrier();
-}
-#endif
-
 }  // namespace edgetune
 
 using namespace edgetune;
@@ -294,13 +224,4 @@ ET_EXPORT void* et_kernel(int index, const char* name) {
             if (!strcmp(kernel->name, name)) return reinterpret_cast<void*>(kernel->function);
     }
     return nullptr;
-}
-
-// Receive GOMP_parallel, GOMP_barrier, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has loaded
-// (libgomp, libomp and libiomp5 all export them). The library links no runtime of its own, so a process never has two.
-ET_EXPORT void et_set_openmp(void* parallel_function, void* barrier_function, void* thread_num, void* num_threads) {
-    gomp_parallel = reinterpret_cast<Parallel>(parallel_function);
-    gomp_barrier = reinterpret_cast<Barrier>(barrier_function);
-    omp_thread_num = reinterpret_cast<Number>(thread_num);
-    omp_num_threads = reinterpret_cast<Number>(num_threads);
 }

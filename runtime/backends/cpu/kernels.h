@@ -49,18 +49,22 @@ struct Isa {
     const Kernel* kernels;  // ends with a null name
 };
 
-// Run task(argument, index, count) for every index < count, on `threads` threads of the OpenMP runtime that torch uses. count
-// is how many threads the runtime grants, perhaps fewer than `threads`. Tasks may wait for each other at barrier(). With one
-// thread this is a plain call.
+// ---- the thread team (team.cpp) ----
+
+// Call piece(argument, index, slot) for every index < pieces, each once, on whichever of at most `threads` threads is free, and
+// return when all have returned. slot: the number of the thread, below `threads`, for scratch of its own. Indices are taken in
+// rising order. A piece should take 0.1 to 1 millisecond, must not wait for another one, and must not depend on its slot.
+typedef void (*Piece)(void* argument, int64_t index, int slot);
+void share_out(int threads, int64_t pieces, Piece piece, void* argument);
+
+// Run task(argument, index, count) for every index < count at the same time, so that tasks may wait for each other in meet().
+// count: how many threads there are, at most `threads`. For work that is too short to be handed out in pieces.
 typedef void (*Task)(void* argument, int index, int count);
 void parallel(int threads, Task task, void* argument);
-void barrier();
 
-// A barrier that yields its processor when the other threads keep it waiting, for tasks that meet about a hundred times within
-// milliseconds. OpenMP's own barrier keeps spinning, so on a busy machine threads would wait for each other more than they
-// work.
+// A barrier for the tasks of `parallel`. It polls for some microseconds, then blocks (team.cpp tells why).
 struct Meeting {
-    int arrived, round;  // both start at 0
+    int arrived, round, sleepers;  // all start at 0
 };
 void meet(Meeting* meeting, int count);
 
@@ -79,29 +83,28 @@ inline Range share(int64_t n, int64_t grain, int index, int count) {
     return {begin < n ? begin : n, end < n ? end : n};
 }
 
+// Call body(index, slot) for every index < pieces: share_out with any callable object.
 template <class Body>
-struct Shares {
-    int64_t n, grain;
-    const Body* body;
-};
-
-template <class Body>
-void run_share(void* argument, int index, int count) {
-    const Shares<Body>* shares = static_cast<const Shares<Body>*>(argument);
-    Range range = share(shares->n, shares->grain, index, count);
-    if (range.begin < range.end) (*shares->body)(range.begin, range.end);
+void for_pieces(int threads, int64_t pieces, const Body& body) {
+    edgetune::share_out(
+        threads, pieces,
+        [](void* given, int64_t index, int slot) { (*static_cast<const Body*>(given))(index, slot); },
+        const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Call body(begin, end) on each thread for one contiguous share of [0, n), cut at multiples of `grain`.
+// Call body(begin, end) for contiguous parts of [0, n), cut at multiples of `grain`, on whichever thread is free.
 template <class Body>
 void parallel_for(int threads, int64_t n, int64_t grain, const Body& body) {
     if (threads <= 1 || n <= grain) {
         if (n > 0) body(int64_t(0), n);
         return;
     }
-    int64_t pieces = (n + grain - 1) / grain;
-    Shares<Body> shares = {n, grain, &body};
-    edgetune::parallel(pieces < threads ? int(pieces) : threads, run_share<Body>, &shares);
+    const int64_t grains = (n + grain - 1) / grain, wanted = int64_t(threads) * PIECES_PER_THREAD;
+    const int pieces = int(grains < wanted ? grains : wanted);
+    for_pieces(threads, pieces, [&](int64_t index, int) {
+        const Range range = share(n, grain, int(index), pieces);
+        body(range.begin, range.end);
+    });
 }
 
 struct Bf16 {

@@ -1,7 +1,7 @@
 """Load the kernel library and look kernels up in it. No other module calls the library's C functions directly.
 
-The library links no OpenMP runtime. `load` hands it the entry points of the runtime that torch has loaded (libgomp, libomp
-or libiomp5), so that the process has one team of threads, whose size `torch.set_num_threads` sets.
+The library has a thread team of its own (team.cpp), which is independent of torch's. Each call says how many threads it may
+use; callers pass `torch.get_num_threads()`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from edgetune.runtime.errors import UsageError
 
@@ -59,11 +57,6 @@ def load() -> ctypes.CDLL:
     loaded.et_isa_name.restype = ctypes.c_char_p
     loaded.et_kernel.restype = ctypes.c_void_p
     loaded.et_kernel.argtypes = [ctypes.c_int, ctypes.c_char_p]
-    loaded.et_set_openmp.argtypes = [ctypes.c_void_p] * 4
-    openmp = _openmp()
-    if openmp is not None:
-        entries = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-        loaded.et_set_openmp(*(ctypes.cast(getattr(openmp, entry), ctypes.c_void_p) for entry in entries))
     return loaded
 
 
@@ -72,36 +65,6 @@ def _find() -> Path | None:
     name = "_kernels.dll" if os.name == "nt" else "_kernels.so"
     installed = (Path(entry) / "edgetune" / "runtime" / "backends" / "cpu" for entry in sys.path if entry)
     return next((folder / name for folder in (_FOLDER, *installed) if (folder / name).is_file()), None)
-
-
-def _openmp() -> ctypes.CDLL | None:
-    """Return the OpenMP runtime that this process has loaded, without loading one.
-
-    Returns None if there is none, and always on Windows; kernels then run on one thread.
-    """
-    if os.name == "nt":
-        return None
-    folder = Path(torch.__file__).parent
-    candidates: list[str | None] = [None]  # None: the symbols that are global in this process
-    for place in (folder / "lib", folder.parent / "torch.libs"):
-        candidates += [str(path) for kind in ("gomp", "omp", "iomp5") for path in sorted(place.glob(f"lib{kind}[-.]*"))]
-    candidates += _mapped()
-    for candidate in candidates:
-        with contextlib.suppress(OSError):
-            mode = ctypes.DEFAULT_MODE if candidate is None else os.RTLD_NOLOAD | os.RTLD_LAZY
-            runtime = ctypes.CDLL(candidate, mode=mode)
-            if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_thread_num"):
-                return runtime
-    return None
-
-
-def _mapped() -> list[str]:
-    """Return the paths of OpenMP runtimes mapped into this process; on Linux only, else none."""
-    if sys.platform != "linux":
-        return []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") >= 5 and "/" in line}
-    return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp5")))
 
 
 def _names() -> list[str]:

@@ -31,11 +31,12 @@
 //    +--------+--------+----+     +----+----+----+--       panels of piece 0, then those of piece 1, and so on: sums are
 // 32 |        |        |    |     |    |    |    |         loaded, added to and stored once a piece
 //    +--------+--------+----+     +----+----+----+--
-//      wide: a thread's share of the columns of y (forward: sums are y^T) or of dx (backward: strips stand on the right)
+//      wide: a piece of the columns of y (forward: sums are y^T) or of dx (backward: strips stand on the right)
 //
-// Rows are packed by all threads, then each thread computes its own columns of the result: it dequantises its part of the
-// weight alone, and the next strip while the current one is multiplied. The thin products are made of the rows while these are
-// being packed. Weight gradients are shared out by columns as well. So no sum depends on how many threads there are.
+// Rows are packed by all threads, then threads take pieces of the result's columns as they become free: whoever computes columns
+// dequantises their part of the weight, and the next strip while the current one is multiplied. The thin products are made of
+// the rows while these are being packed. Weight gradients are shared out by columns as well. So no sum depends on how many
+// threads there are, or on which of them was faster.
 
 namespace project {
 
@@ -57,11 +58,12 @@ struct Piece {
 
 typedef Squares<Real, Real> Thin;  // the operands of a thin product
 
-// The part of a large product that one thread computes: its columns, for the rows that are packed. Fixed from strip to strip.
+// The part of a large product that one thread computes at a time: some columns, for the rows that are packed. Fixed from strip
+// to strip.
 template <class M>
 struct Portion {
     int64_t row, panels;     // the first row, and how many panels of rows are packed
-    Range columns;           // the thread's columns of y or dx
+    Range columns;           // of y or dx
     int64_t first, last;     // the linears whose depth is summed over: forward one, backward all
     int64_t rank_squares;    // of those linears
     int64_t squares_before;  // of the linears before them
@@ -87,7 +89,6 @@ struct Project {
     ProjectCall* call;
     const M* x;
     M *y, *dx, *reduced;  // y: backward it holds dy
-    edgetune::Meeting meeting;
     int64_t depth, panel_count;  // panel_count: panels that are packed at a time
     int64_t rank_squares;        // of all linears together
     bool has_dropout;
@@ -111,7 +112,8 @@ struct Project {
 
     // ---- this file: layout of scratch, and the order of work ----
     inline void plan(ProjectCall* given);
-    inline void work(int index, int count);
+    inline void work() const;
+    inline int64_t piece_columns(int64_t panels_here) const;
 
     int64_t width_of(const ProjectLinear& linear) const { return BACKWARD ? call->inputs : linear.outputs; }
     int64_t depth_of(int64_t linear) const { return BACKWARD ? call->linears[linear].outputs : call->inputs; }
@@ -176,7 +178,7 @@ struct Project {
 // empty.
 template <bool BACKWARD, class M, class E>
 void Project<BACKWARD, M, E>::plan(ProjectCall* given) {
-    call = given, meeting = {}, rank_squares = 0, has_dropout = false;
+    call = given, rank_squares = 0, has_dropout = false;
     x = static_cast<const M*>(call->x), y = static_cast<M*>(call->y);
     dx = static_cast<M*>(call->dx), reduced = static_cast<M*>(call->reduced);
     int64_t outputs = 0, widest = call->inputs, numbers_b = 0;
@@ -217,39 +219,56 @@ void Project<BACKWARD, M, E>::plan(ProjectCall* given) {
     call->scratch_bytes = next - call->scratch;
 }
 
-// One thread's part of the whole call. Threads meet wherever one reads what another has written.
+// Return how many columns of y or dx a piece of a large product has: about PIECE_PRODUCTS multiplications, fewer if threads would
+// have less than PIECES_PER_THREAD pieces each. Sums do not depend on it.
 template <bool BACKWARD, class M, class E>
-void Project<BACKWARD, M, E>::work(int index, int count) {
-    products_begin();
+int64_t Project<BACKWARD, M, E>::piece_columns(int64_t panels_here) const {
+    int64_t width = 0;
+    for (int64_t p = 0; p < (BACKWARD ? 1 : call->count); p++) width += width_of(call->linears[p]);
+    const int64_t by_work = PIECE_PRODUCTS / (panels_here * SIDE * depth);
+    const int64_t columns = least(least(by_work, width / (call->threads * PIECES_PER_THREAD)), SUM_COLUMNS);
+    return columns < SIDE ? SIDE : columns / SIDE * SIDE;
+}
+
+// The whole call: phases, in each of which threads take pieces as they become free. A phase reads what the phases before have
+// written. Every piece that multiplies sets the tile registers up and gives them back.
+template <bool BACKWARD, class M, class E>
+void Project<BACKWARD, M, E>::work() const {
+    const int threads = int(call->threads), shares = threads * int(PIECES_PER_THREAD);
     if (SCALED) {
-        scale_weights(index, count);
-        edgetune::meet(&meeting, count);
-        scale_matrix(index, count);
-        edgetune::meet(&meeting, count);
-        if (!serves()) return products_end();
+        for_pieces(threads, shares, [&](int64_t index, int) { scale_weights(int(index), shares); });
+        for_pieces(threads, shares, [&](int64_t index, int) { scale_matrix(int(index), shares); });
+        if (!serves()) return;
     }
-    pack_adapters(index, count);
-    edgetune::meet(&meeting, count);
+    for_pieces(threads, shares, [&](int64_t index, int) { pack_adapters(int(index), shares); });
     for (int64_t row = 0; row < call->rows; row += panel_count * SIDE) {
         const int64_t panels_here = least(panel_count, (call->rows - row + SIDE - 1) / SIDE);
-        Range mine = share(panels_here, 1, index, count);
-        for (int64_t number = mine.begin; number < mine.end; number++) {
-            if (BACKWARD) pack_backward(row, number, thin_scratch(index));
-            else pack_forward(row, number, thin_scratch(index));
-        }
-        edgetune::meet(&meeting, count);
+        for_pieces(threads, panels_here, [&](int64_t number, int slot) {
+            products_begin();
+            if (BACKWARD) pack_backward(row, number, thin_scratch(slot));
+            else pack_forward(row, number, thin_scratch(slot));
+            products_end();
+        });
         // Backward, one product is summed over all linears; forward, each linear has its own (and none if y is not wanted).
-        for (int64_t p = 0; p < (BACKWARD ? 1 : y ? call->count : 0); p++) {
-            mine = share(width_of(call->linears[p]), SIDE, index, count);
-            if (mine.begin < mine.end) multiply_columns(row, panels_here, mine, p, thread_scratch + index * thread_bytes);
-        }
-        if (BACKWARD && rank_squares > 0) {
-            gradients_b(row, panels_here, index, count, thin_scratch(index));
-            gradients_a(row, panels_here, index, count, thin_scratch(index));
-        }
-        edgetune::meet(&meeting, count);
+        const int64_t products = BACKWARD ? 1 : y ? call->count : 0, columns = piece_columns(panels_here);
+        int64_t pieces = 0;
+        for (int64_t p = 0; p < products; p++) pieces += (width_of(call->linears[p]) + columns - 1) / columns;
+        const int64_t thin_pieces = BACKWARD && rank_squares > 0 ? shares : 0;  // of either gradient
+        for_pieces(threads, pieces + 2 * thin_pieces, [&](int64_t index, int slot) {
+            products_begin();
+            if (index >= pieces + thin_pieces) {
+                gradients_a(row, panels_here, int(index - pieces - thin_pieces), shares, thin_scratch(slot));
+            } else if (index >= pieces) {
+                gradients_b(row, panels_here, int(index - pieces), shares, thin_scratch(slot));
+            } else {
+                int64_t p = 0;
+                for (int64_t here; index >= (here = (width_of(call->linears[p]) + columns - 1) / columns); p++) index -= here;
+                const Range mine = {index * columns, least((index + 1) * columns, width_of(call->linears[p]))};
+                multiply_columns(row, panels_here, mine, p, thread_scratch + slot * thread_bytes);
+            }
+            products_end();
+        });
     }
-    products_end();
 }
 
 #include "project_pack.inl"
@@ -263,8 +282,7 @@ static bool run(ProjectCall* call) {
     P project;
     project.plan(call);
     if (!call->scratch) return true;
-    edgetune::parallel(
-        int(call->threads), [](void* it, int index, int count) { static_cast<P*>(it)->work(index, count); }, &project);
+    project.work();
     return !P::SCALED || project.serves();
 }
 
