@@ -36,14 +36,15 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     sources = {"scalar": (), **{isa: flags for isa, (flags, _) in build.ARM.items()}}
-    commands = [([f"isa_{isa}.cpp"], flags) for isa, flags in sources.items()] + [(["dispatch.cpp"], ())]
+    commands = [([f"isa_{isa}.cpp"], flags) for isa, flags in sources.items()]
+    commands += [(["dispatch.cpp"], ()), (["team.cpp"], ())]
     running = []
     for (source,), flags in commands:
         command = [compiler, *build.UNIX_FLAGS, *flags, "-c", str(KERNELS / source), "-o", str(folder / f"{source}.o")]
         running.append(subprocess.Popen(command))
     assert [process.wait() for process in running] == [0] * len(running)
     program = folder / "harness"
-    harness = [compiler, "-std=c++17", "-O1", "-static", str(ROOT / "tests" / "neon" / "harness.cpp")]
+    harness = [compiler, "-std=c++17", "-O1", "-static", "-pthread", str(ROOT / "tests" / "neon" / "harness.cpp")]
     subprocess.run([*harness, *map(str, folder.glob("*.o")), "-o", str(program)], check=True)
     return program
 

@@ -267,7 +267,7 @@ def ours(arguments: argparse.Namespace, setting: str, bare: int) -> Result:
     model = load_llama(checkpoint, compute_dtype(torch.device("cpu")))
     adapters.attach_new(model, bench.LORA, 0)
     recompute = Recompute.FULL if small else Recompute.NONE if dense else Recompute(setting.removesuffix("-bf16"))
-    int8 = fuses(model.device, model.dtype) and not setting.endswith("-bf16")  # as `edgetune train` does
+    int8 = fuses(model.device, model.dtype, int8=True) and not setting.endswith("-bf16")  # as `edgetune train` does
     runner = Runner(model, recompute, arguments.loss_rows, arguments.workdir if small else None, int8)
     parameters = adapters.parameters(model)
     optimizer = PagedAdamW(parameters, pages=arguments.workdir if small else None)
