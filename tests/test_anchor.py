@@ -292,7 +292,7 @@ def test_a_stopped_run_goes_on_with_the_anchor_it_has_and_gives_the_same_bits(
     wanted = config(base, tmp_path, steps=6)
     whole = list(train(wanted))
     assert isinstance(whole[0], Started)
-    assert whole[0].plan["anchor"] == {"share": 0.25, "kind": "replies", "documents": 3}
+    assert whole[0].plan["anchor"] == {"share": 0.25, "kind": "replies", "documents": 3, "asked": None}
     assert started_line(whole[0]).endswith("; anchor: 25% of tokens, 3 of the base's own replies")
     stop, events = threading.Event(), []
     for event in train(wanted, stop):
