@@ -30,7 +30,7 @@ TOKENIZER_BYTES, TOKENIZER_SHARE = 4_000_000, 22
 Measured: 3.7 MB for the demo's tokenizer.model of 0.13 MB, 71 MB for SmolLM2's tokenizer.json of 3.5 MB.
 """
 LOGIT_BYTES = 1200
-"""Bytes per word of the vocabulary for golden.json's rows of logits, which exist in fp32 and in fp64."""
+"""Bytes per word of the vocabulary for golden.json's rows of logits, with and without the adapter, and copies of them."""
 RUNNING_BYTES = 12
 """Bytes per weight of the largest linear while a model runs in fp32: three fp32 copies."""
 ROW_MAPPED_BYTES = 2 << 20

@@ -277,9 +277,15 @@ def reference_logits(model: Llama, ids: Sequence[int]) -> Tensor:
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
-    """Return KL(expected || found) in nats of two logits (N, V), the mean over positions."""
-    log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (expected, found))
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    """Return KL(expected || found) in nats of two logits (N, V), the mean over positions.
+
+    One position after another, so that fp64 copies of whole logits never exist side by side.
+    """
+    rows = (
+        (torch.log_softmax(wanted.double(), dim=-1), torch.log_softmax(got.double(), dim=-1))
+        for wanted, got in zip(expected, found, strict=True)
+    )
+    return float(torch.stack([(log_p.exp() * (log_p - log_q)).sum() for log_p, log_q in rows]).mean())
 
 
 def compare(expected: Golden, reader: Reader, bound: Bound) -> Agreement:
