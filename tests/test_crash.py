@@ -466,6 +466,7 @@ def test_a_best_adapter_that_the_disk_changed_is_not_taken(tmp_path: Path) -> No
 
 @pytest.mark.skipif(not ops.fuses(torch.device("cpu"), torch.bfloat16), reason="this machine has no fused kernels")
 def test_a_run_in_8_bits_that_goes_on_without_kernels_for_them_says_so(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, weights="nf4")
     run_until(config, 3)
     with ops.use_backend("reference"):
         notices = resumed(list(train(config))).notices

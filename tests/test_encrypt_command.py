@@ -61,7 +61,7 @@ def fill() -> dict[Path, bytes]:
              base / "nights" / "last.log", base / "unfinished" / "0123456789abcdef.lock"]  # fmt: skip
     for number, path in enumerate([*paths, *plain]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(PHRASE * (number * 600) + b"\n")
+        path.write_bytes(PHRASE * (number * 600 + 1) + b"\n")
         path.chmod(0o600)
         os.utime(path, (1_700_000_000 + number,) * 2)
     return {path: path.read_bytes() for path in [*paths, base / "secret"]}

@@ -39,7 +39,7 @@ def reason(parser: ParserProcess, words: str) -> Reason:
 
 
 def children() -> set[int]:
-    found = psutil.Process().children(recursive=True)
+    found = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
     return {child.pid for child in found if any("parser_child" in word for word in child.cmdline())}
 
 

@@ -162,7 +162,7 @@ def test_recomputation_does_not_change_the_adapter(notes: Path, recompute: str) 
     assert adapter_bytes(full.adapter) == adapter_bytes(other.adapter)
 
 
-@pytest.mark.skipif(not ops.fuses(torch.device("cpu"), torch.bfloat16), reason="this machine has no AMX")
+@pytest.mark.skipif(not ops.fuses(torch.device("cpu"), torch.bfloat16), reason="this machine has no fused kernels")
 def test_products_in_8_bits_train_as_well_and_are_the_default(notes: Path, tmp_path: Path) -> None:
     ends, adapters_found = {}, {}
     for compute in ("auto", "int8", "bf16"):

@@ -189,7 +189,7 @@ def confirmed(question: str, unanswered: str) -> bool:
     from edgetune.runtime.errors import UsageError
 
     try:
-        return click.confirm(question, default=False)
+        return click.confirm(question)
     except click.Abort as error:
         if isinstance(error.__context__, EOFError):
             click.echo()

@@ -230,7 +230,7 @@ def prepare_follower(config: TrainConfig, base: Base, folder: Path, record: RunR
     if record.plan.int8 and not ops.fuses(pick_device(config.device), getattr(torch, record.plan.compute_dtype)):
         raise UsageError(
             "Process 0 multiplies in 8 bits, and the machine of another process has no kernels for it. Type "
-            "--compute bf16, the same for all processes."
+            "--compute bf16 or fp32, the same for all processes."
         )
     _, split = read_and_split(config)
     tokenize_notes(config, split, load_tokenizer(choice), folder)
@@ -265,8 +265,8 @@ def changes_since_start(run: PreparedRun, progress: Progress = ignore) -> list[s
         )
     if record.plan.int8 and not ops.fuses(model.device, model.dtype):
         changes.append(
-            "The run began with products in 8 bits, which are not available here. It continues in bf16, so the adapter will "
-            "differ from that of an uninterrupted run."
+            "The run began with products in 8 bits, which are not available here. It continues with products in "
+            f"{record.plan.compute_dtype}, so the adapter will differ from that of an uninterrupted run."
         )
     return changes
 
