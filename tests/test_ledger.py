@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from edgetune.cli.main import cli
 from edgetune.documents.document import Document, Turn
 from edgetune.documents.forgotten import Forgotten, file_digests, text_digests
 from edgetune.documents.reading import read_notes
-from edgetune.home import home
+from edgetune.home import home, private_folder, unfinished_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.library import ledger, training_log
 from edgetune.library.kept_adapters import delete
@@ -89,6 +90,31 @@ def test_the_oldest_runs_leave_a_ledger_of_too_many_and_one_that_is_too_large(mo
     ledger.tidy()
     assert ledger.entries() == []
     assert list((home() / "ledger").iterdir()) == []
+
+
+def test_a_text_stays_while_a_run_that_is_not_finished_names_it() -> None:
+    first = add("2026-11-28-010000", NOTES, 1.0)
+    begun = dataclasses.replace(first, run="2026-11-29-010000", ended=2.0)
+    folder = private_folder(unfinished_folder() / "0123456789abcdef")
+    begun.save(folder / ledger.UNFINISHED_RECORD)
+    delete(first.folder)
+    assert ledger.entries() == []
+    begun.folder.mkdir()
+    (begun.folder / "adapter_config.json").write_text("{}")
+    ledger.keep(begun, folder / "none")
+    assert Texts.of({note.id for note in begun.notes}).documents(begun.notes) == NOTES
+
+
+def test_what_a_killed_process_left_half_written_is_deleted_a_day_later() -> None:
+    add("2026-11-28-010000", NOTES, 1.0)
+    left = home() / "ledger" / ".2026-11-28-010000.notes.abcd1234.tmp"
+    left.write_text("Note number 2")
+    ledger.tidy()
+    assert left.exists()  # a process may be writing it
+    os.utime(left, (time.time() - 90_000,) * 2)
+    ledger.tidy()
+    assert not left.exists()
+    assert len(ledger.entries()) == 1
 
 
 def test_a_damaged_text_is_not_used() -> None:

@@ -22,7 +22,6 @@ from edgetune.lock import Lock
 from edgetune.reports.latest import LOG_FILE
 from edgetune.runtime.errors import DataError, UsageError
 from edgetune.training.plan import HELD_OUT, TOKENS
-from edgetune.training.recorded import RECORD_FILE
 from edgetune.training.unfinished_run import UnfinishedRun
 
 OWN_LOCKS = ("forget.lock", "log.lock")
@@ -108,7 +107,7 @@ def _discard_unfinished(job: ForgetJob, paths: Collection[str], words: Collectio
     """Delete the interrupted runs that read a note, or that started from an affected adapter."""
     affected = {(base.base, name) for base in job.bases for name in base.affected}
     for path in [path for path in unfinished_folder().iterdir() if path.is_dir()]:
-        entry = Entry.load(path / RECORD_FILE)
+        entry = Entry.load(path / ledger.UNFINISHED_RECORD)
         if entry is None:
             is_affected = _holds(path, paths)
         else:
