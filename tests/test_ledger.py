@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import stat
@@ -185,6 +186,21 @@ def test_a_line_that_a_crash_left_half_written_stays_and_the_next_one_says_so() 
     told = CliRunner().invoke(cli, ["adapters", "log"])
     assert told.exit_code == 0
     assert f"3 lines, the chain is whole; last hash {log.last_hash}." in told.stdout
+
+
+def test_a_line_that_somebody_put_in_with_a_right_hash_is_shown_and_stops_nothing() -> None:
+    training_log.append("promoted", adapter="a", base="b")
+    path = training_log.path_of_log()
+    for line in ({"number": "x", "event": "forgot"}, {"number": 2, "event": "trained", "repeated": None, "notes": 5}):
+        record = {"time": "2026-11-28T01:00:00+00:00", "previous": training_log.read().last_hash, **line}
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        path.write_text(path.read_text() + json.dumps({**record, "hash": digest}) + "\n")
+    shown = CliRunner().invoke(cli, ["adapters", "log"])
+    assert shown.exit_code == 1
+    assert "trained (not as edgetune writes it)" in shown.stdout
+    assert "Line 2 was changed" in shown.stdout
+    training_log.append("promoted", adapter="c", base="b")
+    assert training_log.read().lines[-1]["number"] == 3
 
 
 def test_the_root_of_a_set_of_notes_does_not_depend_on_their_order() -> None:
