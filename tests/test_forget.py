@@ -304,7 +304,9 @@ def test_what_cannot_be_deleted_is_said_and_the_command_goes_on_from_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        with pytest.raises(UsageError, match=r"cannot be deleted \(Operation not permitted\), so the note is not forgotten yet"):
+        with pytest.raises(
+            UsageError, match=r"cannot be deleted \(Operation not permitted\), so the note is not forgotten yet"
+        ):
             carry_out(str(notes / "secret.md"))
     job = ForgetJob.load()
     assert job is not None
