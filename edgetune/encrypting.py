@@ -176,7 +176,7 @@ def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -
 
 
 def _is_half_written(path: Path) -> bool:
-    """Return True for a file that a killed process was about to rename. What it had moved aside is whole, and does not count."""
+    """Return True for a file that a killed process had not finished. What it had moved aside is whole, and does not count."""
     parts = [part for part in path.parts if part.startswith(".") and part.endswith(".tmp")]
     return bool(parts) and not any(".old." in part for part in parts)
 
