@@ -154,7 +154,7 @@ def _with_key(folder: Path) -> Encryption:
 
 
 def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -> Converted:
-    """Bring every covered file to one form."""
+    """Bring every covered file to one form. What a killed process left half encrypted is deleted."""
     paths = covered_files(folder)
     waiting = [path for path in paths if is_encrypted(path) is not encrypts]
     sizes = [path.stat().st_size for path in waiting]
@@ -164,12 +164,21 @@ def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -
         try:
             _convert_file(path, cipher if encrypts else None, tell)
         except DataError:
-            damaged.append(str(path))
+            if _is_half_written(path):
+                path.unlink()
+            else:
+                damaged.append(str(path))
         except FileNotFoundError:  # a command that only reads may have deleted it
             pass
         done += size
         progress(done, sum(sizes))
     return Converted(str(folder), len(waiting) - len(damaged), sum(sizes), len(paths) - len(waiting), tuple(damaged))
+
+
+def _is_half_written(path: Path) -> bool:
+    """Return True for a file that a killed process had not finished. What it had moved aside is whole, and does not count."""
+    parts = [part for part in path.parts if part.startswith(".") and part.endswith(".tmp")]
+    return bool(parts) and not any(".old." in part for part in parts)
 
 
 def _convert_file(path: Path, cipher: Cipher | None, tell: Callable[[int], object]) -> None:

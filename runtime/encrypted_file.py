@@ -218,8 +218,12 @@ class EncryptedLog(io.BufferedIOBase):
         self._file.flush()
 
     def move(self, source: Path, path: Path) -> None:
-        """Rename the file from `source` to `path`. It is closed meanwhile: Windows renames no open file."""
+        """Rename the file from `source` to `path`, once it is on the disk.
+
+        It is closed meanwhile: Windows renames no open file.
+        """
         self.flush()
+        os.fsync(self.fileno())
         self._file.close()
         os.replace(source, path)
         self._file = open(path, "ab")  # noqa: SIM115 - `close` closes it

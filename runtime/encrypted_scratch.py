@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from io import FileIO
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from edgetune.runtime.cipher import EXTRA, KEY_BYTES
 from edgetune.runtime.errors import LockedError
@@ -30,7 +29,7 @@ class EncryptedScratch:
 
     def __init__(self, file: FileIO) -> None:
         self._file, self._key = file, secrets.token_bytes(KEY_BYTES)
-        self._versions = np.zeros(0, np.int64)
+        self._versions = array("q")
         self.name = file.name
 
     def read_at(self, buffer: memoryview, offset: int) -> None:
@@ -74,7 +73,7 @@ class EncryptedScratch:
 
     def _put(self, number: int, sector: bytes | memoryview) -> None:
         if number >= len(self._versions):
-            self._versions = np.concatenate([self._versions, np.zeros(number + 1, np.int64)])
+            self._versions.extend([0] * (number + 1))
         self._versions[number] += 1
         sealed, position = memoryview(self._keystream(number).update(sector)), number * SECTOR
         while sealed:
@@ -88,6 +87,6 @@ class EncryptedScratch:
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         except ImportError as error:
             raise LockedError(EXTRA) from error
-        version = int(self._versions[number])
+        version = self._versions[number]
         nonce = number.to_bytes(6, "big") + version.to_bytes(8, "big") + bytes(_BLOCK_COUNTER_BYTES)
         return Cipher(algorithms.AES(self._key), modes.CTR(nonce)).encryptor()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import CliRunner, Result
+from short_notes import WORDS, write_short_notes
 
 from edgetune.auditing import as_trained, audit
 from edgetune.cli.main import cli
@@ -31,18 +32,10 @@ from edgetune.training.private_plan import PrivatePlan
 from edgetune.training.private_step import PrivateGradient
 from edgetune.training.train import train
 
-WORDS = ["harbour", "allotment", "bicycle", "spoke", "kettle", "ledger", "orchard", "gasket"]
-
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """Return a folder of 240 short notes, twelve or so of which are held out."""
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    for number in range(240):
-        first, second = WORDS[number % 8], WORDS[number // 8 % 8]
-        (folder / f"log{number}.md").write_text(f"Note {number}: the {first} by the {second} was mended on day {number}. " * 3)
-    return folder
+    return write_short_notes(tmp_path / "notes")
 
 
 @pytest.fixture

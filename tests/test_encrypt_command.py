@@ -153,6 +153,19 @@ def test_encrypt_and_decrypt_can_be_killed_before_any_rename_and_typed_again(ans
     assert answering.entries == {}
 
 
+def test_what_a_killed_write_left_half_encrypted_does_not_stop_decrypt(answering: FileKeychain) -> None:
+    files = fill()
+    encrypt()
+    whole = (home() / "nightly.json").read_bytes()
+    left = home() / ".nightly.json.abcd1234.tmp"
+    for half in (whole[:20], whole[:-1]):
+        left.write_bytes(half)
+        assert run("decrypt").exit_code == 0
+        assert not left.exists()
+        assert all(path.read_bytes() == data for path, data in files.items())
+        encrypt()
+
+
 def test_decrypt_that_was_killed_after_it_deleted_the_key_comes_to_its_end(answering: FileKeychain) -> None:
     fill()
     encrypt()

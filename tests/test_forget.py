@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -266,6 +268,52 @@ def test_nothing_is_deleted_while_a_run_is_going(tmp_path: Path) -> None:
     assert Path(end.adapter).is_dir()
     assert ForgetJob.load() is None
     going.close()
+
+
+def test_a_night_between_the_plan_and_the_deletion_is_repeated_too(
+    tmp_path: Path, never_saw: tuple[list[tuple[str, bool]], str | None]
+) -> None:
+    notes = tmp_path / "notes"
+    write(notes, 0, 12)
+    (notes / "secret.md").write_text(SECRET)
+    night(notes)
+    plan([str(notes / "secret.md")]).job.save()  # and killed
+    for first in (12, 16):
+        write(notes, first, first + 4)
+        night(notes)
+    job = ForgetJob.load()
+    assert job is not None
+    assert len(list(forget(job, threading.Event()))) > 0
+    assert (chain(), current_sha()) == never_saw
+
+
+def test_what_cannot_be_deleted_is_said_and_the_command_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes"
+    write(notes, 0, 12)
+    (notes / "secret.md").write_text(SECRET)
+    before = night(notes)
+    assert before is not None
+    unlink = os.unlink
+
+    def refuse(path: str, **about: int) -> None:
+        if path == peft_folder.WEIGHTS_FILE:
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        unlink(path, **about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(
+            UsageError, match=r"cannot be deleted \(Operation not permitted\), so the note is not forgotten yet"
+        ):
+            carry_out(str(notes / "secret.md"))
+    job = ForgetJob.load()
+    assert job is not None
+    assert not job.erased
+    (_, *_, (_, last)) = forget(job, threading.Event())
+    assert isinstance(last, Finished)
+    assert "secret.md" not in {note.path for entry in ledger.entries() for note in entry.notes}
 
 
 def test_a_private_run_is_repeated_with_new_noise_which_the_command_says(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from adapters import random_adapter
+from short_notes import write_short_notes
 
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.dataset.evaluation_set import EvaluationSet
@@ -27,18 +28,10 @@ from edgetune.runtime.tokenizer import Tokenizer
 from edgetune.training import evaluation, gate_evidence, run_end
 from edgetune.training.train import train
 
-WORDS = ["harbour", "allotment", "bicycle", "spoke", "kettle", "ledger", "orchard", "gasket"]
-
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """Return a folder of 240 short notes, twelve or so of which are held out."""
-    folder = tmp_path / "notes"
-    folder.mkdir()
-    for number in range(240):
-        first, second = WORDS[number % 8], WORDS[number // 8 % 8]
-        (folder / f"{number}.md").write_text(f"Note {number}: the {first} by the {second} was mended on day {number}. " * 3)
-    return folder
+    return write_short_notes(tmp_path / "notes")
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from edgetune.cli.main import cli
 from edgetune.documents.document import Document, Turn
 from edgetune.documents.forgotten import Forgotten, file_digests, text_digests
 from edgetune.documents.reading import read_notes
-from edgetune.home import home
+from edgetune.home import home, private_folder, unfinished_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.library import ledger, training_log
 from edgetune.library.kept_adapters import delete
@@ -91,6 +93,31 @@ def test_the_oldest_runs_leave_a_ledger_of_too_many_and_one_that_is_too_large(mo
     assert list((home() / "ledger").iterdir()) == []
 
 
+def test_a_text_stays_while_a_run_that_is_not_finished_names_it() -> None:
+    first = add("2026-11-28-010000", NOTES, 1.0)
+    begun = dataclasses.replace(first, run="2026-11-29-010000", ended=2.0)
+    folder = private_folder(unfinished_folder() / "0123456789abcdef")
+    begun.save(folder / ledger.UNFINISHED_RECORD)
+    delete(first.folder)
+    assert ledger.entries() == []
+    begun.folder.mkdir()
+    (begun.folder / "adapter_config.json").write_text("{}")
+    ledger.keep(begun, folder / "none")
+    assert Texts.of({note.id for note in begun.notes}).documents(begun.notes) == NOTES
+
+
+def test_what_a_killed_process_left_half_written_is_deleted_a_day_later() -> None:
+    add("2026-11-28-010000", NOTES, 1.0)
+    left = home() / "ledger" / ".2026-11-28-010000.notes.abcd1234.tmp"
+    left.write_text("Note number 2")
+    ledger.tidy()
+    assert left.exists()  # a process may be writing it
+    os.utime(left, (time.time() - 90_000,) * 2)
+    ledger.tidy()
+    assert not left.exists()
+    assert len(ledger.entries()) == 1
+
+
 def test_a_damaged_text_is_not_used() -> None:
     entry = add("2026-11-28-010000", NOTES, 1.0)
     path = home() / "ledger" / "2026-11-28-010000.notes"
@@ -159,6 +186,21 @@ def test_a_line_that_a_crash_left_half_written_stays_and_the_next_one_says_so() 
     told = CliRunner().invoke(cli, ["adapters", "log"])
     assert told.exit_code == 0
     assert f"3 lines, the chain is whole; last hash {log.last_hash}." in told.stdout
+
+
+def test_a_line_that_somebody_put_in_with_a_right_hash_is_shown_and_stops_nothing() -> None:
+    training_log.append("promoted", adapter="a", base="b")
+    path = training_log.path_of_log()
+    for line in ({"number": "x", "event": "forgot"}, {"number": 2, "event": "trained", "repeated": None, "notes": 5}):
+        record = {"time": "2026-11-28T01:00:00+00:00", "previous": training_log.read().last_hash, **line}
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        path.write_text(path.read_text() + json.dumps({**record, "hash": digest}) + "\n")
+    shown = CliRunner().invoke(cli, ["adapters", "log"])
+    assert shown.exit_code == 1
+    assert "trained (not as edgetune writes it)" in shown.stdout
+    assert "Line 2 was changed" in shown.stdout
+    training_log.append("promoted", adapter="c", base="b")
+    assert training_log.read().lines[-1]["number"] == 3
 
 
 def test_the_root_of_a_set_of_notes_does_not_depend_on_their_order() -> None:

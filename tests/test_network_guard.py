@@ -26,6 +26,8 @@ from edgetune.privacy.system_calls import NUMBERS
 
 HERE = Path(__file__).parent
 INTERNET, INTERNET_6, NETLINK, PACKET, UNIX = 2, 10, 16, 17, 1
+SET_OWNER = 8
+"""Linux's F_SETOWN, by which a file that is ready sends a process a signal."""
 by_seccomp = pytest.mark.skipif(not seccomp.is_offered(), reason="this system has no seccomp filters for this processor")
 by_landlock = pytest.mark.skipif(landlock.version() < 1, reason="this system has no Landlock, or it is off")
 by_landlock_tcp = pytest.mark.skipif(landlock.version() < 4, reason="Landlock refuses TCP from Linux 6.7 on")
@@ -275,6 +277,7 @@ def deeds(folder: Path) -> dict[str, str]:
         "execlp true true 0": "EACCES",
         f"kill {os.getpid()} 0": "EACCES",
         f"tgkill {os.getpid()} {os.getpid()} 0": "EACCES",
+        f"fcntl 0 {SET_OWNER} {os.getpid()}": "EACCES",
     }
 
 
@@ -357,6 +360,11 @@ def test_the_filters_decide_alike_on_every_processor(machine: Machine) -> None:
     assert decided(parser, "tgkill", os.getpid()) == ALLOWED
     assert decided(parser, "tgkill", os.getpid() + 1) == REFUSED
     assert decided(parser, "execve") == REFUSED
+    assert [decided(parser, "fcntl", 0, command) for command in (SET_OWNER, 15, 1)] == [REFUSED, REFUSED, ALLOWED]  # 1: F_GETFD
+    requests = (0x5412, 0x541C, 0x5401)  # TIOCSTI, TIOCLINUX and TCGETS
+    assert [decided(parser, "ioctl", 0, request) for request in requests] == [REFUSED, REFUSED, ALLOWED]
+    for call in ("shmat", "semop", "msgrcv", "mq_unlink"):
+        assert decided(parser, call) == REFUSED
 
 
 HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")

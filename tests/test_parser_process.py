@@ -17,6 +17,7 @@ import pytest
 from edgetune.config import DataConfig
 from edgetune.documents import reading as reading_module
 from edgetune.documents.encoding import NotText
+from edgetune.documents.parser_child import _hook
 from edgetune.documents.parser_process import ParserProcess
 from edgetune.documents.readers import READERS, Format
 from edgetune.documents.reading import read_notes
@@ -53,6 +54,15 @@ def test_the_parser_can_neither_send_write_run_nor_read(tmp_path: Path) -> None:
         }  # fmt: skip
         assert {words: deed(parser, words) for words in denied} == dict.fromkeys(denied, "PermissionError")
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_the_audit_hook_lets_the_parser_read_no_folder_whose_name_merely_begins_like_one_of_pythons(tmp_path: Path) -> None:
+    refuse = _hook((str(tmp_path / "venv"),))
+    refuse("open", (str(tmp_path / "venv" / "a.py"), "r", 0))
+    refuse("os.listdir", (str(tmp_path / "venv"),))
+    for event, arguments in (("open", (str(tmp_path / "venv-notes" / "a"), "r", 0)), ("os.listdir", (f"{tmp_path}/venv2",))):
+        with pytest.raises(PermissionError):
+            refuse(event, arguments)
 
 
 @linux

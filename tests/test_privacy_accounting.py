@@ -134,6 +134,15 @@ def test_a_run_that_goes_on_is_counted_once() -> None:
     assert [(entry.run, entry.steps) for entry in ledger.entries()] == [("first", 100)]
 
 
+def test_a_run_that_ends_again_after_fewer_steps_has_spent_what_its_earlier_adapter_did() -> None:
+    before = settle(PLAN, "first", "base", 100)
+    after = settle(PLAN, "first", "base", 40)
+    assert before is not None
+    assert after is not None
+    assert (after["spent"], after["steps"]) == (before["spent"], 40)
+    assert [(entry.run, entry.steps) for entry in ledger.entries()] == [("first", 100)]
+
+
 def test_no_adapter_comes_of_a_run_whose_budget_another_has_spent() -> None:
     plan = PrivatePlan(6.0, 1e-3, 50, 0.25, 2.0, 0.1, 8, "first")
     assert settle(plan, "first", "base", 100) is not None

@@ -192,13 +192,16 @@ def log_command(as_json: bool) -> None:
 
 
 def _log_line(line: dict[str, Any]) -> str:
-    """Return a line of the log in words."""
+    """Return a line of the log in words. Whoever can write the log may have put in one that lacks something."""
     event, start = line["event"], f"{line['time']}  {line['event']}"
-    if event == "trained":
-        notes = ", ".join(f"{count} {side}" for side, count in line["notes"].items())
-        return f"{start} {line['run']} on {notes or 'notes of which no record is kept'}{', again' * line['repeated']}"
-    if event == "forgot":
-        return f"{start} {counted(line['notes'], 'text')}; deleted {', '.join(line['adapters']) or 'no adapter'}"
+    try:
+        if event == "trained":
+            notes = ", ".join(f"{count} {side}" for side, count in line["notes"].items())
+            return f"{start} {line['run']} on {notes or 'notes of which no record is kept'}{', again' * line['repeated']}"
+        if event == "forgot":
+            return f"{start} {counted(line['notes'], 'text')}; deleted {', '.join(line['adapters']) or 'no adapter'}"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{start} (not as edgetune writes it)"
     return f"{start} {line.get('adapter') or line.get('why') or 'to the bare base model'}"
 
 

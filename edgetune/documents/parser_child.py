@@ -124,7 +124,9 @@ def _hook(folders: tuple[str, ...]) -> Any:
 def _is_below(path: Any, folders: tuple[str, ...]) -> bool:
     """Return True if a path lies in one of the folders; a library without a folder in its name is the system's own."""
     name = os.path.normpath(os.fsdecode(path))
-    return os.path.dirname(name) == "" or os.path.realpath(name).startswith(folders)
+    return os.path.dirname(name) == "" or (os.path.realpath(name) + os.sep).startswith(
+        tuple(place + os.sep for place in folders)
+    )
 
 
 def _import_folders() -> list[str]:

@@ -17,6 +17,10 @@ _CLONE_THREAD = 0x10000
 """Flag of clone(2) for a thread of the same process."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 """Flags of open(2) with which a file could change."""
+_SET_OWNER, _SET_OWNER_EX = 8, 15
+"""Commands F_SETOWN and F_SETOWN_EX of fcntl(2), by which the kernel sends another process a signal when a file is ready."""
+_TYPE_INTO_TERMINAL, _CONSOLE = 0x5412, 0x541C
+"""Requests TIOCSTI and TIOCLINUX of ioctl(2), by which a process types into its terminal what a shell then runs."""
 _SOCKETS = "socket socketpair io_uring_setup"
 _PROCESSES = """
 fork vfork execve execveat unshare setns
@@ -32,7 +36,8 @@ setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr re
 """Calls that change files and folders, or what the system knows of them."""
 _SYSTEM = """
 mount umount2 move_mount open_tree fsopen fsmount mount_setattr pivot_root chroot
-bpf perf_event_open userfaultfd add_key request_key keyctl shmget semget msgget mq_open
+bpf perf_event_open userfaultfd add_key request_key keyctl mq_open mq_unlink
+shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl
 """
 """Calls that a parser has no business with, and that have let programs out of their cages, or reach other programs."""
 
@@ -51,5 +56,9 @@ def refused_calls() -> list[Refused]:
         Refused("open", 1, HAS_A_BIT, _WRITING),
         Refused("tgkill", 0, EQUALS, os.getpid(), outcome=False),
         Refused("prlimit64", 0, EQUALS, 0, outcome=False),
+        Refused("fcntl", 1, EQUALS, _SET_OWNER),
+        Refused("fcntl", 1, EQUALS, _SET_OWNER_EX),
+        Refused("ioctl", 1, EQUALS, _TYPE_INTO_TERMINAL),
+        Refused("ioctl", 1, EQUALS, _CONSOLE),
         *(Refused(call) for call in f"{_SOCKETS} {_PROCESSES} {_FILES} {_SYSTEM}".split()),
     ]

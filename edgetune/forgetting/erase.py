@@ -20,9 +20,8 @@ from edgetune.library import ledger, training_log
 from edgetune.library.ledger import Entry, SeenNote, Texts
 from edgetune.lock import Lock
 from edgetune.reports.latest import LOG_FILE
-from edgetune.runtime.errors import BusyError, DataError
+from edgetune.runtime.errors import DataError, UsageError
 from edgetune.training.plan import HELD_OUT, TOKENS
-from edgetune.training.recorded import RECORD_FILE
 from edgetune.training.unfinished_run import UnfinishedRun
 
 OWN_LOCKS = ("forget.lock", "log.lock")
@@ -41,7 +40,8 @@ def refuse_while_used() -> None:
 def erase(job: ForgetJob) -> None:
     """Do everything that a forgetting deletes. Doing it again, after a crash, does no harm.
 
-    The clean adapter becomes current before any is deleted, so that the one in use is there at every moment.
+    The clean adapter becomes current before any is deleted, so that the one in use is there at every moment. Raises UsageError
+    where something cannot be deleted, and BusyError where an interrupted run goes on meanwhile: the job stays then.
     """
     found, words = ledger.entries(), frozenset(job.words)
     Forgotten.load().with_notes(words, job.files).save()
@@ -51,9 +51,9 @@ def erase(job: ForgetJob) -> None:
     _delete_reports(job, notes)
     for base in job.bases:
         for name in base.affected:
-            shutil.rmtree(registry.adapters_folder(base.base) / name, ignore_errors=True)
+            _delete_folder(registry.adapters_folder(base.base) / name)
     _discard_unfinished(job, {note.path for note in notes.values()}, words)
-    shutil.rmtree(home() / PARSED, ignore_errors=True)
+    _delete_folder(home() / PARSED)
     for entry in found:
         left = tuple(note for note in entry.notes if note.words not in words)
         if len(left) < len(entry.notes):
@@ -89,7 +89,7 @@ def _delete_reports(job: ForgetJob, notes: Mapping[str, SeenNote]) -> None:
     affected = {name for base in job.bases for name in base.affected}
     for folder in (home() / "runs").glob("*"):
         if folder.name in affected or _shows(folder / LOG_FILE, texts, paths):
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete_folder(folder)
 
 
 def _shows(log: Path, texts: Collection[str], paths: Set[str]) -> bool:
@@ -107,14 +107,27 @@ def _discard_unfinished(job: ForgetJob, paths: Collection[str], words: Collectio
     """Delete the interrupted runs that read a note, or that started from an affected adapter."""
     affected = {(base.base, name) for base in job.bases for name in base.affected}
     for path in [path for path in unfinished_folder().iterdir() if path.is_dir()]:
-        entry = Entry.load(path / RECORD_FILE)
+        entry = Entry.load(path / ledger.UNFINISHED_RECORD)
         if entry is None:
             is_affected = _holds(path, paths)
         else:
             is_affected = any(note.words in words for note in entry.notes) or (entry.base, entry.parent) in affected
         if is_affected:
-            with contextlib.suppress(BusyError, OSError), Lock(path.with_suffix(".lock"), ""):
+            with Lock(path.with_suffix(".lock"), "an interrupted run that read the note"):
                 UnfinishedRun(path).discard()
+                _delete_folder(path)
+
+
+def _delete_folder(folder: Path) -> None:
+    """Delete a folder, if it is there. Raises UsageError where that fails, since what it holds must not stay."""
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be deleted ({error.strerror}), so the note is not forgotten yet. Delete it, or end the program "
+            "that uses it, and type the same command again."
+        ) from error
 
 
 def _holds(unfinished: Path, paths: Collection[str]) -> bool:

@@ -92,12 +92,32 @@ def forget(job: ForgetJob, stop: threading.Event, show: Show = lambda event: Non
     with Lock(unfinished_folder() / "forget.lock", "another forgetting"):
         if not job.erased:
             refuse_while_used()
+            add_later_runs(job)
             job.save()
             erase(job)
         yield from replay(job, stop, show)
         if not any(base.runs for base in job.bases):
             job.end()
             ledger.tidy()
+
+
+def add_later_runs(job: ForgetJob) -> None:
+    """Add the runs that saw the notes, or started from an affected adapter, after the job was planned.
+
+    They are there where the job was interrupted before it had deleted anything, and a night began before it was taken up again.
+    """
+    words = set(job.words)
+    for base in job.bases:
+        for entry in ledger.entries(base.base):
+            read = any(note.words in words and note.side is not Side.REPEAT for note in entry.notes)
+            if entry.run not in base.affected and (read or entry.parent in base.affected):
+                base.affected.append(entry.run)
+                if entry.run not in base.recorded:
+                    base.runs.append(entry.run)
+                    base.recorded[entry.run] = [entry.parent, entry.rival, entry.promoted]
+        current = registry.get_current(base.base)
+        if current is not None and current.adapter.name in base.affected:
+            base.used = current.adapter.name
 
 
 def _base_job(base: str, names: list[str], found: Sequence[Entry]) -> BaseJob | None:

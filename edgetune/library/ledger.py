@@ -11,11 +11,13 @@ begins with a fresh optimizer, so its parent's adapter, which is kept anyway, is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,7 +28,7 @@ from typing import Any, BinaryIO
 from edgetune.documents.document import Document
 from edgetune.documents.forgotten import DIGITS, text_digests
 from edgetune.documents.spool import Spool
-from edgetune.home import home, keyed_digests, private_folder
+from edgetune.home import home, keyed_digests, private_folder, unfinished_folder
 from edgetune.library import adapter_registry as registry
 from edgetune.runtime.errors import DataError
 from edgetune.runtime.files import atomic_write, explain_full_disk, move_file, new_file
@@ -41,6 +43,10 @@ KEPT = 30
 MOST_BYTES = 1 << 30
 """Size of the ledger in bytes from which its oldest runs are dropped; chosen by hand: thirty nights over 500 MB of notes."""
 RECORD, TEXTS, UNDER_WAY = ".json", ".notes", "forgetting"
+UNFINISHED_RECORD = "ledger.json"
+"""Name of a run's entry in the folder of the unfinished run."""
+HALF_WRITTEN_SECONDS = 86_400.0
+"""Age from which a temporary file is one that a killed process left, in seconds. Chosen by hand."""
 _RECORD = FileKind(256 << 20, DataError, "delete it")
 _TEXTS = FileKind(1 << 34, DataError, "delete it")
 
@@ -235,6 +241,7 @@ def tidy() -> None:
     folder = home() / FOLDER
     if not folder.is_dir() or (folder / UNDER_WAY).exists():
         return
+    _delete_half_written(folder)
     found = entries()
     by_base = [[entry for entry in found if entry.base == base] for base in {entry.base for entry in found}]
     if dropped := [entry for own in by_base for entry in _without_adapter(own) + own[:-KEPT]]:
@@ -252,8 +259,9 @@ def drop(run: str) -> None:
 
 
 def drop_unnamed() -> None:
-    """Delete the texts that no run names."""
-    names = known_ids()
+    """Delete the texts that no run names. A run that is not finished names those that were in the ledger when it began."""
+    unfinished = [Entry.load(path) for path in unfinished_folder().glob(f"*/{UNFINISHED_RECORD}")]
+    names = known_ids() | {note.id for entry in unfinished if entry is not None for note in entry.notes}
     drop_texts(lambda name: name not in names)
 
 
@@ -283,6 +291,14 @@ def _rewrite(sources: Sequence[Path], path: Path, is_dropped: Callable[[str], bo
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _delete_half_written(folder: Path) -> None:
+    """Delete the temporary files that killed processes left: they may hold texts that no run names any more."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # its process has just renamed it
+            if time.time() - path.lstat().st_mtime > HALF_WRITTEN_SECONDS:
+                path.unlink()
 
 
 def _without_adapter(own: Sequence[Entry]) -> list[Entry]:

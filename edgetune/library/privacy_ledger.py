@@ -48,7 +48,7 @@ class Entry:
 
 
 def record(entry: Entry) -> None:
-    """Write a run's entry in place of an earlier one of the same run, which did fewer steps. Raises ResourceError."""
+    """Write a run's entry in place of an earlier one of the same run. Raises ResourceError."""
     path = private_folder(home() / FOLDER) / f"{entry.run}.json"
     atomic_write(path, json.dumps({"format": FORMAT, **dataclasses.asdict(entry)}, indent=2) + "\n")
 
@@ -66,6 +66,13 @@ def lineage_of(run: str) -> str | None:
 def others_of(lineage: str, run: str) -> list[Mechanism]:
     """Return the mechanisms of a lineage's runs but for this one."""
     return [entry.mechanism for entry in entries() if entry.lineage == lineage and entry.run != run]
+
+
+def steps_of(run: str, noise_multiplier: float, sample_rate: float) -> int:
+    """Return the steps of this noise and sampling that the ledger has of a run; 0 for a run that it does not know."""
+    found = (entry for entry in entries() if entry.run == run)
+    same = (entry.steps for entry in found if (entry.noise_multiplier, entry.sample_rate) == (noise_multiplier, sample_rate))
+    return max(same, default=0)
 
 
 def _read(path: Path) -> Entry:

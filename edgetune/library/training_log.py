@@ -129,7 +129,8 @@ def _record(piece: bytes) -> dict[str, Any] | None:
     try:
         record = parse(piece)
         unsigned = {name: value for name, value in record.items() if name != "hash"}
-        right = all(name in record for name in ("number", "event", "previous")) and record["hash"] == _hash(unsigned)
+        kinds = (("number", int), ("time", str), ("event", str), ("previous", str))
+        right = all(isinstance(record[name], kind) for name, kind in kinds) and record["hash"] == _hash(unsigned)
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
     return record if right else None

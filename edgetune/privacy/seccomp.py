@@ -58,7 +58,10 @@ MACHINES = {"x86_64": Machine(0xC000003E, 0, 317), "aarch64": Machine(0xC00000B7
 
 @dataclass(frozen=True)
 class Refused:
-    """A system call that fails with `error`: always, or where the comparison of an argument's lower 32 bits comes out so."""
+    """A system call that fails with `error`: always, or where the comparison of an argument's lower 32 bits comes out so.
+
+    Several rules about one call refuse it where any of them does.
+    """
 
     call: str
     argument: int | None = None
@@ -90,12 +93,12 @@ def program(refused: Sequence[Refused], machine: Machine) -> bytes:
 
 
 def _judged(rule: Refused) -> list[bytes]:
-    """Return the instructions that decide on a call whose number is the rule's."""
+    """Return the instructions that refuse a call whose number is the rule's, or load its number again for the next rule."""
     refusal = _decide(_ERROR | rule.error)
     if rule.argument is None:
         return [refusal]
     comparison = _jump(rule.comparison, rule.value, *((0, 1) if rule.outcome else (1, 0)))
-    return [_load(_ARGUMENTS + 8 * rule.argument), comparison, refusal, _decide(_ALLOW)]
+    return [_load(_ARGUMENTS + 8 * rule.argument), comparison, refusal, _load(_NUMBER)]
 
 
 def _load(offset: int) -> bytes:

@@ -83,9 +83,20 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "fcntl": (72, 25),
+    "ioctl": (16, 29),
 }
 """System calls by name, with their numbers on x86-64 (asm/unistd_64.h) and on aarch64 (asm-generic/unistd.h); None where there
 is no such call."""

@@ -132,14 +132,16 @@ def settle(plan: PrivatePlan | None, run: str, base: str, steps: int) -> dict[st
     """
     if plan is None:
         return None
-    mechanism = Mechanism(plan.noise_multiplier, plan.sample_rate, steps)
+    # A run that lost its last checkpoint may end after fewer steps than an adapter of its that was there before.
+    spent_steps = max(steps, ledger.steps_of(run, plan.noise_multiplier, plan.sample_rate))
+    mechanism = Mechanism(plan.noise_multiplier, plan.sample_rate, spent_steps)
     total = spent([*ledger.others_of(plan.lineage, run), mechanism], plan.delta)
     if total > plan.epsilon:
         raise TrainingError(
             f"Another run has spent of the same --private meanwhile: with this one, epsilon would be {total:.2f} and not "
             f"{plan.epsilon:g}. No adapter is saved. Type the same command again, and train one adapter at a time."
         )
-    ledger.record(ledger.Entry(run, plan.lineage, base, plan.noise_multiplier, plan.sample_rate, steps, plan.units))
+    ledger.record(ledger.Entry(run, plan.lineage, base, plan.noise_multiplier, plan.sample_rate, spent_steps, plan.units))
     return {
         "epsilon": plan.epsilon,
         "delta": plan.delta,

@@ -34,8 +34,8 @@ from edgetune.runtime.files import explain_full_disk, private_file, sha256_file
 
 OUTSIDE = "(outside)"
 """Stands for an adapter outside edgetune's own folder, since the name of its folder might tell whose it is."""
-RECORD_FILE, TEXTS_FILE = "ledger.json", "ledger.notes"
-"""Files of the unfinished run's folder: its entry so far, and the texts that are not in the ledger yet."""
+TEXTS_FILE = "ledger.notes"
+"""File of the unfinished run's folder that holds the texts that were not in the ledger when it began."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ def begin_entry(
     texts.unlink(missing_ok=True)
     with explain_full_disk(texts), private_file(texts) as file:
         ledger.write_texts(file, reading.everything, ids, ledger.known_ids())
-    entry.save(folder / RECORD_FILE)
+    entry.save(folder / ledger.UNFINISHED_RECORD)
 
 
 def finish_entry(
     folder: Path, adapter: Path, cut: Cut | None, rival: Path | None, promoted: bool, seconds: float, ended: float | None
 ) -> Entry | None:
     """Add the finished run to the ledger and return its entry; None if it has none (--out, or its record is damaged)."""
-    entry = Entry.load(folder / RECORD_FILE)
+    entry = Entry.load(folder / ledger.UNFINISHED_RECORD)
     if entry is None:
         return None
     entry = dataclasses.replace(

@@ -88,6 +88,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def start(
+    flags: argparse.ArgumentParser,
+    compare: Callable[[argparse.Namespace], None],
+    contend: Callable[[argparse.Namespace], Result],
+) -> None:
+    """Read the command line and compare the contenders or, in the child process of one of them, be that contender."""
+    arguments = flags.parse_args()
+    if arguments.contender:
+        serve(arguments, contend)
+    else:
+        compare(arguments)
+
+
 def serve(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], Result]) -> None:
     """Run the contender in the child process and write its result to the file that the parent reads."""
     arguments.result.write_text(json.dumps(work(arguments)))

@@ -56,11 +56,7 @@ def main() -> None:
     flags.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python and gguf")
     flags.add_argument("--llama-lib", action="append", default=[], metavar="NAME=FOLDER",
                        help="another build of llama.cpp's libraries for the same llama-cpp-python; repeatable")  # fmt: skip
-    arguments = flags.parse_args()
-    if arguments.contender:
-        common.serve(arguments, contend)
-    else:
-        compare(arguments)
+    common.start(flags, compare, contend)
 
 
 # --- the parent -----------------------------------------------------------------------------------------------------

@@ -36,11 +36,7 @@ def main() -> None:
     flags = common.parser(__doc__)
     flags.add_argument("--tokenizer", type=Path, default=common.ROOT.parent / "shared" / "data" / "llama2_tokenizer",
                        help="a folder with a tokenizer for this kind of model")  # fmt: skip
-    arguments = flags.parse_args()
-    if arguments.contender:
-        common.serve(arguments, contend)
-    else:
-        compare(arguments)
+    common.start(flags, compare, contend)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -42,11 +42,7 @@ def main() -> None:
     flags.add_argument("--tokens", type=int, default=512, help="tokens in a row (default: %(default)s)")
     flags.add_argument("--layers", type=int, default=2, help="layers of the model (default: %(default)s)")
     flags.add_argument("--seconds", type=float, default=4.0, help="seconds of each measurement (default: %(default)s)")
-    arguments = flags.parse_args()
-    if arguments.contender:
-        common.serve(arguments, contend)
-    else:
-        compare(arguments)
+    common.start(flags, compare, contend)
 
 
 def compare(arguments: argparse.Namespace) -> None:

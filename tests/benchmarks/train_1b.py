@@ -61,11 +61,7 @@ def main() -> None:
     flags.add_argument(
         "--loss-rows", type=int, default=256, help="rows of logits that edgetune computes at a time (default: %(default)s)"
     )
-    arguments = flags.parse_args()
-    if arguments.contender:
-        common.serve(arguments, contend)
-    else:
-        compare(arguments)
+    common.start(flags, compare, contend)
 
 
 # --- the parent -----------------------------------------------------------------------------------------------------
