@@ -183,7 +183,7 @@ def test_a_machine_that_cannot_multiply_as_the_leader_does_is_refused(place: Pat
     assert prepare_follower(config, base, place / "follower", record).plan.int8 is False
     # The run computes in fp32, for which no machine has int8 kernels.
     leader = dataclasses.replace(record, plan=dataclasses.replace(record.plan, int8=True))
-    with pytest.raises(UsageError, match="Type --compute bf16, the same for all processes"):
+    with pytest.raises(UsageError, match="Type --compute bf16 or fp32, the same for all processes"):
         prepare_follower(config, base, place / "follower", leader)
 
 
