@@ -398,9 +398,9 @@ def row_of(count: int) -> Batch:
     ("family", "dtype"),
     [
         ("qwen2", torch.float32),
-        ("qwen3", torch.bfloat16),
-        ("granite-3", torch.float32),
-        ("phi4-mini", torch.float32),
+        pytest.param("qwen3", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("granite-3", torch.float32, marks=pytest.mark.slow),
+        pytest.param("phi4-mini", torch.float32, marks=pytest.mark.slow),
         ("gemma3", torch.float32),
     ],
 )
