@@ -26,7 +26,7 @@ from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.runner import Runner
 from edgetune.training import evaluation
-from edgetune.training.evaluation import TOKEN_COST, TOKEN_COST_INT8, evaluate, plan_evaluations, score
+from edgetune.training.evaluation import TOKEN_COST, TOKEN_COST_INT8, evaluate, largest_share, plan_evaluations, score
 from edgetune.training.step import StepResult, TrainStep
 from edgetune.training.train import train
 
@@ -282,3 +282,9 @@ def test_positions_that_rope_scaling_adds_count(small: TrainConfig, tmp_path: Pa
     assert events[0].plan["seq_len"] == 1024
     with pytest.raises(UsageError, match="1024 positions"):
         list(train(with_rows(small, model, 1025)))
+
+
+def test_a_night_may_evaluate_for_longer_than_other_runs() -> None:
+    assert largest_share(TrainConfig()) == 0.1
+    assert largest_share(TrainConfig(only_new=True)) == 0.35
+    assert largest_share(TrainConfig(only_new=True, evaluation_share=0.5)) == 0.5

@@ -13,13 +13,14 @@ import pytest
 from simulated_system import Killed, SimulatedSystem, SimulatedTrainer, full_disk
 
 from edgetune.config import NightlyConfig
+from edgetune.events import Evaluated, Event, Started, Stepped
 from edgetune.home import home
 from edgetune.library.privacy_ledger import BudgetSpent
 from edgetune.nights.begin import due_night, manual_night, run_due
 from edgetune.nights.conditions import Level
 from edgetune.nights.install import status_of
 from edgetune.nights.job import FOR_EVER, Job
-from edgetune.nights.night import Means
+from edgetune.nights.night import MEASURED_STEPS, Means, Speed
 from edgetune.nights.record import KEPT, Kind, NightRecord, Outcome, Stage, all_records, record_of
 from edgetune.nights.vault import load_known
 from edgetune.nights.window import last_window, next_start
@@ -224,6 +225,18 @@ def test_a_plan_that_is_too_long_is_made_anew_from_the_measured_speed(place: Pla
     assert 250 < record.steps == record.steps_planned < 310  # 6 hours, less 15% to finish and 10% for evaluations
     assert place.system.now() <= moment("2026-11-28 07:00")
     assert place.trainer.runs == {}
+
+
+def test_a_night_leaves_time_for_evaluations_that_take_more_than_their_share(place: Place) -> None:
+    speed = Speed(place.system, 0.1)
+    plan = {"steps": 500, "published_scores": 0, "gate_scores": 5}
+    events: list[Event] = [Started("adapter", "demo", "cpu", "cpu", plan, 1, 0, (), 1, 1, 1), Evaluated(0, 1.0, 100, 60.0)]
+    events += [Stepped(step, 1.0, 1e-3, 1.0, 100, 10.0, 1000, 0.0) for step in range(1, 2 + MEASURED_STEPS)]
+    fitting = []
+    for event in events:
+        place.system.advance(10.0 if isinstance(event, Stepped) else 0.0)
+        fitting.append(speed.steps_that_fit(event, 1000.0))
+    assert fitting == [None] * (len(events) - 1) + [58]  # 1,000 s less 7 evaluations of 60 s, for steps of 10 s
 
 
 def test_a_training_slower_than_it_was_measured_ends_by_the_deadline(place: Place) -> None:

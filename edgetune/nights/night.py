@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgetune.documents.lineage import NothingNew
 from edgetune.documents.reasons import Reason
-from edgetune.events import Event, Finished, Started, Stepped
+from edgetune.events import Evaluated, Event, Finished, Started, Stepped
 from edgetune.library.gate import Verdict
 from edgetune.library.privacy_ledger import BudgetSpent
 from edgetune.nights.conditions import Obstacle, Rules, System
@@ -360,18 +360,22 @@ def _name_of(adapter: str | None) -> str | None:
 
 
 class Speed:
-    """Measures the speed of a run's first steps, and says how many steps fit into the time that is left."""
+    """Measures the speed of a run's first steps and evaluation, and says how many steps fit into the time that is left."""
 
     def __init__(self, system: System, evaluation_share: float) -> None:
         self.system, self.evaluation_share = system, evaluation_share
-        self._planned = 0
+        self._planned = self._evaluations = 0
+        self._evaluation_seconds = 0.0
         self._first: tuple[int, float] | None = None
 
     def steps_that_fit(self, event: Event, seconds_left: float) -> int | None:
         """Take an event of the run. Return the steps that fit once the speed is known and the plan has more, else None."""
         if isinstance(event, Started):
-            steps = event.plan.get("steps")
+            steps, published, gate = (event.plan.get(name) for name in ("steps", "published_scores", "gate_scores"))
             self._planned = steps if isinstance(steps, int) else 0
+            self._evaluations = 2 + sum(count for count in (published, gate) if isinstance(count, int))
+        if isinstance(event, Evaluated) and event.step == 0:
+            self._evaluation_seconds = self._evaluations * event.seconds
         if not isinstance(event, Stepped) or not self._planned:
             return None
         if self._first is None:  # the first step also warms the machine up
@@ -380,5 +384,5 @@ class Speed:
         if event.step - step != MEASURED_STEPS:
             return None
         seconds = max(self.system.monotonic() - since, 1e-6) / MEASURED_STEPS
-        fitting = int(seconds_left * (1 - self.evaluation_share) / seconds)
+        fitting = int((seconds_left - max(self.evaluation_share * seconds_left, self._evaluation_seconds)) / seconds)
         return fitting if self._planned - event.step > fitting else None

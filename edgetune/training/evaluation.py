@@ -38,6 +38,8 @@ FEWEST_TOKENS = 2048
 NIGHT_TOKENS = 8192
 """Held-out tokens that a night's evaluation reads, if there are so many, whatever its share of the work: a night with few new
 notes is short, and a share of it would judge by too few held-out ones. Chosen by hand: 16 rows of the default length."""
+NIGHT_SHARE = 0.35
+"""Largest share of a night's time (0 to 1) that its evaluations take in order to read so many tokens; chosen by hand."""
 TOKEN_COST = 0.6
 """Time that an evaluation takes per token, relative to training. Measured: 0.45 on two Zen 4 cores with a model of 16M
 parameters. Rounded up by hand, since a forward pass alone has half of the products of forward and backward."""
@@ -82,6 +84,11 @@ def plan_evaluations(
     share = min(every / steps / 2, 1 / (-(-steps // every) + 1 + more))
     least = min(NIGHT_TOKENS, set_tokens) if config.only_new else 1
     return every, max(int(affordable * share), least, 1)
+
+
+def largest_share(config: TrainConfig) -> float:
+    """Return the largest share of a run's time that evaluations take: more in a night, which must be judged to be of use."""
+    return max(config.evaluation_share, NIGHT_SHARE) if config.only_new else config.evaluation_share
 
 
 def score(

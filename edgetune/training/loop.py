@@ -127,7 +127,7 @@ class TrainingLoop:
         if self.writer.is_due(self.evaluation_seconds):
             yield self._save_checkpoint()
         # A deadline may come long before the end of the plan, which this evaluation is made for.
-        share = self.config.evaluation_share / (2 + self.plan.published_scores + self.plan.gate_scores)
+        share = evaluation.largest_share(self.config) / (2 + self.plan.published_scores + self.plan.gate_scores)
         first = None if self.cut is None else self.cut.before
         score = self._score(share * self.deadline.seconds_left(), first) if step == 0 else self._score()
         self.state.evaluated_step = step
