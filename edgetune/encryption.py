@@ -1,7 +1,7 @@
-"""Knows if the data folder is encrypted at rest, which of its files are, and asks the keychain for their key.
+"""Tells if the data folder is encrypted at rest and which of its files are, and asks the keychain for their key.
 
-encryption.json in the data folder says it: the state, the id of the key in the keychain, and a check value by which a wrong key
-is recognised. It holds no secret.
+encryption.json in the data folder holds the state, the id of the key in the keychain, and a check value by which a wrong key
+is recognised. None of them is secret.
 """
 
 from __future__ import annotations

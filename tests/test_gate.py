@@ -163,7 +163,7 @@ def test_the_reasons_hold_the_figures() -> None:
         "The new adapter writes 60 of 1,000 passages of your notes word for word (6.0%); 5.0% is allowed."
     )
     assert decide(Evidence(BETTER, recognised=Recognised(0.9, 0.81, 0.8))).reason == (
-        "The new adapter tells trained notes from others 90% of the time, at least 81% beyond chance; 80% is allowed."
+        "The new adapter tells trained notes from others 90% of the time (chance apart, at least 81%); 80% is allowed."
     )
     assert "15.0% worse than the bare base; 10% is allowed" in decide(Evidence(BETTER, Change(1.0, 1.15))).reason
 

@@ -107,6 +107,23 @@ def test_a_thread_that_is_late_holds_up_only_the_piece_that_it_has_taken() -> No
     assert {slot for index, slot in taken.items() if index > 0} == {1 - taken[0]}
 
 
+def test_a_thread_that_is_late_for_a_job_takes_no_piece_of_the_next_one() -> None:
+    """Else a piece would be run twice, or the caller would wait for ever."""
+    code = """
+import collections, ctypes
+kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+share_out, wrong = library.load().et_share_out, 0
+share_out.argtypes = [ctypes.c_int, ctypes.c_int64, kind]
+library.load().et_delay(200)
+for number in range(400):
+    taken, pieces = collections.Counter(), 2 if number % 2 else 9
+    share_out(3, pieces, kind(lambda _, index, slot: taken.update([index])))
+    wrong += taken != dict.fromkeys(range(pieces), 1)
+print(wrong)
+"""
+    assert run(code) == ["0"]
+
+
 def test_the_team_has_as_many_threads_as_the_largest_call_asked_for() -> None:
     code = """
 sizes = [team()]

@@ -39,7 +39,7 @@ mount umount2 move_mount open_tree fsopen fsmount mount_setattr pivot_root chroo
 bpf perf_event_open userfaultfd add_key request_key keyctl mq_open mq_unlink
 shmget shmat shmctl semget semop semtimedop semctl msgget msgsnd msgrcv msgctl
 """
-"""Calls that a parser has no business with, and that have let programs out of their cages, or reach other programs."""
+"""Calls that no parser needs, and that have let programs out of their cages, or that reach other programs."""
 
 
 def refused_calls() -> list[Refused]:

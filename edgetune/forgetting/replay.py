@@ -107,7 +107,7 @@ def _repeated(
 
 
 def _tried(entry: Entry, parent: str | None) -> str:
-    """Return what stands for the notes of a night and the adapter that it starts from; of another run, for nothing else."""
+    """Return a digest of a night's notes and the adapter that it starts from. Any other run has a digest of its own."""
     ids = sorted(note.id for note in entry.notes) if entry.is_night else [entry.run]
     return hashlib.sha256(f"{parent} {ids}".encode()).hexdigest()
 
@@ -189,7 +189,7 @@ def _is_untouched(base: BaseJob) -> bool:
 
 
 def _restore_current(base: BaseJob) -> None:
-    """Make the adapter current that the user used, repeated, where they had gone back to an earlier one than the last."""
+    """Make current what came of the adapter that the user used, where they had gone back to an earlier one than the last."""
     if base.used in base.repeated and base.used != base.current and _is_untouched(base):
         name = base.used
         model = next((entry.model for entry in ledger.entries(base.base) if entry.run == name), None)

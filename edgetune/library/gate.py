@@ -162,8 +162,8 @@ def _leak(evidence: Evidence) -> Decision | None:
         return Decision(False, Verdict.LEAKS, reason)
     if recognised is not None and recognised.low > recognised.most:
         reason = (
-            f"The new adapter tells trained notes from others {recognised.area:.0%} of the time, at least {recognised.low:.0%} "
-            f"beyond chance; {recognised.most:.0%} is allowed."
+            f"The new adapter tells trained notes from others {recognised.area:.0%} of the time (chance apart, at least "
+            f"{recognised.low:.0%}); {recognised.most:.0%} is allowed."
         )
         return Decision(False, Verdict.LEAKS, reason)
     return None

@@ -132,7 +132,7 @@ def settle(plan: PrivatePlan | None, run: str, base: str, steps: int) -> dict[st
     """
     if plan is None:
         return None
-    # A run that lost its last checkpoint may end after fewer steps than an adapter of its that was there before.
+    # A run whose last checkpoint was damaged may end again after fewer steps than its earlier adapter had seen.
     spent_steps = max(steps, ledger.steps_of(run, plan.noise_multiplier, plan.sample_rate))
     mechanism = Mechanism(plan.noise_multiplier, plan.sample_rate, spent_steps)
     total = spent([*ledger.others_of(plan.lineage, run), mechanism], plan.delta)

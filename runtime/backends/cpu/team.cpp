@@ -7,7 +7,8 @@
 //
 // A job is handed out through one 64-bit word, `tickets`: the job's number, and the next piece of it that is free. A thread
 // takes a piece by raising the word, which fails if the job has changed; only then are the job's other fields sure to be this
-// job's. They are not rewritten before all pieces that were taken are done.
+// job's. They are not rewritten before all pieces that were taken are done, nor before `tickets` is closed: a thread that is late
+// could otherwise take the new job's fields for those of the old one, whose word is still there.
 //
 // The STL is allowed here and in dispatch.cpp, which are compiled for the oldest CPU, as it is not in kernels (kernels.h).
 #include <atomic>
@@ -114,12 +115,13 @@ struct Team {
     int size = 1;                   // threads that were started, the caller included; of the caller that holds the team
 };
 Team first_team;
+constexpr uint64_t CLOSED = UINT32_MAX;  // `tickets` while a job's fields are written: no piece has this number
 Team* team = &first_team;
 
-// For tests: the longest time in microseconds for which a thread sleeps before a piece.
+// For tests: the longest time in microseconds for which a thread sleeps before a piece, and where two threads may cross.
 Word longest_delay{0};
 
-// Sleep before one piece in four, for a time that differs from piece to piece.
+// Sleep one time in four, for a time that differs from call to call.
 void delay() {
     const uint32_t longest = longest_delay.load(std::memory_order_relaxed);
     if (longest == 0) return;
@@ -141,6 +143,7 @@ void delay() {
 bool take_pieces(Team& t, uint32_t number, uint32_t slot) {
     for (;;) {
         uint64_t ticket = t.tickets.load(std::memory_order_acquire);
+        delay();
         const Piece piece = t.piece.load(std::memory_order_relaxed);
         void* argument = t.argument.load(std::memory_order_relaxed);
         const uint32_t pieces = t.pieces.load(std::memory_order_relaxed), index = uint32_t(ticket);
@@ -220,9 +223,11 @@ Team* hold(int threads) {
 // Hand a job out to at most `threads` threads, work on it as well, return when it is done, and let go of the team.
 void run_job(Team& t, uint32_t threads, uint32_t pieces, bool once, Piece piece, void* argument) {
     const uint32_t number = t.job.load(std::memory_order_relaxed) + 1;
+    t.tickets.exchange(CLOSED, std::memory_order_acq_rel);
     t.piece.store(piece, std::memory_order_relaxed), t.argument.store(argument, std::memory_order_relaxed);
     t.pieces.store(pieces, std::memory_order_relaxed), t.threads.store(threads, std::memory_order_relaxed);
     t.once.store(once, std::memory_order_relaxed), t.done.store(0, std::memory_order_relaxed);
+    delay();
     t.tickets.store(uint64_t(number) << 32, std::memory_order_release);
     t.job.store(number);
     tell(t.job, t.idle);
@@ -271,7 +276,7 @@ void meet(Meeting* meeting, int count) {
 
 }  // namespace edgetune
 
-// For tests of the library: let threads sleep up to `microseconds` before pieces, at random; 0 ends it.
+// For tests of the library: let threads sleep up to `microseconds` before pieces and between them, at random; 0 ends it.
 ET_EXPORT void et_delay(int microseconds) { edgetune::longest_delay.store(uint32_t(microseconds)); }
 // For tests of the library: return the number of threads in the team, the caller included.
 ET_EXPORT int et_team_size() { return edgetune::team->size; }
