@@ -197,6 +197,7 @@ def test_a_file_that_another_program_changes_meanwhile_is_not_lost(answering: Fi
     assert read_own(path).startswith(b"newer")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_it_waits_for_no_run_and_changes_nothing_while_one_is_going(answering: FileKeychain) -> None:
     fill()
     before = tree()
