@@ -129,7 +129,8 @@ class Night:
                     finished = self._session(watch)
             except BeforeStart:
                 finished = None
-            self.record.working_seconds += self.system.monotonic() - began
+            finally:
+                self.record.working_seconds += self.system.monotonic() - began
             if finished is not None:
                 return finished
             self._after_stop(watch.why)

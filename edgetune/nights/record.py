@@ -196,6 +196,12 @@ def all_records() -> list[NightRecord]:
     return sorted((record for record in found if record is not None), key=lambda record: record.began)
 
 
+def night_since(moment: float) -> str | None:
+    """Return the sentence of the last night if it began after a time in seconds since 1970 and trained no adapter, or None."""
+    ended = [record for record in all_records() if record.outcome is not None and record.kind is not Kind.TRIAL]
+    return ended[-1].sentence if ended and ended[-1].began > moment and ended[-1].adapter is None else None
+
+
 def tidy() -> None:
     """Delete the records of all but the last KEPT nights, and what a crash left of a record that was being written."""
     paths = sorted(nights_folder().glob(f"{_PREFIX}*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
