@@ -23,10 +23,10 @@ from edgetune.encryption import FILE as STATE_FILE
 from edgetune.home import home, private_folder
 from edgetune.lock import Lock
 from edgetune.progress import Progress, ignore
-from edgetune.runtime.cipher import KEY_BYTES, Cipher
+from edgetune.runtime.cipher import KEY_BYTES, Cipher, final_name
 from edgetune.runtime.encrypted_file import EncryptedWriter, decrypted, is_encrypted
 from edgetune.runtime.errors import BusyError, DataError, LockedError, UsageError
-from edgetune.runtime.files import explain_full_disk, plain_temporary, sync_folder
+from edgetune.runtime.files import explain_full_disk, mend, plain_temporary, sync_folder
 from edgetune.scratch import delete_leftovers
 
 PLAIN = (
@@ -128,6 +128,7 @@ def _nothing_running(folder: Path) -> Iterator[None]:
             for path in sorted((folder / name).glob("*.lock")):
                 if path != own:
                     locks.enter_context(Lock(path, "edgetune's folder"))
+        mend(folder / STATE_FILE)
         yield
 
 
@@ -155,6 +156,7 @@ def _with_key(folder: Path) -> Encryption:
 
 def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -> Converted:
     """Bring every covered file to one form."""
+    _delete_half_written(folder)
     paths = covered_files(folder)
     waiting = [path for path in paths if is_encrypted(path) is not encrypts]
     sizes = [path.stat().st_size for path in waiting]
@@ -170,6 +172,13 @@ def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -
         done += size
         progress(done, sum(sizes))
     return Converted(str(folder), len(waiting) - len(damaged), sum(sizes), len(paths) - len(waiting), tuple(damaged))
+
+
+def _delete_half_written(folder: Path) -> None:
+    """Delete the temporary files of killed processes: one that was half converted could never be read or converted again."""
+    for path in covered_files(folder):
+        if final_name(Path(path.name)) != path.name:
+            path.unlink(missing_ok=True)
 
 
 def _convert_file(path: Path, cipher: Cipher | None, tell: Callable[[int], object]) -> None:
