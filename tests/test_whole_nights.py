@@ -76,6 +76,9 @@ def test_nights_learn_from_yesterdays_adapter_what_is_new_and_stop_where_notes_a
     for number in range(240, 246):
         nights.write(number, "was painted")
     nights.write(0, "was sold")
+    (nights.vault / "9.md").rename(nights.vault / "renamed.md")
+    for name in ("8.md", "renamed.md"):  # the text that they had, at another time
+        os.utime(nights.vault / name, (later + 60, later + 60))
     second = nights.night()
     assert (second.new_notes, second.changed_notes, second.parent) == (6, 1, first.adapter)
     assert second.verdict != "too few", "a short night still reads enough held-out notes"
@@ -89,7 +92,7 @@ def test_nights_learn_from_yesterdays_adapter_what_is_new_and_stop_where_notes_a
     assert current.adapter.name == now_current
 
     for number in range(100):
-        (nights.vault / f"{number}.md").unlink()
+        (nights.vault / f"{number}.md").unlink(missing_ok=True)
     assert nights.night().outcome is Outcome.NOTES_MISSING
     assert len(nights.started) == 2
     assert registry.get_current(base) == current

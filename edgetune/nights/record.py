@@ -85,6 +85,7 @@ class NightRecord:
     steps: int = 0
     notes: int = 0
     new_notes: int = 0
+    """Notes that are new to the current adapter: by name, size and time, and by their text once they are read."""
     changed_notes: int = 0
     gone_notes: int = 0
     deferred_notes: int = 0
