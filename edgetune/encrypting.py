@@ -26,7 +26,7 @@ from edgetune.progress import Progress, ignore
 from edgetune.runtime.cipher import KEY_BYTES, Cipher
 from edgetune.runtime.encrypted_file import EncryptedWriter, decrypted, is_encrypted
 from edgetune.runtime.errors import BusyError, DataError, LockedError, UsageError
-from edgetune.runtime.files import explain_full_disk, plain_temporary, sync_folder
+from edgetune.runtime.files import explain_full_disk, mend, plain_temporary, sync_folder
 from edgetune.scratch import delete_leftovers
 
 PLAIN = (
@@ -128,6 +128,7 @@ def _nothing_running(folder: Path) -> Iterator[None]:
             for path in sorted((folder / name).glob("*.lock")):
                 if path != own:
                     locks.enter_context(Lock(path, "edgetune's folder"))
+        mend(folder / STATE_FILE)
         yield
 
 
@@ -154,7 +155,8 @@ def _with_key(folder: Path) -> Encryption:
 
 
 def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -> Converted:
-    """Bring every covered file to one form. What a killed process left half encrypted is deleted."""
+    """Bring every covered file to one form."""
+    _delete_half_written(folder)
     paths = covered_files(folder)
     waiting = [path for path in paths if is_encrypted(path) is not encrypts]
     sizes = [path.stat().st_size for path in waiting]
@@ -164,10 +166,7 @@ def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -
         try:
             _convert_file(path, cipher if encrypts else None, tell)
         except DataError:
-            if _is_half_written(path):
-                path.unlink()
-            else:
-                damaged.append(str(path))
+            damaged.append(str(path))
         except FileNotFoundError:  # a command that only reads may have deleted it
             pass
         done += size
@@ -175,10 +174,12 @@ def _convert(folder: Path, cipher: Cipher, encrypts: bool, progress: Progress) -
     return Converted(str(folder), len(waiting) - len(damaged), sum(sizes), len(paths) - len(waiting), tuple(damaged))
 
 
-def _is_half_written(path: Path) -> bool:
-    """Return True for a file that a killed process had not finished. What it had moved aside is whole, and does not count."""
-    parts = [part for part in path.parts if part.startswith(".") and part.endswith(".tmp")]
-    return bool(parts) and not any(".old." in part for part in parts)
+def _delete_half_written(folder: Path) -> None:
+    """Delete what killed processes had not finished: half converted, it could never be read. What they moved aside is whole."""
+    for path in covered_files(folder):
+        parts = [part for part in path.relative_to(folder).parts if part.startswith(".") and part.endswith(".tmp")]
+        if parts and not any(".old." in part for part in parts):
+            path.unlink(missing_ok=True)
 
 
 def _convert_file(path: Path, cipher: Cipher | None, tell: Callable[[int], object]) -> None:

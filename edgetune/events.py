@@ -49,7 +49,8 @@ class Started(Event):
 
     `documents` and `tokens` count what is trained on; held-out documents are counted apart. Each notice is a sentence for the
     user about what was not read as it is. `masked` counts, by kind, the secrets and personal identifiers that placeholders
-    replaced.
+    replaced. `new_documents` and `changed_documents` count, held-out ones included, those that the adapter to start from does
+    not know, and those that have another text than it knows.
     """
 
     kind: ClassVar[str] = "started"
@@ -66,6 +67,8 @@ class Started(Event):
     parameters: int
     notices: tuple[str, ...] = ()
     masked: dict[str, int] = dataclasses.field(default_factory=dict)
+    new_documents: int | None = None
+    changed_documents: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

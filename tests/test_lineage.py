@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.documents.document import Document, Turn
 from edgetune.documents.heldout import END, HeldOutSplit, split_held_out
-from edgetune.documents.lineage import KEY, MARK_DIGITS, Known, Lineage, replayed
+from edgetune.documents.lineage import KEY, MARK_DIGITS, Known, Lineage, new_and_changed, replayed
 from edgetune.events import Event, Finished, Started
 from edgetune.runtime import peft_folder
 from edgetune.training.run_notes import notes_to_train
@@ -77,6 +77,17 @@ def test_a_chat_is_known_by_its_text_alone() -> None:
     assert len(lineage.trained) == 19
     moved = [chat(1, "new"), *(chat(line + 1, f"answer {line}") for line in range(1, 20))]
     assert Known.among(moved, lineage).unchanged == {document.digest for document in learnt}
+
+
+def test_new_and_changed_notes_are_told_by_their_texts_alone() -> None:
+    first = notes(40)
+    _, lineage = night(first, Lineage())
+    renamed = Document.of("renamed.md", first[0].text)
+    edited = [Document.of(document.path, document.text + "and more") for document in first[1:4]]
+    chat = Document.of("c.jsonl#1", "q answer", (Turn("user", "q"), Turn("assistant", "answer")))
+    documents = [renamed, *edited, *first[4:], *notes(2, 400, "new"), chat]
+    assert new_and_changed(documents, lineage) == (3, 3)
+    assert new_and_changed(documents, Lineage()) == (len(documents), 0)
 
 
 def test_all_new_and_changed_notes_are_trained_and_a_share_of_the_others() -> None:

@@ -237,6 +237,17 @@ def test_a_scheduler_that_refuses_leaves_no_job_behind(tools: Path, notes: Path)
     assert not (home() / "nightly.json").exists()
 
 
+@unix
+def test_private_nights_are_not_installed_without_what_they_need(
+    tools: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
+    outcome = edgetune("install", str(notes), "--private", "8", "--scheduler", "cron", "--no-trial")
+    assert "pip install 'edgetune[private]'" in str(outcome.exception)
+    assert not (home() / "nightly.json").exists()
+    assert not (tools / "table").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

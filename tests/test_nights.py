@@ -124,7 +124,7 @@ def test_notes_that_were_tried_in_vain_are_learnt_with_newer_ones_and_not_tried_
     (place.vault / "note 3.md").unlink()
     same = place.night()
     assert (same.outcome, len(place.trainer.trained)) == (Outcome.NOTHING_NEW, 1)
-    assert same.reason == "The same 9 new notes and 0 changed notes were tried already."
+    assert same.reason == "What is new was tried already, and is tried again together with newer notes."
     place.tomorrow()
     place.write("new.md")
     place.trainer.next_gain = lambda: 0.1

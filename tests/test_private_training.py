@@ -354,7 +354,7 @@ def test_a_lineage_shares_its_epsilon_until_nothing_is_left(notes: Path, base: P
     assert second.privacy is not None
     assert first.privacy["spent"] < 6.5 < second.privacy["spent"] <= 8
     assert second.privacy["lineage"] == first.privacy["lineage"]
-    with pytest.raises(ledger.BudgetSpent, match=r"have spent epsilon \d\.\d\d of the 8 that --private allows"):
+    with pytest.raises(ledger.BudgetSpent, match=r"have spent epsilon \d\.\d\d at delta 0\.0\d+, and --private allows 8"):
         list(train(config(notes, base, steps=2, private="8,runs=2", from_adapter=second.adapter)))
     assert len(ledger.entries()) == 2
 

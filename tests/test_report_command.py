@@ -17,6 +17,7 @@ from edgetune.events import EventLog, Finished, Started
 from edgetune.home import home
 from edgetune.library.gate import Change, Evidence, Extracted, PairedDocument, Verdict, decide
 from edgetune.library.promotion import promote, rollback
+from edgetune.nights.record import Kind, NightRecord, Outcome
 from edgetune.reports import desktop
 from edgetune.reports.html import render, write_report
 from edgetune.reports.terminal import finished_lines
@@ -157,8 +158,20 @@ def test_the_command_finds_the_latest_report() -> None:
     assert record == {
         "run": "2026-11-28-010000", "path": str(latest), "sentence": SENTENCES["better", False], "adapter": "night",
         "promoted": True, "decision": {"verdict": "better", "reason": "Because it is so.", "first": False},
-        "in_use": False, "encrypted": False,
+        "in_use": False, "encrypted": False, "later_night": None,
     }  # fmt: skip
+
+
+def test_a_later_night_that_trained_nothing_is_told_too() -> None:
+    write_run("2026-11-27-010000", STARTED, finished("better"), at=1000.0)
+    NightRecord("2026-11-26", Kind.NIGHT, 900.0, 2000.0, outcome=Outcome.NOTHING_NEW).save()
+    assert "Since then:" not in run("report").stdout
+    NightRecord("2026-11-28", Kind.NIGHT, 1100.0, 2000.0, outcome=Outcome.PRIVACY_SPENT, reason="All is spent.").save()
+    sentence = "Night 2026-11-28: no privacy left; nothing changed. All is spent."
+    assert run("report").stdout.splitlines()[-2] == f"Since then: {sentence}"
+    assert json.loads(run("report", "--json").stdout)["later_night"] == sentence
+    NightRecord("2026-11-29", Kind.NIGHT, 1200.0, 2000.0, outcome=Outcome.NOT_BETTER, adapter="it").save()
+    assert "Since then:" not in run("report").stdout
 
 
 def test_an_adapter_that_was_rolled_back_is_not_said_to_be_in_use(tmp_path: Path) -> None:

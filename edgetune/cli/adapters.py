@@ -186,7 +186,10 @@ def log_command(as_json: bool) -> None:
             click.echo(fault)
         state = "broken" if log.faults else "whole"
         torn = " The last line is half written: a crash." if log.is_torn else ""
-        click.echo(f"{counted(len(log.lines), 'line')}, the chain is {state}; last hash {log.last_hash}.{torn}")
+        if log.lines or log.faults or log.is_torn:
+            click.echo(f"{counted(len(log.lines), 'line')}, the chain is {state}; last hash {log.last_hash}.{torn}")
+        else:
+            click.echo("Nothing is logged yet: the first `edgetune train` or night writes the first line.")
     if log.faults:
         raise click.exceptions.Exit(1)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import json_option, print_json, progress_shown
+from edgetune.cli.options import json_option, print_json, progress_shown, told_to_continue
 from edgetune.progress import Progress, Stages
 from edgetune.reports.text import counted, human_bytes, one_line
 
@@ -58,7 +58,7 @@ def decrypt_command(as_json: bool) -> None:
 
 def _shown(stage: str, convert: Callable[[Progress], Converted]) -> Converted:
     """Convert the data folder while showing how far that is."""
-    with progress_shown() as show:
+    with told_to_continue(), progress_shown() as show:
         return convert(Stages(show).of(stage))
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgetune.cli.options import json_option, print_json, progress_shown, say
+from edgetune.cli.options import json_option, print_json, progress_shown, say, told_to_continue
 from edgetune.conversion.cost import Cost, Unmeasured
 from edgetune.progress import Stages
 from edgetune.reports.streams import work_goes_on
@@ -96,16 +94,6 @@ def _forget(name: str, as_json: bool) -> None:
         click.echo(f"Deleted the converted form of {one_line(name)}: {human_bytes(freed)} are free again. Its GGUF file stays.")
 
 
-@contextlib.contextmanager
-def _told_to_continue() -> Iterator[None]:
-    """Say on Ctrl-C that the same command continues the work."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say("Nothing is lost: run the same command again to continue.")
-        raise
-
-
 @click.command("quantize")
 @click.argument("src", type=click.Path())
 @click.argument("dest", type=click.Path())
@@ -146,7 +134,7 @@ def quantize_command(
     if calibrate:
         needed = human_bytes(memory_to_calibrate(src))
         say(f"Calibrating takes up to {needed} of memory beyond the program itself and the model's mapped file.")
-    with _told_to_continue(), work_goes_on(), progress_shown() as show:
+    with told_to_continue(), work_goes_on(), progress_shown() as show:
         made = quantise(
             src,
             Path(dest).expanduser(),

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SILENT_OUTCOMES = ("nothing new", "paused", "stopped", "works")
 """Outcomes of nights for which --notify shows nothing: they need nobody's attention, or the user is there."""
+FAILED_OUTCOMES = ("failed", "notes missing", "no privacy left")
+"""Outcomes of nights with which `edgetune nightly run` exits with 1: every night ends so until somebody does something."""
 MOST_DAYS, MOST_MINUTES = 3650, 1440
 """Longest pause in days, and longest night that the user begins in minutes; chosen by hand."""
 
@@ -77,6 +79,7 @@ def install_command(
     """
     from edgetune.library.loading import choose_model
     from edgetune.nights import install as installing
+    from edgetune.privacy.accounting import check_installed
 
     times = NightlyConfig(at, until, battery, bool(wake), bool(notify), scheduler)
     given = {name: value for name, value in flags.items() if value is not None and value != ()}
@@ -89,6 +92,8 @@ def install_command(
         return
     say(f"{count:,} notes and chats can be read. For {found.name}, edgetune writes:")
     _say_plan(job, found)
+    if job.train_config().private is not None:
+        check_installed()
     installing.install(job, found)
     trial = None if no_trial else _trial(job, found)
     notices = [*found.notices(), *_trial_notices(trial, found.name, no_trial)]
@@ -171,7 +176,7 @@ def run_command(minutes: float | None, fewer_notes: bool, scheduled: bool, varia
         click.echo(one_line(record.sentence))
     if caught:
         sys.exit(128 + caught[0])
-    sys.exit(1 if record.outcome in ("failed", "notes missing") else 0)
+    sys.exit(1 if record.outcome in FAILED_OUTCOMES else 0)
 
 
 @nightly_command.command("pause")

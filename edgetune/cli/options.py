@@ -184,6 +184,16 @@ def progress_shown() -> Iterator[Show]:
         yield shown.show
 
 
+@contextlib.contextmanager
+def told_to_continue() -> Iterator[None]:
+    """Say on Ctrl-C that the same command continues the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("Nothing is lost: run the same command again to continue.")
+        raise
+
+
 def confirmed(question: str, unanswered: str) -> bool:
     """Ask a question, and return True for a yes. Raises UsageError with the sentence `unanswered` where nobody can answer."""
     from edgetune.runtime.errors import UsageError

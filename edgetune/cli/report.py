@@ -24,6 +24,7 @@ def report_command(opens: bool, path_only: bool, out: Path | None, as_json: bool
     A report that is encrypted (edgetune encrypt) is not opened, since a browser needs a plain file: name one with --out.
     """
     from edgetune.library.kept_adapters import is_in_use
+    from edgetune.nights.record import night_since
     from edgetune.reports.desktop import open_file
     from edgetune.reports.latest import latest_report
     from edgetune.runtime.encrypted_file import is_encrypted
@@ -42,8 +43,10 @@ def report_command(opens: bool, path_only: bool, out: Path | None, as_json: bool
         atomic_write(path, read_own(latest.path))
     hidden = is_encrypted(path)
     used = None if latest.adapter is None else is_in_use(Path(latest.adapter))
+    night = night_since(Path(latest.path).stat().st_mtime)
     if as_json:
-        print_json({**dataclasses.asdict(latest), "path": str(path), "encrypted": hidden, "in_use": used})
+        more = {"path": str(path), "encrypted": hidden, "in_use": used, "later_night": night}
+        print_json({**dataclasses.asdict(latest), **more})
         return
     if path_only:
         click.echo(path)
@@ -51,6 +54,8 @@ def report_command(opens: bool, path_only: bool, out: Path | None, as_json: bool
     click.echo(latest.sentence or f"The run {one_line(latest.run)} is not finished, or its events cannot be read.")
     if latest.promoted and used is False:
         click.echo("Since then another adapter was made current, or none: `edgetune adapters list` marks those in use.")
+    if night is not None:
+        click.echo(f"Since then: {one_line(night)}")
     if hidden:
         click.echo("The report is encrypted. To read it, type for example: edgetune report --out report.html")
         return

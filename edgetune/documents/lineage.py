@@ -107,6 +107,16 @@ class Known:
         return cls(**{name: frozenset(digests) for name, digests in sides.items()})
 
 
+def new_and_changed(documents: Sequence[Document], lineage: Lineage) -> tuple[int, int]:
+    """Return how many documents an adapter with these marks does not know, and how many have another text than it knows."""
+    known, new, changed = lineage.trained | lineage.held_out | lineage.cut, 0, 0
+    for text, *path in marks_of(documents):
+        if text not in known:
+            has_changed = not known.isdisjoint(path)
+            new, changed = new + (not has_changed), changed + has_changed
+    return new, changed
+
+
 def replayed(documents: Iterable[Document], wanted: float, seed: int, nights: int) -> list[Document]:
     """Return the learnt `documents` to learn again, in their order: the fewest that come to `wanted` bytes.
 

@@ -37,7 +37,6 @@ from edgetune.nights.vault import (
 from edgetune.nights.watch import LOOKED_EVERY, BeforeStart, End, Watch
 from edgetune.nights.window import Deadline, elapsed
 from edgetune.progress import Show
-from edgetune.reports.text import counted
 from edgetune.runtime.errors import EdgetuneError, ResourceError, UsageError
 
 WAIT_SECONDS = 30.0
@@ -129,7 +128,8 @@ class Night:
                     finished = self._session(watch)
             except BeforeStart:
                 finished = None
-            self.record.working_seconds += self.system.monotonic() - began
+            finally:
+                self.record.working_seconds += self.system.monotonic() - began
             if finished is not None:
                 return finished
             self._after_stop(watch.why)
@@ -236,10 +236,7 @@ class Night:
             raise _Ended(Outcome.NOTHING_NEW)
         if tried is not None and not looked.untried:
             dataclasses.replace(looked.known, adapter=tried.adapter).save(TRIED)
-            reason = (
-                f"The same {counted(looked.new, 'new note')} and {counted(looked.changed, 'changed note')} were tried already."
-            )
-            raise _Ended(Outcome.NOTHING_NEW, reason)
+            raise _Ended(Outcome.NOTHING_NEW, "What is new was tried already, and is tried again together with newer notes.")
 
     def _check_parent(self, show: Show) -> None:
         """Raise _Ended if the current adapter is not the one that the night began with."""
@@ -281,6 +278,8 @@ class Night:
         assert tonight is not None
         if isinstance(event, Started):
             tonight.run, record.masked = event.run, dict(event.masked)
+            if event.new_documents is not None and event.changed_documents is not None:
+                record.new_notes, record.changed_notes = event.new_documents, event.changed_documents
             tonight.save()
             record.save()
         if isinstance(event, Stepped) and record.kind is Kind.TRIAL and event.step >= TRIAL_STEPS:

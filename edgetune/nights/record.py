@@ -85,6 +85,7 @@ class NightRecord:
     steps: int = 0
     notes: int = 0
     new_notes: int = 0
+    """Notes that are new to the current adapter: by name, size and time, and by their text once they are read."""
     changed_notes: int = 0
     gone_notes: int = 0
     deferred_notes: int = 0
@@ -194,6 +195,12 @@ def all_records() -> list[NightRecord]:
     """Return the records that are kept, oldest first."""
     found = (load_record(path) for path in nights_folder().glob(f"{_PREFIX}*{_SUFFIX}"))
     return sorted((record for record in found if record is not None), key=lambda record: record.began)
+
+
+def night_since(moment: float) -> str | None:
+    """Return the sentence of the last night if it began after a time in seconds since 1970 and trained no adapter, or None."""
+    ended = [record for record in all_records() if record.outcome is not None and record.kind is not Kind.TRIAL]
+    return ended[-1].sentence if ended and ended[-1].began > moment and ended[-1].adapter is None else None
 
 
 def tidy() -> None:

@@ -156,6 +156,8 @@ class TrainingLoop:
             parameters=self.model.config.parameters,
             notices=record.notices,
             masked=record.masked,
+            new_documents=record.new_documents,
+            changed_documents=record.changed_documents,
         )
 
     def _ends_early(self, first: int) -> bool:

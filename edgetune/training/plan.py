@@ -88,6 +88,10 @@ class RunRecord:
     """Marks of the notes for the next adapter (documents/lineage.py)."""
     masked: dict[str, int] = field(default_factory=dict)
     """Numbers of masked secrets and identifiers, by kind."""
+    new_documents: int = 0
+    """Documents that the adapter to start from does not know, held-out ones included."""
+    changed_documents: int = 0
+    """Documents that have another text than it knows, held-out ones included."""
     noise_key: str = ""
     """Key of the secret randomness of private training, in hexadecimal; empty for other training."""
 

@@ -109,9 +109,11 @@ def plan_private(config: TrainConfig, packer: Packer, steps: int, adapter: Adapt
     already = spent(before, delta)
     noise = noise_for(goal.epsilon, delta, packer.sample_rate, left * steps, before) if already < goal.epsilon * SPENT else None
     if noise is None:
+        more = "give `edgetune nightly install` a larger --private" if config.only_new else "type a larger --private"
         raise ledger.BudgetSpent(
-            f"The adapter and those that it was trained from have spent epsilon {already:.2f} of the {goal.epsilon:g} that "
-            "--private allows, so nothing more can be learnt within it; start from the bare base, or type a larger --private."
+            f"The adapter and those that it was trained from have spent epsilon {already:.2f} at delta {delta:.2g}, and "
+            f"--private allows {goal.epsilon:g}, so nothing more can be learnt within it; start from the bare base (`edgetune "
+            f"adapters rollback` goes back to it), or {more}."
         )
     return PrivatePlan(goal.epsilon, delta, units, packer.sample_rate, noise, CLIP, packer.most_windows, lineage)
 

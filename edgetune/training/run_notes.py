@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edgetune.config import DataConfig, TrainConfig
 from edgetune.documents.document import Document, Reading, Skipped
 from edgetune.documents.heldout import HeldOutSplit, split_held_out
-from edgetune.documents.lineage import Known, Lineage, NothingNew, replayed
+from edgetune.documents.lineage import Known, Lineage, NothingNew, new_and_changed, replayed
 from edgetune.documents.reading import read_notes
 from edgetune.documents.reasons import Reason
 from edgetune.home import keyed_digest
@@ -34,6 +34,10 @@ class ChosenNotes:
     """Those to train on, and those held out."""
     lineage: Lineage
     """The marks of the adapter that the run starts from."""
+    new: int
+    """Documents that this adapter does not know, held-out ones included."""
+    changed: int
+    """Documents that have another text than it knows, held-out ones included."""
     notices: tuple[str, ...]
     """Sentences for the user about what is not trained again."""
 
@@ -62,11 +66,12 @@ def choose_notes(
         learnt = learnt_paths(reading.documents, lineage)
         if all(document.path in learnt for document in split.train):
             raise NothingNew("The notes that changed read as before, or are among those that are held out to judge by.")
+    new, changed = new_and_changed(reading.documents, lineage)
     # Private training samples from all notes: a choice among them would depend on each of them.
     if config.private is not None:
-        return ChosenNotes(reading, split, lineage, ())
+        return ChosenNotes(reading, split, lineage, new, changed, ())
     split, notices = notes_to_train(split, reading.documents, lineage, config.replay, config.data.seed)
-    return ChosenNotes(reading, split, lineage, notices)
+    return ChosenNotes(reading, split, lineage, new, changed, notices)
 
 
 def read_and_split(

@@ -117,6 +117,8 @@ def prepare_new(
         files=_token_files(folder),
         lineage=Lineage.after(read.reading.documents, notes.split.cuts, read.lineage).as_dict(),
         masked=read.reading.masked,
+        new_documents=read.new,
+        changed_documents=read.changed,
         noise_key=new_key() if private else "",
     )
     if config.out is None:
