@@ -26,7 +26,7 @@ from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.runner import Runner
 from edgetune.training import evaluation
-from edgetune.training.evaluation import TOKEN_COST, TOKEN_COST_INT8, evaluate, largest_share, plan_evaluations, score
+from edgetune.training.evaluation import TOKEN_COST, TOKEN_COST_INT8, evaluate, largest_share, plan_evaluations, score, seconds_after_deadline
 from edgetune.training.step import StepResult, TrainStep
 from edgetune.training.train import train
 
@@ -288,3 +288,10 @@ def test_a_night_may_evaluate_for_longer_than_other_runs() -> None:
     assert largest_share(TrainConfig()) == 0.1
     assert largest_share(TrainConfig(only_new=True)) == 0.35
     assert largest_share(TrainConfig(only_new=True, evaluation_share=0.5)) == 0.5
+
+
+def test_a_night_that_its_deadline_cuts_short_has_time_to_be_judged() -> None:
+    assert seconds_after_deadline(TrainConfig(), 200.0) == 20.0
+    assert seconds_after_deadline(TrainConfig(only_new=True), 200.0) == 40.0
+    assert seconds_after_deadline(TrainConfig(only_new=True), 400.0) == 45.0
+    assert seconds_after_deadline(TrainConfig(only_new=True), 6 * 3600.0) == 2160.0

@@ -284,7 +284,7 @@ class TrainingLoop:
         yield self._save_checkpoint()
         if self.run.held_out is None or state.evaluated_step == state.step:
             return None
-        allowed = self.config.evaluation_share * (time.monotonic() - self.began)
+        allowed = evaluation.seconds_after_deadline(self.config, time.monotonic() - self.began)
         comparable = None if state.score_before is None else len(state.score_before)
         left = (allowed - self.all_evaluations_seconds) / (1 + self.plan.published_scores + self.plan.gate_scores)
         if self.run.recorded is not None:
