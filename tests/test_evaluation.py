@@ -26,7 +26,15 @@ from edgetune.runtime.batch import Batch
 from edgetune.runtime.errors import UsageError
 from edgetune.runtime.runner import Runner
 from edgetune.training import evaluation
-from edgetune.training.evaluation import TOKEN_COST, TOKEN_COST_INT8, evaluate, largest_share, plan_evaluations, score, seconds_after_deadline
+from edgetune.training.evaluation import (
+    TOKEN_COST,
+    TOKEN_COST_INT8,
+    evaluate,
+    largest_share,
+    plan_evaluations,
+    score,
+    seconds_after_deadline,
+)
 from edgetune.training.step import StepResult, TrainStep
 from edgetune.training.train import train
 

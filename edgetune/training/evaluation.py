@@ -41,8 +41,8 @@ notes is short, and a share of it would judge by too few held-out ones. Chosen b
 NIGHT_SHARE = 0.35
 """Largest share of a night's time (0 to 1) that its evaluations take in order to read so many tokens; chosen by hand."""
 CUT_SHARE, CUT_SECONDS = 0.2, 45.0
-"""A night that its deadline cuts short may take this share of its time for evaluations (0 to 1) if that is no longer than so many
-seconds; chosen by hand. It keeps 60 seconds, in a short night a quarter of its time, to finish in (nights/night.py)."""
+"""Share of its time (0 to 1), but no more than so many seconds, that a night may take for evaluations where its deadline cuts
+it short; chosen by hand. It keeps 60 seconds, in a short night a quarter of its time, to finish in (nights/night.py)."""
 TOKEN_COST = 0.6
 """Time that an evaluation takes per token, relative to training. Measured: 0.45 on two Zen 4 cores with a model of 16M
 parameters. Rounded up by hand, since a forward pass alone has half of the products of forward and backward."""
