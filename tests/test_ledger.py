@@ -161,6 +161,12 @@ def test_a_line_that_a_crash_left_half_written_stays_and_the_next_one_says_so() 
     assert f"3 lines, the chain is whole; last hash {log.last_hash}." in told.stdout
 
 
+def test_a_log_without_a_line_is_one_sentence() -> None:
+    told = CliRunner().invoke(cli, ["adapters", "log"])
+    assert told.exit_code == 0
+    assert told.stdout == "Nothing is logged yet: the first `edgetune train` or night writes the first line.\n"
+
+
 def test_the_root_of_a_set_of_notes_does_not_depend_on_their_order() -> None:
     ids = ledger.ids_of(NOTES)
     assert training_log.root(ids) == training_log.root(reversed(ids)) != training_log.root(ids[1:])
