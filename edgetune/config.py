@@ -55,6 +55,8 @@ FEWEST_STEPS = 100
 """Steps below which the default number of epochs grows; chosen by hand."""
 
 
+READING = ("exclude", "code", "encoding", "me", "mask", "phone_regions")
+"""Settings that decide which files of notes are read and what of their text; `eval` has them beside `train`."""
 MEMORY = Parsed(parse_bytes, SIZE)
 """The values that --memory takes."""
 SEED = Whole(0, 2**32 - 1)

@@ -33,6 +33,7 @@ PLAIN = (
     "your notes themselves, and private.txt and config.toml, which you write",
     "models/: base models, converted from files that are on this machine anyway",
     "nights/last.log, which the system's scheduler writes: sentences and paths, no text of notes",
+    "nights/locked.log: when a night could not begin, since the keychain was locked",
     "exports and folders named with --out: what you take out of the data folder is for other programs",
     "what the disk keeps of files as they were, snapshots, backups made before, and swapped-out memory",
 )

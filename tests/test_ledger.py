@@ -203,6 +203,12 @@ def test_a_line_that_somebody_put_in_with_a_right_hash_is_shown_and_stops_nothin
     assert training_log.read().lines[-1]["number"] == 3
 
 
+def test_a_log_without_a_line_is_one_sentence() -> None:
+    told = CliRunner().invoke(cli, ["adapters", "log"])
+    assert told.exit_code == 0
+    assert told.stdout == "Nothing is logged yet: the first `edgetune train` or night writes the first line.\n"
+
+
 def test_the_root_of_a_set_of_notes_does_not_depend_on_their_order() -> None:
     ids = ledger.ids_of(NOTES)
     assert training_log.root(ids) == training_log.root(reversed(ids)) != training_log.root(ids[1:])

@@ -56,6 +56,29 @@ def test_chats_of_mine_can_be_evaluated(tmp_path: Path) -> None:
     assert json.loads(CliRunner().invoke(cli, [*command, "--me", "Ben"]).stdout)["documents"] == 2
 
 
+def test_what_was_read_for_training_can_be_evaluated(tmp_path: Path, private_home: Path) -> None:
+    (tmp_path / "note.md").write_text("Write to anna@example.org about the harbour, before the tide turns.")
+    (tmp_path / "draft.md").write_text("The shed by the beans wants a new roof, and the door a lock that closes.")
+    (tmp_path / "tool.py").write_text("def area(width, height):\n    return width * height\n")
+    (tmp_path / "old.md").write_bytes("Привет, мир, говорит Марра".encode("cp1251"))
+    common = [str(tmp_path), "--json"]
+
+    def documents(*words: str) -> tuple[int, int]:
+        trained = CliRunner().invoke(cli, ["train", *common, *words, "--dry-run"])
+        scored = CliRunner().invoke(cli, ["eval", *common, "--model", "demo", "--adapter", "none", *words])
+        found = json.loads(scored.stdout)
+        assert found["documents"] == json.loads(trained.stdout)["documents"], scored.output
+        return found["documents"], found["bytes"]
+
+    plain = documents()
+    assert plain[0] == 2
+    assert documents("--code", "--exclude", "draft*", "--encoding", "windows-1251")[0] == 3
+    assert documents("--mask", "none")[1] == plain[1] + len("anna@example.org") - len("[e-mail]")
+    private_home.mkdir(mode=0o700, exist_ok=True)
+    (private_home / "config.toml").write_text("[train]\ncode = true\n")
+    assert documents()[0] == 3
+
+
 def test_the_same_command_with_another_me_is_another_run() -> None:
     def key(*me: str) -> str:
         return run_key(TrainConfig(DataConfig(notes=("notes",), me=me)), "demo")

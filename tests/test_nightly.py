@@ -16,12 +16,14 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
+from keychain_for_tests import use_keychain
 
 from edgetune.cli.main import cli
 from edgetune.config import NightlyConfig
+from edgetune.encrypting import encrypt
 from edgetune.home import home
 from edgetune.nights import install as installing
-from edgetune.nights.begin import due_night
+from edgetune.nights.begin import LOCKED_FILE, due_night
 from edgetune.nights.install import run_trial
 from edgetune.nights.job import Job, load_job, nights_folder
 from edgetune.nights.record import Kind, NightRecord, Outcome, Stage
@@ -31,7 +33,8 @@ from edgetune.nights.schedulers.launchd import Launchd
 from edgetune.nights.schedulers.scheduler import Plan
 from edgetune.nights.schedulers.systemd import Systemd
 from edgetune.nights.schedulers.task_scheduler import NAMESPACE, TaskScheduler
-from edgetune.runtime.errors import UsageError
+from edgetune.runtime.encrypted_file import is_encrypted
+from edgetune.runtime.errors import LockedError, UsageError
 
 ODD = '/home/Ann O\'Neil/100% $HOME & <"notes"> \\n é'
 """A path with a character that is special to each scheduler."""
@@ -213,6 +216,33 @@ def test_install_status_pause_resume_and_uninstall(tools: Path, notes: Path, tmp
     assert list(units.iterdir()) == []
     outcome = edgetune("status")
     assert "No nights are installed here. Type for example: edgetune nightly install notes/" in str(outcome.exception)
+
+
+@unix
+def test_the_status_says_that_a_locked_keychain_kept_a_night_from_beginning(
+    tools: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keychain, now = use_keychain(monkeypatch, tmp_path / "keychain.json"), time.time()
+    at, until = (f"{datetime.fromtimestamp(now + hours * 3600):%H:%M}" for hours in (-1, 1))
+    Job((str(notes),), NightlyConfig(at, until), "cron", now - 86400).save()
+    encrypt()
+    keychain.lock()
+    assert isinstance(edgetune("run").exception, LockedError)
+    assert isinstance(edgetune("run", "--scheduled").exception, LockedError)
+    assert not is_encrypted(nights_folder() / LOCKED_FILE)
+    keychain.locked = False
+    sentence = f"A night could not begin at {installing.local(now)[:10]}"
+    said = edgetune("status").stdout
+    assert sentence in said
+    assert ", since the keychain was locked: stay logged in.\n" in said
+    due = due_night(load_job(), now)
+    assert due is not None
+    record = NightRecord(due.night, Kind.NIGHT, now - 60, due.ends_by, stage=Stage.ENDED, outcome=Outcome.NOTHING_NEW)
+    record.save()  # it ran before the keychain was locked
+    assert "could not begin" not in edgetune("status").stdout
+    record.path.unlink()
+    NightRecord("2027-01-01", Kind.NIGHT, time.time() + 60, due.ends_by, outcome=Outcome.NOTHING_NEW).save()
+    assert "could not begin" not in edgetune("status").stdout
 
 
 @unix

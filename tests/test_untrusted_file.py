@@ -201,6 +201,7 @@ ALLOWED = {
     "edgetune/dataset/token_store.py::TokenStore.open": OUR_OWN,
     "edgetune/dataset/anchor_set.py::write_predictions": "creates the files",
     "edgetune/dataset/token_store.py::mapped": OUR_OWN,
+    "edgetune/dataset/token_store.py::_write_tokens": "creates the files",
     "edgetune/dataset/token_store.py::tokenize": "creates the files",
     "edgetune/documents/note_file.py::open_listed": "notes, which must be the files that were listed",
     "edgetune/documents/note_file.py::open_folder": "a folder",

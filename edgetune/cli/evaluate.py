@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import click
 
@@ -10,11 +11,11 @@ from edgetune.cli.options import (
     adapter_option,
     device_option,
     json_option,
-    me_option,
     model_option,
     model_words,
     print_json,
     progress_shown,
+    reading_options,
     say,
     weights_option,
 )
@@ -27,7 +28,7 @@ from edgetune.reports.text import counted, human_bytes, one_line
 @adapter_option
 @device_option
 @weights_option
-@me_option
+@reading_options
 @json_option
 def eval_command(
     texts: tuple[str, ...],
@@ -35,16 +36,20 @@ def eval_command(
     adapter: str | None,
     device: str,
     weights: str,
-    me: tuple[str, ...],
     as_json: bool,
+    **reading: Any,
 ) -> None:
-    """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better."""
+    """Measure how well the model predicts TEXTS (files and folders of notes), in bits per byte: lower is better.
+
+    TEXTS are read as `edgetune train` reads them, with the same options and the same lines of config.toml.
+    """
+    from edgetune.config_file import train_config
     from edgetune.library.loading import choose_model
     from edgetune.training.evaluation import evaluate
 
-    choice = choose_model(model)
+    data, choice = train_config(reading).data, choose_model(model)
     with progress_shown() as show:
-        result = evaluate(texts, choice.name, adapter, device, show, weights, me)
+        result = evaluate(texts, choice.name, adapter, device, show, weights, data)
     for notice in result.notices:
         say(one_line(notice))
     if as_json:

@@ -22,7 +22,7 @@ from edgetune.nights.job import FOR_EVER, Job, load_job, training_settings
 from edgetune.progress import Stages
 from edgetune.reports import desktop
 from edgetune.reports.text import one_line
-from edgetune.runtime.errors import BusyError, EdgetuneError, SettingError
+from edgetune.runtime.errors import BusyError, EdgetuneError, LockedError, SettingError
 from edgetune.settings import Number, Whole, settings_of
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def run_command(minutes: float | None, fewer_notes: bool, scheduled: bool, varia
     It waits for mains power, as every night does. Ctrl-C ends it; your current adapter stays as it was.
     """
     _set_variables(variables)
-    from edgetune.nights.begin import due_night, manual_night, run_due
+    from edgetune.nights.begin import due_night, found_locked, manual_night, run_due
     from edgetune.nights.record import Kind
 
     allowed = Number(0, MOST_MINUTES, above=True)
@@ -156,7 +156,12 @@ def run_command(minutes: float | None, fewer_notes: bool, scheduled: bool, varia
         minutes = MANUAL_MINUTES if minutes is None else allowed.checked(minutes)
     except ValueError as error:
         raise SettingError(f"--minutes is {minutes:g}; expected {allowed.expected}.") from error
-    job = load_job()
+    try:
+        job = load_job()
+    except LockedError:
+        if scheduled:
+            found_locked(time.time())
+        raise
     due = due_night(job, time.time()) if scheduled else manual_night(time.time(), minutes)
     if due is None:
         _print_nothing("No night is due.", as_json)

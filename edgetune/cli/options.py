@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgetune.config import DataConfig, GenerateConfig, TrainConfig
+from edgetune.config import READING, DataConfig, GenerateConfig, TrainConfig
 from edgetune.progress import Show
 from edgetune.reports.terminal import renderer
 from edgetune.reports.text import one_line
@@ -70,6 +70,15 @@ weights_option = setting_option(_GENERATE["weights"], GenerateConfig.weights)
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print only machine-readable JSON on standard output."
 )
+
+
+def reading_options(command: Callable[..., None]) -> Callable[..., Any]:
+    """Add the settings by which notes are read, named as `train_config` expects them."""
+    decorated: Callable[..., Any] = command
+    for declared in reversed(list(settings_of(DataConfig))):
+        if declared.name in READING:
+            decorated = setting_option(declared)(decorated)
+    return decorated
 
 
 def memory_option(help: str) -> Decorator:

@@ -104,41 +104,48 @@ def tokenize(
     notices: receives the chats that the model's chat template changes or leaves out.
     """
     documents, notices = list(documents), ChatNotices() if notices is None else notices
-    done, total = 0, sum(document.size for document in documents)
     writer = ChatWriter(tokenizer, train_on, chat_format, notices)
-    stored: list[StoredDocument] = []
-    start = trained = read = 0
     with atomic_folder(path) as folder:
-        with private_file(folder / "ids.bin") as ids_file, private_file(folder / "trained.bin") as trained_file:
-            for document in documents:
-                read += 1
-                pieces: Iterable[Piece]
-                if document.is_chat:
-                    pieces, scored = writer.pieces(document)
-                else:
-                    pieces, scored = note_pieces(tokenizer, document.blocks()), document.size
-                tokens = 0
-                for ids, marks in pieces:
-                    ids_file.write(np.asarray(ids, dtype=np.int32).tobytes())
-                    trained_file.write(np.asarray(marks, dtype=np.uint8).tobytes())
-                    tokens += len(ids)
-                    trained += len(marks) - marks.count(CONTEXT)
-                    progress(done + min(BYTES_PER_TOKEN * tokens, document.size), total)
-                done += document.size
-                progress(done, total)
-                if tokens:
-                    stored.append(StoredDocument(document.path, document.digest, start, tokens, scored))
-                    start += tokens
+        stored, trained = _write_tokens(folder, documents, tokenizer, writer, progress)
         if not trained and not may_be_empty:
             raise DataError(
-                f"Nothing to train on: none of {read:,} documents holds a token to train on; expected notes with text, or "
-                "chats in which the assistant answers. Type edgetune train --dry-run to see what is read."
+                f"Nothing to train on: none of {len(documents):,} documents holds a token to train on; expected notes with "
+                "text, or chats in which the assistant answers. Type edgetune train --dry-run to see what is read."
                 + "".join(f" {notice}" for notice in notices.sentences()[:1])
             )
         index = {"format": FORMAT, "train_on": train_on, "documents": [asdict(document) for document in stored]}
         with private_file(folder / "documents.json") as file:
             file.write(json.dumps(index, ensure_ascii=False).encode())
     return TokenStore.open(path)
+
+
+def _write_tokens(
+    folder: Path, documents: Sequence[Document], tokenizer: TextTokenizer, writer: ChatWriter, progress: Progress
+) -> tuple[list[StoredDocument], int]:
+    """Write ids.bin and trained.bin; return the documents that have tokens, and the number of tokens that are trained."""
+    done, total = 0, sum(document.size for document in documents)
+    stored: list[StoredDocument] = []
+    start = trained = 0
+    with private_file(folder / "ids.bin") as ids_file, private_file(folder / "trained.bin") as trained_file:
+        for document in documents:
+            pieces: Iterable[Piece]
+            if document.is_chat:
+                pieces, scored = writer.pieces(document)
+            else:
+                pieces, scored = note_pieces(tokenizer, document.blocks()), document.size
+            tokens = 0
+            for ids, marks in pieces:
+                ids_file.write(np.asarray(ids, dtype=np.int32).tobytes())
+                trained_file.write(np.asarray(marks, dtype=np.uint8).tobytes())
+                tokens += len(ids)
+                trained += len(marks) - marks.count(CONTEXT)
+                progress(done + min(BYTES_PER_TOKEN * tokens, document.size), total)
+            done += document.size
+            progress(done, total)
+            if tokens:
+                stored.append(StoredDocument(document.path, document.digest, start, tokens, scored))
+                start += tokens
+    return stored, trained
 
 
 def mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:

@@ -97,18 +97,7 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
     name, config, forms, base = _model(train, show)
     checkpoint = None if base is None else base[1]
     train, stages = fit_rows(train, config), Stages(show)
-    here = True
-    try:
-        device = pick_device(train.device)
-    except DeviceError:  # not on this machine: --memory describes the machine that is meant
-        if train.memory is None:
-            raise
-        device, here = torch.device("cpu"), False
-    device_name = device.type if here else train.device
-    if here:
-        dtype, int8 = number_format(train.compute, device)
-    else:
-        dtype, int8 = described_format(train.compute), False
+    device_name, here, dtype, int8 = _device(train)
     lora, data = _lora(train, checkpoint), train.data
     steps, tokens = (train.steps, None) if base is None or not data.notes else _work(train, base, stages)
     memory, process = memory_allowed(train, device_name), process_bytes(device_name) if here else 0
@@ -144,6 +133,20 @@ def forecast(train: TrainConfig, show: Show = lambda event: None) -> Forecast:
         tokens=tokens,
         advice=None if choice is not None else advice(smallest.stored, smallest.parts.total),
     )
+
+
+def _device(train: TrainConfig) -> tuple[str, bool, torch.dtype, bool]:
+    """Return the device's name, True if this machine has it, the dtype of its products, and True if they are in 8 bits.
+
+    Raises DeviceError for a device that is not here, unless --memory describes the machine that is meant.
+    """
+    try:
+        device = pick_device(train.device)
+    except DeviceError:
+        if train.memory is None:
+            raise
+        return train.device, False, described_format(train.compute), False
+    return device.type, True, *number_format(train.compute, device)
 
 
 def _head_form(stored: Stored) -> str:

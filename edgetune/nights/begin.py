@@ -25,6 +25,9 @@ from edgetune.runtime.untrusted_file import NIGHT_RECORD
 TRIAL_MINUTES = 10.0
 """Longest time of an installation's trial, in minutes; chosen by hand."""
 _TRIAL_FILE = "trial.json"
+LOCKED_FILE = "locked.log"
+"""File with the time at which the scheduler's call last found the keychain locked. It is plain, as .log files are: without the
+key, nothing else could be written."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,23 @@ def asked_for_trial(now: float) -> str | None:
 def trial_begins() -> None:
     """Forget that a trial was asked for, since it begins or was given up."""
     (nights_folder() / _TRIAL_FILE).unlink(missing_ok=True)
+
+
+def found_locked(now: float) -> None:
+    """Remember that the scheduler's call found the keychain locked, and so began no night. now: seconds since 1970."""
+    atomic_write(nights_folder() / LOCKED_FILE, json.dumps({"at": now}) + "\n")
+
+
+def kept_from_by_lock(job: Job) -> float | None:
+    """Return when the locked keychain kept a due night from beginning, in seconds since 1970.
+
+    None where it did not, where that night has ended, and where a later one has begun.
+    """
+    path = nights_folder() / LOCKED_FILE
+    try:
+        moment = read_object(path, NIGHT_RECORD).get("at") if path.exists() else None
+    except UsageError:
+        return None
+    if not isinstance(moment, float) or due_night(job, moment) is None:
+        return None
+    return None if any(record.began > moment for record in all_records()) else moment

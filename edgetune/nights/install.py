@@ -16,7 +16,7 @@ import edgetune
 from edgetune.encryption import standing
 from edgetune.home import expand, home
 from edgetune.lock import Lock
-from edgetune.nights.begin import TRIAL_MINUTES, ask_for_trial, trial_begins
+from edgetune.nights.begin import TRIAL_MINUTES, ask_for_trial, kept_from_by_lock, trial_begins
 from edgetune.nights.job import Job, nights_folder, path_of_job
 from edgetune.nights.record import NightRecord, Stage, all_records, record_of
 from edgetune.nights.schedulers.cron import Cron
@@ -160,6 +160,9 @@ def status_of(job: Job, now: float) -> Status:
     records, running = all_records(), is_running()
     if records and records[-1].outcome is None and not running:
         records[-1].crashed(now)
+    notices = [] if scheduler is None else scheduler.notices()
+    if (locked := kept_from_by_lock(job)) is not None:
+        notices = [f"A night could not begin at {local(locked)}, since the keychain was locked: stay logged in.", *notices]
     return Status(
         scheduler=job.scheduler,
         is_installed=scheduler is not None and scheduler.is_installed(),
@@ -172,7 +175,7 @@ def status_of(job: Job, now: float) -> Status:
         is_running=running,
         last=records[-1] if records else None,
         encryption=standing(home()).state,
-        notices=() if scheduler is None else tuple(scheduler.notices()),
+        notices=tuple(notices),
     )
 
 

@@ -48,6 +48,8 @@ TOKEN_COST = 0.6
 parameters. Rounded up by hand, since a forward pass alone has half of the products of forward and backward."""
 TOKEN_COST_INT8 = 1.0
 """TOKEN_COST for runs that train with 8-bit products, which evaluations do not use. An upper bound, chosen by hand."""
+READ_BY_DEFAULT = DataConfig()
+"""The settings by which texts are read where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -171,28 +173,27 @@ def evaluate(
     device: str = "auto",
     show: Show = lambda event: None,
     weights: str = GenerateConfig.weights,
-    me: Sequence[str] = (),
+    data: DataConfig = READ_BY_DEFAULT,
 ) -> Evaluation:
     """Measure a model's bits per byte on every document in `texts`, which are files and folders of notes.
 
     adapter: a folder, a name, "none" for the bare base model, or None for the current adapter. show: receives progress as
-    events.Working. weights: one of WEIGHTS, the form of the base's linears. me: the user's names in chat apps' exports. Raises
-    subclasses of EdgetuneError.
+    events.Working. weights: one of WEIGHTS, the form of the base's linears. data: decides which of the files are read, and what
+    of their text; rows and batches are those of the defaults. Raises subclasses of EdgetuneError.
     """
     stages, notices = Stages(show), ChatNotices()
-    reading = read_notes(texts, DataConfig(me=tuple(me)), stages.of("reading"))
+    reading = read_notes(texts, data, stages.of("reading"))
     base = open_base(model, show)
     name, found = registry.adapter_for(adapter, base[1])
     form = form_for_writing(weights, base[1], None if found is None else found.about)
     loaded = load_base(base, device, progress=stages.of("loading"), form=form)
     if found is not None:
         adapters.attach(loaded.model, found)
-    settings = DataConfig()
     with scratch_folder() as folder:
         progress = stages.of("tokenizing")
         store = tokenize(reading.documents, loaded.tokenizer, folder / "tokens", progress=progress, notices=notices)
-        whole = EvaluationSet.of(store, min(settings.seq_len, loaded.model.config.longest_row))
-        result = score(Runner(loaded.model), whole, settings.batch_tokens, stages.of("evaluating"))
+        whole = EvaluationSet.of(store, min(DataConfig.seq_len, loaded.model.config.longest_row))
+        result = score(Runner(loaded.model), whole, DataConfig.batch_tokens, stages.of("evaluating"))
     if not math.isfinite(result.bits_per_byte):
         raise ModelError(
             f"{loaded.choice.name} with adapter {name} predicts NaN, since numbers in it are too large; name another adapter, "
