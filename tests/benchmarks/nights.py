@@ -42,13 +42,14 @@ def main() -> None:
     flags.add_argument("--first", type=int, default=100, help="notes of the first night (default: %(default)s)")
     flags.add_argument("--each", type=int, default=40, help="notes that arrive before each other night (default: %(default)s)")
     flags.add_argument("--minutes", type=float, default=10, help="longest time of a night (default: %(default)s)")
+    flags.add_argument("--known", type=int, default=6, help="nights whose notes are scored at the end (default: %(default)s)")
     flags.add_argument("--train", nargs="*", default=[], help="settings of training, as NAME=VALUE of nightly.json")
     arguments = flags.parse_args()
     host = common.machine(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="edgetune-nights-", dir=arguments.workdir.parent) as folder:
         played = Nights(arguments, Path(folder))
         nights = played.all()
-        known = played.still_known(nights)
+        known = played.still_known(nights, nights[: arguments.known])
     about = {"machine": host, "versions": common.versions(), "lacking": []}
     text = "\n\n".join([common.heading(about), table_of_nights(nights), table_of_known(known)])
     common.publish(arguments.json, text, {**about, "nights": nights, "known": known})
@@ -74,17 +75,19 @@ class Nights:
             shown = self._decision()
             nights.append({"number": number, "peak_memory_bytes": peak, "seconds": seconds, **record, "decision": shown})
             common.say(f"night {number}: {record['sentence']}")
+            common.say(table_of_nights(nights[-1:]).splitlines()[-1])
             time.sleep(1.1)  # a night that the user begins is named by the second
         return nights
 
-    def still_known(self, nights: Sequence[Result]) -> list[Result]:
-        """Score each night's notes with the base, the adapter that had just learnt them, and the last current adapter."""
-        current = [night["adapter"] for night in nights if night["outcome"] in ("better", "first")]
+    def still_known(self, nights: Sequence[Result], asked: Sequence[Result]) -> list[Result]:
+        """Score the notes of some nights with the base, the first current adapter that had learnt them, and the last."""
+        current = {night["number"]: night["adapter"] for night in nights if night["outcome"] in ("better", "first")}
         known: list[Result] = []
-        for night in nights:
-            if not current or night["outcome"] not in ("better", "first"):
+        for night in asked:
+            learnt = next((adapter for number, adapter in current.items() if number >= night["number"]), None)
+            if learnt is None:
                 continue
-            adapters = {"base": "none", "learnt": night["adapter"], "last": current[-1]}
+            adapters = {"base": "none", "learnt": learnt, "last": list(current.values())[-1]}
             common.say(f"scoring the notes of night {night['number']}")
             bits = {name: self._score(night["number"], adapter) for name, adapter in adapters.items()}
             gain = bits["base"] - bits["learnt"]
