@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -13,7 +14,7 @@ import pytest
 from simulated_system import Killed, SimulatedSystem, SimulatedTrainer, full_disk
 
 from edgetune.config import NightlyConfig
-from edgetune.events import Evaluated, Event, Started, Stepped
+from edgetune.events import Evaluated, Event, Interrupted, Started, Stepped
 from edgetune.home import home
 from edgetune.library.privacy_ledger import BudgetSpent
 from edgetune.nights.begin import due_night, manual_night, run_due
@@ -237,6 +238,22 @@ def test_a_night_leaves_time_for_evaluations_that_take_more_than_their_share(pla
         place.system.advance(10.0 if isinstance(event, Stepped) else 0.0)
         fitting.append(speed.steps_that_fit(event, 1000.0))
     assert fitting == [None] * (len(events) - 1) + [58]  # 1,000 s less 7 evaluations of 60 s, for steps of 10 s
+
+
+def test_only_who_stops_a_night_by_hand_is_told_to_type_the_command_again(place: Place) -> None:
+    place.trainer.steps, place.trainer.step_seconds = 2000, 60.0
+    shown: list[Event] = []
+    assert place.night(show=shown.append).steps_planned is not None
+    assert sum(isinstance(event, Started) for event in shown) == 2
+    assert not any(isinstance(event, Interrupted) for event in shown)
+
+    place.tomorrow()
+    (place.vault / "tomorrow.md").write_text("A note of tomorrow.")
+    os.utime(place.vault / "tomorrow.md", (place.system.now() - 3600,) * 2)
+    stop = threading.Event()
+    place.system.at(place.system.true + 600, stop.set)
+    place.night(show=shown.append, asked_to_stop=stop)
+    assert isinstance(shown[-1], Interrupted)
 
 
 def test_a_training_slower_than_it_was_measured_ends_by_the_deadline(place: Place) -> None:

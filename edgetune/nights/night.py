@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgetune.documents.lineage import NothingNew
 from edgetune.documents.reasons import Reason
-from edgetune.events import Evaluated, Event, Finished, Started, Stepped
+from edgetune.events import Evaluated, Event, Finished, Interrupted, Started, Stepped
 from edgetune.library.gate import Verdict
 from edgetune.library.privacy_ledger import BudgetSpent
 from edgetune.nights.conditions import Obstacle, Rules, System
@@ -263,7 +263,9 @@ class Night:
         finished, measured = None, Speed(self.system, config.evaluation_share) if fresh and tonight.steps is None else None
         # Every event is taken, also after the last that counts: only then has training given up its locks.
         for event in self.trainer.train(config, watch.stop, fresh, show):
-            show(event)
+            # What stops a night is told by its record; only who stops it by hand is to type the command again.
+            if not isinstance(event, Interrupted) or watch.why is End.STOPPED:
+                show(event)
             finished = event if isinstance(event, Finished) else finished
             self._note(event, watch)
             fitting = None if measured is None else measured.steps_that_fit(event, self._seconds_to_train())
