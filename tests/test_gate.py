@@ -143,7 +143,7 @@ def test_the_reasons_hold_the_figures() -> None:
         "The new adapter is 5.0% better than your current adapter over 10 held-out notes, beyond chance."
     )
     assert decide(Evidence(BETTER[:3])).reason == (
-        "Judging takes at least 10 held-out notes with 800 bytes of text; 3 were read."
+        "Judging takes at least 10 held-out notes, of 800 bytes of text in all; 3 were read."
     )
     assert decide(Evidence(WORSE, first=True)).reason == (
         "The new adapter takes 5.00% more bits than the bare base over 10 held-out notes."

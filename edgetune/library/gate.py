@@ -193,7 +193,7 @@ def _first_or_none(evidence: Evidence) -> Decision:
     count = sum(document.bytes > 0 for document in evidence.heldout)
     size = math.fsum(document.bytes for document in evidence.heldout)
     read = f"{count or 'none'} {'was' if count < 2 else 'were'} read" if count < FEWEST_NOTES else f"{size:.0f} bytes were read"
-    reason = f"Judging takes at least {FEWEST_NOTES} held-out notes with {FEWEST_BYTES} bytes of text; {read}."
+    reason = f"Judging takes at least {FEWEST_NOTES} held-out notes, of {FEWEST_BYTES} bytes of text in all; {read}."
     if not evidence.first:
         return Decision(False, Verdict.TOO_FEW, reason)
     before, after = _bits(evidence.heldout, after=False), _bits(evidence.heldout, after=True)
