@@ -32,15 +32,19 @@ _process = subprocess.Popen(
     stdout=subprocess.PIPE,
 )
 
+_early: list[Any] = []
+"""The tensors and ctypes objects that were there before the first test."""
+
 
 def _objects() -> list[tuple[int, int, Any]]:
     """(address, size, ctypes object or None) of all memory a kernel may be shown."""
     found: dict[int, tuple[int, int, Any]] = {}
-    frame, scalars = sys._getframe(), []
+    # From the caller on: the locals of this frame would hold the frame itself, and with it every caller's tensors.
+    frame, scalars = sys._getframe(1), []
     while frame is not None:  # ctypes' single numbers are unknown to the garbage collector
         scalars += [value for value in frame.f_locals.values() if isinstance(value, ctypes._SimpleCData)]
         frame = frame.f_back
-    for thing in (*gc.get_objects(), *scalars):
+    for thing in (*_early, *gc.get_objects(), *scalars):
         kind = type(thing)
         if issubclass(kind, torch.Tensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
@@ -153,6 +157,12 @@ for module in (library, cpu, attention, decode, elementwise, project, weights):
         module.kernel = _kernel
     if hasattr(module, "isas"):
         module.isas = _isas
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what exists before the first test, half a million objects, so that each call need not look through them."""
+    _early.extend(thing for thing in gc.get_objects() if issubclass(type(thing), (torch.Tensor, *_CTYPES)))
+    gc.freeze()
 
 
 def pytest_addoption(parser: Any) -> None:
