@@ -23,7 +23,7 @@ from edgetune.home import home, unfinished_folder
 from edgetune.library.ledger import Entry, Side
 from edgetune.lock import Lock
 from edgetune.runtime.errors import BusyError, DataError
-from edgetune.runtime.files import atomic_write
+from edgetune.runtime.files import atomic_write, mend
 from edgetune.runtime.json_file import parse
 from edgetune.runtime.untrusted_file import FileKind, read_untrusted
 
@@ -84,6 +84,7 @@ def read() -> Log:
 def append(event: str, **about: Any) -> None:
     """Add a line, and wait until it is on the disk. Raises ResourceError when the disk is full."""
     with _locked():
+        mend(path_of_log())
         log = read()
         number, previous = (log.lines[-1]["number"], log.last_hash) if log.lines else (0, START)
         data = b""
