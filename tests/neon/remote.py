@@ -24,8 +24,8 @@ from edgetune.runtime.backends.cpu import attention, decode, elementwise, librar
 
 project = importlib.import_module("edgetune.runtime.backends.cpu.project")  # the package exports its function of that name
 
-MOST_ROWS = 600
-"""Rows of the largest products that are emulated."""
+MOST_ROWS = 100
+"""Rows of the largest products that are emulated. The loop over strips of more rows is the same code on every set."""
 NEON = ("neon_i8mm", "neon_dot", "neon")
 _CTYPES = (ctypes.Structure, ctypes.Array, ctypes._SimpleCData)
 _process = subprocess.Popen(
