@@ -44,13 +44,17 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did: files converted, their plain bytes, and files that were so already. damaged: left as they are."""
+    """The outcome of encrypting or decrypting the data folder `home`."""
 
     home: str
     files: int
+    """Files that were converted."""
     bytes: int
+    """Their size as plain files."""
     already: int
+    """Files that had that form before."""
     damaged: tuple[str, ...] = ()
+    """Paths of files that could not be converted and were left as they are."""
 
 
 def encrypt(progress: Progress = ignore) -> Converted:

@@ -49,7 +49,10 @@ scheduler writes; and the task that is given to the Task Scheduler."""
 
 
 class State(StrEnum):
-    """How far the data folder is. PREPARING: the key may not be in the keychain yet, so nothing is encrypted."""
+    """A stage of turning encryption of the data folder on or off.
+
+    PREPARING: the key may not be in the keychain yet, so nothing is encrypted.
+    """
 
     PREPARING = "preparing"
     ENCRYPTING = "encrypting"

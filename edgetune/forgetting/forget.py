@@ -28,7 +28,10 @@ from edgetune.runtime.errors import AdapterError, DataError, UsageError
 
 @dataclass(frozen=True)
 class Plan:
-    """What a forgetting will do. `notes` are paths as reports show them; `near`: notes that are nearly the same as one."""
+    """The notes that will be forgotten, and everything that follows from it.
+
+    notes: paths as reports show them. near: notes that are nearly the same as one of them.
+    """
 
     notes: tuple[str, ...]
     adapters: tuple[str, ...]

@@ -41,7 +41,7 @@ _GPU_SECONDS = 20.0
 
 
 class Guard(StrEnum):
-    """What keeps this process from the network."""
+    """A mechanism that keeps this process from the network."""
 
     SECCOMP = "seccomp"
     LANDLOCK = "Landlock, TCP alone"

@@ -33,7 +33,7 @@ MOST_TOKENS = 1 << 16
 
 @dataclass(frozen=True)
 class Leaks:
-    """What was measured; None for a measure that was not taken, or for which there were too few notes."""
+    """The leaks that were measured; None for a measure that was not taken, or for which there were too few notes."""
 
     extraction: Extraction | None = None
     membership: Membership | None = None
