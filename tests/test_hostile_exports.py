@@ -128,7 +128,11 @@ def test_an_archive_without_an_export_is_no_note(tmp_path: Path) -> None:
     assert reasons(read(tmp_path, "photos.zip", packed(**{"a.jpg": "x", "a.txt": "a note"}))) == {Reason.UNKNOWN_KIND: 1}
 
 
-@pytest.mark.parametrize("data", [b"", b"PK", b"no archive" * 9, packed(a="x")[:-5], b"PK\x05\x06" + b"\xff" * 18])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"PK", b"no archive" * 9, packed(a="x")[:-5], b"PK\x05\x06" + b"\xff" * 18],
+    ids=["empty", "its first bytes", "text", "cut", "its end alone"],
+)
 def test_a_damaged_archive_is_named(tmp_path: Path, data: bytes) -> None:
     assert reasons(read(tmp_path, "chat.zip", data)) in ({Reason.BAD_ARCHIVE: 1}, {Reason.LARGE_ARCHIVE: 1})
 
