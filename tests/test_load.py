@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 from click.testing import CliRunner
+from tiny import threads
 
 from edgetune.cli.main import cli
 from edgetune.machine.load import WORKING_SHARE, Load
@@ -79,7 +80,8 @@ def test_plan_says_that_the_machine_is_busy_and_promises_the_time_of_a_free_one(
 
     monkeypatch.setattr("edgetune.machine.forecast.seconds_a_step", measured)
     command = ["plan", "--model", "demo", "examples/notes", "--steps", "60"]
-    shown = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
+    with threads(2):
+        shown = CliRunner().invoke(cli, command, catch_exceptions=False).stdout
     assert "60 steps in 10 min" in shown
     assert (
         "This is with the processors free. Other programs use 45% of them; like this it would take about 17 min 00 s." in shown

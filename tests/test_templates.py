@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -264,6 +265,7 @@ def test_a_syntax_error_is_found_on_loading() -> None:
 
 
 def test_a_long_conversation_is_no_attack() -> None:
+    gc.collect()  # else the garbage of the tests before is collected within the rendering's half second, and takes as long
     chat = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"{n} " + "word " * 400} for n in range(400)]
     text = ChatTemplate(CHATML, "x").render(chat)
     assert text.count("<|im_end|>") == 401
