@@ -8,6 +8,7 @@ there, pointers within ctypes structures included, and copied back: so the tests
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
 import os
@@ -38,6 +39,14 @@ _early: list[Any] = []
 """The tensors and ctypes objects that were there before the first test."""
 
 
+@functools.cache
+def _family(kind: type) -> type | None:
+    """Return torch.Tensor for tensors, ctypes.Structure for any ctypes object, None for all else."""
+    if issubclass(kind, torch.Tensor):
+        return torch.Tensor
+    return ctypes.Structure if issubclass(kind, _CTYPES) else None
+
+
 def _objects() -> list[tuple[int, int, Any]]:
     """(address, size, ctypes object or None) of all memory a kernel may be shown."""
     found: dict[int, tuple[int, int, Any]] = {}
@@ -47,11 +56,13 @@ def _objects() -> list[tuple[int, int, Any]]:
         scalars += [value for value in frame.f_locals.values() if isinstance(value, ctypes._SimpleCData)]
         frame = frame.f_back
     for thing in (*_early, *gc.get_objects(), *scalars):
-        kind = type(thing)
-        if issubclass(kind, torch.Tensor) and thing.device.type == "cpu":
+        family = _family(type(thing))
+        if family is None:
+            continue
+        if family is torch.Tensor and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = (storage.data_ptr(), storage.nbytes(), None)
-        elif issubclass(kind, _CTYPES):
+        elif family is ctypes.Structure:
             address, size = ctypes.addressof(thing), ctypes.sizeof(thing)
             if size > found.get(address, (0, -1))[1]:
                 found[address] = (address, size, thing)
