@@ -52,7 +52,8 @@ MOST_EXTRACTED = 0.05
 EPOCHS, MOST_EPOCHS = 3.0, 8.0
 """Passes over the notes by default, and the most where the notes are few: the best adapter is kept, not the last."""
 FEWEST_STEPS = 100
-"""Steps below which the default number of epochs grows; chosen by hand."""
+"""Steps below which the default number of epochs of a new adapter grows; chosen by hand. One that has learnt before needs no
+more passes over a few new notes, and gets worse at others by them (LOG.md, "passes of a night")."""
 
 
 READING = ("exclude", "code", "encoding", "me", "mask", "phone_regions")
@@ -155,7 +156,7 @@ class TrainConfig:
     epochs: float | None = setting(  # see `default_epochs`
         None,
         Number(0, MOST_PASSES, above=True),
-        f"Number of passes over the notes. Default: {EPOCHS:g}, or more if there are few notes.",
+        f"Number of passes over the notes. Default: {EPOCHS:g}, or more for a new adapter of few notes.",
         metavar="E",
         example=EPOCHS,
     )
@@ -388,6 +389,9 @@ class NightlyConfig:
             raise SettingError(f"--at and --until are both {self.at}, so a night would have no time; type a later --until.")
 
 
-def default_epochs(steps_per_epoch: int) -> float:
-    """Return the passes over the notes where neither --steps nor --epochs is given: 3, or up to 8 to reach 100 steps."""
-    return min(MOST_EPOCHS, max(EPOCHS, FEWEST_STEPS / steps_per_epoch))
+def default_epochs(steps_per_epoch: int, is_new: bool) -> float:
+    """Return the passes over the notes where neither --steps nor --epochs is given: 3, or up to 8 to reach 100 steps.
+
+    is_new: the adapter is a new one; another, from an earlier run, is trained for 3 in any case.
+    """
+    return min(MOST_EPOCHS, max(EPOCHS, FEWEST_STEPS / steps_per_epoch)) if is_new else EPOCHS

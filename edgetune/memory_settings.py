@@ -321,4 +321,5 @@ def advice(stored: Stored, smallest: int) -> str:
 
 def planned_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Return the number of optimizer steps of a run."""
-    return train.steps or max(1, round((train.epochs or default_epochs(steps_per_epoch)) * steps_per_epoch))
+    epochs = train.epochs or default_epochs(steps_per_epoch, is_new=train.from_adapter is None)
+    return train.steps or max(1, round(epochs * steps_per_epoch))

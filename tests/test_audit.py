@@ -163,7 +163,9 @@ def registry_base(model: str) -> Any:
     return open_base(model)[1]
 
 
-def test_an_audit_without_canaries_trains_nothing_and_says_a_sentence_for_each(notes: Path, model: str) -> None:
+def test_an_audit_without_canaries_trains_nothing_and_says_a_sentence_for_each(
+    notes: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     end = finished(config(notes, model))
     name = Path(end.adapter).name
     result = run("audit", str(notes), "--adapter", name, "--model", model, "--no-canaries")
@@ -173,6 +175,9 @@ def test_an_audit_without_canaries_trains_nothing_and_says_a_sentence_for_each(n
     assert "Membership: a trained note is told from a held-out one" in result.stdout
     assert "Canaries" not in result.stdout
     assert "Extraction: 0.0%" in run("adapters", "show", name, "--model", model).output
+    monkeypatch.setattr("edgetune.leaks.membership.FEWEST_NOTES", 1000)
+    few = run("audit", str(notes), "--adapter", name, "--model", model, "--no-canaries").stdout
+    assert "Membership: not measured, since it takes at least 1000 trained and 1000 held-out notes of 16 tokens or more" in few
 
 
 def test_an_audit_that_cannot_be_made_says_why(notes: Path, model: str, tmp_path: Path) -> None:

@@ -253,3 +253,12 @@ def test_a_layer_is_measured_with_one_chunk_of_the_loss(monkeypatch: pytest.Monk
     row, chunk = _seconds_on_layers(*shape)
     assert min(row, chunk) > 0
     assert seen == [64] * 5  # three steps, and two chunks alone
+
+
+def test_a_new_adapter_makes_more_passes_over_few_notes_and_one_that_has_learnt_does_not() -> None:
+    new, learnt = TrainConfig(), TrainConfig(from_adapter="yesterday")
+    assert [planner.planned_steps(new, each) for each in (2, 20, 50, 200)] == [16, 100, 150, 600]
+    assert [planner.planned_steps(learnt, each) for each in (2, 20, 50, 200)] == [6, 60, 150, 600]
+    for config in (new, learnt):
+        assert planner.planned_steps(dataclasses.replace(config, epochs=5.0), 20) == 100
+        assert planner.planned_steps(dataclasses.replace(config, steps=7), 20) == 7

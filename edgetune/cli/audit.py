@@ -58,6 +58,7 @@ def audit_command(
     them and then deleted. The figures are kept beside the adapter; `edgetune adapters show` shows them.
     """
     from edgetune.auditing import audit
+    from edgetune.leaks.membership import FEWEST_NOTES, FEWEST_TOKENS
     from edgetune.library.loading import choose_model
 
     config = _config(notes, model, device, me)
@@ -70,6 +71,11 @@ def audit_command(
     click.echo(f"Model {model_words(choice)}, adapter {one_line(result.adapter)}.")
     for line in leak_lines(result.figures):
         click.echo(line)
+    if "membership_auc" not in result.figures:
+        click.echo(
+            f"Membership: not measured, since it takes at least {FEWEST_NOTES} trained and {FEWEST_NOTES} held-out notes of "
+            f"{FEWEST_TOKENS} tokens or more; {result.trained} and {result.held_out} notes were read."
+        )
     named = [one_line(path) for path in result.leaking[:_MOST_NAMED]]
     if named:
         more = len(result.leaking) - len(named)
