@@ -27,11 +27,12 @@ Tried = dict[str, dict[str, Result]]  # peer -> variant -> a short run of it
 RANK, ALPHA, RATE, CLIP = 16, 16, 1e-4, 1.0
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# The ways in which a peer can run in bf16. The fastest differs between machines, so each is tried and the best is used.
+# The ways in which a peer can run. The fastest differs between machines, so each is tried and the best is used.
 VARIANTS = {
     "fp32-adapters": "peft's default: adapters in fp32, cast for each product",
     "autocast": "adapters in fp32 under bf16 autocast",
     "bf16-adapters": "adapters in bf16 (AdamW too)",
+    "fp32": "activations, adapters and products in fp32, for CPUs that do not multiply bf16",
 }
 PEERS = {
     "peft-bf16": "transformers+peft, bf16 weights, recompute off",
@@ -290,8 +291,12 @@ def peer(arguments: argparse.Namespace, nf4: bool, recompute: bool, bare: int) -
 
     folder = arguments.workdir / f"{arguments.shape}-{'nf4' if nf4 else 'bf16'}"
     torch.manual_seed(0)
-    how: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": "cpu"}}
+    dtype = torch.float32 if arguments.variant == "fp32" else torch.bfloat16
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(folder, **how)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' linears, which the folder's own settings have in bf16
+            module.compute_dtype = dtype
     model.config.use_cache = False
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
