@@ -297,6 +297,9 @@ def peer(arguments: argparse.Namespace, nf4: bool, recompute: bool, bare: int) -
     for module in model.modules():
         if hasattr(module, "compute_dtype"):  # bitsandbytes' linears, which the folder's own settings have in bf16
             module.compute_dtype = dtype
+    for parameter in model.parameters():  # a folder in 4 bits has the others in bf16, whatever dtype is asked for
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     model.config.use_cache = False
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
