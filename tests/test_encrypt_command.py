@@ -168,6 +168,18 @@ def test_what_a_killed_write_left_half_encrypted_does_not_stop_decrypt(answering
         encrypt()
 
 
+@pytest.mark.usefixtures("answering")
+def test_progress_counts_small_files_too() -> None:
+    fill()
+    for number in range(60):
+        (home() / "nights" / f"empty-{number}.json").write_bytes(b"")
+    shares: list[float] = []
+    encrypt(lambda done, total: shares.append(done / total))
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert sum(share < 0.5 for share in shares) >= 20
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_file_that_was_half_converted_by_a_killed_process_is_no_hindrance(answering: FileKeychain) -> None:
     adapter = next(path for path in fill() if path.name == "adapter_model.safetensors")
