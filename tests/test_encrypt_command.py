@@ -177,7 +177,7 @@ def test_progress_counts_small_files_too() -> None:
     encrypt(lambda done, total: shares.append(done / total))
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    assert sum(share < 0.5 for share in shares) >= 20
+    assert len(set(shares)) > 60  # every file, though empty, moves it on
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
